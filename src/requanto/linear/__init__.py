@@ -1,0 +1,16 @@
+"""Products with quantized weights, and the table of the implementations that run them."""
+
+from requanto.linear.api import embedding, grouped_linear, linear
+from requanto.linear.table import Choice, Implementation, Problem, choose, implementations, register
+
+__all__ = [
+    "Choice",
+    "Implementation",
+    "Problem",
+    "choose",
+    "embedding",
+    "grouped_linear",
+    "implementations",
+    "linear",
+    "register",
+]

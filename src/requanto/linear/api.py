@@ -1,0 +1,241 @@
+"""`linear`, `grouped_linear` and `embedding`: checks, shapes, gradients; the work is done by the table's choice.
+
+Under torch.compile, and where a gradient is wanted, the product is the operator ``requanto::linear`` on the plain inner
+tensors: one node without a graph break, one graph for all layers of a shape, and a backward that dequantizes again
+instead of keeping the float weight.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.linear import reference  # noqa: F401  (closes the table)
+from requanto.linear.table import choose, problem_of
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtypes
+
+
+def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight.T + bias``.
+
+    Args:
+        x: float ``[..., K]``.
+        weight: quantized ``[N, K]``.
+        bias: float ``[N]``.
+
+    Returns:
+        ``[..., N]`` in x's dtype (autocast's, inside autocast).
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: x of shape {tuple(x.shape)} does not fit a weight of shape {tuple(weight.shape)}; x's last axis "
+            f"must be {weight.shape[-1]}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"linear: x must be a float tensor, found {x.dtype}")
+    if x.device != weight.device:
+        raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}; move one of them")
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if needs_grad or torch.compiler.is_compiling():
+        return torch.ops.requanto.linear(
+            x,
+            weight.qdata,
+            weight.scale,
+            weight.shift,
+            bias,
+            weight.qtype.name,
+            weight.group_size or 0,
+            list(weight.canonical_shape),
+            weight.transposed,
+        )
+    return _run(x, weight, bias)
+
+
+def _run(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    choice = choose(problem_of(weight, x.dtype, rows.shape[0]))
+    return choice.implementation.run(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def _weight(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    name: str,
+    group: int,
+    canonical: list[int],
+    transposed: bool,
+    dtype: torch.dtype,
+) -> QTensor:
+    shape = canonical[:-2] + [canonical[-1], canonical[-2]] if transposed else canonical
+    return QTensor(
+        qdata,
+        scale,
+        shift,
+        qtype=qtypes[name],
+        shape=shape,
+        dtype=dtype,
+        axis=len(canonical) - 2,
+        group_size=group or None,
+        transposed=transposed,
+    )
+
+
+@torch.library.custom_op("requanto::linear", mutates_args=())
+def _linear_op(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    name: str,
+    group: int,
+    canonical: list[int],
+    transposed: bool,
+) -> torch.Tensor:
+    return _run(x, _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype), bias)
+
+
+@_linear_op.register_fake
+def _(x, qdata, scale, shift, bias, name, group, canonical, transposed):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], canonical[-1] if transposed else canonical[-2])
+
+
+@torch.library.custom_op("requanto::linear_backward", mutates_args=())
+def _linear_backward_op(
+    grad: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    name: str,
+    group: int,
+    canonical: list[int],
+    transposed: bool,
+) -> torch.Tensor:
+    # The gradient with respect to x is grad @ W: the same product with the weight seen transposed.
+    weight = _weight(qdata, scale, shift, name, group, canonical, not transposed, grad.dtype)
+    return _run(grad, weight, None)
+
+
+@_linear_backward_op.register_fake
+def _(grad, qdata, scale, shift, name, group, canonical, transposed):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], canonical[-2] if transposed else canonical[-1])
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _x, qdata, scale, shift, bias, name, group, canonical, transposed = inputs
+    ctx.save_for_backward(qdata, scale, shift)
+    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.rest = (name, group, canonical, transposed)
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    qdata, scale, shift = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.requanto.linear_backward(grad, qdata, scale, shift, *ctx.rest)
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None, None, None, None
+
+
+_linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Rows sorted by expert, each times its expert's weight.
+
+    Args:
+        x: ``[rows, K]``; rows ``offsets[e-1] .. offsets[e]`` belong to expert e.
+        weight: quantized ``[E, N, K]``.
+        offsets: integer ``[E]``: end row of each expert. Rows past the last end give zeros.
+
+    Returns:
+        ``[rows, N]``
+    """
+    return torch.ops.requanto.grouped_linear(
+        x,
+        weight.qdata,
+        weight.scale,
+        weight.shift,
+        offsets,
+        weight.qtype.name,
+        weight.group_size or 0,
+        list(weight.canonical_shape),
+        weight.transposed,
+    )
+
+
+def _run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            out[start:end] = _run(x[start:end], weight[expert], None)
+        start = max(start, end)
+    return out
+
+
+@torch.library.custom_op("requanto::grouped_linear", mutates_args=())
+def _grouped_op(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    offsets: torch.Tensor,
+    name: str,
+    group: int,
+    canonical: list[int],
+    transposed: bool,
+) -> torch.Tensor:
+    return _run_grouped(x, _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype), offsets)
+
+
+@_grouped_op.register_fake
+def _(x, qdata, scale, shift, offsets, name, group, canonical, transposed):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], canonical[-1] if transposed else canonical[-2])
+
+
+def _grouped_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _x, qdata, scale, shift, offsets, name, group, canonical, transposed = inputs
+    ctx.save_for_backward(qdata, scale, shift, offsets)
+    ctx.rest = (name, group, canonical, not transposed)
+
+
+def _grouped_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    qdata, scale, shift, offsets = ctx.saved_tensors
+    grad_x = torch.ops.requanto.grouped_linear(grad.contiguous(), qdata, scale, shift, offsets, *ctx.rest)
+    return (grad_x,) + (None,) * 8
+
+
+_grouped_op.register_autograd(_grouped_backward, setup_context=_grouped_setup)
+
+
+def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """Rows of a quantized table: only the rows asked for are dequantized.
+
+    Args:
+        indices: integer, any shape.
+        weight: quantized ``[entries, features]``.
+
+    Returns:
+        ``[*indices.shape, features]`` in the table's dtype.
+    """
+    if weight.transposed or weight.axis != 0:
+        raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
+    flat = indices.reshape(-1)
+    rows = weight.replace(
+        weight.qdata[flat],
+        weight.scale[flat],
+        None if weight.shift is None else weight.shift[flat],
+        shape=(flat.numel(), *weight.shape[1:]),
+    )
+    return rows.dequantize().view(*indices.shape, *weight.shape[1:])

@@ -1,0 +1,111 @@
+"""The one table that says what runs.
+
+Each implementation names itself, says when it is right (``supports``) and when it is fast (``prefers``), in order of
+preference: the first that answers yes to both runs, and the reference, which is always right, closes the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtype
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a product looks like from outside.
+
+    Attributes:
+        device: device type, ``"cpu"``, ``"cuda"`` ...
+        qtype: type of the weight's codes.
+        activation: type the activations are quantized to on the fly, or None.
+        dtype: float dtype of x, and of the result.
+        rows: rows of x (product of all its axes but the last).
+        out_features, in_features: N and K.
+        group_size: of the weight; None: per row.
+        affine: the weight has a shift.
+    """
+
+    device: str
+    qtype: qtype
+    activation: qtype | None
+    dtype: torch.dtype
+    rows: int
+    out_features: int
+    in_features: int
+    group_size: int | None
+    affine: bool
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute ``x @ w.T + bias``.
+
+    Attributes:
+        name: unique, shown by `requanto.explain`.
+        run: ``run(x2d, weight, bias) -> y2d`` with x of shape [rows, K].
+        supports: the problems it is right for.
+        reason: why it is there, one line for the reader of `explain`.
+    """
+
+    name: str
+    run: Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
+    supports: Callable[[Problem], bool]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that a problem gets."""
+
+    problem: Problem
+    implementation: Implementation
+
+
+_TABLE: list[Implementation] = []
+
+
+def register(implementation: Implementation, *, before: str | None = None) -> None:
+    """Adds an implementation, at the end or before another.
+
+    Raises:
+        ValueError: the name is taken, or ``before`` is unknown.
+    """
+    names = [known.name for known in _TABLE]
+    if implementation.name in names:
+        raise ValueError(f"an implementation named {implementation.name!r} is registered already")
+    if before is not None and before not in names:
+        raise ValueError(f"no implementation named {before!r}; registered: {', '.join(names)}")
+    _TABLE.insert(len(names) if before is None else names.index(before), implementation)
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """The table, in order of preference."""
+    return tuple(_TABLE)
+
+
+def choose(problem: Problem) -> Choice:
+    """The first implementation that is right for the problem."""
+    for implementation in _TABLE:
+        if implementation.supports(problem):
+            return Choice(problem, implementation)
+    raise RuntimeError(f"no implementation for {problem}; the reference one should have been registered")
+
+
+def problem_of(weight: QTensor, dtype: torch.dtype, rows: int, activation: qtype | None = None) -> Problem:
+    """The problem that ``rows`` rows of ``dtype`` times ``weight`` is."""
+    return Problem(
+        device=weight.qdata.device.type,
+        qtype=weight.qtype,
+        activation=activation,
+        dtype=dtype,
+        rows=rows,
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
+        group_size=weight.group_size,
+        affine=weight.shift is not None,
+    )

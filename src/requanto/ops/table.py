@@ -1,0 +1,57 @@
+"""The two tables and the dispatch through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ATEN: dict[Any, Callable] = {}
+FUNCTIONS: dict[Any, Callable] = {}
+
+
+def implements_aten(*operators: Any) -> Callable[[Callable], Callable]:
+    """Registers ``implementation(func, args, kwargs)`` for aten operator overloads."""
+
+    def register(implementation: Callable) -> Callable:
+        for operator in operators:
+            ATEN[operator] = implementation
+        return implementation
+
+    return register
+
+
+def implements_function(*functions: Any) -> Callable[[Callable], Callable]:
+    """Registers ``implementation(*args, **kwargs)`` for torch functions."""
+
+    def register(implementation: Callable) -> Callable:
+        for function in functions:
+            FUNCTIONS[function] = implementation
+        return implementation
+
+    return register
+
+
+def torch_function(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs a torch function that met a QTensor."""
+    implementation = FUNCTIONS.get(func)
+    if implementation is not None:
+        return implementation(*args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs an aten operator that met a QTensor.
+
+    Raises:
+        NotImplementedError: the operator is not in the table; the message names it and the way out.
+    """
+    implementation = ATEN.get(func)
+    if implementation is None:
+        raise NotImplementedError(
+            f"{func} is not defined on a quantized weight (QTensor). If the float values are what you want, call "
+            f".dequantize() on the weight, or model.dequantize() on the model; nothing is dequantized silently."
+        )
+    return implementation(func, args, kwargs)

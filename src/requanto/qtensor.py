@@ -1,0 +1,354 @@
+"""QTensor: a quantized weight that is a tensor.
+
+It sits where the float weight sat, in an unmodified ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` or fused-expert
+parameter, and answers to shape, dtype and device as that weight did. Inside are plain tensors:
+
+    qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
+    scale  ``[*lead, K / group]``
+    shift  as scale, or None
+
+``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the rest. A
+``transposed`` tensor is seen with its last two axes swapped, the stored form being the same; GPT-2's ``Conv1D``, whose
+weight is [in, out], is stored so.
+
+What may be done with a QTensor is what `requanto.ops` implements; any other aten operator raises and names itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from requanto.packing import unpack
+from requanto.qtypes import qtype, qtypes, resolve_qtype
+from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
+from requanto.scales.weights import ScaleSearch, minmax
+
+
+class QTensor(torch.Tensor):
+    """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
+
+    Attributes:
+        qdata, scale, shift: the stored tensors (see the module's text).
+        qtype: type of the codes.
+        axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
+        group_size: weights that share a scale; None: one scale a row.
+        transposed: the last two axes are seen swapped.
+    """
+
+    tensor_data_names = ("qdata", "scale", "shift")
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    qtype: qtype
+    axis: int
+    group_size: int | None
+    transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        qdata: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        *,
+        qtype: qtype | None = None,
+        shape: torch.Size | tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+        axis: int = 0,
+        group_size: int | None = None,
+        transposed: bool = False,
+        requires_grad: bool = False,
+    ) -> QTensor:
+        if isinstance(qdata, QTensor) and scale is None:
+            # accelerate rebuilds a moved parameter as type(old)(moved, requires_grad=...).
+            return qdata.detach()
+        if scale is None or qtype is None or shape is None or dtype is None:
+            raise TypeError(
+                "QTensor(qdata, scale, shift, qtype=, shape=, dtype=) needs all of them; see QTensor.quantize"
+            )
+        shape = torch.Size(shape)
+        strides = _strides(shape, transposed)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+        if requires_grad:
+            raise RuntimeError(NO_GRADIENT)
+        self.qdata, self.scale, self.shift = qdata, scale, shift
+        self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """All is done in ``__new__``; torch.Tensor's own initializer takes no arguments."""
+
+    # ------------------------------------------------------------------ making and reading
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: torch.Tensor,
+        kind: str | qtype,
+        *,
+        group_size: int | str | None = "default",
+        symmetric: bool | None = None,
+        axis: int | None = None,
+        transposed: bool = False,
+        search: ScaleSearch = minmax,
+        name: str = "weight",
+    ) -> QTensor:
+        """Quantizes a float weight.
+
+        Args:
+            weight: float tensor of 2 axes (Linear, Embedding), 3 (experts ``[E, N, K]``) or more (convolutions).
+            kind: ``"int8"``, ``"int4"``, ``"int2"``, ``"float8"`` ... or a qtype.
+            group_size: neighbouring weights of a row that share a scale; None: one scale a row; ``"default"``: 64 for
+                int4, 32 for int2, a row for 8 bits. One that does not divide K follows `scales.groups`.
+            symmetric: codes around zero without a shift; None: affine below 8 bits, symmetric at 8.
+            axis: 0 or 1, see the class; None: 1 for 3D weights, else 0.
+            transposed: quantize along the last-but-one axis: ``[..., K, N]`` weights.
+            search: how scale and shift are chosen (`requanto.scales`).
+            name: what to call the weight in messages.
+
+        Raises:
+            ValueError: unknown type, no float weight, fewer than two axes, NaN or Inf in the weight.
+        """
+        kind = resolve_qtype(kind)
+        if isinstance(weight, QTensor):
+            raise ValueError(f"{name} is quantized already ({weight.qtype.name}); call .dequantize() on it first")
+        if weight.dim() < 2:
+            raise ValueError(f"{name}: a weight to quantize has two axes or more, found shape {tuple(weight.shape)}")
+        weight = weight.detach()
+        canonical = weight.transpose(-1, -2) if transposed else weight
+        if axis is None:
+            axis = 1 if canonical.dim() == 3 else 0
+        if not 0 <= axis < canonical.dim() - 1:
+            raise ValueError(f"{name}: axis must lie in 0..{canonical.dim() - 2}, found {axis}")
+        length = canonical.shape[axis + 1 :].numel()
+        wanted = default_group_size(kind) if group_size == "default" else group_size
+        group = fit_group_size(wanted, length, name)
+        affine = kind.bits < 8 if symmetric is None else not symmetric
+        rows = canonical.reshape(*canonical.shape[: axis + 1], length)
+        data = quantize_weight_data(rows, kind, group, affine, search, name)
+        qdata = data.qdata if kind.is_packed else data.qdata.view(canonical.shape)
+        return cls(
+            qdata,
+            data.scale,
+            data.shift,
+            qtype=kind,
+            shape=weight.shape,
+            dtype=weight.dtype,
+            axis=axis,
+            group_size=group,
+            transposed=transposed,
+        )
+
+    @property
+    def canonical_shape(self) -> torch.Size:
+        """The shape of the stored form: that of the tensor, last two axes swapped back where ``transposed``."""
+        shape = list(self.shape)
+        if self.transposed:
+            shape[-1], shape[-2] = shape[-2], shape[-1]
+        return torch.Size(shape)
+
+    @property
+    def lead(self) -> torch.Size:
+        """Leading axes with scales of their own."""
+        return self.canonical_shape[: self.axis + 1]
+
+    @property
+    def row_length(self) -> int:
+        """K: weights in a row."""
+        return self.canonical_shape[self.axis + 1 :].numel()
+
+    def codes(self) -> torch.Tensor:
+        """Unpacked codes ``[*lead, K]``: uint8 (0 .. 2^bits-1) below 8 bits, else int8 or float8."""
+        if self.qtype.is_packed:
+            return unpack(self.qdata, self.qtype.bits, self.row_length)
+        return self.qdata.reshape(*self.lead, self.row_length)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The float weight that the codes stand for, in ``dtype`` (default: the tensor's), computed in float32."""
+        values = self.codes().to(torch.float32)
+        if self.shift is None and self.qtype.is_packed:
+            values = values - self.qtype.zero_code
+        values = values.unflatten(-1, (self.scale.shape[-1], -1)) if self.row_length else values.unsqueeze(-1)
+        values = values * self.scale.to(torch.float32).unsqueeze(-1)
+        if self.shift is not None:
+            values = values - self.shift.to(torch.float32).unsqueeze(-1)
+        values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
+        return values.transpose(-1, -2) if self.transposed else values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are really held."""
+        return sum(t.nbytes for t in self.inner_tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight costs, scales and shifts counted."""
+        return self.nbytes * 8 / max(1, self.numel())
+
+    # ------------------------------------------------------------------ flattening
+
+    def inner_tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by name; no shift where there is none."""
+        found = {name: getattr(self, name) for name in self.tensor_data_names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def spec(self) -> dict[str, Any]:
+        """Everything but the tensors that rebuilding needs, as JSON holds it (`requanto.checkpoint.format`)."""
+        return {
+            "qtype": self.qtype.name,
+            "shape": list(self.shape),
+            "axis": self.axis,
+            "group_size": self.group_size,
+            "affine": self.shift is not None,
+            "transposed": self.transposed,
+        }
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype)
+        return list(self.inner_tensors()), context
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, torch.Tensor], context: tuple, outer_size: Any, _stride: Any
+    ) -> QTensor:
+        name, axis, group_size, transposed, dtype = context
+        return cls(
+            inner["qdata"],
+            inner["scale"],
+            inner.get("shift"),
+            qtype=qtypes[name],
+            shape=outer_size,
+            dtype=dtype,
+            axis=axis,
+            group_size=group_size,
+            transposed=transposed,
+        )
+
+    def replace(
+        self,
+        qdata: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor | None,
+        *,
+        shape: torch.Size | tuple[int, ...] | None = None,
+        dtype: torch.dtype | None = None,
+        axis: int | None = None,
+        transposed: bool | None = None,
+    ) -> QTensor:
+        """The same kind of tensor around other inner tensors."""
+        return type(self)(
+            qdata,
+            scale,
+            shift,
+            qtype=self.qtype,
+            shape=self.shape if shape is None else shape,
+            dtype=dtype or self.dtype,
+            axis=self.axis if axis is None else axis,
+            group_size=self.group_size,
+            transposed=self.transposed if transposed is None else transposed,
+        )
+
+    # ------------------------------------------------------------------ copying, pickling, printing
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        arguments = (
+            self.qdata,
+            self.scale,
+            self.shift,
+            self.qtype.name,
+            tuple(self.shape),
+            self.dtype,
+            self.axis,
+            self.group_size,
+            self.transposed,
+            bool(getattr(self, "_is_param", False)),
+        )
+        return _rebuild_qtensor, arguments
+
+    def __deepcopy__(self, memo: dict) -> QTensor:
+        if id(self) not in memo:
+            copy = self.clone()
+            if getattr(self, "_is_param", False):
+                copy._is_param = True
+            memo[id(self)] = copy
+        return memo[id(self)]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        groups = "row" if self.group_size is None else f"group {self.group_size}"
+        kind = "affine" if self.shift is not None else "symmetric"
+        return (
+            f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}, "
+            f"device={self.device}, {self.bits_per_weight:.2f} bits a weight)"
+        )
+
+    # ------------------------------------------------------------------ dispatch
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        from requanto.ops import torch_function
+
+        return torch_function(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        from requanto.ops import torch_dispatch
+
+        return torch_dispatch(func, types, args, kwargs or {})
+
+
+NO_GRADIENT = (
+    "a quantized weight cannot require a gradient: its codes are integers. Train an adapter on top of it (LoRA), or "
+    "train before freezing with requanto.quantize(model, ...) and requanto.freeze(model)."
+)
+
+
+def _strides(shape: torch.Size, transposed: bool) -> tuple[int, ...]:
+    """Strides that a float tensor of this shape and orientation would have."""
+    sizes = list(shape)
+    if transposed:
+        sizes[-1], sizes[-2] = sizes[-2], sizes[-1]
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.insert(0, step)
+        step *= max(size, 1)
+    if transposed:
+        strides[-1], strides[-2] = strides[-2], strides[-1]
+    return tuple(strides)
+
+
+def _rebuild_qtensor(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    axis: int,
+    group_size: int | None,
+    transposed: bool,
+    is_param: bool,
+) -> QTensor:
+    """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
+    tensor = QTensor(
+        qdata,
+        scale,
+        shift,
+        qtype=qtypes[name],
+        shape=shape,
+        dtype=dtype,
+        axis=axis,
+        group_size=group_size,
+        transposed=transposed,
+    )
+    if is_param:
+        tensor._is_param = True
+    return tensor
+
+
+# torch.load(weights_only=True) runs only what is listed; these two build tensors and nothing else.
+torch.serialization.add_safe_globals([_rebuild_qtensor, QTensor])

@@ -1,0 +1,150 @@
+"""Weights -> codes, scale and shift, without data.
+
+Symmetric:  scale = absmax / qmax,          code = round(w / scale),           w ~ scale * code
+Affine:     scale = (max - min) / (2^b-1),  code = round((w + shift) / scale), w ~ scale * code - shift,  shift = -min
+
+Everything is computed in float32; codes are chosen with the scale and shift as they will be stored, so that rounding those
+to 16 bits costs no accuracy twice. (Formulas: Jacob et al. 2018, arXiv:1712.05877; names after optimum-quanto.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from requanto.packing import pack, packed_length
+from requanto.qtypes import qtype
+
+#: Weights quantized at once: bounds the float32 temporaries to a few times 16 MB whatever the size of the tensor.
+CHUNK = 4 * 1024 * 1024
+
+
+class QuantizedData(NamedTuple):
+    """Codes (packed below 8 bits), scale and shift, row-major: ``[..., K']``, ``[..., K/group]``."""
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+
+
+#: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
+ScaleSearch = Callable[[torch.Tensor, qtype, bool], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+def scale_dtype(weight_dtype: torch.dtype, grouped: bool) -> torch.dtype:
+    """dtype in which scales are stored: float32 per row (their size is nothing), the weight's own per group."""
+    return weight_dtype if grouped else torch.float32
+
+
+def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale (and shift) that map the smallest and the largest weight of a group onto the outermost codes."""
+    if affine:
+        low, high = torch.aminmax(groups, dim=-1)
+        return (high - low) / (2**kind.bits - 1), -low
+    if kind.bits == 8:
+        return groups.abs().amax(-1) / kind.qmax, None
+    # Signed codes reach one further down than up (-8 .. 7): each side needs its own scale, the larger one serves both.
+    low, high = torch.aminmax(groups, dim=-1)
+    return torch.maximum(high.clamp(min=0) / kind.qmax, low.clamp(max=0) / kind.qmin), None
+
+
+def quantize_weight_data(
+    weight: torch.Tensor,
+    kind: qtype,
+    group_size: int | None,
+    affine: bool,
+    search: ScaleSearch = minmax,
+    name: str = "weight",
+) -> QuantizedData:
+    """Quantizes the rows of ``weight``, a bounded number of them at a time.
+
+    Args:
+        weight: float ``[..., K]``; each last-axis row is cut into groups.
+        kind: type of the codes.
+        group_size: a divisor of K, or None for one group a row.
+        affine: with a shift (integer codes of fewer than 8 bits), or symmetric around zero.
+        search: how scale and shift are chosen.
+        name: what to call the weight in an error.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf, is no float tensor, or affine is asked of 8-bit codes.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}: only float weights can be quantized, found {weight.dtype}")
+    if affine and kind.bits == 8:
+        raise ValueError(f"{name}: {kind.name} codes are symmetric, an affine shift needs fewer than 8 bits")
+    lead, length = weight.shape[:-1], weight.shape[-1]
+    group = group_size or length
+    if length and length % group:
+        raise ValueError(f"{name}: group size {group} does not divide the row length {length}")
+    rows = weight.reshape(lead.numel(), length)
+    count, groups = rows.shape[0], (length // group if length else 1)
+    stored = scale_dtype(weight.dtype, groups > 1)
+
+    width = packed_length(length, kind.bits) if kind.is_packed else length
+    qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
+    scale = torch.empty(count, groups, dtype=stored, device=weight.device)
+    shift = torch.empty_like(scale) if affine else None
+    if weight.device.type != "meta" and rows.numel():
+        step = max(1, CHUNK // length)
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            block = rows[part].float().reshape(-1, groups, group)
+            found, offset = search(block, kind, affine)
+            _require_finite(found, name)
+            found, offset = _storable(found, offset, stored)
+            scale[part] = found.to(stored)
+            if shift is not None:
+                shift[part] = offset.to(stored)
+            codes = encode(block, found, offset, kind)
+            qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes
+    elif rows.numel() == 0:
+        scale.fill_(1)
+        if shift is not None:
+            shift.zero_()
+    return QuantizedData(
+        qdata.view(*lead, width),
+        scale.view(*lead, groups),
+        shift.view(*lead, groups) if shift is not None else None,
+    )
+
+
+def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype) -> torch.Tensor:
+    """Codes ``[rows, G * group]`` of float32 ``groups`` ``[rows, G, group]``; unsigned where they will be packed."""
+    scaled = groups if shift is None else groups + shift.unsqueeze(-1)
+    scaled = scaled / scale.unsqueeze(-1)
+    if kind.is_floating_point:
+        codes = scaled.clamp(kind.qmin, kind.qmax).to(kind.dtype)
+    elif shift is not None:
+        codes = scaled.round_().clamp_(0, 2**kind.bits - 1).to(torch.uint8)
+    elif kind.is_packed:
+        codes = (scaled.round_().clamp_(kind.qmin, kind.qmax) + kind.zero_code).to(torch.uint8)
+    else:
+        codes = scaled.round_().clamp_(kind.qmin, kind.qmax).to(torch.int8)
+    return codes.flatten(1)
+
+
+def _storable(
+    scale: torch.Tensor, shift: torch.Tensor | None, stored: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and shift as float32 values that the stored dtype holds exactly, with no zero scale.
+
+    A group of equal weights has scale 0: 1 does as well, since its codes are all zero. A scale too small for the stored
+    dtype becomes its smallest normal number.
+    """
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    smallest = torch.finfo(stored).tiny
+    scale = scale.clamp(min=smallest).to(stored).float()
+    return scale, shift.to(stored).float() if shift is not None else None
+
+
+def _require_finite(scale: torch.Tensor, name: str) -> None:
+    # NaN and Inf in a group always reach its scale, so one look at the (small) scales finds them.
+    if not bool(torch.isfinite(scale).all()):
+        bad = int((~torch.isfinite(scale)).sum())
+        raise ValueError(
+            f"{name} holds NaN or Inf in {bad} of {scale.numel()} groups and cannot be quantized. Repair the "
+            f"checkpoint, or leave this layer float with modules_to_not_convert."
+        )
