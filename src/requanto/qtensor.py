@@ -35,6 +35,7 @@ class QTensor(torch.Tensor):
         axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
         group_size: weights that share a scale; None: one scale a row.
         transposed: the last two axes are seen swapped.
+        activation: type that inputs are quantized to, per token, on the way into a product; None: they stay float.
     """
 
     tensor_data_names = ("qdata", "scale", "shift")
@@ -46,6 +47,7 @@ class QTensor(torch.Tensor):
     axis: int
     group_size: int | None
     transposed: bool
+    activation: qtype | None
 
     @staticmethod
     def __new__(
@@ -60,6 +62,7 @@ class QTensor(torch.Tensor):
         axis: int = 0,
         group_size: int | None = None,
         transposed: bool = False,
+        activation: qtype | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -78,6 +81,7 @@ class QTensor(torch.Tensor):
             raise RuntimeError(NO_GRADIENT)
         self.qdata, self.scale, self.shift = qdata, scale, shift
         self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
+        self.activation = activation
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -206,17 +210,19 @@ class QTensor(torch.Tensor):
             "group_size": self.group_size,
             "affine": self.shift is not None,
             "transposed": self.transposed,
+            "activation": None if self.activation is None else self.activation.name,
         }
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype)
+        activation = None if self.activation is None else self.activation.name
+        context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype, activation)
         return list(self.inner_tensors()), context
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, torch.Tensor], context: tuple, outer_size: Any, _stride: Any
     ) -> QTensor:
-        name, axis, group_size, transposed, dtype = context
+        name, axis, group_size, transposed, dtype, activation = context
         return cls(
             inner["qdata"],
             inner["scale"],
@@ -227,6 +233,7 @@ class QTensor(torch.Tensor):
             axis=axis,
             group_size=group_size,
             transposed=transposed,
+            activation=None if activation is None else qtypes[activation],
         )
 
     def replace(
@@ -251,6 +258,7 @@ class QTensor(torch.Tensor):
             axis=self.axis if axis is None else axis,
             group_size=self.group_size,
             transposed=self.transposed if transposed is None else transposed,
+            activation=self.activation,
         )
 
     # ------------------------------------------------------------------ copying, pickling, printing
@@ -267,6 +275,7 @@ class QTensor(torch.Tensor):
             self.group_size,
             self.transposed,
             bool(getattr(self, "_is_param", False)),
+            None if self.activation is None else self.activation.name,
         )
         return _rebuild_qtensor, arguments
 
@@ -332,6 +341,7 @@ def _rebuild_qtensor(
     group_size: int | None,
     transposed: bool,
     is_param: bool,
+    activation: str | None = None,
 ) -> QTensor:
     """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
     tensor = QTensor(
@@ -344,6 +354,7 @@ def _rebuild_qtensor(
         axis=axis,
         group_size=group_size,
         transposed=transposed,
+        activation=None if activation is None else qtypes[activation],
     )
     if is_param:
         tensor._is_param = True

@@ -1,0 +1,255 @@
+"""QuantoConfig: the one configuration both libraries accept."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from enum import Enum
+from typing import Any
+
+from requanto.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
+
+FORMAT = "requanto"
+FORMAT_VERSION = 1
+
+
+class QuantizationMethod(str, Enum):
+    """The name under which both libraries look the quantizer up; Diffusers asks for its ``.value``."""
+
+    QUANTO = "quanto"
+
+    __hash__ = str.__hash__  # equal to "quanto", so it must find the same place in a dict
+    __str__ = str.__str__
+
+
+#: How one layer is quantized: a type, or a dict of ``weights``, ``group_size``, ``symmetric``; None leaves it float.
+LayerChoice = str | dict[str, Any] | None
+
+_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations")
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors")
+
+
+class QuantoConfig:
+    """How a model is quantized.
+
+    Args:
+        weights: type of the weights: ``"int8"``, ``"int4"``, ``"int2"``, ``"float8"`` (e4m3fn), ``"float8_e5m2"`` ...
+        activations: None, ``"int8"`` or ``"float8"``: inputs of quantized layers are quantized per token on the fly.
+        modules_to_not_convert: modules left float. An entry matches a full dotted name, a parent's name, a leaf name or a
+            glob; one that matches nothing is an error. The library's own skips (lm_head ...) stay.
+        group_size: neighbouring weights of a row that share a scale; None: 64 for int4, 32 for int2, one scale a row for
+            8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
+        modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
+            ``group_size``, ``symmetric``, ``activations``, or None for float. The first match counts. A full name (no
+            glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
+        symmetric: codes without a shift; None: affine below 8 bits, symmetric at 8.
+        embeddings: quantize ``nn.Embedding`` tables too.
+        lm_head: quantize the output embeddings too.
+        convolutions: quantize Conv1d, Conv2d and Conv3d too.
+        default_skips: keep what the library or this package leaves float by default. False clears that list.
+        weights_dtype: the name Diffusers gives ``weights``.
+
+    Raises:
+        TypeError: an unknown keyword; the message names the nearest known one.
+        ValueError: an unknown type or a value out of range.
+    """
+
+    def __init__(
+        self,
+        weights: str | qtype | None = None,
+        activations: str | qtype | None = None,
+        modules_to_not_convert: list[str] | str | None = None,
+        group_size: int | None = None,
+        modules: dict[str, LayerChoice] | None = None,
+        symmetric: bool | None = None,
+        embeddings: bool = False,
+        lm_head: bool = False,
+        convolutions: bool = False,
+        default_skips: bool = True,
+        weights_dtype: str | qtype | None = None,
+        **unknown: Any,
+    ) -> None:
+        stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
+        _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig")
+        if weights is not None and weights_dtype is not None and resolve_qtype(weights) != resolve_qtype(weights_dtype):
+            raise ValueError(f"weights={weights!r} and weights_dtype={weights_dtype!r} differ; give one of them")
+        chosen = weights if weights is not None else weights_dtype
+        self.quant_method = QuantizationMethod.QUANTO
+        self.weights = short_name(resolve_qtype("int8" if chosen is None else chosen))
+        self.activations = _activation_name(activations)
+        if isinstance(modules_to_not_convert, str):
+            modules_to_not_convert = [modules_to_not_convert]
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.group_size = _checked_group_size(group_size, "group_size")
+        self.modules = {pattern: _checked_choice(pattern, choice) for pattern, choice in (modules or {}).items()}
+        self.symmetric = symmetric
+        self.embeddings = bool(embeddings)
+        self.lm_head = bool(lm_head)
+        self.convolutions = bool(convolutions)
+        self.default_skips = bool(default_skips)
+        #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
+        self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
+        #: None: the checkpoint was not written by Requanto
+        self.format: str | None = stored.get("format")
+        self.format_version: int | None = stored.get("format_version")
+        for flag in ("symmetric",):
+            if getattr(self, flag) not in (None, True, False):
+                raise ValueError(f"{flag} must be True, False or None, found {getattr(self, flag)!r}")
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """The keywords the constructor knows."""
+        return (
+            "weights",
+            "activations",
+            "modules_to_not_convert",
+            "group_size",
+            "modules",
+            "symmetric",
+            "embeddings",
+            "lm_head",
+            "convolutions",
+            "default_skips",
+            "weights_dtype",
+        )
+
+    @property
+    def weights_dtype(self) -> str:
+        """``weights``, under the name Diffusers gives it."""
+        return self.weights
+
+    def choice_for(self, pattern: str | None) -> LayerOptions:
+        """The options of a layer that ``pattern`` of ``modules`` matched, or of any other layer (None)."""
+        options = {
+            "weights": self.weights,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "activations": self.activations,
+        }
+        choice = self.modules[pattern] if pattern is not None else options
+        if isinstance(choice, str):
+            choice = {"weights": choice}
+        options.update(choice or {})
+        return LayerOptions(**options)
+
+    # ------------------------------------------------------------------ what the libraries call
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_dict` makes an equal object of them."""
+        values: dict[str, Any] = {"quant_method": self.quant_method.value}
+        for key in self.parameters():
+            if key != "weights_dtype":
+                values[key] = copy.deepcopy(getattr(self, key))
+        if self.format is not None or self.tensors:
+            values |= {
+                "format": self.format or FORMAT,
+                "format_version": self.format_version or FORMAT_VERSION,
+                "tensors": dict(self.tensors),
+            }
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a model's config.json holds: everything, so that a default that changes later changes no checkpoint."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str) -> None:
+        """Writes :meth:`to_json_string`."""
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(self.to_json_string())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The object a dict describes. Keywords that name a known parameter replace the dict's value."""
+        known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.parameters()}
+        config = cls(**{**config_dict, **known})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Sets known attributes; returns the keywords that are none."""
+        known = {key: value for key, value in kwargs.items() if key in self.parameters()}
+        if known:
+            self.__init__(**{**self.to_dict(), **known})  # type: ignore[misc]
+        return {key: value for key, value in kwargs.items() if key not in known}
+
+    def __iter__(self) -> Any:
+        """``dict(config)``, which Transformers does when it prints one."""
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuantoConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as every configuration of the libraries
+
+    def __repr__(self) -> str:
+        shown = {
+            k: v for k, v in self.to_dict().items() if k not in ("tensors", "quant_method") and v not in (None, {})
+        }
+        return f"QuantoConfig({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+
+class LayerOptions:
+    """The choices for one layer, as `QTensor.quantize` takes them."""
+
+    def __init__(
+        self,
+        weights: str,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        activations: str | None = None,
+    ) -> None:
+        self.qtype = resolve_qtype(weights)
+        self.group_size: int | None | str = (
+            "default" if group_size is None else None if group_size == -1 else group_size
+        )
+        self.symmetric = symmetric
+        self.activations = None if activations is None else resolve_qtype(activations)
+
+    def __repr__(self) -> str:
+        return f"LayerOptions({self.qtype.name}, group_size={self.group_size}, symmetric={self.symmetric})"
+
+
+def _refuse_unknown(unknown: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{where} got an unknown keyword {key!r}{hint} Known: {', '.join(known)}")
+
+
+def _activation_name(value: str | qtype | None) -> str | None:
+    if value is None or value == "none":
+        return None
+    kind = resolve_qtype(value)
+    if kind not in (qint8, qfloat8):
+        raise ValueError(f"activations must be None, 'int8' or 'float8', found {value!r}")
+    return short_name(kind)
+
+
+def _checked_group_size(value: Any, name: str) -> int | None:
+    if value is None or value == -1:
+        return value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, -1 (one scale a row) or None (default), found {value!r}")
+    return value
+
+
+def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
+    where = f"modules[{pattern!r}]"
+    if choice is None:
+        return None
+    if isinstance(choice, (str, qtype)):
+        return short_name(resolve_qtype(choice))
+    if not isinstance(choice, dict):
+        raise ValueError(f"{where} must be a type, a dict or None, found {choice!r}")
+    _refuse_unknown({k: v for k, v in choice.items() if k not in _LAYER_KEYS}, _LAYER_KEYS, where)
+    checked = dict(choice)
+    if "weights" in checked:
+        checked["weights"] = short_name(resolve_qtype(checked["weights"]))
+    if "activations" in checked:
+        checked["activations"] = _activation_name(checked["activations"])
+    _checked_group_size(checked.get("group_size"), f"{where}['group_size']")
+    return checked
