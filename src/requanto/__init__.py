@@ -1,5 +1,6 @@
 """Requanto: quantized weights for Transformers and Diffusers."""
 
+from requanto import integrations as _integrations
 from requanto import ops as _ops  # noqa: F401  (fills the operator tables of QTensor)
 from requanto.config import QuantoConfig
 from requanto.qtensor import QTensor
@@ -20,3 +21,5 @@ __all__ = [
     "qtype",
     "qtypes",
 ]
+
+_integrations.install()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from torch import nn
 from requanto.config import LayerOptions, QuantoConfig
 from requanto.qtensor import QTensor
 from requanto.scales.weights import ScaleSearch, minmax
+
+logger = logging.getLogger(__name__)
 
 _GLOB = frozenset("*?[")
 
@@ -102,6 +105,7 @@ def plan(
     default_skips: Iterable[str] = (),
     output_embeddings: nn.Module | None = None,
     always_float: Iterable[str] = (),
+    tied: dict[str, str] | None = None,
 ) -> dict[str, PlannedWeight]:
     """Every parameter to quantize, by its full name.
 
@@ -111,6 +115,7 @@ def plan(
         default_skips: module names the library leaves float unless told otherwise.
         output_embeddings: the lm_head, quantized only where ``config.lm_head`` or its full name says so.
         always_float: module names that stay float whatever the config says (the library needs them in float32).
+        tied: parameter -> the parameter it shares its tensor with; only the latter is in a checkpoint.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to quantize.
@@ -150,6 +155,12 @@ def plan(
                 elif id(module) not in embedding_ids and any(matches(p, module_name) for p in skips):
                     continue
             planned[full] = PlannedWeight(config.choice_for(pattern), axis, transposed, kind)
+    for target, source in (tied or {}).items():
+        if target in planned and source not in planned:
+            # One tensor under two names: asking for the head means asking for the table it shares.
+            logger.info("%s is tied to %s: both are quantized, as the one tensor they are", target, source)
+            planned[source] = planned[target]
+        planned.pop(target, None)
     if not planned:
         kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
         raise ValueError(

@@ -1,1 +1,62 @@
-"""The thin edges: one module a library. `register()` hooks into whichever of them is installed."""
+"""The thin edges: one module a library.
+
+`install()` hooks Requanto into whichever of them a process uses, without importing any: a module of a library that is
+loaded already is hooked at once, one that is not when it is first imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from types import ModuleType
+
+#: module of a library -> (our module, function to call once the library's module is there)
+HOOKS: dict[str, tuple[str, str]] = {
+    "transformers.quantizers.auto": ("requanto.integrations.transformers", "register"),
+    "transformers.modeling_utils": ("requanto.integrations.transformers_model", "register"),
+    "diffusers.quantizers.auto": ("requanto.integrations.diffusers", "register"),
+}
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds the hooked modules where the ordinary finders do, and calls the hook after they ran."""
+
+    def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None):  # type: ignore[no-untyped-def]
+        if fullname not in HOOKS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)  # type: ignore[arg-type]
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> object:  # get_source, get_filename ... as the real one
+        return getattr(self._inner, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        _run(module.__name__)
+
+
+def _run(library_module: str) -> None:
+    ours, function = HOOKS[library_module]
+    getattr(importlib.import_module(ours), function)()
+
+
+def install() -> None:
+    """Hooks into the libraries. Doing it twice changes nothing."""
+    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _AfterImport())
+    for name in HOOKS:
+        if name in sys.modules:
+            _run(name)

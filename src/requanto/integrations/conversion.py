@@ -1,0 +1,60 @@
+"""What both libraries need to know about a quantizer's configuration and a model's plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.config import QuantoConfig
+from requanto.qtensor import QTensor
+
+
+def as_config(config: Any) -> QuantoConfig:
+    """Our config from ours, a dict, or one of the libraries' built-in QuantoConfigs.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(config, QuantoConfig):
+        return config
+    if isinstance(config, dict):
+        return QuantoConfig.from_dict(config)
+    if type(config).__name__ == "QuantoConfig":
+        weights = getattr(config, "weights", None) or getattr(config, "weights_dtype", None)
+        return QuantoConfig(
+            weights=weights,
+            activations=getattr(config, "activations", None),
+            modules_to_not_convert=config.modules_to_not_convert,
+        )
+    raise TypeError(f"expected a QuantoConfig, found {type(config).__module__}.{type(config).__name__}")
+
+
+def frozen_parameter(tensor: QTensor) -> QTensor:
+    """The tensor as a parameter that needs no gradient."""
+    return nn.Parameter(tensor, requires_grad=False)  # type: ignore[return-value]
+
+
+def true_bytes(model: nn.Module, buffers: bool = True) -> int:
+    """Bytes that the model's parameters (and buffers) hold, quantized ones at their real size, shared ones once."""
+    tensors = list(model.parameters()) + (list(model.buffers()) if buffers else [])
+    return sum(t.nbytes if isinstance(t, QTensor) else t.nelement() * t.element_size() for t in tensors)
+
+
+def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces every quantized parameter by a float one, in place; tied ones stay tied."""
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, QTensor):
+                if id(parameter) not in done:
+                    value = parameter.dequantize(dtype).contiguous()
+                    done[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                setattr(module, name, done[id(parameter)])
+    return model
+
+
+def has_quantized(model: nn.Module) -> bool:
+    """True if any parameter is a QTensor."""
+    return any(isinstance(parameter, QTensor) for parameter in model.parameters())

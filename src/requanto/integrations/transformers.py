@@ -1,0 +1,274 @@
+"""The Transformers quantizer.
+
+Loading a float checkpoint, each planned weight is quantized as it arrives, one tensor at a time, on its device. Loading
+one of ours, the stored parts of each weight become a QTensor. The model's modules are never changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from requanto.checkpoint.files import check_files
+from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
+from requanto.config import FORMAT, FORMAT_VERSION, QuantoConfig
+from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
+from requanto.ops.table import implements_function
+from requanto.plan import PlannedWeight, plan
+from requanto.qtensor import QTensor
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Puts our quantizer and config in the places of the built-in ones."""
+    auto.AUTO_QUANTIZER_MAPPING["quanto"] = RequantoHfQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = QuantoConfig
+
+
+class RequantoHfQuantizer(HfQuantizer):
+    """Quantizes on the way in, saves and loads our format."""
+
+    requires_calibration = False
+    quantization_config: QuantoConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(as_config(quantization_config), **kwargs)
+        self.planned: dict[str, PlannedWeight] = {}
+        #: what went wrong with single weights while loading: the library would bury it in a report
+        self.problems: dict[str, Exception] = {}
+
+    # ------------------------------------------------------------------ before the weights
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses a checkpoint of an unknown format before anything is read."""
+        if self.pre_quantized:
+            config = self.quantization_config
+            if config.format is None:
+                raise CheckpointError(
+                    "this checkpoint says quant_method 'quanto' but was not written by Requanto (its quantization_config "
+                    "has no 'format'). Checkpoints of optimum-quanto are read by "
+                    "requanto.QuantizedModelForCausalLM.from_pretrained and its siblings."
+                )
+            check_version(config.format, config.format_version, "quantization_config")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            check_files(self.quantization_config.tensors, kwargs.get("checkpoint_files") or [])
+            for name, text in self.quantization_config.tensors.items():
+                parse_spec(text, name)
+            return
+        self.planned = plan(
+            model,
+            self.quantization_config,
+            default_skips=get_keys_to_not_convert(model),
+            output_embeddings=model.get_output_embeddings(),
+            always_float=model._keep_in_fp32_modules or (),
+            tied=model.all_tied_weights_keys,
+        )
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """True for the weights that the plan names."""
+        return param_name in self.planned
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes per weight, scales included, for the device map."""
+        text = self._spec(model, param_name) if self.pre_quantized else None
+        if text is not None:
+            kind, group = parse_spec(text, param_name)["qtype"], parse_spec(text, param_name)["group_size"]
+        elif param_name in self.planned:
+            kind, group = self.planned[param_name].options.qtype, self.planned[param_name].options.group_size
+            group = 32 if group == "default" else group
+        else:
+            return param.element_size()
+        overhead = 2 * param.element_size() / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
+        return kind.bits / 8 + overhead
+
+    # ------------------------------------------------------------------ the weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation that quantizes one float weight."""
+        return _Quantize(self)
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        """Leaf name of each stored weight -> the leaf names of its parts."""
+        if not self.pre_quantized:
+            return {}
+        leaves = {name.rpartition(".")[2] for name in self.quantization_config.tensors}
+        return {leaf: [f"{leaf}_{part}" for part in PARTS] for leaf in sorted(leaves)}
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """How the parts become a weight."""
+        return {"deserialize": _Rebuild}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales keep the dtype they were saved in, whatever dtype the model is loaded in."""
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _spec(self, model: Any, name: str) -> str | None:
+        """The stored description of a model's weight; the model may be the base of the one saved, or the reverse."""
+        tensors, prefix = self.quantization_config.tensors, model.base_model_prefix
+        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if candidate in tensors:
+                return tensors[candidate]
+        return None
+
+    # ------------------------------------------------------------------ after the weights
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.problems:
+            raise _joined(self.problems)
+        # The converters that built the weights must not run backwards at the next save: what is saved is ours already.
+        # Renamings stay, they are undone on saving and done again on loading.
+        model._weight_conversions = [c for c in model._weight_conversions if type(c) is WeightRenaming or _is_prefix(c)]
+        config = self.quantization_config
+        if self.pre_quantized:
+            self._check_complete(model)
+        config.format, config.format_version = FORMAT, FORMAT_VERSION
+        config.tensors = table_of(model.named_parameters())
+        return model
+
+    def _check_complete(self, model: Any) -> None:
+        found = table_of(model.named_parameters(remove_duplicate=False))
+        names = dict(model.named_parameters(remove_duplicate=False))
+        prefix = model.base_model_prefix
+        for name in self.quantization_config.tensors:
+            here = next((n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in names), None)
+            if here is not None and here not in found:
+                raise CheckpointError(
+                    f"{here} is quantized according to quantization_config, but no {name}_qdata was found in the files: "
+                    f"a shard is missing or belongs to another checkpoint"
+                )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # save_pretrained turns config.dtype into a string
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+        return dequantize_(model, dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """The flat state dict, and metadata for the header of every shard; the config's table is brought up to date."""
+        tied = getattr(model, "all_tied_weights_keys", {})
+        state_dict = {k: v for k, v in model.state_dict().items() if not (isinstance(v, QTensor) and k in tied)}
+        self.quantization_config.format = FORMAT
+        self.quantization_config.format_version = FORMAT_VERSION
+        self.quantization_config.tensors = table_of(state_dict.items())
+        return flatten(state_dict), {"quantizer": "requanto", "format_version": str(FORMAT_VERSION)}
+
+    def is_serializable(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top of it."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Without graph breaks."""
+        return True
+
+
+class _Quantize(ConversionOps):
+    """One float weight -> one QTensor."""
+
+    def __init__(self, hf_quantizer: RequantoHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], *, full_layer_name: str, missing_keys: set[str] | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Called by the loader with the values of one source (or, for merged experts, of several targets)."""
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        try:
+            tensor = self.hf_quantizer.planned[full_layer_name].quantize(weight, full_layer_name)
+        except ValueError as error:
+            return _give_up(self.hf_quantizer, full_layer_name, error, missing_keys)
+        return {full_layer_name: frozen_parameter(tensor)}
+
+
+class _Rebuild(ConversionOps):
+    """Stored parts -> one QTensor."""
+
+    def __init__(self, hf_quantizer: RequantoHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    @torch.no_grad()
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: Any,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Called by the loader with the parts of one weight, by their leaf names."""
+        quantizer = self.hf_quantizer
+        module, leaf = get_module_from_name(model, full_layer_name)
+        try:
+            text = quantizer._spec(model, full_layer_name)
+            if text is None:
+                raise CheckpointError(
+                    f"{full_layer_name}: the files hold quantized parts that quantization_config.tensors does not "
+                    f"describe; restore the config.json that was saved with them"
+                )
+            parts = {}
+            for key, value in input_dict.items():
+                name = key.rpartition(".")[2].removeprefix(f"{leaf}_")
+                parts[name] = value[0] if isinstance(value, list) else value
+            expected = getattr(module, leaf)
+            tensor = rebuild(full_layer_name, text, parts, expected.dtype)
+            if tensor.shape != expected.shape:
+                raise CheckpointError(
+                    f"{full_layer_name}: the checkpoint holds shape {tuple(tensor.shape)}, the model expects "
+                    f"{tuple(expected.shape)}"
+                )
+        except CheckpointError as error:
+            return _give_up(quantizer, full_layer_name, error, missing_keys)
+        return {full_layer_name: frozen_parameter(tensor)}
+
+
+def _give_up(
+    quantizer: RequantoHfQuantizer, name: str, error: Exception, missing_keys: set[str] | None
+) -> dict[str, torch.Tensor]:
+    """Notes a problem; it is raised, whole, when the loader is through (see ``problems``)."""
+    quantizer.problems[name] = error
+    if missing_keys is not None:
+        missing_keys.discard(name)
+    return {}
+
+
+def _joined(problems: dict[str, Exception]) -> Exception:
+    first = next(iter(problems.values()))
+    more = f"\n(and {len(problems) - 1} more weights with problems)" if len(problems) > 1 else ""
+    return type(first)(f"{first}{more}")
+
+
+def _is_prefix(conversion: Any) -> bool:
+    return type(conversion).__name__ == "PrefixChange"
+
+
+def _hook_grouped_mm_fallback() -> None:
+    """Transformers' own operator for grouped experts where torch's cannot be used: it meets a QTensor in ours."""
+    from transformers.integrations import moe  # noqa: F401  (defines the operator)
+
+    from requanto.linear import grouped_linear
+
+    def fallback(input: torch.Tensor, weight: QTensor, offs: torch.Tensor) -> torch.Tensor:
+        return grouped_linear(input, weight.transpose(-1, -2), offs)
+
+    packet = torch.ops.transformers.grouped_mm_fallback
+    implements_function(packet, packet.default)(fallback)
+
+
+_hook_grouped_mm_fallback()
