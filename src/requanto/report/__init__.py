@@ -1,0 +1,6 @@
+"""What a quantized model costs and what it keeps: figures a user can check."""
+
+from requanto.report.perplexity import PerplexityResult, perplexity
+from requanto.report.speed import SpeedResult, generation_speed
+
+__all__ = ["PerplexityResult", "SpeedResult", "generation_speed", "perplexity"]
