@@ -203,7 +203,7 @@ class LayerOptions:
         activations: str | None = None,
     ) -> None:
         self.qtype = resolve_qtype(weights)
-        self.group_size: int | None | str = (
+        self.group_size: int | str | None = (
             "default" if group_size is None else None if group_size == -1 else group_size
         )
         self.symmetric = symmetric

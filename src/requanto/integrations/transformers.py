@@ -108,10 +108,6 @@ class RequantoHfQuantizer(HfQuantizer):
         """How the parts become a weight."""
         return {"deserialize": _Rebuild}
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Scales keep the dtype they were saved in, whatever dtype the model is loaded in."""
-        return super().get_new_dtype(converter, param, dtype)
-
     def _spec(self, model: Any, name: str) -> str | None:
         """The stored description of a model's weight; the model may be the base of the one saved, or the reverse."""
         tensors, prefix = self.quantization_config.tensors, model.base_model_prefix
@@ -153,13 +149,17 @@ class RequantoHfQuantizer(HfQuantizer):
         return dequantize_(model, dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The flat state dict, and metadata for the header of every shard; the config's table is brought up to date."""
+        """The flat state dict, and no metadata of ours; the config's table is brought up to date.
+
+        Everything is in config.json: a safetensors header with several metadata keys has no fixed order, and a saved
+        model should be the same bytes whenever it is saved.
+        """
         tied = getattr(model, "all_tied_weights_keys", {})
         state_dict = {k: v for k, v in model.state_dict().items() if not (isinstance(v, QTensor) and k in tied)}
         self.quantization_config.format = FORMAT
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.tensors = table_of(state_dict.items())
-        return flatten(state_dict), {"quantizer": "requanto", "format_version": str(FORMAT_VERSION)}
+        return flatten(state_dict), {}
 
     def is_serializable(self) -> bool:
         """Always."""

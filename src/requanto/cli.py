@@ -1,0 +1,180 @@
+"""The command line: ``requanto quantize``, ``inspect`` and ``eval``.
+
+Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantize models, look into them, measure them.")
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A directory that save_pretrained wrote, or a name on the hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else, on standard output.")]
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """Turns what users can cause into one line on standard error and exit code 1."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
+        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done to each layer.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Directory to write; replaced as a whole when the save is complete.")],
+    weights: Annotated[str, typer.Option(help="int8, int4, int2, float8, float8_e5m2 ...")] = "int8",
+    activations: Annotated[str | None, typer.Option(help="int8 or float8; default: not quantized.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale a row.")] = None,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Leave float: a name, a parent, a leaf or a glob. Repeatable.")
+    ] = None,
+    module: Annotated[
+        list[str] | None, typer.Option(help="PATTERN=TYPE for single modules, e.g. '*.mlp.*=int4'. Repeatable.")
+    ] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")] = False,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embeddings too.")] = False,
+    convolutions: Annotated[bool, typer.Option("--convolutions", help="Quantize convolutions too.")] = False,
+    dtype: Annotated[str, typer.Option(help="Float dtype of the rest: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to quantize, e.g. cuda; default: the CPU.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and save it to OUT, with its tokenizer."""
+    from requanto.config import QuantoConfig
+    from requanto.report.convert import quantize_directory
+    from requanto.report.inspect import inspect_directory
+
+    with _reported():
+        config = QuantoConfig(
+            weights=weights,
+            activations=activations,
+            group_size=group_size,
+            modules_to_not_convert=modules_to_not_convert or None,
+            modules=_pairs(module or []),
+            embeddings=embeddings,
+            lm_head=lm_head,
+            convolutions=convolutions,
+        )
+        quantize_directory(model, out, config, dtype=dtype, device=device)
+        report = inspect_directory(out)
+        if as_json:
+            print(json.dumps({"out": str(out), "total_bytes": report.total_bytes, "config": config.to_dict()}))
+        else:
+            console.print(f"Saved {out}: {_size(report.total_bytes)}, of which {_size(report.float_bytes)} float.")
+
+
+def _pairs(items: list[str]) -> dict[str, str | None]:
+    pairs: dict[str, str | None] = {}
+    for item in items:
+        pattern, equals, kind = item.rpartition("=")
+        if not equals or not pattern:
+            raise ValueError(f"--module takes PATTERN=TYPE, found {item!r}; example: --module '*.mlp.*=int4'")
+        pairs[pattern] = None if kind in ("float", "none") else kind
+    return pairs
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A directory that save_pretrained wrote, quantized or float.")],
+    all_layers: Annotated[bool, typer.Option("--all", help="A line for every weight, norms and biases too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show type, shape and bytes of each weight; for a float model, what each type would save. Reads headers only."""
+    from requanto.report.inspect import inspect_directory
+
+    with _reported():
+        report = inspect_directory(directory)
+        if as_json:
+            print(report.to_json())
+            return
+        table = Table(title=str(directory))
+        for column in ("weight", "type", "shape", "group", "bits", "size"):
+            table.add_column(column, justify="left" if column in ("weight", "type") else "right", overflow="fold")
+        for weight in report.weights:
+            if all_layers or len(weight.shape) > 1:
+                group = str(weight.group_size or "row") if weight.bits < 16 else ""
+                shape = " x ".join(map(str, weight.shape))
+                table.add_row(weight.name, weight.dtype, shape, group, f"{weight.bits:.2f}", _size(weight.bytes))
+        console.print(table)
+        console.print(
+            f"Total {_size(report.total_bytes)}: quantized {_size(report.quantized_bytes)}, float "
+            f"{_size(report.float_bytes)}."
+        )
+        for kind, size in report.would_take.items():
+            console.print(f"  in {kind:<7} it would take {_size(size)} ({size / report.total_bytes:.0%})")
+
+
+@app.command(name="eval")
+def evaluate(
+    directory: Model,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to measure on; default: the one that ships here.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="Float dtype: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda; default: the CPU.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity on a text, and tokens a second, of a causal language model."""
+    from requanto.report import perplexity
+    from requanto.report.convert import load_causal_lm
+    from requanto.report.inspect import inspect_model
+
+    with _reported():
+        content = (text or Path(__file__).parent / "data" / "eval_text.txt").read_text(encoding="utf-8")
+        model, tokenizer = load_causal_lm(directory, dtype=dtype, device=device)
+        result = perplexity(model, tokenizer, content, window=window, max_tokens=max_tokens, progress=not as_json)
+        size = inspect_model(model).total_bytes
+        values: dict[str, Any] = {**asdict(result), "bytes": size}
+        values["tokens_per_second"] = result.tokens / result.seconds
+        if as_json:
+            print(json.dumps(values))
+        else:
+            console.print(
+                f"perplexity {result.perplexity:.3f} on {result.tokens} tokens, {values['tokens_per_second']:.0f} tokens/s, "
+                f"{_size(size)} in memory"
+            )
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def main() -> None:
+    """Entry point of the ``requanto`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

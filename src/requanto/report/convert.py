@@ -1,0 +1,116 @@
+"""From one directory to another: what the command line does with models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from requanto.config import QuantoConfig
+
+# Files that belong to a model but are neither weights nor written by save_pretrained: tokenizer, processor, templates.
+_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+
+
+def local_directory(model: str | Path) -> Path:
+    """The directory itself, or the hub's snapshot of that name.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"{model} is no directory; expected one that save_pretrained wrote, or a name on the hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{model} is no directory here, and the hub did not give it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def quantize_directory(
+    model: str | Path, out: Path, config: QuantoConfig, *, dtype: str = "auto", device: str | None = None
+) -> None:
+    """Loads a float model quantized and saves it, companions (tokenizer ...) included.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: it is quantized already, or not a kind that is known.
+    """
+    source = local_directory(model)
+    description = _description(source)
+    if description.get("quantization_config"):
+        method = description["quantization_config"].get("quant_method")
+        raise ValueError(f"{model} is quantized already ({method}); start from the float model")
+    if Path(out).resolve() == source.resolve():
+        raise ValueError(f"OUT is the model's own directory {source}; choose another, the float weights would be lost")
+    loaded = _load(_class_of(source, description), source, config, dtype, device)
+    loaded.save_pretrained(out)
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            if not (out / file.name).exists() and not file.name.endswith(".index.json"):
+                shutil.copy2(file, out / file.name)
+
+
+def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """(model, tokenizer) of a causal language model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = local_directory(directory)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), device_map=device)
+    return model.eval(), AutoTokenizer.from_pretrained(source)
+
+
+def _description(source: Path) -> dict[str, Any]:
+    path = source / "config.json"
+    if not path.is_file():
+        if (source / "model_index.json").is_file():
+            raise ValueError(f"{source} is a Diffusers pipeline; quantize its parts, e.g. {source}/transformer")
+        raise FileNotFoundError(f"{source} holds no config.json; expected a directory that save_pretrained wrote")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _class_of(source: Path, description: dict[str, Any]) -> Any:
+    if "_class_name" in description:
+        import diffusers
+
+        return getattr(diffusers, description["_class_name"])
+    import transformers
+
+    names = description.get("architectures") or []
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    if "model_type" not in description:
+        raise ValueError(f"{source}/config.json names neither architectures nor a model_type; it is no model's config")
+    return transformers.AutoModel
+
+
+def _load(model_class: Any, source: Path, config: QuantoConfig, dtype: str, device: str | None) -> Any:
+    key = "torch_dtype" if model_class.__module__.startswith("diffusers") else "dtype"
+    options: dict[str, Any] = {"quantization_config": config}
+    wanted = _dtype(dtype)
+    if key == "dtype" or wanted != "auto":
+        options[key] = wanted
+    if device is not None:
+        options["device_map"] = device
+    return model_class.from_pretrained(source, **options)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(f"dtype {name!r} is none of auto, bfloat16, float16, float32")
+    return found

@@ -1,0 +1,212 @@
+"""What a model or a checkpoint directory holds: type, shape and bytes of each weight, and what each type would save."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from requanto.checkpoint.files import stored_keys
+from requanto.checkpoint.format import CheckpointError, expected_parts, parse_spec
+from requanto.config import QuantoConfig
+from requanto.qtensor import QTensor
+from requanto.qtypes import qint4, qtypes, short_name
+from requanto.scales import default_group_size, fit_group_size
+
+#: types whose savings `inspect` works out for a float model
+COMPARED = ("int8", "float8", "int4", "int2")
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One stored weight.
+
+    Attributes:
+        name: its name in the model.
+        dtype: ``"int4"`` ... or the float dtype.
+        shape: of the weight, not of its codes.
+        group_size: weights that share a scale; None: one scale a row, or not quantized.
+        bytes: what it takes, scales and shifts counted.
+        bits: bits a weight.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    group_size: int | None
+    bytes: int
+    bits: float
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """All weights of a model or directory, with totals."""
+
+    weights: list[WeightReport]
+    total_bytes: int
+    quantized_bytes: int
+    float_bytes: int
+    #: bytes the model would take with its quantizable (2D and larger, not yet quantized) weights in each type
+    would_take: dict[str, int]
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def inspect_model(model: torch.nn.Module) -> ModelReport:
+    """Reports on a model in memory; tied weights are counted once."""
+    return _report([_of_tensor(name, parameter) for name, parameter in model.named_parameters()], _linear_names(model))
+
+
+def inspect_directory(directory: str | Path) -> ModelReport:
+    """Reports on a saved directory, from its headers alone: no weight is read.
+
+    Raises:
+        FileNotFoundError: no directory, or no config.json or safetensors file in it.
+        CheckpointError: damaged files, or a config that does not fit them.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a directory; expected one that save_pretrained wrote")
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{directory} holds no .safetensors file; found {_listing(directory)}")
+    config = _read_config(directory)
+    owners = {key.removesuffix("_qdata") for key in stored_keys(files) if key.endswith("_qdata")}
+    found: dict[str, WeightReport] = {}
+    parts: dict[str, int] = {}
+    specs = _specs(config)
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (no dict)
+                piece = opened.get_slice(key)
+                size = _bytes(piece.get_dtype(), piece.get_shape())
+                owner = _owner(key, owners)
+                if owner is not None:
+                    parts[owner] = parts.get(owner, 0) + size
+                else:
+                    found[key] = _float_report(key, piece.get_dtype(), tuple(piece.get_shape()), size)
+    if len(parts) != len(specs):
+        raise CheckpointError(
+            f"{directory}: config.json describes {len(specs)} quantized weights, the files hold {len(parts)}"
+        )
+    for name, size in parts.items():
+        # A library may have put a prefix before the name, or taken one away, on saving.
+        spec = specs.get(name) or next((s for n, s in specs.items() if n.endswith(name) or name.endswith(n)), None)
+        if spec is None:
+            raise CheckpointError(f"{directory}: {name} is quantized but config.json does not describe it")
+        count = max(1, torch.Size(spec["shape"]).numel())
+        found[name] = WeightReport(
+            name, short_name(spec["qtype"]), tuple(spec["shape"]), spec["group_size"], size, size * 8 / count
+        )
+    return _report([found[name] for name in sorted(found)], None)
+
+
+def _specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    stored = config.get("quantization_config") or {}
+    if stored.get("quant_method") != "quanto":
+        return {}
+    return {name: parse_spec(text, name) for name, text in QuantoConfig.from_dict(stored).tensors.items()}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} holds no config.json; found {_listing(directory)}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _listing(directory: Path) -> str:
+    return ", ".join(sorted(p.name for p in directory.iterdir())[:8]) or "nothing"
+
+
+def _owner(key: str, owners: set[str]) -> str | None:
+    """The quantized weight that a stored tensor is a part of: one that has a ``_qdata``."""
+    for part in QTensor.tensor_data_names:
+        if key.removesuffix(f"_{part}") in owners and key.endswith(f"_{part}"):
+            return key.removesuffix(f"_{part}")
+    return None
+
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+def _bytes(dtype: str, shape: Iterable[int]) -> int:
+    return torch.Size(shape).numel() * _BYTES.get(dtype, 1)
+
+
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _float_report(name: str, dtype: str, shape: tuple[int, ...], size: int) -> WeightReport:
+    return WeightReport(
+        name, _NAMES.get(dtype, dtype.lower()), shape, None, size, size * 8 / max(1, torch.Size(shape).numel())
+    )
+
+
+def _of_tensor(name: str, parameter: torch.Tensor) -> WeightReport:
+    if isinstance(parameter, QTensor):
+        return WeightReport(
+            name,
+            short_name(parameter.qtype),
+            tuple(parameter.shape),
+            parameter.group_size,
+            parameter.nbytes,
+            parameter.bits_per_weight,
+        )
+    size = parameter.numel() * parameter.element_size()
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return WeightReport(name, dtype, tuple(parameter.shape), None, size, 8.0 * parameter.element_size())
+
+
+def _linear_names(model: torch.nn.Module) -> set[str]:
+    from requanto.plan import plan
+
+    try:
+        return set(plan(model, QuantoConfig()))
+    except ValueError:
+        return set()
+
+
+def _report(weights: list[WeightReport], quantizable: set[str] | None) -> ModelReport:
+    quantized = [w for w in weights if f"q{w.dtype}" in qtypes or w.dtype == "float8"]
+    total = sum(w.bytes for w in weights)
+    quantized_bytes = sum(w.bytes for w in quantized)
+    open_ones = [w for w in weights if w not in quantized and _worth(w, quantizable)]
+    would = {
+        kind: total - sum(w.bytes for w in open_ones) + sum(_quantized_bytes(w, kind) for w in open_ones)
+        for kind in COMPARED
+    }
+    return ModelReport(weights, total, quantized_bytes, total - quantized_bytes, would if open_ones else {})
+
+
+def _worth(weight: WeightReport, quantizable: set[str] | None) -> bool:
+    if quantizable is not None:
+        return weight.name in quantizable
+    leaf, parent = weight.name.rpartition(".")[2], weight.name.rpartition(".")[0].rpartition(".")[2]
+    embedding = parent in ("lm_head",) or "embed" in parent or parent in ("wte", "wpe", "shared")
+    return len(weight.shape) in (2, 3) and leaf in ("weight", "gate_up_proj", "down_proj") and not embedding
+
+
+def _quantized_bytes(weight: WeightReport, kind_name: str) -> int:
+    from requanto.qtypes import resolve_qtype
+
+    kind = resolve_qtype(kind_name)
+    group = fit_group_size(default_group_size(kind), weight.shape[-1], weight.name)
+    spec = {
+        "qtype": kind,
+        "shape": weight.shape,
+        "group_size": group,
+        "axis": len(weight.shape) - 2,
+        "affine": kind.bits <= qint4.bits,
+        "transposed": False,
+    }
+    scale_bytes = 4 if group is None or weight.bits > 16 else 2
+    sizes = {part: shape.numel() for part, (shape, _dtypes) in expected_parts(spec).items()}
+    return sizes["qdata"] + scale_bytes * (sizes["scale"] + sizes.get("shift", 0))
