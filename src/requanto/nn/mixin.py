@@ -1,0 +1,236 @@
+"""QModuleMixin: what a module needs while its weight is float under quantization, or its activations are quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.nn.activation import QActivation, quantize_activation
+from requanto.nn.ste import round_per_token, straight_through
+from requanto.optimizers import Optimizer, check_optimizer, quantize_as_quanto
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtype, resolve_qtype
+from requanto.scales import fit_group_size
+
+
+class QModuleMixin:
+    """Base of the quantized modules; stands before the float module class: ``class QLinear(QModuleMixin, nn.Linear)``.
+
+    While the weight is float, every forward quantizes it anew with a straight-through gradient, so that training sees
+    what :meth:`freeze` will keep. Activations, where a type is given:
+
+    - until a :class:`requanto.Calibration` ran, inputs are quantized on the fly, one scale a token; outputs stay float;
+    - afterwards inputs and outputs use the calibrated ``input_scale`` and ``output_scale``, one each; a scale of 1 is
+      one that was not calibrated. Outputs are then `QActivation` tensors, which the next module takes as they are.
+
+    Attributes:
+        weight_qtype, activation_qtype: what is quantized to which type, or None.
+        weight_group_size, weight_symmetric: as in :func:`requanto.quantize`.
+        optimizer: how scales are found; None: Requanto's own search in float32.
+        input_scale, output_scale: scalar buffers; present where activations are quantized.
+    """
+
+    #: axes, counted from the last, that share one scale when inputs are quantized on the fly
+    token_dims = 1
+    #: the weight is kept [in, out], as GPT-2's Conv1D keeps it
+    transposed_weight = False
+
+    def __init__(
+        self,
+        *args: Any,
+        weights: str | qtype | None = None,
+        activations: str | qtype | None = None,
+        optimizer: Optimizer | None = None,
+        quantize_input: bool = False,
+        device: torch.device | None = None,
+        group_size: int | str | None = "default",
+        symmetric: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        mro = type(self).__mro__
+        if nn.Module not in mro:
+            raise TypeError(f"{type(self).__name__}: a quantized module must inherit from a torch.nn.Module class")
+        if mro.index(QModuleMixin) > mro.index(nn.Module):
+            raise TypeError(f"{type(self).__name__}: QModuleMixin must stand before the torch.nn.Module class")
+        super().__init__(*args, device=device, **kwargs)
+        self.weight_qtype = None if weights is None else resolve_qtype(weights)
+        self.activation_qtype = None if activations is None else resolve_qtype(activations)
+        if self.activation_qtype is not None and self.activation_qtype.bits != 8:
+            raise ValueError(f"activations are quantized to 8 bits, found {self.activation_qtype.name}")
+        self.weight_group_size = group_size
+        self.weight_symmetric = symmetric
+        self.optimizer = optimizer
+        self.quantizes_input = bool(quantize_input)
+        if optimizer is not None and self.weight_qtype is not None:
+            check_optimizer(optimizer, self.weight_qtype)
+        self.calibrated = False
+        if self.activation_qtype is not None:
+            self._add_scales(device)
+
+    def _add_scales(self, device: torch.device | None = None) -> None:
+        weight = getattr(self, "weight", None)
+        dtype = torch.float32 if weight is None else weight.dtype
+        self.register_buffer("input_scale", torch.ones((), dtype=dtype, device=device))
+        self.register_buffer("output_scale", torch.ones((), dtype=dtype, device=device))
+        # Plain functions, not bound methods: a copy of the module must not call the original's.
+        self._quantize_hooks = {
+            "input": self.register_forward_pre_hook(_quantize_input),
+            "output": self.register_forward_hook(_quantize_output),
+        }
+
+    # ------------------------------------------------------------------ making
+
+    @classmethod
+    def qcreate(
+        cls,
+        module: nn.Module,
+        weights: qtype | None,
+        activations: qtype | None = None,
+        optimizer: Optimizer | None = None,
+        device: torch.device | None = None,
+    ) -> QModuleMixin | None:
+        """An empty quantized module like ``module``, or None where there is nothing to quantize. Subclasses define it."""
+        raise NotImplementedError(
+            f"{cls.__name__} must define qcreate(module, weights, activations, optimizer, device)"
+        )
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        weights: str | qtype | None = None,
+        activations: str | qtype | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> Any:
+        """A quantized module that shares the parameters of ``module``; None where there is nothing to quantize."""
+        weights = None if weights is None else resolve_qtype(weights)
+        activations = None if activations is None else resolve_qtype(activations)
+        qmodule = cls.qcreate(module, weights, activations, optimizer, device=torch.device("meta"))
+        if qmodule is None:
+            return None
+        # Only what is not the float module's own is still on the meta device.
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(qmodule, name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            qmodule.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        weight = getattr(module, "weight", None)
+        device = torch.device("cpu") if weight is None else weight.device
+        for name in ("input_scale", "output_scale"):
+            if name in qmodule._buffers:
+                qmodule._buffers[name] = torch.ones((), dtype=qmodule._buffers[name].dtype, device=device)
+        return qmodule.train(module.training)
+
+    # ------------------------------------------------------------------ the weight
+
+    @property
+    def frozen(self) -> bool:
+        """True once the weight is quantized for good."""
+        return isinstance(self.weight, QTensor)
+
+    @property
+    def qweight(self) -> Any:
+        """The weight to compute with: the frozen one, or the float one rounded, gradients passing straight through."""
+        if self.weight_qtype is None or self.weight is None or self.frozen:
+            return self.weight
+        return straight_through(self.weight, lambda weight: self.quantized(weight).dequantize())
+
+    def quantized(self, weight: torch.Tensor) -> QTensor:
+        """``weight`` quantized as this module quantizes its own."""
+        name = getattr(self, "name", None) or type(self).__name__
+        if self.optimizer is None:
+            return QTensor.quantize(
+                weight,
+                self.weight_qtype,
+                group_size=self.weight_group_size,
+                symmetric=self.weight_symmetric,
+                axis=0,
+                transposed=self.transposed_weight,
+                name=f"{name}.weight",
+            )
+        length = weight.shape[0] if self.transposed_weight else weight[0].numel()
+        group = None
+        if self.weight_qtype.bits < 8:
+            wanted = self.weight_group_size
+            if wanted == "default":
+                wanted = 64 if self.weight_qtype.bits == 4 else 32
+            group = fit_group_size(wanted, length, name)
+        return quantize_as_quanto(
+            weight, self.weight_qtype, self.optimizer, group, transposed=self.transposed_weight, name=f"{name}.weight"
+        )
+
+    def freeze(self) -> None:
+        """Replaces the float weight by its quantized form."""
+        if self.weight_qtype is None or self.weight is None or self.frozen:
+            return
+        self.weight = nn.Parameter(self.quantized(self.weight), requires_grad=False)
+        self.sync_activation()
+
+    def sync_activation(self) -> None:
+        """Tells a frozen weight whether its inputs are quantized on the fly: only while there are no static scales."""
+        if self.frozen:
+            on_the_fly = self.quantizes_input and not self.calibrated
+            self.weight.activation = self.activation_qtype if on_the_fly else None
+
+    # ------------------------------------------------------------------ activations
+
+    def quantize_input(self, input: torch.Tensor) -> torch.Tensor:
+        """The input as forward sees it."""
+        if isinstance(input, QActivation):
+            if input.qtype != self.activation_qtype:
+                raise ValueError(
+                    f"this module expects {self.activation_qtype.name} activations and was given {input.qtype.name}: "
+                    f"all modules on one path must quantize activations to one type"
+                )
+            return input
+        if not self.quantizes_input or not input.is_floating_point():
+            return input
+        if self.calibrated:
+            return quantize_activation(input, self.activation_qtype, self.input_scale)
+        if self.frozen and self.weight.activation is not None:
+            return input  # the product quantizes it
+        return round_per_token(input, self.activation_qtype, self.token_dims)
+
+    def quantize_output(self, output: torch.Tensor) -> torch.Tensor:
+        """The output as the next module sees it."""
+        if not self.calibrated or not self.quantizes_output or isinstance(output, QActivation):
+            return output
+        return quantize_activation(output, self.activation_qtype, self.output_scale)
+
+    @property
+    def quantizes_output(self) -> bool:
+        """False once streamlining found that what follows computes in float."""
+        return self.activation_qtype is not None and "output" in self._quantize_hooks
+
+    def disable_output_quantization(self) -> None:
+        """Outputs stay float from now on."""
+        if self.quantizes_output:
+            self._quantize_hooks.pop("output").remove()
+            self.output_scale = torch.ones_like(self.output_scale)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        if self.activation_qtype is not None:
+            self.settle_scales()
+
+    def settle_scales(self) -> None:
+        """Reads off the scale buffers, after they were loaded, what is calibrated."""
+        self.calibrated = bool(self.input_scale != 1) or bool(self.output_scale != 1)
+        if self.calibrated and bool(self.output_scale == 1):
+            self.disable_output_quantization()
+        self.sync_activation()
+
+    def extra_repr(self) -> str:
+        weights = "float" if self.weight_qtype is None else self.weight_qtype.name
+        activations = "float" if self.activation_qtype is None else self.activation_qtype.name
+        base = super().extra_repr()  # type: ignore[misc]
+        return f"{base}, weights={weights}, activations={activations}, frozen={self.frozen}"
+
+
+def _quantize_input(module: QModuleMixin, args: tuple) -> Any:
+    return (module.quantize_input(args[0]), *args[1:]) if args else None
+
+
+def _quantize_output(module: QModuleMixin, args: tuple, output: Any) -> Any:
+    return module.quantize_output(output)

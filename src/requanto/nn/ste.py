@@ -1,0 +1,46 @@
+"""Straight-through rounding: quantized values forward, the gradient of the float values backward.
+
+Bengio et al. 2013, arXiv:1308.3432.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from requanto.qtypes import qtype
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return rounded(value.detach())
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def straight_through(value: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``rounded(value)`` whose gradient is that of ``value``."""
+    return _Through.apply(value, rounded)
+
+
+def round_per_token(value: torch.Tensor, kind: qtype, dims: int = 1) -> torch.Tensor:
+    """``value`` rounded to ``kind`` with one scale (absmax) for every slice over its last ``dims`` axes.
+
+    Computed in float32, returned in value's dtype; the gradient passes straight through.
+    """
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        if not x.numel():
+            return x
+        wide = x.float()
+        scale = wide.abs().amax(list(range(-dims, 0)), keepdim=True) / kind.qmax
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes = (wide / scale).clamp(kind.qmin, kind.qmax)
+        codes = codes.to(kind.dtype).float() if kind.is_floating_point else codes.round()
+        return (codes * scale).to(x.dtype)
+
+    return straight_through(value, rounded)

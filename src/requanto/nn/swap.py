@@ -1,0 +1,78 @@
+"""Turning a float module into its quantized counterpart and back, in place.
+
+The module object stays the same, so a single nn.Linear works as a root, and every reference to a module, every hook on it
+and every attribute a user gave it survive; what changes is its class.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from requanto.nn.mixin import QModuleMixin
+from requanto.nn.registry import Registry, modules
+from requanto.optimizers import Optimizer
+from requanto.qtypes import qtype
+
+_FLOAT = "_requanto_float"
+
+
+def quantize_in_place(
+    module: nn.Module,
+    weights: qtype | None,
+    activations: qtype | None,
+    optimizer: Optimizer | None,
+    group_size: int | str | None,
+    symmetric: bool | None,
+    name: str,
+    registry: Registry = modules,
+) -> bool:
+    """Makes ``module`` quantized; False where its class has no quantized counterpart."""
+    qmodule_cls = registry.find(module)
+    if qmodule_cls is None:
+        return False
+    qmodule = qmodule_cls.from_module(module, weights=weights, activations=activations, optimizer=optimizer)
+    if qmodule is None:
+        return False
+    qmodule.weight_group_size, qmodule.weight_symmetric = group_size, symmetric
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        merged = getattr(module, hooks)
+        merged.update(getattr(qmodule, hooks))
+        qmodule.__dict__[hooks] = merged
+    for handle in getattr(qmodule, "_quantize_hooks", {}).values():
+        _point_at(handle, qmodule)
+    before = dict(module.__dict__)
+    state = {**module.__dict__, **qmodule.__dict__}
+    module.__dict__[_FLOAT] = (type(module), set(before))
+    state[_FLOAT] = module.__dict__[_FLOAT]
+    module.__class__ = type(qmodule)
+    module.__dict__.update(state)
+    module.name = name
+    return True
+
+
+def _point_at(handle: object, module: nn.Module) -> None:
+    """Lets a hook's handle remove it from the module's merged hooks."""
+    import weakref
+
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if handle.id in hooks:  # type: ignore[attr-defined]
+            handle.hooks_dict_ref = weakref.ref(hooks)  # type: ignore[attr-defined]
+
+
+def restore_float_class(module: QModuleMixin) -> bool:
+    """Gives a module that :func:`quantize_in_place` changed its first class back; False where it was made quantized.
+
+    Its weight may be quantized by then: a quantized weight needs no module of its own.
+    """
+    made_from = module.__dict__.get(_FLOAT)
+    if made_from is None:
+        return False
+    for handle in getattr(module, "_quantize_hooks", {}).values():
+        handle.remove()
+    for scale in ("input_scale", "output_scale"):
+        module._buffers.pop(scale, None)
+    float_cls, attributes = made_from
+    for attribute in set(module.__dict__) - attributes:
+        del module.__dict__[attribute]
+    module.__class__ = float_cls
+    return True

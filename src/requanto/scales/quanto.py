@@ -1,0 +1,88 @@
+"""optimum-quanto's arithmetic: codes in the dtype of the weight, groups by its rule, bytes in its order."""
+
+from __future__ import annotations
+
+import torch
+
+
+def symmetric_codes(base: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
+    """int8 or float8 codes of ``base / scale``, in base's shape."""
+    scaled = base / scale
+    if not dtype.is_floating_point:
+        scaled = torch.round(scaled)
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return torch.clamp(scaled, min=info.min, max=info.max).to(dtype)
+
+
+def affine_codes(base: torch.Tensor, bits: int, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Unsigned codes ``0 .. 2^bits - 1`` (uint8) of a grouped ``base``; an integer shift is the code of zero."""
+    if shift.dtype.is_floating_point:
+        codes = torch.round((base + shift) / scale)
+    else:
+        codes = torch.round(base / scale) + shift
+    return torch.clamp(codes, min=0, max=2**bits - 1).to(torch.uint8)
+
+
+def group_size_rule(shape: torch.Size | tuple[int, ...]) -> int | None:
+    """Group that 2- and 4-bit module weights of this shape have there: 128, 96, 64 or 32 where it divides, else None."""
+    length = torch.Size(shape).numel() // shape[0] if shape[0] else 0
+    size = 128
+    if length <= size:
+        return None
+    while length % size and size > 32:
+        size -= 32
+    return None if length % size else size
+
+
+def group(base: torch.Tensor, axis: int, group_size: int) -> torch.Tensor:
+    """``[groups, group_size]`` for axis 0, ``[group_size, groups]`` for axis -1.
+
+    Raises:
+        ValueError: another axis, or a group that does not divide the weights along it.
+    """
+    if axis not in (0, -1):
+        raise ValueError(f"axis must be 0 or -1 to group a tensor, found {axis!r}")
+    features = base.shape[axis]
+    length = base.numel() // features
+    if group_size > length or length % group_size:
+        raise ValueError(f"group_size ({group_size}) must divide the {length} weights along axis {axis}")
+    if axis == 0:
+        return base.reshape(-1, group_size)
+    return base.reshape(length // group_size, group_size, features).permute(1, 2, 0).reshape(group_size, -1)
+
+
+def ungroup(grouped: torch.Tensor, axis: int, orig_shape: torch.Size) -> torch.Tensor:
+    """The reverse of :func:`group`."""
+    if grouped.shape == orig_shape:
+        return grouped
+    if axis == 0:
+        return grouped.reshape(orig_shape)
+    group_size = grouped.shape[0]
+    return grouped.reshape(group_size, orig_shape[axis], -1).permute(2, 0, 1).reshape(orig_shape)
+
+
+def grouped_shape(shape: torch.Size | tuple[int, ...], axis: int, group_size: int) -> tuple[int, int]:
+    """The shape that :func:`group` gives a tensor of ``shape``."""
+    if axis not in (0, -1):
+        raise ValueError(f"axis must be 0 or -1 to group a tensor, found {axis!r}")
+    groups = torch.Size(shape).numel() // group_size
+    return (groups, group_size) if axis == 0 else (group_size, groups)
+
+
+def pack_split(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Packs along axis 0, split: byte row r holds rows r, r + R, r + 2R ... from low bits to high, R = ceil(rows / per byte)."""
+    per_byte = 8 // bits
+    rows = codes.shape[0]
+    width = -(-rows // per_byte)
+    packed = torch.zeros(width, *codes.shape[1:], dtype=torch.uint8, device=codes.device)
+    for lane in range(per_byte):
+        part = codes[lane * width : (lane + 1) * width].to(torch.uint8)
+        if part.shape[0]:
+            packed[: part.shape[0]] |= part << (bits * lane)
+    return packed
+
+
+def unpack_split(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The reverse of :func:`pack_split`, padding rows included."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (bits * lane)) & mask for lane in range(8 // bits)]).to(torch.uint8)
