@@ -98,6 +98,19 @@ def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[
     return None
 
 
+def is_router(modules: dict[str, nn.Module], name: str) -> bool:
+    """Whether a module chooses experts: a gate or router beside them. Its errors change which weights are used at all."""
+    parent, _, leaf = name.rpartition(".")
+    beside = modules[parent].named_children() if parent in modules else ()
+    return ("router" in leaf or leaf.endswith("gate")) and any("expert" in child for child, _ in beside if child != leaf)
+
+
+def _skipped(modules: dict[str, nn.Module], name: str, skips: list[str], config: QuantoConfig) -> bool:
+    if any(matches(pattern, name) for pattern in skips):
+        return True
+    return config.default_skips and is_router(modules, name)
+
+
 def plan(
     model: nn.Module,
     config: QuantoConfig,
@@ -152,7 +165,7 @@ def plan(
                 if id(module) == output_id:
                     if not config.lm_head:
                         continue
-                elif id(module) not in embedding_ids and any(matches(p, module_name) for p in skips):
+                elif id(module) not in embedding_ids and _skipped(modules, module_name, skips, config):
                     continue
             planned[full] = PlannedWeight(config.choice_for(pattern), axis, transposed, kind)
     for target, source in (tied or {}).items():

@@ -40,10 +40,13 @@ def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -
         raise ValueError(f"linear: x must be a float tensor, found {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}; move one of them")
+    rows = x.reshape(-1, x.shape[-1])
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad or torch.compiler.is_compiling():
-        return torch.ops.requanto.linear(
-            x,
+        # Rows in, rows out: the result of an operator with a backward of its own must be no view, or users could not
+        # change it in place.
+        out = torch.ops.requanto.linear(
+            rows,
             weight.qdata,
             weight.scale,
             weight.shift,
@@ -53,15 +56,17 @@ def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -
             list(weight.canonical_shape),
             weight.transposed,
         )
-    return _run(x, weight, bias)
+    else:
+        out = _run(rows, weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _run(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-    choice = choose(problem_of(weight, x.dtype, rows.shape[0]))
-    return choice.implementation.run(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+    """``[rows, K] -> [rows, N]`` by the table's choice."""
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    choice = choose(problem_of(weight, x.dtype, x.shape[0]))
+    return choice.implementation.run(x, weight, bias)
 
 
 def _weight(
