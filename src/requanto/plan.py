@@ -17,6 +17,9 @@ from requanto.scales.weights import ScaleSearch, minmax
 
 logger = logging.getLogger(__name__)
 
+# Expert modules whose weights are [experts, in, out] and that do not say so themselves.
+_TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts"})
+
 _GLOB = frozenset("*?[")
 
 
@@ -94,7 +97,8 @@ def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[
             return "conv1d", 0, True
     # Fused experts keep [experts, out, in] (or [experts, in, out]) parameters on the module itself.
     if parameter.dim() == 3 and "Experts" in type(module).__name__:
-        return "experts", 1, bool(getattr(module, "is_transposed", False))
+        transposed = bool(getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS))
+        return "experts", 1, transposed
     return None
 
 
