@@ -45,7 +45,8 @@ def quantize(
     """Puts a model's modules under quantization, in place.
 
     Linear layers, convolutions and GPT-2's Conv1D are quantized; LayerNorm where ``activations`` are; Embedding only
-    where ``modules`` names it or it is the root. Weights stay float until :func:`freeze`: each forward rounds them, with a straight-through gradient.
+    where ``modules`` names it or it is the root. Weights stay float until :func:`freeze`: each forward rounds them, with
+    a straight-through gradient.
 
     Modules change their class and keep their identity, so the root itself may be a single ``nn.Linear``.
 

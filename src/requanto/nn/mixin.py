@@ -13,6 +13,7 @@ from requanto.optimizers import Optimizer, check_optimizer, quantize_as_quanto
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.scales import fit_group_size
+from requanto.scales.quanto import group_size_rule
 
 
 class QModuleMixin:
@@ -149,13 +150,13 @@ class QModuleMixin:
                 transposed=self.transposed_weight,
                 name=f"{name}.weight",
             )
-        length = weight.shape[0] if self.transposed_weight else weight[0].numel()
+        shape = weight.mT.shape if self.transposed_weight else weight.shape
         group = None
         if self.weight_qtype.bits < 8:
             wanted = self.weight_group_size
-            if wanted == "default":
-                wanted = 64 if self.weight_qtype.bits == 4 else 32
-            group = fit_group_size(wanted, length, name)
+            # An optimizer asks for optimum-quanto's quantization: its groups too, where none are named.
+            rule = wanted == "default"
+            group = group_size_rule(shape) if rule else fit_group_size(wanted, shape[1:].numel(), name)
         return quantize_as_quanto(
             weight, self.weight_qtype, self.optimizer, group, transposed=self.transposed_weight, name=f"{name}.weight"
         )

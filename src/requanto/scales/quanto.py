@@ -70,7 +70,7 @@ def grouped_shape(shape: torch.Size | tuple[int, ...], axis: int, group_size: in
 
 
 def pack_split(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs along axis 0, split: byte row r holds rows r, r + R, r + 2R ... from low bits to high, R = ceil(rows / per byte)."""
+    """Packs along axis 0, split: byte row r holds rows r, r + R ... from low bits to high, R = ceil(rows / per byte)."""
     per_byte = 8 // bits
     rows = codes.shape[0]
     width = -(-rows // per_byte)
