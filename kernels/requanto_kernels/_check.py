@@ -1,0 +1,150 @@
+"""Validation before any launch: each error names the argument, what was found and what is expected."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ._device import is_interpreted
+
+FP8_KINDS = {
+    torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2: "e5m2",
+}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+LAYOUTS = ("plain", "exec")
+
+
+def fail(name: str, found: object, expected: object) -> None:
+    raise ValueError(f"{name}: found {found}, expected {expected}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, allowed) -> None:
+    if tensor.dtype not in allowed:
+        fail(f"{name}.dtype", tensor.dtype, "one of " + ", ".join(str(d) for d in allowed))
+
+
+def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        fail(f"{name}.shape", tuple(tensor.shape), shape)
+
+
+def check_devices(**tensors: torch.Tensor | None) -> torch.device:
+    """All on one device, and on one that Triton serves."""
+    present = {name: t for name, t in tensors.items() if t is not None}
+    first, anchor = next(iter(present.items()))
+    for name, tensor in present.items():
+        if tensor.device != anchor.device:
+            fail(f"{name}.device", tensor.device, f"{anchor.device}, the device of {first}")
+    if anchor.device.type not in ("cuda", "xpu") and not (anchor.device.type == "cpu" and is_interpreted()):
+        fail(f"{first}.device", anchor.device, "a CUDA, ROCm or XPU device (or CPU under TRITON_INTERPRET=1)")
+    return anchor.device
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A checked quantized weight in the form the launchers pass on. `group` 0 stands for one group as long as K."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    n: int
+    k: int
+    bits: int
+    fp8: str
+    group: int
+    exec: bool
+    experts: int
+
+    def strides(self) -> tuple[int, int, int, int, int, int]:
+        """(q, scale, shift) by row, then (q, scale, shift) by expert."""
+        z = self.shift if self.shift is not None else self.scale
+        expert = (self.q.stride(0), self.scale.stride(0), z.stride(0)) if self.experts else (0, 0, 0)
+        return (self.q.stride(-2), self.scale.stride(-2), z.stride(-2), *expert)
+
+
+def exec_block(bits: int) -> int:
+    """Length along K of one block of the execution layout: 32 words of 16 bits."""
+    return 32 * (16 // bits)
+
+
+def _inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def check_weight(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None,
+    k: int,
+    bits: int,
+    group_size: int | None,
+    layout: str,
+    experts: bool = False,
+) -> Weight:
+    """Check qdata, scale and shift against each other and against K."""
+    if bits not in (2, 4, 8):
+        fail("bits", bits, "2, 4 or 8")
+    if layout not in LAYOUTS:
+        fail("layout", repr(layout), "'plain' or 'exec'")
+    if k <= 0:
+        fail("K", k, "a positive number")
+    dims = 3 if experts else 2
+    for name, tensor in (("qdata", qdata), ("scale", scale), ("shift", shift)):
+        if tensor is not None and tensor.dim() != dims:
+            fail(f"{name}.shape", tuple(tensor.shape), f"{dims} dimensions")
+    check_dtype("qdata", qdata, (torch.uint8,) if bits < 8 else (torch.int8, *FP8_KINDS))
+    check_dtype("scale", scale, FLOATS)
+    lead = tuple(qdata.shape[:-1])
+    check_shape("qdata", qdata, (*lead, -(-k * bits // 8)))
+    group = k if group_size is None else group_size
+    if group_size is None and scale.shape[-1] > 1:
+        if k % scale.shape[-1]:
+            fail("group_size", None, f"a number, since {scale.shape[-1]} groups do not divide K={k}")
+        group = k // scale.shape[-1]
+    if group <= 0:
+        fail("group_size", group, "a positive number")
+    check_shape("scale", scale, (*lead, -(-k // group)))
+    if shift is not None:
+        check_dtype("shift", shift, FLOATS)
+        check_shape("shift", shift, (*lead, -(-k // group)))
+    is_exec = layout == "exec" and bits < 8 and k % exec_block(bits) == 0
+    q = _inner_contiguous(qdata)
+    if q.dtype in FP8_KINDS:
+        q = q.view(torch.uint8)
+    elif is_exec:
+        # 16-bit words need even addresses; a slice of a file mapped into memory may start anywhere.
+        if q.data_ptr() % 2 or q.storage_offset() % 2 or any(s % 2 for s in q.stride()[:-1]):
+            q = q.clone(memory_format=torch.contiguous_format)
+        q = q.view(torch.int16)
+    return Weight(
+        q=q,
+        scale=_inner_contiguous(scale),
+        shift=None if shift is None else _inner_contiguous(shift),
+        n=lead[-1],
+        k=k,
+        bits=bits,
+        fp8=FP8_KINDS.get(qdata.dtype, ""),
+        group=0 if group >= k else group,
+        exec=is_exec,
+        experts=lead[0] if experts else 0,
+    )
+
+
+def check_bias(bias: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    if bias is not None:
+        check_dtype("bias", bias, FLOATS)
+        check_shape("bias", bias, shape)
+        bias = bias.contiguous()
+    return bias
+
+
+def check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
+    """The result's buffer: the caller's after a check, else a fresh one."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    check_shape("out", out, shape)
+    check_dtype("out", out, (dtype,))
+    if not out.is_contiguous():
+        fail("out.stride", out.stride(), "a contiguous tensor")
+    return out

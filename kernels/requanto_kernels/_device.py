@@ -1,0 +1,59 @@
+"""What the launchers need to know about a device, asked once and remembered."""
+
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+import triton
+
+
+def is_interpreted() -> bool:
+    """True where the kernels of this process run in Triton's interpreter, on CPU tensors."""
+    from ._decode import load_codes
+
+    return not isinstance(load_codes, triton.runtime.JITFunction)
+
+
+@lru_cache(maxsize=None)
+def _arch(kind: str, index: int | None) -> str:
+    if kind == "cuda":
+        if torch.version.hip:
+            return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        major, minor = torch.cuda.get_device_capability(index)
+        return f"sm_{major}{minor}"
+    return kind
+
+
+def arch_of(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, `xpu`, or `interpreter`: the first key of every configuration table."""
+    return "interpreter" if is_interpreted() else _arch(device.type, device.index)
+
+
+def is_cuda(arch: str) -> bool:
+    return arch.startswith("sm_")
+
+
+def capability(arch: str) -> int:
+    """90 for `sm_90`; 0 for anything that is not an NVIDIA GPU."""
+    return int(arch[3:]) if is_cuda(arch) else 0
+
+
+@lru_cache(maxsize=None)
+def _processors(kind: str, index: int | None) -> int:
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(index).multi_processor_count
+    if kind == "xpu":
+        return torch.xpu.get_device_properties(index).gpu_subslice_count
+    return 8
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run side by side; decides how far K is split."""
+    return _processors(device.type, device.index)
+
+
+def on_device(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type in ("cuda", "xpu"):
+        return getattr(torch, tensor.device.type).device(tensor.device)
+    return nullcontext()

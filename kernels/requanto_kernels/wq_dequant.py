@@ -1,0 +1,74 @@
+"""Rebuild a quantized weight: `W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]`.
+
+The large-M path (rebuild into a scratch buffer, then the vendor's matmul) and the reference of every other path. The
+arithmetic is in fp32 and rounds once, so the result is the correctly rounded fp16 or bf16 weight up to one fp32 ulp.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _check as check
+from ._decode import load_codes, scale_codes
+from ._device import on_device
+
+
+@triton.jit
+def wq_dequant_kernel(
+    q_ptr, s_ptr, z_ptr, out_ptr, N, K, stride_qn, stride_sn, stride_zn,
+    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One `[BLOCK_N, BLOCK_K]` tile; bound by memory, so the plain integer decode serves everywhere."""
+    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0 = tl.program_id(1) * BLOCK_K
+    codes = load_codes(
+        q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
+    )  # fmt: skip
+    w = scale_codes(
+        codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn,
+        BITS, GROUP, AFFINE, BLOCK_N, BLOCK_K, tl.float32,
+    )  # fmt: skip
+    rk = k0 + tl.arange(0, BLOCK_K)
+    mask = (rn < N)[:, None] & (rk < K)[None, :]
+    tl.store(out_ptr + rn.to(tl.int64)[:, None] * K + rk[None, :], w.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def wq_dequant(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    *,
+    bits: int,
+    k: int | None = None,
+    group_size: int | None = None,
+    layout: str = "plain",
+    dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight `[N, K]` in dtype (fp16, bf16 or fp32), into `out` if given.
+
+    k: the logical K, needed only where the last byte of a row is not full. Other arguments as in `wq_gemm`.
+    """
+    device = check.check_devices(qdata=qdata, scale=scale, shift=shift, out=out)
+    if dtype not in check.FLOATS:
+        check.fail("dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
+    if qdata.dim() != 2:
+        check.fail("qdata.shape", tuple(qdata.shape), "2 dimensions")
+    if bits not in (2, 4, 8):
+        check.fail("bits", bits, "2, 4 or 8")
+    k = qdata.shape[1] * 8 // bits if k is None else k
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
+    result = check.check_out(out, (w.n, k), dtype, device)
+    if result.numel() == 0:
+        return result
+    block_k = max(128, check.exec_block(bits)) if bits < 8 else 128
+    block_n = 4096 // block_k
+    z = w.shift if w.shift is not None else w.scale
+    with on_device(qdata):
+        wq_dequant_kernel[(-(-w.n // block_n), -(-k // block_k))](
+            w.q, w.scale, z, result, w.n, k, *w.strides()[:3],
+            BITS=bits, FP8=w.fp8, GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
+            BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0, num_warps=4,
+        )  # fmt: skip
+    return result

@@ -1,0 +1,218 @@
+"""Weight-quantized matrix multiplication: `y[M, N] = x[M, K] @ W[N, K]^T + bias`, W of 2, 4 or 8 bits or float8.
+
+    W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]
+
+With one group a row the scale leaves the sum, so the exact codes are multiplied and `y = scale * (x . code) - shift *
+sum(x)` is finished in fp32. With more groups the weight is rebuilt in x's dtype, one fma each, before the dot.
+
+Ideas: weight as the left operand so that rebuilt values stay in registers on wgmma; magic numbers for codes (see
+`_decode.py`); split-K through an fp32 workspace that a second kernel sums in a fixed order (the "split-K" of Osama et
+al. 2023, "Stream-K", without its atomics), so that the same input gives the same bits each time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _check as check
+from ._decode import field_to_float, load_codes, load_group, load_words, scale_codes
+from ._device import arch_of, is_cuda, on_device, processors
+from .config import Config, select, split_for
+
+
+@triton.jit
+def accumulate(
+    x_ptr, q_ptr, s_ptr, z_ptr, rm, m_end, rn, k_begin, k_end, N, K,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
+    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The `[BLOCK_M, BLOCK_N]` tile of `x @ W^T` over k_begin .. k_end, in fp32."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    if LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    x_sum = tl.zeros((BLOCK_M,), tl.float32)
+    x_rows = x_ptr + rm.to(tl.int64)[:, None] * stride_xm
+    m_mask = (rm < m_end)[:, None]
+    # One dot for the joined tile, or one for each field of 32 consecutive k: what is faster depends on the hardware.
+    FIELDS: tl.constexpr = 16 // BITS if BY_FIELD else 1
+    STEP: tl.constexpr = BLOCK_K // FIELDS
+    for k0 in range(k_begin, k_end, BLOCK_K):
+        if BY_FIELD:
+            words = load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS, BLOCK_K, EVEN_K)
+        for i in tl.static_range(FIELDS):
+            k = k0 + i * STEP
+            rk = k + tl.arange(0, STEP)
+            x_mask = m_mask if EVEN_K else m_mask & (rk < K)[None, :]
+            x = tl.load(x_rows + rk[None, :] * stride_xk, mask=x_mask, other=0)
+            if BY_FIELD:
+                w = field_to_float(words, i, BITS, DTYPE, PTX)
+            else:
+                w = load_codes(
+                    q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
+                )  # fmt: skip
+            if GROUP > 0:
+                w = scale_codes(
+                    w, s_ptr, z_ptr, rn, k, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, BLOCK_N, STEP, DTYPE
+                )  # fmt: skip
+            elif AFFINE:
+                x_sum += tl.sum(x.to(tl.float32), axis=1)
+            if LEFT:
+                acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if LEFT:
+        acc = tl.trans(acc)
+    if GROUP == 0:
+        scale = tl.reshape(load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K), [BLOCK_N])
+        acc = acc * scale[None, :]
+        if AFFINE:
+            shift = tl.reshape(load_group(z_ptr, rn, 0, N, K, stride_zn, 0, BLOCK_N, BLOCK_K), [BLOCK_N])
+            if BITS < 8:
+                shift = shift - scale * (1 << (BITS - 1))
+            acc = acc - x_sum[:, None] * shift[None, :]
+    return acc
+
+
+@triton.jit
+def wq_gemm_kernel(
+    x_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, k_per_split,
+    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """One tile of y; with SPLIT, one tile of the fp32 workspace `[splits, M, N]` for the K slice of this program."""
+    pid, split = tl.program_id(0), tl.program_id(1)
+    # Tiles run down GROUP_M rows before the next column: what L2 holds is used by all of them.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = pid // (GROUP_M * tiles_n) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    local = pid % (GROUP_M * tiles_n)
+    rm = (first + local % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = local // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_begin = split * k_per_split
+    acc = accumulate(
+        x_ptr, q_ptr, s_ptr, z_ptr, rm, M, rn, k_begin, min(k_begin + k_per_split, K), N, K,
+        stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
+        BITS, FP8, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
+    )  # fmt: skip
+    if BIAS and not SPLIT:
+        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+    row = rm.to(tl.int64)
+    if SPLIT:
+        row += split.to(tl.int64) * M
+    tl.store(
+        out_ptr + row[:, None] * N + rn[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(rm < M)[:, None] & (rn < N)[None, :],
+    )
+
+
+@triton.jit
+def reduce_kernel(work_ptr, bias_ptr, out_ptr, total, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """`out = sum over splits of work[splits, M * N] + bias`, always in the same order."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < total
+    acc = tl.load(work_ptr + offsets, mask=mask, other=0)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(work_ptr + split * total + offsets, mask=mask, other=0)
+    if BIAS:
+        acc += tl.load(bias_ptr + offsets % N, mask=mask, other=0).to(tl.float32)
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def fit(config: Config, weight: check.Weight) -> tuple[int, bool]:
+    """The config's (block_k, fields) made right for this weight: an execution-layout tile is made of whole blocks."""
+    block_k, fields = config.block_k, config.fields
+    if not weight.exec:
+        return block_k, False
+    block = check.exec_block(weight.bits)
+    if fields and (weight.group == 0 or weight.group % 32 == 0 or weight.group in (16, 8)):
+        return block, True
+    return max(block_k, block), False
+
+
+def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtype) -> dict:
+    """The constexpr arguments that every weight-quantized kernel shares."""
+    block_k, fields = fit(config, weight)
+    return {
+        "BITS": weight.bits,
+        "FP8": weight.fp8,
+        "GROUP": weight.group,
+        "AFFINE": weight.shift is not None,
+        "EXEC": weight.exec,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": block_k,
+        "LEFT": config.left,
+        "BY_FIELD": fields,
+        "EVEN_K": weight.k % block_k == 0,
+        "PTX": is_cuda(arch) and dtype != torch.float32,
+    }
+
+
+def rows_of(x: torch.Tensor, k: int) -> torch.Tensor:
+    """x as `[M, K]`; a view wherever its strides allow."""
+    if x.dim() < 1:
+        check.fail("x.shape", tuple(x.shape), "at least one dimension")
+    return x.reshape(-1, k)
+
+
+def wq_gemm(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    layout: str = "plain",
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """`x @ W^T + bias` for a quantized `W[N, K]`, in x's dtype.
+
+    x: `[..., K]` fp16, bf16 or fp32, any strides. qdata: `[N, ceil(K * bits / 8)]` uint8 codes, or `[N, K]` int8 or
+    float8. scale, shift: `[N, ceil(K / group_size)]`, fp32, bf16 or fp16. bias: `[N]`. layout: "plain", or "exec" for
+    what `to_exec_layout` returns. group_size: K over the number of scales if it is not given.
+    """
+    check.check_dtype("x", x, check.FLOATS)
+    device = check.check_devices(x=x, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
+    k = x.shape[-1] if x.dim() else 0
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
+    bias = check.check_bias(bias, (w.n,))
+    shape = (*x.shape[:-1], w.n)
+    result = check.check_out(out, shape, x.dtype, device)
+    if result.numel() == 0:
+        return result
+    x2 = rows_of(x, k)
+    m = x2.shape[0]
+    arch = arch_of(device)
+    if config is None:
+        config = select(arch, "wq_gemm", bits, w.group, m, w.n, k, str(x.dtype)[6:])
+    const = constants(w, config, arch, x.dtype)
+    block_k = const["BLOCK_K"]
+    splits = split_for(config, m, w.n, k, processors(device))
+    k_per_split = -(-k // (splits * block_k)) * block_k
+    splits = -(-k // k_per_split)
+    target = result if splits == 1 else torch.empty(splits * m * w.n, dtype=torch.float32, device=device)
+    grid = (-(-m // config.block_m) * -(-w.n // config.block_n), splits)
+    z = w.shift if w.shift is not None else w.scale
+    b = bias if bias is not None else w.scale
+    with on_device(x):
+        wq_gemm_kernel[grid](
+            x2, w.q, w.scale, z, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:3], k_per_split,
+            BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if splits > 1:
+            total = m * w.n
+            reduce_kernel[(-(-total // 1024),)](
+                target, b, result, total, w.n, SPLITS=splits, BIAS=bias is not None, BLOCK=1024
+            )
+    return result
