@@ -132,10 +132,11 @@ def _storable(
     """Scale and shift as float32 values that the stored dtype holds exactly, with no zero scale.
 
     A group of equal weights has scale 0: 1 does as well, since its codes are all zero. A scale too small for the stored
-    dtype becomes its smallest normal number.
+    dtype becomes the smallest number that it holds well: in float16 that is a subnormal one of 4 bits, since groups of
+    small weights are common and the smallest normal number (6e-5) would be several times their step.
     """
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    smallest = torch.finfo(stored).tiny
+    smallest = torch.finfo(stored).tiny / (64 if stored == torch.float16 else 1)
     scale = scale.clamp(min=smallest).to(stored).float()
     return scale, shift.to(stored).float() if shift is not None else None
 
