@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 
+# integer as wide as the unpacked codes of one byte
+_WORDS = {2: torch.int16, 4: torch.int32}
+
 
 def packed_length(length: int, bits: int) -> int:
     """Bytes that ``length`` codes of ``bits`` bits (2 or 4) take."""
@@ -33,11 +36,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     missing = -codes.shape[-1] % per_byte
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    lanes = codes.unflatten(-1, (-1, per_byte))
-    packed = lanes[..., 0].clone()
+    if codes.numel() == 0:
+        return codes.new_empty(*codes.shape[:-1], codes.shape[-1] // per_byte)
+    # The codes of one byte are read as one little-endian word (code i at bit 8i) and slid together to bit bits*i: one
+    # pass over contiguous words, where picking every second or fourth code apart would be several strided ones.
+    word = codes.contiguous().view(_WORDS[per_byte])
+    packed = word.clone()
     for lane in range(1, per_byte):
-        packed |= lanes[..., lane] << (bits * lane)
-    return packed
+        packed |= word >> ((8 - bits) * lane)
+    return packed.to(torch.uint8)
 
 
 def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
@@ -45,6 +52,12 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     if packed.dtype != torch.uint8:
         raise ValueError(f"packed codes must be uint8, found {packed.dtype}")
     per_byte = 8 // bits
-    mask = 2**bits - 1
-    lanes = torch.stack([(packed >> (bits * lane)) & mask for lane in range(per_byte)], dim=-1)
-    return lanes.flatten(-2)[..., :length]
+    if packed.numel() == 0:
+        return packed.new_empty(*packed.shape[:-1], length)
+    word = packed.to(_WORDS[per_byte])
+    spread = word.clone()
+    for lane in range(1, per_byte):
+        spread |= word << ((8 - bits) * lane)
+    # One code in the low bits of every byte of the word.
+    spread &= sum((2**bits - 1) << (8 * lane) for lane in range(per_byte))
+    return spread.view(torch.uint8)[..., :length]
