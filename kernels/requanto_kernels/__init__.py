@@ -1,1 +1,27 @@
 """Triton kernels for low-bit matrix multiplication. Plain tensors in and out; imports torch and triton only."""
+
+from .config import Config
+from .layout import from_exec_layout, has_exec_layout, to_exec_layout
+from .quant_rows import quant_rows
+from .scaled_mm import scaled_mm
+from .tune import tune
+from .w4a8_gemm import w4a8_gemm
+from .wq_dequant import wq_dequant
+from .wq_gemm import wq_gemm
+from .wq_gemm_dx import wq_gemm_dx
+from .wq_gemm_grouped import wq_gemm_grouped
+
+__all__ = [
+    "Config",
+    "from_exec_layout",
+    "has_exec_layout",
+    "quant_rows",
+    "scaled_mm",
+    "to_exec_layout",
+    "tune",
+    "w4a8_gemm",
+    "wq_dequant",
+    "wq_gemm",
+    "wq_gemm_dx",
+    "wq_gemm_grouped",
+]

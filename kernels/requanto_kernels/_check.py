@@ -148,3 +148,10 @@ def check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dty
     if not out.is_contiguous():
         fail("out.stride", out.stride(), "a contiguous tensor")
     return out
+
+
+def check_offsets(offsets: torch.Tensor, experts: int) -> None:
+    check_dtype("offsets", offsets, (torch.int32, torch.int64))
+    check_shape("offsets", offsets, (experts + 1,))
+    if not offsets.is_contiguous():
+        fail("offsets.stride", offsets.stride(), "a contiguous tensor")

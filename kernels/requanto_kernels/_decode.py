@@ -38,14 +38,19 @@ def field_to_float(words, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.con
     """
     MASK: tl.constexpr = (1 << BITS) - 1
     CENTRE: tl.constexpr = 1 << (BITS - 1)
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         return (((words >> (FIELD * BITS)) & MASK) - CENTRE).to(tl.float32)
     elif PTX:
-        ASM: tl.constexpr = lop3_asm(FIELD, BITS, DTYPE == tl.bfloat16)
-        return tl.inline_asm_elementwise(ASM, "=r,r", [words], dtype=DTYPE, is_pure=True, pack=2)
+        # The builtin takes a plain dtype only, not a constexpr that holds one.
+        if tl.bfloat16 == DTYPE:
+            BF16: tl.constexpr = lop3_asm(FIELD, BITS, True)
+            return tl.inline_asm_elementwise(BF16, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+        else:
+            FP16: tl.constexpr = lop3_asm(FIELD, BITS, False)
+            return tl.inline_asm_elementwise(FP16, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        MAGIC: tl.constexpr = 0x4300 if DTYPE == tl.bfloat16 else 0x6400
-        OFFSET: tl.constexpr = (128 if DTYPE == tl.bfloat16 else 1024) + CENTRE
+        MAGIC: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
+        OFFSET: tl.constexpr = (128 if tl.bfloat16 == DTYPE else 1024) + CENTRE
         bits = (((words >> (FIELD * BITS)) & MASK) | MAGIC).to(tl.int16)
         return bits.to(DTYPE, bitcast=True) - tl.full([1, 1], OFFSET, DTYPE)
 
@@ -69,7 +74,7 @@ def fp8_to_float(codes, KIND: tl.constexpr, DTYPE: tl.constexpr):
     else:
         magnitude = u & 0x7F
         sign = (u & 0x80) << 8
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             REPAIR: tl.constexpr = 2.0**119 if KIND == "e4m3fnuz" else 2.0**120
             value = (sign | (magnitude << 4)).to(tl.int16).to(tl.bfloat16, bitcast=True)
             value = value * tl.full([1, 1], REPAIR, tl.bfloat16)
@@ -83,7 +88,7 @@ def fp8_to_float(codes, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _convert_field(words, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    if DTYPE == tl.int8:
+    if tl.int8 == DTYPE:
         return field_to_int8(words, FIELD, BITS)
     else:
         return field_to_float(words, FIELD, BITS, DTYPE, PTX)

@@ -1,7 +1,7 @@
 """What the launchers need to know about a device, asked once and remembered."""
 
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -14,7 +14,7 @@ def is_interpreted() -> bool:
     return not isinstance(load_codes, triton.runtime.JITFunction)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _arch(kind: str, index: int | None) -> str:
     if kind == "cuda":
         if torch.version.hip:
@@ -38,7 +38,7 @@ def capability(arch: str) -> int:
     return int(arch[3:]) if is_cuda(arch) else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def _processors(kind: str, index: int | None) -> int:
     if kind == "cuda":
         return torch.cuda.get_device_properties(index).multi_processor_count

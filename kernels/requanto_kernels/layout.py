@@ -68,9 +68,7 @@ def _convert(qdata: torch.Tensor, bits: int, k: int | None, inplace: bool, step)
     return out
 
 
-def to_exec_layout(
-    qdata: torch.Tensor, bits: int, k: int | None = None, *, inplace: bool = False
-) -> torch.Tensor:
+def to_exec_layout(qdata: torch.Tensor, bits: int, k: int | None = None, *, inplace: bool = False) -> torch.Tensor:
     """Stored form to execution form, on any device, by chunks; `inplace=True` reuses the tensor's own memory.
 
     qdata: uint8 `[..., N, ceil(K * bits / 8)]`; k: the logical K where the last byte is not full.
@@ -78,8 +76,6 @@ def to_exec_layout(
     return _convert(qdata, bits, k, inplace, _forward)
 
 
-def from_exec_layout(
-    qdata: torch.Tensor, bits: int, k: int | None = None, *, inplace: bool = False
-) -> torch.Tensor:
+def from_exec_layout(qdata: torch.Tensor, bits: int, k: int | None = None, *, inplace: bool = False) -> torch.Tensor:
     """The exact inverse of `to_exec_layout`."""
     return _convert(qdata, bits, k, inplace, _backward)

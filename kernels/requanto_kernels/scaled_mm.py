@@ -1,0 +1,186 @@
+"""Matrix product of two quantized operands: `y[m, n] = x_scale[m] * w_scale[n] * (x[m] . w[n]) + bias[n]`.
+
+int8 x int8 sums in int32, exactly; float8 x float8 in fp32. A scale is one number or one a row. The pointer form runs
+everywhere. On sm_90 large products take the persistent form: tiles come through tensor descriptors (the bulk copy
+engine), one program a multiprocessor walks over them, so that one tile's stores overlap the next one's loads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _check as check
+from ._decode import fp8_to_float
+from ._device import arch_of, capability, on_device, processors
+from .config import Config, select
+
+
+@triton.jit
+def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    local = tile % (GROUP_M * tiles_n)
+    return (first + local % height) * BLOCK_M, local // height * BLOCK_N
+
+
+@triton.jit
+def _finish(
+    acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N,
+    X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scales, bias and store of a finished `[BLOCK_M, BLOCK_N]` tile."""
+    y = acc.to(tl.float32)
+    if X_ROWS:
+        y *= tl.load(xs_ptr + rm, mask=rm < M, other=0).to(tl.float32)[:, None]
+    else:
+        y *= tl.load(xs_ptr).to(tl.float32)
+    if W_ROWS:
+        y *= tl.load(ws_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+    else:
+        y *= tl.load(ws_ptr).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scaled_mm_kernel(
+    x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn,
+    X_KIND: tl.constexpr, W_KIND: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    LEFT: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr,
+):  # fmt: skip
+    """Pointer form. DECODE: float8 comes as uint8 and is multiplied as fp16 (sm_80 and older have no fp8)."""
+    INT8: tl.constexpr = X_KIND == "int8"
+    m0, n0 = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+    ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
+    if LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), ACC)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    x_rows = x_ptr + rm.to(tl.int64)[:, None] * stride_xm
+    w_rows = w_ptr + rn.to(tl.int64)[:, None] * stride_wn
+    for k0 in range(0, K, BLOCK_K):
+        rk = k0 + tl.arange(0, BLOCK_K)
+        x_mask, w_mask = (rm < M)[:, None], (rn < N)[:, None]
+        if not EVEN_K:
+            x_mask = x_mask & (rk < K)[None, :]
+            w_mask = w_mask & (rk < K)[None, :]
+        x = tl.load(x_rows + rk[None, :], mask=x_mask, other=0.0)
+        w = tl.load(w_rows + rk[None, :], mask=w_mask, other=0.0)
+        if DECODE:
+            x = fp8_to_float(x, X_KIND, tl.float16)
+            w = fp8_to_float(w, W_KIND, tl.float16)
+        if LEFT:
+            acc = tl.dot(w, tl.trans(x), acc, out_dtype=ACC)
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, out_dtype=ACC)
+    if LEFT:
+        acc = tl.trans(acc)
+    _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
+
+
+@triton.jit
+def scaled_mm_persistent_kernel(
+    x_desc, w_desc, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K,
+    INT8: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Descriptor form: program p takes the tiles p, p + PROGRAMS, ... The descriptors fill with zeros past the edge."""
+    ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        m0, n0 = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for k0 in range(0, K, BLOCK_K):
+            acc = tl.dot(x_desc.load([m0, k0]), tl.trans(w_desc.load([n0, k0])), acc, out_dtype=ACC)
+        rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+        _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
+
+
+def _scale(name: str, scale: torch.Tensor, rows: int) -> tuple[torch.Tensor, bool]:
+    """A flat scale and whether it holds one number a row."""
+    check.check_dtype(name, scale, check.FLOATS)
+    if scale.numel() not in (1, rows):
+        check.fail(f"{name}.shape", tuple(scale.shape), f"1 or {rows} elements")
+    return scale.reshape(-1).contiguous(), scale.numel() == rows and rows > 1
+
+
+def _persistent(config: Config, arch: str, *operands: torch.Tensor) -> bool:
+    """Descriptors need sm_90 or newer, 16-byte aligned bases and rows."""
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in operands)
+    return config.persistent and aligned and (capability(arch) >= 90 or arch == "interpreter")
+
+
+def scaled_mm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """`(x * x_scale) @ (w * w_scale)^T + bias` in out_dtype.
+
+    x: `[..., K]`, w: `[N, K]`, both int8 or both float8 (e4m3fn, e4m3fnuz or e5m2). x_scale: one number or one for each
+    row of x; w_scale: one number or `[N]` (any shape with so many elements). bias: `[N]`.
+    """
+    kinds = (torch.int8, *check.FP8_KINDS)
+    check.check_dtype("x", x, kinds)
+    check.check_dtype("w", w, (torch.int8,) if x.dtype == torch.int8 else tuple(check.FP8_KINDS))
+    device = check.check_devices(x=x, w=w, x_scale=x_scale, w_scale=w_scale, bias=bias, out=out)
+    if out_dtype not in check.FLOATS:
+        check.fail("out_dtype", out_dtype, "torch.float16, torch.bfloat16 or torch.float32")
+    if x.dim() < 1 or x.shape[-1] == 0:
+        check.fail("x.shape", tuple(x.shape), "a last dimension of at least 1")
+    k = x.shape[-1]
+    if w.dim() != 2 or w.shape[1] != k:
+        check.fail("w.shape", tuple(w.shape), f"(N, {k})")
+    n = w.shape[0]
+    bias = check.check_bias(bias, (n,))
+    result = check.check_out(out, (*x.shape[:-1], n), out_dtype, device)
+    x2 = check._inner_contiguous(x.reshape(-1, k))
+    m = x2.shape[0]
+    if result.numel() == 0:
+        return result
+    w = check._inner_contiguous(w)
+    xs, x_rows = _scale("x_scale", x_scale, m)
+    ws, w_rows = _scale("w_scale", w_scale, n)
+    int8 = x.dtype == torch.int8
+    arch = arch_of(device)
+    if config is None:
+        config = select(arch, "scaled_mm", 8, 0, m, n, k, "int8" if int8 else "float8")
+    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    common = {
+        "X_ROWS": x_rows, "W_ROWS": w_rows, "BIAS": bias is not None,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+    }  # fmt: skip
+    b = bias if bias is not None else ws
+    native = int8 or capability(arch) >= 89 or arch.startswith("gfx94") or arch.startswith("gfx95")
+    with on_device(x):
+        if native and _persistent(config, arch, x2, w):
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            x_desc = TensorDescriptor.from_tensor(x2, [config.block_m, config.block_k])
+            w_desc = TensorDescriptor.from_tensor(w, [config.block_n, config.block_k])
+            programs = min(processors(device), tiles)
+            scaled_mm_persistent_kernel[(programs,)](
+                x_desc, w_desc, xs, ws, b, result, m, n, k, INT8=int8, PROGRAMS=programs, **common
+            )
+        else:
+            decode = not native
+            scaled_mm_kernel[(tiles,)](
+                x2.view(torch.uint8) if decode else x2, w.view(torch.uint8) if decode else w,
+                xs, ws, b, result, m, n, k, x2.stride(0), w.stride(0),
+                X_KIND=check.FP8_KINDS.get(x.dtype, "int8"), W_KIND=check.FP8_KINDS.get(w.dtype, "int8"),
+                LEFT=config.left, EVEN_K=k % config.block_k == 0, DECODE=decode, **common,
+            )  # fmt: skip
+    return result

@@ -1,0 +1,116 @@
+"""Find the fastest tile for given shapes on the present GPU and keep it in the user's table.
+
+The only place of the package that times anything, and only when it is called.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from . import _check as check
+from ._device import arch_of
+from .config import Config, families, key, store
+from .layout import to_exec_layout
+from .scaled_mm import scaled_mm
+from .w4a8_gemm import w4a8_gemm
+from .wq_gemm import wq_gemm
+
+OPS = ("wq_gemm", "scaled_mm", "w4a8_gemm")
+
+
+def candidates(op: str, bits: int, m: int) -> list[Config]:
+    """Every shipped tile of the op, each with neighbouring depths and splits, without duplicates."""
+    found: dict[Config, None] = {}
+    for row in families():
+        if row["op"] != op or bits not in row.get("bits", [bits]) or "interpreter" in row.get("arch", ()):
+            continue
+        base = Config(**row["config"])
+        if base.block_m > max(16, 2 * m):
+            continue
+        for stages in sorted({max(1, base.num_stages - 1), base.num_stages, base.num_stages + 1}):
+            for split in (0,) if op != "wq_gemm" or m > 256 else (1, 2, 4, 8):
+                for left in (True, False):
+                    found[replace(base, num_stages=stages, split_k=split, left=left)] = None
+    return list(found)
+
+
+def _median_ms(launch: Callable[[], object], repeats: int) -> float:
+    launch()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        launch()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def _launcher(op, bits, group, m, n, k, dtype, device) -> Callable[[Config], object]:
+    """A call of the op on random operands. Enough copies of the weight to overflow L2 are used in turn."""
+    copies = max(1, min(64, int(256e6 / (n * k * bits / 8))))
+    groups = k // group if group else 1
+    scale = torch.rand((n, groups), device=device) * 0.01 + 0.01
+    step = iter(range(1 << 62))
+    if op == "scaled_mm":
+        ws = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
+        x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
+        xs = torch.rand(m, device=device)
+        return lambda c: scaled_mm(x, ws[next(step) % copies], xs, scale[:, 0], config=c)
+    if bits == 8:
+        ws = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
+    else:
+        ws = [torch.randint(0, 256, (n, k * bits // 8), dtype=torch.uint8, device=device) for _ in range(copies)]
+        ws = [to_exec_layout(w, bits) for w in ws]
+    common = {"bits": bits, "group_size": group or None, "layout": "exec"}
+    if op == "w4a8_gemm":
+        x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
+        xs = torch.rand(m, device=device)
+        return lambda c: w4a8_gemm(x, xs, ws[next(step) % copies], scale, **common, config=c)
+    x = torch.randn((m, k), dtype=dtype, device=device)
+    return lambda c: wq_gemm(x, ws[next(step) % copies], scale, **common, config=c)
+
+
+def tune(
+    shapes: Iterable[tuple[int, int]],
+    *,
+    op: str = "wq_gemm",
+    bits: int = 4,
+    group_size: int | None = 128,
+    rows: Iterable[int] = (1, 16, 64, 256, 1024, 4096),
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    repeats: int = 20,
+    report: Callable[[str], object] = print,
+) -> dict[str, Config]:
+    """Time every candidate for each `(N, K)` and number of rows; store the winners; return them by table key."""
+    if op not in OPS:
+        check.fail("op", repr(op), "one of " + ", ".join(OPS))
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        check.fail("device", device, "a CUDA or ROCm device that is present")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    winners: dict[str, Config] = {}
+    for n, k in shapes:
+        group = 0 if not group_size or group_size >= k or op == "scaled_mm" else group_size
+        for m in rows:
+            launch = _launcher(op, bits, group, m, n, k, dtype, device)
+            best: tuple[float, Config] | None = None
+            for config in candidates(op, bits, m):
+                try:
+                    ms = _median_ms(partial(launch, config), repeats)
+                except Exception as error:  # a tile may not fit this device: that is what is being found out
+                    report(f"{op} {n}x{k} M={m}: {config} does not run ({type(error).__name__})")
+                    continue
+                if best is None or ms < best[0]:
+                    best = (ms, config)
+            if best is not None:
+                name = key(arch_of(device), op, bits, group, m, n, k)
+                winners[name] = best[1]
+                report(f"{name}: {best[0] * 1e3:.1f} us, {best[1]}")
+    store(winners)
+    return winners

@@ -1,0 +1,86 @@
+"""`wq_gemm` for the fused experts of a mixture: `y[t] = x[t] @ W[expert of t]^T + bias[expert of t]`.
+
+Tokens come sorted by expert; `offsets[e] .. offsets[e + 1]` are expert e's rows. The grid has one tile more an expert
+than the tokens need, and each program finds its expert on the device, so nothing is copied to the host and the launch
+can be captured whatever the routing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _check as check
+from ._device import arch_of, on_device
+from .config import Config, select
+from .wq_gemm import accumulate, constants
+from .wq_gemm_dx import expert_tile
+
+
+@triton.jit
+def wq_gemm_grouped_kernel(
+    x_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, offsets_ptr, out_ptr, N, K, E,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,
+    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BIAS: tl.constexpr, E_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """One `[BLOCK_M, BLOCK_N]` tile of one expert; programs past the last tile do nothing."""
+    expert, m0, m_end = expert_tile(offsets_ptr, tl.program_id(0), E, E_BLOCK, BLOCK_M)
+    if m0 < m_end:
+        rm = m0 + tl.arange(0, BLOCK_M)
+        rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = accumulate(
+            x_ptr, q_ptr + expert * stride_qe, s_ptr + expert * stride_se, z_ptr + expert * stride_ze,
+            rm, m_end, rn, 0, K, N, K, stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
+            BITS, FP8, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
+        )  # fmt: skip
+        if BIAS:
+            acc += tl.load(bias_ptr + expert * N + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+        mask = (rm < m_end)[:, None] & (rn < N)[None, :]
+        tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def wq_gemm_grouped(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    layout: str = "plain",
+    out: torch.Tensor | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """`[tokens, N]` from x `[tokens, K]` sorted by expert and a weight of `[E, N, ...]`.
+
+    offsets: int32 or int64 `[E + 1]`, from 0 to the number of tokens, ascending (its values stay on the device and are
+    the caller's word). bias: `[E, N]`. Other arguments as in `wq_gemm`, with a leading E. Rows that no expert owns are
+    left as `out` had them.
+    """
+    check.check_dtype("x", x, check.FLOATS)
+    device = check.check_devices(x=x, offsets=offsets, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
+    if x.dim() != 2:
+        check.fail("x.shape", tuple(x.shape), "(tokens, K)")
+    m, k = x.shape
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=True)
+    check.check_offsets(offsets, w.experts)
+    bias = check.check_bias(bias, (w.experts, w.n))
+    result = check.check_out(out, (m, w.n), x.dtype, device)
+    if result.numel() == 0 or w.experts == 0:
+        return result
+    arch = arch_of(device)
+    if config is None:
+        config = select(arch, "wq_gemm", bits, w.group, -(-m // w.experts), w.n, k, str(x.dtype)[6:])
+    const = constants(w, config, arch, x.dtype)
+    with on_device(x):
+        wq_gemm_grouped_kernel[(-(-m // config.block_m) + w.experts, -(-w.n // config.block_n))](
+            x, w.q, w.scale, w.shift if w.shift is not None else w.scale, bias if bias is not None else w.scale,
+            offsets, result, w.n, k, w.experts, x.stride(0), x.stride(1), *w.strides(),
+            BIAS=bias is not None, E_BLOCK=triton.next_power_of_2(w.experts), **const,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return result
