@@ -92,6 +92,13 @@ def _bits(
 ) -> QTensor:
     rows, length = shape[0], shape.numel() // shape[0]
     group = group_size_rule(shape)
+    if group is None and shift.numel() == shape[:-1].numel() > rows == scale.numel():
+        # Its HQQ on a convolution without groups finds a shift for every run along the last axis: groups of that length.
+        group = shape[-1]
+        scale = scale.reshape(rows, 1).expand(rows, length // group).reshape(-1)
+        data = data.reshape(data.shape[0], -1)
+        codes = unpack_split(data, kind.bits)[:rows].reshape(rows, length)
+        return _packed(codes, scale.view(rows, -1), shift.reshape(rows, -1), kind, shape, scale.dtype, group)
     width = group or length
     groups = rows * length // width
     wanted = (-(-groups // (8 // kind.bits)), width)

@@ -189,8 +189,6 @@ class QModuleMixin:
             return input
         if self.calibrated:
             return quantize_activation(input, self.activation_qtype, self.input_scale)
-        if self.frozen and self.weight.activation is not None:
-            return input  # the product quantizes it
         return round_per_token(input, self.activation_qtype, self.token_dims)
 
     def quantize_output(self, output: torch.Tensor) -> torch.Tensor:
