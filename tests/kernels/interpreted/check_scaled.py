@@ -1,0 +1,156 @@
+"""Products of two quantized operands and row quantization, in Triton's interpreter, against float64."""
+
+import pytest
+import torch
+from reference import FP8, TOLERANCE, decode_fp8, error, weight
+
+from requanto_kernels import Config, quant_rows, scaled_mm, to_exec_layout, w4a8_gemm
+
+FULL = torch.float32
+KINDS = (torch.int8, *FP8)
+
+
+def operand(rows, k, dtype):
+    if dtype == torch.int8:
+        data = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+        return data, data.double()
+    data = torch.randn(rows, k).to(dtype)
+    return data, decode_fp8(data)
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 33, 64), (17, 40, 100), (129, 20, 256)])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_scaled_mm(dtype, m, n, k, per_row):
+    (x, x64), (w, w64) = operand(m, k, dtype), operand(n, k, dtype)
+    xs, ws = (torch.rand(m, 1), torch.rand(n)) if per_row else (torch.rand(1), torch.rand(1, 1))
+    bias = torch.randn(n)
+    want = xs.double() * ws.double().reshape(1, -1) * (x64 @ w64.T) + bias.double()
+    got = scaled_mm(x, w, xs, ws, bias, out_dtype=FULL)
+    assert error(got, want) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
+@pytest.mark.parametrize("config", [
+    Config(16, 32, 32, left=False), Config(16, 32, 32, left=True),
+    Config(32, 32, 64, left=False, persistent=True, group_m=2),
+])  # fmt: skip
+def test_forms(dtype, config):
+    (x, x64), (w, w64) = operand(70, 144, dtype), operand(50, 144, dtype)
+    xs, ws = torch.rand(70) * 1e-3, torch.rand(50)  # int8 sums leave the range of fp16
+    got = scaled_mm(x, w, xs, ws, out_dtype=torch.float16, config=config)
+    want = xs.double()[:, None] * ws.double() * (x64 @ w64.T)
+    assert error(got, want) <= TOLERANCE[torch.float16]
+
+
+def test_mixed_float8_and_leading_dimensions():
+    (x, x64), (w, w64) = operand(6, 64, FP8[2]), operand(10, 64, FP8[0])
+    got = scaled_mm(x.view(2, 3, 64), w, torch.ones(2, 3), torch.ones(1), out_dtype=FULL)
+    assert error(got, (x64 @ w64.T).view(2, 3, 10)) <= TOLERANCE[FULL]
+    assert scaled_mm(x[:0], w, torch.ones(1), torch.ones(1)).shape == (0, 10)
+
+
+def nearest_code(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round to nearest even onto a float8 grid by looking at every code."""
+    codes = torch.arange(128, dtype=torch.uint8)
+    values = decode_fp8(codes.view(dtype))
+    limit = torch.finfo(dtype).max
+    codes, values = codes[values <= limit], values[values <= limit]
+    gap = (y.abs().double().reshape(-1, 1) - values).abs()
+    best = gap.min(1, keepdim=True).values
+    tied = torch.where(gap == best, (codes & 1).double(), 2.0)  # the even code wins
+    return values[tied.argmin(1)].reshape(y.shape) * torch.sign(y.double())
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("k", [1, 31, 300])
+def test_quant_rows(dtype, k):
+    x = torch.randn(5, k) * torch.tensor([1e-6, 1.0, 0.0, 1e4, 3.0])[:, None]
+    codes, scale = quant_rows(x, dtype)
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    peak = x.abs().amax(1)
+    assert torch.allclose(scale, torch.where(peak == 0, 1.0, peak / limit), rtol=1e-6)
+    assert scale[2] == 1
+    assert not codes[2].view(torch.uint8).any()
+    y = x / scale[:, None]
+    if dtype == torch.int8:
+        assert torch.equal(codes, y.round().clamp(-127, 127).to(torch.int8))
+    else:
+        assert torch.equal(decode_fp8(codes), nearest_code(y.clamp(-limit, limit), dtype))
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_ties_go_to_the_even_code(dtype):
+    grid = decode_fp8(torch.arange(128, dtype=torch.uint8).view(dtype))
+    grid = grid[grid <= torch.finfo(dtype).max].float()
+    halves = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat([halves, grid, -halves])[None]  # the greatest value makes the scale exactly 1
+    codes, scale = quant_rows(x, dtype)
+    assert scale.item() == 1
+    assert torch.equal(decode_fp8(codes), nearest_code(x, dtype))
+
+
+def test_quant_rows_bad_rows_and_shapes():
+    x = torch.ones(2, 3, 8)
+    x[0, 1, 2], x[1, 0, 0], x[1, 2, 1] = float("nan"), float("inf"), 1e-45
+    codes, scale = quant_rows(x)
+    assert codes.shape == (2, 3, 8)
+    assert scale.isnan().tolist() == [[False, True, False], [True, False, False]]
+    assert not codes[0, 1].any()
+    assert not codes[1, 0].any()
+    tiny, tiny_scale = quant_rows(torch.full((1, 4), 1e-42))
+    assert torch.isfinite(tiny_scale).all()
+    assert tiny.abs().max() <= 127
+    assert quant_rows(x[:0])[0].shape == (0, 3, 8)
+
+
+def test_quant_rows_longer_than_a_block():
+    x = torch.randn(2, 9000).to(torch.float16)
+    codes, scale = quant_rows(x.T.contiguous().T)
+    assert torch.equal(codes, (x.float() / scale[:, None]).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("bits", "group", "layout"), [
+    (4, 128, "exec"), (4, 256, "exec"), (4, None, "exec"), (4, 32, "plain"), (4, 64, "plain"), (2, 256, "exec"),
+    (2, 64, "plain"), (8, 128, "plain"), (8, None, "plain"),
+])  # fmt: skip
+def test_int8_activations(bits, group, layout, affine):
+    w = weight(40, 512, bits, group, affine)
+    x = torch.randn(19, 512)
+    codes, xs = quant_rows(x)
+    bias = torch.randn(40)
+    qdata = to_exec_layout(w.qdata, bits) if layout == "exec" else w.qdata
+    got = w4a8_gemm(
+        codes, xs, qdata, w.scale, w.shift, bias, bits=bits, group_size=group, layout=layout, out_dtype=FULL
+    )  # fmt: skip
+    want = (codes.double() * xs.double()[:, None]) @ w.meaning.T + bias.double()
+    assert error(got, want) <= TOLERANCE[FULL]
+
+
+def test_int8_activations_ragged():
+    w = weight(21, 100, 4, 32, affine=True)
+    codes, xs = quant_rows(torch.randn(3, 100))
+    got = w4a8_gemm(codes, xs, w.qdata, w.scale, w.shift, group_size=32, out_dtype=FULL)
+    assert error(got, (codes.double() * xs.double()[:, None]) @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w, s: scaled_mm(x.float(), w, s, s), "x.dtype"),
+        (lambda x, w, s: scaled_mm(x, w.to(FP8[0]), s, s), "w.dtype"),
+        (lambda x, w, s: scaled_mm(x, w[:, :4], s, s), r"w.shape: found \(5, 4\), expected \(N, 8\)"),
+        (lambda x, w, s: scaled_mm(x, w, torch.ones(3), s), "x_scale.shape"),
+        (lambda x, w, s: scaled_mm(x, w, s, s, out_dtype=torch.int32), "out_dtype"),
+        (lambda x, w, s: quant_rows(x), "x.dtype"),
+        (lambda x, w, s: quant_rows(x.float(), torch.int16), "dtype"),
+        (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 1), bits=4), "qdata.dtype"),
+        (lambda x, w, s: w4a8_gemm(x, torch.ones(3), w, torch.ones(5, 1), bits=8), "x_scale.shape"),
+        (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 2), bits=8), "group_size: found 4"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    x, w = torch.ones(2, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
+    with pytest.raises(ValueError, match=message):
+        call(x, w, torch.ones(1))

@@ -1,0 +1,206 @@
+"""Weight-quantized kernels in Triton's interpreter against float64. bf16 is left out: the interpreter's is wrong."""
+
+import pytest
+import torch
+from reference import FP8, TOLERANCE, error, weight
+
+from requanto_kernels import Config, to_exec_layout, wq_dequant, wq_gemm, wq_gemm_dx, wq_gemm_grouped
+
+HALF, FULL = torch.float16, torch.float32
+SMALL = Config(block_m=16, block_n=32, block_k=64, split_k=1)
+
+
+def run(w, x, layout="plain", **more):
+    qdata = to_exec_layout(w.qdata, w.bits, x.shape[-1]) if layout == "exec" else w.qdata
+    return wq_gemm(x, qdata, w.scale, w.shift, bits=w.bits, group_size=w.group, layout=layout, **more)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("layout", ["plain", "exec"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("group", [32, 64, 128, 256, None])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_group_and_layout(bits, group, affine, layout, dtype):
+    w = weight(40, 256, bits, group, affine)
+    x = torch.randn(3, 256).to(dtype)
+    bias = torch.randn(40)
+    got = run(w, x, layout, bias=bias)
+    assert got.dtype == dtype
+    assert error(got, x.double() @ w.meaning.T + bias.double()) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("fp8", FP8)
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_float8(fp8, group, dtype):
+    w = weight(33, 128, 8, group, fp8=fp8)
+    x = torch.randn(5, 128).to(dtype)
+    assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 1, 1), (1, 257, 96), (2, 31, 33), (17, 65, 130), (64, 48, 100), (129, 20, 64), (257, 70, 48)]
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ragged_shapes(m, n, k, bits):
+    w = weight(n, k, bits, None, affine=True)
+    x = torch.randn(m, k)
+    assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize(("k", "group"), [(100, 32), (192, 48), (130, 128), (96, 24)])
+def test_groups_that_do_not_fit(k, group):
+    w = weight(20, k, 4, group, affine=True)
+    x = torch.randn(4, k)
+    for layout in ("plain", "exec"):
+        assert error(run(w, x, layout), x.double() @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("fields", [False, True])
+@pytest.mark.parametrize("split", [1, 2, 3, 16])
+def test_every_form_of_the_kernel(bits, left, fields, split):
+    w = weight(24, 1024, bits, 64, affine=True)
+    x = torch.randn(9, 1024).to(HALF)
+    bias = torch.randn(24).to(HALF)
+    config = Config(block_m=16, block_n=16, block_k=256, left=left, fields=fields, split_k=split)
+    got = run(w, x, "exec", bias=bias, config=config)
+    assert error(got, x.double() @ w.meaning.T + bias.double()) <= TOLERANCE[HALF]
+    assert torch.equal(got, run(w, x, "exec", bias=bias, config=config))
+
+
+def test_long_sum():
+    # The order of 4096 fp32 additions costs sqrt(K) ulp: 5e-6 is the bound of such a sum, not of the kernel.
+    w = weight(16, 4096, 4, 128)
+    x = torch.randn(2, 4096)
+    assert error(run(w, x, "exec"), x.double() @ w.meaning.T) <= 5e-6
+
+
+@pytest.mark.parametrize("scale_dtype", [HALF, torch.bfloat16])
+def test_scale_dtypes(scale_dtype):
+    if scale_dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 loads are not to be trusted; compiled and GPU tests cover it")
+    w = weight(16, 64, 4, 32, affine=True, scale_dtype=scale_dtype)
+    x = torch.randn(2, 64)
+    assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+def test_strided_inputs():
+    w = weight(24, 96, 4, 32)
+    base = torch.randn(96, 14).to(HALF)
+    x = base.T[::2]
+    assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[HALF]
+    cube = torch.randn(2, 3, 96).to(HALF).transpose(0, 1)
+    assert error(run(w, cube), cube.double() @ w.meaning.T) <= TOLERANCE[HALF]
+    w.scale = torch.stack([w.scale, w.scale], -1)[..., 0]
+    assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[HALF]
+
+
+def test_misaligned_storage():
+    w = weight(8, 128, 4, 64)
+    odd = torch.empty(w.qdata.numel() + 1, dtype=torch.uint8)[1:].view(w.qdata.shape)
+    odd.copy_(w.qdata)
+    x = torch.randn(3 * 128 + 1)[1:].view(3, 128)
+    want = x.double() @ w.meaning.T
+    got = wq_gemm(x, to_exec_layout(odd, 4, inplace=True), w.scale, bits=4, layout="exec")
+    assert error(got, want) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_empty(shape):
+    w = weight(8, 64, 4, 32)
+    assert run(w, torch.randn(*shape)).shape == (*shape[:-1], 8)
+    assert wq_gemm_dx(torch.randn(*shape[:-1], 8), w.qdata, w.scale, bits=4).shape == shape
+
+
+def test_out_buffer():
+    w = weight(8, 64, 8)
+    x, out = torch.randn(2, 64), torch.empty(2, 8)
+    assert run(w, x, out=out) is out
+    assert error(out, x.double() @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize(("bits", "k", "group"), [(2, 256, 64), (4, 128, 32), (4, 101, 20), (8, 70, None)])
+@pytest.mark.parametrize("layout", ["plain", "exec"])
+def test_dequant(bits, k, group, layout, dtype):
+    w = weight(19, k, bits, group, affine=True)
+    qdata = to_exec_layout(w.qdata, bits, k) if layout == "exec" else w.qdata
+    out = torch.empty(19, k, dtype=dtype)
+    got = wq_dequant(
+        qdata, w.scale, w.shift, bits=bits, k=k, group_size=group, layout=layout, dtype=dtype, out=out
+    )  # fmt: skip
+    assert got is out
+    assert error(got, w.meaning) <= (1e-6 if dtype == FULL else 5e-4)
+
+
+@pytest.mark.parametrize("fp8", FP8)
+def test_every_float8_code(fp8):
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256)
+    got = wq_dequant(codes.view(fp8), torch.ones(1, 1), bits=8, dtype=FULL)
+    want = codes.view(fp8).float()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(0, 1e9, -1e9), want.nan_to_num(0, 1e9, -1e9))
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize(
+    ("bits", "group", "layout"), [(2, 64, "exec"), (4, 32, "exec"), (4, None, "plain"), (8, None, "plain")]
+)
+def test_gradient(bits, group, layout, dtype):
+    w = weight(50, 256, bits, group, affine=True)
+    dy = torch.randn(7, 50).to(dtype)
+    qdata = to_exec_layout(w.qdata, bits) if layout == "exec" else w.qdata
+    got = wq_gemm_dx(dy, qdata, w.scale, w.shift, bits=bits, group_size=group, layout=layout)
+    assert error(got, dy.double() @ w.meaning) <= TOLERANCE[dtype]
+
+
+def test_gradient_float8_and_ragged():
+    w = weight(37, 90, 8, fp8=FP8[0])
+    dy = torch.randn(40, 37).T.contiguous().T
+    assert error(wq_gemm_dx(dy, w.qdata, w.scale, bits=8), dy.double() @ w.meaning) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 40, 1], [0, 0, 0, 5], [33, 32, 31, 0]])
+@pytest.mark.parametrize(("bits", "layout"), [(4, "exec"), (8, "plain")])
+def test_experts(counts, bits, layout):
+    w = weight(24, 128, bits, 64, affine=True, experts=4)
+    ends = torch.tensor([0, *counts]).cumsum(0)
+    x, bias = torch.randn(int(ends[-1]), 128), torch.randn(4, 24)
+    qdata = to_exec_layout(w.qdata, bits) if layout == "exec" else w.qdata
+    common = {"bits": bits, "group_size": 64, "layout": layout}
+    got = wq_gemm_grouped(x, ends.int(), qdata, w.scale, w.shift, bias, **common)
+    owner = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    want = torch.einsum("tk,tnk->tn", x.double(), w.meaning[owner]) + bias.double()[owner]
+    assert error(got, want) <= TOLERANCE[FULL]
+    dx = wq_gemm_dx(got, qdata, w.scale, w.shift, offsets=ends, **common)
+    assert error(dx, torch.einsum("tn,tnk->tk", got.double(), w.meaning[owner])) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(2, 60)}, "qdata.shape"),
+        ({"x": torch.randn(2, 64).double()}, "x.dtype"),
+        ({"x": torch.tensor(1.0)}, "K"),
+        ({"bits": 3}, "bits: found 3"),
+        ({"layout": "tiles"}, "layout: found 'tiles'"),
+        ({"group_size": 16}, "scale.shape"),
+        ({"group_size": -32}, "group_size: found -32"),
+        ({"scale": torch.ones(8, 3)}, "group_size"),
+        ({"scale": torch.ones(7, 2)}, r"scale.shape: found \(7, 2\), expected \(8, 2\)"),
+        ({"scale": torch.ones(8, 2, dtype=torch.int32)}, "scale.dtype"),
+        ({"shift": torch.ones(8, 1)}, "shift.shape"),
+        ({"bias": torch.ones(9)}, r"bias.shape: found \(9,\), expected \(8,\)"),
+        ({"qdata": torch.zeros(8, 32, dtype=torch.int8)}, "qdata.dtype"),
+        ({"out": torch.zeros(2, 9)}, "out.shape"),
+        ({"out": torch.zeros(8, 2).T}, "out.stride"),
+        ({"scale": torch.ones(8, 2, device="meta")}, "scale.device: found meta, expected cpu"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    w = weight(8, 64, 4, 32)
+    good = {"x": torch.randn(2, 64), "qdata": w.qdata, "scale": w.scale, "bits": 4}
+    with pytest.raises(ValueError, match=message):
+        wq_gemm(**(good | change))

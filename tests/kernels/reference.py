@@ -1,0 +1,77 @@
+"""Quantized operands and their float64 meaning, computed without the package under test."""
+
+from dataclasses import dataclass
+
+import torch
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned codes to bytes along the last axis, low bits first."""
+    per = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per)).int()
+    codes = codes.unflatten(-1, (-1, per))
+    return sum(codes[..., i] << (bits * i) for i in range(per)).to(torch.uint8)
+
+
+def decode_fp8(data: torch.Tensor) -> torch.Tensor:
+    """Float8 to float64 by the formats' definitions, from the bits."""
+    kind = data.dtype
+    u = data.view(torch.uint8).long()
+    mantissa, bias = {FP8[0]: (3, 7), FP8[1]: (3, 8), FP8[2]: (2, 15)}[kind]
+    m, e = u & ((1 << mantissa) - 1), (u & 0x7F) >> mantissa
+    fraction = m.double() / (1 << mantissa)
+    value = torch.where(e == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * torch.exp2((e - bias).double()))
+    return torch.where(u >= 128, -value, value)
+
+
+@dataclass
+class Weight:
+    """A random quantized weight; `meaning` is W[N, K] (or [E, N, K]) in float64."""
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    meaning: torch.Tensor
+    bits: int
+    group: int | None
+
+
+def weight(
+    n: int, k: int, bits: int, group: int | None = None, affine: bool = False, fp8: torch.dtype | None = None,
+    scale_dtype: torch.dtype = torch.float32, experts: int = 0, device: str = "cpu",
+) -> Weight:  # fmt: skip
+    lead = (experts, n) if experts else (n,)
+    size = group or k
+    groups = -(-k // size)
+    scale = (torch.rand(*lead, groups) * 0.05 + 0.01).to(scale_dtype)
+    shift = (torch.rand(*lead, groups) * 0.3 - 0.1).to(scale_dtype) if affine else None
+    if fp8 is not None:
+        qdata = (torch.randn(*lead, k) * 2).to(fp8)
+        values = decode_fp8(qdata)
+    elif bits == 8:
+        qdata = torch.randint(-128, 128, (*lead, k), dtype=torch.int8)
+        values = qdata.double()
+    else:
+        codes = torch.randint(0, 1 << bits, (*lead, k))
+        qdata = pack(codes, bits)
+        values = codes.double() - (0 if affine else 1 << (bits - 1))
+    of = torch.arange(k) // size
+    meaning = scale.double()[..., of] * values
+    if shift is not None:
+        meaning = meaning - shift.double()[..., of]
+    move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    return Weight(move(qdata), move(scale), move(shift), move(meaning), bits, group)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm; NaN and wrong shapes count as infinite."""
+    if found.shape != expected.shape or not torch.isfinite(found).all():
+        return float("inf")
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+#: What a product may lose. fp32: a sum of K terms in blocks loses a few ulp (6e-8 each); fp16 and bf16: one rounding of
+#: each weight and one of the result.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

@@ -1,0 +1,136 @@
+"""Every kernel on a real device against float64, bf16 included, and under CUDA graph capture."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from reference import FP8, TOLERANCE, decode_fp8, error, weight
+
+from requanto_kernels import (
+    from_exec_layout,
+    quant_rows,
+    scaled_mm,
+    to_exec_layout,
+    w4a8_gemm,
+    wq_dequant,
+    wq_gemm,
+    wq_gemm_dx,
+    wq_gemm_grouped,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: On a device fp32 sums are ordered by tiles and splits: sqrt(K) ulp for the K of 1024 used here.
+BOUND = TOLERANCE | {torch.float32: 5e-6}
+
+
+def put(w):
+    return to_exec_layout(w.qdata, w.bits)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 7, 16, 33, 65, 300])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (2, None), (4, 32), (4, 128), (4, None), (8, None), (8, 128)])
+def test_wq_gemm_and_gradient(bits, group, affine, m, dtype):
+    w = weight(520, 1024, bits, group, affine, device="cuda", scale_dtype=dtype)
+    x = torch.randn(m, 1024, device="cuda", dtype=dtype)
+    bias = torch.randn(520, device="cuda", dtype=dtype)
+    for layout, qdata in (("plain", w.qdata), ("exec", put(w))):
+        common = {"bits": bits, "group_size": group, "layout": layout}
+        got = wq_gemm(x, qdata, w.scale, w.shift, bias, **common)
+        assert error(got, x.double() @ w.meaning.T + bias.double()) <= BOUND[dtype]
+        assert torch.equal(got, wq_gemm(x, qdata, w.scale, w.shift, bias, **common))
+        dx = wq_gemm_dx(got, qdata, w.scale, w.shift, **common)
+        assert error(dx, got.double() @ w.meaning) <= BOUND[dtype]
+        whole = wq_dequant(qdata, w.scale, w.shift, dtype=dtype, **common)
+        assert error(whole, w.meaning) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fp8", FP8)
+@pytest.mark.parametrize("m", [1, 40, 300])
+def test_float8_weights(fp8, m, dtype):
+    w = weight(264, 1024, 8, None, fp8=fp8, device="cuda")
+    x = torch.randn(m, 1024, device="cuda", dtype=dtype)
+    assert error(wq_gemm(x, w.qdata, w.scale, bits=8), x.double() @ w.meaning.T) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("m", [1, 16, 70, 1024])
+@pytest.mark.parametrize("dtype", [torch.int8, FP8[0], FP8[2]])
+def test_quantize_and_multiply(dtype, m):
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+    codes, xs = quant_rows(x, dtype)
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    assert torch.allclose(xs, x.float().abs().amax(1) / limit, rtol=1e-6)
+    w, ws = quant_rows(torch.randn(520, 1024, device="cuda"), dtype)
+    value = (lambda t: t.double()) if dtype == torch.int8 else (lambda t: decode_fp8(t.cpu()).cuda())
+    want = xs.double()[:, None] * ws.double() * (value(codes) @ value(w).T)
+    assert error(scaled_mm(codes, w, xs, ws), want) <= BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("group", "layout"), [(None, "exec"), (128, "exec"), (32, "plain")])
+@pytest.mark.parametrize("m", [1, 100])
+def test_int8_activations(group, layout, m):
+    w = weight(520, 1024, 4, group, True, device="cuda")
+    codes, xs = quant_rows(torch.randn(m, 1024, device="cuda"))
+    qdata = put(w) if layout == "exec" else w.qdata
+    got = w4a8_gemm(codes, xs, qdata, w.scale, w.shift, layout=layout, out_dtype=torch.float32)
+    assert error(got, (codes.double() * xs.double()[:, None]) @ w.meaning.T) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts(dtype):
+    w = weight(256, 512, 4, 128, True, experts=6, device="cuda")
+    counts = torch.tensor([0, 70, 1, 0, 33, 16])
+    offsets = torch.tensor([0, *counts.tolist()]).cumsum(0).cuda()
+    owner = torch.repeat_interleave(torch.arange(6), counts).cuda()
+    x = torch.randn(int(counts.sum()), 512, device="cuda", dtype=dtype)
+    got = wq_gemm_grouped(x, offsets, put(w), w.scale, w.shift, bits=4, layout="exec")
+    assert error(got, torch.einsum("tk,tnk->tn", x.double(), w.meaning[owner])) <= BOUND[dtype]
+    dx = wq_gemm_dx(got, put(w), w.scale, w.shift, bits=4, layout="exec", offsets=offsets)
+    assert error(dx, torch.einsum("tn,tnk->tk", got.double(), w.meaning[owner])) <= BOUND[dtype]
+
+
+def test_layout_on_the_device():
+    stored = torch.randint(0, 256, (4096, 2048), dtype=torch.uint8, device="cuda")
+    moved = to_exec_layout(stored.clone(), 4, inplace=True)
+    assert torch.equal(moved.cpu(), to_exec_layout(stored.cpu(), 4))
+    assert torch.equal(from_exec_layout(moved, 4, inplace=True), stored)
+
+
+@pytest.mark.parametrize("m", [1, 512])
+def test_graph_capture(m):
+    w = weight(512, 1024, 4, 128, device="cuda")
+    q8, ws = quant_rows(torch.randn(512, 1024, device="cuda"))
+    qdata = put(w)
+    x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+
+    def step():
+        codes, xs = quant_rows(x)
+        return (
+            wq_gemm(x, qdata, w.scale, bits=4, layout="exec"),
+            scaled_mm(codes, q8, xs, ws),
+            w4a8_gemm(codes, xs, qdata, w.scale, layout="exec"),
+        )
+
+    step()  # compiles, which a capture must not
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_two_devices_are_named():
+    with pytest.raises(ValueError, match=r"scale\.device: found cpu, expected cuda"):
+        wq_gemm(
+            torch.ones(1, 8, device="cuda"), torch.zeros(2, 4, dtype=torch.uint8, device="cuda"), torch.ones(2, 1), bits=4
+        )  # fmt: skip

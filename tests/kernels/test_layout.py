@@ -1,0 +1,68 @@
+"""The execution layout is a permutation of the stored bytes' codes, as documented, and reverses exactly."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from requanto_kernels import from_exec_layout, has_exec_layout, layout, to_exec_layout
+
+
+@settings(max_examples=40, deadline=None)
+@given(bits=st.sampled_from([2, 4]), rows=st.integers(0, 5), k=st.integers(1, 600), inplace=st.booleans())
+def test_round_trip(bits, rows, k, inplace):
+    stored = torch.randint(0, 256, (rows, -(-k * bits // 8)), dtype=torch.uint8)
+    moved = to_exec_layout(stored.clone(), bits, k, inplace=inplace)
+    assert moved.shape == stored.shape
+    assert torch.equal(from_exec_layout(moved, bits, k, inplace=inplace), stored)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_places(bits):
+    fields, per_byte = 16 // bits, 8 // bits
+    k = 64 * fields
+    codes = torch.randint(0, 1 << bits, (k,))
+    stored = sum(codes.view(-1, per_byte)[:, i] << (bits * i) for i in range(per_byte)).to(torch.uint8)
+    words = to_exec_layout(stored[None], bits).view(torch.int16)[0].int()
+    for block in range(2):
+        for i in range(fields):
+            for j in range(32):
+                want = codes[block * 32 * fields + 32 * i + j]
+                assert (words[block * 32 + j] >> (bits * i)) & ((1 << bits) - 1) == want
+
+
+def test_plain_where_there_is_no_block():
+    odd = torch.randint(0, 256, (3, 50), dtype=torch.uint8)
+    assert not has_exec_layout(4, 100)
+    assert to_exec_layout(odd, 4) is odd
+    eight = torch.zeros(3, 128, dtype=torch.int8)
+    assert to_exec_layout(eight, 8) is eight
+
+
+def test_chunks_and_experts(monkeypatch):
+    stored = torch.randint(0, 256, (3, 7, 128), dtype=torch.uint8)
+    whole = to_exec_layout(stored, 4)
+    monkeypatch.setattr(layout, "CHUNK_CODES", 512)
+    assert torch.equal(to_exec_layout(stored, 4), whole)
+    held = stored.clone()
+    assert to_exec_layout(held, 4, inplace=True).data_ptr() == held.data_ptr()
+    assert torch.equal(held, whole)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.zeros(2, 64), 4), "qdata.dtype"),
+        ((torch.zeros(2, 64, dtype=torch.uint8), 3), "bits"),
+        ((torch.zeros(2, 64, dtype=torch.uint8), 4, 64), "qdata.shape"),
+    ],
+)
+def test_bad_input_is_named(args, message):
+    with pytest.raises(ValueError, match=message):
+        to_exec_layout(*args)
+
+
+def test_in_place_needs_contiguous_memory():
+    with pytest.raises(ValueError, match="qdata.stride"):
+        to_exec_layout(torch.zeros(64, 2, dtype=torch.uint8).T, 4, inplace=True)
