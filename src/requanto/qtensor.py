@@ -6,6 +6,10 @@ parameter, and answers to shape, dtype and device as that weight did. Inside are
     qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
     scale  ``[*lead, K / group]``
     shift  as scale, or None
+    up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``, or both None: a low-rank term beside the codes
+
+``W = dequant(qdata, scale, shift) + up @ down``: an adapter merged into a quantized weight is kept as it is, since
+rounding the sum back to few bits would erase most of it (`requanto.lowrank`).
 
 ``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the rest. A
 ``transposed`` tensor is seen with its last two axes swapped, the stored form being the same; GPT-2's ``Conv1D``, whose
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 
+from requanto.layout import LOCK, Packed, find, is_fake, is_handle
 from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
@@ -30,7 +35,7 @@ class QTensor(torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Attributes:
-        qdata, scale, shift: the stored tensors (see the module's text).
+        qdata, scale, shift, up, down: the stored tensors (see the module's text).
         qtype: type of the codes.
         axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
         group_size: weights that share a scale; None: one scale a row.
@@ -38,11 +43,12 @@ class QTensor(torch.Tensor):
         activation: type that inputs are quantized to, per token, on the way into a product; None: they stay float.
     """
 
-    tensor_data_names = ("qdata", "scale", "shift")
+    tensor_data_names = ("qdata", "scale", "shift", "up", "down")
 
-    qdata: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor | None
+    up: torch.Tensor | None
+    down: torch.Tensor | None
     qtype: qtype
     axis: int
     group_size: int | None
@@ -63,6 +69,8 @@ class QTensor(torch.Tensor):
         group_size: int | None = None,
         transposed: bool = False,
         activation: qtype | None = None,
+        up: torch.Tensor | None = None,
+        down: torch.Tensor | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -79,9 +87,14 @@ class QTensor(torch.Tensor):
         )
         if requires_grad:
             raise RuntimeError(NO_GRADIENT)
-        self.qdata, self.scale, self.shift = qdata, scale, shift
+        if is_handle(qdata):
+            self._qdata, self._packed = qdata, None if is_fake(qdata) else find(qdata)
+        else:
+            self.qdata = qdata
+        self.scale, self.shift = scale, shift
         self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
         self.activation = activation
+        self.set_lowrank(up, down)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -181,18 +194,76 @@ class QTensor(torch.Tensor):
         values = values * self.scale.to(torch.float32).unsqueeze(-1)
         if self.shift is not None:
             values = values - self.shift.to(torch.float32).unsqueeze(-1)
+        if self.up is not None and self.down is not None:
+            values = values.flatten(-2).reshape(*self.lead, self.row_length)
+            values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
         values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
         return values.transpose(-1, -2) if self.transposed else values
+
+    # ------------------------------------------------------------------ the low-rank term
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank term; 0: there is none."""
+        return 0 if self.up is None else self.up.shape[-1]
+
+    def set_lowrank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
+        """Replaces the low-rank term, in place: every module that shares the weight sees it.
+
+        Raises:
+            ValueError: one of the two is missing, or their shapes do not fit the weight.
+        """
+        if (up is None) != (down is None):
+            raise ValueError("a low-rank term is up and down together; one of them is None")
+        if up is not None and down is not None:
+            wanted = (*self.lead, up.shape[-1]), (*self.lead[:-1], up.shape[-1], self.row_length)
+            if (tuple(up.shape), tuple(down.shape)) != wanted:
+                raise ValueError(
+                    f"a low-rank term of up {tuple(up.shape)} and down {tuple(down.shape)} does not fit a quantized "
+                    f"weight of shape {tuple(self.shape)}; expected up {wanted[0]}, down {wanted[1]}"
+                )
+        self.up, self.down = up, down
+
+    def without_lowrank(self) -> QTensor:
+        """The same codes without the low-rank term."""
+        return self.replace(self.qdata, self.scale, self.shift, up=None, down=None) if self.rank else self
 
     @property
     def nbytes(self) -> int:
         """Bytes that are really held."""
-        return sum(t.nbytes for t in self.inner_tensors().values())
+        codes = self._qdata if self._packed is None else self._packed
+        return codes.nbytes + self.scale.nbytes + (0 if self.shift is None else self.shift.nbytes)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits a weight costs, scales and shifts counted."""
         return self.nbytes * 8 / max(1, self.numel())
+
+    # ------------------------------------------------------------------ stored and packed form (requanto.layout)
+
+    @property
+    def qdata(self) -> torch.Tensor:
+        """The stored codes. Reading them makes a packed tensor plain again."""
+        if self._packed is not None:
+            with LOCK:
+                if self._packed is not None:
+                    self.qdata = self._packed.plain()
+        return self._qdata
+
+    @qdata.setter
+    def qdata(self, value: torch.Tensor) -> None:
+        self._qdata, self._packed = value, None
+
+    @property
+    def packed(self) -> Packed | None:
+        """The form a kernel runs on, where it replaces the stored codes."""
+        return self._packed
+
+    def pack(self, packed: Packed) -> None:
+        """Replaces the stored codes by their packed form."""
+        # Readers look at _packed first: it must not name a form whose handle is not there yet, nor the reverse.
+        with LOCK:
+            self._qdata, self._packed = packed.handle, packed
 
     # ------------------------------------------------------------------ flattening
 
@@ -211,12 +282,14 @@ class QTensor(torch.Tensor):
             "affine": self.shift is not None,
             "transposed": self.transposed,
             "activation": None if self.activation is None else self.activation.name,
+            "rank": self.rank,
         }
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         activation = None if self.activation is None else self.activation.name
         context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype, activation)
-        return list(self.inner_tensors()), context
+        # The raw codes: torch.compile takes packed forms by their handles.
+        return ["_qdata", "scale", *(["shift"] if self.shift is not None else [])], context
 
     @classmethod
     def __tensor_unflatten__(
@@ -224,7 +297,7 @@ class QTensor(torch.Tensor):
     ) -> QTensor:
         name, axis, group_size, transposed, dtype, activation = context
         return cls(
-            inner["qdata"],
+            inner["_qdata"],
             inner["scale"],
             inner.get("shift"),
             qtype=qtypes[name],
@@ -234,6 +307,8 @@ class QTensor(torch.Tensor):
             group_size=group_size,
             transposed=transposed,
             activation=None if activation is None else qtypes[activation],
+            up=inner.get("up"),
+            down=inner.get("down"),
         )
 
     def replace(
@@ -246,8 +321,10 @@ class QTensor(torch.Tensor):
         dtype: torch.dtype | None = None,
         axis: int | None = None,
         transposed: bool | None = None,
+        up: torch.Tensor | None | str = "same",
+        down: torch.Tensor | None | str = "same",
     ) -> QTensor:
-        """The same kind of tensor around other inner tensors."""
+        """The same kind of tensor around other inner tensors; ``up`` and ``down`` stay unless given."""
         return type(self)(
             qdata,
             scale,
@@ -259,13 +336,17 @@ class QTensor(torch.Tensor):
             group_size=self.group_size,
             transposed=self.transposed if transposed is None else transposed,
             activation=self.activation,
+            up=self.up if isinstance(up, str) else up,
+            down=self.down if isinstance(down, str) else down,
         )
 
     # ------------------------------------------------------------------ copying, pickling, printing
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
+        # torch cannot pickle float8 (only torch.save can): its bytes go.
+        qdata = self.qdata.view(torch.uint8) if self.qtype.is_floating_point else self.qdata
         arguments = (
-            self.qdata,
+            qdata,
             self.scale,
             self.shift,
             self.qtype.name,
@@ -276,6 +357,8 @@ class QTensor(torch.Tensor):
             self.transposed,
             bool(getattr(self, "_is_param", False)),
             None if self.activation is None else self.activation.name,
+            self.up,
+            self.down,
         )
         return _rebuild_qtensor, arguments
 
@@ -292,7 +375,7 @@ class QTensor(torch.Tensor):
         kind = "affine" if self.shift is not None else "symmetric"
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}, "
-            f"device={self.device}, {self.bits_per_weight:.2f} bits a weight)"
+            f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, {self.bits_per_weight:.2f} bits a weight)"
         )
 
     # ------------------------------------------------------------------ dispatch
@@ -342,10 +425,12 @@ def _rebuild_qtensor(
     transposed: bool,
     is_param: bool,
     activation: str | None = None,
+    up: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
 ) -> QTensor:
     """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
     tensor = QTensor(
-        qdata,
+        qdata.view(qtypes[name].storage_dtype),
         scale,
         shift,
         qtype=qtypes[name],
@@ -355,6 +440,8 @@ def _rebuild_qtensor(
         group_size=group_size,
         transposed=transposed,
         activation=None if activation is None else qtypes[activation],
+        up=up,
+        down=down,
     )
     if is_param:
         tensor._is_param = True

@@ -16,8 +16,8 @@ aten = torch.ops.aten
 
 def each(tensor: QTensor, change: Callable[[torch.Tensor], torch.Tensor], **attributes: Any) -> QTensor:
     """The tensor with ``change`` applied to every inner tensor."""
-    shift = None if tensor.shift is None else change(tensor.shift)
-    return tensor.replace(change(tensor.qdata), change(tensor.scale), shift, **attributes)
+    shift, up, down = (None if inner is None else change(inner) for inner in (tensor.shift, tensor.up, tensor.down))
+    return tensor.replace(change(tensor.qdata), change(tensor.scale), shift, up=up, down=down, **attributes)
 
 
 @implements_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
@@ -91,6 +91,7 @@ def _layout(tensor: QTensor) -> tuple:
         tensor.group_size,
         tensor.transposed,
         tensor.shift is not None,
+        tensor.rank,
     )
 
 
@@ -138,6 +139,14 @@ def _select(func: Any, args: tuple, kwargs: dict) -> QTensor:
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
+@implements_aten(aten.unbind.int)
+def _unbind(func: Any, args: tuple, kwargs: dict) -> list[QTensor]:
+    """All experts, one by one."""
+    tensor = args[0]
+    dim = args[1] if len(args) > 1 else 0
+    return [_select(aten.select.int, (tensor, dim, index), {}) for index in range(tensor.shape[dim])]
+
+
 @implements_aten(aten.index.Tensor, aten.index_select.default)
 def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
     """Experts or rows picked by an index tensor along axis 0."""
@@ -157,6 +166,8 @@ def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
         tensor.scale[index],
         None if tensor.shift is None else tensor.shift[index],
         shape=(index.numel() if index.dtype != torch.bool else int(index.sum()), *tensor.shape[1:]),
+        up=None if tensor.up is None else tensor.up[index],
+        down=tensor.down if tensor.down is None or tensor.axis == 0 else tensor.down[index],
     )
     return picked
 
@@ -184,7 +195,16 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     shape[dim % tensor.dim()] = max(0, -(-(end - start) // step))
     if axis <= tensor.axis:
         cut = (slice(None),) * axis + (slice(start, end, step),)
-        return each(tensor, lambda t: t[cut], shape=shape)
+        # Each row has its own line of up; down is shared by all rows of a matrix.
+        down = tensor.down if tensor.down is None or axis == tensor.axis else tensor.down[cut]
+        return tensor.replace(
+            tensor.qdata[cut],
+            tensor.scale[cut],
+            None if tensor.shift is None else tensor.shift[cut],
+            shape=shape,
+            up=None if tensor.up is None else tensor.up[cut],
+            down=down,
+        )
     if (start, end, step) == (0, tensor.shape[dim], 1):
         return each(tensor, lambda t: aten.alias.default(t))
     group = tensor.group_size or tensor.row_length
@@ -199,11 +219,12 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         )
     bytes_cut = slice(start // per_byte, end // per_byte)
     qdata = tensor.qdata[..., bytes_cut]
+    down = None if tensor.down is None else tensor.down[..., start:end]
     if tensor.group_size is None:
-        return tensor.replace(qdata, tensor.scale, tensor.shift, shape=shape)
+        return tensor.replace(qdata, tensor.scale, tensor.shift, shape=shape, down=down)
     groups = slice(start // group, end // group)
     shift = None if tensor.shift is None else tensor.shift[..., groups]
-    return tensor.replace(qdata, tensor.scale[..., groups], shift, shape=shape)
+    return tensor.replace(qdata, tensor.scale[..., groups], shift, shape=shape, down=down)
 
 
 @implements_aten(aten.split.Tensor, aten.split_with_sizes.default)
@@ -246,7 +267,7 @@ def _pin_memory(func: Any, args: tuple, kwargs: dict) -> QTensor:
 
 @implements_aten(aten.equal.default)
 def _equal(func: Any, args: tuple, kwargs: dict) -> bool:
-    """True for the same codes, scales and shifts."""
+    """True for the same codes, scales, shifts and low-rank terms."""
     one, two = args
     if not isinstance(one, QTensor) or not isinstance(two, QTensor):
         raise NotImplementedError("equal() of a quantized and a float tensor: call .dequantize() first")

@@ -137,6 +137,36 @@ def _set_requires_grad(self: QTensor, requires_grad: bool) -> None:
         raise RuntimeError(NO_GRADIENT)
 
 
+@implements_function(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
+    """``weight.data = other``: what offloading does. Torch alone would change the wrapper and leave the codes."""
+    if not isinstance(self, QTensor) or not isinstance(value, QTensor):
+        raise NotImplementedError(
+            f"`.data = ...` of a {type(self).__name__} with a {type(value).__name__}: a quantized weight takes another "
+            f"quantized weight only. Call .dequantize() on it, or assign module.weight = torch.nn.Parameter(..., "
+            f"requires_grad=False)."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+    self.qdata, self.scale, self.shift = value.qdata, value.scale, value.shift
+    self.qtype, self.axis, self.group_size = value.qtype, value.axis, value.group_size
+    self.transposed, self.activation = value.transposed, value.activation
+    self.set_lowrank(value.up, value.down)
+
+
+@implements_function(torch.Tensor.share_memory_)
+def _share_memory_(self: QTensor) -> QTensor:
+    """For other processes; the wrapper has no memory of its own, and torch would crash looking for it."""
+    for inner in self.inner_tensors().values():
+        inner.share_memory_()
+    return self
+
+
+@implements_function(torch.Tensor.is_shared)
+def _is_shared(self: QTensor) -> bool:
+    return all(inner.is_shared() for inner in self.inner_tensors().values())
+
+
 @implements_function(torch.Tensor.dequantize, torch.dequantize)
 def _dequantize(self: QTensor) -> torch.Tensor:
     return self.dequantize()

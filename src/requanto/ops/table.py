@@ -50,6 +50,9 @@ def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
     """
     implementation = ATEN.get(func)
     if implementation is None:
+        # In inference mode operators that torch composes of others arrive whole: take them apart, as autograd would have.
+        if func._can_decompose():
+            return func.decompose(*args, **kwargs)
         raise NotImplementedError(
             f"{func} is not defined on a quantized weight (QTensor). If the float values are what you want, call "
             f".dequantize() on the weight, or model.dequantize() on the model; nothing is dequantized silently."
