@@ -195,7 +195,7 @@ class QTensor(torch.Tensor):
         if self.shift is not None:
             values = values - self.shift.to(torch.float32).unsqueeze(-1)
         if self.up is not None and self.down is not None:
-            values = values.flatten(-2).reshape(*self.lead, self.row_length)
+            values = values.reshape(*self.lead, self.row_length)
             values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
         values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
         return values.transpose(-1, -2) if self.transposed else values
@@ -232,7 +232,8 @@ class QTensor(torch.Tensor):
     def nbytes(self) -> int:
         """Bytes that are really held."""
         codes = self._qdata if self._packed is None else self._packed
-        return codes.nbytes + self.scale.nbytes + (0 if self.shift is None else self.shift.nbytes)
+        others = (getattr(self, name) for name in self.tensor_data_names[1:])
+        return codes.nbytes + sum(t.nbytes for t in others if t is not None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -289,7 +290,8 @@ class QTensor(torch.Tensor):
         activation = None if self.activation is None else self.activation.name
         context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype, activation)
         # The raw codes: torch.compile takes packed forms by their handles.
-        return ["_qdata", "scale", *(["shift"] if self.shift is not None else [])], context
+        held = [name for name in self.tensor_data_names[1:] if getattr(self, name) is not None]
+        return ["_qdata", *held], context
 
     @classmethod
     def __tensor_unflatten__(

@@ -7,7 +7,8 @@ config.json, ``quantization_config.tensors``, a line a weight:
     "model.layers.0.mlp.up_proj.weight": "qint4 1536x576 group=64 affine"
 
 The words after type and shape: ``group=N`` (else one scale a row), ``affine`` (else symmetric), ``axis=N`` (else 0),
-``transposed``, ``activation=TYPE`` (inputs are quantized on the fly).
+``transposed``, ``activation=TYPE`` (inputs are quantized on the fly), ``rank=R`` (a merged adapter is kept beside the
+codes: ``W_up`` and ``W_down``, and the weight is ``dequant(W) + up @ down``).
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ def spec_text(tensor: QTensor) -> str:
         words.append("transposed")
     if tensor.activation is not None:
         words.append(f"activation={tensor.activation.name}")
+    if tensor.rank:
+        words.append(f"rank={tensor.rank}")
     return " ".join(words)
 
 
 def parse_spec(text: str, name: str) -> dict[str, Any]:
-    """The reverse of :func:`spec_text`: keyword arguments of QTensor, with ``affine``.
+    """The reverse of :func:`spec_text`: keyword arguments of QTensor, with ``affine`` and ``rank``.
 
     Raises:
         CheckpointError: the line is not of that form.
@@ -61,6 +64,7 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
             "affine": False,
             "transposed": False,
             "activation": None,
+            "rank": 0,
         }
         for word in words:
             key, _, value = word.partition("=")
@@ -68,8 +72,8 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
                 spec[key] = True
             elif key == "group":
                 spec["group_size"] = int(value)
-            elif key == "axis":
-                spec["axis"] = int(value)
+            elif key in ("axis", "rank"):
+                spec[key] = int(value)
             elif key == "activation":
                 spec["activation"] = resolve_qtype(value)
             else:
@@ -111,6 +115,9 @@ def expected_parts(spec: dict[str, Any]) -> dict[str, tuple[torch.Size, tuple[to
     parts = {"qdata": (torch.Size(codes), (kind.storage_dtype,)), "scale": (torch.Size(groups), floats)}
     if spec["affine"]:
         parts["shift"] = (torch.Size(groups), floats)
+    if spec["rank"]:
+        parts["up"] = (torch.Size([*lead, spec["rank"]]), floats)
+        parts["down"] = (torch.Size([*lead[:-1], spec["rank"], length]), floats)
     return parts
 
 
@@ -122,7 +129,7 @@ def rebuild(
     Args:
         name: the weight's name, for messages.
         text: its line in ``quantization_config.tensors``.
-        parts: ``qdata``, ``scale`` and, when affine, ``shift``.
+        parts: ``qdata``, ``scale``, when affine ``shift``, with a low-rank term ``up`` and ``down``.
         dtype: float dtype the weight is seen as.
         check_values: refuse scales and shifts that hold NaN or Inf.
 
@@ -148,8 +155,8 @@ def rebuild(
             raise CheckpointError(
                 f"{name}_{part} holds NaN or Inf: the checkpoint is damaged, take it from its source again"
             )
-    affine = spec.pop("affine")
-    return QTensor(parts["qdata"], parts["scale"], parts["shift"] if affine else None, dtype=dtype, **spec)
+    del spec["affine"], spec["rank"]
+    return QTensor(**parts, dtype=dtype, **spec)
 
 
 def check_version(format_name: str | None, version: int | None, where: str) -> None:

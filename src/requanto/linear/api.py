@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from requanto import lowrank
 from requanto.linear import reference  # noqa: F401  (closes the table)
 from requanto.linear.table import choose, problem_of
 from requanto.qtensor import QTensor
@@ -40,6 +41,8 @@ def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -
         raise ValueError(f"linear: x must be a float tensor, found {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}; move one of them")
+    if weight.up is not None:
+        return linear(x, weight.without_lowrank(), bias) + lowrank.product(x, weight)
     rows = x.reshape(-1, x.shape[-1])
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad or torch.compiler.is_compiling():
@@ -166,6 +169,8 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     Returns:
         ``[rows, N]``
     """
+    if weight.up is not None:
+        return grouped_linear(x, weight.without_lowrank(), offsets) + lowrank.grouped_product(x, weight, offsets)
     return torch.ops.requanto.grouped_linear(
         x,
         weight.qdata,
@@ -242,5 +247,6 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
         weight.scale[flat],
         None if weight.shift is None else weight.shift[flat],
         shape=(flat.numel(), *weight.shape[1:]),
+        up=None if weight.up is None else weight.up[flat],
     )
     return rows.dequantize().view(*indices.shape, *weight.shape[1:])

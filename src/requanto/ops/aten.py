@@ -22,7 +22,12 @@ def each(tensor: QTensor, change: Callable[[torch.Tensor], torch.Tensor], **attr
 
 @implements_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    return return_and_correct_aliasing(func, args, kwargs, each(args[0], lambda t: func(t)))
+    tensor, packed = args[0], args[0].packed
+    if packed is None:
+        return return_and_correct_aliasing(func, args, kwargs, each(tensor, lambda t: func(t)))
+    # Reading qdata would make the tensor plain; its alias shares the packed form.
+    shift = None if tensor.shift is None else func(tensor.shift)
+    return tensor.replace(packed.handle, func(tensor.scale), shift)
 
 
 @implements_aten(aten.clone.default)
