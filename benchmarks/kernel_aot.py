@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from requanto_kernels import _check as check
+from requanto_kernels._device import fp8_decoder
 from requanto_kernels.config import Config, families, nearest_arch
 from requanto_kernels.quant_rows import quant_rows_kernel
 from requanto_kernels.scaled_mm import scaled_mm_kernel, scaled_mm_persistent_kernel
@@ -36,7 +37,7 @@ from requanto_kernels.wq_gemm import constants, reduce_kernel, wq_gemm_kernel
 from requanto_kernels.wq_gemm_dx import wq_gemm_dx_kernel
 from requanto_kernels.wq_gemm_grouped import wq_gemm_grouped_kernel
 
-ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHS = ("sm_90", "sm_80", "sm_89", "sm_100", "sm_120", "gfx942")
 SHARED_LIMIT = {
     "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536,
 }  # fmt: skip
@@ -82,7 +83,10 @@ def _rows(arch: str, op: str, bits: int, dtype: str):
             yield row.get("m_max", "any"), Config(**row["config"])
 
 
-def _gemm_cases(arch: str, bits: int, fp8: str, group: int, affine: bool, is_exec: bool, dtype: str):
+def _gemm_cases(
+    arch: str, bits: int, fp8: str, group: int, affine: bool, is_exec: bool, dtype: str, full: bool = True
+):  # fmt: skip
+    """wq_gemm's tiles; full: also the split, grouped and gradient forms, which share the decode."""
     weight = _weight(bits, fp8, group, affine, is_exec)
     label = (
         f"{fp8 or f'w{bits}'} g{group or 'K'} {'affine' if affine else 'sym'} {'exec' if is_exec else 'plain'} {dtype}"
@@ -91,15 +95,17 @@ def _gemm_cases(arch: str, bits: int, fp8: str, group: int, affine: bool, is_exe
     pointers = {"x_ptr": act, "q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "bias_ptr": "*fp32"}
     for m_max, config in _rows(arch, "wq_gemm", bits, dtype):
         const = constants(weight, config, arch, getattr(torch, dtype))
-        for split in (False, True) if m_max != "any" else (False,):
+        for split in (False, True) if full and m_max != "any" else (False,):
             out = {"out_ptr": "*fp32" if split else act}
             more = {"BIAS": not split, "SPLIT": split, "GROUP_M": config.group_m, "stride_xk": 1}
             name = f"wq_gemm {label} M<={m_max}{' split' if split else ''}"
             yield Case(name, arch, wq_gemm_kernel, pointers | out, const | more, config)
+        if not full:
+            continue
         more = {"BIAS": True, "E_BLOCK": 64, "stride_xk": 1}
         extra = {"out_ptr": act, "offsets_ptr": "*i32"}
         yield Case(f"grouped {label} M<={m_max}", arch, wq_gemm_grouped_kernel, pointers | extra, const | more, config)
-    for m_max, config in _rows(arch, "wq_gemm_dx", bits, dtype):
+    for m_max, config in _rows(arch, "wq_gemm_dx", bits, dtype) if full else ():
         block_k = max(config.block_k, check.exec_block(bits)) if weight.exec else config.block_k
         const = {k: v for k, v in constants(weight, config, arch, getattr(torch, dtype)).items()
                  if k not in ("LEFT", "BY_FIELD")}  # fmt: skip
@@ -140,8 +146,8 @@ def _small_cases(arch: str):
     for bits, fp8 in ((2, ""), (4, ""), (8, ""), (8, "e4m3fn")):
         weight = _weight(bits, fp8, 128, True, True)
         block_k = max(128, check.exec_block(bits)) if bits < 8 else 128
-        const = {"BITS": bits, "FP8": fp8, "GROUP": 128, "AFFINE": True, "EXEC": weight.exec, "EVEN_K": True,
-                 "BLOCK_K": block_k, "BLOCK_N": 4096 // block_k}  # fmt: skip
+        const = {"BITS": bits, "FP8": fp8_decoder(fp8, arch), "GROUP": 128, "AFFINE": True, "EXEC": weight.exec,
+                 "EVEN_K": True, "BLOCK_K": block_k, "BLOCK_N": 4096 // block_k}  # fmt: skip
         pointers = {"q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "out_ptr": "*bf16"}
         yield Case(f"wq_dequant {fp8 or f'w{bits}'}", arch, wq_dequant_kernel, pointers, const, Config(), matrix=False)
     const = {"SPLITS": 8, "BIAS": True, "BLOCK": 1024}
@@ -169,22 +175,25 @@ def cases(quick: bool = False, archs=ARCHS):
             yield from list(_scaled_cases(arch, kind))[-1:]
             yield from list(_small_cases(arch))[-2:-1]
             continue
-        for bits, fp8, group, affine, is_exec, dtype in (
-            (4, "", 128, False, True, "bfloat16"),
-            (4, "", 128, True, True, "bfloat16"),
-            (4, "", 64, True, True, "float16"),
-            (4, "", 32, False, True, "bfloat16"),
-            (4, "", 0, False, True, "bfloat16"),
-            (4, "", 128, False, False, "bfloat16"),
-            (4, "", 128, False, True, "float32"),
-            (2, "", 64, True, True, "bfloat16"),
-            (8, "", 0, False, False, "bfloat16"),
-            (8, "", 128, True, False, "float16"),
-            (8, "e4m3fn", 0, False, False, "bfloat16"),
-            (8, "e4m3fn", 0, False, False, "float16"),
-            (8, "e5m2", 0, False, False, "bfloat16"),
+        for i, (bits, fp8, group, affine, is_exec, dtype) in enumerate(
+            (
+                (4, "", 128, False, True, "bfloat16"),
+                (4, "", 128, True, True, "bfloat16"),
+                (4, "", 64, True, True, "float16"),
+                (4, "", 32, False, True, "bfloat16"),
+                (4, "", 0, False, True, "bfloat16"),
+                (4, "", 128, False, False, "bfloat16"),
+                (4, "", 128, False, True, "float32"),
+                (2, "", 64, True, True, "bfloat16"),
+                (8, "", 0, False, False, "bfloat16"),
+                (8, "", 128, True, False, "float16"),
+                (8, "e4m3fn", 0, False, False, "bfloat16"),
+                (8, "e4m3fn", 0, False, False, "float16"),
+                (8, "e5m2", 0, False, False, "bfloat16"),
+            )
         ):
-            yield from _gemm_cases(arch, bits, fp8, group, affine, is_exec, dtype)
+            # One variant of each number of bits shows the other forms; all of them would take a quarter of an hour.
+            yield from _gemm_cases(arch, bits, fp8, group, affine, is_exec, dtype, full=i in (0, 6, 7, 8))
         for kind in ("int8", "e4m3fnuz" if arch == "gfx942" else "e4m3fn"):
             yield from _scaled_cases(arch, kind)
         yield from _small_cases(arch)
@@ -266,11 +275,25 @@ def compile_case(case: Case) -> dict:
     return row
 
 
+def write(rows: list[dict], keep: bool) -> None:
+    """The table on disk, one row a line so that a change shows in a diff; keep: rows not compiled now stay."""
+    path = Path(__file__).parent / "results" / "kernel_aot.json"
+    table = {}
+    if keep and path.exists():
+        table = {(row["arch"], row["case"]): row for row in json.loads(path.read_text())["rows"]}
+    table |= {(row["arch"], row["case"]): row for row in rows}
+    head = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__}
+    path.parent.mkdir(exist_ok=True)
+    body = ",\n".join("  " + json.dumps(row) for row in table.values())
+    path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only what the tests compile; writes nothing")
-    parser.add_argument("--only", default="", help="only cases whose 'arch name' holds this text; writes nothing")
+    parser.add_argument("--only", default="", help="only cases whose 'arch name' holds this text")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture; may be repeated")
+    parser.add_argument("--merge", action="store_true", help="put the rows of --only or --arch into the kept table")
     args = parser.parse_args()
     rows = []
     for case in cases(args.quick, args.arch or ARCHS):
@@ -280,12 +303,9 @@ def main() -> int:
             verdict = "; ".join(row["problems"]) or "ok"
             print(f"{row['arch']:7} {row['case']:52} loop {row.get('loop', 0):5} shared {row.get('shared', 0):7} "
                   f"{','.join(row.get('matrix', [])):14} {verdict}", flush=True)  # fmt: skip
-    if not (args.quick or args.only or args.arch):
-        path = Path(__file__).parent / "results" / "kernel_aot.json"
-        path.parent.mkdir(exist_ok=True)
-        head = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__}
-        body = ",\n".join("  " + json.dumps(row) for row in rows)
-        path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+    partial = args.quick or args.only or args.arch
+    if args.merge or not partial:
+        write(rows, keep=bool(partial))
     bad = sum(bool(row["problems"]) for row in rows)
     print(f"{len(rows)} cases, {bad} with problems")
     return bool(bad)

@@ -63,13 +63,16 @@ def field_to_int8(words, FIELD: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def fp8_to_float(codes, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """uint8 bit patterns of a float8 kind as DTYPE, exactly, NaN kept; needs no fp8 hardware.
+    """uint8 bit patterns of a float8 kind as DTYPE, exactly, NaN kept.
 
-    The bits are moved into the wider format's fields and the exponent bias is repaired by one multiplication with a
-    power of two, which also normalizes the subnormal codes.
+    "native e4m3fn" leaves it to the hardware (sm_89 and newer). The others need none: the bits are moved into the
+    wider format's fields and the exponent bias is repaired by one multiplication with a power of two, which also
+    normalizes the subnormal codes.
     """
     u = codes.to(tl.int16)
-    if KIND == "e5m2":
+    if KIND == "native e4m3fn":
+        return codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    elif KIND == "e5m2":
         return (u << 8).to(tl.float16, bitcast=True).to(tl.float32).to(DTYPE)
     else:
         magnitude = u & 0x7F

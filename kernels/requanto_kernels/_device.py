@@ -57,3 +57,8 @@ def on_device(tensor: torch.Tensor):
     if tensor.device.type in ("cuda", "xpu"):
         return getattr(torch, tensor.device.type).device(tensor.device)
     return nullcontext()
+
+
+def fp8_decoder(kind: str, arch: str) -> str:
+    """How the kernels decode a float8 kind on this architecture: by hardware where that is cheaper."""
+    return "native e4m3fn" if kind == "e4m3fn" and capability(arch) >= 89 else kind

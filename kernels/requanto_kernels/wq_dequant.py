@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import _check as check
 from ._decode import load_codes, scale_codes
-from ._device import on_device
+from ._device import arch_of, fp8_decoder, on_device
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def wq_dequant(
     with on_device(qdata):
         wq_dequant_kernel[(-(-w.n // block_n), -(-k // block_k))](
             w.q, w.scale, z, result, w.n, k, *w.strides()[:3],
-            BITS=bits, FP8=w.fp8, GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
+            BITS=bits, FP8=fp8_decoder(w.fp8, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0, num_warps=4,
         )  # fmt: skip
     return result

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from . import _check as check
 from ._decode import field_to_float, load_codes, load_group, load_words, scale_codes
-from ._device import arch_of, is_cuda, on_device, processors
+from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from .config import Config, select, split_for
 
 
@@ -129,7 +129,8 @@ def fit(config: Config, weight: check.Weight) -> tuple[int, bool]:
     """The config's (block_k, fields) made right for this weight: an execution-layout tile is made of whole blocks."""
     block_k, fields = config.block_k, config.fields
     if not weight.exec:
-        return block_k, False
+        # Joining bytes holds a tile's codes in registers twice: half the depth avoids spills.
+        return (min(block_k, 64) if weight.bits < 8 else block_k), False
     block = check.exec_block(weight.bits)
     if fields and (weight.group == 0 or weight.group % 32 == 0 or weight.group in (16, 8)):
         return block, True
@@ -141,7 +142,7 @@ def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtyp
     block_k, fields = fit(config, weight)
     return {
         "BITS": weight.bits,
-        "FP8": weight.fp8,
+        "FP8": fp8_decoder(weight.fp8, arch),
         "GROUP": weight.group,
         "AFFINE": weight.shift is not None,
         "EXEC": weight.exec,

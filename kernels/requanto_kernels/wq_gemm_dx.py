@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import _check as check
 from ._decode import load_codes, scale_codes
-from ._device import arch_of, is_cuda, on_device
+from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from .config import Config, select
 
 
@@ -113,7 +113,7 @@ def wq_gemm_dx(
         wq_gemm_dx_kernel[(tiles_m, -(-k // block_k))](
             dy2, w.q, w.scale, w.shift if w.shift is not None else w.scale, result,
             offsets if offsets is not None else w.q, m, w.n, k, w.experts, dy2.stride(0), dy2.stride(1), *w.strides(),
-            BITS=bits, FP8=w.fp8, GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
+            BITS=bits, FP8=fp8_decoder(w.fp8, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             GROUPED=offsets is not None, E_BLOCK=triton.next_power_of_2(max(w.experts, 1)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
             PTX=is_cuda(arch) and dy.dtype != torch.float32,

@@ -64,5 +64,5 @@ def test_bad_input_is_named(args, message):
 
 
 def test_in_place_needs_contiguous_memory():
-    with pytest.raises(ValueError, match="qdata.stride"):
+    with pytest.raises(ValueError, match=r"qdata\.stride"):
         to_exec_layout(torch.zeros(64, 2, dtype=torch.uint8).T, 4, inplace=True)
