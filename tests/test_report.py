@@ -119,6 +119,15 @@ def test_speed_counts_prompt_and_new_tokens():
     assert result.decode_tokens_per_s > 0
 
 
+def test_speed_makes_one_run_however_slow_the_model():
+    model = Toy()
+    runs = []
+    generate = model.generate
+    model.generate = lambda **kwargs: (runs.append(1), generate(**kwargs))
+    generation_speed(model, ByteTokenizer(), repeats=50, max_seconds=0.0, progress=False)
+    assert len(runs) == 2  # the warm-up and one that counts
+
+
 @pytest.mark.parametrize("bad", [{"prompt_tokens": 0}, {"new_tokens": 1}, {"repeats": 0}])
 def test_speed_names_bad_sizes(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

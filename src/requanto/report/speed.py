@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -15,11 +16,11 @@ from requanto.report._inputs import Tokenizer, model_device, token_ids
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """What `generation_speed` measured: medians over the repeats.
+    """What `generation_speed` measured: medians, so that one disturbed moment does not count.
 
     Attributes:
         prefill_tokens_per_s: tokens of the prompt a second, up to and with the first new token.
-        decode_tokens_per_s: new tokens a second after the first.
+        decode_tokens_per_s: new tokens a second after the first: one over the median time between two.
     """
 
     prefill_tokens_per_s: float
@@ -32,6 +33,7 @@ def generation_speed(
     prompt_tokens: int = 512,
     new_tokens: int = 32,
     repeats: int = 3,
+    max_seconds: float = 60.0,
     progress: bool = True,
 ) -> SpeedResult:
     """Time greedy `model.generate` on one prompt, after a warm-up that does not count.
@@ -41,7 +43,8 @@ def generation_speed(
         tokenizer: its tokenizer; the prompt is the beginning of the text that ships with the package.
         prompt_tokens: length of the prompt.
         new_tokens: tokens to generate: exactly so many, an end token does not stop it.
-        repeats: timed runs; the medians count.
+        repeats: timed runs.
+        max_seconds: start no further run after this time; one is always made.
         progress: show a progress bar.
 
     Raises:
@@ -60,18 +63,25 @@ def generation_speed(
             "load it with AutoModelForCausalLM"
         )
     prompt = _prompt(tokenizer, prompt_tokens).to(model_device(model))
-    prefill, decode = [], []
+    prefill: list[float] = []
+    between: list[float] = []
+    start = time.perf_counter()
     with tqdm(total=repeats + 1, unit="run", desc="speed", disable=not progress) as bar:
         # A short warm-up is enough: it runs every kernel once, for many rows and for one.
         _timed_generate(model, prompt, new_tokens=2)
         bar.update()
         for _ in range(repeats):
             times = _timed_generate(model, prompt, new_tokens)
-            prefill.append(prompt_tokens / (times[1] - times[0]))
-            decode.append((new_tokens - 1) / (times[-1] - times[1]))
+            prefill.append(times[1] - times[0])
+            between += [later - earlier for earlier, later in pairwise(times[1:])]
+            result = SpeedResult(prompt_tokens / median(prefill), 1 / median(between))
             bar.update()
-            bar.set_postfix_str(f"prefill {median(prefill):.0f}, decode {median(decode):.1f} tok/s")
-    return SpeedResult(median(prefill), median(decode))
+            bar.set_postfix_str(
+                f"prefill {result.prefill_tokens_per_s:.0f}, decode {result.decode_tokens_per_s:.1f} tok/s"
+            )
+            if time.perf_counter() - start > max_seconds:
+                break
+    return result
 
 
 def _prompt(tokenizer: Tokenizer, length: int) -> Tensor:

@@ -1,0 +1,72 @@
+# make quickstart   a quantized model end to end, in a virtual environment of its own (.venv)
+# make test         lint and every test that needs no GPU
+# make gpu-check    GPU tests and benchmarks, with the Python that is active: no installation
+# make lint, wheel, clean
+#
+# Variables:
+#   PYTHON  the interpreter that makes .venv (at least 3.11)
+#   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
+#   PY      the interpreter of gpu-check
+#   ARGS    further arguments, to pytest in `make test`, to the program in `make quickstart`
+
+PYTHON ?= python3
+PY ?= python3
+# The CPU build of exactly this version is what the tests were run with; where pip finds it is up to pip's configuration.
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+.PHONY: help quickstart test lint gpu-check wheel clean
+
+help:
+	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest tests integration_tests -m "not gpu" $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-check:
+	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu
+	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py
+	PYTHONPATH=src:kernels $(PY) benchmarks/models.py
+
+wheel: $(VENV)/.torch
+	$(PIP) wheel . --no-deps --wheel-dir dist
+
+clean:
+	rm -rf build dist quickstart-out src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# Each step of the installation leaves a stamp, so that a second call does nothing.
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Requanto needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) -V 2>&1`. Choose another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# Torch comes first and alone: any other package's "torch" would let pip choose the newest build with CUDA libraries.
+$(VENV)/.torch: $(VENV)/.python
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$(TORCH)"
+	touch $@
+
+$(VENV)/.quickstart: pyproject.toml $(VENV)/.torch
+	$(PIP) install -e ".[quickstart]"
+	touch $@
+
+# optimum-quanto is what the tests compare with. It asks for nothing that is not there, but for ninja, which compiles its
+# C++ code at first use.
+$(VENV)/.test: pyproject.toml $(VENV)/.torch
+	$(PIP) install -e ".[test]"
+	$(PIP) install ninja
+	$(PIP) install --no-deps optimum-quanto==0.2.7
+	touch $@ $(VENV)/.quickstart

@@ -1,0 +1,38 @@
+"""What integration tests share: two real models, and two threads as on the machines that run them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from real_models import minilm_dir as fetch_minilm
+from real_models import smollm2_dir as fetch_smollm2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> Iterator[None]:
+    """Sums are split by thread: with a fixed number, results are the same on every machine of one kind."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct, a bfloat16 checkpoint."""
+    return _fetched(fetch_smollm2)
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2, a float32 checkpoint."""
+    return _fetched(fetch_minilm)
+
+
+def _fetched(fetch: Callable[[], Path]) -> Path:
+    # A failure, never a skip: a run without the real models must not look like one that passed.
+    try:
+        return fetch()
+    except RuntimeError as error:
+        pytest.fail(f"The real model is not to be had: {error}", pytrace=False)
