@@ -55,13 +55,14 @@ class Calibration(TorchFunctionMode):
         self.observer = find_observer(observer)
         self._seen: dict[QModuleMixin, None] = {}
         self._read: set[QModuleMixin] = set()
+        self._inside: set[nn.Module] = set()
         self._hooks: list[Any] = []
 
     # ------------------------------------------------------------------ the context
 
     def __enter__(self) -> Calibration:
         super().__enter__()
-        self._seen, self._read = {}, set()
+        self._seen, self._read, self._inside = {}, set(), set()
         self._hooks = [
             register_module_forward_pre_hook(self.calibrate_input),
             register_module_forward_hook(self.calibrate_output),
@@ -81,7 +82,8 @@ class Calibration(TorchFunctionMode):
             )
         if self.streamline:
             for module in self._seen:
-                if module not in self._read:
+                # A module that ran on its own, in no model, has a user who reads its output.
+                if module not in self._read and module in self._inside:
                     module.disable_output_quantization()
         for module in self._seen:
             module.sync_activation()
@@ -127,7 +129,10 @@ class Calibration(TorchFunctionMode):
 
     def calibrate_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Moves a module's output scale, and quantizes the output; a hook that runs before the module's own."""
-        if not isinstance(module, QModuleMixin) or module.activation_qtype is None:
+        if not isinstance(module, QModuleMixin):
+            self._inside.update(module.children())
+            return None
+        if module.activation_qtype is None:
             return None
         if not torch.is_tensor(output) or not output.is_floating_point() or not output.numel():
             return None

@@ -1,0 +1,97 @@
+"""Tensors of a directory, read one at a time and written in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from requanto.checkpoint.format import CheckpointError
+
+
+class SafetensorsFiles(Mapping):
+    """The tensors of a directory's safetensors file or shards, each read when it is asked for.
+
+    Args:
+        directory: where the files are.
+        stem: name without suffix: ``"model"`` (Transformers) or ``"diffusion_pytorch_model"``.
+
+    Raises:
+        CheckpointError: no such file, or one that cannot be read.
+    """
+
+    def __init__(self, directory: str | os.PathLike, stem: str = "model") -> None:
+        self.directory = Path(directory)
+        index = self.directory / f"{stem}.safetensors.index.json"
+        single = self.directory / f"{stem}.safetensors"
+        self._open_files: dict[str, Any] = {}
+        if index.is_file():
+            self._where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            self._where = dict.fromkeys(self._file(single.name).keys(), single.name)
+        else:
+            raise CheckpointError(f"{self.directory} holds neither {single.name} nor {index.name}")
+
+    def _file(self, name: str) -> Any:
+        if name not in self._open_files:
+            try:
+                self._open_files[name] = safe_open(self.directory / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.directory / name} cannot be read: {error}") from error
+        return self._open_files[name]
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._file(self._where[key]).get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._where
+
+
+def save_shards(
+    state: Mapping[str, torch.Tensor], directory: str | os.PathLike, stem: str = "model", max_shard_size: str = "5GB"
+) -> list[Path]:
+    """Writes tensors to ``<stem>.safetensors``, in shards with an index where they are many.
+
+    Each file is written beside its place and moved there when it is whole. A tensor that appears under several names
+    is written under the first.
+
+    Returns:
+        The files written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    seen: dict[tuple, str] = {}
+    unique = {}
+    for name, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device)
+        if tensor.numel() and identity in seen:
+            continue
+        seen[identity] = name
+        unique[name] = tensor.detach().contiguous()
+    split = split_torch_state_dict_into_shards(
+        unique, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    written = []
+    for file, names in split.filename_to_tensors.items():
+        partial = directory / f"{file}.partial"
+        save_file({name: unique[name].cpu() for name in names}, partial, metadata={"format": "pt"})
+        os.replace(partial, directory / file)
+        written.append(directory / file)
+    if split.is_sharded:
+        index = directory / f"{stem}.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
+        written.append(index)
+    return written

@@ -1,0 +1,31 @@
+"""ActivationQBytesTensor: Requanto's quantized activation under optimum-quanto's name and bases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from requanto.integrations.optimum_quanto.base import QBytesTensor, QTensor
+from requanto.integrations.optimum_quanto.weights import _Weight
+from requanto.nn.activation import QActivation
+from requanto.qtypes import qtype
+
+
+class ActivationQBytesTensor(QActivation, QBytesTensor):
+    """An activation of 8-bit codes under one scale."""
+
+    equal = QTensor.equal
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if any(issubclass(kind, _Weight) for kind in types):
+            return NotImplemented  # the weight knows what to do with an activation
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def quantize_activation(t: torch.Tensor, qtype: qtype, scale: torch.Tensor) -> ActivationQBytesTensor:
+    """``t`` quantized to 8 bits under a scalar scale."""
+    if scale.numel() != 1:
+        raise ValueError(f"activations have one scale for the tensor, found {scale.numel()} scales")
+    return ActivationQBytesTensor.quantize(t, qtype, scale)

@@ -1,0 +1,125 @@
+"""torch.ops.quanto.*: the operators that code written for optimum-quanto calls, and its helpers."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from requanto.scales.quanto import affine_codes, group, symmetric_codes, unpack_split
+
+_SCHEMAS = {
+    "quantize_symmetric": "(Tensor base, ScalarType dtype, int? axis, Tensor scale) -> Tensor",
+    "quantize_affine": "(Tensor base, int bits, int axis, int? group_size, Tensor scale, Tensor shift) -> Tensor",
+    "unpack": "(Tensor self, int bits) -> Tensor",
+    "qbytes_mm": "(Tensor A, Tensor B, Tensor scales) -> Tensor",
+}
+
+
+def quantize_symmetric(base: torch.Tensor, dtype: torch.dtype, axis: int | None, scale: torch.Tensor) -> torch.Tensor:
+    """Codes of ``base / scale``.
+
+    Raises:
+        ValueError: the scale does not fit the axis.
+    """
+    if axis is None:
+        if scale.ndim > 0:
+            raise ValueError(f"one scale for the tensor must be a scalar, found shape {tuple(scale.shape)}")
+        return symmetric_codes(base, dtype, scale)
+    if base.ndim == 1:
+        raise ValueError("a tensor of one axis has one scale: pass axis=None")
+    if axis == base.ndim - 1:
+        axis = -1
+    if axis not in (0, -1):
+        raise ValueError(f"axis must be None, 0 (first axis) or -1 (last axis), found {axis}")
+    if base.shape[axis] == 1:
+        raise ValueError(f"axis {axis} of shape {tuple(base.shape)} has size 1: pass axis=None and a scalar scale")
+    if torch.squeeze(scale).ndim > 1:
+        raise ValueError(f"scales along more than one axis, shape {tuple(scale.shape)}")
+    if scale.ndim != base.ndim:
+        raise ValueError(f"the scale must have {base.ndim} axes as the tensor has, found shape {tuple(scale.shape)}")
+    return symmetric_codes(base, dtype, scale)
+
+
+def quantize_affine(
+    base: torch.Tensor, bits: int, axis: int, group_size: int | None, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """Unsigned codes of ``(base + shift) / scale``, grouped where ``group_size`` is given."""
+    if axis not in (0, -1):
+        raise ValueError(f"axis must be 0 (first axis) or -1 (last axis), found {axis}")
+    if group_size is not None:
+        base = group(base, axis, group_size)
+    return affine_codes(base, bits, scale, shift)
+
+
+def qbytes_mm(activations: torch.Tensor, weights: torch.Tensor, output_scales: torch.Tensor) -> torch.Tensor:
+    """``activations @ (scales * weights).T`` on 8-bit codes; int8 by int8 is summed in integers.
+
+    Args:
+        activations: ``[..., K]``, float or 8-bit codes (their scale is part of ``output_scales``).
+        weights: int8 or float8 ``[N, K]``.
+        output_scales: ``[N, 1]`` or a scalar; the result is in its dtype.
+    """
+    if activations.dtype == torch.int8 and weights.dtype == torch.int8 and activations.shape[-1]:
+        rows = activations.reshape(-1, activations.shape[-1])
+        # float64 holds every such sum exactly; integer products of any shape are not to be had on every device.
+        exact = torch.float64 if activations.device.type == "cpu" else torch.float32
+        out = (rows.to(exact) @ weights.to(exact).t()).float() * output_scales.float().reshape(1, -1)
+        return out.to(output_scales.dtype).view(*activations.shape[:-1], weights.shape[0])
+    scaled = output_scales * weights.to(output_scales.dtype)
+    return torch.matmul(activations.to(output_scales.dtype), scaled.t())
+
+
+def define_operators() -> None:
+    """Defines ``torch.ops.quanto.*``, once a process.
+
+    Raises:
+        RuntimeError: another library defined one of them.
+    """
+    implementations = {
+        "quantize_symmetric": quantize_symmetric,
+        "quantize_affine": quantize_affine,
+        "unpack": unpack_split,
+        "qbytes_mm": qbytes_mm,
+    }
+    for name, schema in _SCHEMAS.items():
+        torch.library.define(f"quanto::{name}", schema)
+        torch.library.impl(f"quanto::{name}", "default")(implementations[name])
+
+
+_extensions: dict[str, Any] = {}
+
+
+def get_extension(extension_type: str) -> Any:
+    """A compiled extension by name: Requanto has none to build, its kernels are compiled when they run."""
+    if extension_type not in _extensions:
+        raise KeyError(f"no extension {extension_type!r}: Requanto's kernels need no build step")
+    return _extensions[extension_type]
+
+
+def is_extension_available(extension_type: str) -> bool:
+    """Whether a compiled extension is there; never, since none is needed."""
+    return extension_type in _extensions
+
+
+def is_transformers_available() -> bool:
+    """Whether Transformers is installed."""
+    return importlib.util.find_spec("transformers") is not None
+
+
+def is_diffusers_available() -> bool:
+    """Whether Diffusers is installed."""
+    return importlib.util.find_spec("diffusers") is not None
+
+
+def axis_to_dim(t: torch.Tensor, axis: int) -> list[int]:
+    """All axes but one."""
+    dims = list(range(t.ndim))
+    del dims[axis]
+    return dims
+
+
+def dtype_info(dtype: torch.dtype) -> Any:
+    """torch.finfo or torch.iinfo, whichever the dtype has."""
+    return torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)

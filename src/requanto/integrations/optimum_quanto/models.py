@@ -1,0 +1,265 @@
+"""QuantizedTransformersModel, QuantizedModelForCausalLM, QuantizedDiffusersModel, QuantizedPixArtTransformer2DModel.
+
+They write and read optimum-quanto's core directory: ``config.json``, safetensors, ``quanto_qmap.json``. Imported only
+where Transformers or Diffusers is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.quanto_files import from_qtensor
+from requanto.checkpoint.shards import SafetensorsFiles, save_shards
+from requanto.optimizers import Optimizer, default_optimizer
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtype, resolve_qtype
+from requanto.quantize import freeze, quantization_map
+from requanto.quantize import quantize as quantize_native
+
+MAP_NAME = "quanto_qmap.json"
+
+
+def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's tensors under optimum-quanto's keys.
+
+    Raises:
+        CheckpointError: a weight that its format cannot hold exactly.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, QTensor):
+            state[name] = value
+            continue
+        state |= {name + part: tensor for part, tensor in from_qtensor(value, name).items()}
+        module = name.removesuffix(".weight")
+        for scale in ("input_scale", "output_scale"):
+            state.setdefault(f"{module}.{scale}", torch.ones((), dtype=value.dtype))
+    return state
+
+
+def core_map(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The quantization map in optimum-quanto's words."""
+    return {
+        name: {"weights": entry["weights"], "activations": entry["activations"]}
+        for name, entry in quantization_map(model).items()
+    }
+
+
+class _Wrapper:
+    """A quantized model in a wrapper that saves and loads core directories; anything else is the model's."""
+
+    stem = "model"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._require(model)
+        if not self._map(model):
+            raise ValueError(
+                f"{type(self).__name__} wraps a quantized model: use {type(self).__name__}.quantize(model)"
+            )
+        self._wrapped = model
+
+    @classmethod
+    def _require(cls, model: Any) -> None:
+        raise NotImplementedError
+
+    # What the two name spaces do differently.
+    @classmethod
+    def _quantize(cls, model: nn.Module, kind: qtype | None, activations: Any, optimizer: Any, **patterns: Any) -> None:
+        optimizer = optimizer or (None if kind is None else default_optimizer(kind))
+        quantize_native(model, kind, activations, optimizer, **patterns)
+        freeze(model)
+
+    @classmethod
+    def _map(cls, model: nn.Module) -> dict[str, dict[str, str]]:
+        return core_map(model)
+
+    @classmethod
+    def _state(cls, model: nn.Module) -> dict[str, torch.Tensor]:
+        return core_state(model)
+
+    @classmethod
+    def _load(cls, model: nn.Module, state: Any, qmap: dict) -> None:
+        from requanto.requantize import requantize
+
+        requantize(model, state, qmap)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_wrapped":
+            raise AttributeError(name)
+        return getattr(self._wrapped, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapped.forward(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._wrapped)
+
+    @classmethod
+    def quantize(
+        cls,
+        model: Any,
+        weights: str | qtype | None = None,
+        activations: str | qtype | None = None,
+        optimizer: Optimizer | None = None,
+        include: str | list[str] | None = None,
+        exclude: str | list[str] | None = None,
+    ) -> Any:
+        """Quantizes and freezes a model, in place, with optimum-quanto's choices; returns it wrapped.
+
+        Args: see `requanto.quantize`.
+        """
+        cls._require(model)
+        kind = None if weights is None else resolve_qtype(weights)
+        cls._quantize(model, kind, activations, optimizer, include=include, exclude=exclude)
+        return cls(model)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: str = "5GB") -> None:
+        """Writes a core directory: optimum-quanto 0.2.7 loads it too.
+
+        Raises:
+            CheckpointError: a weight that the format cannot hold exactly.
+        """
+        model = self._wrapped
+        state, qmap = self._state(model), self._map(model)
+        with replaced_directory(save_directory) as directory:
+            self._save_config(model, directory)
+            (directory / MAP_NAME).write_text(json.dumps(qmap, indent=4))
+            save_shards(state, directory, self.stem, max_shard_size)
+
+    @classmethod
+    def _save_config(cls, model: Any, directory: Path) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def _skeleton(cls, directory: Path, **kwargs: Any) -> nn.Module:
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """Loads a core directory, one tensor at a time; returns the model wrapped, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a directory, or a hub name.
+            kwargs: for the hub and the config.
+
+        Raises:
+            ValueError: no map there, or a class that names no model class.
+            CheckpointError: map, tensors and model disagree.
+        """
+        directory = Path(pretrained_model_name_or_path)
+        if not directory.is_dir():
+            from huggingface_hub import snapshot_download
+
+            directory = Path(snapshot_download(str(pretrained_model_name_or_path), **kwargs))
+        map_file = directory / MAP_NAME
+        if not map_file.is_file():
+            raise ValueError(f"{directory} holds no {MAP_NAME}: it is no quantized model of this kind")
+        try:
+            qmap = json.loads(map_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{map_file} is no JSON: {error}") from error
+        model = cls._skeleton(directory, **kwargs)
+        cls._load(model, SafetensorsFiles(directory, cls.stem), qmap)
+        if hasattr(model, "tie_weights") and getattr(model.config, "tie_word_embeddings", False):
+            model.tie_weights()
+        return cls(model.eval())
+
+
+class QuantizedTransformersModel(_Wrapper):
+    """A quantized Transformers model; subclasses set ``auto_class``."""
+
+    auto_class: Any = None
+
+    @classmethod
+    def _require(cls, model: Any) -> None:
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"{cls.__name__} takes a Transformers model, found {type(model).__name__}")
+
+    @classmethod
+    def _save_config(cls, model: Any, directory: Path) -> None:
+        embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+        weights = [getattr(module, "weight", None) for module in embeddings]
+        if None not in weights and weights[0] is not weights[1]:
+            model.config.tie_word_embeddings = False  # one of the two is quantized: they are not one weight any more
+        model.config.save_pretrained(directory)
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(directory)
+
+    @classmethod
+    def _skeleton(cls, directory: Path, **kwargs: Any) -> nn.Module:
+        if cls.auto_class is None:
+            raise ValueError(
+                f"{cls.__name__} has no auto_class: use QuantizedModelForCausalLM, or a subclass that sets it"
+            )
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(directory, **kwargs)
+        return _empty(lambda: cls.auto_class.from_config(config))
+
+
+class QuantizedDiffusersModel(_Wrapper):
+    """A quantized Diffusers model; subclasses set ``base_class``."""
+
+    stem = "diffusion_pytorch_model"
+    base_class: Any = None
+
+    @classmethod
+    def _require(cls, model: Any) -> None:
+        from diffusers import ModelMixin
+
+        if not isinstance(model, ModelMixin):
+            raise ValueError(f"{cls.__name__} takes a Diffusers model, found {type(model).__name__}")
+
+    @classmethod
+    def _save_config(cls, model: Any, directory: Path) -> None:
+        model.save_config(directory)
+
+    @classmethod
+    def _skeleton(cls, directory: Path, **kwargs: Any) -> nn.Module:
+        if cls.base_class is None:
+            raise ValueError(f"{cls.__name__} has no base_class: the `base_class` attribute needs to be configured")
+        config_file = directory / "config.json"
+        if not config_file.is_file():
+            raise ValueError(f"config.json not found in {directory}")
+        named = json.loads(config_file.read_text()).get("_class_name")
+        if named != cls.base_class.__name__:
+            raise ValueError(f"{cls.__name__} loads a {cls.base_class.__name__}, the directory holds a {named}")
+        config = cls.base_class.load_config(directory, **kwargs)
+        return _empty(lambda: cls.base_class.from_config(config))
+
+
+def _empty(make: Any) -> nn.Module:
+    """A model whose parameters are on the meta device, and whose buffers hold their values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        return make()
+
+
+def __getattr__(name: str) -> Any:
+    # The classes whose model class another library defines are made when they are asked for.
+    if name == "QuantizedModelForCausalLM":
+        from transformers import AutoModelForCausalLM
+
+        made = type(name, (QuantizedTransformersModel,), {"auto_class": AutoModelForCausalLM, "__module__": __name__})
+    elif name == "QuantizedPixArtTransformer2DModel":
+        from diffusers import PixArtTransformer2DModel
+
+        made = type(name, (QuantizedDiffusersModel,), {"base_class": PixArtTransformer2DModel, "__module__": __name__})
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made
+    return made
