@@ -323,8 +323,8 @@ class QTensor(torch.Tensor):
         dtype: torch.dtype | None = None,
         axis: int | None = None,
         transposed: bool | None = None,
-        up: torch.Tensor | None | str = "same",
-        down: torch.Tensor | None | str = "same",
+        up: torch.Tensor | str | None = "same",
+        down: torch.Tensor | str | None = "same",
     ) -> QTensor:
         """The same kind of tensor around other inner tensors; ``up`` and ``down`` stay unless given."""
         return type(self)(
@@ -377,7 +377,8 @@ class QTensor(torch.Tensor):
         kind = "affine" if self.shift is not None else "symmetric"
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}, "
-            f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, {self.bits_per_weight:.2f} bits a weight)"
+            f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, "
+            f"{self.bits_per_weight:.2f} bits a weight)"
         )
 
     # ------------------------------------------------------------------ dispatch

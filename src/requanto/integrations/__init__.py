@@ -17,6 +17,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "transformers.quantizers.auto": ("requanto.integrations.transformers", "register"),
     "transformers.modeling_utils": ("requanto.integrations.transformers_model", "register"),
     "diffusers.quantizers.auto": ("requanto.integrations.diffusers", "register"),
+    "peft": ("requanto.integrations.peft", "register"),
 }
 
 
