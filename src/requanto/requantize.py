@@ -177,6 +177,7 @@ def _load_rest(model: nn.Module, source: _Source, device: torch.device) -> None:
     """Float parameters and buffers; refuses what is missing or left over."""
     holders = parameter_holders(model)
     missing, done = [], set()
+    placed: set[int] = set()
     for module_name, module in model.named_modules():
         for leaf, old in list(module._parameters.items()) + list(module._buffers.items()):
             key = f"{module_name}.{leaf}" if module_name else leaf
@@ -184,9 +185,12 @@ def _load_rest(model: nn.Module, source: _Source, device: torch.device) -> None:
                 source.left.pop(key, None)  # the other name of a shared weight
                 continue
             persistent = leaf not in module._non_persistent_buffers_set
-            if key in source.left and persistent:
-                _put(module, leaf, old, source.take(key), key, device, holders)
+            if id(old) in placed:  # shared with a module that came before: already there
+                if key in source.left and not torch.equal(source.take(key).to(old.device), old):
+                    raise CheckpointError(f"{key} is shared with another module, and the checkpoint has two of it")
+            elif key in source.left and persistent:
                 done.add(id(old))
+                placed.add(id(_put(module, leaf, old, source.take(key), key, device, holders)))
             elif persistent and leaf not in ("input_scale", "output_scale"):
                 missing.append((key, id(old)))
             elif old.is_meta:
@@ -215,15 +219,16 @@ def _put(
     key: str,
     device: torch.device,
     holders: dict[int, list[tuple[nn.Module, str]]],
-) -> None:
+) -> torch.Tensor:
     if value.shape != old.shape:
         raise CheckpointError(f"{key}: the model has {tuple(old.shape)}, the checkpoint {tuple(value.shape)}")
     if leaf in module._buffers:
         module._buffers[leaf] = value.to(device)
-        return
+        return module._buffers[leaf]
     new = nn.Parameter(value.detach().to(device), requires_grad=old.requires_grad and value.is_floating_point())
     for holder, place in holders[id(old)]:
         holder._parameters[place] = new
+    return new
 
 
 def _find(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
