@@ -90,6 +90,8 @@ class QuantoConfig:
         self.default_skips = bool(default_skips)
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
         self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
+        #: one config for several models (components of a pipeline): a name may match in another one. Never stored.
+        self.shared = False
         #: None: the checkpoint was not written by Requanto
         self.format: str | None = stored.get("format")
         self.format_version: int | None = stored.get("format_version")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,8 +68,8 @@ def matches(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str) -> None:
-    """Refuses a pattern that matches no module.
+def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str, shared: bool = False) -> None:
+    """Refuses a pattern that matches no module; warns of it where the config is shared by several models.
 
     Raises:
         ValueError: it names the pattern and the nearest module names.
@@ -81,7 +81,10 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str) ->
         leaves = {part for name in names for part in (name, name.rpartition(".")[2])}
         near = difflib.get_close_matches(pattern, leaves, n=3, cutoff=0.4)
         hint = f" Close names: {', '.join(near)}." if near else ""
-        raise ValueError(f"{where}: {pattern!r} matches no module of the model.{hint}")
+        message = f"{where}: {pattern!r} matches no module of the model.{hint}"
+        if not shared:
+            raise ValueError(message)
+        logger.warning("%s It may name one of another component, which this config is for as well.", message)
 
 
 def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[str, int, bool] | None:
@@ -109,17 +112,13 @@ def is_router(modules: dict[str, nn.Module], name: str) -> bool:
     return ("router" in leaf or leaf.endswith("gate")) and any("expert" in child for child, _ in beside if child != leaf)
 
 
-def _skipped(modules: dict[str, nn.Module], name: str, skips: list[str], config: QuantoConfig) -> bool:
-    if any(matches(pattern, name) for pattern in skips):
-        return True
-    return config.default_skips and is_router(modules, name)
 
 
 def plan(
     model: nn.Module,
     config: QuantoConfig,
     *,
-    default_skips: Iterable[str] = (),
+    default_skips: Iterable[str] | Callable[[str], bool] = (),
     output_embeddings: nn.Module | None = None,
     always_float: Iterable[str] = (),
     tied: dict[str, str] | None = None,
@@ -129,7 +128,8 @@ def plan(
     Args:
         model: any model, also on the meta device.
         config: what was asked for.
-        default_skips: module names the library leaves float unless told otherwise.
+        default_skips: module names the library leaves float unless told otherwise, or a function that says of a module's
+            full name whether it is one.
         output_embeddings: the lm_head, quantized only where ``config.lm_head`` or its full name says so.
         always_float: module names that stay float whatever the config says (the library needs them in float32).
         tied: parameter -> the parameter it shares its tensor with; only the latter is in a checkpoint.
@@ -139,9 +139,16 @@ def plan(
     """
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
-    check_patterns(config.modules_to_not_convert or (), names, "modules_to_not_convert")
-    check_patterns(config.modules, names, "modules")
-    skips = list(default_skips) if config.default_skips else []
+    check_patterns(config.modules_to_not_convert or (), names, "modules_to_not_convert", config.shared)
+    check_patterns(config.modules, names, "modules", config.shared)
+    listed = () if callable(default_skips) else list(default_skips)
+
+    def skipped(name: str) -> bool:
+        if not config.default_skips:
+            return False
+        by_library = default_skips(name) if callable(default_skips) else any(matches(p, name) for p in listed)
+        return by_library or is_router(modules, name)
+
     embedding_ids = {id(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     output_id = id(output_embeddings) if output_embeddings is not None else None
 
@@ -169,7 +176,7 @@ def plan(
                 if id(module) == output_id:
                     if not config.lm_head:
                         continue
-                elif id(module) not in embedding_ids and _skipped(modules, module_name, skips, config):
+                elif id(module) not in embedding_ids and skipped(module_name):
                     continue
             planned[full] = PlannedWeight(config.choice_for(pattern), axis, transposed, kind)
     for target, source in (tied or {}).items():

@@ -270,6 +270,13 @@ def _pin_memory(func: Any, args: tuple, kwargs: dict) -> QTensor:
     return each(args[0], lambda t: func(t, *args[1:], **kwargs))
 
 
+@implements_aten(aten.record_stream.default)
+def _record_stream(func: Any, args: tuple, kwargs: dict) -> None:
+    """The memory is that of the inner tensors: all of them wait for the stream."""
+    for inner in args[0].inner_tensors().values():
+        func(inner, *args[1:], **kwargs)
+
+
 @implements_aten(aten.equal.default)
 def _equal(func: Any, args: tuple, kwargs: dict) -> bool:
     """True for the same codes, scales, shifts and low-rank terms."""
