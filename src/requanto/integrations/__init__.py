@@ -17,6 +17,14 @@ HOOKS: dict[str, tuple[str, str]] = {
     "transformers.quantizers.auto": ("requanto.integrations.transformers", "register"),
     "transformers.modeling_utils": ("requanto.integrations.transformers_model", "register"),
     "diffusers.quantizers.auto": ("requanto.integrations.diffusers", "register"),
+    "diffusers.quantizers.pipe_quant_config": ("requanto.integrations.diffusers_pipeline", "register"),
+    "diffusers.pipelines.pipeline_utils": ("requanto.integrations.diffusers_pipeline", "register_pipelines"),
+    "diffusers.modular_pipelines.modular_pipeline": ("requanto.integrations.diffusers_pipeline", "register_modular"),
+    "diffusers.models.modeling_utils": ("requanto.integrations.diffusers_model", "register"),
+    "diffusers.loaders.single_file_model": ("requanto.integrations.diffusers_model", "register_single_file"),
+    "diffusers.loaders.lora_pipeline": ("requanto.integrations.diffusers_hooks", "register_lora_expansion"),
+    "diffusers.hooks.group_offloading": ("requanto.integrations.diffusers_hooks", "register_group_offloading"),
+    "diffusers.hooks.layerwise_casting": ("requanto.integrations.diffusers_hooks", "register_layerwise_casting"),
     "peft": ("requanto.integrations.peft", "register"),
 }
 

@@ -1,0 +1,136 @@
+"""Methods of Diffusers' ModelMixin that must know about quantized weights: its size, saving, and reading a single file."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.files import stored_keys
+from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.readme import write_readme
+from requanto.config import QuantoConfig
+from requanto.integrations.conversion import has_quantized, true_bytes
+
+
+def register() -> None:
+    """Wraps the methods; a model without quantized weights is untouched."""
+    from diffusers.models.modeling_utils import ModelMixin
+
+    if hasattr(ModelMixin.save_pretrained, "_requanto"):
+        return
+    ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
+    ModelMixin.get_memory_footprint = _footprint(ModelMixin.get_memory_footprint)
+
+
+def register_single_file() -> None:
+    """Wraps ``from_single_file``."""
+    from diffusers.loaders.single_file_model import FromOriginalModelMixin
+
+    if not hasattr(FromOriginalModelMixin.from_single_file, "_requanto"):
+        FromOriginalModelMixin.from_single_file = classmethod(
+            _reading(FromOriginalModelMixin.from_single_file.__func__)
+        )
+
+
+def _footprint(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
+        if has_quantized(self):
+            return true_bytes(self, return_buffers)
+        return original(self, return_buffers)
+
+    return get_memory_footprint
+
+
+def _saving(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        from requanto.nn.mixin import QModuleMixin
+
+        for name, module in self.named_modules():
+            if isinstance(module, QModuleMixin):
+                raise ValueError(_unfit(name, module))
+        if not has_quantized(self):
+            return original(self, save_directory, *args, **kwargs)
+        adapters = [name for name, module in self.named_modules() if hasattr(module, "lora_A")]
+        if adapters:
+            raise ValueError(
+                f"{type(self).__name__} has LoRA adapters (on {adapters[0]} ...), which save_pretrained would mix with "
+                f"the model's own weights. Save them with pipe.save_lora_weights(...) or model.save_lora_adapter(...) "
+                f"and call unload_lora_weights() (or unload_lora()) first; fused adapters are kept."
+            )
+        from requanto.integrations.diffusers import RequantoDiffusersQuantizer, attach_quantizer, describe
+
+        quantizer = getattr(self, "hf_quantizer", None) or attach_quantizer(self)
+        if not isinstance(quantizer, RequantoDiffusersQuantizer):
+            raise ValueError(
+                f"the model was loaded with {type(quantizer).__name__} and holds weights quantized by Requanto as well; "
+                f"one directory holds one of them. Load the float model and quantize all of it with one."
+            )
+        describe(self, quantizer.quantization_config)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
+        with replaced_directory(save_directory) as scratch:
+            result = original(self, scratch, *args, **kwargs)
+            write_readme(scratch, self, quantizer.quantization_config, library="diffusers")
+        return result
+
+    save_pretrained._requanto = True
+    return save_pretrained
+
+
+def _unfit(name: str, module: Any) -> str:
+    if module.weight_qtype is not None and not module.frozen:
+        return f"{name} is under quantization but still float: call requanto.freeze(model) before save_pretrained"
+    return (
+        f"{name} has activation scales of its own ({module.activation_qtype}), which Diffusers' format has no place for. "
+        f"Save state_dict() and requanto.quantization_map(model), and load with requanto.requantize; or quantize "
+        f"activations on the fly with QuantoConfig(activations=...)."
+    )
+
+
+def _reading(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_single_file(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
+        config = _config_of_file(pretrained_model_link_or_path_or_dict, kwargs)
+        if config is not None:
+            kwargs["quantization_config"] = config
+        return original(cls, pretrained_model_link_or_path_or_dict, **kwargs)
+
+    from_single_file._requanto = True
+    return from_single_file
+
+
+def _config_of_file(source: Any, kwargs: dict[str, Any]) -> QuantoConfig | None:
+    """The config that describes a quantized file; None where the file is not one of ours, or not on this machine.
+
+    Raises:
+        CheckpointError: a quantized file without its description.
+    """
+    if isinstance(source, dict):
+        keys, beside = set(source), None
+    elif str(source).endswith(".safetensors") and os.path.isfile(source):
+        keys, beside = stored_keys([source]), Path(source).parent
+    else:
+        return None
+    if not any(key.endswith("_qdata") for key in keys):
+        return None
+    given = kwargs.get("quantization_config")
+    if isinstance(given, QuantoConfig) and given.tensors:
+        return given
+    folders = [Path(kwargs["config"], kwargs.get("subfolder") or "")] if kwargs.get("config") else []
+    for folder in folders + ([beside] if beside else []):
+        path = folder / "config.json"
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
+            if stored.get("tensors"):
+                return QuantoConfig.from_dict(stored)
+    raise CheckpointError(
+        f"{source if beside else 'the state dict'} holds quantized weights, and no config.json that describes them was "
+        f"found (looked in {', '.join(map(str, [*folders, *([beside] if beside else [])])) or 'no directory'}). Pass "
+        f"config='the directory whose config.json was saved with it'."
+    )

@@ -1,0 +1,150 @@
+"""PipelineQuantizationConfig with our configs: built-in ones accepted, wrong names and wrong libraries refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+from requanto.config import QuantoConfig
+from requanto.integrations.conversion import as_config
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Wraps the checks and the choice of a component's config."""
+    from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig as Config
+
+    if hasattr(Config._resolve_quant_config, "_requanto"):
+        return
+    Config._validate_quant_mapping_args = _validating(Config._validate_quant_mapping_args)
+    Config._resolve_quant_config = _resolving(Config._resolve_quant_config)
+
+
+def register_pipelines() -> None:
+    """Makes a component name that the pipeline does not have an error where our configs are in play."""
+    from diffusers.pipelines import pipeline_utils
+
+    original = pipeline_utils._maybe_warn_for_wrong_component_in_quant_config
+    if hasattr(original, "_requanto"):
+        return
+
+    @functools.wraps(original)
+    def check(pipe_init_dict: dict[str, Any], quant_config: Any) -> None:
+        if is_ours(quant_config):
+            components = [k for k, v in pipe_init_dict.items() if isinstance(v, (list, tuple))]
+            check_names(quant_config, components)
+        original(pipe_init_dict, quant_config)
+
+    check._requanto = True
+    pipeline_utils._maybe_warn_for_wrong_component_in_quant_config = check
+
+
+def register_modular() -> None:
+    """``ModularPipeline.load_components(quantization_config=PipelineQuantizationConfig(...))``."""
+    from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
+
+    original = ModularPipeline.load_components
+    if hasattr(original, "_requanto"):
+        return
+
+    @functools.wraps(original)
+    def load_components(self: Any, names: Any = None, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("quantization_config")
+        if hasattr(config, "_resolve_quant_config") or isinstance(config, dict):
+            check_names(config, list(self._component_specs))
+        if hasattr(config, "_resolve_quant_config"):
+            kwargs["quantization_config"] = _by_component(self, config)
+        return original(self, names, *args, **kwargs)
+
+    load_components._requanto = True
+    ModularPipeline.load_components = load_components
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a PipelineQuantizationConfig asks for anything of Requanto."""
+    if config is None:
+        return False
+    mapped = (config.quant_mapping or {}).values()
+    return config.quant_backend == "quanto" or any(isinstance(c, QuantoConfig) for c in mapped)
+
+
+def check_names(config: Any, components: list[str]) -> None:
+    """Refuses names of components that do not exist.
+
+    Raises:
+        ValueError: it lists those that do.
+    """
+    if isinstance(config, dict):
+        where, asked = "quantization_config", [name for name in config if name != "default"]
+    elif config.quant_mapping:
+        where, asked = "quant_mapping", list(config.quant_mapping)
+    else:
+        where, asked = "components_to_quantize", list(config.components_to_quantize or ())
+    unknown = sorted(set(asked) - set(components))
+    if unknown:
+        raise ValueError(
+            f"{where} names {', '.join(map(repr, unknown))}, which the pipeline does not have. Its components: "
+            f"{', '.join(sorted(components))}."
+        )
+
+
+def _by_component(pipeline: Any, config: Any) -> dict[str, Any]:
+    import torch
+    from diffusers import ModelMixin
+
+    found = {}
+    for name, spec in pipeline._component_specs.items():
+        hint = spec.type_hint
+        if isinstance(hint, type) and issubclass(hint, torch.nn.Module):
+            chosen = config._resolve_quant_config(is_diffusers=issubclass(hint, ModelMixin), module_name=name)
+            if chosen is not None:
+                found[name] = chosen
+    return found
+
+
+def _is_quanto(config: Any) -> bool:
+    method = getattr(config, "quant_method", None)
+    return getattr(method, "value", method) == "quanto"
+
+
+def _validating(original: Any) -> Any:
+    """Both libraries' built-in QuantoConfigs become ours: the library would not know them any more."""
+
+    @functools.wraps(original)
+    def _validate_quant_mapping_args(self: Any) -> None:
+        self.quant_mapping = {
+            name: as_config(config) if _is_quanto(config) else config for name, config in self.quant_mapping.items()
+        }
+        original(self)
+
+    return _validate_quant_mapping_args
+
+
+def _resolving(original: Any) -> Any:
+    @functools.wraps(original)
+    def _resolve_quant_config(self: Any, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+        config = original(self, is_diffusers=is_diffusers, module_name=module_name)
+        if isinstance(config, QuantoConfig):
+            # Each component writes what it quantized into its own copy.
+            config = copy.deepcopy(config)
+            config.shared = not self.is_granular
+            self.config_mapping[module_name] = config
+        elif config is not None and is_ours(self):
+            _check_library(config, is_diffusers, module_name)
+        return config
+
+    _resolve_quant_config._requanto = True
+    return _resolve_quant_config
+
+
+def _check_library(config: Any, is_diffusers: bool, name: str | None) -> None:
+    library = type(config).__module__.partition(".")[0]
+    wanted = "diffusers" if is_diffusers else "transformers"
+    if library in ("diffusers", "transformers") and library != wanted:
+        raise TypeError(
+            f"quant_mapping[{name!r}] is a {library}.{type(config).__name__}, and {name} is a model of {wanted}: use "
+            f"{wanted}.{type(config).__name__}, or requanto.QuantoConfig, which serves both."
+        )
