@@ -35,6 +35,8 @@ class QModuleMixin:
 
     #: axes, counted from the last, that share one scale when inputs are quantized on the fly
     token_dims = 1
+    #: forward hands the input's scale to a product that quantizes on the way in, once the weight is frozen
+    fuses_input = False
     #: the weight is kept [in, out], as GPT-2's Conv1D keeps it
     transposed_weight = False
 
@@ -187,6 +189,8 @@ class QModuleMixin:
             return input
         if not self.quantizes_input or not input.is_floating_point():
             return input
+        if self.frozen and self.fuses_input:
+            return input  # the product quantizes it, with the static scale or one a token
         if self.calibrated:
             return quantize_activation(input, self.activation_qtype, self.input_scale)
         return round_per_token(input, self.activation_qtype, self.token_dims)

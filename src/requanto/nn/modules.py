@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from requanto.linear import linear
+from requanto.nn.activation import QActivation
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules
 from requanto.optimizers import Optimizer
+from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 
 
@@ -39,8 +42,22 @@ class QLinear(QModuleMixin, nn.Linear):
             quantize_input=True,
         )
 
+    fuses_input = True
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.qweight, self.bias)
+        return _product(self, input, self.qweight)
+
+
+def _product(module: QModuleMixin, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``input @ weight.T + bias``; a frozen weight takes quantized inputs as codes."""
+    kind, scale = module.activation_qtype, None
+    if kind is None or not isinstance(weight, QTensor):
+        return F.linear(input, weight, module.bias)
+    if isinstance(input, QActivation):
+        input, scale = input.dequantize(), input._scale
+    elif module.calibrated:
+        scale = module.input_scale
+    return linear(input, weight, module.bias, activation=kind, input_scale=scale)
 
 
 class _QConvNd(QModuleMixin):
@@ -202,6 +219,7 @@ class QTransposedLinear(QModuleMixin, TransposedLinear):
     """GPT-2's Conv1D: a linear layer whose weight is [in, out]."""
 
     transposed_weight = True
+    fuses_input = True
 
     @classmethod
     def qcreate(
@@ -224,4 +242,4 @@ class QTransposedLinear(QModuleMixin, TransposedLinear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.qweight.t(), self.bias)
+        return _product(self, input, self.qweight.t())

@@ -13,6 +13,9 @@ from requanto.scales.quanto import pack_split, unpack_split
 
 aten = torch.ops.aten
 
+#: the name of the packing function there
+pack_weights = pack_split
+
 
 def qfallback(callable: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls a function with every quantized tensor among its arguments dequantized."""
