@@ -110,6 +110,14 @@ def _scale(name: str, scale: torch.Tensor, rows: int) -> tuple[torch.Tensor, boo
     return scale.reshape(-1).contiguous(), scale.numel() == rows and rows > 1
 
 
+def _multiplies(arch: str, *kinds: torch.dtype) -> bool:
+    """Whether the architecture's matrix unit takes these float8 kinds as they are; gfx94x knows the fnuz kind only."""
+    fnuz = [kind == torch.float8_e4m3fnuz for kind in kinds]
+    if arch.startswith("gfx94"):
+        return all(fnuz)
+    return not any(fnuz) and (capability(arch) >= 89 or arch.startswith("gfx95"))
+
+
 def _persistent(config: Config, arch: str, *operands: torch.Tensor) -> bool:
     """Descriptors need sm_90 or newer, 16-byte aligned bases and rows."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in operands)
@@ -164,7 +172,7 @@ def scaled_mm(
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     b = bias if bias is not None else ws
-    native = int8 or capability(arch) >= 89 or arch.startswith("gfx94") or arch.startswith("gfx95")
+    native = int8 or _multiplies(arch, x.dtype, w.dtype)
     with on_device(x):
         if native and _persistent(config, arch, x2, w):
             from triton.tools.tensor_descriptor import TensorDescriptor
