@@ -10,19 +10,37 @@ from __future__ import annotations
 import torch
 
 from requanto import lowrank
-from requanto.linear import reference  # noqa: F401  (closes the table)
-from requanto.linear.table import choose, problem_of
+
+from requanto.linear import reference  # isort: skip  (closes the table, before the others enter it)
+from requanto.linear import cpu
+from requanto.linear.prepare import keep_plain, pack_on_first_use
+from requanto.linear.table import choose, problem_of, table_version
 from requanto.qtensor import QTensor
-from requanto.qtypes import qtypes
+from requanto.qtypes import qtype, qtypes
+
+__all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference"]
+
+#: Choices remembered per weight: one for each number of rows it met lately.
+REMEMBERED = 64
 
 
-def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``x @ weight.T + bias``.
 
     Args:
         x: float ``[..., K]``.
         weight: quantized ``[N, K]``.
         bias: float ``[N]``.
+        activation: type that x is quantized to on the way in (``qint8``, float8); None: the weight's own choice
+            (``weight.activation``), by default to leave x as it is.
+        input_scale: with an activation type, a static scale, one number; None: a scale for each token.
 
     Returns:
         ``[..., N]`` in x's dtype (autocast's, inside autocast).
@@ -30,7 +48,7 @@ def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -
     Raises:
         ValueError: shapes or devices that do not fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -41,16 +59,22 @@ def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -
         raise ValueError(f"linear: x must be a float tensor, found {x.dtype}")
     if x.device != weight.device:
         raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}; move one of them")
+    if activation is None:
+        activation = weight.activation
+    if input_scale is not None and activation is None:
+        raise ValueError("linear: input_scale is the scale of quantized activations; name their type as well")
     if weight.up is not None:
-        return linear(x, weight.without_lowrank(), bias) + lowrank.product(x, weight)
+        plain = linear(x, weight.without_lowrank(), bias, activation=activation, input_scale=input_scale)
+        return plain + lowrank.product(x, weight)
     rows = x.reshape(-1, x.shape[-1])
+    compiling = torch.compiler.is_compiling()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if needs_grad or torch.compiler.is_compiling():
+    if needs_grad or compiling:
         # Rows in, rows out: the result of an operator with a backward of its own must be no view, or users could not
-        # change it in place.
+        # change it in place. A backward reads the stored codes; compiled inference takes packed ones by their handle.
         out = torch.ops.requanto.linear(
             rows,
-            weight.qdata,
+            weight._qdata if compiling else weight.qdata,
             weight.scale,
             weight.shift,
             bias,
@@ -58,18 +82,35 @@ def linear(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -
             weight.group_size or 0,
             list(weight.canonical_shape),
             weight.transposed,
+            "" if activation is None else activation.name,
+            input_scale,
         )
     else:
-        out = _run(rows, weight, bias)
+        pack_on_first_use(weight, x.dtype, activation)
+        out = _run(rows, weight, bias, activation, input_scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _run(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _run(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``[rows, K] -> [rows, N]`` by the table's choice."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    choice = choose(problem_of(weight, x.dtype, x.shape[0]))
-    return choice.implementation.run(x, weight, bias)
+    # The choice is remembered with the weight: asking the table anew costs more than a small layer's product.
+    known = weight.__dict__.setdefault("_choices", {})
+    key = (x.shape[0], x.dtype, activation, weight.packed is None, table_version())
+    run = known.get(key)
+    if run is None:
+        run = choose(problem_of(weight, x.dtype, x.shape[0], activation)).implementation.run
+        if len(known) >= REMEMBERED:
+            known.clear()
+        known[key] = run
+    return run(x, weight, bias, activation, input_scale)
 
 
 def _weight(
@@ -107,12 +148,15 @@ def _linear_op(
     group: int,
     canonical: list[int],
     transposed: bool,
+    activation: str = "",
+    input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _run(x, _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype), bias)
+    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype)
+    return _run(x, weight, bias, qtypes[activation] if activation else None, input_scale)
 
 
 @_linear_op.register_fake
-def _(x, qdata, scale, shift, bias, name, group, canonical, transposed):  # type: ignore[no-untyped-def]
+def _(x, qdata, scale, shift, bias, name, group, canonical, transposed, activation="", input_scale=None):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], canonical[-1] if transposed else canonical[-2])
 
 
@@ -127,7 +171,8 @@ def _linear_backward_op(
     canonical: list[int],
     transposed: bool,
 ) -> torch.Tensor:
-    # The gradient with respect to x is grad @ W: the same product with the weight seen transposed.
+    # The gradient with respect to x is grad @ W: the same product with the weight seen transposed. (Quantized activations
+    # pass it straight through.)
     weight = _weight(qdata, scale, shift, name, group, canonical, not transposed, grad.dtype)
     return _run(grad, weight, None)
 
@@ -138,7 +183,7 @@ def _(grad, qdata, scale, shift, name, group, canonical, transposed):  # type: i
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _x, qdata, scale, shift, bias, name, group, canonical, transposed = inputs
+    _x, qdata, scale, shift, bias, name, group, canonical, transposed, _activation, _input_scale = inputs
     ctx.save_for_backward(qdata, scale, shift)
     ctx.has_bias = bias is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -152,7 +197,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad_x = torch.ops.requanto.linear_backward(grad, qdata, scale, shift, *ctx.rest)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -241,6 +286,7 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """
     if weight.transposed or weight.axis != 0:
         raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
+    keep_plain(weight)
     flat = indices.reshape(-1)
     rows = weight.replace(
         weight.qdata[flat],

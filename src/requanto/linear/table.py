@@ -28,6 +28,8 @@ class Problem:
         out_features, in_features: N and K.
         group_size: of the weight; None: per row.
         affine: the weight has a shift.
+        transposed: the weight is stored ``[K, N]``, scales along N.
+        layout: ``"plain"``, as stored, or the name of a packed form (`requanto.layout`).
     """
 
     device: str
@@ -39,6 +41,8 @@ class Problem:
     in_features: int
     group_size: int | None
     affine: bool
+    transposed: bool = False
+    layout: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,13 @@ class Implementation:
 
     Attributes:
         name: unique, shown by `requanto.explain`.
-        run: ``run(x2d, weight, bias) -> y2d`` with x of shape [rows, K].
+        run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape [rows, K].
         supports: the problems it is right for.
         reason: why it is there, one line for the reader of `explain`.
     """
 
     name: str
-    run: Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
+    run: Callable[..., torch.Tensor]
     supports: Callable[[Problem], bool]
     reason: str
 
@@ -83,6 +87,11 @@ def register(implementation: Implementation, *, before: str | None = None) -> No
     _TABLE.insert(len(names) if before is None else names.index(before), implementation)
 
 
+def table_version() -> int:
+    """Changes when an implementation is added."""
+    return len(_TABLE)
+
+
 def implementations() -> tuple[Implementation, ...]:
     """The table, in order of preference."""
     return tuple(_TABLE)
@@ -99,7 +108,7 @@ def choose(problem: Problem) -> Choice:
 def problem_of(weight: QTensor, dtype: torch.dtype, rows: int, activation: qtype | None = None) -> Problem:
     """The problem that ``rows`` rows of ``dtype`` times ``weight`` is."""
     return Problem(
-        device=weight.qdata.device.type,
+        device=weight.device.type,
         qtype=weight.qtype,
         activation=activation,
         dtype=dtype,
@@ -108,4 +117,6 @@ def problem_of(weight: QTensor, dtype: torch.dtype, rows: int, activation: qtype
         in_features=weight.shape[1],
         group_size=weight.group_size,
         affine=weight.shift is not None,
+        transposed=weight.transposed,
+        layout="plain" if weight.packed is None else weight.packed.layout,
     )

@@ -1,0 +1,74 @@
+"""The form a kernel runs on, held *in place of* the stored codes: memory is paid once.
+
+A QTensor is plain (its codes are a tensor) or packed (a `Packed` holds them, reordered for one kernel). A packed tensor
+turns plain again, bit for bit, as soon as anyone reads ``qdata``: whatever saves, copies, moves, slices or dequantizes sees
+the stored form and knows nothing of packing. Products, which would only lose by that, ask for ``packed`` first.
+
+Operators take tensors, and a packed form may be none that torch.compile can trace. So a packed QTensor shows operators a
+*handle*: an int64 tensor with one number, under which `find` knows the packed form. Handles are never used twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from weakref import WeakValueDictionary
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+#: Packing and unpacking happen under this lock: threads may meet in one layer.
+LOCK = threading.RLock()
+
+_numbers = itertools.count(1)
+_held: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+
+
+class Packed:
+    """Codes in the form of one kernel.
+
+    Attributes:
+        layout: name of the form, a field of `requanto.linear.Problem`.
+        handle: what operators get in place of the codes.
+    """
+
+    layout: str
+
+    def __init__(self) -> None:
+        number = next(_numbers)
+        self.handle = torch.tensor([number], dtype=torch.int64)
+        _held[number] = self
+
+    def plain(self) -> torch.Tensor:
+        """The stored codes, bit for bit."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed codes take."""
+        raise NotImplementedError
+
+
+def is_handle(qdata: torch.Tensor) -> bool:
+    """True for the handle of a packed form; codes are never int64."""
+    return qdata.dtype == torch.int64
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """True while torch.compile traces: such a tensor has no numbers to read."""
+    return is_traceable_wrapper_subclass(tensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def find(handle: torch.Tensor) -> Packed:
+    """The packed form behind a handle.
+
+    Raises:
+        RuntimeError: it is gone: the weight was freed, or made plain, after the handle was read.
+    """
+    packed = _held.get(int(handle))
+    if packed is None:
+        raise RuntimeError(
+            "the packed form of a quantized weight is gone: its layer was freed, moved or changed after the model was "
+            "compiled. Compile the model again."
+        )
+    return packed

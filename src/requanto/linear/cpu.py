@@ -1,0 +1,205 @@
+"""The CPU's part of the table. Every condition comes from a measurement: docs/cpu.md, benchmarks/results/cpu_*.json.
+
+In order of preference:
+
+    cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
+    cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
+    cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
+    cpu-int4pack       int4 and int2 weights, packed, few rows: torch's weight-only operator
+    cpu-workspace      everything else: dequantized into a kept buffer, block by block, then F.linear
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from requanto.linear import int4, onednn
+from requanto.linear.activations import quantize_activations
+from requanto.linear.dequantize import dequantize_rows, row_scaled
+from requanto.linear.table import Implementation, Problem, register
+from requanto.linear.workspace import rows_that_fit, workspace
+from requanto.qtensor import QTensor
+from requanto.qtypes import qint8, qtype
+
+_HALVES = (torch.float16, torch.bfloat16)
+_FLOATS = (*_HALVES, torch.float32)
+#: Rows up to which torch's int4 operator beats dequantization.
+INT4_ROWS = 32
+#: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
+BLOCK_BYTES = 4 * 2**20
+
+
+def run_int8pack(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One row times int8 codes."""
+    codes = weight.qdata
+    # The operator reads both with aligned loads: other pointers end the process.
+    if codes.data_ptr() % 64 or not codes.is_contiguous():
+        codes = _realign(weight, codes)
+    x = aligned(x)
+    scale = weight.scale.reshape(-1)
+    if x.dtype == torch.float32:
+        out = torch._weight_int8pack_mm(x, codes, scale.float())
+    else:  # scaled afterwards: the operator would round the scale to x's dtype
+        out = torch._weight_int8pack_mm(x, codes, torch.ones_like(scale, dtype=x.dtype)).float().mul_(scale).to(x.dtype)
+    return out if bias is None else out.add_(bias)
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous, its first element at a multiple of 64 bytes; copied where it is not."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 64 else tensor
+
+
+def _realign(weight: QTensor, codes: torch.Tensor) -> torch.Tensor:
+    codes = codes.clone(memory_format=torch.contiguous_format)
+    if getattr(weight, "_is_param", False) and not codes.is_inference():
+        weight.qdata = codes  # once for good: the copy replaces what came unaligned out of a file
+    return codes
+
+
+def run_workspace(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dequantizes blocks of rows into this thread's buffer and multiplies each while it is in the cache."""
+    dtype = x.dtype
+    steps = None
+    if activation is not None:
+        codes, steps = quantize_activations(x, activation, input_scale)
+        x = codes.to(dtype) if dtype != torch.float16 else codes
+    if dtype == torch.float16:  # without native float16 products torch computes those 10 times slower than float32
+        x = x.float()
+    out = product(x, weight)
+    if steps is not None:
+        out = out.float().mul_(steps)
+    if bias is not None:
+        out = out.add_(bias)
+    return out.to(dtype)
+
+
+def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """``x @ w.T``, or ``x @ w`` of a transposed weight, in x's dtype."""
+    if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
+        return int4.run_large(x, weight, weight.packed, BLOCK_BYTES)
+    stored_rows, length = weight.lead.numel(), weight.row_length
+    scaled = not row_scaled(weight)
+    step = rows_that_fit(length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))
+    if weight.transposed:
+        return _product_transposed(x, weight, step)
+    out = x.new_empty(x.shape[0], stored_rows)
+    for start in range(0, stored_rows, step):
+        stop = min(start + step, stored_rows)
+        block = workspace((stop - start, length), x.dtype)
+        dequantize_rows(weight, start, stop, block, scaled=scaled)
+        out[:, start:stop] = F.linear(x, block)
+    if not scaled:
+        out = torch.mul(out, weight.scale.reshape(-1).to(torch.float32)).to(x.dtype)
+    return out
+
+
+def _product_transposed(x: torch.Tensor, weight: QTensor, step: int) -> torch.Tensor:
+    # x @ w with w stored [K', N'] row by row: blocks of K' add up, in float32 so that they are rounded once.
+    stored_rows, length = weight.lead.numel(), weight.row_length
+    total = None
+    for start in range(0, stored_rows, step):
+        stop = min(start + step, stored_rows)
+        block = dequantize_rows(weight, start, stop, workspace((stop - start, length), x.dtype))
+        part = (x[:, start:stop] @ block).float()
+        total = part if total is None else total.add_(part)
+    return (x.new_zeros(x.shape[0], length) if total is None else total).to(x.dtype)
+
+
+def run_int4(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch's int4 operator; float16 goes through float32, whose range holds every scale."""
+    dtype, steps = x.dtype, None
+    if activation is not None:
+        x, steps = quantize_activations(x, activation, input_scale)
+        x = x if dtype == torch.float16 else x.to(dtype)
+    out = int4.run(x.float() if dtype == torch.float16 else x, weight, None)
+    if steps is not None:
+        out = out.float().mul_(steps)
+    return (out if bias is None else out.add_(bias)).to(dtype)
+
+
+def _cpu(problem: Problem) -> bool:
+    return problem.device == "cpu" and problem.dtype in _FLOATS
+
+
+def _int8(problem: Problem) -> bool:
+    return _cpu(problem) and problem.qtype == qint8 and not problem.affine and problem.group_size is None
+
+
+register(
+    Implementation(
+        name="cpu-onednn-int8",
+        run=onednn.run_int8,
+        supports=lambda p: _int8(p) and p.layout == onednn.LAYOUT and p.activation == qint8,
+        reason="int8 times int8 in oneDNN's blocked form, exact int32 sums",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
+        name="cpu-onednn-split",
+        run=onednn.run_split,
+        supports=lambda p: _int8(p) and p.layout == onednn.LAYOUT and p.activation is None and p.dtype in _HALVES,
+        reason="x as 16-bit integers: two int8 products read the weight as 8 bits, nothing is dequantized",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
+        name="cpu-int8pack",
+        run=run_int8pack,
+        supports=lambda p: (
+            _int8(p)
+            and p.layout == "plain"
+            and not p.transposed
+            and p.activation is None
+            and p.rows == 1
+            and p.in_features % 16 == 0
+            and p.out_features % 16 == 0
+        ),
+        reason="one row: torch's int8 operator reads the stored codes",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
+        name="cpu-int4pack",
+        run=run_int4,
+        supports=lambda p: (
+            _cpu(p)
+            and p.layout == int4.LAYOUT
+            and (p.activation is None or p.activation == qint8)
+            and p.rows <= INT4_ROWS
+        ),
+        reason="few rows: torch's int4 operator dequantizes in registers",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
+        name="cpu-workspace",
+        run=run_workspace,
+        supports=lambda p: _cpu(p),
+        reason="dequantizes block by block into a kept buffer, then F.linear",
+    ),
+    before="reference",
+)

@@ -1,0 +1,88 @@
+"""Codes -> float values, quickly: in blocks that stay in the cache, by operators that vectorize.
+
+Float8 is never converted by torch's own cast, which takes one element at a time on a CPU and does not exist everywhere: an
+e4m3 number is a bfloat16 number of the same bits, shifted, with another exponent bias.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.linear.workspace import workspace
+from requanto.packing import unpack
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtype
+
+#: Bytes of one block's result: it stays in a core's L2 cache between the passes.
+BLOCK_BYTES = 512 * 1024
+
+
+def row_scaled(weight: QTensor) -> bool:
+    """True where the scale can multiply the product instead of the weight: one per row, no shift."""
+    return weight.shift is None and weight.scale.shape[-1] == 1
+
+
+def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *, scaled: bool = True) -> torch.Tensor:
+    """Writes rows ``start .. stop`` of a weight's stored form into ``out`` ``[stop - start, K]``, computed in out's dtype.
+
+    Args:
+        scaled: False leaves the scale of `row_scaled` weights to the caller.
+    """
+    rows, length = weight.lead.numel(), weight.row_length
+    qdata = weight.qdata.reshape(rows, -1)
+    scale = weight.scale.reshape(rows, -1)
+    shift = None if weight.shift is None else weight.shift.reshape(rows, -1)
+    step = max(1, BLOCK_BYTES // max(1, length * out.dtype.itemsize))
+    for begin in range(start, stop, step):
+        end = min(begin + step, stop)
+        part = out[begin - start : end - start]
+        codes_to_float(qdata[begin:end], weight.qtype, part)
+        if scaled:
+            _scale(part, weight.qtype, scale[begin:end], None if shift is None else shift[begin:end])
+        elif weight.qtype.zero_code:
+            part.sub_(weight.qtype.zero_code)
+    return out
+
+
+def _scale(part: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
+    groups = part.view(*scale.shape, -1)
+    if shift is None and kind.zero_code:
+        shift = scale * kind.zero_code  # exact: a power of two
+    scale = scale.to(part.dtype).unsqueeze(-1)
+    if shift is None:
+        groups.mul_(scale)
+    else:
+        torch.addcmul(shift.to(part.dtype).neg().unsqueeze(-1), groups, scale, out=groups)
+
+
+def codes_to_float(qdata: torch.Tensor, kind: qtype, out: torch.Tensor) -> None:
+    """``[rows, bytes]`` -> the codes' values in ``out`` ``[rows, K]``; packed codes stay unsigned."""
+    if kind.is_packed:
+        out.copy_(unpack(qdata, kind.bits, out.shape[1]))
+    elif kind.dtype == torch.float8_e4m3fn:
+        _e4m3_to_float(qdata, out)
+    elif kind.dtype == torch.float8_e5m2:
+        _e5m2_to_float(qdata, out)
+    else:
+        out.copy_(qdata)
+
+
+def _e4m3_to_float(qdata: torch.Tensor, out: torch.Tensor) -> None:
+    """As int16, sign-extended and shifted by 4, the bits are 1 sign, 4 + 4 exponent, 3 + 4 mantissa: bfloat16 / 2^120."""
+    native = out.dtype == torch.bfloat16
+    bits = out.view(torch.int16) if native else workspace(tuple(out.shape), torch.int16, slot=1)
+    bits.copy_(qdata.view(torch.int8))
+    bits.mul_(16).bitwise_and_(-0x7810)
+    if not native:
+        out.copy_(bits.view(torch.bfloat16))
+    out.mul_(2.0**120)
+
+
+def _e5m2_to_float(qdata: torch.Tensor, out: torch.Tensor) -> None:
+    """The upper byte of a float16."""
+    native = out.dtype == torch.float16
+    bits = out.view(torch.int16) if native else workspace(tuple(out.shape), torch.int16, slot=1)
+    bits.copy_(qdata.view(torch.int8))
+    bits.mul_(256)
+    if not native:
+        out.copy_(bits.view(torch.float16))

@@ -1,0 +1,129 @@
+"""int8 weights in oneDNN's blocked form: int8 products with exact int32 sums.
+
+Dynamic (or static) int8 activations are one product. Float activations are two: x becomes 16-bit integers, split into a high
+and a low byte, so that ``x @ w = 256 * (high @ w) + low @ w``. The weight is read once, as 8 bits, and never dequantized.
+
+The blocked form is an opaque mkldnn tensor. It converts back to the stored codes bit for bit (`tests/linear`), so it may
+replace them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from requanto.layout import Packed
+from requanto.linear.activations import quantize_unsigned, split_16bit
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtype
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "onednn"
+#: Rows of x in one product: their 16-bit form and float32 result stay in the cache.
+CHUNK = 256
+#: K beyond which an int32 sum of products of 255 * 128 could overflow.
+LONGEST = 2**31 // (255 * 128)
+
+
+class OneDnnCodes(Packed):
+    """int8 ``[N, K]``, blocked."""
+
+    layout = LAYOUT
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        super().__init__()
+        self.blocked = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        self.zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
+
+    def plain(self) -> torch.Tensor:
+        return self.blocked.to_dense().t().contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        return int(torch.ops.mkldnn._nbytes(self.blocked))
+
+
+@functools.cache
+def works() -> bool:
+    """True where oneDNN's int8 product exists, is exact, and its blocked form can be reversed.
+
+    Without VNNI, oneDNN adds pairs of products in 16 bits, which overflow: measured, not guessed, since both the
+    processor and ONEDNN_MAX_CPU_ISA decide.
+    """
+    try:
+        codes = torch.full((48, 80), 127, dtype=torch.int8)
+        codes[:, ::3] = -128
+        packed = OneDnnCodes(codes)
+        x = torch.full((5, 80), 255, dtype=torch.uint8)
+        out = _product(x, packed, torch.ones(48))
+        exact = torch.equal(out.double(), (x.double() - 128) @ codes.double().t())
+        if exact and torch.equal(packed.plain(), codes):
+            return True
+        why = "it saturates without VNNI"
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+    logger.info("oneDNN's int8 product is not used on this machine: %s", why)
+    return False
+
+
+def pack(weight: QTensor) -> OneDnnCodes:
+    """The blocked form of a plain int8 weight."""
+    return OneDnnCodes(weight.qdata)
+
+
+def _product(x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor) -> torch.Tensor:
+    """``(x - 128) @ w.T * scale`` in float32. x: uint8 ``[rows, K]``; scale: float32 ``[N]``."""
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, packed.blocked, scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _codes(weight: QTensor) -> OneDnnCodes:
+    packed = weight.packed
+    # Another thread may have read the stored form since the table was asked.
+    return packed if isinstance(packed, OneDnnCodes) else pack(weight)
+
+
+def run_split(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Float activations: two int8 products."""
+    packed, scale = _codes(weight), weight.scale.reshape(-1).float()
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    for part, into in zip(x.split(CHUNK), out.split(CHUNK)):
+        rows = part.shape[0]
+        halves, steps = split_16bit(part)
+        sums = _product(halves, packed, scale)
+        _finish(sums[rows:].add_(sums[:rows], alpha=256), steps, bias, into)
+    return out
+
+
+def run_int8(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """int8 activations, per token or static: one int8 product."""
+    assert activation is not None
+    packed, scale = _codes(weight), weight.scale.reshape(-1).float()
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    for part, into in zip(x.split(CHUNK), out.split(CHUNK)):
+        codes, steps = quantize_unsigned(part, activation, input_scale)
+        _finish(_product(codes, packed, scale), steps, bias, into)
+    return out
+
+
+def _finish(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    sums.mul_(steps)
+    if bias is not None:
+        sums.add_(bias)
+    out.copy_(sums)

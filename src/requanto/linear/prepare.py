@@ -1,0 +1,97 @@
+"""When a weight is packed for its kernel: at its first product, or all at once by `prepare`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from requanto.layout import LOCK, Packed
+from requanto.linear import int4, onednn
+from requanto.qtensor import QTensor
+from requanto.qtypes import qint8, qtype
+from requanto.settings import settings
+
+logger = logging.getLogger(__name__)
+
+#: Weights below which packing does not pay: the products' own cost is no longer that of reading weights.
+SMALLEST = 2**20
+#: How often a weight that was read in its stored form is packed again before it stays as it is.
+REPACKS = 3
+
+
+def packer(
+    weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None
+) -> Callable[[QTensor], Packed] | None:
+    """How the weight would be packed for x of ``dtype``; None: it stays as it is stored."""
+    if weight.device.type != "cpu" or weight.dim() != 2 or weight.transposed or weight.up is not None:
+        return None
+    if weight.qtype == qint8:
+        right = weight.shift is None and weight.group_size is None and weight.row_length <= onednn.LONGEST
+        activation = activation or weight.activation
+        wanted = activation == qint8 or (activation is None and (dtype or weight.dtype) != torch.float32)
+        return onednn.pack if right and wanted and onednn.works() else None
+    return int4.pack if int4.fits(weight) else None
+
+
+def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | None) -> None:
+    """Packs a layer's weight, once, unless settings, size or its history speak against it."""
+    if (
+        weight.packed is not None
+        or weight.__dict__.get("_stays_plain", False)
+        or not settings.pack_on_first_use
+        or not getattr(weight, "_is_param", False)
+    ):
+        return
+    if weight.numel() < SMALLEST:
+        weight._stays_plain = True
+        return
+    _pack(weight, dtype, activation)
+
+
+def _pack(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None) -> bool:
+    with LOCK:
+        if weight.packed is not None:
+            return True
+        make = packer(weight, dtype, activation)
+        count = weight.__dict__.get("_times_packed", 0)
+        if make is None or count > REPACKS:
+            weight._stays_plain = True
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            packed = make(weight)
+        weight._times_packed = count + 1
+        weight.pack(packed)
+    return True
+
+
+def keep_plain(weight: QTensor) -> None:
+    """Rows of this weight are looked up (an embedding, perhaps tied to the head): it is not packed any more."""
+    if not weight.__dict__.get("_stays_plain", False):
+        weight._stays_plain = True
+        _ = weight.qdata
+
+
+def prepare(model: nn.Module, *, smallest: int = SMALLEST) -> dict[str, str]:
+    """Packs every linear layer's weight for this machine now, instead of at its first product.
+
+    The packed form replaces the stored one; saving, copying or moving the model gives the stored form back. Worth it before
+    ``torch.compile``, which cannot pack, and for a first token without delay.
+
+    Args:
+        smallest: weights of fewer elements stay as they are.
+
+    Returns:
+        Layout by parameter name, for the parameters that were packed.
+    """
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    done = {}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, QTensor) or id(parameter) in looked_up or parameter.numel() < smallest:
+            continue
+        if _pack(parameter) and parameter.packed is not None:
+            done[name] = parameter.packed.layout
+    logger.info("packed %d weights for this machine", len(done))
+    return done

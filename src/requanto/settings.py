@@ -1,0 +1,28 @@
+"""Settings of the process: few, and none that changes a result.
+
+requanto.settings.workspace_bytes = 256 * 2**20
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass
+class Settings:
+    """What may be set, by attribute, at any time.
+
+    Attributes:
+        workspace_bytes: the most memory that one thread keeps to dequantize weights into
+            (environment: REQUANTO_WORKSPACE_MB; 64 MB unless set).
+        pack_on_first_use: on a CPU, reorder the codes of a layer for its kernel at the first product. The reordered
+            form replaces the stored one, and the stored one comes back when it is asked for.
+            (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` packs all the same.)
+    """
+
+    workspace_bytes: int = int(float(os.environ.get("REQUANTO_WORKSPACE_MB", "64")) * 2**20)
+    pack_on_first_use: bool = os.environ.get("REQUANTO_PACK", "1") != "0"
+
+
+settings = Settings()
