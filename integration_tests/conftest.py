@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from real_models import ModelNotAvailable
 from real_models import minilm_dir as fetch_minilm
 from real_models import smollm2_dir as fetch_smollm2
 
@@ -31,8 +32,9 @@ def minilm_dir() -> Path:
 
 
 def _fetched(fetch: Callable[[], Path]) -> Path:
-    # A failure, never a skip: a run without the real models must not look like one that passed.
     try:
         return fetch()
-    except RuntimeError as error:
-        pytest.fail(f"The real model is not to be had: {error}", pytrace=False)
+    except ModelNotAvailable as error:
+        message = str(error)
+    # A failure, never a skip: a run without the real models must not look like one that passed.
+    pytest.fail(f"The real model is not to be had: {message}", pytrace=False)

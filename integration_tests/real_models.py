@@ -12,5 +12,6 @@ if _spec is None or _spec.loader is None:
 _module = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_module)
 
+ModelNotAvailable = _module.ModelNotAvailable
 smollm2_dir = _module.smollm2_dir
 minilm_dir = _module.minilm_dir
