@@ -40,6 +40,9 @@ class Calibration(TorchFunctionMode):
         ValueError: (when the context ends) no module with quantized activations ran inside it; or a batch held NaN or Inf.
     """
 
+    #: it is an error that nothing could be calibrated
+    needs_modules = True
+
     def __init__(
         self,
         *,
@@ -75,7 +78,7 @@ class Calibration(TorchFunctionMode):
             hook.remove()
         if exc_type is not None:
             return
-        if not self._seen:
+        if not self._seen and self.needs_modules:
             raise ValueError(
                 "nothing was calibrated: no module with quantized activations ran. Ask for them before freezing, "
                 "quantize(model, weights=..., activations='int8'), and run the model inside the context."
@@ -121,7 +124,7 @@ class Calibration(TorchFunctionMode):
         value = args[0]
         if isinstance(value, QActivation):
             self._read |= set(getattr(value, _SOURCES, ()))
-            module.input_scale = value._scale.detach().to(module.input_scale.dtype).clone()
+            module.input_scale = value._scale.detach().clone()
             module.calibrated = True
         elif torch.is_tensor(value) and value.is_floating_point() and value.numel():
             module.input_scale = self._moved(module, module.input_scale, value, "input")
@@ -152,10 +155,10 @@ class Calibration(TorchFunctionMode):
             raise ValueError(f"the {side} of {name} holds NaN or Inf: calibrate on samples that run without")
         if not bool(found > 0):  # a batch of zeros says nothing about the scale
             return old
-        found = found.reshape(()).to(old.dtype)
+        found = found.reshape(())  # in the dtype of the values, which is what a quantized activation stands for
         if bool(old == 1):
             return found
-        return self.momentum * old + (1.0 - self.momentum) * found
+        return (self.momentum * old + (1.0 - self.momentum) * found).to(found.dtype)
 
 
 _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}

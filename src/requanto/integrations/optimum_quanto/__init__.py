@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from requanto.calibrate import Calibration
 from requanto.integrations.optimum_quanto.activations import ActivationQBytesTensor, quantize_activation
 from requanto.integrations.optimum_quanto.base import PackedTensor, QBitsTensor, QBytesTensor, QTensor, qfallback
 from requanto.integrations.optimum_quanto.library import (
@@ -17,6 +16,7 @@ from requanto.integrations.optimum_quanto.library import (
     is_transformers_available,
 )
 from requanto.integrations.optimum_quanto.modules import (
+    Calibration,
     QConv2d,
     QLayerNorm,
     QLinear,

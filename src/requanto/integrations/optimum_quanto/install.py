@@ -15,7 +15,7 @@ _HERE = "requanto.integrations.optimum_quanto"
 _OPTIMIZERS = ("requanto.optimizers",)
 _TENSORS = (f"{_HERE}.base", f"{_HERE}.weights", f"{_HERE}.activations")
 _LAYOUT: dict[str, tuple[str, ...]] = {
-    "calibrate": ("requanto.calibrate", "requanto.observers"),
+    "calibrate": (f"{_HERE}.modules", "requanto.observers"),
     "quantize": (f"{_HERE}.quantize",),
     "nn": (f"{_HERE}.modules",),
     "nn.qmodule": (f"{_HERE}.modules",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,18 +89,31 @@ def define_operators() -> None:
         torch.library.impl(f"quanto::{name}", "default")(implementations[name])
 
 
-_extensions: dict[str, Any] = {}
+class Extension:
+    """What stands for a compiled extension: its functions, ready."""
+
+    def __init__(self, name: str, **functions: Any) -> None:
+        self.name = name
+        self.lib = SimpleNamespace(**functions)
 
 
-def get_extension(extension_type: str) -> Any:
-    """A compiled extension by name: Requanto has none to build, its kernels are compiled when they run."""
+# Requanto's kernels need no build step; the one extension that every machine had there is answered for.
+_extensions = {"quanto_cpp": Extension("quanto_cpp", unpack=unpack_split)}
+
+
+def get_extension(extension_type: str) -> Extension:
+    """An extension by name.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
     if extension_type not in _extensions:
         raise KeyError(f"no extension {extension_type!r}: Requanto's kernels need no build step")
     return _extensions[extension_type]
 
 
 def is_extension_available(extension_type: str) -> bool:
-    """Whether a compiled extension is there; never, since none is needed."""
+    """Whether an extension of this name is there."""
     return extension_type in _extensions
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto import calibrate
 from requanto.integrations.optimum_quanto.activations import quantize_activation
 from requanto.integrations.optimum_quanto.base import QTensor
 from requanto.integrations.optimum_quanto.weights import WeightQBitsTensor, WeightQBytesTensor, quantize_weight
@@ -136,6 +137,12 @@ class QModuleMixin(native.QModuleMixin):
         return WeightQBitsTensor.load_from_state_dict(
             state_dict, prefix, self.weight_qtype, 0, self.weight_group_size, size, stride, missing
         )
+
+
+class Calibration(calibrate.Calibration):
+    """`requanto.Calibration`; a model without quantized activations is no error here."""
+
+    needs_modules = False
 
 
 @register_qmodule(nn.Linear)

@@ -110,8 +110,10 @@ class _Weight:
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         op = func.overloadpacket
+        if op is aten.clone and kwargs.get("memory_format") is torch.contiguous_format and not args[0].is_contiguous():
+            return qfallback(func, *args, **kwargs)
         if op in (aten.detach, aten.alias, aten.clone):
-            return args[0]._each(lambda t: t.clone() if op is aten.clone else op(t))
+            return args[0]._each(op)
         if op in (aten._to_copy, aten.to):
             return args[0]._moved(**kwargs)
         if op is aten.t and isinstance(args[0], WeightQBytesTensor):
