@@ -25,6 +25,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "diffusers.loaders.lora_pipeline": ("requanto.integrations.diffusers_hooks", "register_lora_expansion"),
     "diffusers.hooks.group_offloading": ("requanto.integrations.diffusers_hooks", "register_group_offloading"),
     "diffusers.hooks.layerwise_casting": ("requanto.integrations.diffusers_hooks", "register_layerwise_casting"),
+    "accelerate": ("requanto.integrations.accelerate", "register"),
     "peft": ("requanto.integrations.peft", "register"),
 }
 

@@ -8,7 +8,6 @@ bit for bit. Everything else of PEFT runs unchanged.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from peft.utils import other as peft_other
 from torch import nn
 
 from requanto import lowrank
+from requanto.integrations.patching import replace_everywhere
 from requanto.qtensor import QTensor
 
 _DORA = (variants.DoraLinearVariant, variants._DoraConvNdVariant)
@@ -38,16 +38,8 @@ def register() -> None:
     lora.ParamWrapper._activate_lora = _where_quantized(lora.ParamWrapper._activate_lora, activate)
     for norm in (dora.DoraLinearLayer, dora._DoraConvNdLayer):
         norm.get_weight_norm = _with_float_weight(norm.get_weight_norm)
-    _replace_everywhere(peft_integrations.dequantize_module_weight, _dequantize_module_weight)
-    _replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training)
-
-
-def _replace_everywhere(original: Callable, make: Callable[[Callable], Callable]) -> None:
-    """PEFT's modules import its helpers by name: each of those names is set."""
-    new = make(original)
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "peft" and module.__dict__.get(original.__name__) is original:
-            setattr(module, original.__name__, new)
+    replace_everywhere(peft_integrations.dequantize_module_weight, _dequantize_module_weight)
+    replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training)
 
 
 def _where_quantized(original: Callable, ours: Callable) -> Callable:

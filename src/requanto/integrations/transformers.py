@@ -16,8 +16,17 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from requanto.checkpoint.files import check_files
-from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
+from requanto.checkpoint.format import (
+    PARTS,
+    CheckpointError,
+    check_version,
+    flatten,
+    parse_spec,
+    rebuild,
+    table_of,
+)
 from requanto.config import FORMAT, FORMAT_VERSION, QuantoConfig
+from requanto.integrations.accelerate import materialized
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.ops.table import implements_function
 from requanto.plan import PlannedWeight, plan
@@ -110,7 +119,8 @@ class RequantoHfQuantizer(HfQuantizer):
 
     def _spec(self, model: Any, name: str) -> str | None:
         """The stored description of a model's weight; the model may be the base of the one saved, or the reverse."""
-        tensors, prefix = self.quantization_config.tensors, model.base_model_prefix
+        # A device map also asks for the sizes of parts of the model, which know no prefix.
+        tensors, prefix = self.quantization_config.tensors, getattr(model, "base_model_prefix", "")
         for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
             if candidate in tensors:
                 return tensors[candidate]
@@ -155,7 +165,7 @@ class RequantoHfQuantizer(HfQuantizer):
         model should be the same bytes whenever it is saved.
         """
         tied = getattr(model, "all_tied_weights_keys", {})
-        state_dict = {k: v for k, v in model.state_dict().items() if not (isinstance(v, QTensor) and k in tied)}
+        state_dict = {k: v for k, v in materialized(model).items() if not (isinstance(v, QTensor) and k in tied)}
         self.quantization_config.format = FORMAT
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.tensors = table_of(state_dict.items())

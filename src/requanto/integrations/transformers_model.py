@@ -19,8 +19,11 @@ def register() -> None:
     """Wraps the methods; a model without quantized weights is untouched by both."""
     from transformers.modeling_utils import PreTrainedModel
 
+    from requanto.integrations.accelerate import register_transformers
+
     if hasattr(PreTrainedModel.save_pretrained, "_requanto"):
         return
+    register_transformers()
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _footprint(PreTrainedModel.get_memory_footprint)
 

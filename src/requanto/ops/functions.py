@@ -154,6 +154,12 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
     self.set_lowrank(value.up, value.down)
 
 
+@implements_function(torch.Tensor.data_ptr)
+def _data_ptr(self: QTensor) -> int:
+    """Address of the codes. A wrapper has none of its own, and accelerate tells tied weights apart by it."""
+    return self.qdata.data_ptr()
+
+
 @implements_function(torch.Tensor.share_memory_)
 def _share_memory_(self: QTensor) -> QTensor:
     """For other processes; the wrapper has no memory of its own, and torch would crash looking for it."""
