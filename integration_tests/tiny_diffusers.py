@@ -31,7 +31,7 @@ class Tiny:
             for parameter in model.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.05)
-        return model.to(dtype)
+        return model if dtype == torch.float32 else model.to(dtype)
 
     @torch.no_grad()
     def run(self, model: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -381,3 +381,61 @@ TINY: dict[str, Tiny] = {
         _qwen,
     ),
 }
+
+
+def tiny_pipeline(dtype: torch.dtype = torch.float32, transformer: Any = None) -> Any:
+    """A Flux pipeline of a tiny transformer, VAE and CLIP text encoder, without tokenizers: give it embeddings."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=2,
+            vocab_size=100,
+            projection_dim=32,
+        )
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=1,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval().to(dtype),
+        text_encoder=text_encoder.eval().to(dtype),
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=TINY["flux"].make(dtype) if transformer is None else transformer,
+    )
+
+
+def run_pipeline(pipe: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> torch.Tensor:
+    """Two steps of it, as latents in float32: the same noise and the same embeddings each time."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt_embeds=_noise(1, 8, 32, dtype=dtype),
+        pooled_prompt_embeds=_noise(1, 32, dtype=dtype, seed=9),
+        num_inference_steps=2,
+        height=16,
+        width=16,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(3),
+        return_dict=False,
+        **kwargs,
+    )[0].float()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of what was expected."""
+    return ((found - expected).norm() / expected.norm()).item()

@@ -31,9 +31,26 @@ def register() -> None:
     """Puts our quantizer and config in the places of the built-in ones, which need not exist."""
     auto.AUTO_QUANTIZER_MAPPING["quanto"] = RequantoDiffusersQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = QuantoConfig
+    _silence_deprecation()
     selector = auto.DiffusersAutoQuantizer
     if not hasattr(selector.merge_quantization_configs, "_requanto"):
         selector.merge_quantization_configs = classmethod(_merging(selector.merge_quantization_configs.__func__))
+
+
+def _silence_deprecation() -> None:
+    """The built-in QuantoConfig is deprecated because its quantizer is; with ours behind it there is nothing to say."""
+    from diffusers.quantizers import quantization_config
+
+    original = getattr(quantization_config, "deprecate", None)
+    if original is None or hasattr(original, "_requanto"):
+        return
+
+    @functools.wraps(original)
+    def deprecate(*args: Any, **kwargs: Any) -> Any:
+        return None if "QuantoConfig" in args else original(*args, **kwargs)
+
+    deprecate._requanto = True
+    quantization_config.deprecate = deprecate
 
 
 class RequantoDiffusersQuantizer(DiffusersQuantizer):
@@ -116,9 +133,15 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         """The names in the files, with each weight's own name in place of its parts'.
 
         Raises:
-            CheckpointError: the files lack weights that the config describes.
+            CheckpointError: the files lack weights that the config describes, or the reverse.
         """
         found = set(loaded_keys)
+        strange = [key for key in loaded_keys if key.endswith("_qdata") and self._owner(key) is None]
+        if strange:
+            raise CheckpointError(
+                f"the files hold {strange[0]}, and quantization_config does not describe that weight: restore the "
+                f"config.json that was saved with them"
+            )
         for name, text in self.table.items():
             lost = [f"{name}_{part}" for part in needed_parts(text, name) if f"{name}_{part}" not in found]
             if lost:
