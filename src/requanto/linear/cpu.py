@@ -90,7 +90,7 @@ def run_workspace(
 def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """``x @ w.T``, or ``x @ w`` of a transposed weight, in x's dtype."""
     if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
-        return int4.run_large(x, weight, weight.packed, BLOCK_BYTES)
+        return int4.run_large(x, weight, weight.packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
     scaled = not row_scaled(weight)
     step = rows_that_fit(length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))

@@ -39,26 +39,29 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         codes_to_float(qdata[begin:end], weight.qtype, part)
         if scaled:
             _scale(part, weight.qtype, scale[begin:end], None if shift is None else shift[begin:end])
-        elif weight.qtype.zero_code:
-            part.sub_(weight.qtype.zero_code)
     return out
 
 
 def _scale(part: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
+    """``codes * scale + lowest`` in place; codes around zero, so that ``lowest`` is no number large beside the weights."""
     groups = part.view(*scale.shape, -1)
-    if shift is None and kind.zero_code:
-        shift = scale * kind.zero_code  # exact: a power of two
-    scale = scale.to(part.dtype).unsqueeze(-1)
     if shift is None:
-        groups.mul_(scale)
-    else:
-        torch.addcmul(shift.to(part.dtype).neg().unsqueeze(-1), groups, scale, out=groups)
+        groups.mul_(scale.to(part.dtype).unsqueeze(-1))
+        return
+    scale, shift = scale.float(), shift.float()
+    lowest = kind.zero_code * scale - shift
+    if bool((scale == 1).any()):
+        # A group of equal weights has codes of 0 and a scale of 1, beside which its shift would be rounded away.
+        flat = groups.amax(-1) == -kind.zero_code
+        lowest, scale = torch.where(flat, -shift, lowest), scale.masked_fill(flat, 0)
+    lowest, scale = lowest.to(part.dtype).unsqueeze(-1), scale.to(part.dtype).unsqueeze(-1)
+    torch.addcmul(lowest, groups, scale, out=groups)
 
 
 def codes_to_float(qdata: torch.Tensor, kind: qtype, out: torch.Tensor) -> None:
-    """``[rows, bytes]`` -> the codes' values in ``out`` ``[rows, K]``; packed codes stay unsigned."""
+    """``[rows, bytes]`` -> the codes' values in ``out`` ``[rows, K]``; those of packed codes around zero."""
     if kind.is_packed:
-        out.copy_(unpack(qdata, kind.bits, out.shape[1]))
+        out.copy_(unpack(qdata, kind.bits, out.shape[1]).view(torch.int8).sub_(kind.zero_code))
     elif kind.dtype == torch.float8_e4m3fn:
         _e4m3_to_float(qdata, out)
     elif kind.dtype == torch.float8_e5m2:

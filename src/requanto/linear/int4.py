@@ -8,6 +8,9 @@ groups of 64 in bfloat16).
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from requanto.layout import Packed
@@ -17,11 +20,15 @@ from requanto.packing import unpack
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 
+logger = logging.getLogger(__name__)
+
 LAYOUT = "int4"
 #: Group sizes that the operator takes.
 GROUPS = (32, 64, 128, 256)
 #: Rows of codes that are widened to int32 at a time while packing.
 _STEP = 64 * 16
+#: Bytes of the float weight that are made and multiplied at a time.
+BLOCK_BYTES = 4 * 2**20
 
 
 def rows_per_block() -> int:
@@ -43,11 +50,12 @@ class Int4Codes(Packed):
         self.bits, self.length, self.block = weight.qtype.bits, weight.row_length, rows_per_block()
         # The operator's zero is 8. Codes of 2 bits are moved there, so that no zero point is large beside its weights.
         self.offset = 8 - 2 ** (self.bits - 1)
-        parts = []
+        parts, flat = [], []
         for rows in weight.qdata.split(_STEP):
-            codes = unpack(rows, self.bits, self.length).to(torch.int32).add_(self.offset)
-            parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1))
-        self.blocked = torch.cat(parts)
+            codes = unpack(rows, self.bits, self.length)
+            flat.append(codes.view(len(rows), weight.scale.shape[1], -1).amax(2) == 0)
+            parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(self.offset), 1))
+        self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
         self._scales: dict[torch.dtype, torch.Tensor] = {}
 
     def plain(self) -> torch.Tensor:
@@ -71,6 +79,9 @@ class Int4Codes(Packed):
                 zero = torch.zeros_like(scale)
             else:
                 zero = weight.qtype.zero_code * scale - weight.shift.float()
+                # A group of equal weights has codes of 0 and any scale (1), beside which its shift would be rounded away.
+                zero = torch.where(self.flat, -weight.shift.float(), zero)
+                scale = scale.masked_fill(self.flat, 0)
             found = torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
             self._scales[dtype] = found
         return found
@@ -80,6 +91,24 @@ class Int4Codes(Packed):
         return self.blocked.nbytes + sum(scales.nbytes for scales in self._scales.values())
 
 
+@functools.cache
+def works() -> bool:
+    """True where torch's operator exists and its form is the one described above, which this module can reverse."""
+    try:
+        rows = 2 * rows_per_block()
+        codes = torch.arange(rows * 32, dtype=torch.int64)
+        codes = (codes * codes * 2654435761 // 65536 % 16).int().view(rows, 32)  # no two rows alike
+        blocked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).view(2, 32, rows // 4)
+        back = torch.cat([blocked & 15, blocked >> 4], dim=2).transpose(1, 2).reshape(rows, 32)
+        if torch.equal(back.int(), codes):
+            return True
+        why = "its packed form is not the known one"
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        why = str(error).splitlines()[0]
+    logger.info("torch's int4 operator is not used on this machine: %s", why)
+    return False
+
+
 def fits(weight: QTensor) -> bool:
     """True for the weights that the operator takes: whole blocks of rows, its group sizes."""
     return (
@@ -87,7 +116,7 @@ def fits(weight: QTensor) -> bool:
         and weight.group_size in GROUPS
         and weight.shape[0] % rows_per_block() == 0
         and weight.row_length % 16 == 0
-        and hasattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu")
+        and works()
     )
 
 
@@ -113,22 +142,25 @@ def run(
     return out if bias is None else out.add_(bias)
 
 
-def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes, block_bytes: int) -> torch.Tensor:
+def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
     """Many rows: some blocks of rows at a time, dequantized as they lie (K outside), times x. Returns ``[rows, N]``."""
-    count, length = packed.block, packed.length
+    half, length, rows = packed.block // 2, packed.length, weight.shape[0]
     scales = packed.scales(weight, x.dtype)
-    scale, zero = (scales[..., i].view(-1, weight.shape[0] // count, count).transpose(0, 1) for i in (0, 1))
-    lowest = torch.sub(zero.float(), scale.float(), alpha=8).to(x.dtype).unsqueeze(2)
-    scale = scale.unsqueeze(2)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    stored = packed.blocked.view(-1, length, count // 2)
-    for index in range(stored.shape[0]):
-        codes = workspace((length, 2, count // 2), torch.uint8, slot=1)
-        torch.bitwise_and(stored[index], 15, out=codes[:, 0])
-        torch.bitwise_right_shift(stored[index], 4, out=codes[:, 1])
-        block = workspace((length, count), x.dtype)
-        block.copy_(codes.view(length, count))
-        groups = block.view(scale.shape[1], -1, count)
-        torch.addcmul(lowest[index], groups, scale[index], out=groups)
-        torch.mm(x, block, out=out[:, index * count : (index + 1) * count])
+    stored = packed.blocked.view(-1, length, half)
+    count = min(stored.shape[0], max(1, BLOCK_BYTES // (length * packed.block * x.dtype.itemsize)))
+    out = x.new_empty(x.shape[0], rows)
+    for first in range(0, stored.shape[0], count):
+        part = stored[first : first + count]
+        start, stop = first * packed.block, (first + len(part)) * packed.block
+        codes = workspace((length, len(part), 2, half), torch.int8, slot=1)
+        # Blocks side by side, so that scales run along the contiguous axis.
+        bytes_ = part.transpose(0, 1)
+        torch.bitwise_and(bytes_, 15, out=codes[:, :, 0].view(torch.uint8))
+        torch.bitwise_right_shift(bytes_, 4, out=codes[:, :, 1].view(torch.uint8))
+        block = workspace((length, stop - start), x.dtype)
+        block.copy_(codes.sub_(8).view(block.shape))
+        groups = block.view(scales.shape[0], -1, stop - start)
+        scale, zero = (scales[:, None, start:stop, index].contiguous() for index in (0, 1))
+        torch.addcmul(zero, groups, scale, out=groups)
+        out[:, start:stop] = torch.mm(x, block)
     return out

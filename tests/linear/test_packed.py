@@ -1,0 +1,166 @@
+"""Packed forms: in place of the stored one, and gone without a trace as soon as that is asked for."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from requanto import QTensor
+from requanto.layout import find
+from requanto.linear import int4, onednn
+from requanto.linear.prepare import prepare
+from requanto.settings import settings
+
+LAYOUTS = {"int8": onednn.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT}
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def packed(request, layer):
+    """A packed layer, and its stored codes."""
+    if not (onednn.works() if request.param == "int8" else int4.works()):
+        pytest.skip("this processor has no packed form for it")
+    module = layer(request.param)
+    stored = module.weight.qdata.clone()
+    prepare(module, smallest=0)
+    assert module.weight.packed.layout == LAYOUTS[request.param]
+    return module, stored
+
+
+def test_the_form_replaces_the_stored_one(packed):
+    module, stored = packed
+    nbytes = module.weight.packed.nbytes
+    widening = 2 if module.weight.qtype.bits == 2 else 1
+    assert stored.nbytes <= nbytes <= stored.nbytes * widening + 1024
+    assert module.weight._qdata.numel() == 1
+    assert module.weight.nbytes == nbytes + module.weight.scale.nbytes + (
+        0 if module.weight.shift is None else module.weight.shift.nbytes
+    )
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda m: m.weight.qdata,
+        lambda m: m.weight.clone().qdata,
+        lambda m: m.weight.detach().qdata,
+        lambda m: copy.deepcopy(m).weight.qdata,
+        lambda m: pickle.loads(pickle.dumps(m.weight)).qdata,
+        lambda m: m.state_dict()["weight"].qdata,
+        lambda m: m.weight.to(torch.float32).qdata,
+        lambda m: m.to("cpu").weight.inner_tensors()["qdata"],
+        lambda m: torch.cat([m.weight[:64].qdata, m.weight[64:].qdata]),
+    ],
+    ids=["qdata", "clone", "detach", "deepcopy", "pickle", "state_dict", "to", "inner_tensors", "slices"],
+)
+def test_the_stored_form_comes_back(packed, read):
+    module, stored = packed
+    assert torch.equal(read(module), stored)
+
+
+def test_saving_and_loading(packed):
+    module, stored = packed
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    assert torch.equal(torch.load(file)["weight"].qdata, stored)
+    other = copy.deepcopy(module)
+    other.weight.qdata.zero_()
+    prepare(other, smallest=0)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other.weight.qdata, stored)
+
+
+def test_dequantizing_is_that_of_the_stored_form(packed):
+    module, stored = packed
+    plain = module.weight.clone()
+    assert torch.equal(module.weight.dequantize(), plain.dequantize())
+
+
+def test_an_alias_shares_the_form(packed):
+    module, stored = packed
+    alias = module.weight.detach()
+    assert alias.packed is module.weight.packed
+    _ = module.weight.qdata  # plain again; the alias is not touched
+    assert module.weight.packed is None
+    assert torch.equal(alias.qdata, stored)
+
+
+def test_a_handle_of_a_freed_form_is_an_error(packed):
+    module, _ = packed
+    handle = module.weight.packed.handle.clone()
+    _ = module.weight.qdata
+    with pytest.raises(RuntimeError, match="is gone"):
+        find(handle)
+
+
+def test_layers_are_packed_at_first_use(layer, monkeypatch):
+    module = layer("int8", 1024, 1024)
+    x = torch.randn(2, 1024, dtype=torch.bfloat16)
+    monkeypatch.setattr(settings, "pack_on_first_use", False)
+    with torch.no_grad():
+        module(x)
+        assert module.weight.packed is None
+        monkeypatch.setattr(settings, "pack_on_first_use", True)
+        module(x)
+    assert (module.weight.packed is not None) == onednn.works()
+
+
+def test_a_weight_read_again_and_again_stays_plain(layer):
+    module = layer("int8", 1024, 1024)
+    x = torch.randn(2, 1024, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(8):
+            module(x)
+            _ = module.weight.qdata
+        module(x)
+    assert module.weight.packed is None
+
+
+def test_embeddings_are_not_packed(layer):
+    module = layer("int8", 1024, 1024)
+    rows = torch.tensor([3, 1, 3])
+    want = module.weight.dequantize()[rows]
+    prepare(module, smallest=0)
+    assert torch.equal(F.embedding(rows, module.weight), want)
+    with torch.no_grad():
+        module(torch.randn(2, 1024, dtype=torch.bfloat16))
+    assert module.weight.packed is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_threads_agree_with_one_thread(layer, kind, rows):
+    reference = layer(kind, 1024, 1024)
+    module = layer(kind, 1024, 1024)
+    inputs = [torch.randn(rows, 1024, dtype=torch.bfloat16) for _ in range(8)]
+    with torch.no_grad():
+        want = [reference(x) for x in inputs]
+        got: dict[tuple[int, int], torch.Tensor] = {}
+
+        def work(thread: int) -> None:
+            with torch.no_grad():
+                for index, x in enumerate(inputs):
+                    got[thread, index] = module(x)
+                    if thread == 0 and index == 4:
+                        _ = module.weight.qdata  # the stored form, asked for in between
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(got) == 32
+    for (_, index), out in got.items():
+        torch.testing.assert_close(out.float(), want[index].float(), rtol=2e-2, atol=2e-2)
+
+
+def test_equal_and_copy(packed):
+    module, stored = packed
+    other = QTensor.quantize(torch.randn(128, 192).bfloat16(), module.weight.qtype)
+    assert torch.equal(module.weight, module.weight.clone())
+    module.weight.copy_(other)
+    assert torch.equal(module.weight.qdata, other.qdata)

@@ -1,0 +1,28 @@
+"""The sweep of sweep.py, here and on lesser instruction sets, in a process of its own each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},  # int8 products without VNNI saturate: they must not be used
+        {"ATEN_CPU_CAPABILITY": "default"},
+    ],
+    ids=["native", "avx2", "avx512-without-vnni", "scalar"],
+)
+def test_every_type_and_shape(limits):
+    script = Path(__file__).with_name("sweep.py")
+    environment = {**os.environ, **limits, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "cpu-workspace" in done.stdout
+    if not limits:
+        assert "FAIL" not in done.stdout
