@@ -20,6 +20,7 @@ from optimum.quanto import (
     quantize_weight,
     requantize,
 )
+from safetensors.torch import load_file
 
 SHAPES = [(8, 16), (3, 32), (5, 96), (4, 128), (7, 160), (6, 192), (16, 256), (9, 130), (4, 3, 3, 3), (8, 32, 3, 3)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -70,24 +71,21 @@ def zeropoint_cases():
     return found
 
 
-def main(out, model_path=None):
-    out = Path(out)
-    if model_path is None:
-        torch.save({"cases": cases(), "zeropoint": zeropoint_cases()}, out / "cases.pt")
-        return
-    from safetensors.torch import load_file
-
-    model_path = Path(model_path)
-    sizes = json.loads((model_path / "config.json").read_text())["sizes"]
-    model = torch.nn.Sequential(*[torch.nn.Linear(k, n) for k, n in sizes])
-    dtype = load_file(model_path / "model.safetensors")["0.bias"].dtype
-    model.to(dtype)
-    qmap = json.loads((model_path / "quanto_qmap.json").read_text())
-    requantize(model, load_file(model_path / "model.safetensors"), qmap)
+def load_core(path):
+    """Writes PATH/loaded.pt: the map and the weights of a core directory that Requanto wrote."""
+    state = load_file(path / "model.safetensors")
+    sizes = json.loads((path / "config.json").read_text())["sizes"]
+    model = torch.nn.Sequential(*[torch.nn.Linear(k, n) for k, n in sizes]).to(state["0.bias"].dtype)
+    requantize(model, state, json.loads((path / "quanto_qmap.json").read_text()))
     torch.save(
-        {"map": quantization_map(model), "weights": [layer.weight.dequantize() for layer in model]}, out / "loaded.pt"
+        {"map": quantization_map(model), "weights": [layer.weight.dequantize() for layer in model]}, path / "loaded.pt"
     )
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    out, *directories = map(Path, sys.argv[1:])
+    if directories:
+        for directory in directories:
+            load_core(directory)
+    else:
+        torch.save({"cases": cases(), "zeropoint": zeropoint_cases()}, out / "cases.pt")

@@ -74,8 +74,10 @@ def assert_same_gradients(model: nn.Module, inputs: dict) -> None:
     found, expected = gradients(model, inputs), gradients(reference, inputs)
     assert found.keys() == expected.keys()
     assert found
+    largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in found.items():
-        assert relative(gradient, expected[name]) < 1e-4, name
+        # A gradient that is zero in theory (the bias of keys) is all rounding.
+        assert (gradient - expected[name]).norm() < 1e-4 * max(expected[name].norm(), 1e-4 * largest), name
 
 
 @pytest.mark.parametrize("weights", DTYPES)

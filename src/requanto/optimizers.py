@@ -90,7 +90,7 @@ class AffineOptimizer(Optimizer):
         if axis not in (0, -1):
             raise ValueError(f"axis must be 0 (first axis) or -1 (last axis), found {axis!r}")
         if group_size is not None:
-            base = group(base, axis, group_size)
+            base = group(base, axis, group_size, pad=base.dim() > 2)
         scale, shift = self.optimize(base, qtype, None if base.shape[axis] == 1 else axis)
         _require_dtype(self, scale, base)
         _require_dtype(self, shift, base)

@@ -34,31 +34,47 @@ def group_size_rule(shape: torch.Size | tuple[int, ...]) -> int | None:
     return None if length % size else size
 
 
-def group(base: torch.Tensor, axis: int, group_size: int) -> torch.Tensor:
+def group(base: torch.Tensor, axis: int, group_size: int, pad: bool = False) -> torch.Tensor:
     """``[groups, group_size]`` for axis 0, ``[group_size, groups]`` for axis -1.
 
+    Args:
+        base: any tensor.
+        axis: 0 or -1: what the groups are cut from are the values along it.
+        group_size: values in a group.
+        pad: where it does not divide, fill the last group of each slice with the slice's last value, which moves neither
+            its minimum nor its maximum. (A KV cache has any number of tokens, and heads of any size.)
+
     Raises:
-        ValueError: another axis, or a group that does not divide the weights along it.
+        ValueError: another axis, or a group that does not divide, without ``pad``.
     """
     if axis not in (0, -1):
         raise ValueError(f"axis must be 0 or -1 to group a tensor, found {axis!r}")
     features = base.shape[axis]
     length = base.numel() // features
-    if group_size > length or length % group_size:
+    missing = -length % group_size
+    if missing and not pad:
         raise ValueError(f"group_size ({group_size}) must divide the {length} weights along axis {axis}")
     if axis == 0:
+        if missing:
+            rows = base.reshape(features, length)
+            base = torch.cat([rows, rows[:, -1:].expand(features, missing)], 1)
         return base.reshape(-1, group_size)
-    return base.reshape(length // group_size, group_size, features).permute(1, 2, 0).reshape(group_size, -1)
+    if missing:
+        columns = base.reshape(length, features)
+        base = torch.cat([columns, columns[-1:].expand(missing, features)])
+    return base.reshape(-1, group_size, features).permute(1, 2, 0).reshape(group_size, -1)
 
 
 def ungroup(grouped: torch.Tensor, axis: int, orig_shape: torch.Size) -> torch.Tensor:
-    """The reverse of :func:`group`."""
+    """The reverse of :func:`group`; padding is dropped."""
     if grouped.shape == orig_shape:
         return grouped
+    features = orig_shape[axis]
+    length = torch.Size(orig_shape).numel() // features
     if axis == 0:
-        return grouped.reshape(orig_shape)
-    group_size = grouped.shape[0]
-    return grouped.reshape(group_size, orig_shape[axis], -1).permute(2, 0, 1).reshape(orig_shape)
+        return grouped.reshape(features, -1)[:, :length].reshape(orig_shape)
+    columns = grouped.reshape(grouped.shape[0], features, -1).permute(2, 0, 1).reshape(-1, features)
+    return columns[:length].reshape(orig_shape)
 
 
 def grouped_shape(shape: torch.Size | tuple[int, ...], axis: int, group_size: int) -> tuple[int, int]:

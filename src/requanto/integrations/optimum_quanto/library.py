@@ -50,7 +50,7 @@ def quantize_affine(
     if axis not in (0, -1):
         raise ValueError(f"axis must be 0 (first axis) or -1 (last axis), found {axis}")
     if group_size is not None:
-        base = group(base, axis, group_size)
+        base = group(base, axis, group_size, pad=base.dim() > 2)
     return affine_codes(base, bits, scale, shift)
 
 

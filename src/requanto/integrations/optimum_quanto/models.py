@@ -18,6 +18,7 @@ from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_files import from_qtensor
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
+from requanto.nn.mixin import QModuleMixin
 from requanto.optimizers import Optimizer, default_optimizer
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
@@ -53,6 +54,19 @@ def core_map(model: nn.Module) -> dict[str, dict[str, str]]:
     }
 
 
+def _untie(model: nn.Module) -> None:
+    """Gives quantized layers a weight of their own where they share it with an embedding: the format has no quantized
+    embeddings."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if (
+            isinstance(module, QModuleMixin)
+            and not isinstance(module, nn.Embedding)
+            and id(module.weight) in embeddings
+        ):
+            module.weight = nn.Parameter(module.weight.detach())
+
+
 class _Wrapper:
     """A quantized model in a wrapper that saves and loads core directories; anything else is the model's."""
 
@@ -75,6 +89,7 @@ class _Wrapper:
     def _quantize(cls, model: nn.Module, kind: qtype | None, activations: Any, optimizer: Any, **patterns: Any) -> None:
         optimizer = optimizer or (None if kind is None else default_optimizer(kind))
         quantize_native(model, kind, activations, optimizer, **patterns)
+        _untie(model)
         freeze(model)
 
     @classmethod

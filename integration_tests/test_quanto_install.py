@@ -1,0 +1,47 @@
+"""install_as_optimum_quanto, each time in a process of its own: it changes what `import` finds."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments, python=sys.executable):
+    return subprocess.run([python, *map(str, arguments)], capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def promises():
+    done = run(Path(__file__).with_name("_installed_as_quanto.py"))
+    return done
+
+
+@pytest.mark.parametrize("promise", ["names", "available", "cache", "transformers wrapper", "diffusers wrapper"])
+def test_after_installing(promises, promise):
+    assert promise in promises.stdout.splitlines(), promises.stderr[-3000:]
+
+
+def test_it_refuses_when_the_real_package_is_imported():
+    python = os.environ.get("REQUANTO_QUANTO_PYTHON")
+    if python is None:
+        try:
+            importlib.metadata.version("optimum-quanto")
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip("optimum-quanto is not installed (pip install --no-deps optimum-quanto==0.2.7)")
+        python = sys.executable
+    source = Path(__file__).parent.parent / "src"
+    code = f"""
+import sys; sys.path[:0] = [{str(source)!r}, {str(source.parent / "kernels")!r}]
+import optimum.quanto
+from requanto.integrations.optimum_quanto.install import install_as_optimum_quanto
+try:
+    install_as_optimum_quanto()
+except RuntimeError as error:
+    print(error)
+"""
+    done = run("-c", code, python=python)
+    assert "optimum-quanto is imported already" in done.stdout, done.stderr[-3000:]
+    assert "before anything imports optimum.quanto" in done.stdout
