@@ -75,7 +75,7 @@ def test_saving_and_loading(packed):
 
 
 def test_dequantizing_is_that_of_the_stored_form(packed):
-    module, stored = packed
+    module, _stored = packed
     plain = module.weight.clone()
     assert torch.equal(module.weight.dequantize(), plain.dequantize())
 
@@ -159,7 +159,7 @@ def test_threads_agree_with_one_thread(layer, kind, rows):
 
 
 def test_equal_and_copy(packed):
-    module, stored = packed
+    module, _stored = packed
     other = QTensor.quantize(torch.randn(128, 192).bfloat16(), module.weight.qtype)
     assert torch.equal(module.weight, module.weight.clone())
     module.weight.copy_(other)

@@ -12,13 +12,13 @@ import torch
 from requanto import lowrank
 
 from requanto.linear import reference  # isort: skip  (closes the table, before the others enter it)
-from requanto.linear import cpu
+from requanto.linear import cpu, triton
 from requanto.linear.prepare import keep_plain, pack_on_first_use
 from requanto.linear.table import choose, problem_of, table_version
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
 
-__all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference"]
+__all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "triton"]
 
 #: Choices remembered per weight: one for each number of rows it met lately.
 REMEMBERED = 64
@@ -74,7 +74,7 @@ def linear(
         # change it in place. A backward reads the stored codes; compiled inference takes packed ones by their handle.
         out = torch.ops.requanto.linear(
             rows,
-            weight._qdata if compiling else weight.qdata,
+            weight._qdata if compiling else weight.operand,
             weight.scale,
             weight.shift,
             bias,
@@ -218,7 +218,7 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
         return grouped_linear(x, weight.without_lowrank(), offsets) + lowrank.grouped_product(x, weight, offsets)
     return torch.ops.requanto.grouped_linear(
         x,
-        weight.qdata,
+        weight.operand,
         weight.scale,
         weight.shift,
         offsets,
@@ -230,13 +230,9 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
 
 
 def _run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
-    out = x.new_zeros(x.shape[0], weight.shape[1])
-    start = 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            out[start:end] = _run(x[start:end], weight[expert], None)
-        start = max(start, end)
-    return out
+    run = choose(problem_of(weight, x.dtype, x.shape[0]), grouped=True).implementation.run_grouped
+    assert run is not None
+    return run(x, weight, offsets)
 
 
 @torch.library.custom_op("requanto::grouped_linear", mutates_args=())

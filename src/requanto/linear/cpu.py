@@ -6,6 +6,7 @@ In order of preference:
     cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
     cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
     cpu-int4pack       int4 and int2 weights, packed, few rows: torch's weight-only operator
+    cpu-compiled       float8 weights, a few rows, only on request: a kernel made by torch.compile
     cpu-workspace      everything else: dequantized into a kept buffer, block by block, then F.linear
 """
 
@@ -14,18 +15,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from requanto.linear import int4, onednn
+from requanto.linear import compiled, int4, onednn
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.table import Implementation, Problem, register
 from requanto.linear.workspace import rows_that_fit, workspace
 from requanto.qtensor import QTensor
-from requanto.qtypes import qint8, qtype
+from requanto.qtypes import qfloat8_e4m3fn, qint8, qtype
+from requanto.settings import settings
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 #: Rows up to which torch's int4 operator beats dequantization.
-INT4_ROWS = 32
+INT4_ROWS = 48
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
 BLOCK_BYTES = 4 * 2**20
 
@@ -191,6 +193,23 @@ register(
             and p.rows <= INT4_ROWS
         ),
         reason="few rows: torch's int4 operator dequantizes in registers",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
+        name="cpu-compiled",
+        run=compiled.run,
+        supports=lambda p: (
+            _cpu(p)
+            and settings.compiled
+            and p.qtype == qfloat8_e4m3fn
+            and p.group_size is None
+            and not p.transposed
+            and p.activation is None
+            and p.rows <= compiled.ROWS
+        ),
+        reason="few rows: compiled by torch, reads the float8 codes once (settings.compiled)",
     ),
     before="reference",
 )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from requanto.layout import LOCK, Packed
-from requanto.linear import int4, onednn
+from requanto.linear import int4, onednn, triton_layout
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
 from requanto.settings import settings
@@ -26,6 +26,8 @@ def packer(
     weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None
 ) -> Callable[[QTensor], Packed] | None:
     """How the weight would be packed for x of ``dtype``; None: it stays as it is stored."""
+    if triton_layout.fits(weight, activation):
+        return triton_layout.pack
     if weight.device.type != "cpu" or weight.dim() != 2 or weight.transposed or weight.up is not None:
         return None
     if weight.qtype == qint8:
@@ -34,6 +36,15 @@ def packer(
         wanted = activation == qint8 or (activation is None and (dtype or weight.dtype) != torch.float32)
         return onednn.pack if right and wanted and onednn.works() else None
     return int4.pack if int4.fits(weight) else None
+
+
+def layout_to_be(weight: QTensor, dtype: torch.dtype) -> str:
+    """The layout that a layer's weight has, or will have after its first product with x of ``dtype``."""
+    if weight.packed is not None:
+        return weight.packed.layout
+    stays = weight.__dict__.get("_stays_plain", False) or weight.numel() < SMALLEST or not settings.pack_on_first_use
+    make = None if stays else packer(weight, dtype)
+    return "plain" if make is None else {onednn.pack: onednn.LAYOUT, int4.pack: int4.LAYOUT}[make]
 
 
 def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | None) -> None:
@@ -55,6 +66,8 @@ def _pack(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype |
     with LOCK:
         if weight.packed is not None:
             return True
+        if triton_layout.capturing(weight.device):
+            return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
         count = weight.__dict__.get("_times_packed", 0)
         if make is None or count > REPACKS:

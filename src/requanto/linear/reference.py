@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from requanto.linear.activations import quantize_activations
-from requanto.linear.table import Implementation, register
+from requanto.linear.table import Implementation, choose, problem_of, register
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 
@@ -28,10 +28,24 @@ def run(
         return out if bias is None else out.add_(bias)
 
 
+def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    """One product an expert, each by the table's choice; the host waits for the routing."""
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    start = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            one = weight[expert]
+            product = choose(problem_of(one, x.dtype, end - start)).implementation.run
+            out[start:end] = product(x[start:end], one, None)
+        start = max(start, end)
+    return out
+
+
 register(
     Implementation(
         name="reference",
         run=run,
+        run_grouped=run_grouped,
         supports=lambda problem: True,
         reason="dequantizes the weight for the call; right everywhere",
     )

@@ -13,6 +13,7 @@ import torch
 
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
+from requanto.settings import settings
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,15 @@ class Implementation:
         run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape [rows, K].
         supports: the problems it is right for.
         reason: why it is there, one line for the reader of `explain`.
+        run_grouped: ``run_grouped(x2d, weight, offsets) -> y2d`` for fused experts, weight ``[E, N, K]`` and offsets the end
+            row of each expert; None: it has no such form.
     """
 
     name: str
     run: Callable[..., torch.Tensor]
     supports: Callable[[Problem], bool]
     reason: str
+    run_grouped: Callable[..., torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,9 @@ def register(implementation: Implementation, *, before: str | None = None) -> No
     _TABLE.insert(len(names) if before is None else names.index(before), implementation)
 
 
-def table_version() -> int:
-    """Changes when an implementation is added."""
-    return len(_TABLE)
+def table_version() -> tuple[int, bool]:
+    """Changes with whatever may change a choice: an implementation more, a setting."""
+    return len(_TABLE), settings.compiled
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -97,26 +101,34 @@ def implementations() -> tuple[Implementation, ...]:
     return tuple(_TABLE)
 
 
-def choose(problem: Problem) -> Choice:
-    """The first implementation that is right for the problem."""
+def choose(problem: Problem, *, grouped: bool = False) -> Choice:
+    """The first implementation that is right for the problem.
+
+    Args:
+        grouped: only those with a form for fused experts; the problem is that of one expert with all rows.
+    """
     for implementation in _TABLE:
-        if implementation.supports(problem):
+        if (implementation.run_grouped is not None or not grouped) and implementation.supports(problem):
             return Choice(problem, implementation)
     raise RuntimeError(f"no implementation for {problem}; the reference one should have been registered")
 
 
-def problem_of(weight: QTensor, dtype: torch.dtype, rows: int, activation: qtype | None = None) -> Problem:
-    """The problem that ``rows`` rows of ``dtype`` times ``weight`` is."""
+def problem_of(
+    weight: QTensor, dtype: torch.dtype, rows: int, activation: qtype | None = None, layout: str | None = None
+) -> Problem:
+    """The problem that ``rows`` rows of ``dtype`` times ``weight`` is; in another layout than its own, if given."""
+    if layout is None:
+        layout = "plain" if weight.packed is None else weight.packed.layout
     return Problem(
         device=weight.device.type,
         qtype=weight.qtype,
         activation=activation,
         dtype=dtype,
         rows=rows,
-        out_features=weight.shape[0],
-        in_features=weight.shape[1],
+        out_features=weight.shape[-2],
+        in_features=weight.shape[-1],
         group_size=weight.group_size,
         affine=weight.shift is not None,
         transposed=weight.transposed,
-        layout="plain" if weight.packed is None else weight.packed.layout,
+        layout=layout,
     )

@@ -1,0 +1,77 @@
+"""Which implementation each layer takes, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from requanto.linear.prepare import layout_to_be
+from requanto.linear.table import choose, problem_of
+from requanto.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one layer runs.
+
+    Attributes:
+        name: the parameter.
+        weight: its type, e.g. ``"int4, group 64"``.
+        rows: rows of x.
+        implementation, reason: the table's choice.
+        layout: form of the codes, as it is or will be after the first product.
+    """
+
+    name: str
+    weight: str
+    shape: tuple[int, ...]
+    rows: int
+    implementation: str
+    layout: str
+    reason: str
+
+
+class Explanation(list):
+    """A list of `LayerChoice` that prints as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no quantized linear weights"
+        head = ("parameter", "weight", "shape", "rows", "implementation", "layout", "why")
+        lines = [
+            (c.name, c.weight, "x".join(map(str, c.shape)), str(c.rows), c.implementation, c.layout, c.reason)
+            for c in self
+        ]
+        widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in [head, *lines]
+        )
+
+
+def explain(
+    model: nn.Module, rows: tuple[int, ...] | int = (1, 16, 512), dtype: torch.dtype | None = None
+) -> Explanation:
+    """The implementation that each quantized matrix of a model gets, and why. Prints as a table.
+
+    Args:
+        rows: numbers of rows (tokens) to ask for.
+        dtype: of x; None: each weight's own.
+    """
+    found = Explanation()
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, QTensor) or parameter.dim() != 2 or id(parameter) in looked_up:
+            continue
+        group = "" if parameter.group_size is None else f", group {parameter.group_size}"
+        kind = parameter.qtype.name.removeprefix("q") + group
+        if parameter.activation is not None:
+            kind += f", {parameter.activation.name.removeprefix('q')} activations"
+        float_type = dtype or parameter.dtype
+        layout = layout_to_be(parameter, float_type)
+        for count in (rows,) if isinstance(rows, int) else rows:
+            problem = problem_of(parameter, float_type, count, parameter.activation, layout=layout)
+            chosen = choose(problem).implementation
+            found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, chosen.reason))
+    return found
