@@ -1,16 +1,85 @@
-"""Requanto: quantized weights for Transformers and Diffusers."""
+"""Requanto: quantized weights for Transformers and Diffusers.
+
+``import requanto`` is all that `from_pretrained` needs; everything else here is for models of your own.
+"""
+
+from typing import Any
 
 from requanto import integrations as _integrations
 from requanto import ops as _ops  # noqa: F401  (fills the operator tables of QTensor)
+from requanto.calibrate import Calibration
+from requanto.checkpoint.format import CheckpointError
 from requanto.config import QuantoConfig
+from requanto.integrations.optimum_quanto.install import install_as_optimum_quanto
+from requanto.linear.explain import explain
+from requanto.linear.prepare import prepare
+from requanto.lowrank import fold_lowrank
+from requanto.nn import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose2d,
+    QEmbedding,
+    QLayerNorm,
+    QLinear,
+    QModuleMixin,
+    quantize_module,
+    register_qmodule,
+)
+from requanto.observers import MseObserver, PercentileObserver, absmax_scale
+from requanto.optimizers import (
+    AbsmaxOptimizer,
+    AffineOptimizer,
+    HqqOptimizer,
+    MaxOptimizer,
+    Optimizer,
+    SymmetricOptimizer,
+)
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2, qint2, qint4, qint8, qtype, qtypes
+from requanto.quantize import freeze, quantization_map, quantize
+from requanto.report.inspect import inspect_directory, inspect_model
+from requanto.requantize import requantize
 
 __version__ = "0.1.0"
 
+# These load Transformers or Diffusers, so they are looked up when they are first asked for.
+_WRAPPERS = (
+    "QuantizedDiffusersModel",
+    "QuantizedModelForCausalLM",
+    "QuantizedPixArtTransformer2DModel",
+    "QuantizedTransformersModel",
+)
+
 __all__ = [
+    "AbsmaxOptimizer",
+    "AffineOptimizer",
+    "Calibration",
+    "CheckpointError",
+    "HqqOptimizer",
+    "MaxOptimizer",
+    "MseObserver",
+    "Optimizer",
+    "PercentileObserver",
+    "QConv1d",
+    "QConv2d",
+    "QConv3d",
+    "QConvTranspose2d",
+    "QEmbedding",
+    "QLayerNorm",
+    "QLinear",
+    "QModuleMixin",
     "QTensor",
     "QuantoConfig",
+    "SymmetricOptimizer",
+    "absmax_scale",
+    "explain",
+    "fold_lowrank",
+    "freeze",
+    "inspect_directory",
+    "inspect_model",
+    "install_as_optimum_quanto",
+    "prepare",
     "qfloat8",
     "qfloat8_e4m3fn",
     "qfloat8_e4m3fnuz",
@@ -20,6 +89,24 @@ __all__ = [
     "qint8",
     "qtype",
     "qtypes",
+    "quantization_map",
+    "quantize",
+    "quantize_module",
+    "register_qmodule",
+    "requantize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WRAPPERS:
+        from requanto.integrations import optimum_quanto
+
+        return getattr(optimum_quanto, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WRAPPERS])
+
 
 _integrations.install()
