@@ -23,7 +23,6 @@ from requanto.nn import (
     QLayerNorm,
     QLinear,
     QModuleMixin,
-    quantize_module,
     register_qmodule,
 )
 from requanto.observers import MseObserver, PercentileObserver, absmax_scale
@@ -91,7 +90,6 @@ __all__ = [
     "qtypes",
     "quantization_map",
     "quantize",
-    "quantize_module",
     "register_qmodule",
     "requantize",
 ]
