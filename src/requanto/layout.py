@@ -5,13 +5,15 @@ turns plain again, bit for bit, as soon as anyone reads ``qdata``: whatever save
 the stored form and knows nothing of packing. Products, which would only lose by that, ask for ``packed`` first.
 
 Operators take tensors, and a packed form may be none that torch.compile can trace. So a packed QTensor shows operators a
-*handle*: an int64 tensor with one number, under which `find` knows the packed form. Handles are never used twice.
+*handle*: an int64 tensor with one number, under which `find` knows the packed form. Handles are never used twice. A form
+that is one tensor needs no number: it is its own handle, known by a dtype that codes never have (`register_form`).
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,6 +24,7 @@ LOCK = threading.RLock()
 
 _numbers = itertools.count(1)
 _held: WeakValueDictionary[int, Packed] = WeakValueDictionary()
+_forms: dict[torch.dtype, Callable[[torch.Tensor, int], Packed]] = {}
 
 
 class Packed:
@@ -30,9 +33,11 @@ class Packed:
     Attributes:
         layout: name of the form, a field of `requanto.linear.Problem`.
         handle: what operators get in place of the codes.
+        travels: True where forward and backward take the handle outside of torch.compile too; else they take the codes.
     """
 
     layout: str
+    travels: bool = False
 
     def __init__(self) -> None:
         number = next(_numbers)
@@ -44,6 +49,15 @@ class Packed:
         raise NotImplementedError
 
     @property
+    def pinned(self) -> bool:
+        """True where the memory must stay as it is (a captured graph reads it): readers of the codes get a copy."""
+        return False
+
+    def write(self, codes: torch.Tensor) -> None:
+        """Takes new stored codes, in place; only forms that can be `pinned` need it."""
+        raise NotImplementedError
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the packed codes take."""
         raise NotImplementedError
@@ -51,7 +65,12 @@ class Packed:
 
 def is_handle(qdata: torch.Tensor) -> bool:
     """True for the handle of a packed form; codes are never int64."""
-    return qdata.dtype == torch.int64
+    return qdata.dtype == torch.int64 or qdata.dtype in _forms
+
+
+def register_form(dtype: torch.dtype, make: Callable[[torch.Tensor, int], Packed]) -> None:
+    """Names the dtype by which a form that is its own handle is known; ``make(handle, bits)`` wraps one."""
+    _forms[dtype] = make
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
@@ -59,12 +78,14 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 
 
-def find(handle: torch.Tensor) -> Packed:
-    """The packed form behind a handle.
+def find(handle: torch.Tensor, bits: int) -> Packed:
+    """The packed form behind a handle. bits: of the codes.
 
     Raises:
         RuntimeError: it is gone: the weight was freed, or made plain, after the handle was read.
     """
+    if handle.dtype in _forms:
+        return _forms[handle.dtype](handle, bits)
     packed = _held.get(int(handle))
     if packed is None:
         raise RuntimeError(

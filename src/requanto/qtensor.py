@@ -88,7 +88,7 @@ class QTensor(torch.Tensor):
         if requires_grad:
             raise RuntimeError(NO_GRADIENT)
         if is_handle(qdata):
-            self._qdata, self._packed = qdata, None if is_fake(qdata) else find(qdata)
+            self._qdata, self._packed = qdata, None if is_fake(qdata) else find(qdata, qtype.bits)
         else:
             self.qdata = qdata
         self.scale, self.shift = scale, shift
@@ -226,7 +226,7 @@ class QTensor(torch.Tensor):
 
     def without_lowrank(self) -> QTensor:
         """The same codes without the low-rank term."""
-        return self.replace(self.qdata, self.scale, self.shift, up=None, down=None) if self.rank else self
+        return self.replace(self.operand, self.scale, self.shift, up=None, down=None) if self.rank else self
 
     @property
     def nbytes(self) -> int:
@@ -248,12 +248,19 @@ class QTensor(torch.Tensor):
         if self._packed is not None:
             with LOCK:
                 if self._packed is not None:
+                    if self._packed.pinned:
+                        return self._packed.plain()
                     self.qdata = self._packed.plain()
         return self._qdata
 
     @qdata.setter
     def qdata(self, value: torch.Tensor) -> None:
         self._qdata, self._packed = value, None
+
+    @property
+    def operand(self) -> torch.Tensor:
+        """What operators get for the codes: the packed form where they take it, else the stored one."""
+        return self._qdata if self._packed is not None and self._packed.travels else self.qdata
 
     @property
     def packed(self) -> Packed | None:
