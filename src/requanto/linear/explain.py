@@ -62,7 +62,7 @@ def explain(
     found = Explanation()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
-        if not isinstance(parameter, QTensor) or parameter.dim() != 2 or id(parameter) in looked_up:
+        if not isinstance(parameter, QTensor) or parameter.dim() not in (2, 3) or id(parameter) in looked_up:
             continue
         group = "" if parameter.group_size is None else f", group {parameter.group_size}"
         kind = parameter.qtype.name.removeprefix("q") + group
@@ -72,6 +72,6 @@ def explain(
         layout = layout_to_be(parameter, float_type)
         for count in (rows,) if isinstance(rows, int) else rows:
             problem = problem_of(parameter, float_type, count, parameter.activation, layout=layout)
-            chosen = choose(problem).implementation
+            chosen = choose(problem, grouped=parameter.dim() == 3).implementation
             found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, chosen.reason))
     return found

@@ -44,7 +44,8 @@ def layout_to_be(weight: QTensor, dtype: torch.dtype) -> str:
         return weight.packed.layout
     stays = weight.__dict__.get("_stays_plain", False) or weight.numel() < SMALLEST or not settings.pack_on_first_use
     make = None if stays else packer(weight, dtype)
-    return "plain" if make is None else {onednn.pack: onednn.LAYOUT, int4.pack: int4.LAYOUT}[make]
+    names = {onednn.pack: onednn.LAYOUT, int4.pack: int4.LAYOUT, triton_layout.pack: triton_layout.LAYOUT}
+    return "plain" if make is None else names[make]
 
 
 def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | None) -> None:
