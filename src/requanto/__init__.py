@@ -36,7 +36,7 @@ from requanto.optimizers import (
 )
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2, qint2, qint4, qint8, qtype, qtypes
-from requanto.quantize import freeze, quantization_map, quantize
+from requanto.quantize import freeze, quantization_map, quantize, quantize_module
 from requanto.report.inspect import inspect_directory, inspect_model
 from requanto.requantize import requantize
 
@@ -90,6 +90,7 @@ __all__ = [
     "qtypes",
     "quantization_map",
     "quantize",
+    "quantize_module",
     "register_qmodule",
     "requantize",
 ]
