@@ -84,8 +84,13 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
         )
     if _layout(source) != _layout(target):
         raise ValueError(f"copy_ between unlike quantized weights: {_layout(source)} into {_layout(target)}")
+    packed = target.packed
+    pinned = packed is not None and packed.pinned
+    if pinned:  # a captured graph reads these very bytes
+        packed.write(source.qdata)
     for name, inner in target.inner_tensors().items():
-        inner.copy_(getattr(source, name))
+        if not (pinned and name == "qdata"):
+            inner.copy_(getattr(source, name))
     return target
 
 
@@ -118,7 +123,11 @@ def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"{order}; call .dequantize() first"
         )
     shape = [tensor.shape[axis] for axis in order]
-    new = each(tensor, lambda t: aten.alias.default(t), shape=shape, transposed=not tensor.transposed)
+    scale, shift, up, down = (
+        None if t is None else aten.alias.default(t) for t in (tensor.scale, tensor.shift, tensor.up, tensor.down)
+    )
+    codes = aten.alias.default(tensor.operand)  # a packed form that operators take is shared by its view
+    new = tensor.replace(codes, scale, shift, shape=shape, transposed=not tensor.transposed, up=up, down=down)
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
@@ -249,6 +258,9 @@ def _split(func: Any, args: tuple, kwargs: dict) -> list[QTensor]:
 @implements_aten(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor, size = args[0], list(args[1])
+    if size in ([-1], [tensor.numel()]):
+        # FSDP2 and DDP keep a flat handle of what they hold, and never look into one whose type gathers itself.
+        size = list(tensor.shape)
     if -1 in size:
         rest = -torch.Size(size).numel()
         size[size.index(-1)] = tensor.numel() // rest if rest else 0

@@ -1,0 +1,190 @@
+"""Quantized weights spread over processes: FSDP2, DTensor's collectives, DDP.
+
+FSDP2 cuts a weight along its first axis, which for a quantized weight means whole rows (or experts) with their scales, so a
+shard is a QTensor itself. Before a forward the codes, not float weights, travel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+from requanto.ops.aten import aten, each
+from requanto.ops.table import implements_aten
+from requanto.qtensor import QTensor
+
+# ---------------------------------------------------------------------- FSDP2
+
+
+@implements_aten(aten.new_zeros.default, aten.new_empty.default)
+def _new_zeros(func: Any, args: tuple, kwargs: dict) -> QTensor:
+    """The same kind of weight with another number of rows (or experts): room for a padded shard."""
+    tensor, size = args[0], torch.Size(args[1])
+    dtype = kwargs.pop("dtype", None) or tensor.dtype
+    if size[1:] != tensor.shape[1:] or (tensor.transposed and tensor.dim() == 2):
+        raise NotImplementedError(
+            f"{func} of a quantized weight of shape {tuple(tensor.shape)}: only the number of rows (the first axis) can "
+            f"differ, found {tuple(size)}; call .dequantize() first"
+        )
+    kwargs = {key: value for key, value in kwargs.items() if key in ("device", "pin_memory")}
+
+    def room(inner: torch.Tensor) -> torch.Tensor:
+        return func(inner, [size[0], *inner.shape[1:]], **kwargs)
+
+    shift, up, down = (None if t is None else room(t) for t in (tensor.shift, tensor.up, tensor.down))
+    if tensor.down is not None and tensor.axis == 0:  # shared by all rows
+        down = func(tensor.down, list(tensor.down.shape), **kwargs)
+    return tensor.replace(room(tensor.qdata), room(tensor.scale), shift, shape=size, dtype=dtype, up=up, down=down)
+
+
+@implements_aten(aten.as_strided.default)
+def _as_strided(func: Any, args: tuple, kwargs: dict) -> QTensor:
+    tensor, size, stride = args[:3]
+    offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
+    if torch.Size(size) != tensor.shape or tuple(stride) != tensor.stride() or offset not in (None, 0):
+        raise NotImplementedError(f"{func} of a quantized weight: only its own size and stride are possible")
+    return return_and_correct_aliasing(func, args, kwargs, each(tensor, lambda t: aten.alias.default(t)))
+
+
+def fsdp_pre_all_gather(
+    self: QTensor, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
+) -> tuple[tuple[torch.Tensor, ...], tuple]:
+    """FSDP2 asks a shard what to gather: its stored tensors.
+
+    Raises:
+        NotImplementedError: the rows do not divide by the number of processes.
+    """
+    if outer_size[0] % mesh.size():
+        raise NotImplementedError(
+            f"FSDP2: a quantized weight of {outer_size[0]} rows cannot be spread evenly over {mesh.size()} processes. Keep "
+            f"that layer out with fully_shard(..., ignored_params={{weight}}) or choose a number that divides its rows."
+        )
+    inner = self.inner_tensors()
+    shared = inner.pop("down") if self.axis == 0 and self.down is not None else None
+    return tuple(part.contiguous() for part in inner.values()), (tuple(inner), shared, outer_size)
+
+
+def fsdp_post_all_gather(
+    self: QTensor, outputs: tuple[torch.Tensor, ...], metadata: tuple, param_dtype: torch.dtype, *, out: Any = None
+) -> Any:
+    """FSDP2 hands over what was gathered: the whole weight, on codes."""
+    names, shared, size = metadata
+    parts = dict(zip(names, outputs, strict=True))
+    if shared is not None:
+        parts["down"] = shared
+    if out is not None:  # the same memory as the first time, filled again
+        local = getattr(out, "_local_tensor", out)
+        local.qdata, local.scale, local.shift = parts["qdata"], parts["scale"], parts.get("shift")
+        local.set_lowrank(parts.get("up"), parts.get("down"))
+        return None
+    whole = self.replace(
+        parts["qdata"],
+        parts["scale"],
+        parts.get("shift"),
+        shape=size,
+        dtype=param_dtype,
+        up=parts.get("up"),
+        down=parts.get("down"),
+    )
+    return whole, outputs
+
+
+QTensor.fsdp_pre_all_gather = fsdp_pre_all_gather  # type: ignore[attr-defined]
+QTensor.fsdp_post_all_gather = fsdp_post_all_gather  # type: ignore[attr-defined]
+
+
+# ---------------------------------------------------------------------- collectives
+
+
+def _collectives() -> None:
+    import torch.distributed._functional_collectives  # defines operators among these
+
+    c10d = torch.ops._c10d_functional
+
+    @implements_aten(c10d.all_gather_into_tensor.default)
+    def _all_gather(func: Any, args: tuple, kwargs: dict) -> QTensor:
+        """Rows of all processes, one after the other."""
+        tensor, world = args[0], args[1]
+        if tensor.transposed and tensor.dim() == 2:
+            raise NotImplementedError("all_gather of a quantized weight cut along its reduction axis")
+        shape = (tensor.shape[0] * world, *tensor.shape[1:])
+        shared = tensor.down if tensor.axis == 0 else None
+        inner = {name: part for name, part in tensor.inner_tensors().items() if part is not shared}
+        parts = {name: func(part.contiguous(), *args[1:], **kwargs) for name, part in inner.items()}
+        return tensor.replace(
+            parts["qdata"],
+            parts["scale"],
+            parts.get("shift"),
+            shape=shape,
+            up=parts.get("up"),
+            down=shared if shared is not None else parts.get("down"),
+        )
+
+    # Asynchronous results come wrapped in a tensor of their own; a QTensor is waited for at once instead.
+    wrapping = [getattr(c10d, name).default for name in ("_wrap_tensor_autograd",) if hasattr(c10d, name)]
+
+    @implements_aten(c10d.wait_tensor.default, *wrapping)
+    def _wait(func: Any, args: tuple, kwargs: dict) -> QTensor:
+        return each(args[0], c10d.wait_tensor.default)
+
+    @implements_aten(c10d.broadcast.default)
+    def _broadcast(func: Any, args: tuple, kwargs: dict) -> QTensor:
+        return each(args[0], lambda part: func(part, *args[1:], **kwargs))
+
+    c10d_ops = torch.ops.c10d
+
+    @implements_aten(c10d_ops.broadcast_.default)
+    def _broadcast_(func: Any, args: tuple, kwargs: dict) -> Any:
+        tensors, *rest = args
+        work = None
+        for tensor in tensors:
+            for part in tensor.inner_tensors().values() if isinstance(tensor, QTensor) else (tensor,):
+                _, work = func([part], *rest, **kwargs)
+        return tensors, work
+
+
+# ---------------------------------------------------------------------- DDP
+
+
+def _sync_inner_tensors() -> None:
+    """DDP sends all parameters of rank 0 to the others when it starts, flattened: of a QTensor the stored tensors."""
+    from torch.distributed import utils
+
+    original = utils._sync_params_and_buffers
+
+    def _sync_params_and_buffers(process_group: Any, module_states: list, size: int, src: int) -> None:
+        plain = []
+        for state in module_states:
+            plain += list(state.inner_tensors().values()) if isinstance(state, QTensor) else [state]
+        if len(plain) != len(module_states):
+            _same_everywhere(process_group, [s for s in module_states if isinstance(s, QTensor)])
+        original(process_group, plain, size, src)
+
+    utils._sync_params_and_buffers = _sync_params_and_buffers
+
+
+def _same_everywhere(group: Any, weights: list[QTensor]) -> None:
+    """Refuses ranks whose weights were quantized in different ways.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    mine = [str(weight.spec()) for weight in weights]
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    for rank, theirs in enumerate(found):
+        if theirs != found[0]:
+            pairs = zip(theirs, found[0])
+            one, two = next((pair for pair in pairs if pair[0] != pair[1]), (len(theirs), len(found[0])))
+            raise ValueError(
+                f"rank {rank} and rank 0 hold differently quantized weights: {one} and {two}. Give every rank the same "
+                f"QuantoConfig and checkpoint."
+            )
+
+
+if dist.is_available():
+    _collectives()
+    _sync_inner_tensors()
