@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -120,7 +119,6 @@ def install_as_optimum_quanto() -> None:
             setattr(sys.modules[parent], leaf, sys.modules[full])
     _tell_transformers()
     _tell_diffusers()
-    _tell_optimum_cli()
 
 
 def _optimum() -> ModuleType:
@@ -161,13 +159,3 @@ def mark_diffusers() -> None:
     clear = getattr(utils.is_optimum_quanto_version, "cache_clear", None)
     if clear is not None:
         clear()
-
-
-def _tell_optimum_cli() -> None:
-    """Adds ``optimum-cli quanto`` where optimum's command line is installed."""
-    try:
-        found = importlib.util.find_spec("optimum.commands") is not None
-    except (ImportError, ValueError):
-        found = False
-    if found:
-        importlib.import_module(f"{_HERE}.command")

@@ -1,0 +1,106 @@
+"""Quantization with and without training, on scikit-learn's handwritten digits (8 x 8 pixels, 1797 of them).
+
+    python examples/qat_digits.py
+
+Trains a small float network, quantizes copies of it, and prints each copy's accuracy on 360 held-out digits: as quantized
+after training (PTQ), and after a few more epochs under quantization (QAT). Needs scikit-learn; takes half a minute on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+from requanto.calibrate import Calibration
+from requanto.quantize import freeze, quantize
+
+#: (weights, activations) of each line of the table
+CASES = [("int8", None), ("int8", "int8"), ("float8", "float8"), ("int4", None), ("int4", "int8"), ("int2", None)]
+
+
+class Net(nn.Module):
+    """Two convolutions and two linear layers; 31 thousand weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.norm = nn.LayerNorm(512)
+        self.hidden = nn.Linear(512, 48)
+        self.out = nn.Linear(48, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.conv1(x))
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.out(F.relu(self.hidden(self.norm(x.flatten(1)))))
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Training images, test images (float, 0 .. 1, ``[n, 1, 8, 8]``), training labels, test labels."""
+    images, labels = load_digits(return_X_y=True)
+    parts = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
+    x_train, x_test = (torch.tensor(part / 16, dtype=torch.float32).view(-1, 1, 8, 8) for part in parts[:2])
+    return x_train, x_test, torch.tensor(parts[2]), torch.tensor(parts[3])
+
+
+def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, rate: float) -> None:
+    """Adam with a cosine schedule, batches of 64."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Percent of the images named right."""
+    return 100 * float((model(x).argmax(-1) == y).float().mean())
+
+
+def quantized(model: nn.Module, weights: str, activations: str | None, samples: torch.Tensor) -> nn.Module:
+    """A copy of a float model under quantization, its activations calibrated on samples."""
+    model = quantize(copy.deepcopy(model), weights=weights, activations=activations)
+    if activations is not None:
+        with torch.no_grad(), Calibration():
+            for batch in samples.split(256):
+                model(batch)
+    return model
+
+
+def run(cases: list[tuple[str, str | None]] = CASES, seed: int = 0) -> dict[str, float | tuple[float, float]]:
+    """Accuracies in percent: ``{"float": a, "int8/None": (after training only, trained under quantization), ...}``."""
+    torch.manual_seed(seed)
+    x_train, x_test, y_train, y_test = digits()
+    model = Net()
+    train(model, x_train, y_train, epochs=15, rate=3e-3)
+    found: dict[str, float | tuple[float, float]] = {"float": accuracy(model, x_test, y_test)}
+    for weights, activations in cases:
+        plain = quantized(model, weights, activations, x_train)
+        freeze(plain)
+        tuned = quantized(model, weights, activations, x_train)
+        train(tuned, x_train, y_train, epochs=6, rate=1e-3)
+        freeze(tuned)
+        found[f"{weights}/{activations}"] = accuracy(plain, x_test, y_test), accuracy(tuned, x_test, y_test)
+    return found
+
+
+def main() -> None:
+    found = run()
+    print(f"float: {found.pop('float'):.2f} %\n\nweights  activations   quantized   trained under quantization")
+    for case, accuracies in found.items():
+        weights, activations = case.split("/")
+        activations = "float" if activations == "None" else activations
+        print(f"{weights:8} {activations:12} {accuracies[0]:8.2f} % {accuracies[1]:14.2f} %")
+
+
+if __name__ == "__main__":
+    main()
