@@ -1,0 +1,142 @@
+"""Which GPU kernel a problem gets, by architecture; and what happens where Triton has no driver. No GPU is asked."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from requanto.linear import triton_rules as rules
+from requanto.linear.table import Problem, choose
+from requanto.qtypes import (
+    qfloat8_e4m3fn,
+    qfloat8_e4m3fnuz,
+    qfloat8_e5m2,
+    qint2,
+    qint4,
+    qint8,
+)
+
+BASE = Problem(
+    device="cuda", qtype=qint4, activation=None, dtype=torch.bfloat16, rows=1, out_features=4096, in_features=4096,
+    group_size=128, affine=False,
+)  # fmt: skip
+INT8 = replace(BASE, qtype=qint8, group_size=None)
+FLOAT8 = replace(BASE, qtype=qfloat8_e4m3fn, group_size=None)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that kernels can run, on a GPU of the capability that the test names (0: ROCm or XPU)."""
+    monkeypatch.setattr(rules, "available", lambda: True)
+    return lambda capability: monkeypatch.setattr(rules, "capability", lambda kind: capability)
+
+
+def name(problem, **changes):
+    return choose(replace(problem, **changes)).implementation.name
+
+
+@pytest.mark.parametrize("capability", [0, 75, 80, 86, 89, 90, 100, 120])
+def test_weight_only(gpu, capability):
+    gpu(capability)
+    half = replace(BASE, dtype=torch.float16)
+    for kind in (qint2, qint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2):
+        for group in (None, 32, 96, 128):
+            for dtype in (torch.float16, torch.float32):
+                for transposed in (False, True):
+                    found = name(half, qtype=kind, group_size=group, dtype=dtype, transposed=transposed)
+                    assert found == "triton-wq"
+    assert name(half, layout="exec") == "triton-wq"
+    assert name(half, rows=100_000) == name(half, rows=100_000, transposed=True) == "triton-dequantize"
+    assert name(half, rows=rules.dequantize_from("cuda", False) - 1) == "triton-wq"
+    assert name(half, rows=rules.dequantize_from("cuda", False)) == "triton-dequantize"
+    assert name(half, device="xpu") == "triton-wq"
+    # bfloat16 has matrix instructions from sm_80 on.
+    assert name(BASE) == ("reference" if capability == 75 else "triton-wq")
+
+
+def test_what_no_kernel_takes(gpu):
+    gpu(90)
+    assert name(BASE, dtype=torch.float64) == "reference"
+    assert name(BASE, in_features=0) == "reference"
+    assert name(BASE, layout="onednn") == "reference"
+    assert name(BASE, device="mps") == "reference"
+    assert name(BASE, device="cpu") != "triton-wq"
+    gpu(70)
+    assert name(BASE, dtype=torch.float16) == "reference"
+
+
+@pytest.mark.parametrize("capability", [0, 80, 89, 90])
+def test_quantized_activations(gpu, capability):
+    gpu(capability)
+    for rows in (1, 5000):
+        assert name(INT8, activation=qint8, rows=rows) == "triton-scaled-mm"
+        # Below sm_89 the same kernel decodes float8 itself.
+        assert name(FLOAT8, activation=qfloat8_e4m3fn, rows=rows) == "triton-scaled-mm"
+        assert name(FLOAT8, activation=qfloat8_e5m2, rows=rows) == "triton-scaled-mm"
+        assert name(BASE, activation=qint8, rows=rows) == "triton-w4a8"
+        assert name(BASE, activation=qint8, rows=rows, layout="exec") == "triton-w4a8"
+    assert name(INT8, activation=qint8, affine=True) == "triton-w4a8"
+    assert name(INT8, activation=qint8, group_size=64) == "triton-w4a8"
+    assert name(BASE, activation=qint8, group_size=64) == "triton-w4a8"
+    for unfit in (
+        replace(BASE, activation=qint8, group_size=64, layout="exec"),  # a block of 128 spans two groups
+        replace(BASE, activation=qint8, group_size=96),
+        replace(BASE, activation=qint8, group_size=16),
+        replace(BASE, activation=qint8, transposed=True),
+        replace(INT8, activation=qint8, transposed=True),
+        replace(INT8, activation=qfloat8_e4m3fn),
+        replace(FLOAT8, activation=qint8),
+        replace(FLOAT8, activation=qfloat8_e4m3fn, group_size=128),
+        replace(INT8, activation=qint8, in_features=2**18),  # an int32 sum could overflow
+    ):
+        assert name(unfit) == "triton-rounded"
+    assert name(BASE, activation=qint4) == "reference"  # which refuses it by name
+
+
+def test_fused_experts(gpu):
+    gpu(90)
+    assert choose(replace(BASE, rows=5000), grouped=True).implementation.name == "triton-wq"
+    assert choose(replace(BASE, dtype=torch.float64), grouped=True).implementation.name == "reference"
+
+
+def test_without_a_driver_one_line_and_the_reference(monkeypatch, caplog):
+    triton = pytest.importorskip("triton")
+
+    class NoDriver:
+        @property
+        def active(self):
+            raise RuntimeError("0 active drivers ([]). There should only be one.\nsecond line")
+
+    monkeypatch.setattr(triton.runtime, "driver", NoDriver())
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(rules, "capability", lambda kind: 90)
+    rules.available.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert [name(BASE, rows=rows) for rows in (1, 2, 3)] == ["reference"] * 3
+        (record,) = caplog.records
+        assert "0 active drivers" in record.message
+        assert "\n" not in record.message
+    finally:
+        rules.available.cache_clear()
+
+
+def test_without_triton_the_reference(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "triton", None)  # what an import of a missing module meets
+    rules.available.cache_clear()
+    try:
+        assert name(BASE) == "reference"
+    finally:
+        rules.available.cache_clear()
+
+
+def test_importing_requanto_does_not_import_triton():
+    import subprocess
+    import sys
+
+    code = "import requanto, sys; assert 'requanto_kernels' not in sys.modules; print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr
