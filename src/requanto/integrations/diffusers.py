@@ -26,6 +26,8 @@ from requanto.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
+_LOCK = threading.Lock()  # the library may read several files at once
+
 
 def register() -> None:
     """Puts our quantizer and config in the places of the built-in ones, which need not exist."""
@@ -70,7 +72,6 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         self.planned: dict[str, PlannedWeight] = {}
         self.dtype = torch.float32
         self._parts: dict[str, dict[str, torch.Tensor]] = {}  # of weights whose other parts are in files to come
-        self._lock = threading.Lock()  # the library may read several files at once
 
     # ------------------------------------------------------------------ before the weights
 
@@ -159,7 +160,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             return state_dict
         new: dict[str, Any] = {}
         complete = []
-        with self._lock:
+        with _LOCK:
             for key, value in state_dict.items():
                 owner = self._owner(key)
                 if owner is None:
