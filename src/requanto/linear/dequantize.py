@@ -76,9 +76,9 @@ def _e4m3_to_float(qdata: torch.Tensor, out: torch.Tensor) -> None:
     bits = out.view(torch.int16) if native else workspace(tuple(out.shape), torch.int16, slot=1)
     bits.copy_(qdata.view(torch.int8))
     bits.mul_(16).bitwise_and_(-0x7810)
+    numbers = bits.view(torch.bfloat16).mul_(2.0**120)
     if not native:
-        out.copy_(bits.view(torch.bfloat16))
-    out.mul_(2.0**120)
+        out.copy_(numbers)
 
 
 def _e5m2_to_float(qdata: torch.Tensor, out: torch.Tensor) -> None:

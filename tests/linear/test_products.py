@@ -1,0 +1,156 @@
+"""Gradients, operators, activations, rows of an embedding, other devices, memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from requanto import QTensor, qint8
+from requanto.linear import implementations, linear, reference, workspace
+from requanto.linear.activations import quantize_activations, split_16bit
+from requanto.linear.dequantize import dequantize_rows
+from requanto.linear.explain import explain
+from requanto.linear.prepare import prepare
+from requanto.settings import settings
+
+KINDS = ["int8", "int4", "int2", "float8", "fp8_e5m2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("activation", [None, qint8])
+def test_gradients_are_those_of_the_float_layer(layer, kind, packed, activation):
+    module = layer(kind, 64, 96, torch.float32)
+    weight = module.weight.dequantize()
+    if packed:
+        prepare(module, smallest=0)
+    x = torch.randn(2, 5, 96, requires_grad=True)
+    out = linear(x, module.weight, module.bias, activation=activation)
+    out.square().sum().backward()
+    codes, scale = quantize_activations(x.detach().reshape(-1, 96), qint8)
+    seen = x.detach() if activation is None else (codes * scale).view_as(x)
+    y = F.linear(seen, weight, module.bias.detach())
+    torch.testing.assert_close(out.detach(), y, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, 2 * y @ weight, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(module.bias.grad, (2 * y).sum((0, 1)), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_operators_keep_their_promises(layer, kind, packed):
+    module = layer(kind, 64, 96, torch.float32)
+    if packed:
+        prepare(module, smallest=0)
+    weight = module.weight
+    x = torch.randn(3, 96, requires_grad=not packed)
+    arguments = (weight._qdata, weight.scale, weight.shift, module.bias, weight.qtype.name, weight.group_size or 0)
+    torch.library.opcheck(torch.ops.requanto.linear.default, (x, *arguments, [64, 96], False, "", None))
+    torch.library.opcheck(torch.ops.requanto.linear.default, (x, *arguments, [64, 96], False, "qint8", None))
+
+
+def test_static_scale():
+    weight = QTensor.quantize(torch.randn(64, 64), "int8")
+    x = torch.randn(5, 64)
+    scale = torch.tensor(0.02)
+    codes = (x / scale).round().clamp(-128, 127)
+    want = (codes * scale) @ weight.dequantize().t()
+    torch.testing.assert_close(linear(x, weight, activation=qint8, input_scale=scale), want, rtol=1e-4, atol=1e-4)
+    parameter = torch.nn.Linear(1, 1, bias=False)
+    parameter.weight = torch.nn.Parameter(weight, requires_grad=False)
+    parameter.weight.activation = qint8
+    prepare(parameter, smallest=0)
+    with torch.no_grad():
+        packed = linear(x, parameter.weight, input_scale=scale)
+    torch.testing.assert_close(packed, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="name their type"):
+        linear(x, weight.clone() if weight.activation is None else weight.without_lowrank(), input_scale=scale)
+
+
+def test_activations_in_16_bits():
+    x = torch.randn(4, 300) * torch.tensor([[1e-3], [1.0], [50.0], [0.0]])
+    halves, scale = split_16bit(x)
+    codes = (halves[:4].double() - 128) * 256 + (halves[4:].double() - 128)
+    torch.testing.assert_close(codes * scale.double(), x.double(), rtol=0, atol=50 * 5 / 32512)
+    assert (codes * scale.double() - x.double()).abs().max(1).values.le(scale.double().flatten() * 0.51).all()
+
+
+def test_nan_reaches_its_row_only(layer):
+    module = layer("int8")
+    prepare(module, smallest=0)
+    x = torch.randn(3, 192, dtype=torch.bfloat16)
+    x[1, 7] = float("nan")
+    with torch.no_grad():
+        out = module(x)
+    assert out[1].isnan().all()
+    assert not out[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_dequantize_as_the_formula_says(kind, dtype):
+    weight = QTensor.quantize(torch.randn(70, 96), kind)
+    out = dequantize_rows(weight, 3, 70, torch.empty(67, 96, dtype=dtype))
+    want = weight.dequantize(torch.float64)[3:]
+    limit = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+    assert (out.double() - want).norm() <= limit * want.norm()
+
+
+@pytest.mark.parametrize("kind", ["float8", "fp8_e5m2"])
+def test_every_float8_number(kind):
+    codes = torch.arange(256, dtype=torch.uint8)
+    weight = QTensor.quantize(torch.randn(1, 256), kind)
+    numbers = codes.view(weight.qtype.dtype).float()
+    finite = numbers.isfinite()
+    weight.qdata, weight.scale = codes.view(weight.qtype.dtype).view(1, -1), torch.ones(1, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = dequantize_rows(weight, 0, 1, torch.empty(1, 256, dtype=dtype))[0]
+        assert torch.equal(out[finite].float(), numbers[finite])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_dequantizes_the_rows_asked_for(kind, monkeypatch):
+    table = QTensor.quantize(torch.randn(100, 64), kind)
+    whole = table.dequantize()
+    seen = []
+    dequantize = QTensor.dequantize
+    monkeypatch.setattr(QTensor, "dequantize", lambda self, *a: seen.append(self.shape[0]) or dequantize(self, *a))
+    rows = torch.tensor([[5, 99], [0, 5]])
+    assert torch.equal(F.embedding(rows, table), whole[rows])
+    assert seen == [4]
+
+
+def test_the_workspace_is_bounded(monkeypatch):
+    workspace.release()
+    monkeypatch.setattr(settings, "workspace_bytes", 100_000)
+    weight = QTensor.quantize(torch.randn(512, 512), "float8")
+    x = torch.randn(9, 512)
+    want = x @ weight.dequantize().t()
+    torch.testing.assert_close(linear(x, weight), want, rtol=1e-4, atol=1e-3)
+    assert workspace.held_bytes() <= 200_000
+    workspace.release()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_devices_take_the_reference(kind):
+    """The reference needs no CPU operator: another device's problem gets it, and it is right."""
+    weight = QTensor.quantize(torch.randn(48, 64), kind)
+    x = torch.randn(3, 64)
+    want = x.double() @ weight.dequantize(torch.float64).t()
+    got = reference.run(x, weight, None)
+    assert (got.double() - want).norm() <= 1e-6 * want.norm()
+    from dataclasses import replace
+
+    from requanto.linear.table import choose, problem_of
+
+    assert choose(replace(problem_of(weight, x.dtype, 3), device="mps")).implementation.name == "reference"
+
+
+def test_explain_names_the_paths(layer):
+    model = torch.nn.Sequential(layer("int8", 1024, 1024), layer("float8", 256, 256))
+    found = explain(model, rows=(1, 512))
+    assert [(c.name, c.rows) for c in found] == [("0.weight", 1), ("0.weight", 512), ("1.weight", 1), ("1.weight", 512)]
+    names = {implementation.name for implementation in implementations()}
+    assert {c.implementation for c in found} <= names
+    assert "cpu-workspace" in str(found)
+    with torch.no_grad():
+        model[0](torch.randn(2, 1024, dtype=torch.bfloat16))
+    assert explain(model, rows=(1, 512)) == found
