@@ -320,6 +320,11 @@ class QTensor(torch.Tensor):
             down=inner.get("down"),
         )
 
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph depends on: torch keeps graphs on disk under it. Weights are inputs of the graph."""
+        inner = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in self.inner_tensors().items()]
+        return repr((self.__tensor_flatten__()[1], tuple(self.shape), inner, self.requires_grad))
+
     def replace(
         self,
         qdata: torch.Tensor,
