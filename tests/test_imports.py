@@ -1,0 +1,130 @@
+"""What importing costs and needs: no library before a user imports it, no circle, and a wheel that holds everything."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import requanto
+import requanto_kernels
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+def test_importing_requanto_imports_no_library():
+    done = python(
+        "import sys, requanto\n"
+        "names = ('transformers', 'diffusers', 'peft', 'accelerate', 'triton', 'requanto_kernels')\n"
+        "print([m for m in names if m in sys.modules])"
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+# None in sys.modules makes an import fail as for a package that is not installed.
+HIDE = (
+    "import sys, torch\n"
+    "for m in ('transformers', 'diffusers', 'peft', 'accelerate', 'triton', 'optimum'): sys.modules[m] = None\n"
+)
+
+
+def test_the_core_works_without_any_library_and_without_triton():
+    done = python(
+        HIDE + "import requanto\n"
+        "q = requanto.QTensor.quantize(torch.ones(2, 64), 'int4')\n"
+        "print(torch.nn.functional.linear(torch.ones(1, 64), q).tolist())"
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[[64.0, 64.0]]", "")
+
+
+def test_kernels_import_no_model_library_and_not_requanto():
+    code = (
+        "import sys, pkgutil, importlib\nimport requanto_kernels as k\n"
+        "for m in pkgutil.walk_packages(k.__path__, 'requanto_kernels.'): importlib.import_module(m.name)\n"
+        "print(sorted(m for m in ('requanto', 'transformers', 'diffusers', 'peft') if m in sys.modules))"
+    )
+    done = python(code)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+MODULES = sorted(
+    info.name
+    for package in (requanto, requanto_kernels)
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+)
+
+
+def test_every_module_can_be_imported_first():
+    """A circle of imports shows only in some orders: each module comes first once, in a process forked before any other."""
+    code = (
+        "import os, sys, importlib, torch\n"
+        "failed = []\n"
+        f"for name in {MODULES!r}:\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        try:\n"
+        "            if name.startswith('requanto.integrations.'): import requanto, diffusers.quantizers.auto\n"
+        "            importlib.import_module(name)\n"
+        "        except BaseException as error:\n"
+        "            print(name, type(error).__name__, error, flush=True)\n"
+        "            os._exit(1)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+    )
+    # An edge is imported by the hook on its library, after it. What is heavy was imported before the fork.
+    done = python("import transformers, diffusers.models, peft\n" + code)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_both_packages_their_types_and_their_data(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    for name in filter(None, listed):
+        if name.startswith(("src/", "kernels/")) or "/" not in name:
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / name).is_file():
+                target.write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for package in ("requanto", "requanto_kernels"):
+        assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
+    assert {"requanto/data/eval_text.txt", "requanto/cli.py"} <= names
+    assert any(name.startswith("requanto_kernels/tables/") and name.endswith(".json") for name in names)
+    shipped = {f"{m.replace('.', '/')}" for m in MODULES}
+    assert not [m for m in shipped if f"{m}.py" not in names and f"{m}/__init__.py" not in names and tracked(m, listed)]
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    hard = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert not [line for line in hard if any(word in line for word in ("triton", "transformers", "diffusers"))]
+    assert not [n for n in names if not n.startswith(("requanto/", "requanto_kernels/", "requanto-"))]
+
+
+def tracked(module: str, listed: list[str]) -> bool:
+    return any(f"{root}{module}{end}" in listed for root in ("src/", "kernels/") for end in (".py", "/__init__.py"))
