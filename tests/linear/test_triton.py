@@ -36,7 +36,7 @@ def name(problem, **changes):
     return choose(replace(problem, **changes)).implementation.name
 
 
-@pytest.mark.parametrize("capability", [0, 75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("capability", [0, 80, 86, 89, 90, 100, 120])
 def test_weight_only(gpu, capability):
     gpu(capability)
     half = replace(BASE, dtype=torch.float16)
@@ -50,9 +50,16 @@ def test_weight_only(gpu, capability):
     assert name(half, rows=100_000) == name(half, rows=100_000, transposed=True) == "triton-dequantize"
     assert name(half, rows=rules.dequantize_from("cuda", False) - 1) == "triton-wq"
     assert name(half, rows=rules.dequantize_from("cuda", False)) == "triton-dequantize"
-    assert name(half, device="xpu") == "triton-wq"
-    # bfloat16 has matrix instructions from sm_80 on.
-    assert name(BASE) == ("reference" if capability == 75 else "triton-wq")
+    assert name(half, device="xpu") == name(BASE) == "triton-wq"
+
+
+def test_before_sm_80_weights_are_rebuilt(gpu):
+    gpu(75)
+    for problem in (BASE, INT8, FLOAT8, replace(BASE, transposed=True), replace(BASE, layout="exec")):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            assert name(problem, dtype=dtype) == "triton-dequantize"
+    assert name(INT8, activation=qint8) == name(BASE, activation=qint8) == "triton-rounded"
+    assert choose(BASE, grouped=True).implementation.name == "reference"  # a loop; each expert's product is as above
 
 
 def test_what_no_kernel_takes(gpu):

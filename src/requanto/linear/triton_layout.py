@@ -73,6 +73,8 @@ def fits(weight: QTensor, activation: qtype | None = None) -> bool:
     block = rules.exec_block(kind.bits)
     if weight.dim() - weight.axis != 2 or length % block or capturing(weight.device) or not rules.available():
         return False
+    if not rules.multiplies(weight.device.type):
+        return False  # weights are only ever rebuilt there, which gains nothing by the layout
     grouped_int8 = (activation or weight.activation) == qint8 and weight.group_size not in (None, length)
     if grouped_int8 and weight.group_size % block:
         return False  # integer sums end with each group: that kernel cannot read blocks that span several

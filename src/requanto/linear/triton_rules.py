@@ -31,13 +31,13 @@ KINDS = (qint2, qint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2)
 LONGEST_INT8 = 2**17
 
 #: (least compute capability, rows): from so many rows on, the weight is rebuilt once and multiplied by the vendor's library.
-#: The first row that an NVIDIA GPU reaches counts; (0, ...) also stands for ROCm and XPU.
+#: The first row that a GPU reaches counts. (1, 1): what cannot `multiplies`; (0, ...): ROCm and XPU.
 #:
 #: NOT MEASURED. Rebuilding writes and reads 2 bytes a weight: about 1 ps a weight on an H200, while a product takes 2.6 ps a
 #: weight at 1024 rows. A fused kernel at 0.75 of the library's speed loses more than that from 1024 .. 1600 rows on.
-DEQUANTIZE_ROWS: tuple[tuple[int, int], ...] = ((90, 1024), (80, 512), (0, 1024))
+DEQUANTIZE_ROWS: tuple[tuple[int, int], ...] = ((90, 1024), (80, 512), (1, 1), (0, 1024))
 #: The same for `x @ W` with W stored row by row (gradients, transposed weights): that kernel is simpler and does not split.
-DEQUANTIZE_ROWS_TRANSPOSED: tuple[tuple[int, int], ...] = ((90, 512), (80, 256), (0, 512))
+DEQUANTIZE_ROWS_TRANSPOSED: tuple[tuple[int, int], ...] = ((90, 512), (80, 256), (1, 1), (0, 512))
 
 
 @functools.cache
@@ -74,25 +74,36 @@ def capability(kind: str) -> int:
     return _capability(kind, torch.cuda.current_device() if kind == "cuda" else 0)
 
 
+def multiplies(kind: str) -> bool:
+    """True where Triton (3.7) emits matrix instructions.
+
+    Below sm_80 it does not: products there run on the ordinary units, out of spilled registers, or do not compile at all.
+    What is left is to decode, and the vendor's library (`benchmarks/kernel_aot.py` compiles the decoders for sm_75).
+    """
+    found = capability(kind)
+    return found == 0 or found >= 80
+
+
 def served(problem: Problem) -> bool:
-    """The device, the dtype and the type of the codes have kernels."""
+    """The device, the dtype and the type of the codes have kernels that decode."""
     if problem.device not in DEVICES or problem.dtype not in FLOATS or problem.qtype not in KINDS:
         return False
     if not problem.in_features or problem.layout not in ("plain", "exec") or not available():
         return False
-    least = 80 if problem.dtype == torch.bfloat16 else 75  # the matrix instructions that Triton can emit
     found = capability(problem.device)
-    return found == 0 or found >= least
+    return found == 0 or found >= 75
 
 
 def weight_only(problem: Problem) -> bool:
     """`wq_gemm`, or `wq_gemm_dx` for a transposed weight: every type, group and layout."""
-    return problem.activation is None and served(problem)
+    return problem.activation is None and served(problem) and multiplies(problem.device)
 
 
 def dequantized(problem: Problem) -> bool:
     """So many rows that the vendor's library is expected to win, the rebuilding of the weight included."""
-    return weight_only(problem) and problem.rows >= dequantize_from(problem.device, problem.transposed)
+    if problem.activation is not None or not served(problem):
+        return False
+    return problem.rows >= dequantize_from(problem.device, problem.transposed)
 
 
 def dequantize_from(device: str, transposed: bool) -> int:
@@ -105,7 +116,9 @@ def dequantize_from(device: str, transposed: bool) -> int:
 def both_8_bit(problem: Problem) -> bool:
     """`scaled_mm`: int8 times int8 or float8 times float8, one scale a row of the weight."""
     activation, kind = problem.activation, problem.qtype
-    if activation not in KINDS or activation.bits != 8 or kind.bits != 8 or not served(problem):
+    if activation not in KINDS or activation.bits != 8 or kind.bits != 8:
+        return False
+    if not served(problem) or not multiplies(problem.device):
         return False
     if activation.is_floating_point != kind.is_floating_point:
         return False
@@ -116,7 +129,9 @@ def both_8_bit(problem: Problem) -> bool:
 
 def int8_activations(problem: Problem) -> bool:
     """`w4a8_gemm`: integer weights in groups that are powers of two of at least 32, or per row."""
-    if problem.activation != qint8 or problem.qtype.is_floating_point or problem.transposed or not served(problem):
+    if problem.activation != qint8 or problem.qtype.is_floating_point or problem.transposed:
+        return False
+    if not served(problem) or not multiplies(problem.device):
         return False
     group = problem.group_size
     if group in (None, problem.in_features):
