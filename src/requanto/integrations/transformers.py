@@ -28,6 +28,7 @@ from requanto.checkpoint.format import (
 from requanto.config import FORMAT, FORMAT_VERSION, QuantoConfig
 from requanto.integrations.accelerate import materialized
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
+from requanto.integrations.tensor_parallel import LOADING, local_quantized, place
 from requanto.ops.table import implements_function
 from requanto.plan import PlannedWeight, plan
 from requanto.qtensor import QTensor
@@ -52,6 +53,8 @@ class RequantoHfQuantizer(HfQuantizer):
         self.planned: dict[str, PlannedWeight] = {}
         #: what went wrong with single weights while loading: the library would bury it in a report
         self.problems: dict[str, Exception] = {}
+        #: weights that tensor parallelism cuts, and how (`integrations.tensor_parallel`)
+        self.sharded: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ before the weights
 
@@ -68,6 +71,7 @@ class RequantoHfQuantizer(HfQuantizer):
             check_version(config.format, config.format_version, "quantization_config")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        model.__dict__[LOADING] = self
         if self.pre_quantized:
             check_files(self.quantization_config.tensors, kwargs.get("checkpoint_files") or [])
             for name, text in self.quantization_config.tensors.items():
@@ -129,6 +133,7 @@ class RequantoHfQuantizer(HfQuantizer):
     # ------------------------------------------------------------------ after the weights
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.__dict__.pop(LOADING, None)
         if self.problems:
             raise _joined(self.problems)
         # The converters that built the weights must not run backwards at the next save: what is saved is ours already.
@@ -138,7 +143,8 @@ class RequantoHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._check_complete(model)
         config.format, config.format_version = FORMAT, FORMAT_VERSION
-        config.tensors = table_of(model.named_parameters())
+        if not self.sharded:
+            config.tensors = table_of(model.named_parameters())
         return model
 
     def _check_complete(self, model: Any) -> None:
@@ -147,7 +153,7 @@ class RequantoHfQuantizer(HfQuantizer):
         prefix = model.base_model_prefix
         for name in self.quantization_config.tensors:
             here = next((n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in names), None)
-            if here is not None and here not in found:
+            if here is not None and here not in found and local_quantized(names[here]) is None:
                 raise CheckpointError(
                     f"{here} is quantized according to quantization_config, but no {name}_qdata was found in the files: "
                     f"a shard is missing or belongs to another checkpoint"
@@ -164,6 +170,11 @@ class RequantoHfQuantizer(HfQuantizer):
         Everything is in config.json: a safetensors header with several metadata keys has no fixed order, and a saved
         model should be the same bytes whenever it is saved.
         """
+        if any(local_quantized(parameter) is not None for parameter in model.parameters()):
+            raise NotImplementedError(
+                "a quantized model that tensor parallelism spread over ranks cannot be saved from them; save it from one "
+                "process (adapters on top of it are saved by PEFT as usual)"
+            )
         tied = getattr(model, "all_tied_weights_keys", {})
         state_dict = {k: v for k, v in materialized(model).items() if not (isinstance(v, QTensor) and k in tied)}
         self.quantization_config.format = FORMAT
@@ -203,7 +214,7 @@ class _Quantize(ConversionOps):
             tensor = self.hf_quantizer.planned[full_layer_name].quantize(weight, full_layer_name)
         except ValueError as error:
             return _give_up(self.hf_quantizer, full_layer_name, error, missing_keys)
-        return {full_layer_name: frozen_parameter(tensor)}
+        return _placed(self.hf_quantizer, kwargs.get("model"), full_layer_name, tensor, missing_keys)
 
 
 class _Rebuild(ConversionOps):
@@ -245,7 +256,19 @@ class _Rebuild(ConversionOps):
                 )
         except CheckpointError as error:
             return _give_up(quantizer, full_layer_name, error, missing_keys)
-        return {full_layer_name: frozen_parameter(tensor)}
+        return _placed(quantizer, model, full_layer_name, tensor, missing_keys)
+
+
+def _placed(
+    quantizer: RequantoHfQuantizer, model: Any, name: str, tensor: QTensor, missing_keys: set[str] | None
+) -> dict[str, torch.Tensor]:
+    """What the loader is to set; of a weight that is cut over ranks nothing, its part is in place already."""
+    if name not in quantizer.sharded:
+        return {name: frozen_parameter(tensor)}
+    place(model, name, tensor, quantizer.sharded[name])
+    if missing_keys is not None:
+        missing_keys.discard(name)
+    return {}
 
 
 def _give_up(

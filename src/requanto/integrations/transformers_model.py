@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
 from requanto.integrations.conversion import has_quantized, true_bytes
 
@@ -19,11 +20,14 @@ def register() -> None:
     """Wraps the methods; a model without quantized weights is untouched by both."""
     from transformers.modeling_utils import PreTrainedModel
 
+    from requanto.integrations import tensor_parallel
     from requanto.integrations.accelerate import register_transformers
 
     if hasattr(PreTrainedModel.save_pretrained, "_requanto"):
         return
     register_transformers()
+    tensor_parallel.register()
+    reading_quanto(PreTrainedModel)
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _footprint(PreTrainedModel.get_memory_footprint)
 
