@@ -13,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from requanto.checkpoint.directory import _umask
 from requanto.checkpoint.format import CheckpointError
 
 
@@ -88,6 +89,7 @@ def save_shards(
     for file, names in split.filename_to_tensors.items():
         partial = directory / f"{file}.partial"
         save_file({name: unique[name].cpu() for name in names}, partial, metadata={"format": "pt"})
+        os.chmod(partial, 0o666 & ~_umask())  # the writer makes it readable for its owner only
         os.replace(partial, directory / file)
         written.append(directory / file)
     if split.is_sharded:

@@ -11,6 +11,7 @@ from typing import Any
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
 from requanto.config import QuantoConfig
 from requanto.integrations.conversion import has_quantized, true_bytes
@@ -22,6 +23,7 @@ def register() -> None:
 
     if hasattr(ModelMixin.save_pretrained, "_requanto"):
         return
+    reading_quanto(ModelMixin)
     ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
     ModelMixin.get_memory_footprint = _footprint(ModelMixin.get_memory_footprint)
 

@@ -209,6 +209,7 @@ class QuantizedTransformersModel(_Wrapper):
         weights = [getattr(module, "weight", None) for module in embeddings]
         if None not in weights and weights[0] is not weights[1]:
             model.config.tie_word_embeddings = False  # one of the two is quantized: they are not one weight any more
+        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(directory)
