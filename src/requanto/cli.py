@@ -1,4 +1,4 @@
-"""The command line: ``requanto quantize``, ``inspect`` and ``eval``.
+"""The command line: ``requanto quantize``, ``inspect``, ``eval`` and ``tune``.
 
 Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
 """
@@ -160,6 +160,31 @@ def evaluate(
                 f"perplexity {result.perplexity:.3f} on {result.tokens} tokens, {values['tokens_per_second']:.0f} tokens/s, "
                 f"{_size(size)} in memory"
             )
+
+
+@app.command()
+def tune(
+    model: Model,
+    rows: Annotated[list[int] | None, typer.Option(help="Tokens in one product to tune for. Repeatable.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16, float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="The GPU, e.g. cuda or xpu.")] = "cuda",
+    repeats: Annotated[int, typer.Option(help="Launches timed for each tile.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Time the kernels' tiles for MODEL's quantized layers on the present GPU and keep the best on disk."""
+    import torch
+
+    from requanto.tune_cli import ROWS, tune_model
+
+    with _reported():
+        chosen = getattr(torch, dtype, None)
+        if chosen not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype {dtype!r} is none of bfloat16, float16, float32")
+        tuned = tune_model(model, rows=rows or ROWS, dtype=chosen, device=device, repeats=repeats, progress=not as_json)
+        if as_json:
+            print(json.dumps(asdict(tuned), default=str))
+        else:
+            console.print(str(tuned), markup=False, highlight=False)
 
 
 def _size(count: int) -> str:
