@@ -39,7 +39,9 @@ gpu-check:
 	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py
 	PYTHONPATH=src:kernels $(PY) benchmarks/models.py
 
+# build/ goes first: setuptools packs what an earlier build left there, also files that are gone from the checkout.
 wheel: $(VENV)/.torch
+	rm -rf build
 	$(PIP) wheel . --no-deps --wheel-dir dist
 
 clean:
