@@ -136,3 +136,13 @@ def test_activations_keep_their_codes_where_that_is_exact(call):
     assert isinstance(out, oq.ActivationQBytesTensor)
     torch.testing.assert_close(out.dequantize(), call(a.dequantize()))
     assert type(torch.exp(a)) is torch.Tensor
+
+
+@pytest.mark.parametrize("kind", ["qint8", "qfloat8", "qint4", "qint2"])
+def test_rows_of_zeros_stay_zero(kind):
+    layer = nn.Linear(64, 4)  # optimum-quanto 0.2.7 gives NaN for float8
+    layer.weight.data[1] = 0
+    oq.quantize(layer, weights=kind)
+    oq.freeze(layer)
+    assert torch.equal(layer.weight.dequantize()[1], torch.zeros(64))
+    assert torch.isfinite(layer.weight.dequantize()).all()

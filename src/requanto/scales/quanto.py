@@ -7,19 +7,24 @@ import torch
 
 def symmetric_codes(base: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     """int8 or float8 codes of ``base / scale``, in base's shape."""
-    scaled = base / scale
+    scaled = _divided(base, scale)
     if not dtype.is_floating_point:
         scaled = torch.round(scaled)
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
     return torch.clamp(scaled, min=info.min, max=info.max).to(dtype)
 
 
+def _divided(base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``base / scale``, 0 where the scale is 0: equal values, or none but zeros, which the shift alone stands for."""
+    return torch.where(scale == 0, torch.zeros((), dtype=base.dtype, device=base.device), base / scale)
+
+
 def affine_codes(base: torch.Tensor, bits: int, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Unsigned codes ``0 .. 2^bits - 1`` (uint8) of a grouped ``base``; an integer shift is the code of zero."""
     if shift.dtype.is_floating_point:
-        codes = torch.round((base + shift) / scale)
+        codes = torch.round(_divided(base + shift, scale))
     else:
-        codes = torch.round(base / scale) + shift
+        codes = torch.round(_divided(base, scale)) + shift
     return torch.clamp(codes, min=0, max=2**bits - 1).to(torch.uint8)
 
 
