@@ -197,11 +197,18 @@ class RequantoHfQuantizer(HfQuantizer):
         return True
 
 
-class _Quantize(ConversionOps):
-    """One float weight -> one QTensor."""
+class _Operation(ConversionOps):
+    """An operation of ours. The loader copies it for every weight: the quantizer, which gathers problems, stays one."""
 
     def __init__(self, hf_quantizer: RequantoHfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict) -> _Operation:
+        return type(self)(self.hf_quantizer)
+
+
+class _Quantize(_Operation):
+    """One float weight -> one QTensor."""
 
     @torch.no_grad()
     def convert(
@@ -217,11 +224,8 @@ class _Quantize(ConversionOps):
         return _placed(self.hf_quantizer, kwargs.get("model"), full_layer_name, tensor, missing_keys)
 
 
-class _Rebuild(ConversionOps):
+class _Rebuild(_Operation):
     """Stored parts -> one QTensor."""
-
-    def __init__(self, hf_quantizer: RequantoHfQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
 
     @torch.no_grad()
     def convert(
