@@ -1,0 +1,198 @@
+"""LoRA on quantized weights in two processes (gloo, CPU): DDP and FSDP2 train as one process does."""
+
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from tiny_models import TINY, save_tiny, token_ids
+
+from requanto import QTensor, QuantoConfig
+
+WORLD = 2
+
+
+def make(directory: Path, weights: str):
+    model = TINY["llama"].auto.from_pretrained(directory, quantization_config=QuantoConfig(weights=weights))
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+
+
+def train(model, ids: torch.Tensor, steps: int = 3) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach().clone()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        losses.append(float(mean))
+    return losses
+
+
+def sharded(directory: Path, weights: str):
+    from torch.distributed.fsdp import fully_shard
+
+    model = make(directory, weights)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def ddp(directory: Path, weights: str, rank: int) -> dict:
+    model = torch.nn.parallel.DistributedDataParallel(make(directory, weights))
+    return {"losses": train(model, token_ids(4)[rank * 2 : rank * 2 + 2])}
+
+
+def fsdp(directory: Path, weights: str, rank: int) -> dict:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    model, ids = sharded(directory, weights), token_ids(4)[rank * 2 : rank * 2 + 2]
+    local = [p.to_local() for p in model.parameters()]
+    quantized = [t for t in local if isinstance(t, QTensor)]
+    found = {
+        "losses": train(model, ids),
+        "local bytes": sum(t.nbytes for t in quantized),
+        "quantized": len(quantized),
+    }
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    expected = make(directory, weights).state_dict()
+    if rank == 0:
+        same = [torch.equal(full[k], v) for k, v in expected.items() if isinstance(v, QTensor)]
+        found["full state"] = (len(same), all(same))
+        found["full bytes"] = sum(v.nbytes for v in full.values() if isinstance(v, QTensor))
+    # Saved, and loaded into a model whose codes are gone.
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        dcp.save({"model": model.state_dict()}, checkpoint_id=directory / f"dcp-{weights}")
+        other = make(directory, weights)
+        for parameter in other.parameters():
+            if isinstance(parameter, QTensor):
+                parameter.qdata.zero_()
+            else:
+                parameter.zero_()
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(other)
+        state = other.state_dict()
+        dcp.load({"model": state}, checkpoint_id=directory / f"dcp-{weights}")
+        other.load_state_dict(state)
+        found["dcp"] = torch.equal(other(input_ids=ids).logits, logits)
+    return found
+
+
+def unlike(directory: Path, weights: str, rank: int) -> dict:
+    try:
+        ddp(directory, "int8" if rank else "int4", rank)
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": "none"}
+
+
+def uneven(directory: Path, weights: str, rank: int) -> dict:
+    from torch.distributed.fsdp import fully_shard
+
+    layer = torch.nn.Linear(64, 33, bias=False)
+    layer.weight = torch.nn.Parameter(QTensor.quantize(layer.weight, weights), requires_grad=False)
+    try:
+        fully_shard(layer)(torch.randn(2, 64))
+    except NotImplementedError as error:
+        return {"error": str(error)}
+    return {"error": "none"}
+
+
+TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8"), ("unlike", "both"), ("uneven", "int4")]
+
+
+def worker(rank: int, port: int, directory: Path) -> None:
+    """All tasks in one pair of processes: most of their time is imports."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    found = {}
+    for task, weights in TASKS:
+        try:
+            found[task, weights] = globals()[task](directory, weights, rank)
+        except BaseException:
+            found[task, weights] = {"failed": traceback.format_exc()}
+    torch.save(found, directory / f"found-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def run(directory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, directory), nprocs=WORLD)
+    ranks = [torch.load(directory / f"found-{rank}.pt") for rank in range(WORLD)]
+
+    def results(task: str, weights: str) -> list[dict]:
+        found = [rank[task, weights] for rank in ranks]
+        for result in found:
+            assert "failed" not in result, result["failed"]
+        return found
+
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process(directory):
+    return {weights: train(make(directory, weights), token_ids(4)) for weights in ("int4", "int8")}
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_ddp_trains_as_one_process(run, one_process, weights):
+    for found in run("ddp", weights):
+        assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_fsdp2_trains_as_one_process_and_saves(run, one_process, weights):
+    ranks = run("fsdp", weights)
+    for found in ranks:
+        assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
+        assert found["quantized"] == 14
+        assert found["local bytes"] * 2 == ranks[0]["full bytes"]
+        assert found["dcp"]
+    assert ranks[0]["full state"] == (14, True)
+
+
+def test_a_distributed_checkpoint_loads_in_one_process(directory, run):
+    """Saved by two ranks, read by one."""
+    path = directory / "dcp-int4"
+    run("fsdp", "int4")
+    model = make(directory, "int4")
+    expected = {name: p.clone() for name, p in model.named_parameters() if isinstance(p, QTensor)}
+    for name in expected:
+        model.get_parameter(name).qdata.zero_()
+    state = model.state_dict()
+    dcp.load({"model": state}, checkpoint_id=path, no_dist=True)
+    model.load_state_dict(state)
+    for name, value in expected.items():
+        assert torch.equal(model.get_parameter(name), value), name
+
+
+def test_ranks_with_different_types_are_refused(run):
+    for found in run("unlike", "both"):
+        assert "differently quantized" in found["error"]
+
+
+def test_rows_that_do_not_divide_are_refused(run):
+    for found in run("uneven", "int4"):
+        assert "33 rows" in found["error"]

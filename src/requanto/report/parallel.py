@@ -1,0 +1,184 @@
+"""What a rank holds and what the network carries when a quantized model is spread over several devices.
+
+Computed from a model's shapes on the meta device: nothing is loaded. Used by ``requanto inspect --parallel tp=8``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.config import QuantoConfig
+from requanto.packing import packed_length
+from requanto.plan import PlannedWeight, plan
+from requanto.qtensor import QTensor
+from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.weights import scale_dtype
+
+#: shapes of well-known sizes, so that the table needs no download
+LLAMA_SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+}
+
+_WORDS = ("tp", "fsdp")
+
+
+@dataclass(frozen=True)
+class ParallelReport:
+    """One line of the table. Bytes are those of one rank.
+
+    Attributes:
+        tp, fsdp: ranks that share each layer's product; ranks that share the storage.
+        quantized: codes, scales and shifts held.
+        floats: everything that stays float (norms, embeddings, lm_head).
+        gathered: FSDP2 only: the largest layer, whole while it runs.
+        cache_per_token: KV cache of one token, in the model's dtype.
+        sent_per_token: what a rank sends for one token through the whole model under tensor parallelism.
+        sent_per_step: what a rank sends for one forward under FSDP2, whatever the batch (training: twice that).
+    """
+
+    tp: int
+    fsdp: int
+    quantized: int
+    floats: int
+    gathered: int
+    cache_per_token: int
+    sent_per_token: int
+    sent_per_step: int
+
+    @property
+    def total(self) -> int:
+        """Weights a rank needs room for."""
+        return self.quantized + self.floats + self.gathered
+
+
+def parse_parallel(text: str) -> dict[str, int]:
+    """``"tp=8"`` or ``"tp=8,fsdp=2"`` as numbers.
+
+    Raises:
+        ValueError: an unknown word or no positive number; it says what was found.
+    """
+    found = dict.fromkeys(_WORDS, 1)
+    for part in text.replace(" ", "").split(","):
+        key, _, value = part.partition("=")
+        if key not in _WORDS or not value.isdecimal() or int(value) < 1:
+            raise ValueError(f"--parallel {text!r}: expected e.g. 'tp=8' or 'tp=8,fsdp=2', found {part!r}")
+        found[key] = int(value)
+    return found
+
+
+def llama(size: str) -> nn.Module:
+    """A Llama of a well-known size on the meta device.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if size not in LLAMA_SHAPES:
+        raise ValueError(f"size {size!r} is unknown; known: {', '.join(LLAMA_SHAPES)}")
+    config = LlamaConfig(**LLAMA_SHAPES[size], num_key_value_heads=8, vocab_size=128256, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def parallel_report(model: nn.Module, config: QuantoConfig | None, *, tp: int = 1, fsdp: int = 1) -> ParallelReport:
+    """Computes what a rank holds.
+
+    Args:
+        model: a Transformers model, best on the meta device; quantized already or not.
+        config: how its weights will be quantized; None: they stay as they are.
+        tp: ranks of tensor parallelism, by the model's own plan.
+        fsdp: ranks of FSDP2 (per group of tp ranks).
+
+    Raises:
+        ValueError: numbers below one, or a weight that cannot be divided so.
+    """
+    if tp < 1 or fsdp < 1:
+        raise ValueError(f"tp and fsdp must be 1 or more, found tp={tp}, fsdp={fsdp}")
+    styles = dict(getattr(model, "tp_plan", None) or {}) if tp > 1 else {}
+    if tp > 1 and not styles:
+        raise ValueError(f"{type(model).__name__} has no tp_plan: Transformers cannot split it, use fsdp={tp}")
+    planned: dict[str, PlannedWeight] = {}
+    if config is not None:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        skips = [name for name, module in model.named_modules() if module is head and name]
+        planned = plan(model, config, default_skips=skips, output_embeddings=head)
+
+    quantized = floats = 0
+    by_layer: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        style = _style(name, styles)
+        if name in planned or isinstance(parameter, QTensor):
+            size = _quantized_bytes(name, parameter, planned.get(name), style, tp)
+            quantized += size
+        else:
+            size = parameter.numel() * parameter.element_size() // (tp if style else 1)
+            floats += size
+        layer = ".".join(name.split(".")[:3])
+        by_layer[layer] = by_layer.get(layer, 0) + size
+    whole, gathered = quantized + floats, 0
+    if fsdp > 1:
+        quantized, floats, gathered = -(-quantized // fsdp), -(-floats // fsdp), max(by_layer.values())
+    settings = getattr(model, "config", None)
+    cache, sent = _per_token(settings, tp)
+    return ParallelReport(
+        tp, fsdp, quantized, floats, gathered, cache, sent, whole * (fsdp - 1) // fsdp if fsdp > 1 else 0
+    )
+
+
+def _style(name: str, styles: dict[str, str]) -> str | None:
+    """How tensor parallelism splits a parameter: ``"colwise"`` (rows), ``"rowwise"`` (along rows), or None."""
+    module = name.rpartition(".")[0]
+    for pattern, style in styles.items():
+        if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(name, pattern):
+            found = str(style)
+            return next((known for known in ("colwise", "rowwise", "embedding") if known in found), None)
+    return None
+
+
+def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, style: str | None, tp: int) -> int:
+    if isinstance(parameter, QTensor):
+        kind, group, affine = parameter.qtype, parameter.group_size, parameter.shift is not None
+        transposed, axis = parameter.transposed, parameter.axis
+    else:
+        assert planned is not None
+        options = planned.options
+        kind, transposed, axis = options.qtype, planned.transposed, planned.axis
+        wanted = default_group_size(kind) if options.group_size == "default" else options.group_size
+        affine = kind.bits < 8 if options.symmetric is None else not options.symmetric
+        group = wanted  # type: ignore[assignment]
+    shape = list(parameter.shape)
+    if transposed:
+        shape[-1], shape[-2] = shape[-2], shape[-1]
+    rows, length = torch.Size(shape[: axis + 1]).numel(), torch.Size(shape[axis + 1 :]).numel()
+    if planned is not None:
+        group = fit_group_size(group, length, name)
+    ranks = tp if style else 1
+    rows_here, length_here = (rows, -(-length // ranks)) if style == "rowwise" else (-(-rows // ranks), length)
+    groups = 1 if group is None else -(-length_here // group)  # a group cut in two is kept on both sides
+    element = scale_dtype(parameter.dtype, group is not None).itemsize
+    return rows_here * (
+        packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize + groups * element * (2 if affine else 1)
+    )
+
+
+def _per_token(settings: Any, tp: int) -> tuple[int, int]:
+    """(KV cache bytes, bytes sent) of one token on one rank, in 16 bits."""
+    layers = getattr(settings, "num_hidden_layers", 0)
+    heads = getattr(settings, "num_attention_heads", 0)
+    hidden = getattr(settings, "hidden_size", 0)
+    if not (layers and heads and hidden):
+        return 0, 0
+    kv_heads = getattr(settings, "num_key_value_heads", heads)
+    width = getattr(settings, "head_dim", None) or hidden // heads
+    cache = 2 * layers * max(1, -(-kv_heads // tp)) * width * 2
+    # Two sums of the hidden state a layer; in a ring each rank sends 2 (n - 1) / n of it.
+    sent = 2 * layers * hidden * 2 * 2 * (tp - 1) // tp
+    return cache, sent
