@@ -234,6 +234,14 @@ def test_dequantize_leaves_a_plain_model(folder: Path) -> None:
         torch.testing.assert_close(TINY_FLUX.run(FLUX.from_pretrained(folder / "plain")), out, rtol=0.05, atol=0.05)
 
 
+def test_a_process_that_is_not_the_main_one_writes_beside_it(folder: Path) -> None:
+    model = _load(folder / "int8")
+    model.save_pretrained(folder / "two", is_main_process=False)
+    assert [p.name for p in (folder / "two").iterdir()] == ["diffusion_pytorch_model.safetensors"]
+    model.save_pretrained(folder / "two")
+    _same(FLUX.from_pretrained(folder / "two"), model)
+
+
 def test_a_failed_save_leaves_the_old_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _load(folder / "float", "int4")
     before = {p.name: p.read_bytes() for p in (folder / "int8").iterdir()}
@@ -328,6 +336,13 @@ def test_a_checkpoint_of_another_backend(folder: Path) -> None:
 def test_low_cpu_mem_usage_false_is_refused_by_the_library(folder: Path) -> None:
     with pytest.raises(ValueError, match="low_cpu_mem_usage"):
         _load(folder / "float", "int8", low_cpu_mem_usage=False)
+
+
+def test_flashpack_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="use_flashpack"):
+        _load(folder / "float", "int8", use_flashpack=True)
+    with pytest.raises(ValueError, match="use_flashpack"):
+        _load(folder / "int8").save_pretrained(folder / "flash", use_flashpack=True)
 
 
 def test_a_model_with_nothing_to_quantize(tmp_path: Path) -> None:

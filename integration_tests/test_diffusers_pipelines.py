@@ -207,6 +207,11 @@ def test_a_component_that_does_not_exist(folder: Path) -> None:
             _load(folder, **kwargs)
 
 
+def test_a_component_without_weights(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"scheduler is a FlowMatchEulerDiscreteScheduler, which has no weights"):
+        _load(folder, quant_mapping={"scheduler": requanto.QuantoConfig(weights="int8")})
+
+
 def test_a_config_class_of_the_wrong_library(folder: Path) -> None:
     mapping = {
         "text_encoder": requanto.QuantoConfig(weights="int8"),

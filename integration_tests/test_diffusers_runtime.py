@@ -105,6 +105,16 @@ def test_model_offload_moves_whole_models(folder: Path) -> None:
     torch.testing.assert_close(TINY_FLUX.run(empty), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_model_cpu_offload_of_a_pipeline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library told that there is an accelerator, and the CPU given as the device to run on."""
+    pipe = tiny_pipeline(transformer=_load(folder, "int4"))
+    expected = run_pipeline(pipe)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "xpu")
+    pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        torch.testing.assert_close(run_pipeline(pipe), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_group_offloaded_pipeline(folder: Path) -> None:
     pipe = tiny_pipeline(transformer=_load(folder, "int4"))
     expected = run_pipeline(pipe)

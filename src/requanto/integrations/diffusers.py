@@ -20,6 +20,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.config import FORMAT, FORMAT_VERSION, QuantizationMethod, QuantoConfig
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
+from requanto.integrations.diffusers_builtin import refuse_other_backends, silence_deprecation
 from requanto.integrations.diffusers_skips import stays_float
 from requanto.plan import PlannedWeight, plan
 from requanto.qtensor import QTensor
@@ -31,28 +32,13 @@ _LOCK = threading.Lock()  # the library may read several files at once
 
 def register() -> None:
     """Puts our quantizer and config in the places of the built-in ones, which need not exist."""
+    if not hasattr(DiffusersQuantizer, "maybe_update_state_dict"):
+        logger.warning("Requanto needs diffusers 0.39 or newer; its Diffusers part is off. pip install -U diffusers")
+        return
     auto.AUTO_QUANTIZER_MAPPING["quanto"] = RequantoDiffusersQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = QuantoConfig
-    _silence_deprecation()
-    selector = auto.DiffusersAutoQuantizer
-    if not hasattr(selector.merge_quantization_configs, "_requanto"):
-        selector.merge_quantization_configs = classmethod(_merging(selector.merge_quantization_configs.__func__))
-
-
-def _silence_deprecation() -> None:
-    """The built-in QuantoConfig is deprecated because its quantizer is; with ours behind it there is nothing to say."""
-    from diffusers.quantizers import quantization_config
-
-    original = getattr(quantization_config, "deprecate", None)
-    if original is None or hasattr(original, "_requanto"):
-        return
-
-    @functools.wraps(original)
-    def deprecate(*args: Any, **kwargs: Any) -> Any:
-        return None if "QuantoConfig" in args else original(*args, **kwargs)
-
-    deprecate._requanto = True
-    quantization_config.deprecate = deprecate
+    silence_deprecation()
+    refuse_other_backends(auto.DiffusersAutoQuantizer)
 
 
 class RequantoDiffusersQuantizer(DiffusersQuantizer):
@@ -302,23 +288,3 @@ def needed_parts(text: str, name: str) -> tuple[str, ...]:
 def as_layer_type(config: QuantoConfig) -> Any:
     """The type of most of a model's layers."""
     return config.choice_for(None).qtype
-
-
-def _merging(original: Any) -> Any:
-    """Loading a checkpoint of another backend with our config is a mistake that the library only warns of."""
-
-    @functools.wraps(original)
-    def merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        if isinstance(quantization_config_from_args, QuantoConfig):
-            stored = quantization_config
-            stored = stored if isinstance(stored, dict) else stored.to_dict()
-            found = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
-            if found != QuantizationMethod.QUANTO.value:
-                raise ValueError(
-                    f"the checkpoint is quantized by {found!r} and cannot be quantized again with a QuantoConfig. Load "
-                    f"it without quantization_config, or take the float checkpoint it was made of."
-                )
-        return original(cls, quantization_config, quantization_config_from_args)
-
-    merge_quantization_configs._requanto = True
-    return merge_quantization_configs

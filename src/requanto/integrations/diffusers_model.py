@@ -24,6 +24,7 @@ def register() -> None:
     if hasattr(ModelMixin.save_pretrained, "_requanto"):
         return
     reading_quanto(ModelMixin)
+    ModelMixin.from_pretrained = classmethod(_loading(ModelMixin.from_pretrained.__func__))
     ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
     ModelMixin.get_memory_footprint = _footprint(ModelMixin.get_memory_footprint)
 
@@ -58,6 +59,11 @@ def _saving(original: Any) -> Any:
                 raise ValueError(_unfit(name, module))
         if not has_quantized(self):
             return original(self, save_directory, *args, **kwargs)
+        if kwargs.get("use_flashpack"):
+            raise ValueError(
+                "use_flashpack=True writes all tensors in one float type, which would ruin the codes of a quantized model; "
+                "save it without, as safetensors"
+            )
         adapters = [name for name, module in self.named_modules() if hasattr(module, "lora_A")]
         if adapters:
             raise ValueError(
@@ -74,6 +80,9 @@ def _saving(original: Any) -> Any:
                 f"one directory holds one of them. Load the float model and quantize all of it with one."
             )
         describe(self, quantizer.quantization_config)
+        if _world_size() > 1 or kwargs.get("is_main_process") is False:
+            # Several processes write one directory together: none of them may replace it.
+            return original(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
         with replaced_directory(save_directory) as scratch:
@@ -83,6 +92,28 @@ def _saving(original: Any) -> Any:
 
     save_pretrained._requanto = True
     return save_pretrained
+
+
+def _world_size() -> int:
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _loading(original: Any) -> Any:
+    """FlashPack files fill a model past every quantizer: what was asked for would silently not happen."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("quantization_config")
+        method = getattr(config, "quant_method", None)
+        if kwargs.get("use_flashpack") and getattr(method, "value", method) == "quanto":
+            raise ValueError(
+                "use_flashpack=True loads weights as they are and cannot quantize them; load the safetensors files"
+            )
+        return original(cls, pretrained_model_name_or_path, **kwargs)
+
+    return from_pretrained
 
 
 def _unfit(name: str, module: Any) -> str:

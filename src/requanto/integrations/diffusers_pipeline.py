@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import logging
 from typing import Any
 
@@ -11,6 +12,8 @@ from requanto.config import QuantoConfig
 from requanto.integrations.conversion import as_config
 
 logger = logging.getLogger(__name__)
+
+_LIBRARIES = ("diffusers", "transformers")
 
 
 def register() -> None:
@@ -34,8 +37,9 @@ def register_pipelines() -> None:
     @functools.wraps(original)
     def check(pipe_init_dict: dict[str, Any], quant_config: Any) -> None:
         if is_ours(quant_config):
-            components = [k for k, v in pipe_init_dict.items() if isinstance(v, (list, tuple))]
-            check_names(quant_config, components)
+            components = {k: v for k, v in pipe_init_dict.items() if isinstance(v, (list, tuple))}
+            asked = check_names(quant_config, list(components))
+            _check_models({name: components[name] for name in asked})
         original(pipe_init_dict, quant_config)
 
     check._requanto = True
@@ -71,8 +75,11 @@ def is_ours(config: Any) -> bool:
     return config.quant_backend == "quanto" or any(isinstance(c, QuantoConfig) for c in mapped)
 
 
-def check_names(config: Any, components: list[str]) -> None:
+def check_names(config: Any, components: list[str]) -> list[str]:
     """Refuses names of components that do not exist.
+
+    Returns:
+        The names that the config asks for.
 
     Raises:
         ValueError: it lists those that do.
@@ -89,6 +96,17 @@ def check_names(config: Any, components: list[str]) -> None:
             f"{where} names {', '.join(map(repr, unknown))}, which the pipeline does not have. Its components: "
             f"{', '.join(sorted(components))}."
         )
+    return asked
+
+
+def _check_models(asked: dict[str, Any]) -> None:
+    """Refuses components that hold no weights, such as a scheduler: the library would pass over them in silence."""
+    import torch
+
+    for name, (library, class_name) in asked.items():
+        found = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
+        if isinstance(found, type) and not issubclass(found, torch.nn.Module):
+            raise ValueError(f"{name} is a {class_name}, which has no weights to quantize; leave it out")
 
 
 def _by_component(pipeline: Any, config: Any) -> dict[str, Any]:
@@ -143,7 +161,7 @@ def _resolving(original: Any) -> Any:
 def _check_library(config: Any, is_diffusers: bool, name: str | None) -> None:
     library = type(config).__module__.partition(".")[0]
     wanted = "diffusers" if is_diffusers else "transformers"
-    if library in ("diffusers", "transformers") and library != wanted:
+    if library in _LIBRARIES and library != wanted:
         raise TypeError(
             f"quant_mapping[{name!r}] is a {library}.{type(config).__name__}, and {name} is a model of {wanted}: use "
             f"{wanted}.{type(config).__name__}, or requanto.QuantoConfig, which serves both."
