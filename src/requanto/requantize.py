@@ -50,7 +50,7 @@ def requantize(
     source = _Source(state_dict, quantization_map)
     modules = dict(model.named_modules())
     holders = parameter_holders(model)
-    placed: list[Any] = []
+    placed: dict[int, QTensor] = {}  # by id, kept alive so that an id stays one weight's
     for name, entry in progress(list(quantization_map.items()), "loading", sum(p.numel() for p in model.parameters())):
         module, leaf = _find(modules, name)
         kind = _kind(entry, "weights", name)
@@ -60,7 +60,7 @@ def requantize(
             raise CheckpointError(f"the map quantizes {name!r} ({type(module).__name__}), which has no {leaf}")
         full = f"{name}.weight".lstrip(".") if leaf == "weight" else name
         weight = None
-        if kind is not None and any(parameter is one for one in placed):
+        if kind is not None and id(parameter) in placed:
             source.same(full, kind, parameter)  # shared with a module that came before
             weight = parameter
         elif kind is not None:
@@ -73,7 +73,7 @@ def requantize(
                 new = nn.Parameter(weight.to(device), requires_grad=False)
                 for holder, place in holders[id(parameter)]:
                     holder._parameters[place] = new
-                placed.append(new)
+                placed[id(new)] = new
             if isinstance(module, QModuleMixin):
                 module.sync_activation()
             elif activation is not None:

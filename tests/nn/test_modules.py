@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from requanto.calibrate import Calibration
 from requanto.nn import QConv2d, QLinear, QModuleMixin, register_qmodule
 from requanto.nn.registry import modules as registry
 from requanto.qtensor import QTensor
@@ -157,3 +158,20 @@ def test_a_deepcopy_quantizes_with_its_own_scales():
     assert not other.calibrated
     x = torch.randn(2, 8)
     assert not torch.equal(linear(x), other(x))
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize("static", [False, True], ids=["on the fly", "static"])
+def test_quantized_activations_compile_without_graph_breaks(kind, static):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 4))
+    x = torch.randn(5, 16)
+    quantize(model, weights="int8", activations=kind)
+    if static:
+        with torch.no_grad(), Calibration():
+            model(x)
+    freeze(model)
+    with torch.no_grad():
+        wanted = model(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), wanted)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -72,6 +71,8 @@ def save_shards(
     Returns:
         The files written.
     """
+    from huggingface_hub import split_torch_state_dict_into_shards  # there wherever models are saved
+
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     seen: dict[tuple, str] = {}

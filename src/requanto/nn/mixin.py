@@ -13,7 +13,7 @@ from requanto.optimizers import Optimizer, check_optimizer, quantize_as_quanto
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.scales import fit_group_size
-from requanto.scales.quanto import group_size_rule
+from requanto.scales.quanto import group_size_rule, symmetric_codes
 
 
 class QModuleMixin:
@@ -37,6 +37,8 @@ class QModuleMixin:
     token_dims = 1
     #: forward hands the input's scale to a product that quantizes on the way in, once the weight is frozen
     fuses_input = False
+    #: False where activations stay float, or streamlining found that what follows computes in float
+    quantizes_output = False
     #: the weight is kept [in, out], as GPT-2's Conv1D keeps it
     transposed_weight = False
 
@@ -77,6 +79,7 @@ class QModuleMixin:
         dtype = torch.float32 if weight is None else weight.dtype
         self.register_buffer("input_scale", torch.ones((), dtype=dtype, device=device))
         self.register_buffer("output_scale", torch.ones((), dtype=dtype, device=device))
+        self.quantizes_output = True
         # Plain functions, not bound methods: a copy of the module must not call the original's.
         self._quantize_hooks = {
             "input": self.register_forward_pre_hook(_quantize_input),
@@ -192,23 +195,19 @@ class QModuleMixin:
         if self.frozen and self.fuses_input:
             return input  # the product quantizes it, with the static scale or one a token
         if self.calibrated:
-            return quantize_activation(input, self.activation_qtype, self.input_scale)
+            return _quantized(input, self.activation_qtype, self.input_scale)
         return round_per_token(input, self.activation_qtype, self.token_dims)
 
     def quantize_output(self, output: torch.Tensor) -> torch.Tensor:
         """The output as the next module sees it."""
         if not self.calibrated or not self.quantizes_output or isinstance(output, QActivation):
             return output
-        return quantize_activation(output, self.activation_qtype, self.output_scale)
-
-    @property
-    def quantizes_output(self) -> bool:
-        """False once streamlining found that what follows computes in float."""
-        return self.activation_qtype is not None and "output" in self._quantize_hooks
+        return _quantized(output, self.activation_qtype, self.output_scale)
 
     def disable_output_quantization(self) -> None:
         """Outputs stay float from now on."""
         if self.quantizes_output:
+            self.quantizes_output = False
             self._quantize_hooks.pop("output").remove()
             self.output_scale = torch.ones_like(self.output_scale)
 
@@ -229,6 +228,14 @@ class QModuleMixin:
         activations = "float" if self.activation_qtype is None else self.activation_qtype.name
         base = super().extra_repr()  # type: ignore[misc]
         return f"{base}, weights={weights}, activations={activations}, frozen={self.frozen}"
+
+
+def _quantized(values: torch.Tensor, kind: qtype, scale: torch.Tensor) -> torch.Tensor:
+    """``values`` as codes; in a compiled graph as the floats they stand for, which give the next module the same codes."""
+    if not torch.compiler.is_compiling():
+        return quantize_activation(values, kind, scale)
+    rounded = scale * symmetric_codes(values, kind.dtype, scale).to(scale.dtype)
+    return values + (rounded - values).detach() if torch.is_grad_enabled() else rounded
 
 
 def _quantize_input(module: QModuleMixin, args: tuple) -> Any:

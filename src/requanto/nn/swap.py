@@ -6,6 +6,8 @@ and every attribute a user gave it survive; what changes is its class.
 
 from __future__ import annotations
 
+import weakref
+
 from torch import nn
 
 from requanto.nn.mixin import QModuleMixin
@@ -52,8 +54,6 @@ def quantize_in_place(
 
 def _point_at(handle: object, module: nn.Module) -> None:
     """Lets a hook's handle remove it from the module's merged hooks."""
-    import weakref
-
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         if handle.id in hooks:  # type: ignore[attr-defined]
             handle.hooks_dict_ref = weakref.ref(hooks)  # type: ignore[attr-defined]

@@ -99,6 +99,7 @@ class QModuleMixin(native.QModuleMixin):
 
     def disable_output_quantization(self) -> None:
         if self.quantizes_output:
+            self.quantizes_output = False
             self._quantize_hooks.pop("output").remove()
 
     def settle_scales(self) -> None:
