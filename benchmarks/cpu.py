@@ -216,13 +216,14 @@ def main() -> None:
     if options.worker:
         worker(options.worker, tuple(options.shape), options.seconds)
         return
-    rows = []
-    for shape in SHAPES:
-        for library in LIBRARIES if options.peers else ("requanto",):
+    rows: list[dict[str, Any]] = []
+    for library in LIBRARIES if options.peers else ("requanto",):
+        for shape in SHAPES:
             python = sys.executable if library == "requanto" else options.peers_python
             rows += run(python, library, shape, options)
+            # After each, so that an interrupted run keeps what it has.
+            write(RESULTS / f"cpu_{options.threads}threads.json", {"goals": GOALS, "rows_of_x": ROWS, "results": rows})
     show(rows)
-    write(RESULTS / f"cpu_{options.threads}threads.json", {"goals": GOALS, "rows_of_x": ROWS, "results": rows})
     if options.plot:
         plot(rows, RESULTS.parent.parent / "docs" / "images" / "cpu_speed.png")
 
