@@ -102,12 +102,19 @@ def _pairs(items: list[str]) -> dict[str, str | None]:
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A directory that save_pretrained wrote, quantized or float.")],
     all_layers: Annotated[bool, typer.Option("--all", help="A line for every weight, norms and biases too.")] = False,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="What a rank holds and sends instead, e.g. tp=8 or tp=8,fsdp=2. Also for 8B, 70B, 405B."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show type, shape and bytes of each weight; for a float model, what each type would save. Reads headers only."""
     from requanto.report.inspect import inspect_directory
 
     with _reported():
+        if parallel is not None:
+            _inspect_parallel(str(directory), parallel, as_json)
+            return
         report = inspect_directory(directory)
         if as_json:
             print(report.to_json())
@@ -127,6 +134,30 @@ def inspect(
         )
         for kind, size in report.would_take.items():
             console.print(f"  in {kind:<7} it would take {_size(size)} ({size / report.total_bytes:.0%})")
+
+
+def _inspect_parallel(model: str, parallel: str, as_json: bool) -> None:
+    from requanto.config import QuantoConfig
+    from requanto.report.convert import meta_model
+    from requanto.report.inspect import COMPARED
+    from requanto.report.parallel import parallel_report, parse_parallel
+
+    split = parse_parallel(parallel)
+    built, stored = meta_model(model)
+    configs = {"float": None} | {kind: QuantoConfig(weights=kind) for kind in COMPARED}
+    if stored is not None:
+        configs = {stored.weights: stored}
+    reports = {kind: parallel_report(built, config, **split) for kind, config in configs.items()}
+    if as_json:
+        print(json.dumps({kind: {**asdict(report), "total": report.total} for kind, report in reports.items()}))
+        return
+    table = Table(title=f"{model}, {parallel}: one rank")
+    for column in ("type", "weights", "of which float", "gathered", "cache / token", "sends / token", "sends / step"):
+        table.add_column(column, justify="left" if column == "type" else "right")
+    for kind, r in reports.items():
+        sizes = (r.total, r.floats, r.gathered, r.cache_per_token, r.sent_per_token, r.sent_per_step)
+        table.add_row(kind, *map(_size, sizes))
+    console.print(table)
 
 
 @app.command(name="eval")

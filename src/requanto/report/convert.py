@@ -69,6 +69,36 @@ def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | 
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
 
+def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
+    """(the model on the meta device, its quantization config): shapes without weights.
+
+    Args:
+        model: a directory, or ``"8B"``, ``"70B"``, ``"405B"``: a Llama of that size.
+
+    Raises:
+        ValueError: a Diffusers model, which Transformers' tensor parallelism does not know.
+    """
+    import torch
+
+    from requanto.report.parallel import LLAMA_SHAPES, llama
+
+    if str(model) in LLAMA_SHAPES:
+        return llama(str(model)), None
+    source = local_directory(model)
+    description = _description(source)
+    if "_class_name" in description:
+        raise ValueError(f"{model} is a Diffusers model; --parallel is computed for Transformers models")
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        built = _class_of(source, description)._from_config(config, dtype=getattr(config, "dtype", None))
+    return built, QuantoConfig.from_dict(stored) if stored is not None else None
+
+
 def _description(source: Path) -> dict[str, Any]:
     path = source / "config.json"
     if not path.is_file():
