@@ -35,7 +35,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 gpu-check:
-	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu
+	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels tests/linear
 	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py
 	PYTHONPATH=src:kernels $(PY) benchmarks/models.py
 
