@@ -19,6 +19,7 @@ import requanto
 from requanto.checkpoint.format import CheckpointError, table_of
 from requanto.integrations.conversion import true_bytes
 from requanto.quantize import freeze, quantize
+from requanto.report.inspect import inspect_directory
 
 TINY_FLUX = TINY["flux"]
 FLUX = TINY_FLUX.cls
@@ -140,6 +141,13 @@ def test_memory_footprint_is_what_is_held(folder: Path) -> None:
     assert model.get_memory_footprint(return_buffers=False) == held
     plain = _load(folder / "float")
     assert plain.get_memory_footprint() == sum(p.nbytes for p in plain.parameters()) + buffers
+
+
+def test_inspect_shows_what_stayed_float(folder: Path) -> None:
+    kinds = {weight.name: weight.dtype for weight in inspect_directory(folder / "int8").weights}
+    assert kinds["transformer_blocks.0.attn.to_q.weight"] == "int8"
+    assert kinds["proj_out.weight"] not in ("int8", "int4")
+    assert inspect_directory(folder / "int8").total_bytes <= _load(folder / "int8").get_memory_footprint()
 
 
 def test_single_file_on_the_fly(folder: Path) -> None:

@@ -109,3 +109,17 @@ def test_delicate_layers_stay_float_unless_asked_for(name: str, tmp_path: Path) 
     # Wan itself keeps its time embedder in float32.
     assert kinds(default_skips=False) == dict.fromkeys((*skipped, block), True)
     assert kinds(modules={skipped[0]: "int4"})[skipped[0]]
+
+
+def test_what_a_model_keeps_in_float32_stays_so(tmp_path: Path) -> None:
+    """Wan's time embedder, even where nothing is skipped by default and everything else is bfloat16."""
+    tiny = TINY["wan"]
+    tiny.make().save_pretrained(tmp_path / "float")
+    config = requanto.QuantoConfig(weights="int8", default_skips=False)
+    model = tiny.cls.from_pretrained(tmp_path / "float", torch_dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(tmp_path / "int8")
+    for loaded in (model, tiny.cls.from_pretrained(tmp_path / "int8", torch_dtype=torch.bfloat16)):
+        kept = loaded.condition_embedder.time_embedder.linear_1.weight
+        assert not isinstance(kept, requanto.QTensor)
+        assert kept.dtype == torch.float32
+        assert isinstance(loaded.condition_embedder.time_proj.weight, requanto.QTensor)
