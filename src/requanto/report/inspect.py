@@ -206,6 +206,7 @@ def _quantized_bytes(weight: WeightReport, kind_name: str) -> int:
         "axis": len(weight.shape) - 2,
         "affine": kind.bits <= qint4.bits,
         "transposed": False,
+        "rank": 0,
     }
     scale_bytes = 4 if group is None or weight.bits > 16 else 2
     sizes = {part: shape.numel() for part, (shape, _dtypes) in expected_parts(spec).items()}
