@@ -31,18 +31,24 @@ def stored_keys(files: Iterable[str | Path]) -> set[str]:
 
 
 def check_files(tensors: dict[str, str], files: Iterable[str | Path]) -> None:
-    """Refuses files that hold fewer quantized weights than the config describes.
+    """Refuses files that hold fewer quantized weights than the config describes, or more.
 
     Names may differ by a library's renamings, so their number decides when they do.
 
     Raises:
-        CheckpointError: a file is damaged, or weights are missing.
+        CheckpointError: a file is damaged, or weights are missing or not described.
     """
     files = [str(f) for f in files if str(f).endswith(".safetensors")]
     if not files:
         return
     stored = {key.removesuffix("_qdata") for key in stored_keys(files) if key.endswith("_qdata")}
     missing = [name for name in tensors if name not in stored]
+    unknown = sorted(name for name in stored if name not in tensors)
+    if unknown and len(stored) > len(tensors):
+        raise CheckpointError(
+            f"the files hold {len(stored)} quantized weights, of which quantization_config.tensors does not describe "
+            f"{len(stored) - len(tensors)}, e.g. {unknown[0]}; restore the config.json that was saved with these files"
+        )
     if missing and len(stored) < len(tensors):
         raise CheckpointError(
             f"{len(tensors) - len(stored)} of {len(tensors)} quantized weights are not in the files, e.g. "
