@@ -8,11 +8,14 @@ from typing import Any
 
 from requanto.config import QuantoConfig
 
+_MARK = "<!-- Written anew at every save: delete this line to keep a text of your own. -->"
+
 _TEXT = """\
 ---
 library_name: {library}
 tags: [requanto, quanto, quantized]
 ---
+{mark}
 
 # {title}, quantized with Requanto
 
@@ -34,15 +37,20 @@ back, which saves and loads without Requanto.
 """
 
 
-def write_readme(directory: Path, model: Any, config: QuantoConfig, library: str = "transformers") -> None:
-    """Writes ``README.md`` unless the directory has one."""
+def write_readme(
+    directory: Path, model: Any, config: QuantoConfig, library: str = "transformers", replaces: Path | None = None
+) -> None:
+    """Writes ``README.md``, unless the directory, or the one it ``replaces``, has one that is not ours."""
     path = directory / "README.md"
-    if path.exists():
+    earlier = path if replaces is None else replaces / "README.md"
+    if path.exists() or (earlier.is_file() and _MARK not in earlier.read_text(encoding="utf-8", errors="replace")):
         return
     counts = Counter(text.split()[0].removeprefix("q") for text in config.tensors.values())
     listed = ", ".join(f"{count} weights in {name}" for name, count in counts.most_common())
     title = type(model).__name__
     path.write_text(
-        _TEXT.format(library=library, title=title, model_class=title, counts=f"{listed}; the rest is float."),
+        _TEXT.format(
+            library=library, title=title, mark=_MARK, model_class=title, counts=f"{listed}; the rest is float."
+        ),
         encoding="utf-8",
     )

@@ -87,7 +87,9 @@ def _saving(original: Any) -> Any:
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
         with replaced_directory(save_directory) as scratch:
             result = original(self, scratch, *args, **kwargs)
-            write_readme(scratch, self, quantizer.quantization_config, library="diffusers")
+            write_readme(
+                scratch, self, quantizer.quantization_config, library="diffusers", replaces=Path(save_directory)
+            )
         return result
 
     save_pretrained._requanto = True
