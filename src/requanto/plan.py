@@ -109,9 +109,9 @@ def is_router(modules: dict[str, nn.Module], name: str) -> bool:
     """Whether a module chooses experts: a gate or router beside them. Its errors change which weights are used at all."""
     parent, _, leaf = name.rpartition(".")
     beside = modules[parent].named_children() if parent in modules else ()
-    return ("router" in leaf or leaf.endswith("gate")) and any("expert" in child for child, _ in beside if child != leaf)
-
-
+    return ("router" in leaf or leaf.endswith("gate")) and any(
+        "expert" in child for child, _ in beside if child != leaf
+    )
 
 
 def plan(
