@@ -7,10 +7,8 @@ REGISTER_COMMANDS``.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from typing import Any
-
-from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # type: ignore[import-not-found]
 
 #: task -> Transformers' auto class
 TASKS = {
@@ -26,55 +24,62 @@ TASKS = {
 }
 
 
-class QuantizeCommand(BaseOptimumCLICommand):
-    """Quantizes a Transformers model into a core directory."""
+def parse_args(parser: ArgumentParser) -> None:
+    """Adds the arguments of ``quantize``, named as optimum-quanto's."""
+    required = parser.add_argument_group("Required arguments")
+    required.add_argument("output", help="The path to save the quantized model.")
+    required.add_argument("-m", "--model", required=True, help="Hub model id, or path to a local model.")
+    required.add_argument("--weights", default="int8", choices=["int2", "int4", "int8", "float8"], help="Type.")
+    optional = parser.add_argument_group("Optional arguments")
+    optional.add_argument("--revision", default=None, help="The model's revision on the hub.")
+    optional.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
+    optional.add_argument("--library", default=None, choices=["transformers"], help="The library to load it with.")
+    optional.add_argument("--task", default=None, choices=sorted(TASKS), help="Default: what the config says.")
+    optional.add_argument("--torch_dtype", default="auto", choices=["auto", "fp16", "bf16"], help="dtype to load in.")
+    optional.add_argument("--device", default="cpu", help="The device to load the model on.")
 
-    COMMAND = CommandInfo(name="quantize", help="Quantize Hugging Face models.")
 
-    @staticmethod
-    def parse_args(parser: ArgumentParser) -> None:
-        required = parser.add_argument_group("Required arguments")
-        required.add_argument("output", help="The path to save the quantized model.")
-        required.add_argument("-m", "--model", required=True, help="Hub model id, or path to a local model.")
-        required.add_argument("--weights", default="int8", choices=["int2", "int4", "int8", "float8"], help="Type.")
-        optional = parser.add_argument_group("Optional arguments")
-        optional.add_argument("--revision", default=None, help="The model's revision on the hub.")
-        optional.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
-        optional.add_argument("--library", default=None, choices=["transformers"], help="The library to load it with.")
-        optional.add_argument("--task", default=None, choices=sorted(TASKS), help="Default: what the config says.")
-        optional.add_argument(
-            "--torch_dtype", default="auto", choices=["auto", "fp16", "bf16"], help="dtype to load in."
+def run(args: Namespace) -> None:
+    """Loads a model, quantizes it and writes a core directory."""
+    import torch
+    import transformers
+
+    from requanto.integrations.optimum_quanto.models import QuantizedTransformersModel
+
+    hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+    if args.task is not None:
+        loader = getattr(transformers, TASKS[args.task])
+    else:
+        named = (transformers.AutoConfig.from_pretrained(args.model, **hub).architectures or [""])[0]
+        loader = getattr(transformers, named, None)
+        if loader is None:
+            raise ValueError(f"{args.model} names no Transformers class (found {named!r}): say which with --task")
+    dtype = {"auto": "auto", "fp16": torch.float16, "bf16": torch.bfloat16}[args.torch_dtype]
+    model = loader.from_pretrained(args.model, dtype=dtype, **hub).to(args.device)
+    QuantizedTransformersModel.quantize(model, weights=args.weights).save_pretrained(args.output)
+
+
+def commands() -> list[type]:
+    """The group of commands, as classes of the installed optimum."""
+    from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # type: ignore[import-not-found]
+
+    class QuantizeCommand(BaseOptimumCLICommand):
+        COMMAND = CommandInfo(name="quantize", help="Quantize Hugging Face models.")
+        parse_args = staticmethod(parse_args)
+
+        def run(self) -> None:
+            run(self.args)
+
+    class QuantoCommand(BaseOptimumCLICommand):
+        COMMAND = CommandInfo(name="quanto", help="Hugging Face models quantization tools")
+        SUBCOMMANDS = (
+            CommandInfo(name="quantize", help="Quantize Hugging Face models.", subcommand_class=QuantizeCommand),
         )
-        optional.add_argument("--device", default="cpu", help="The device to load the model on.")
 
-    def run(self) -> None:
-        import torch
-        import transformers
-
-        from requanto.integrations.optimum_quanto.models import QuantizedTransformersModel
-
-        args = self.args
-        hub = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-        loader: Any = None
-        if args.task is not None:
-            loader = getattr(transformers, TASKS[args.task])
-        else:
-            named = transformers.AutoConfig.from_pretrained(args.model, **hub).architectures or [None]
-            loader = getattr(transformers, named[0] or "", None)
-            if loader is None:
-                raise ValueError(f"{args.model} names no Transformers class ({named[0]}): say which with --task")
-        dtype = {"auto": "auto", "fp16": torch.float16, "bf16": torch.bfloat16}[args.torch_dtype]
-        model = loader.from_pretrained(args.model, dtype=dtype, **hub).to(args.device)
-        QuantizedTransformersModel.quantize(model, weights=args.weights).save_pretrained(args.output)
+    return [QuantoCommand]
 
 
-class QuantoCommand(BaseOptimumCLICommand):
-    """The group of commands."""
-
-    COMMAND = CommandInfo(name="quanto", help="Hugging Face models quantization tools")
-    SUBCOMMANDS = (
-        CommandInfo(name="quantize", help="Quantize Hugging Face models.", subcommand_class=QuantizeCommand),
-    )
-
-
-REGISTER_COMMANDS = [QuantoCommand]
+def __getattr__(name: str) -> Any:
+    if name == "REGISTER_COMMANDS":  # made when optimum's command line asks for it: only then is optimum needed
+        return commands()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
