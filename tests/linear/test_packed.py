@@ -94,7 +94,7 @@ def test_a_handle_of_a_freed_form_is_an_error(packed):
     handle = module.weight.packed.handle.clone()
     _ = module.weight.qdata
     with pytest.raises(RuntimeError, match="is gone"):
-        find(handle)
+        find(handle, module.weight.qtype.bits)
 
 
 def test_layers_are_packed_at_first_use(layer, monkeypatch):
