@@ -78,8 +78,8 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 
 
-def find(handle: torch.Tensor, bits: int) -> Packed:
-    """The packed form behind a handle. bits: of the codes.
+def find(handle: torch.Tensor, bits: int = 8) -> Packed:
+    """The packed form behind a handle. bits: of the codes; forms that are their own handle need it.
 
     Raises:
         RuntimeError: it is gone: the weight was freed, or made plain, after the handle was read.
