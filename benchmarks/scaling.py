@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--weights", nargs="+", default=["int4", "int8"])
+    parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -87,7 +88,7 @@ def main() -> None:
         make_model(directory, arguments.hidden, arguments.layers)
         arguments.model = directory
         for weights in arguments.weights:
-            for mode in ("ddp", "fsdp2"):
+            for mode in arguments.modes:
                 for world in arguments.ranks:
                     with socket.socket() as free:
                         free.bind(("127.0.0.1", 0))

@@ -77,7 +77,7 @@ def assert_same_gradients(model: nn.Module, inputs: dict) -> None:
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in found.items():
         # A gradient that is zero in theory (the bias of keys) is all rounding.
-        assert (gradient - expected[name]).norm() < 1e-4 * max(expected[name].norm(), 1e-4 * largest), name
+        assert (gradient - expected[name]).norm() < 1e-4 * max(expected[name].norm(), 1e-2 * largest), name
 
 
 @pytest.mark.parametrize("weights", DTYPES)
@@ -238,6 +238,48 @@ def test_bfloat16_merge_is_within_its_rounding(directories):
     inputs = TINY["llama"].inputs()
     before = output(model, inputs)
     assert relative(output(model.merge_and_unload(), inputs), before) < 2e-2
+
+
+class Convolutions(nn.Module):
+    """Two quantized convolutions."""
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+        for layer in (self.one, self.two):
+            layer.weight = nn.Parameter(QTensor.quantize(layer.weight, weights), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Image to image."""
+        return self.two(self.one(x).relu())
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("dora", [False, True])
+def test_convolutions_merge(weights, dora):
+    model = with_adapter(Convolutions(weights), target_modules=["one", "two"], use_dora=dora).eval()
+    image = torch.randn(1, 8, 6, 6)
+    before, bits = model(image).detach(), copy.deepcopy(model.state_dict())
+    with model.disable_adapter():
+        assert relative(model(image).detach(), before) > 1e-2
+    model.merge_adapter()
+    assert relative(model(image).detach(), before) < 1e-5
+    model.unmerge_adapter()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, bits[key]), key
+
+
+def test_a_tied_weight_merges_once_for_both_names(directories):
+    base = quantized(directories("llama-tied"), "llama-tied", "int4", embeddings=True, lm_head=True)
+    weight = base.get_input_embeddings().weight
+    model = with_adapter(base, target_modules=["embed_tokens", "q_proj"])
+    plain = weight.dequantize()
+    model.merge_adapter()
+    assert weight.rank == 4
+    assert base.get_output_embeddings().weight is weight
+    model.unmerge_adapter()
+    assert torch.equal(weight.dequantize(), plain)
 
 
 def test_what_is_not_right_is_refused(directories, tmp_path):

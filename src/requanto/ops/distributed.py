@@ -72,7 +72,9 @@ def fsdp_post_all_gather(
 ) -> Any:
     """FSDP2 hands over what was gathered: the whole weight, on codes."""
     names, shared, size = metadata
-    parts = dict(zip(names, outputs, strict=True))
+    parts = dict(zip(names, outputs, strict=False))
+    # With a single process torch hands over the first tensor only; the shard is the whole weight then.
+    parts |= {name: getattr(self, name) for name in names[len(outputs) :] if self.shape == size}
     if shared is not None:
         parts["down"] = shared
     if out is not None:  # the same memory as the first time, filled again
