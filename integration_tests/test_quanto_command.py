@@ -42,8 +42,9 @@ def test_optimum_finds_the_command_in_its_name_space(tmp_path):
     place.mkdir(parents=True)
     line = "from requanto.integrations.optimum_quanto.command import REGISTER_COMMANDS\n"
     (place / "register_requanto.py").write_text(line)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "quanto", "quantize", "--help"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=120, env=environment,
     )  # fmt: skip
     assert "--trust_remote_code" in done.stdout, done.stderr[-2000:]
