@@ -57,7 +57,7 @@ def test_a_shared_weight_in_two_types_is_refused():
     a, b = nn.Linear(8, 8), nn.Linear(8, 8)
     b.weight = a.weight
     model = quantize(nn.Sequential(a, b), weights="int8", modules={"1": "int4"})
-    with pytest.raises(ValueError, match="shared by '0'.*'1'"):
+    with pytest.raises(ValueError, match=r"shared by '0'.*'1'"):
         freeze(model)
 
 
