@@ -39,6 +39,7 @@ from requanto.qtypes import qfloat8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e
 from requanto.quantize import freeze, quantization_map, quantize, quantize_module
 from requanto.report.inspect import inspect_directory, inspect_model
 from requanto.requantize import requantize
+from requanto.settings import settings
 
 __version__ = "0.1.0"
 
@@ -93,6 +94,7 @@ __all__ = [
     "quantize_module",
     "register_qmodule",
     "requantize",
+    "settings",
 ]
 
 
