@@ -10,6 +10,8 @@ from requanto import QTensor, QuantoConfig
 
 # How far the answer may be from that of the float model, whose weights are drawn large: errors are those of real models.
 CLOSE = {"int8": 0.06, "float8": 0.25, "int4": 0.6, "int2": 1.5}
+# ... and of each weight: of a normal distribution, step / sqrt(12) with the steps that its range in a group makes.
+WEIGHT_ERROR = {"int8": 0.012, "float8": 0.04, "int4": 0.13, "int2": 0.55}
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +36,6 @@ def relative(found, wanted):
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
-def float_values(directory, name):
-    """The float model's own parameters by name."""
-    return dict(TINY[name].auto.from_pretrained(directory).named_parameters())
-
-
 @pytest.mark.parametrize("weights", CLOSE)
 @pytest.mark.parametrize("name", TINY)
 def test_quantized_on_loading_saved_and_loaded_again(name, weights, saved, tmp_path):
@@ -48,15 +45,23 @@ def test_quantized_on_loading_saved_and_loaded_again(name, weights, saved, tmp_p
     kinds = {p.qtype.name for p in model.parameters() if isinstance(p, QTensor)}
     assert kinds == {"qfloat8_e4m3fn" if weights == "float8" else f"q{weights}"}
     assert out.isfinite().all()
-    # The product is right: the same model with the float weights that the codes stand for.
+    # The codes are right: each weight is near the float model's of the same name.
     plain = tiny.build()
+    for key, parameter in plain.named_parameters():
+        mine = model.get_parameter(key)
+        if isinstance(mine, QTensor):
+            assert relative(mine.dequantize(), parameter.detach()) <= WEIGHT_ERROR[weights], key
+        else:
+            assert torch.equal(mine, parameter), key
+    # The product is right: the same model with the float weights that the codes stand for.
     with torch.no_grad():
         ours = dict(model.named_parameters())
         for key, parameter in plain.named_parameters():
             parameter.copy_(ours[key].dequantize() if isinstance(ours[key], QTensor) else ours[key])
     torch.testing.assert_close(out, output(plain, tiny.inputs()), rtol=2e-4, atol=2e-4)
-    # The codes are right: not far from the float model.
-    assert relative(out, output(tiny.build(), tiny.inputs())) <= CLOSE[weights]
+    # Together they are not far from the float model; a mixture of random experts may have chosen others.
+    if name not in MIXTURES:
+        assert relative(out, output(tiny.build(), tiny.inputs())) <= CLOSE[weights]
 
     model.save_pretrained(tmp_path / "one")
     again = tiny.auto.from_pretrained(tmp_path / "one").eval()
@@ -125,7 +130,8 @@ def test_half_precision(name, weights, dtype, saved, tmp_path):
     assert out.dtype == dtype
     full = quantized(name, saved(name), weights)
     # bf16 weights give other codes at rounding borders: close to the float32 model is what can be asked
-    assert relative(out.float(), output(full, tiny.inputs())) <= {"int2": 0.6, "int4": 0.2}.get(weights, 0.15)
+    if name not in MIXTURES:  # see above
+        assert relative(out.float(), output(full, tiny.inputs())) <= {"int2": 0.6, "int4": 0.2}.get(weights, 0.15)
     model.save_pretrained(tmp_path)
     again = tiny.auto.from_pretrained(tmp_path).eval()
     assert again.dtype == dtype
