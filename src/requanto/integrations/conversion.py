@@ -58,3 +58,10 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 def has_quantized(model: nn.Module) -> bool:
     """True if any parameter is a QTensor."""
     return any(isinstance(parameter, QTensor) for parameter in model.parameters())
+
+
+def world_size() -> int:
+    """Processes that work on this model together: 1 outside torch.distributed."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

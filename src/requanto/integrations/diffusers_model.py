@@ -14,7 +14,7 @@ from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
 from requanto.config import QuantoConfig
-from requanto.integrations.conversion import has_quantized, true_bytes
+from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 
 
 def register() -> None:
@@ -80,7 +80,7 @@ def _saving(original: Any) -> Any:
                 f"one directory holds one of them. Load the float model and quantize all of it with one."
             )
         describe(self, quantizer.quantization_config)
-        if _world_size() > 1 or kwargs.get("is_main_process") is False:
+        if world_size() > 1 or kwargs.get("is_main_process") is False:
             # Several processes write one directory together: none of them may replace it.
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
@@ -94,12 +94,6 @@ def _saving(original: Any) -> Any:
 
     save_pretrained._requanto = True
     return save_pretrained
-
-
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _loading(original: Any) -> Any:

@@ -6,6 +6,7 @@ one of ours, the stored parts of each weight become a QTensor. The model's modul
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -49,7 +50,8 @@ class RequantoHfQuantizer(HfQuantizer):
     quantization_config: QuantoConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        super().__init__(as_config(quantization_config), **kwargs)
+        # A copy: the table of this model's weights must not appear in the config that the user may use again.
+        super().__init__(copy.deepcopy(as_config(quantization_config)), **kwargs)
         self.planned: dict[str, PlannedWeight] = {}
         #: what went wrong with single weights while loading: the library would bury it in a report
         self.problems: dict[str, Exception] = {}

@@ -11,7 +11,7 @@ from typing import Any
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
-from requanto.integrations.conversion import has_quantized, true_bytes
+from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def _saving(original: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
         ours = type(quantizer).__module__.startswith("requanto.") and has_quantized(self)
         adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not ours or adapter or _world_size() > 1:
+        if not ours or adapter or world_size() > 1:
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
@@ -60,9 +60,3 @@ def _saving(original: Any) -> Any:
 
     save_pretrained._requanto = True
     return save_pretrained
-
-
-def _world_size() -> int:
-    import torch.distributed as dist
-
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
