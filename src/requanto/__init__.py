@@ -100,9 +100,15 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _WRAPPERS:
+        from requanto.integrations.optimum_quanto import models
+
+        return getattr(models, name)
+    if not name.startswith("_"):
+        # What is left of optimum-quanto's public names: tensor classes and helpers.
         from requanto.integrations import optimum_quanto
 
-        return getattr(optimum_quanto, name)
+        if name in optimum_quanto.__all__:
+            return getattr(optimum_quanto, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
