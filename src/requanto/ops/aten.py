@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -255,11 +256,21 @@ def _split(func: Any, args: tuple, kwargs: dict) -> list[QTensor]:
     return parts
 
 
+def _called_by_fsdp() -> bool:
+    """True if FSDP2's own code asked; anyone else who flattens a quantized weight is told that it cannot be."""
+    frame, depth = sys._getframe(1), 0
+    while frame is not None and depth < 10:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.fsdp."):
+            return True
+        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return False
+
+
 @implements_aten(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor, size = args[0], list(args[1])
-    if size in ([-1], [tensor.numel()]):
-        # FSDP2 and DDP keep a flat handle of what they hold, and never look into one whose type gathers itself.
+    if size == [-1] and _called_by_fsdp():
+        # FSDP2 keeps a flat handle of each shard, and never looks into one whose type gathers itself.
         size = list(tensor.shape)
     if -1 in size:
         rest = -torch.Size(size).numel()
