@@ -68,5 +68,5 @@ def install() -> None:
         return
     sys.meta_path.insert(0, _AfterImport())
     for name in HOOKS:
-        if name in sys.modules:
+        if sys.modules.get(name) is not None:  # None: an import that someone forbade
             _run(name)
