@@ -63,6 +63,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_first():
     """A circle of imports shows only in some orders: each module comes first once, in a process forked before any other."""
     code = (
