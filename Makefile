@@ -28,7 +28,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest tests integration_tests -m "not gpu" -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests integration_tests -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
