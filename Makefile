@@ -7,6 +7,7 @@
 #   PYTHON  the interpreter that makes .venv (at least 3.11)
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
 #   PY      the interpreter of gpu-check
+#   WORKERS processes that share the tests of `make test`, a file at a time; 0: this one
 #   ARGS    further arguments, to pytest in `make test`, to the program in `make quickstart`
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ PY ?= python3
 # The CPU build of exactly this version is what the tests were run with; where pip finds it is up to pip's configuration.
 TORCH ?= torch==2.13.0
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest tests integration_tests -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
