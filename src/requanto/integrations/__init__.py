@@ -30,11 +30,16 @@ HOOKS: dict[str, tuple[str, str]] = {
 }
 
 
+#: our module -> its functions that are due as soon as it is there: it was imported first, and imported its library itself
+_due: dict[str, list[str]] = {}
+_EDGES = frozenset(ours for ours, _ in HOOKS.values())
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the hooked modules where the ordinary finders do, and calls the hook after they ran."""
+    """Finds the hooked modules and ours where the ordinary finders do, and calls the hooks after they ran."""
 
     def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None):  # type: ignore[no-untyped-def]
-        if fullname not in HOOKS:
+        if fullname not in HOOKS and fullname not in _EDGES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:
@@ -54,12 +59,19 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._inner.exec_module(module)
-        _run(module.__name__)
+        if module.__name__ in HOOKS:
+            _run(module.__name__)
+        for function in _due.pop(module.__name__, ()):
+            getattr(module, function)()
 
 
 def _run(library_module: str) -> None:
     ours, function = HOOKS[library_module]
-    getattr(importlib.import_module(ours), function)()
+    module = importlib.import_module(ours)
+    if hasattr(module, function):
+        getattr(module, function)()
+    else:  # half imported: it is what imports the library
+        _due.setdefault(ours, []).append(function)
 
 
 def install() -> None:
