@@ -59,6 +59,11 @@ def contents(directory):
 # ------------------------------------------------------------------ damaged checkpoints
 
 
+def test_a_config_that_is_switched_off_leaves_no_random_weights(quantized_dir):
+    with pytest.raises(ValueError, match=r"hold quantized weights \(.*_qdata and \d+ more\).*quantization_config out"):
+        load(quantized_dir, quantization_config=None)
+
+
 def test_a_missing_shard(quantized_dir):
     shard = sorted(quantized_dir.glob("*.safetensors"))[1]
     shard.unlink()

@@ -1,4 +1,4 @@
-"""Two methods of Transformers' PreTrainedModel that must know about quantized weights: its size, and saving."""
+"""Methods of Transformers' PreTrainedModel that must know about quantized weights: its size, saving, and unread codes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
@@ -30,6 +31,25 @@ def register() -> None:
     reading_quanto(PreTrainedModel)
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _footprint(PreTrainedModel.get_memory_footprint)
+    PreTrainedModel._finalize_model_loading = staticmethod(_checked(PreTrainedModel._finalize_model_loading))
+
+
+def _checked(original: Any) -> Any:
+    """An explicit ``quantization_config=None`` drops what config.json says: the model would run on random weights."""
+
+    @functools.wraps(original)
+    def finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        unread = sorted(key for key in loading_info.unexpected_keys if key.endswith("_qdata"))
+        unread = [key for key in unread if key.removesuffix("_qdata") in loading_info.missing_keys]
+        if unread:
+            raise CheckpointError(
+                f"the files hold quantized weights ({unread[0]} and {len(unread) - 1} more), but the config says nothing "
+                f"of them, so {type(model).__name__} would keep random ones. Leave quantization_config out instead of "
+                f"passing None, and keep the quantization_config in config.json that was saved with the files."
+            )
+        return original(model, load_config, loading_info)
+
+    return finalize_model_loading
 
 
 def _footprint(original: Any) -> Any:
