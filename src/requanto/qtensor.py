@@ -15,7 +15,8 @@ rounding the sum back to few bits would erase most of it (`requanto.lowrank`).
 ``transposed`` tensor is seen with its last two axes swapped, the stored form being the same; GPT-2's ``Conv1D``, whose
 weight is [in, out], is stored so.
 
-What may be done with a QTensor is what `requanto.ops` implements; any other aten operator raises and names itself.
+How it is kept, copied and pickled is `requanto.stored`. What may be done with a QTensor is what `requanto.ops`
+implements; any other aten operator raises and names itself.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from typing import Any
 
 import torch
 
-from requanto.layout import LOCK, Packed, find, is_fake, is_handle
+from requanto.layout import find, is_fake, is_handle
 from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.weights import ScaleSearch, minmax
+from requanto.stored import Stored
 
 
-class QTensor(torch.Tensor):
+class QTensor(Stored, torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Attributes:
@@ -42,18 +44,6 @@ class QTensor(torch.Tensor):
         transposed: the last two axes are seen swapped.
         activation: type that inputs are quantized to, per token, on the way into a product; None: they stay float.
     """
-
-    tensor_data_names = ("qdata", "scale", "shift", "up", "down")
-
-    scale: torch.Tensor
-    shift: torch.Tensor | None
-    up: torch.Tensor | None
-    down: torch.Tensor | None
-    qtype: qtype
-    axis: int
-    group_size: int | None
-    transposed: bool
-    activation: qtype | None
 
     @staticmethod
     def __new__(
@@ -228,162 +218,6 @@ class QTensor(torch.Tensor):
         """The same codes without the low-rank term."""
         return self.replace(self.operand, self.scale, self.shift, up=None, down=None) if self.rank else self
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are really held."""
-        codes = self._qdata if self._packed is None else self._packed
-        others = (getattr(self, name) for name in self.tensor_data_names[1:])
-        return codes.nbytes + sum(t.nbytes for t in others if t is not None)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits a weight costs, scales and shifts counted."""
-        return self.nbytes * 8 / max(1, self.numel())
-
-    # ------------------------------------------------------------------ stored and packed form (requanto.layout)
-
-    @property
-    def qdata(self) -> torch.Tensor:
-        """The stored codes. Reading them makes a packed tensor plain again."""
-        if self._packed is not None:
-            with LOCK:
-                if self._packed is not None:
-                    if self._packed.pinned:
-                        return self._packed.plain()
-                    self.qdata = self._packed.plain()
-        return self._qdata
-
-    @qdata.setter
-    def qdata(self, value: torch.Tensor) -> None:
-        self._qdata, self._packed = value, None
-
-    @property
-    def operand(self) -> torch.Tensor:
-        """What operators get for the codes: the packed form where they take it, else the stored one."""
-        return self._qdata if self._packed is not None and self._packed.travels else self.qdata
-
-    @property
-    def packed(self) -> Packed | None:
-        """The form a kernel runs on, where it replaces the stored codes."""
-        return self._packed
-
-    def pack(self, packed: Packed) -> None:
-        """Replaces the stored codes by their packed form."""
-        # Readers look at _packed first: it must not name a form whose handle is not there yet, nor the reverse.
-        with LOCK:
-            self._qdata, self._packed = packed.handle, packed
-
-    # ------------------------------------------------------------------ flattening
-
-    def inner_tensors(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by name; no shift where there is none."""
-        found = {name: getattr(self, name) for name in self.tensor_data_names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def spec(self) -> dict[str, Any]:
-        """Everything but the tensors that rebuilding needs, as JSON holds it (`requanto.checkpoint.format`)."""
-        return {
-            "qtype": self.qtype.name,
-            "shape": list(self.shape),
-            "axis": self.axis,
-            "group_size": self.group_size,
-            "affine": self.shift is not None,
-            "transposed": self.transposed,
-            "activation": None if self.activation is None else self.activation.name,
-            "rank": self.rank,
-        }
-
-    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        activation = None if self.activation is None else self.activation.name
-        context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype, activation)
-        # The raw codes: torch.compile takes packed forms by their handles.
-        held = [name for name in self.tensor_data_names[1:] if getattr(self, name) is not None]
-        return ["_qdata", *held], context
-
-    @classmethod
-    def __tensor_unflatten__(
-        cls, inner: dict[str, torch.Tensor], context: tuple, outer_size: Any, _stride: Any
-    ) -> QTensor:
-        name, axis, group_size, transposed, dtype, activation = context
-        return cls(
-            inner["_qdata"],
-            inner["scale"],
-            inner.get("shift"),
-            qtype=qtypes[name],
-            shape=outer_size,
-            dtype=dtype,
-            axis=axis,
-            group_size=group_size,
-            transposed=transposed,
-            activation=None if activation is None else qtypes[activation],
-            up=inner.get("up"),
-            down=inner.get("down"),
-        )
-
-    def _stable_hash_for_caching(self) -> str:
-        """What a compiled graph depends on: torch keeps graphs on disk under it. Weights are inputs of the graph."""
-        inner = [(n, tuple(t.shape), t.stride(), t.dtype, t.device) for n, t in self.inner_tensors().items()]
-        return repr((self.__tensor_flatten__()[1], tuple(self.shape), inner, self.requires_grad))
-
-    def replace(
-        self,
-        qdata: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor | None,
-        *,
-        shape: torch.Size | tuple[int, ...] | None = None,
-        dtype: torch.dtype | None = None,
-        axis: int | None = None,
-        transposed: bool | None = None,
-        up: torch.Tensor | str | None = "same",
-        down: torch.Tensor | str | None = "same",
-    ) -> QTensor:
-        """The same kind of tensor around other inner tensors; ``up`` and ``down`` stay unless given."""
-        return type(self)(
-            qdata,
-            scale,
-            shift,
-            qtype=self.qtype,
-            shape=self.shape if shape is None else shape,
-            dtype=dtype or self.dtype,
-            axis=self.axis if axis is None else axis,
-            group_size=self.group_size,
-            transposed=self.transposed if transposed is None else transposed,
-            activation=self.activation,
-            up=self.up if isinstance(up, str) else up,
-            down=self.down if isinstance(down, str) else down,
-        )
-
-    # ------------------------------------------------------------------ copying, pickling, printing
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # torch cannot pickle float8 (only torch.save can): its bytes go.
-        qdata = self.qdata.view(torch.uint8) if self.qtype.is_floating_point else self.qdata
-        arguments = (
-            qdata,
-            self.scale,
-            self.shift,
-            self.qtype.name,
-            tuple(self.shape),
-            self.dtype,
-            self.axis,
-            self.group_size,
-            self.transposed,
-            bool(getattr(self, "_is_param", False)),
-            None if self.activation is None else self.activation.name,
-            self.up,
-            self.down,
-        )
-        return _rebuild_qtensor, arguments
-
-    def __deepcopy__(self, memo: dict) -> QTensor:
-        if id(self) not in memo:
-            copy = self.clone()
-            if getattr(self, "_is_param", False):
-                copy._is_param = True
-            memo[id(self)] = copy
-        return memo[id(self)]
-
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         groups = "row" if self.group_size is None else f"group {self.group_size}"
         kind = "affine" if self.shift is not None else "symmetric"
@@ -442,6 +276,7 @@ def _rebuild_qtensor(
     activation: str | None = None,
     up: torch.Tensor | None = None,
     down: torch.Tensor | None = None,
+    later: dict[str, torch.Tensor] | None = None,
 ) -> QTensor:
     """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
     tensor = QTensor(
@@ -457,6 +292,7 @@ def _rebuild_qtensor(
         activation=None if activation is None else qtypes[activation],
         up=up,
         down=down,
+        **(later or {}),
     )
     if is_param:
         tensor._is_param = True

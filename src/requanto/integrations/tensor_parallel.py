@@ -126,17 +126,4 @@ def _regrouped(tensor: QTensor, group: int) -> QTensor:
     times = (tensor.group_size or tensor.row_length) // group
     scale = tensor.scale.repeat_interleave(times, -1)
     shift = None if tensor.shift is None else tensor.shift.repeat_interleave(times, -1)
-    return QTensor(
-        tensor.qdata,
-        scale,
-        shift,
-        qtype=tensor.qtype,
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        axis=tensor.axis,
-        group_size=group,
-        transposed=tensor.transposed,
-        activation=tensor.activation,
-        up=tensor.up,
-        down=tensor.down,
-    )
+    return tensor.replace(tensor.qdata, scale, shift, group_size=group)

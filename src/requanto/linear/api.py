@@ -284,11 +284,7 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
         raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
     keep_plain(weight)
     flat = indices.reshape(-1)
-    rows = weight.replace(
-        weight.qdata[flat],
-        weight.scale[flat],
-        None if weight.shift is None else weight.shift[flat],
-        shape=(flat.numel(), *weight.shape[1:]),
-        up=None if weight.up is None else weight.up[flat],
-    )
+    shared = weight.shared_along(0)
+    picked = {name: part if name in shared else part[flat] for name, part in weight.inner_tensors().items()}
+    rows = weight.with_inner(picked, shape=(flat.numel(), *weight.shape[1:]))
     return rows.dequantize().view(*indices.shape, *weight.shape[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,10 +15,15 @@ from requanto.qtensor import QTensor
 aten = torch.ops.aten
 
 
-def each(tensor: QTensor, change: Callable[[torch.Tensor], torch.Tensor], **attributes: Any) -> QTensor:
-    """The tensor with ``change`` applied to every inner tensor."""
-    shift, up, down = (None if inner is None else change(inner) for inner in (tensor.shift, tensor.up, tensor.down))
-    return tensor.replace(change(tensor.qdata), change(tensor.scale), shift, up=up, down=down, **attributes)
+def each(
+    tensor: QTensor,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    keep: Collection[str] = (),
+    **attributes: Any,
+) -> QTensor:
+    """The tensor with ``change`` applied to every inner tensor but those to ``keep``."""
+    inner = {name: t if name in keep else change(t) for name, t in tensor.inner_tensors().items()}
+    return tensor.with_inner(inner, **attributes)
 
 
 @implements_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
@@ -150,7 +155,13 @@ def _select(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"select along axis {dim} of a quantized weight of shape {tuple(tensor.shape)}: only whole experts (axis 0 "
             f"of a 3D weight) can be selected; call .dequantize() first"
         )
-    new = each(tensor, lambda t: aten.select.int(t, 0, index), shape=tensor.shape[1:], axis=tensor.axis - 1)
+    new = each(
+        tensor,
+        lambda t: aten.select.int(t, 0, index),
+        keep=tensor.shared_along(0),
+        shape=tensor.shape[1:],
+        axis=tensor.axis - 1,
+    )
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
@@ -176,15 +187,9 @@ def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"a quantized weight of shape {tuple(tensor.shape)} can be indexed by one 1D tensor along its rows or "
             f"experts (axis 0) only; call .dequantize() first"
         )
-    picked = tensor.replace(
-        tensor.qdata[index],
-        tensor.scale[index],
-        None if tensor.shift is None else tensor.shift[index],
-        shape=(index.numel() if index.dtype != torch.bool else int(index.sum()), *tensor.shape[1:]),
-        up=None if tensor.up is None else tensor.up[index],
-        down=tensor.down if tensor.down is None or tensor.axis == 0 else tensor.down[index],
-    )
-    return picked
+    count = index.numel() if index.dtype != torch.bool else int(index.sum())
+    shape = (count, *tensor.shape[1:])
+    return each(tensor, lambda t: t[index], keep=tensor.shared_along(0), shape=shape)
 
 
 @implements_aten(aten.slice.Tensor)
@@ -210,16 +215,7 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     shape[dim % tensor.dim()] = max(0, -(-(end - start) // step))
     if axis <= tensor.axis:
         cut = (slice(None),) * axis + (slice(start, end, step),)
-        # Each row has its own line of up; down is shared by all rows of a matrix.
-        down = tensor.down if tensor.down is None or axis == tensor.axis else tensor.down[cut]
-        return tensor.replace(
-            tensor.qdata[cut],
-            tensor.scale[cut],
-            None if tensor.shift is None else tensor.shift[cut],
-            shape=shape,
-            up=None if tensor.up is None else tensor.up[cut],
-            down=down,
-        )
+        return each(tensor, lambda t: t[cut], keep=tensor.shared_along(axis), shape=shape)
     if (start, end, step) == (0, tensor.shape[dim], 1):
         return each(tensor, lambda t: aten.alias.default(t))
     group = tensor.group_size or tensor.row_length

@@ -34,10 +34,10 @@ def _new_zeros(func: Any, args: tuple, kwargs: dict) -> QTensor:
     def room(inner: torch.Tensor) -> torch.Tensor:
         return func(inner, [size[0], *inner.shape[1:]], **kwargs)
 
-    shift, up, down = (None if t is None else room(t) for t in (tensor.shift, tensor.up, tensor.down))
-    if tensor.down is not None and tensor.axis == 0:  # shared by all rows
-        down = func(tensor.down, list(tensor.down.shape), **kwargs)
-    return tensor.replace(room(tensor.qdata), room(tensor.scale), shift, shape=size, dtype=dtype, up=up, down=down)
+    shared = tensor.shared_along(0)
+    whole = {n: func(t, list(t.shape), **kwargs) for n, t in tensor.inner_tensors().items() if n in shared}
+    grown = {n: room(t) for n, t in tensor.inner_tensors().items() if n not in shared}
+    return tensor.with_inner(whole | grown, shape=size, dtype=dtype)
 
 
 @implements_aten(aten.as_strided.default)
@@ -63,7 +63,7 @@ def fsdp_pre_all_gather(
             f"that layer out with fully_shard(..., ignored_params={{weight}}) or choose a number that divides its rows."
         )
     inner = self.inner_tensors()
-    shared = inner.pop("down") if self.axis == 0 and self.down is not None else None
+    shared = {name: inner.pop(name) for name in self.shared_along(0) if name in inner}
     return tuple(part.contiguous() for part in inner.values()), (tuple(inner), shared, outer_size)
 
 
@@ -75,23 +75,13 @@ def fsdp_post_all_gather(
     parts = dict(zip(names, outputs, strict=False))
     # With a single process torch hands over the first tensor only; the shard is the whole weight then.
     parts |= {name: getattr(self, name) for name in names[len(outputs) :] if self.shape == size}
-    if shared is not None:
-        parts["down"] = shared
+    parts |= shared
     if out is not None:  # the same memory as the first time, filled again
         local = getattr(out, "_local_tensor", out)
-        local.qdata, local.scale, local.shift = parts["qdata"], parts["scale"], parts.get("shift")
-        local.set_lowrank(parts.get("up"), parts.get("down"))
+        for name in local.tensor_data_names:
+            setattr(local, name, parts.get(name))
         return None
-    whole = self.replace(
-        parts["qdata"],
-        parts["scale"],
-        parts.get("shift"),
-        shape=size,
-        dtype=param_dtype,
-        up=parts.get("up"),
-        down=parts.get("down"),
-    )
-    return whole, outputs
+    return self.with_inner(parts, shape=size, dtype=param_dtype), outputs
 
 
 QTensor.fsdp_pre_all_gather = fsdp_pre_all_gather  # type: ignore[attr-defined]
@@ -113,16 +103,11 @@ def _collectives() -> None:
         if tensor.transposed and tensor.dim() == 2:
             raise NotImplementedError("all_gather of a quantized weight cut along its reduction axis")
         shape = (tensor.shape[0] * world, *tensor.shape[1:])
-        shared = tensor.down if tensor.axis == 0 else None
-        inner = {name: part for name, part in tensor.inner_tensors().items() if part is not shared}
-        parts = {name: func(part.contiguous(), *args[1:], **kwargs) for name, part in inner.items()}
-        return tensor.replace(
-            parts["qdata"],
-            parts["scale"],
-            parts.get("shift"),
+        return each(
+            tensor,
+            lambda part: func(part.contiguous(), *args[1:], **kwargs),
+            keep=tensor.shared_along(0),
             shape=shape,
-            up=parts.get("up"),
-            down=shared if shared is not None else parts.get("down"),
         )
 
     # Asynchronous results come wrapped in a tensor of their own; a QTensor is waited for at once instead.

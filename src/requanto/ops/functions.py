@@ -148,10 +148,10 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
         )
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-    self.qdata, self.scale, self.shift = value.qdata, value.scale, value.shift
+    for name in self.tensor_data_names:
+        setattr(self, name, getattr(value, name))
     self.qtype, self.axis, self.group_size = value.qtype, value.axis, value.group_size
     self.transposed, self.activation = value.transposed, value.activation
-    self.set_lowrank(value.up, value.down)
 
 
 @implements_function(torch.Tensor.data_ptr)

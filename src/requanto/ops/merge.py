@@ -74,7 +74,7 @@ def _getitem(tensor: QTensor, index: Any) -> Any:
     if isinstance(index, torch.Tensor) and index.dim() == 0 and index.dtype != torch.bool:
         index = int(index)
     if isinstance(index, int) and tensor.axis == 1:
-        return each(tensor, lambda t: t[index], shape=tensor.shape[1:], axis=0)
+        return each(tensor, lambda t: t[index], keep=tensor.shared_along(0), shape=tensor.shape[1:], axis=0)
     if isinstance(index, torch.Tensor) and index.dim() == 1 and tensor.axis == 1:
         plain = ATEN[aten.index.Tensor](aten.index.Tensor, (tensor.without_lowrank(), [index]), {})
         return plain.replace(
