@@ -1,4 +1,4 @@
-"""The command line: ``requanto quantize``, ``inspect``, ``eval`` and ``tune``.
+"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``tune`` and ``register-optimum-cli``.
 
 Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
 """
@@ -216,6 +216,22 @@ def tune(
             print(json.dumps(asdict(tuned), default=str))
         else:
             console.print(str(tuned), markup=False, highlight=False)
+
+
+@app.command()
+def register_optimum_cli(
+    remove: Annotated[bool, typer.Option("--remove", help="Take it away again.")] = False,
+) -> None:
+    """Make `optimum-cli quanto quantize` run on Requanto: writes one file into the installed optimum."""
+    from requanto.integrations.optimum_quanto import register
+
+    with _reported():
+        if remove:
+            file = register.unregister()
+            text = f"deleted {file}" if file is not None else "nothing to remove: it was not registered"
+        else:
+            text = f"wrote {register.register()}; try: optimum-cli quanto quantize --help"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _size(count: int) -> str:

@@ -1,14 +1,16 @@
 """``optimum-cli quanto quantize``, for where optimum is installed.
 
-optimum's command line loads every file of the name space package ``optimum.commands.register`` and registers what its
-``REGISTER_COMMANDS`` lists; such a file needs one line: ``from requanto.integrations.optimum_quanto.command import
-REGISTER_COMMANDS``.
+optimum's command line loads every file of its folder ``optimum/commands/register`` and registers what its
+``REGISTER_COMMANDS`` lists; `register` writes such a file, which takes the list from here.
 """
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser, Namespace
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 #: task -> Transformers' auto class
 TASKS = {
@@ -61,7 +63,14 @@ def run(args: Namespace) -> None:
 
 def commands() -> list[type]:
     """The group of commands, as classes of the installed optimum."""
+    from optimum.commands import optimum_cli  # type: ignore[import-not-found]
     from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # type: ignore[import-not-found]
+
+    # optimum-quanto, where installed, has registered its own by now; two of one name would stop the command line.
+    registered = getattr(optimum_cli, "_OPTIMUM_CLI_SUBCOMMANDS", [])
+    for entry in [entry for entry in registered if entry[0].COMMAND.name == "quanto"]:
+        logger.warning("optimum-cli quanto: Requanto's command replaces the one of %s", entry[0].__module__)
+        registered.remove(entry)
 
     class QuantizeCommand(BaseOptimumCLICommand):
         COMMAND = CommandInfo(name="quantize", help="Quantize Hugging Face models.")
