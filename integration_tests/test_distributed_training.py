@@ -1,16 +1,13 @@
 """LoRA on quantized weights in two processes (gloo, CPU): DDP and FSDP2 train as one process does."""
 
-import os
-import socket
-import traceback
 from pathlib import Path
 
 import peft
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from tiny_models import TINY, save_tiny, token_ids
 
 from requanto import QTensor, QuantoConfig
@@ -111,22 +108,18 @@ def uneven(directory: Path, weights: str, rank: int) -> dict:
     return {"error": "none"}
 
 
-TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8"), ("unlike", "both"), ("uneven", "int4")]
+def unlike_fsdp(directory: Path, weights: str, rank: int) -> dict:
+    with pytest.raises(ValueError, match="differently quantized") as error:
+        sharded(directory, "int8" if rank else "int4")(input_ids=token_ids(1))
+    return {"error": str(error.value)}
 
 
-def worker(rank: int, port: int, directory: Path) -> None:
-    """All tasks in one pair of processes: most of their time is imports."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    found = {}
-    for task, weights in TASKS:
-        try:
-            found[task, weights] = globals()[task](directory, weights, rank)
-        except BaseException:
-            found[task, weights] = {"failed": traceback.format_exc()}
-    torch.save(found, directory / f"found-{rank}.pt")
-    dist.destroy_process_group()
+TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8")]
+TASKS += [("unlike", "both"), ("unlike_fsdp", "both"), ("uneven", "int4")]
+
+
+def worker(rank: int, directory: Path) -> dict:
+    return {task: ranks.attempt(globals()[task[0]], directory, task[1], rank) for task in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +129,10 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(directory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, directory), nprocs=WORLD)
-    ranks = [torch.load(directory / f"found-{rank}.pt") for rank in range(WORLD)]
+    found_by_rank = ranks.run(worker, WORLD, directory)
 
     def results(task: str, weights: str) -> list[dict]:
-        found = [rank[task, weights] for rank in ranks]
+        found = [rank[task, weights] for rank in found_by_rank]
         for result in found:
             assert "failed" not in result, result["failed"]
         return found
@@ -164,13 +153,13 @@ def test_ddp_trains_as_one_process(run, one_process, weights):
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
 def test_fsdp2_trains_as_one_process_and_saves(run, one_process, weights):
-    ranks = run("fsdp", weights)
-    for found in ranks:
+    both = run("fsdp", weights)
+    for found in both:
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
         assert found["quantized"] == 14
-        assert found["local bytes"] * 2 == ranks[0]["full bytes"]
+        assert found["local bytes"] * 2 == both[0]["full bytes"]
         assert found["dcp"]
-    assert ranks[0]["full state"] == (14, True)
+    assert both[0]["full state"] == (14, True)
 
 
 def test_a_distributed_checkpoint_loads_in_one_process(directory, run):
@@ -188,9 +177,12 @@ def test_a_distributed_checkpoint_loads_in_one_process(directory, run):
         assert torch.equal(model.get_parameter(name), value), name
 
 
-def test_ranks_with_different_types_are_refused(run):
-    for found in run("unlike", "both"):
+@pytest.mark.parametrize("task", ["unlike", "unlike_fsdp"])
+def test_ranks_with_different_types_are_refused(run, task):
+    for found in run(task, "both"):
         assert "differently quantized" in found["error"]
+        assert "int4" in found["error"]
+        assert "int8" in found["error"]
 
 
 def test_rows_that_do_not_divide_are_refused(run):

@@ -10,11 +10,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
 # What a save writes anew; such a file of an earlier save, no longer written, must not stay beside the new ones.
-_WEIGHTS = re.compile(r".*(\.safetensors|\.safetensors\.index\.json|\.bin|\.bin\.index\.json)$")
+_WEIGHTS = re.compile(r".*(\.safetensors|\.safetensors\.index\.json|\.bin|\.bin\.index\.json|\.distcp|\.metadata)$")
 
 
 @contextlib.contextmanager
@@ -39,6 +42,34 @@ def replaced_directory(target: str | os.PathLike) -> Iterator[Path]:
         _swap(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replaced_by_all_ranks(target: str | os.PathLike) -> Iterator[Path]:
+    """:func:`replaced_directory` for a directory that every process of torch.distributed writes into.
+
+    All of them must enter it, on a file system that they share. Rank 0 puts the new directory in its place when all have
+    left the block; if one of them raises or dies, the old directory stays as it was::
+
+        with replaced_by_all_ranks("checkpoint") as scratch:
+            torch.distributed.checkpoint.save({"model": model.state_dict()}, checkpoint_id=scratch)
+
+    Raises:
+        OSError: on every rank, if rank 0 cannot make the new directory.
+    """
+    with contextlib.ExitStack() as stack:
+        place: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                place = [stack.enter_context(replaced_directory(target))]
+            except OSError as error:
+                place = [error]
+        dist.broadcast_object_list(place, src=0)
+        if isinstance(place[0], OSError):
+            raise place[0]
+        yield place[0]
+        dist.barrier()  # all have written
+    dist.barrier()  # it is in its place
 
 
 def _swap(scratch: Path, target: Path) -> None:

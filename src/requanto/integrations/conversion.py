@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from requanto.config import QuantoConfig
+from requanto.integrations.shards import local_quantized
 from requanto.qtensor import QTensor
 
 
@@ -37,13 +38,27 @@ def frozen_parameter(tensor: QTensor) -> QTensor:
 
 
 def true_bytes(model: nn.Module, buffers: bool = True) -> int:
-    """Bytes that the model's parameters (and buffers) hold, quantized ones at their real size, shared ones once."""
+    """Bytes that the model's parameters (and buffers) hold, quantized ones at their real size, shared ones once.
+
+    Of a weight that is spread over ranks, the part that this one holds.
+    """
     tensors = list(model.parameters()) + (list(model.buffers()) if buffers else [])
+    tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
     return sum(t.nbytes if isinstance(t, QTensor) else t.nelement() * t.element_size() for t in tensors)
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces every quantized parameter by a float one, in place; tied ones stay tied."""
+    """Replaces every quantized parameter by a float one, in place; tied ones stay tied.
+
+    Raises:
+        NotImplementedError: a weight is spread over ranks.
+    """
+    for name, parameter in model.named_parameters():
+        if local_quantized(parameter) is not None:
+            raise NotImplementedError(
+                f"dequantize(): {name} is spread over ranks. Save the model (save_pretrained, on every rank), load it in "
+                f"one process and dequantize it there."
+            )
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -56,8 +71,8 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 
 def has_quantized(model: nn.Module) -> bool:
-    """True if any parameter is a QTensor."""
-    return any(isinstance(parameter, QTensor) for parameter in model.parameters())
+    """True if any parameter is a QTensor, or this rank's part of one."""
+    return any(isinstance(p, QTensor) or local_quantized(p) is not None for p in model.parameters())
 
 
 def world_size() -> int:

@@ -1,4 +1,4 @@
-"""Transformers' tensor parallelism (``tp_plan="auto"``) over quantized weights.
+"""Transformers' tensor and expert parallelism (``tp_plan="auto"``, ``DistributedConfig``) over quantized weights.
 
 Each rank ends with its share of the codes. A weight cut between rows is cut without loss. One cut along its rows is too, as
 long as the cut falls between bytes: where it falls inside a group, both halves keep the group's scale. So a checkpoint, or
@@ -10,23 +10,32 @@ For this every rank reads whole the weights that have to be cut so, one at a tim
 from __future__ import annotations
 
 import functools
-import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from requanto.ops.aten import narrow
+from requanto.integrations.shards import Span, gathered, local_part, local_quantized, sharding
+from requanto.ops.distributed import same_everywhere
 from requanto.qtensor import QTensor
 
 #: attribute that names the quantizer on a model that is being loaded; the library sets its own only afterwards
 LOADING = "_requanto_loading"
 
 
-def local_quantized(parameter: Any) -> QTensor | None:
-    """The local part of a parameter that is spread over ranks and quantized, or None."""
-    local = getattr(parameter, "_local_tensor", None)
-    return local if isinstance(local, QTensor) else None
+@dataclass
+class Share:
+    """What one weight's part of this rank goes by.
+
+    Attributes:
+        like: the library's placeholder: mesh, placements and whole shape.
+        group_size: of the whole weight; a part that was cut inside a group has smaller ones.
+    """
+
+    like: Any
+    group_size: int | None = None
 
 
 def register() -> None:
@@ -46,84 +55,112 @@ def register() -> None:
     PreTrainedModel.maybe_distribute_model = classmethod(maybe_distribute_model)
 
 
-def take_whole(model: nn.Module, quantizer: Any) -> dict[str, Any]:
+def take_whole(model: nn.Module, quantizer: Any) -> dict[str, Share]:
     """Makes the library load whole every weight that will be quantized, and returns how each is to be cut.
 
     Raises:
-        NotImplementedError: a kind of weight whose parallel forward is not covered.
+        NotImplementedError: a kind of weight or of distribution that is not covered.
+        ValueError: ranks were given different configs or checkpoints.
     """
     from torch.distributed.tensor import DTensor
 
-    cuts: dict[str, Any] = {}
+    shares: dict[str, Share] = {}
+    lines = []
     for name, parameter in list(model.named_parameters()):
-        planned = name in quantizer.planned or (quantizer.pre_quantized and quantizer._spec(model, name) is not None)
-        if not planned or not isinstance(parameter, DTensor):
+        text = quantizer._spec(model, name) if quantizer.pre_quantized else quantizer.planned.get(name)
+        if text is None:
             continue
+        lines.append(f"{name}: {text}")
+        if not isinstance(parameter, DTensor):
+            continue
+        _refuse_fsdp(model, name)
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if not isinstance(module, nn.Linear):
-            raise NotImplementedError(
-                f"tensor parallelism over the quantized {name} ({type(module).__name__}): only Linear weights are covered. "
-                f"Leave it float with modules_to_not_convert, or use FSDP2 or a device map."
-            )
-        cuts[name] = parameter
+        sharding(parameter, name)  # refuses what cannot be cut, before anything is read
+        shares[name] = Share(parameter)
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        module._parameters[leaf] = nn.Parameter(whole, requires_grad=False)
-    return cuts
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(whole, requires_grad=False)
+    if getattr(model, "_device_mesh", None) is not None:
+        same_everywhere(None, lines, "tensor parallelism")
+    return shares
 
 
-def place(model: nn.Module, name: str, tensor: QTensor, like: Any) -> None:
+def _refuse_fsdp(model: nn.Module, name: str) -> None:
+    if getattr(model, "_is_fsdp_managed_module", False):
+        raise NotImplementedError(
+            f"from_pretrained(distributed_config=...) with fsdp_size > 1 over the quantized {name}: the library reads float "
+            f"shards of it. Load the quantized model on every rank, then call fully_shard on it, or let Trainer or "
+            f"accelerate do it (fsdp_version=2)."
+        )
+
+
+def place(model: nn.Module, name: str, tensor: QTensor, share: Share) -> None:
     """Puts this rank's part of a weight where the whole one was to go."""
     from transformers.distributed.sharding_utils import _dtensor_from_local_like
 
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    local = local_part(tensor, like, name)
-    parameter = nn.Parameter(_dtensor_from_local_like(local, like), requires_grad=False)
+    share.group_size = tensor.group_size
+    local = local_part(tensor, share.like, name)
+    parameter = nn.Parameter(_dtensor_from_local_like(local, share.like), requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     module._parameters[leaf] = parameter
-    # The library then multiplies with local tensors; through a DTensor the weight would be dequantized, or not run.
-    module._hf_quantized_needs_local_tp = True
 
 
-def local_part(tensor: QTensor, like: Any, name: str) -> QTensor:
-    """The part of a whole weight that belongs to this rank by the placement of ``like``."""
-    from torch.distributed.tensor import Shard
-
-    for axis, placement in enumerate(like.placements):
-        if not isinstance(placement, Shard):
-            continue
-        dim = placement.dim % tensor.dim()
-        ranks, rank = like.device_mesh.size(axis), like.device_mesh.get_local_rank(axis)
-        length = tensor.shape[dim]
-        size = -(-length // ranks)
-        start, end = min(rank * size, length), min((rank + 1) * size, length)
-        tensor = cut(tensor, dim, start, end, name)
-    return tensor
+def finish(model: nn.Module) -> None:
+    """Makes every module with a share multiply with it; called when tied weights are tied."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if local_quantized(parameter) is None:
+                continue
+            # The library then multiplies with local tensors; through a DTensor the weight would be dequantized, or not run.
+            module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
+            found = sharding(parameter, "weight")
+            if isinstance(module, nn.Embedding) and found is not None and found.dim == 0:
+                _look_up_own_rows(module, parameter, found.spans(parameter.shape[0])[0])
 
 
-def cut(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -> QTensor:
-    """``tensor[start:end]`` along ``dim``, also inside a group; always a copy, so that the rest can be freed.
+def _look_up_own_rows(module: nn.Embedding, parameter: Any, own: Span) -> None:
+    """An embedding cut by its rows: each rank looks up the ids it has, the others are zero in the library's sum."""
+    from transformers.distributed.tensor_parallel import EmbeddingParallel
+
+    module.__dict__.pop("forward", None)  # the library's, which gives the module ids it has no rows for
+    look_up = module.forward
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        mine = (ids >= own.start) & (ids < own.end)
+        found = look_up(torch.where(mine, ids - own.start, 0))
+        return torch.where(mine.unsqueeze(-1), found, 0)
+
+    module.forward = forward  # type: ignore[method-assign]
+    EmbeddingParallel(shard_dim=0).install_forward(module, parameter.device_mesh)
+
+
+def whole_state_dict(model: nn.Module, shares: dict[str, Share]) -> dict[str, torch.Tensor]:
+    """The state dict with every quantized weight whole, on the CPU of rank 0; other ranks get it without them.
+
+    Every rank must call it.
 
     Raises:
-        NotImplementedError: the cut falls inside a byte.
+        RuntimeError: torch.distributed has been shut down.
     """
-    group = tensor.group_size or tensor.row_length
-    if dim == tensor.dim() - 1 and not tensor.transposed and (start % group or end % group):
-        finer = math.gcd(math.gcd(start, end - start), group)
-        if (finer * tensor.qtype.bits) % 8:
-            raise NotImplementedError(
-                f"{name}: rows of {tensor.row_length} {tensor.qtype.name} weights in groups of {group} cannot be cut at "
-                f"{start}: it falls inside a byte. Use another number of ranks."
-            )
-        if tensor.group_size is not None or tensor.scale.shape[-1] > 1:
-            tensor = _regrouped(tensor, finer)
-    return narrow(tensor, dim, start, end).clone()
-
-
-def _regrouped(tensor: QTensor, group: int) -> QTensor:
-    """The same values in smaller groups: each scale is written once for every part of its group."""
-    times = (tensor.group_size or tensor.row_length) // group
-    scale = tensor.scale.repeat_interleave(times, -1)
-    shift = None if tensor.shift is None else tensor.shift.repeat_interleave(times, -1)
-    return tensor.replace(tensor.qdata, scale, shift, group_size=group)
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "saving a model that is spread over ranks needs them all: torch.distributed is not initialized"
+        )
+    state_dict = model.state_dict()
+    # Float weights are put together by the library where it has spread the model, here where fully_shard has.
+    library = getattr(model.config, "distributed_config", None) is not None
+    state: dict[str, torch.Tensor] = {}
+    done: dict[int, QTensor | None] = {}
+    for name, tensor in state_dict.items():
+        local = local_quantized(tensor)
+        if local is None:
+            whole = hasattr(tensor, "full_tensor") and not library
+            state[name] = tensor.full_tensor().cpu() if whole else tensor  # type: ignore[operator]
+            continue
+        if id(local.scale) not in done:  # tied weights are two entries over the same tensors
+            share = shares.get(name)
+            done[id(local.scale)] = gathered(tensor, name, local.group_size if share is None else share.group_size)
+        if (weight := done[id(local.scale)]) is not None:
+            state[name] = weight
+    return state

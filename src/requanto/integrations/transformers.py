@@ -29,7 +29,8 @@ from requanto.checkpoint.format import (
 from requanto.config import FORMAT, FORMAT_VERSION, QuantoConfig
 from requanto.integrations.accelerate import materialized
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
-from requanto.integrations.tensor_parallel import LOADING, local_quantized, place
+from requanto.integrations.shards import local_quantized
+from requanto.integrations.tensor_parallel import LOADING, finish, place, whole_state_dict
 from requanto.ops.table import implements_function
 from requanto.plan import PlannedWeight, plan
 from requanto.qtensor import QTensor
@@ -136,6 +137,8 @@ class RequantoHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.__dict__.pop(LOADING, None)
+        if self.sharded:
+            finish(model)
         if self.problems:
             raise _joined(self.problems)
         # The converters that built the weights must not run backwards at the next save: what is saved is ours already.
@@ -172,13 +175,10 @@ class RequantoHfQuantizer(HfQuantizer):
         Everything is in config.json: a safetensors header with several metadata keys has no fixed order, and a saved
         model should be the same bytes whenever it is saved.
         """
-        if any(local_quantized(parameter) is not None for parameter in model.parameters()):
-            raise NotImplementedError(
-                "a quantized model that tensor parallelism spread over ranks cannot be saved from them; save it from one "
-                "process (adapters on top of it are saved by PEFT as usual)"
-            )
         tied = getattr(model, "all_tied_weights_keys", {})
-        state_dict = {k: v for k, v in materialized(model).items() if not (isinstance(v, QTensor) and k in tied)}
+        spread = any(local_quantized(parameter) is not None for parameter in model.parameters())
+        found = whole_state_dict(model, self.sharded) if spread else materialized(model)
+        state_dict = {k: v for k, v in found.items() if not (isinstance(v, QTensor) and k in tied)}
         self.quantization_config.format = FORMAT
         self.quantization_config.format_version = FORMAT_VERSION
         self.quantization_config.tensors = table_of(state_dict.items())

@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
+from requanto.integrations.shards import local_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +73,26 @@ def _saving(original: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
         ours = type(quantizer).__module__.startswith("requanto.") and has_quantized(self)
         adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not ours or adapter or world_size() > 1:
+        if not ours or adapter:
             return original(self, save_directory, *args, **kwargs)
+        if kwargs.get("distributed_checkpoint"):
+            raise NotImplementedError(
+                "save_pretrained(distributed_checkpoint=True) of a quantized model: Transformers refuses to load such files "
+                "into one. Save without it (rank 0 writes the whole model), or the state dict with "
+                "torch.distributed.checkpoint."
+            )
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
-        with replaced_directory(save_directory) as scratch:
+        main = world_size() == 1 or self.should_save_on_this_rank(
+            args[0] if args else kwargs.get("is_main_process", True)
+        )
+        # The other ranks take part in putting weights together, and write nothing: they get a directory to list.
+        with replaced_directory(save_directory) if main else tempfile.TemporaryDirectory() as scratch:
             result = original(self, scratch, *args, **kwargs)
-            write_readme(scratch, self, quantizer.quantization_config, replaces=Path(save_directory))
+            if main:
+                write_readme(scratch, self, quantizer.quantization_config, replaces=Path(save_directory))
+        if world_size() > 1 and any(local_quantized(parameter) is not None for parameter in self.parameters()):
+            dist.barrier()  # no rank goes on before the new directory is in its place
         return result
 
     save_pretrained._requanto = True

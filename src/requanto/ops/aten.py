@@ -137,7 +137,7 @@ def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
-def _stored_axis(tensor: QTensor, dim: int) -> int:
+def stored_axis(tensor: QTensor, dim: int) -> int:
     """Axis of the stored form that axis ``dim`` of the tensor is."""
     dim %= tensor.dim()
     last = tensor.dim() - 1
@@ -182,7 +182,7 @@ def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
     else:
         indices = [i for i in args[1] if i is not None]
         dim, index = args[1].index(indices[0]) if len(indices) == 1 else -1, indices[0]
-    if dim != 0 or index.dim() != 1 or _stored_axis(tensor, 0) != 0:
+    if dim != 0 or index.dim() != 1 or stored_axis(tensor, 0) != 0:
         raise NotImplementedError(
             f"a quantized weight of shape {tuple(tensor.shape)} can be indexed by one 1D tensor along its rows or "
             f"experts (axis 0) only; call .dequantize() first"
@@ -210,7 +210,7 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     Raises:
         NotImplementedError: the cut does not fall between groups (or bytes).
     """
-    axis = _stored_axis(tensor, dim)
+    axis = stored_axis(tensor, dim)
     shape = list(tensor.shape)
     shape[dim % tensor.dim()] = max(0, -(-(end - start) // step))
     if axis <= tensor.axis:

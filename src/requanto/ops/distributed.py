@@ -56,12 +56,16 @@ def fsdp_pre_all_gather(
 
     Raises:
         NotImplementedError: the rows do not divide by the number of processes.
+        ValueError: the processes hold differently quantized weights (looked at once, before the first forward).
     """
     if outer_size[0] % mesh.size():
         raise NotImplementedError(
             f"FSDP2: a quantized weight of {outer_size[0]} rows cannot be spread evenly over {mesh.size()} processes. Keep "
             f"that layer out with fully_shard(..., ignored_params={{weight}}) or choose a number that divides its rows."
         )
+    if mesh.size() > 1 and not self.__dict__.get("_same_everywhere"):
+        same_everywhere(mesh.get_group(), [str(self.spec())], "FSDP2")
+        self.__dict__["_same_everywhere"] = True
     inner = self.inner_tensors()
     shared = {name: inner.pop(name) for name in self.shared_along(0) if name in inner}
     return tuple(part.contiguous() for part in inner.values()), (tuple(inner), shared, outer_size)
@@ -147,19 +151,19 @@ def _sync_inner_tensors() -> None:
         for state in module_states:
             plain += list(state.inner_tensors().values()) if isinstance(state, QTensor) else [state]
         if len(plain) != len(module_states):
-            _same_everywhere(process_group, [s for s in module_states if isinstance(s, QTensor)])
+            weights = [str(s.spec()) for s in module_states if isinstance(s, QTensor)]
+            same_everywhere(process_group, weights, "DistributedDataParallel")
         original(process_group, plain, size, src)
 
     utils._sync_params_and_buffers = _sync_params_and_buffers
 
 
-def _same_everywhere(group: Any, weights: list[QTensor]) -> None:
-    """Refuses ranks whose weights were quantized in different ways.
+def same_everywhere(group: Any, mine: list[str], what: str) -> None:
+    """Refuses ranks whose weights were, or are to be, quantized in different ways. Every rank of the group must call it.
 
     Raises:
         ValueError: on every rank.
     """
-    mine = [str(weight.spec()) for weight in weights]
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     for rank, theirs in enumerate(found):
@@ -167,8 +171,8 @@ def _same_everywhere(group: Any, weights: list[QTensor]) -> None:
             pairs = zip(theirs, found[0])
             one, two = next((pair for pair in pairs if pair[0] != pair[1]), (len(theirs), len(found[0])))
             raise ValueError(
-                f"rank {rank} and rank 0 hold differently quantized weights: {one} and {two}. Give every rank the same "
-                f"QuantoConfig and checkpoint."
+                f"rank {rank} and rank 0 hold differently quantized weights ({what}): {one} and {two}. Give every rank the "
+                f"same QuantoConfig and checkpoint."
             )
 
 
