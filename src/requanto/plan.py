@@ -193,3 +193,13 @@ def plan(
             f"convolutions=True, embeddings=True; modules_to_not_convert={config.modules_to_not_convert}."
         )
     return planned
+
+
+def parameter_holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place where each parameter sits, by the parameter's id."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, leaf))
+    return holders

@@ -9,18 +9,20 @@ Loading back what was saved: `requanto.requantize`.
 
 from __future__ import annotations
 
-import difflib
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from torch import nn
 from tqdm import tqdm
 
+from requanto.choose import check_patterns, chosen_modules, listed, nothing_chosen, planned_weights, restore_or_refuse
+from requanto.methods import quantize_with_samples
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as qmodules
 from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.optimizers import Optimizer, check_optimizer
+from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 
@@ -41,6 +43,11 @@ def quantize(
     group_size: int | str | None = "default",
     symmetric: bool | None = None,
     modules: Mapping[str, str | qtype | None] | None = None,
+    method: str | None = None,
+    calibration: Any = None,
+    method_options: Mapping[str, Any] | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
 ) -> Module:
     """Puts a model's modules under quantization, in place.
 
@@ -61,13 +68,19 @@ def quantize(
         symmetric: codes around zero, without a shift; None: below 8 bits affine, else symmetric.
         modules: other types for some modules, ``{"*.mlp.*": "int4", "lm_head": None}``; the first pattern that fits
             counts, before include and exclude.
+        method: how codes are found on samples, ``"gptq"`` ... (`requanto.methods`); needs ``calibration``. Nothing is left
+            to freeze then.
+        calibration: samples: an iterable of the model's inputs, or a function ``f(model)`` that runs it, or a pipeline.
+        method_options: the method's own options.
+        resume: directory for finished blocks; an interrupted run goes on from there.
+        progress: show a progress bar while samples run.
 
     Returns:
         ``model`` itself.
 
     Raises:
         ValueError: a type is unknown; a pattern matches no module; nothing is left to quantize; a weight is quantized
-            already, to another type.
+            already, to another type; ``calibration`` reaches no layer.
     """
     kind = None if weights is None else resolve_qtype(weights)
     activation = None if activations is None else resolve_qtype(activations)
@@ -79,33 +92,40 @@ def quantize(
     if optimizer is not None:
         for asked in {kind, *special.values()} - {None}:
             check_optimizer(optimizer, asked)
-    include, exclude = _patterns(include), _patterns(exclude)
+    include, exclude = listed(include), listed(exclude)
     named = list(model.named_modules())
-    _check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
+    check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
 
+    if calibration is not None or method is not None:
+        if optimizer is not None or calibration is None:
+            raise ValueError(_SAMPLES_OR_NOT)
+        chosen = list(chosen_modules(model, named, kind, special, include, exclude))
+        planned = planned_weights(chosen, activation, group_size, symmetric)
+        if not planned:
+            raise nothing_chosen(model, named, include, exclude)
+        quantize_with_samples(
+            model,
+            planned,
+            calibration,
+            method or "gptq",
+            method_options=method_options,
+            resume=resume,
+            progress=progress,
+        )
+        return model
     touched = 0
-    for name, module in named:
-        chosen = next((p for p in special if fnmatch(name, p)), None)
-        if chosen is None:
-            if include is not None and not any(fnmatch(name, pattern) for pattern in include):
-                continue
-            if exclude is not None and any(fnmatch(name, pattern) for pattern in exclude):
-                continue
-            if isinstance(module, nn.Embedding) and module is not model:
-                continue
-        asked = kind if chosen is None else special[chosen]
-        if chosen is not None and asked is None:
-            continue
+    for name, module, asked in chosen_modules(model, named, kind, special, include, exclude):
         if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric):
             touched += 1
     if not touched:
-        kinds = sorted({type(module).__name__ for _, module in named if not list(module.children())})
-        raise ValueError(
-            f"nothing to quantize in {type(model).__name__} (its layers: {', '.join(kinds[:12])}; include={include}, "
-            f"exclude={exclude}). Linear, convolution and Conv1D layers are quantized, embeddings where modules= names "
-            f"them; register a class of your own with requanto.register_qmodule."
-        )
+        raise nothing_chosen(model, named, include, exclude)
     return model
+
+
+_SAMPLES_OR_NOT = (
+    "method= and calibration= belong together: give the samples that the method is to look at, and no optimizer=, whose "
+    "scales would not be used"
+)
 
 
 def _quantize_module(
@@ -134,36 +154,6 @@ def _quantize_module(
     if isinstance(module, QModuleMixin):  # still float inside: the new choice replaces the old one
         restore_or_refuse(module, label)
     return quantize_in_place(module, kind, activation, optimizer, group_size, symmetric, name)
-
-
-def restore_or_refuse(module: QModuleMixin, label: str) -> None:
-    """Takes a quantized module that is still float back to its float class.
-
-    Raises:
-        ValueError: it was built as a quantized module and has no float class to return to.
-    """
-    if not restore_float_class(module):
-        raise ValueError(
-            f"{label} was made as a {type(module).__name__}; quantize() changes float modules. Set its weight_qtype and "
-            f"activation_qtype where it is made."
-        )
-
-
-def _patterns(value: str | Iterable[str] | None) -> list[str] | None:
-    if value is None:
-        return None
-    return [value] if isinstance(value, str) else list(value)
-
-
-def _check_patterns(patterns: Mapping[str, list[str] | None], names: list[str]) -> None:
-    for argument, listed in patterns.items():
-        for pattern in listed or ():
-            if not any(fnmatch(name, pattern) for name in names):
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-                hint = f" Close names: {', '.join(near)}." if near else ""
-                raise ValueError(
-                    f"{argument}={pattern!r} matches no module (patterns are compared with full dotted names).{hint}"
-                )
 
 
 def freeze(model: nn.Module) -> None:
@@ -209,16 +199,6 @@ def freeze(model: nn.Module) -> None:
 def _choice(module: QModuleMixin) -> tuple:
     kind = None if module.weight_qtype is None else module.weight_qtype.name
     return kind, module.weight_group_size, module.weight_symmetric
-
-
-def parameter_holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place where each parameter sits, by the parameter's id."""
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module, leaf))
-    return holders
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:

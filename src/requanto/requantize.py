@@ -14,9 +14,10 @@ from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.packing import packed_length
+from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
-from requanto.quantize import parameter_holders, progress
+from requanto.quantize import progress
 
 _OWN_PARTS = ("_qdata", "_scale", "_shift")
 

@@ -14,8 +14,8 @@ from requanto.checkpoint.quanto_files import drop_old_metadata
 from requanto.integrations.optimum_quanto.modules import QModuleMixin, registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.optimizers import Optimizer
+from requanto.plan import parameter_holders
 from requanto.qtypes import qtype, resolve_qtype
-from requanto.quantize import parameter_holders
 from requanto.scales.quanto import group_size_rule
 
 

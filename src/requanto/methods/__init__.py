@@ -1,0 +1,72 @@
+"""Quantization with samples: methods that look at what a model's layers are given.
+
+    requanto.quantize(model, weights="int4", calibration=samples, method="gptq")
+
+Any model made of Linear layers; see `requanto.methods.engine` for how it is gone through.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from requanto.methods.engine import quantize_planned
+from requanto.methods.method import Gptq, Method
+from requanto.methods.resume import Resume, fingerprint
+from requanto.methods.samples import Samples, text_samples
+from requanto.plan import PlannedWeight
+
+__all__ = ["METHODS", "Gptq", "Method", "quantize_with_samples", "text_samples"]
+
+#: every method by its name
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Gptq,)}
+
+
+def quantize_with_samples(
+    model: nn.Module,
+    planned: Mapping[str, PlannedWeight],
+    calibration: Any,
+    method: str | Method = "gptq",
+    *,
+    method_options: Mapping[str, Any] | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> None:
+    """Quantizes the planned weights of a model in place, on samples.
+
+    Args:
+        model: any model, float, on the device it is to run on.
+        planned: full parameter name -> how (`requanto.plan.plan`).
+        calibration: an iterable of inputs, or a function that runs the model (`requanto.methods.samples`).
+        method: a name or a `Method`.
+        method_options: the method's options, by name.
+        resume: directory that keeps finished blocks; a run that was interrupted goes on from them.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: an unknown method, no samples, samples that reach no layer, or a ``resume`` of another run.
+        TypeError: an unknown option.
+    """
+    chosen = find_method(method, method_options)
+    samples = Samples(calibration)
+    kept = None if resume is None else Resume(resume, fingerprint(model, planned, samples, chosen))
+    quantize_planned(model, planned, samples, chosen, resume=kept, progress=progress)
+
+
+def find_method(method: str | Method, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name, with these options.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an unknown option, or options beside a `Method`, which has its own.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise TypeError("method_options belong to a method given by name; this one holds its own")
+        return method
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; with calibration= it is one of {', '.join(METHODS)}")
+    return METHODS[method].of(options)

@@ -1,0 +1,117 @@
+"""The values that a group of quantized weights may take, and the scale and shift that suit weights of unequal importance.
+
+`requanto.scales` chooses scales from weights alone; here every input channel has an importance (how much the output error
+grows with an error in it), which is what samples tell.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.qtypes import qtype
+from requanto.scales.weights import _storable
+
+
+class Grid:
+    """Rounding to the codes of one type.
+
+    Args:
+        kind: type of the codes.
+        affine: values are ``scale * code - shift``, codes ``0 .. 2^bits - 1``; else ``scale * code``, signed codes.
+        stored: dtype in which scale and shift will be stored.
+    """
+
+    def __init__(self, kind: qtype, affine: bool, stored: torch.dtype) -> None:
+        self.kind, self.affine, self.stored = kind, affine, stored
+        self.low, self.high = (0.0, 2.0**kind.bits - 1) if affine else (float(kind.qmin), float(kind.qmax))
+
+    def codes(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """The nearest codes, as floats; ``scale`` and ``shift`` broadcast over ``values``."""
+        scaled = values / scale if shift is None else (values + shift) / scale
+        scaled = scaled.clamp_(self.low, self.high)
+        return scaled.to(self.kind.dtype).to(values.dtype) if self.kind.is_floating_point else scaled.round_()
+
+    def values(self, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """The weights that codes stand for."""
+        return codes * scale if shift is None else codes * scale - shift
+
+    def round(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+        """The nearest values that codes stand for."""
+        return self.values(self.codes(values, scale, shift), scale, shift)
+
+    def storable(self, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and shift as they will be read back from where they are stored."""
+        return _storable(scale, shift, self.stored)
+
+    # ------------------------------------------------------------------ scale and shift
+
+    def search(
+        self, groups: torch.Tensor, importance: torch.Tensor, steps: int = 24, refits: int = 4
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and shift of least squared error weighted by importance.
+
+        Clipping ranges from the full one down to a third of it are tried, each refined by one least-squares fit of scale
+        and shift to its codes; the best of each group gets ``refits`` more.
+
+        Args:
+            groups: float ``[R, g]``.
+            importance: ``[g]`` or ``[R, g]``, not negative.
+            steps: clipping ranges tried.
+            refits: least-squares fits of the winner.
+
+        Returns:
+            ``[R]`` each, storable; no shift where the grid is not affine.
+        """
+        importance = importance.expand_as(groups)
+        low, high = groups.amin(-1), groups.amax(-1)
+        top = torch.maximum(-low, high)
+        best = torch.full_like(low, torch.inf)
+        scale, shift = torch.ones_like(low), (torch.zeros_like(low) if self.affine else None)
+        for share in torch.linspace(1.0, 0.3, steps).tolist():
+            if self.affine:
+                tried: tuple[torch.Tensor, torch.Tensor | None] = ((high - low) * share / self.high, -low * share)
+            else:
+                tried = (top * share / self.high, None)
+            tried = self.storable(*tried)
+            tried = self.fit(groups, importance, *tried)
+            best, scale, shift = self._better(groups, importance, best, scale, shift, *tried)
+        for _ in range(refits):
+            tried = self.fit(groups, importance, scale, shift)
+            best, scale, shift = self._better(groups, importance, best, scale, shift, *tried)
+        return scale, shift
+
+    def fit(
+        self, groups: torch.Tensor, importance: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The least-squares scale and shift for the codes that the given ones lead to."""
+        codes = self.codes(groups, scale[:, None], None if shift is None else shift[:, None])
+        if shift is None:
+            square = (importance * codes * codes).sum(-1)
+            fitted = (importance * codes * groups).sum(-1) / square
+            return self.storable(torch.where((square > 0) & (fitted > 0), fitted, scale), None)
+        total = importance.sum(-1)
+        mean_code = (importance * codes).sum(-1) / total
+        mean = (importance * groups).sum(-1) / total
+        centred = codes - mean_code[:, None]
+        square = (importance * centred * centred).sum(-1)
+        fitted = (importance * centred * groups).sum(-1) / square
+        usable = (square > 0) & (fitted > 0) & torch.isfinite(fitted)
+        fitted = torch.where(usable, fitted, scale)
+        return self.storable(fitted, torch.where(usable, fitted * mean_code - mean, shift))
+
+    def _better(
+        self,
+        groups: torch.Tensor,
+        importance: torch.Tensor,
+        best: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor | None,
+        new_scale: torch.Tensor,
+        new_shift: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        rounded = self.round(groups, new_scale[:, None], None if new_shift is None else new_shift[:, None])
+        error = (importance * (rounded - groups).square_()).sum(-1)
+        won = error < best
+        if shift is not None and new_shift is not None:
+            shift = torch.where(won, new_shift, shift)
+        return torch.where(won, error, best), torch.where(won, new_scale, scale), shift

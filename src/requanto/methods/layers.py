@@ -1,0 +1,146 @@
+"""The weights that the engine quantizes: where they sit, how they are seen, and how they become QTensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from requanto.methods.gptq import Rounded
+from requanto.methods.grid import Grid
+from requanto.packing import pack
+from requanto.plan import PlannedWeight, parameter_holders
+from requanto.qtensor import QTensor
+from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.weights import encode, scale_dtype
+
+logger = logging.getLogger(__name__)
+
+#: kinds of `PlannedWeight` whose products are those of a Linear layer; the others are quantized without samples
+CALIBRATED = ("linear", "conv1d")
+
+
+@dataclass(eq=False)
+class Layer:
+    """One weight, with every place that shares it.
+
+    Attributes:
+        name: full dotted name of the parameter.
+        planned: how it is to be quantized.
+        places: (module, parameter's leaf name) of every holder; the first is the one named.
+        quantized: the weight on its grid, while its float values still stand in the model.
+    """
+
+    name: str
+    planned: PlannedWeight
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+    quantized: QTensor | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What sits in the model now."""
+        module, leaf = self.places[0]
+        return module._parameters[leaf]  # type: ignore[return-value]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Linear layers (or Conv1D) that compute with the weight; an embedding tied to one is none."""
+        return [m for m, leaf in self.places if leaf == "weight" and not isinstance(m, nn.Embedding)]
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Sets the weight, in all places."""
+        parameter = nn.Parameter(tensor.detach(), requires_grad=False)
+        for module, leaf in self.places:
+            module._parameters[leaf] = parameter
+
+    def weight(self) -> torch.Tensor:
+        """The float weight as float32 ``[N, K]``."""
+        weight = self.parameter.detach().float()
+        return weight.t().contiguous() if self.planned.transposed else weight
+
+    def show(self, values: torch.Tensor) -> None:
+        """Puts float values ``[N, K]`` in the weight's place."""
+        old = self.parameter
+        self.put((values.t() if self.planned.transposed else values).to(old.dtype).contiguous())
+
+    @property
+    def columns(self) -> int:
+        """K: input channels."""
+        return self.parameter.shape[-2 if self.planned.transposed else -1]
+
+    @cached_property
+    def group_size(self) -> int | None:
+        """Weights that share a scale; None: one scale a row."""
+        options = self.planned.options
+        wanted = default_group_size(options.qtype) if options.group_size == "default" else options.group_size
+        return fit_group_size(wanted, self.columns, self.name)
+
+    def grid(self) -> Grid:
+        """The values that codes of the weight can stand for."""
+        options, group = self.planned.options, self.group_size
+        affine = options.qtype.bits < 8 if options.symmetric is None else not options.symmetric
+        grouped = group is not None and group < self.columns
+        return Grid(options.qtype, affine, scale_dtype(self.parameter.dtype, grouped))
+
+    def tensor(self, rounded: Rounded, grid: Grid) -> QTensor:
+        """The quantized weight whose dequantized values are ``rounded.values``."""
+        kind = grid.kind
+        groups = rounded.values.view(len(rounded.values), rounded.scale.shape[1], -1)
+        codes = encode(groups, rounded.scale, rounded.shift, kind)
+        tensor = QTensor(
+            pack(codes, kind.bits) if kind.is_packed else codes,
+            rounded.scale.to(grid.stored),
+            None if rounded.shift is None else rounded.shift.to(grid.stored),
+            qtype=kind,
+            shape=self.parameter.shape,
+            dtype=self.parameter.dtype,
+            axis=self.planned.axis,
+            group_size=self.group_size,
+            transposed=self.planned.transposed,
+        )
+        tensor.activation = self.planned.options.activations
+        return tensor
+
+
+def find_layers(model: nn.Module, planned: Mapping[str, PlannedWeight]) -> tuple[list[Layer], list[Layer]]:
+    """(layers to calibrate, layers that samples say nothing about: convolutions, embeddings, fused experts).
+
+    Weights shared by several modules are one layer.
+
+    Raises:
+        ValueError: a shared weight is asked for in two ways.
+    """
+    holders, modules = parameter_holders(model), dict(model.named_modules())
+    found: dict[int, Layer] = {}
+    for name, choice in planned.items():
+        parent, _, leaf = name.rpartition(".")
+        module = modules[parent]
+        parameter = module._parameters[leaf]
+        first = found.get(id(parameter))
+        if first is None:
+            others = [place for place in holders[id(parameter)] if place[0] is not module]
+            found[id(parameter)] = Layer(name, choice, [(module, leaf), *others])
+        elif repr(first.planned.options) != repr(choice.options):
+            raise ValueError(
+                f"one weight is shared by {first.name} ({first.planned.options!r}) and {name} ({choice.options!r}): "
+                f"quantize both alike, or exclude one"
+            )
+        elif first.planned.kind == "embedding":  # the product, not the table, is what samples go through
+            first.planned = choice
+    layers = list(found.values())
+    calibrated = [layer for layer in layers if layer.planned.kind in CALIBRATED]
+    others = [layer for layer in layers if layer.planned.kind not in CALIBRATED]
+    if others:
+        kinds = sorted({layer.planned.kind for layer in others})
+        logger.warning(
+            "%d weights (%s) are quantized without samples, which reach only Linear and Conv1D layers: %s%s",
+            len(others),
+            ", ".join(kinds),
+            ", ".join(layer.name for layer in others[:5]),
+            " ..." if len(others) > 5 else "",
+        )
+    return calibrated, others

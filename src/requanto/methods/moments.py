@@ -1,0 +1,86 @@
+"""Second moments of the inputs of layers, gathered while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.methods.samples import Stop
+
+
+class Moments:
+    """Sums over all inputs ``x`` of one layer.
+
+    Attributes:
+        hessian: ``sum x x^T``, ``[K, K]``, or None.
+        square: ``sum x^2``, ``[K]``.
+        peak: ``max |x|``, ``[K]``.
+        cross: ``sum (y - x) x^T``, y being the input that the float model has in x's place; None: not asked for, or x and
+            y could not be paired.
+        rows: inputs seen.
+    """
+
+    def __init__(self, columns: int, device: torch.device, full: bool, paired: bool) -> None:
+        self.hessian = torch.zeros(columns, columns, device=device) if full else None
+        self.cross = torch.zeros(columns, columns, device=device) if full and paired else None
+        self.square, self.peak = torch.zeros(columns, device=device), torch.zeros(columns, device=device)
+        self.rows = 0
+
+    def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
+        """Adds inputs ``[..., K]``."""
+        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not len(rows):
+            return
+        self.rows += len(rows)
+        self.square += rows.square().sum(0)
+        self.peak = torch.maximum(self.peak, rows.abs().amax(0))
+        if self.hessian is None:
+            return
+        self.hessian.addmm_(rows.t(), rows)
+        if self.cross is not None:
+            if float_inputs is None or float_inputs.shape != inputs.shape:
+                self.cross = None
+            else:
+                wanted = float_inputs.detach().reshape(rows.shape).float()
+                self.cross.addmm_((wanted - rows).t(), rows)
+
+
+class Inputs:
+    """Hooks that hand the inputs of modules to a function, for the length of a ``with`` block.
+
+    Args:
+        modules: the modules.
+        take: called with (module, input).
+        stop: end the forward pass when every one of them has run once (modules that run more often are cut short: only
+            where that is known not to happen).
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], take: Any, stop: bool = False) -> None:
+        self.modules, self.take, self.stop = list(modules), take, stop
+        self._left: set[nn.Module] = set()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Inputs:
+        self.restart()
+        # Before the module's own hooks, and with keywords: some models call their layers with input=.
+        self._hooks = [m.register_forward_pre_hook(self._hook, with_kwargs=True, prepend=True) for m in self.modules]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def restart(self) -> None:
+        """A new forward pass begins."""
+        self._left = set(self.modules)
+
+    def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("input", kwargs.get("x"))
+        if isinstance(given, torch.Tensor):
+            self.take(module, given)
+        self._left.discard(module)
+        if self.stop and not self._left:
+            raise Stop

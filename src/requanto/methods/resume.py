@@ -1,0 +1,117 @@
+"""Finished blocks on disk, so that an interrupted run goes on where it stopped.
+
+A directory holds ``state.json`` (what the run is: a fingerprint of model, samples and options) and a safetensors file for
+every finished block, whose metadata describe its weights. Files appear complete or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from requanto.checkpoint.format import flatten, rebuild, spec_text
+from requanto.methods.layers import Layer
+from requanto.methods.method import Method
+from requanto.methods.samples import Samples, tensor_bytes
+from requanto.plan import PlannedWeight
+from requanto.qtensor import QTensor
+
+#: Values of each parameter that its hash takes in.
+_SAMPLE = 4096
+
+
+class Resume:
+    """The finished blocks of one run.
+
+    Args:
+        directory: where they are kept; made if it is not there.
+        fingerprint: what the run is, by parts.
+
+    Raises:
+        ValueError: the directory belongs to another run.
+    """
+
+    def __init__(self, directory: str | os.PathLike, fingerprint: Mapping[str, str]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "state.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+            changed = [part for part in fingerprint if found.get(part) != fingerprint[part]]
+            if changed:
+                raise ValueError(
+                    f"{self.directory} holds blocks of another run: {', '.join(changed)} changed since. Run with what it "
+                    f"was begun with, or give another directory (or delete this one) to begin anew."
+                )
+        else:
+            text = json.dumps({"fingerprint": dict(fingerprint)}, indent=2)
+            _replace(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+    def path(self, key: str) -> Path:
+        """The file of a block."""
+        return self.directory / f"{key}.safetensors"
+
+    def keep(self, key: str, layers: list[Layer], block: nn.Module | None) -> None:
+        """Writes a finished block: its quantized weights, and its other parameters, which a method may have changed."""
+        named: dict[str, torch.Tensor] = {layer.name: layer.parameter for layer in layers}
+        specs = {name: spec_text(tensor) for name, tensor in named.items() if isinstance(tensor, QTensor)}
+        tensors = flatten({name: tensor.detach() for name, tensor in named.items()})
+        tensors |= {f":{name}": p.detach() for name, p in _others(block)}
+        tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        _replace(self.path(key), lambda scratch: save_file(tensors, scratch, metadata={"tensors": json.dumps(specs)}))
+
+    def restore(self, key: str, layers: list[Layer], block: nn.Module | None = None) -> bool:
+        """Puts a finished block's weights in their places; False where it is not finished."""
+        path = self.path(key)
+        if not path.exists():
+            return False
+        with safe_open(path, framework="pt") as file:
+            specs = json.loads(file.metadata()["tensors"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+        for layer in layers:
+            device, prefix = layer.parameter.device, f"{layer.name}_"
+            parts = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
+            layer.put(rebuild(layer.name, specs[layer.name], parts, layer.parameter.dtype))
+        for name, parameter in _others(block):
+            parameter.data.copy_(tensors[f":{name}"])
+        return True
+
+
+def _others(block: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
+    return [] if block is None else [(n, p) for n, p in block.named_parameters() if not isinstance(p, QTensor)]
+
+
+def _replace(path: Path, write: Any) -> None:
+    scratch = path.with_name(f".{path.name}.part")
+    write(scratch)
+    os.replace(scratch, path)
+
+
+def fingerprint(
+    model: nn.Module, planned: Mapping[str, PlannedWeight], samples: Samples, method: Method
+) -> dict[str, str]:
+    """What a run is, by parts: a change in any of them makes other weights.
+
+    Of every parameter some thousand values, evenly spread, are hashed; of a function that runs a pipeline only its name.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)]))
+    choices = "\n".join(f"{name}: {choice!r}" for name, choice in planned.items())
+    return {
+        "model": digest.hexdigest(),
+        "samples": samples.fingerprint(),
+        "method": repr(method),
+        "layers": hashlib.sha256(choices.encode()).hexdigest(),
+    }

@@ -1,0 +1,146 @@
+"""What a model is run on: samples given one by one, or a function that runs the model (or the pipeline around it)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+class Stop(Exception):
+    """Ends a forward pass that has gone as far as it was needed."""
+
+
+class Samples:
+    """Calibration samples, ready to run.
+
+    Args:
+        calibration: an iterable of inputs (a tensor, a tuple of positional or a dict of keyword arguments), or a function
+            ``f(model)`` that runs the model as often as it likes. A single tensor or dict is one sample.
+
+    Raises:
+        ValueError: there are no samples, or they are text.
+        TypeError: something that is neither.
+    """
+
+    def __init__(self, calibration: Any) -> None:
+        self.function: Callable[[nn.Module], Any] | None = None
+        self.inputs: list[tuple[tuple, dict[str, Any]]] = []
+        if isinstance(calibration, (torch.Tensor, Mapping)):
+            calibration = [calibration]
+        if isinstance(calibration, str):
+            raise ValueError(_TEXT)
+        if isinstance(calibration, Iterable):
+            self.inputs = [_arguments(sample) for sample in calibration]
+            if not self.inputs:
+                raise ValueError("calibration holds no samples; give at least one input of the model (128 are usual)")
+        elif callable(calibration):
+            self.function = calibration
+        else:
+            raise TypeError(
+                f"calibration must be an iterable of model inputs or a function f(model) that runs it, found "
+                f"{type(calibration).__name__}"
+            )
+
+    def run(self, model: nn.Module, stop: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Runs the model on everything; yields after each sample (a function is one sample).
+
+        Hooks may raise :class:`Stop` to end a pass early; a function's pass cannot end early and ignores it (see
+        :attr:`may_stop`).
+        """
+        with no_cache(model), torch.no_grad():
+            if self.function is not None:
+                self.function(model)
+                yield
+                return
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+            for args, kwargs in self.inputs:
+                args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+                with contextlib.suppress(Stop):
+                    model(*args, **kwargs)
+                yield
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether a hook may raise :class:`Stop`: a pipeline goes on with the output, so it needs all of it."""
+        return self.function is None
+
+    def fingerprint(self) -> str:
+        """A hash of all inputs; of a function only its name, since what it does cannot be hashed."""
+        digest = hashlib.sha256()
+        if self.function is not None:
+            digest.update(getattr(self.function, "__qualname__", type(self.function).__qualname__).encode())
+        for leaf in pytree.tree_leaves(self.inputs):
+            digest.update(tensor_bytes(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
+        return digest.hexdigest()
+
+
+_TEXT = (
+    "calibration is text; models take tokens. Give [tokenizer(text, return_tensors='pt'), ...], or cut a long text with "
+    "requanto.methods.text_samples(tokenizer, text, samples=128, length=512)"
+)
+
+
+def _arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
+    if isinstance(sample, str):
+        raise ValueError(_TEXT)
+    if isinstance(sample, Mapping):
+        return (), {str(key): value for key, value in sample.items()}
+    if isinstance(sample, (tuple, list)):
+        return tuple(sample), {}
+    if isinstance(sample, torch.Tensor):
+        return (sample,), {}
+    raise TypeError(
+        f"a calibration sample must be a tensor, a tuple of arguments or a dict of keyword arguments, found "
+        f"{type(sample).__name__}"
+    )
+
+
+def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 512) -> list[torch.Tensor]:
+    """``samples`` pieces ``[1, length]`` of a text's tokens, spread evenly over it; the first token is the tokenizer's own.
+
+    Pieces overlap where the text is shorter than ``samples * length`` tokens.
+
+    Raises:
+        ValueError: the text has fewer tokens than one piece.
+    """
+    from requanto.report._inputs import start_token, token_ids
+
+    prefix = start_token(tokenizer)
+    ids = token_ids(tokenizer, text)
+    body = length - len(prefix)
+    if samples < 1 or body < 1:
+        raise ValueError(f"samples and length must be positive, found {samples} and {length}")
+    if len(ids) < body:
+        raise ValueError(
+            f"the calibration text has {len(ids)} tokens, one sample takes {body}: give a longer text or a smaller length"
+        )
+    last = len(ids) - body
+    starts = [round(i * last / max(1, samples - 1)) for i in range(samples)]
+    return [torch.tensor([prefix + ids[start : start + body]]) for start in starts]
+
+
+@contextlib.contextmanager
+def no_cache(model: nn.Module) -> Iterator[None]:
+    """Keeps language models from filling a key-value cache: a block that runs twice would append to it twice."""
+    changed = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True and not any(config is c for c in changed):
+            config.use_cache = False
+            changed.append(config)
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The values of a tensor, for hashing."""
+    return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()
