@@ -39,7 +39,7 @@ lint: $(VENV)/.test
 gpu-check:
 	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels tests/linear
 	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py
-	PYTHONPATH=src:kernels $(PY) benchmarks/models.py
+	PYTHONPATH=src:kernels $(PY) benchmarks/model.py
 
 # build/ goes first: setuptools packs what an earlier build left there, also files that are gone from the checkout.
 wheel: $(VENV)/.torch

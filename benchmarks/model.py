@@ -1,7 +1,7 @@
 """Whole models: prefill and decode tokens a second, load time and memory of a Llama-shaped model, per dtype, beside bf16.
 
-    PYTHONPATH=src:kernels python benchmarks/models.py                      # 1.2 billion parameters, GPU if there is one
-    PYTHONPATH=src:kernels python benchmarks/models.py --shape 8b --compile
+    PYTHONPATH=src:kernels python benchmarks/model.py                      # 1.2 billion parameters, GPU if there is one
+    PYTHONPATH=src:kernels python benchmarks/model.py --shape 8b --compile
 
 The weights are random: speed and size do not depend on them. bf16 and the quantized models are timed in turns within one
 process, and every figure is a ratio to bf16 of the same run. Peers that are importable (torchao, bitsandbytes)
@@ -162,7 +162,7 @@ def main() -> int:
     out = options.out or HERE / "results" / f"models_{device}_{options.shape}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": "PYTHONPATH=src:kernels python benchmarks/models.py " + " ".join(sys.argv[1:]),
+        "command": "PYTHONPATH=src:kernels python benchmarks/model.py " + " ".join(sys.argv[1:]),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
