@@ -43,6 +43,11 @@ def draw(model: DiTTransformer2DModel, labels: torch.Tensor, steps: int = 20, se
     return images.clamp(-1, 1)
 
 
+def digits(model: DiTTransformer2DModel, seed: int) -> torch.Tensor:
+    """Ten digits of one seed: what `requanto compare --run examples/digits_diffusion/sample.py:digits` compares."""
+    return draw(model, torch.arange(10), seed=seed)
+
+
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     """Peak signal to noise ratio in dB of images in [-1, 1]."""
     error = torch.mean((images.double() - reference.double()) ** 2).item()

@@ -1,40 +1,25 @@
-"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``tune`` and ``register-optimum-cli``.
+"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune`` and ``register-optimum-cli``.
 
 Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from requanto.cli_common import Json, Model, console, reported, size_text
+from requanto.cli_compare import compare
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantize models, look into them, measure them.")
-console = Console()
-errors = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(help="A directory that save_pretrained wrote, or a name on the hub.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else, on standard output.")]
-
-
-@contextlib.contextmanager
-def _reported() -> Iterator[None]:
-    """Turns what users can cause into one line on standard error and exit code 1."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
-        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(1) from error
+app.command()(compare)
 
 
 @app.callback()
@@ -69,7 +54,7 @@ def quantize(
     from requanto.report.convert import quantize_directory
     from requanto.report.inspect import inspect_directory
 
-    with _reported():
+    with reported():
         config = QuantoConfig(
             weights=weights,
             activations=activations,
@@ -85,7 +70,9 @@ def quantize(
         if as_json:
             print(json.dumps({"out": str(out), "total_bytes": report.total_bytes, "config": config.to_dict()}))
         else:
-            console.print(f"Saved {out}: {_size(report.total_bytes)}, of which {_size(report.float_bytes)} float.")
+            console.print(
+                f"Saved {out}: {size_text(report.total_bytes)}, of which {size_text(report.float_bytes)} float."
+            )
 
 
 def _pairs(items: list[str]) -> dict[str, str | None]:
@@ -111,7 +98,7 @@ def inspect(
     """Show type, shape and bytes of each weight; for a float model, what each type would save. Reads headers only."""
     from requanto.report.inspect import inspect_directory
 
-    with _reported():
+    with reported():
         if parallel is not None:
             _inspect_parallel(str(directory), parallel, as_json)
             return
@@ -126,14 +113,14 @@ def inspect(
             if all_layers or len(weight.shape) > 1:
                 group = str(weight.group_size or "row") if weight.bits < 16 else ""
                 shape = " x ".join(map(str, weight.shape))
-                table.add_row(weight.name, weight.dtype, shape, group, f"{weight.bits:.2f}", _size(weight.bytes))
+                table.add_row(weight.name, weight.dtype, shape, group, f"{weight.bits:.2f}", size_text(weight.bytes))
         console.print(table)
         console.print(
-            f"Total {_size(report.total_bytes)}: quantized {_size(report.quantized_bytes)}, float "
-            f"{_size(report.float_bytes)}."
+            f"Total {size_text(report.total_bytes)}: quantized {size_text(report.quantized_bytes)}, float "
+            f"{size_text(report.float_bytes)}."
         )
         for kind, size in report.would_take.items():
-            console.print(f"  in {kind:<7} it would take {_size(size)} ({size / report.total_bytes:.0%})")
+            console.print(f"  in {kind:<7} it would take {size_text(size)} ({size / report.total_bytes:.0%})")
 
 
 def _inspect_parallel(model: str, parallel: str, as_json: bool) -> None:
@@ -156,7 +143,7 @@ def _inspect_parallel(model: str, parallel: str, as_json: bool) -> None:
         table.add_column(column, justify="left" if column == "type" else "right")
     for kind, r in reports.items():
         sizes = (r.total, r.floats, r.gathered, r.cache_per_token, r.sent_per_token, r.sent_per_step)
-        table.add_row(kind, *map(_size, sizes))
+        table.add_row(kind, *map(size_text, sizes))
     console.print(table)
 
 
@@ -177,7 +164,7 @@ def evaluate(
     from requanto.report.convert import load_causal_lm
     from requanto.report.inspect import inspect_model
 
-    with _reported():
+    with reported():
         content = (text or Path(__file__).parent / "data" / "eval_text.txt").read_text(encoding="utf-8")
         model, tokenizer = load_causal_lm(directory, dtype=dtype, device=device)
         result = perplexity(model, tokenizer, content, window=window, max_tokens=max_tokens, progress=not as_json)
@@ -189,7 +176,7 @@ def evaluate(
         else:
             console.print(
                 f"perplexity {result.perplexity:.3f} on {result.tokens} tokens, {values['tokens_per_second']:.0f} tokens/s, "
-                f"{_size(size)} in memory"
+                f"{size_text(size)} in memory"
             )
 
 
@@ -207,7 +194,7 @@ def tune(
 
     from requanto.tune_cli import ROWS, tune_model
 
-    with _reported():
+    with reported():
         chosen = getattr(torch, dtype, None)
         if chosen not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"dtype {dtype!r} is none of bfloat16, float16, float32")
@@ -225,22 +212,13 @@ def register_optimum_cli(
     """Make `optimum-cli quanto quantize` run on Requanto: writes one file into the installed optimum."""
     from requanto.integrations.optimum_quanto import register
 
-    with _reported():
+    with reported():
         if remove:
             file = register.unregister()
             text = f"deleted {file}" if file is not None else "nothing to remove: it was not registered"
         else:
             text = f"wrote {register.register()}; try: optimum-cli quanto quantize --help"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def main() -> None:

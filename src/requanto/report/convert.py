@@ -46,13 +46,13 @@ def quantize_directory(
         ValueError: it is quantized already, or not a kind that is known.
     """
     source = local_directory(model)
-    description = _description(source)
+    description = description_of(source)
     if description.get("quantization_config"):
         method = description["quantization_config"].get("quant_method")
         raise ValueError(f"{model} is quantized already ({method}); start from the float model")
     if Path(out).resolve() == source.resolve():
         raise ValueError(f"OUT is the model's own directory {source}; choose another, the float weights would be lost")
-    loaded = _load(_class_of(source, description), source, config, dtype, device)
+    loaded = _load(class_of(source, description), source, config, dtype, device)
     loaded.save_pretrained(out)
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
@@ -65,7 +65,7 @@ def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = local_directory(directory)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype), device_map=device)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=float_dtype(dtype), device_map=device)
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
 
@@ -85,7 +85,7 @@ def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
     if str(model) in LLAMA_SHAPES:
         return llama(str(model)), None
     source = local_directory(model)
-    description = _description(source)
+    description = description_of(source)
     if "_class_name" in description:
         raise ValueError(f"{model} is a Diffusers model; --parallel is computed for Transformers models")
     from transformers import AutoConfig
@@ -95,11 +95,12 @@ def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
     if stored is not None:
         del config.quantization_config
     with torch.device("meta"):
-        built = _class_of(source, description)._from_config(config, dtype=getattr(config, "dtype", None))
+        built = class_of(source, description)._from_config(config, dtype=getattr(config, "dtype", None))
     return built, QuantoConfig.from_dict(stored) if stored is not None else None
 
 
-def _description(source: Path) -> dict[str, Any]:
+def description_of(source: Path) -> dict[str, Any]:
+    """A model directory's config.json."""
     path = source / "config.json"
     if not path.is_file():
         if (source / "model_index.json").is_file():
@@ -108,7 +109,8 @@ def _description(source: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _class_of(source: Path, description: dict[str, Any]) -> Any:
+def class_of(source: Path, description: dict[str, Any]) -> Any:
+    """The library's class that a config.json names."""
     if "_class_name" in description:
         import diffusers
 
@@ -127,7 +129,7 @@ def _class_of(source: Path, description: dict[str, Any]) -> Any:
 def _load(model_class: Any, source: Path, config: QuantoConfig, dtype: str, device: str | None) -> Any:
     key = "torch_dtype" if model_class.__module__.startswith("diffusers") else "dtype"
     options: dict[str, Any] = {"quantization_config": config}
-    wanted = _dtype(dtype)
+    wanted = float_dtype(dtype)
     if key == "dtype" or wanted != "auto":
         options[key] = wanted
     if device is not None:
@@ -135,7 +137,8 @@ def _load(model_class: Any, source: Path, config: QuantoConfig, dtype: str, devi
     return model_class.from_pretrained(source, **options)
 
 
-def _dtype(name: str) -> Any:
+def float_dtype(name: str) -> Any:
+    """The torch dtype of that name, or "auto" as it is."""
     import torch
 
     if name == "auto":

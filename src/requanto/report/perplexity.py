@@ -78,11 +78,11 @@ def perplexity(
                 total += _window_nll(model, torch.tensor([prefix + tokens], device=device))
                 count += len(prefix) + len(tokens) - 1
                 bar.update(len(tokens))
-                bar.set_postfix_str(f"ppl {_exp(total / count):.2f}")
+                bar.set_postfix_str(f"ppl {exponential(total / count):.2f}")
     finally:
         model.train(was_training)
     nll = total / count
-    return PerplexityResult(_exp(nll), nll, count, time.perf_counter() - start)
+    return PerplexityResult(exponential(nll), nll, count, time.perf_counter() - start)
 
 
 def _check_sizes(model: nn.Module, window: int, max_tokens: int | None, prefix: int) -> None:
@@ -127,7 +127,7 @@ def _window_nll(model: nn.Module, input_ids: Tensor) -> float:
     return total.item()
 
 
-def _exp(nll: float) -> float:
+def exponential(nll: float) -> float:
     """exp that ends at infinity: a model without sense is a result, not an error."""
     try:
         return math.exp(nll)

@@ -1,0 +1,37 @@
+"""What the commands share: consoles, argument types, errors as one line, sizes in words."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A directory that save_pretrained wrote, or a name on the hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else, on standard output.")]
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turns what users can cause into one line on standard error and exit code 1."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
+        errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+def size_text(count: int) -> str:
+    """Bytes in words: ``1.5 MB``."""
+    value = float(count)
+    for unit in ("B", "KB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -1,0 +1,309 @@
+"""Two models of one architecture, compared: each layer's weights and outputs, and what the whole model answers.
+
+    result = requanto.report.compare("model", "model-int4")          # directories, or models in memory
+    print(result.summary["perplexity_b"], result.summary["kl"])
+    result.plot("compare.png")
+
+Weight error is ``|W_a - W_b| / |W_a|``, output error ``|y_a - y_b| / |y_a|`` (Frobenius norms, over all inputs): a layer's
+output error holds what the layers before it did to its input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from requanto.qtensor import QTensor
+from requanto.qtypes import short_name
+from requanto.report._inputs import Tokenizer
+
+#: Float weights are compared in pieces of so many values: 64 MB of float32 each.
+_PIECE = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LayerComparison:
+    """One weight and the layer that holds it.
+
+    Attributes:
+        name: the weight's name.
+        type_a, type_b: ``"int4"`` ... or the float dtype.
+        bytes_a, bytes_b: what each holds, scales counted.
+        weight_error: relative, 0 where equal.
+        output_error: relative, of the layer's output; None where it was not run.
+    """
+
+    name: str
+    type_a: str
+    type_b: str
+    bytes_a: int
+    bytes_b: int
+    weight_error: float
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        a, b: what was compared.
+        kind: ``"causal_lm"``, ``"masked_lm"``, ``"encoder"``, ``"pipeline"``, ``"run"`` or ``"weights"``.
+        layers: one for each weight of two axes or more, in the model's order.
+        summary: figures of the whole model, by name: ``bytes_a``, ``bytes_b`` and, as the kind has them, ``perplexity_a``,
+            ``perplexity_b``, ``kl`` (mean nats a token, a against b), ``top1_agreement``, ``tokens``; ``cosine_mean``,
+            ``cosine_min`` (of mean-pooled embeddings), ``token_cosine``; ``psnr_mean``, ``psnr_min`` (dB), ``images``.
+        images: pairs of images ``[height, width, channels]`` in 0 .. 1, of a and b; empty where none were drawn.
+    """
+
+    a: str
+    b: str
+    kind: str
+    layers: list[LayerComparison]
+    summary: dict[str, float | int]
+    images: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
+
+    def to_json(self) -> str:
+        """JSON text, without the images; a value that is not finite (the PSNR of equal images) is null."""
+        values = {"a": self.a, "b": self.b, "kind": self.kind, "summary": self.summary}
+        values["layers"] = [asdict(layer) for layer in self.layers]
+        return json.dumps(_finite(values), indent=2, allow_nan=False)
+
+    def plot(self, path: str | Path) -> Path:
+        """Draws errors by layer, and the images or the summary, into a PNG file."""
+        from requanto.report.compare_plot import plot
+
+        return plot(self, Path(path))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def compare(
+    a: Any,
+    b: Any,
+    *,
+    text: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    run: Callable[[Any, int], Any] | None = None,
+    prompts: Sequence[str] = (),
+    seeds: int = 4,
+    steps: int | None = None,
+    window: int = 512,
+    max_tokens: int | None = 4096,
+    weights_only: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Compares two models: float and quantized, or two quantized ones.
+
+    Both models are held as they are loaded (float weights stay mapped from their files); of activations, one layer's output
+    of each.
+
+    Args:
+        a, b: directories (a model's, or a pipeline's with its model_index.json), names on the hub, or the models or
+            pipelines themselves. ``a`` is the reference.
+        text: what language models and encoders read; None: the text that ships with the package.
+        tokenizer: for models in memory; directories bring their own.
+        run: for any other model: ``run(model, seed)`` runs it and returns its output or images (a tensor
+            ``[n, channels, height, width]``, arrays, PIL images, or an object with ``.images``). Both get the same seeds.
+        prompts: what pipelines draw, where they take a prompt.
+        seeds: how many seeds, 0, 1, ..., pipelines and ``run`` are called with.
+        steps: denoising steps of a pipeline; None: its default.
+        window, max_tokens: tokens at a time, and in all (None: the whole text).
+        weights_only: compare weights, run nothing.
+        dtype, device: of what is loaded from directories.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: the architectures or the tokenizers differ, there is no text or no way to run the model.
+        FileNotFoundError: no such model.
+    """
+    from requanto.report import compare_images, compare_text
+    from requanto.report.compare_load import opened
+
+    labels = [str(x) if isinstance(x, (str, Path)) else name for x, name in ((a, "A"), (b, "B"))]
+    (a, tokenizer_a), (b, tokenizer_b) = (opened(x, dtype, device, run is None and not weights_only) for x in (a, b))
+    if a is b:
+        raise ValueError("a and b are one and the same model; give the float model and the quantized one")
+    parts_a, parts_b = model_parts(a), model_parts(b)
+    check_same(parts_a, parts_b, labels)
+    kind, summary, images = "weights", {}, []
+    errors = OutputErrors(layer_pairs(parts_a, parts_b))
+    if not weights_only:
+        for part in (*parts_a.values(), *parts_b.values()):
+            part.eval()
+        if run is not None:
+            kind, (summary, images) = "run", compare_images.run_both(a, b, run, seeds, errors, progress)
+        elif not isinstance(a, nn.Module):
+            kind = "pipeline"
+            call = compare_images.pipeline_call(a, prompts, steps)
+            summary, images = compare_images.run_both(a, b, call, seeds, errors, progress)
+        else:
+            found = compare_text.common_tokenizer(tokenizer or tokenizer_a, tokenizer or tokenizer_b, labels)
+            kind, summary = compare_text.read_both(a, b, found, text, window, max_tokens, errors, progress)
+    layers = compare_weights(parts_a, parts_b, errors, progress)
+    sizes = {"bytes_a": _total_bytes(parts_a), "bytes_b": _total_bytes(parts_b)}
+    return Comparison(labels[0], labels[1], kind, layers, {**sizes, **summary}, images)
+
+
+# ---------------------------------------------------------------------- the parts of a model
+
+
+def model_parts(model: Any) -> dict[str, nn.Module]:
+    """A model under the name "", or the models of a pipeline under theirs.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(model, nn.Module):
+        return {"": model}
+    components = getattr(model, "components", None)
+    parts = {n: c for n, c in components.items() if isinstance(c, nn.Module)} if isinstance(components, dict) else {}
+    if not parts:
+        raise ValueError(
+            f"expected a model or a Diffusers pipeline to compare, found {type(model).__module__}.{type(model).__name__}"
+        )
+    return parts
+
+
+def check_same(a: dict[str, nn.Module], b: dict[str, nn.Module], labels: Sequence[str]) -> None:
+    """Refuses models whose weights differ in name or shape."""
+    shapes = [_shapes(parts) for parts in (a, b)]
+    for one, other, here, there in ((0, 1, labels[0], labels[1]), (1, 0, labels[1], labels[0])):
+        for name, shape in shapes[one].items():
+            found = shapes[other].get(name)
+            if found != shape:
+                raise ValueError(
+                    f"the models are of different architectures ({_classes(a)} and {_classes(b)}): {here} holds {name} of "
+                    f"shape {list(shape)}, {there} {'has no such weight' if found is None else f'of shape {list(found)}'}"
+                )
+
+
+def _shapes(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in _parameters(parts)}
+
+
+def _classes(parts: dict[str, nn.Module]) -> str:
+    return ", ".join(type(part).__name__ for part in parts.values())
+
+
+def _parameters(parts: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    return [(f"{p}.{n}" if p else n, w) for p, part in parts.items() for n, w in part.named_parameters()]
+
+
+def layer_pairs(a: dict[str, nn.Module], b: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The layers that hold a weight of two axes or more themselves, in both models, by name."""
+    pairs = {}
+    for part, model in a.items():
+        others = dict(b[part].named_modules())
+        for name, module in model.named_modules():
+            if any(p is not None and p.dim() > 1 for p in module._parameters.values()) and name in others:
+                pairs[".".join(filter(None, (part, name)))] = (module, others[name])
+    return pairs
+
+
+class OutputErrors:
+    """Sums of squares of the layers' outputs and of their differences, gathered as `Lockstep` runs.
+
+    Args:
+        pairs: see `Lockstep`.
+    """
+
+    def __init__(self, pairs: dict[str, tuple[nn.Module, nn.Module]]) -> None:
+        self.pairs = pairs
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def observe(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Adds one call of a layer."""
+        reference = a.to(b.device).float()
+        wrong, all_of_it = self._sums.get(name, (0.0, 0.0))
+        wrong += (b.float() - reference).square().sum(dtype=torch.float64).item()
+        self._sums[name] = (wrong, all_of_it + reference.square().sum(dtype=torch.float64).item())
+
+    def of(self, name: str) -> float | None:
+        """Relative error of a layer's output; None where it never ran."""
+        return ratio(*self._sums[name]) if name in self._sums else None
+
+
+def ratio(wrong: float, reference: float) -> float:
+    """Root of a quotient of squares: 0 where nothing is wrong, infinite where the reference is zero and the rest is not."""
+    if wrong == 0:
+        return 0.0
+    return math.sqrt(wrong / reference) if reference else math.inf
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def compare_weights(
+    a: dict[str, nn.Module], b: dict[str, nn.Module], errors: OutputErrors, progress: bool
+) -> list[LayerComparison]:
+    """One line a weight; two weights are in memory as float at a time, float ones only in pieces."""
+    others = dict(_parameters(b))
+    found = []
+    for name, one in tqdm(_parameters(a), desc="weights", unit="weight", disable=not progress, leave=False):
+        if one.dim() < 2 or not one.is_floating_point():
+            continue
+        other = others[name]
+        for weight in (one, other):
+            if weight.device.type == "meta":
+                raise ValueError(f"{name} is offloaded (on the meta device); load both models onto one device")
+        found.append(
+            LayerComparison(
+                name,
+                *(_type(w) for w in (one, other)),
+                *(_bytes(w) for w in (one, other)),
+                weight_error(one.detach(), other.detach()),
+                errors.of(name.rpartition(".")[0]),
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def weight_error(a: Tensor, b: Tensor) -> float:
+    """``|a - b| / |a|`` in Frobenius norms, of float or quantized weights of one shape."""
+    wrong = reference = 0.0
+    for one, other in _pieces(a, b):
+        one = one.float()
+        wrong += (other.to(one.device).float() - one).square().sum(dtype=torch.float64).item()
+        reference += one.square().sum(dtype=torch.float64).item()
+    return ratio(wrong, reference)
+
+
+def _pieces(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]] | zip[tuple[Tensor, Tensor]]:
+    if isinstance(a, QTensor) or isinstance(b, QTensor):
+        values = [w.dequantize(torch.float32) if isinstance(w, QTensor) else w for w in (a, b)]
+        return [(values[0], values[1])]
+    rows = max(1, _PIECE // max(1, a[0].numel())) if len(a) else 1
+    return zip(a.split(rows), b.split(rows))
+
+
+def _type(weight: Tensor) -> str:
+    if isinstance(weight, QTensor):
+        group = "" if weight.group_size is None else f" g{weight.group_size}"
+        return f"{short_name(weight.qtype)}{group}"
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def _bytes(weight: Tensor) -> int:
+    return weight.nbytes if isinstance(weight, QTensor) else weight.numel() * weight.element_size()
+
+
+def _total_bytes(parts: dict[str, nn.Module]) -> int:
+    return sum(_bytes(weight) for _, weight in _parameters(parts))
