@@ -26,6 +26,10 @@ def register() -> None:
     """Called once accelerate is there."""
     from accelerate.utils import modeling, offload
 
+    from requanto.integrations import accelerate_fsdp
+
+    accelerate_fsdp.register()
+
     replace_everywhere(offload.offload_weight, _offload_dat)
     replace_everywhere(modeling.compute_module_sizes, _true_sizes)
     loader = offload.OffloadedWeightsLoader

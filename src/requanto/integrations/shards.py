@@ -100,10 +100,10 @@ def gathered(like: Any, name: str, group_size: int | None) -> QTensor | None:
     if found is None:
         return local.detach().to("cpu") if dist.get_rank() == 0 else None
     layouts: list[Any] = [None] * found.ranks
-    dist.all_gather_object(layouts, (local.shape, local.group_size, _layout(local)), group=found.group)
+    dist.all_gather_object(layouts, (local.shape, local.group_size, layout(local)), group=found.group)
     pieces: list[QTensor] = []
-    for rank, (shape, group, layout) in enumerate(layouts):
-        parts = _broadcast(local if rank == found.rank else None, layout, rank, found.group, local.device)
+    for rank, (shape, group, stored) in enumerate(layouts):
+        parts = broadcast_parts(local if rank == found.rank else None, stored, rank, found.group, local.device)
         if found.rank == 0:
             pieces.append(local.with_inner(parts, shape=shape, group_size=group))
     if found.rank != 0:
@@ -122,16 +122,25 @@ def gathered(like: Any, name: str, group_size: int | None) -> QTensor | None:
     return whole if whole.group_size == group_size or group_size is None else with_groups(whole, group_size)
 
 
-def _layout(tensor: QTensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def layout(tensor: QTensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each inner tensor."""
     return {part: (inner.shape, inner.dtype) for part, inner in tensor.inner_tensors().items()}
 
 
-def _broadcast(
-    source: QTensor | None, layout: dict[str, tuple], rank: int, group: Any, device: torch.device
+def broadcast_parts(
+    source: QTensor | None, stored: dict[str, tuple], rank: int, group: Any, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The inner tensors of one rank's part, on every rank's CPU. Bytes travel: not every backend knows float8."""
+    """The inner tensors that one rank has, on every rank's CPU. Bytes travel: not every backend knows float8.
+
+    Args:
+        source: on ``rank`` its tensor, on ``device``; None on the others.
+        stored: its :func:`layout`.
+        rank: within the group.
+        group: the processes; None: all.
+        device: where the backend wants what it sends.
+    """
     parts = {}
-    for name, (shape, dtype) in layout.items():
+    for name, (shape, dtype) in stored.items():
         if source is not None:
             sent = source.inner_tensors()[name].contiguous().view(-1).view(torch.uint8)
         else:
