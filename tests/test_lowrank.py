@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import requanto
 from requanto import QTensor
 from requanto.checkpoint.format import CheckpointError, flatten, rebuild, spec_text
 from requanto.lowrank import add_dense, append, compress, fold, fold_lowrank, product, scale_rows
@@ -180,3 +181,27 @@ def test_gradients_reach_factors_in_training():
     assert relative(up.grad, reference[0].grad) < 1e-5
     assert relative(down.grad, reference[1].grad) < 1e-5
     assert product(x, weight).shape == (5, 96)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flat", [False, True])
+def test_requantize_keeps_the_term_or_folds_it_when_asked(kind, flat):
+    model = torch.nn.Sequential(torch.nn.Linear(128, 96))
+    requanto.freeze(requanto.quantize(model, weights=kind))
+    append(model[0].weight, torch.randn(96, 4), torch.randn(4, 128))
+    state, expected = model.state_dict(), model[0].weight.clone()
+    state, qmap = flatten(state) if flat else state, requanto.quantization_map(model)
+    kept = requanto.requantize(torch.nn.Sequential(torch.nn.Linear(128, 96)), state, qmap)
+    assert torch.equal(kept[0].weight, expected)
+    folded = requanto.requantize(torch.nn.Sequential(torch.nn.Linear(128, 96)), state, qmap, fold_lowrank=True)
+    assert torch.equal(folded[0].weight, fold(expected))
+
+
+def test_requantize_refuses_half_a_term():
+    model = torch.nn.Sequential(torch.nn.Linear(128, 96))
+    requanto.freeze(requanto.quantize(model, weights="int4"))
+    append(model[0].weight, torch.randn(96, 4), torch.randn(4, 128))
+    state, qmap = flatten(model.state_dict()), requanto.quantization_map(model)
+    del state["0.weight_up"]
+    with pytest.raises(CheckpointError, match="together"):
+        requanto.requantize(torch.nn.Sequential(torch.nn.Linear(128, 96)), state, qmap)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto import lowrank
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_files import PARTS, drop_old_metadata, to_qtensor
 from requanto.nn.mixin import QModuleMixin
@@ -19,7 +20,7 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.quantize import progress
 
-_OWN_PARTS = ("_qdata", "_scale", "_shift")
+_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down")
 
 
 def requantize(
@@ -27,6 +28,8 @@ def requantize(
     state_dict: Mapping[str, Any],
     quantization_map: Mapping[str, Mapping[str, Any]],
     device: torch.device | str | None = None,
+    *,
+    fold_lowrank: bool = False,
 ) -> nn.Module:
     """Loads quantized weights into a float model, in place.
 
@@ -39,6 +42,8 @@ def requantize(
             (``weight_qdata`` ...) or optimum-quanto's (``weight._data`` ...).
         quantization_map: what :func:`requanto.quantization_map` (or optimum-quanto's) gave.
         device: where the model goes; None: where it is, the CPU if it is on the meta device.
+        fold_lowrank: round adapters that were merged beside the codes into them (`requanto.lowrank.fold_lowrank` does it
+            and says how much of each was lost); otherwise they stay beside them, exactly.
 
     Returns:
         ``model`` itself.
@@ -84,6 +89,8 @@ def requantize(
     for module in model.modules():
         if isinstance(module, QModuleMixin) and module.activation_qtype is not None:
             module.settle_scales()
+    if fold_lowrank:
+        lowrank.fold_lowrank(model)
     return model
 
 
@@ -151,7 +158,7 @@ def _own(
     if not groups or length % groups:
         raise CheckpointError(f"{name}: {groups} scales a row do not divide its {length} weights")
     dtype = parameter.dtype if parameter.is_floating_point() else scale.dtype
-    return QTensor(
+    tensor = QTensor(
         data,
         scale,
         parts.get("_shift"),
@@ -162,6 +169,11 @@ def _own(
         group_size=None if groups == 1 else length // groups,
         transposed=transposed,
     )
+    try:
+        tensor.set_lowrank(parts.get("_up"), parts.get("_down"))
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    return tensor
 
 
 def _make_qmodule(
