@@ -11,7 +11,7 @@ from tiny_diffusers import TINY, relative_error, run_pipeline, tiny_pipeline
 
 import requanto
 
-DTYPES = ("int8", "float8", "int4", "int2")
+DTYPES = ("int8", "float8", "int4", "int2", "nf4")
 TARGETS = ["to_q", "to_k", "to_v", "proj_mlp", "x_embedder"]  # quantized layers, and one that stays float
 
 

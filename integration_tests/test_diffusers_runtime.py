@@ -14,7 +14,7 @@ from tiny_diffusers import TINY, relative_error, run_pipeline, tiny_pipeline
 import requanto
 from requanto.quantize import freeze, quantize
 
-DTYPES = ("int8", "float8", "int4", "int2")
+DTYPES = ("int8", "float8", "int4", "int2", "codebook4")
 TINY_FLUX = TINY["flux"]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from requanto import QTensor, QuantoConfig
 from requanto.lowrank import fold_lowrank
 
-DTYPES = ["int8", "int4", "int2", "float8", "float8_e5m2"]
+DTYPES = ["int8", "int4", "int2", "float8", "float8_e5m2", "int3", "nf4", "codebook4"]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

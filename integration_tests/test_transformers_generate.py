@@ -9,7 +9,7 @@ from tiny_models import TINY, save_tiny, tiny_tokenizer, token_ids
 
 from requanto import QuantoConfig
 
-KINDS = ["int8", "float8", "int4", "int2"]
+KINDS = ["int8", "float8", "int4", "int2", "nf4"]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tiny_models import TINY, output, save_tiny
 
 from requanto import QTensor, QuantoConfig
 
-KINDS = ["int8", "float8", "int4", "int2"]
+KINDS = ["int8", "float8", "int4", "int2", "nf4", "codebook3"]
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_eval_measures(int4_dir, float_dir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["quantize", "{float}", "{new}", "--weights", "int3"], "unknown quantized type 'int3'"),
+        (["quantize", "{float}", "{new}", "--weights", "int9"], "unknown quantized type 'int9'"),
         (["quantize", "./nowhere", "{new}"], "./nowhere is no directory"),
         (["quantize", "{float}", "{float}"], "OUT is the model's own directory"),
         (["quantize", "{int4}", "{new}"], "is quantized already (quanto)"),

@@ -74,13 +74,14 @@ def test_an_unknown_keyword_that_resembles_none_lists_all():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int3"}, "unknown quantized type 'int3'"),
+        ({"weights": "int9"}, "unknown quantized type 'int9'"),
+        ({"weights": "fp6_e3m3"}, "take 1 . 3 . 3 bits; expected 6 in all"),
         ({"activations": "int4"}, "activations must be None, 'int8' or 'float8', found 'int4'"),
         ({"group_size": 0}, "group_size must be a positive integer, -1"),
         ({"group_size": "64"}, "group_size must be a positive integer, -1"),
         ({"group_size": True}, "group_size must be a positive integer, -1"),
         ({"symmetric": "yes"}, "symmetric must be True, False or None, found 'yes'"),
-        ({"modules": {"a": "int5"}}, "unknown quantized type 'int5'"),
+        ({"modules": {"a": "int1"}}, "unknown quantized type 'int1'"),
         ({"modules": {"a": 4}}, r"modules\['a'\] must be a type, a dict or None, found 4"),
         ({"modules": {"a": {"group_size": -3}}}, r"modules\['a'\]\['group_size'\] must be a positive integer"),
     ],

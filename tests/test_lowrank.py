@@ -12,7 +12,7 @@ from requanto import QTensor
 from requanto.checkpoint.format import CheckpointError, flatten, rebuild, spec_text
 from requanto.lowrank import add_dense, append, compress, fold, fold_lowrank, product, scale_rows
 
-KINDS = ["int8", "int4", "int2", "float8"]
+KINDS = ["int8", "int4", "int2", "float8", "int3", "nf4", "codebook3"]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -34,6 +34,7 @@ def make(kind: str, shape=(96, 128), transposed: bool = False, rank: int = 4) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_every_product_has_the_term(kind, transposed):
+    torch._dynamo.reset()
     weight, value = make(kind, transposed=transposed)
     x = torch.randn(5, weight.shape[1], dtype=torch.float64)
     y = torch.randn(5, weight.shape[0], dtype=torch.float64)
@@ -143,7 +144,7 @@ def test_folding_rounds_and_says_how_much_it_lost(kind):
     folded = fold(weight)
     assert folded.rank == 0
     assert spec_text(folded) == spec_text(weight).removesuffix(" rank=4")
-    step = 2.0 ** (1 - (8 if kind == "int8" else 4 if kind == "float8" else int(kind[3])))
+    step = 2.0 ** (1 - {"float8": 4}.get(kind, weight.qtype.bits))
     assert relative(folded.dequantize(), value) < step
     layer = torch.nn.Linear(128, 96)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
@@ -31,7 +32,11 @@ def test_fields(name, is_float, bits, dtype, qmin, qmax):
 
 
 def test_the_table_holds_these_types_and_the_alias():
-    assert set(qtypes) == {row[0] for row in FIELDS} | {"qfloat8"}
+    small_floats = {name for name in qtypes if re.fullmatch(r"qfp[3-7]_e[1-4]m[0-5]", name)}
+    assert len(small_floats) == 2 + 3 + 4 + 4 + 4
+    others = {f"quint{bits}" for bits in range(1, 9)} | {f"qint{bits}" for bits in (3, 5, 6, 7)}
+    others |= {"qnf2", "qnf3", "qnf4", "qfp4", "qcodebook2", "qcodebook3", "qcodebook4"}
+    assert set(qtypes) == {row[0] for row in FIELDS} | {"qfloat8"} | others | small_floats
     assert qtypes["qfloat8"] is qfloat8 is qfloat8_e4m3fn
 
 
@@ -65,8 +70,8 @@ def test_what_a_user_may_write(written, meant):
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_and_all_known():
-    with pytest.raises(ValueError, match=r"'int3'.*did you mean 'int\d'\?.*Known: .*float8.*int2.*int4.*int8"):
-        resolve_qtype("int3")
+    with pytest.raises(ValueError, match=r"'int9'.*did you mean 'int\d'\?.*Known: .*float8.*int2.*int4.*int8"):
+        resolve_qtype("int9")
     with pytest.raises(ValueError, match="'flaot8'; did you mean 'float8'"):
         resolve_qtype("flaot8")
     with pytest.raises(ValueError, match="unknown quantized type 'bfloat16'"):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from requanto import QTensor
 
 KINDS = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
+KINDS += ["int3", "int5", "int7", "uint8", "nf3", "fp6_e2m3", "codebook2"]
 SIZES = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 299, 300]
 ALLOWED = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from requanto.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
 
 FORMAT = "requanto"
-FORMAT_VERSION = 1
+#: the newest version of the checkpoint format that is read; what version 1 can say is written as version 1
+FORMAT_VERSION = 2
+_VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
+
+
+def format_version_of(tensors: Mapping[str, str]) -> int:
+    """The version that a reader of these stored weights (name -> description) needs."""
+    return 1 if all(text.split(maxsplit=1)[0] in _VERSION_1_TYPES for text in tensors.values()) else 2
 
 
 class QuantizationMethod(str, Enum):
@@ -34,16 +42,16 @@ class QuantoConfig:
     """How a model is quantized.
 
     Args:
-        weights: type of the weights: ``"int8"``, ``"int4"``, ``"int2"``, ``"float8"`` (e4m3fn), ``"float8_e5m2"`` ...
+        weights: type of the weights: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` (e4m3fn) ...: docs/types.md.
         activations: None, ``"int8"`` or ``"float8"``: inputs of quantized layers are quantized per token on the fly.
         modules_to_not_convert: modules left float. An entry matches a full dotted name, a parent's name, a leaf name or a
             glob; one that matches nothing is an error. The library's own skips (lm_head ...) stay.
-        group_size: neighbouring weights of a row that share a scale; None: 64 for int4, 32 for int2, one scale a row for
-            8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
+        group_size: neighbouring weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale a row
+            for 8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
         modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
             ``group_size``, ``symmetric``, ``activations``, or None for float. The first match counts. A full name (no
             glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
-        symmetric: codes without a shift; None: affine below 8 bits, symmetric at 8.
+        symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
         embeddings: quantize ``nn.Embedding`` tables too.
         lm_head: quantize the output embeddings too.
         convolutions: quantize Conv1d, Conv2d and Conv3d too.
@@ -121,6 +129,10 @@ class QuantoConfig:
         """``weights``, under the name Diffusers gives it."""
         return self.weights
 
+    def record(self, tensors: dict[str, str]) -> None:
+        """Takes the descriptions of a model's quantized weights (`requanto.checkpoint.format`) as what is stored."""
+        self.tensors, self.format, self.format_version = tensors, FORMAT, format_version_of(tensors)
+
     def choice_for(self, pattern: str | None) -> LayerOptions:
         """The options of a layer that ``pattern`` of ``modules`` matched, or of any other layer (None)."""
         options = {
@@ -146,7 +158,7 @@ class QuantoConfig:
         if self.format is not None or self.tensors:
             values |= {
                 "format": self.format or FORMAT,
-                "format_version": self.format_version or FORMAT_VERSION,
+                "format_version": self.format_version or format_version_of(self.tensors),
                 "tensors": dict(self.tensors),
             }
         return values

@@ -188,7 +188,12 @@ def fold(weight: QTensor) -> QTensor:
     )
     scale, shift = folded.scale.to(weight.scale.dtype), folded.shift
     return weight.replace(
-        folded.qdata, scale, None if shift is None else shift.to(weight.scale.dtype), up=None, down=None
+        folded.qdata,
+        scale,
+        None if shift is None else shift.to(weight.scale.dtype),
+        up=None,
+        down=None,
+        codebook=folded.codebook,
     )
 
 

@@ -184,11 +184,13 @@ def check_optimizer(optimizer: Optimizer, kind: qtype, name: str = "optimizer") 
     """Refuses an optimizer that cannot serve a type.
 
     Raises:
-        ValueError: symmetric below 8 bits, or affine at 8.
+        ValueError: symmetric below 8 bits, or affine at 8; a type that optimum-quanto's arithmetic does not know.
         TypeError: no Optimizer.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{name} must be a requanto Optimizer, found {type(optimizer).__name__}")
+    if kind.is_codebook or kind.is_unsigned:
+        raise ValueError(f"{name}: optimizers choose scales of signed integers and float8; {kind.name} takes none")
     if isinstance(optimizer, SymmetricOptimizer) != (kind.bits == 8):
         wanted = "a SymmetricOptimizer such as AbsmaxOptimizer" if kind.bits == 8 else "an AffineOptimizer"
         raise ValueError(f"{name}: {kind.name} weights need {wanted}, found {type(optimizer).__name__}")

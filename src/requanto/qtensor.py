@@ -6,6 +6,7 @@ parameter, and answers to shape, dtype and device as that weight did. Inside are
     qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
     scale  ``[*lead, K / group]``
     shift  as scale, or None
+    codebook  what each code stands for, ``[2^bits]``; only of learned types (``codebook4``), else None
     up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``, or both None: a low-rank term beside the codes
 
 ``W = dequant(qdata, scale, shift) + up @ down``: an adapter merged into a quantized weight is kept as it is, since
@@ -29,6 +30,7 @@ from requanto.layout import find, is_fake, is_handle
 from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
+from requanto.scales.codebook import values_of
 from requanto.scales.weights import ScaleSearch, minmax
 from requanto.stored import Stored
 
@@ -37,7 +39,7 @@ class QTensor(Stored, torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Attributes:
-        qdata, scale, shift, up, down: the stored tensors (see the module's text).
+        qdata, scale, shift, up, down, codebook: the stored tensors (see the module's text).
         qtype: type of the codes.
         axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
         group_size: weights that share a scale; None: one scale a row.
@@ -61,6 +63,7 @@ class QTensor(Stored, torch.Tensor):
         activation: qtype | None = None,
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
+        codebook: torch.Tensor | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -84,6 +87,14 @@ class QTensor(Stored, torch.Tensor):
         self.scale, self.shift = scale, shift
         self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
         self.activation = activation
+        if (codebook is not None) != qtype.is_learned:
+            raise ValueError(
+                f"a {qtype.name} weight {'needs its' if qtype.is_learned else 'has no'} codebook of its own; found "
+                f"{None if codebook is None else tuple(codebook.shape)}"
+            )
+        if qtype.is_unsigned or qtype.is_codebook:
+            qtype.affine(shift is None)
+        self.codebook = codebook
         self.set_lowrank(up, down)
         return self
 
@@ -109,17 +120,19 @@ class QTensor(Stored, torch.Tensor):
 
         Args:
             weight: float tensor of 2 axes (Linear, Embedding), 3 (experts ``[E, N, K]``) or more (convolutions).
-            kind: ``"int8"``, ``"int4"``, ``"int2"``, ``"float8"`` ... or a qtype.
+            kind: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` ... or a qtype (docs/types.md).
             group_size: neighbouring weights of a row that share a scale; None: one scale a row; ``"default"``: 64 for
-                int4, 32 for int2, a row for 8 bits. One that does not divide K follows `scales.groups`.
-            symmetric: codes around zero without a shift; None: affine below 8 bits, symmetric at 8.
+                4 to 7 bits, 32 below, a row for 8 bits. One that does not divide K follows `scales.groups`.
+            symmetric: codes around zero without a shift; None: integers below 8 bits and unsigned ones have a shift,
+                int8, float8 and codebooks have none.
             axis: 0 or 1, see the class; None: 1 for 3D weights, else 0.
             transposed: quantize along the last-but-one axis: ``[..., K, N]`` weights.
             search: how scale and shift are chosen (`requanto.scales`).
             name: what to call the weight in messages.
 
         Raises:
-            ValueError: unknown type, no float weight, fewer than two axes, NaN or Inf in the weight.
+            ValueError: unknown type, no float weight, fewer than two axes, NaN or Inf in the weight, a form (symmetric
+                or not) that the type does not have.
         """
         kind = resolve_qtype(kind)
         if isinstance(weight, QTensor):
@@ -135,7 +148,7 @@ class QTensor(Stored, torch.Tensor):
         length = canonical.shape[axis + 1 :].numel()
         wanted = default_group_size(kind) if group_size == "default" else group_size
         group = fit_group_size(wanted, length, name)
-        affine = kind.bits < 8 if symmetric is None else not symmetric
+        affine = kind.affine(symmetric, name)
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
         data = quantize_weight_data(rows, kind, group, affine, search, name)
         qdata = data.qdata if kind.is_packed else data.qdata.view(canonical.shape)
@@ -149,6 +162,7 @@ class QTensor(Stored, torch.Tensor):
             axis=axis,
             group_size=group,
             transposed=transposed,
+            codebook=data.codebook,
         )
 
     @property
@@ -170,14 +184,14 @@ class QTensor(Stored, torch.Tensor):
         return self.canonical_shape[self.axis + 1 :].numel()
 
     def codes(self) -> torch.Tensor:
-        """Unpacked codes ``[*lead, K]``: uint8 (0 .. 2^bits-1) below 8 bits, else int8 or float8."""
+        """Unpacked codes ``[*lead, K]``: uint8 (0 .. 2^bits-1) below 8 bits, else uint8, int8 or float8."""
         if self.qtype.is_packed:
             return unpack(self.qdata, self.qtype.bits, self.row_length)
         return self.qdata.reshape(*self.lead, self.row_length)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight that the codes stand for, in ``dtype`` (default: the tensor's), computed in float32."""
-        values = self.codes().to(torch.float32)
+        values = self._code_values()
         if self.shift is None and self.qtype.is_packed:
             values = values - self.qtype.zero_code
         values = values.unflatten(-1, (self.scale.shape[-1], -1)) if self.row_length else values.unsqueeze(-1)
@@ -190,33 +204,13 @@ class QTensor(Stored, torch.Tensor):
         values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
         return values.transpose(-1, -2) if self.transposed else values
 
-    # ------------------------------------------------------------------ the low-rank term
-
-    @property
-    def rank(self) -> int:
-        """Rank of the low-rank term; 0: there is none."""
-        return 0 if self.up is None else self.up.shape[-1]
-
-    def set_lowrank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
-        """Replaces the low-rank term, in place: every module that shares the weight sees it.
-
-        Raises:
-            ValueError: one of the two is missing, or their shapes do not fit the weight.
-        """
-        if (up is None) != (down is None):
-            raise ValueError("a low-rank term is up and down together; one of them is None")
-        if up is not None and down is not None:
-            wanted = (*self.lead, up.shape[-1]), (*self.lead[:-1], up.shape[-1], self.row_length)
-            if (tuple(up.shape), tuple(down.shape)) != wanted:
-                raise ValueError(
-                    f"a low-rank term of up {tuple(up.shape)} and down {tuple(down.shape)} does not fit a quantized "
-                    f"weight of shape {tuple(self.shape)}; expected up {wanted[0]}, down {wanted[1]}"
-                )
-        self.up, self.down = up, down
-
-    def without_lowrank(self) -> QTensor:
-        """The same codes without the low-rank term."""
-        return self.replace(self.operand, self.scale, self.shift, up=None, down=None) if self.rank else self
+    def _code_values(self) -> torch.Tensor:
+        """float32 ``[*lead, K]``: codes as numbers, or what they stand for in a codebook."""
+        codes = self.codes()
+        if not self.qtype.is_codebook:
+            return codes.to(torch.float32)
+        table = self.codebook.float() if self.codebook is not None else values_of(self.qtype, codes)
+        return torch.index_select(table, 0, codes.flatten().to(torch.int32)).view(codes.shape)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         groups = "row" if self.group_size is None else f"group {self.group_size}"

@@ -20,7 +20,7 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.quantize import progress
 
-_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down")
+_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook")
 
 
 def requantize(
@@ -157,17 +157,24 @@ def _own(
     groups = scale.shape[-1]
     if not groups or length % groups:
         raise CheckpointError(f"{name}: {groups} scales a row do not divide its {length} weights")
+    shift, codebook = parts.get("_shift"), parts.get("_codebook")
+    if kind.is_learned and (codebook is None or codebook.shape != (2**kind.bits,)):
+        found = "none" if codebook is None else tuple(codebook.shape)
+        raise CheckpointError(f"{name} is {kind.name}: expected a codebook of {2**kind.bits} values, found {found}")
+    if shift is None and kind.is_unsigned:
+        raise CheckpointError(f"{name} is {kind.name} and needs shifts; {name}_shift is missing")
     dtype = parameter.dtype if parameter.is_floating_point() else scale.dtype
     tensor = QTensor(
         data,
         scale,
-        parts.get("_shift"),
+        shift,
         qtype=kind,
         shape=parameter.shape,
         dtype=dtype,
         axis=axis,
         group_size=None if groups == 1 else length // groups,
         transposed=transposed,
+        codebook=codebook if kind.is_learned else None,
     )
     try:
         tensor.set_lowrank(parts.get("_up"), parts.get("_down"))

@@ -22,7 +22,7 @@ class Stored:
     """Base of QTensor, which makes it a tensor and describes the attributes."""
 
     #: Inner tensors, in the order of the constructor; a part that a tensor does not have is None.
-    tensor_data_names = ("qdata", "scale", "shift", "up", "down")
+    tensor_data_names = ("qdata", "scale", "shift", "up", "down", "codebook")
 
     _qdata: torch.Tensor
     _packed: Packed | None
@@ -30,6 +30,7 @@ class Stored:
     shift: torch.Tensor | None
     up: torch.Tensor | None
     down: torch.Tensor | None
+    codebook: torch.Tensor | None
     qtype: qtype
     axis: int
     group_size: int | None
@@ -92,7 +93,7 @@ class Stored:
 
     def shared_along(self, axis: int) -> frozenset[str]:
         """Inner tensors that do not grow with the stored form's ``axis``: cutting or joining along it leaves them whole."""
-        return frozenset(("down",) if axis == self.axis else ())
+        return frozenset(("codebook", "down") if axis == self.axis else ("codebook",))
 
     def with_inner(
         self,
@@ -129,10 +130,38 @@ class Stored:
         transposed: bool | None = None,
         **others: torch.Tensor | None,
     ) -> QTensor:
-        """The same kind of tensor around other inner tensors; the ``others`` (up, down) stay unless given."""
+        """The same kind of tensor around other inner tensors; the ``others`` (up, down, codebook) stay unless given."""
         kept = {name: getattr(self, name) for name in self.tensor_data_names[3:]}
         inner = {"qdata": qdata, "scale": scale, "shift": shift, **kept, **others}
         return self.with_inner(inner, shape=shape, dtype=dtype, axis=axis, group_size=group_size, transposed=transposed)
+
+    # ------------------------------------------------------------------ the low-rank term
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank term; 0: there is none."""
+        return 0 if self.up is None else self.up.shape[-1]
+
+    def set_lowrank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
+        """Replaces the low-rank term, in place: every module that shares the weight sees it.
+
+        Raises:
+            ValueError: one of the two is missing, or their shapes do not fit the weight.
+        """
+        if (up is None) != (down is None):
+            raise ValueError("a low-rank term is up and down together; one of them is None")
+        if up is not None and down is not None:
+            wanted = (*self.lead, up.shape[-1]), (*self.lead[:-1], up.shape[-1], self.row_length)
+            if (tuple(up.shape), tuple(down.shape)) != wanted:
+                raise ValueError(
+                    f"a low-rank term of up {tuple(up.shape)} and down {tuple(down.shape)} does not fit a quantized "
+                    f"weight of shape {tuple(self.shape)}; expected up {wanted[0]}, down {wanted[1]}"
+                )
+        self.up, self.down = up, down
+
+    def without_lowrank(self) -> QTensor:
+        """The same codes without the low-rank term."""
+        return self.replace(self.operand, self.scale, self.shift, up=None, down=None) if self.rank else self
 
     # ------------------------------------------------------------------ taking apart
 

@@ -17,6 +17,7 @@ from requanto.linear.table import problem_of
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 KINDS = ("int8", "int4", "int2", "float8", "fp8_e4m3fnuz", "fp8_e5m2")
+KINDS += ("int3", "int6", "uint1", "uint4", "uint8", "nf4", "fp7_e3m3", "codebook3")
 # rows, N, K
 SHAPES = (
     (1, 1, 1), (1, 16, 16), (1, 17, 33), (2, 3, 300), (3, 64, 64), (5, 128, 192), (7, 300, 77), (16, 256, 256),
@@ -86,7 +87,7 @@ def main() -> int:
     torch.manual_seed(0)
     forms = itertools.cycle(("plain", "unaligned", "strided", "zero row"))
     for kind, shape, dtype, pack in itertools.product(KINDS, SHAPES, LIMITS, (False, True)):
-        for symmetric in (True, False) if kind in ("int4", "int2") else (True,):
+        for symmetric in (True, False) if kind in ("int4", "int2", "int3") else (None,):
             check(kind, shape, dtype, next(forms), pack, symmetric=symmetric)
         if kind == "int4":
             check(kind, shape, dtype, next(forms), pack, group_size=32)

@@ -12,7 +12,7 @@ from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
 from requanto.settings import settings
 
-KINDS = ["int8", "int4", "int2", "float8", "fp8_e5m2"]
+KINDS = ["int8", "int4", "int2", "float8", "fp8_e5m2", "int3", "int5", "uint4", "uint8", "nf4", "fp6_e3m2", "codebook4"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +142,35 @@ def test_unknown_devices_take_the_reference(kind):
     from requanto.linear.table import choose, problem_of
 
     assert choose(replace(problem_of(weight, x.dtype, 3), device="mps")).implementation.name == "reference"
+
+
+@pytest.mark.parametrize("kind", ["int3", "uint8", "nf4", "codebook4"])
+def test_codes_that_no_gpu_kernel_reads_are_dequantized_in_parts(kind, monkeypatch, caplog):
+    """Nothing of that path needs a GPU: torch's own operators, some rows of the weight at a time."""
+    from dataclasses import replace
+
+    from requanto.linear import triton
+    from requanto.linear.table import choose, problem_of
+
+    weight = QTensor.quantize(torch.randn(48, 64), kind)
+    x, bias = torch.randn(3, 64), torch.randn(48)
+    for device in ("cuda", "xpu"):
+        chosen = choose(replace(problem_of(weight, x.dtype, 3), device=device)).implementation
+        assert chosen.name == "gpu-dequantize"
+        assert "no kernel" in chosen.reason
+    monkeypatch.setattr(triton, "PART", 64 * 10)
+    triton._say_undecoded.cache_clear()
+    want = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
+    for _ in range(2):
+        got = chosen.run(x, weight, bias)
+        assert (got.double() - want).norm() <= 1e-6 * want.norm()
+    want = torch.randn(2, 48, dtype=torch.float64)
+    got = chosen.run(want.float(), weight.t(), None)
+    want = want.float().double() @ weight.dequantize(torch.float64)
+    assert (got.double() - want).norm() <= 1e-6 * want.norm()
+    said = [record.message for record in caplog.records if "no kernel" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith(kind)
 
 
 def test_explain_names_the_paths(layer):

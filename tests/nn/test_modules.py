@@ -13,7 +13,7 @@ from requanto.nn.registry import modules as registry
 from requanto.qtensor import QTensor
 from requanto.quantize import freeze, quantize
 
-KINDS = ["int8", "int4", "int2", "float8"]
+KINDS = ["int8", "int4", "int2", "float8", "int3", "uint8", "nf4", "codebook4"]
 
 
 def inputs_for(module: nn.Module) -> torch.Tensor:

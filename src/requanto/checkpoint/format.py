@@ -1,8 +1,8 @@
-"""The stored form of a quantized weight, version 1.
+"""The stored form of a quantized weight, versions 1 and 2 (docs/format.md).
 
-A weight ``W`` is stored as ``W_qdata``, ``W_scale`` and, when affine, ``W_shift``; never under its own name, so that a
-loader without the plugin finds it missing instead of taking codes for weights. What the tensors cannot say stands in
-config.json, ``quantization_config.tensors``, a line a weight:
+A weight ``W`` is stored as ``W_qdata``, ``W_scale``, when affine ``W_shift``, and of learned types ``W_codebook``; never
+under its own name, so that a loader without the plugin finds it missing instead of taking codes for weights. What the
+tensors cannot say stands in config.json, ``quantization_config.tensors``, a line a weight:
 
     "model.layers.0.mlp.up_proj.weight": "qint4 1536x576 group=64 affine"
 
@@ -78,6 +78,8 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
                 spec["activation"] = resolve_qtype(value)
             else:
                 raise KeyError(word)
+        if spec["qtype"].is_unsigned or spec["qtype"].is_codebook:
+            spec["qtype"].affine(not spec["affine"], name)
     except (KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"quantization_config.tensors[{name!r}] is {text!r}, which is no description of a quantized weight "
@@ -115,6 +117,8 @@ def expected_parts(spec: dict[str, Any]) -> dict[str, tuple[torch.Size, tuple[to
     parts = {"qdata": (torch.Size(codes), (kind.storage_dtype,)), "scale": (torch.Size(groups), floats)}
     if spec["affine"]:
         parts["shift"] = (torch.Size(groups), floats)
+    if kind.is_learned:
+        parts["codebook"] = (torch.Size([2**kind.bits]), floats)
     if spec["rank"]:
         parts["up"] = (torch.Size([*lead, spec["rank"]]), floats)
         parts["down"] = (torch.Size([*lead[:-1], spec["rank"], length]), floats)
@@ -129,7 +133,8 @@ def rebuild(
     Args:
         name: the weight's name, for messages.
         text: its line in ``quantization_config.tensors``.
-        parts: ``qdata``, ``scale``, when affine ``shift``, with a low-rank term ``up`` and ``down``.
+        parts: ``qdata``, ``scale``, when affine ``shift``, of learned types ``codebook``, with a low-rank term ``up`` and
+            ``down``.
         dtype: float dtype the weight is seen as.
         check_values: refuse scales and shifts that hold NaN or Inf.
 

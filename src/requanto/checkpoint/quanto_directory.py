@@ -23,7 +23,7 @@ from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.format import CheckpointError, flatten, table_of
 from requanto.checkpoint.quanto_files import PARTS, is_quanto_part, quantized_names, to_qtensor
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
-from requanto.config import FORMAT, FORMAT_VERSION, QuantoConfig
+from requanto.config import QuantoConfig
 from requanto.qtypes import qtype, resolve_qtype, short_name
 
 MAP_NAME = "quanto_qmap.json"
@@ -114,7 +114,7 @@ def _our_config(state: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError("no quantized weight was found")
     kinds = [text.split()[0] for text in table.values()]
     config = QuantoConfig(weights=short_name(resolve_qtype(max(set(kinds), key=kinds.count))))
-    config.format, config.format_version, config.tensors = FORMAT, FORMAT_VERSION, table
+    config.record(table)
     return config.to_dict()
 
 

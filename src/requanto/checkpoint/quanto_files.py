@@ -62,6 +62,7 @@ def to_qtensor(
         CheckpointError: parts are missing, or do not fit the type and the shape.
     """
     shape = torch.Size(shape)
+    _require_known(kind, name)
     needed = ("._data", "._scale") if kind.bits == 8 else ("._data._data", "._scale", "._shift")
     missing = [name + part for part in needed if part not in parts]
     if missing:
@@ -75,6 +76,13 @@ def to_qtensor(
     if kind.bits == 8:
         return _bytes(parts["._data"], scale, kind, shape, name)
     return _bits(parts["._data._data"], scale, parts["._shift"], kind, shape, name)
+
+
+def _require_known(kind: qtype, name: str) -> None:
+    if kind.is_codebook or kind.is_unsigned or kind.bits not in (2, 4, 8):
+        raise CheckpointError(
+            f"{name}: optimum-quanto has no type {kind.name}; its format holds int2, int4, int8, float8"
+        )
 
 
 def _bytes(data: torch.Tensor, scale: torch.Tensor, kind: qtype, shape: torch.Size, name: str) -> QTensor:
@@ -142,6 +150,7 @@ def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tenso
     Raises:
         CheckpointError: its format cannot hold this tensor exactly; the message says why and what can be done.
     """
+    _require_known(tensor.qtype, name)
     advice = "quantize with optimizer=AbsmaxOptimizer() (8 bits) or MaxOptimizer(), whose choices are optimum-quanto's"
     if tensor.axis != 0 or tensor.transposed:
         raise CheckpointError(f"{name}: optimum-quanto stores weights [out, in ...] only; leave this layer float")

@@ -18,7 +18,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
-from requanto.config import FORMAT, FORMAT_VERSION, QuantizationMethod, QuantoConfig
+from requanto.config import QuantizationMethod, QuantoConfig
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.diffusers_builtin import refuse_other_backends, silence_deprecation
 from requanto.integrations.diffusers_skips import stays_float
@@ -103,7 +103,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         from accelerate.utils import CustomDtype
 
         kind = as_layer_type(self.quantization_config)
-        return {2: CustomDtype.INT2, 4: CustomDtype.INT4}.get(kind.bits, torch.int8)
+        # The next larger width that it knows.
+        return CustomDtype.INT2 if kind.bits <= 2 else CustomDtype.INT4 if kind.bits <= 4 else torch.int8
 
     def get_special_dtypes_update(self, model: Any, torch_dtype: torch.dtype) -> dict[str, torch.dtype]:
         """What it counts for weights that stay float."""
@@ -261,8 +262,7 @@ def plan_model(model: Any, config: QuantoConfig, always_float: Any = ()) -> dict
 
 def describe(model: Any, config: QuantoConfig) -> None:
     """Writes what a model holds into its config."""
-    config.format, config.format_version = FORMAT, FORMAT_VERSION
-    config.tensors = table_of(model.named_parameters())
+    config.record(table_of(model.named_parameters()))
 
 
 def attach_quantizer(model: Any) -> RequantoDiffusersQuantizer:

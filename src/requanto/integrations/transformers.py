@@ -26,7 +26,7 @@ from requanto.checkpoint.format import (
     rebuild,
     table_of,
 )
-from requanto.config import FORMAT, FORMAT_VERSION, QuantoConfig
+from requanto.config import QuantoConfig
 from requanto.integrations.accelerate import materialized
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.shards import local_quantized
@@ -147,9 +147,7 @@ class RequantoHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if self.pre_quantized:
             self._check_complete(model)
-        config.format, config.format_version = FORMAT, FORMAT_VERSION
-        if not self.sharded:
-            config.tensors = table_of(model.named_parameters())
+        config.record(config.tensors if self.sharded else table_of(model.named_parameters()))
         return model
 
     def _check_complete(self, model: Any) -> None:
@@ -179,9 +177,7 @@ class RequantoHfQuantizer(HfQuantizer):
         spread = any(local_quantized(parameter) is not None for parameter in model.parameters())
         found = whole_state_dict(model, self.sharded) if spread else materialized(model)
         state_dict = {k: v for k, v in found.items() if not (isinstance(v, QTensor) and k in tied)}
-        self.quantization_config.format = FORMAT
-        self.quantization_config.format_version = FORMAT_VERSION
-        self.quantization_config.tensors = table_of(state_dict.items())
+        self.quantization_config.record(table_of(state_dict.items()))
         return flatten(state_dict), {}
 
     def is_serializable(self) -> bool:

@@ -84,6 +84,7 @@ def linear(
             weight.transposed,
             "" if activation is None else activation.name,
             input_scale,
+            weight.codebook,
         )
     else:
         pack_on_first_use(weight, x.dtype, activation)
@@ -122,6 +123,7 @@ def _weight(
     canonical: list[int],
     transposed: bool,
     dtype: torch.dtype,
+    codebook: torch.Tensor | None = None,
 ) -> QTensor:
     shape = canonical[:-2] + [canonical[-1], canonical[-2]] if transposed else canonical
     return QTensor(
@@ -134,6 +136,7 @@ def _weight(
         axis=len(canonical) - 2,
         group_size=group or None,
         transposed=transposed,
+        codebook=codebook,
     )
 
 
@@ -150,13 +153,16 @@ def _linear_op(
     transposed: bool,
     activation: str = "",
     input_scale: torch.Tensor | None = None,
+    codebook: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype)
+    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype, codebook)
     return _run(x, weight, bias, qtypes[activation] if activation else None, input_scale)
 
 
 @_linear_op.register_fake
-def _(x, qdata, scale, shift, bias, name, group, canonical, transposed, activation="", input_scale=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, qdata, scale, shift, bias, name, group, canonical, transposed, activation="", input_scale=None, codebook=None
+):
     return x.new_empty(*x.shape[:-1], canonical[-1] if transposed else canonical[-2])
 
 
@@ -170,34 +176,35 @@ def _linear_backward_op(
     group: int,
     canonical: list[int],
     transposed: bool,
+    codebook: torch.Tensor | None = None,
 ) -> torch.Tensor:
     # The gradient with respect to x is grad @ W: the same product with the weight seen transposed. (Quantized activations
     # pass it straight through.)
-    weight = _weight(qdata, scale, shift, name, group, canonical, not transposed, grad.dtype)
+    weight = _weight(qdata, scale, shift, name, group, canonical, not transposed, grad.dtype, codebook)
     return _run(grad, weight, None)
 
 
 @_linear_backward_op.register_fake
-def _(grad, qdata, scale, shift, name, group, canonical, transposed):  # type: ignore[no-untyped-def]
+def _(grad, qdata, scale, shift, name, group, canonical, transposed, codebook=None):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], canonical[-2] if transposed else canonical[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _x, qdata, scale, shift, bias, name, group, canonical, transposed, _activation, _input_scale = inputs
-    ctx.save_for_backward(qdata, scale, shift)
+    _x, qdata, scale, shift, bias, name, group, canonical, transposed, _activation, _input_scale, codebook = inputs
+    ctx.save_for_backward(qdata, scale, shift, codebook)
     ctx.has_bias = bias is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.rest = (name, group, canonical, transposed)
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    qdata, scale, shift = ctx.saved_tensors
+    qdata, scale, shift, codebook = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.requanto.linear_backward(grad, qdata, scale, shift, *ctx.rest)
+        grad_x = torch.ops.requanto.linear_backward(grad, qdata, scale, shift, *ctx.rest, codebook)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
+    return grad_x, None, None, None, grad_bias, *(None,) * 7
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -226,6 +233,7 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
         weight.group_size or 0,
         list(weight.canonical_shape),
         weight.transposed,
+        weight.codebook,
     )
 
 
@@ -246,25 +254,27 @@ def _grouped_op(
     group: int,
     canonical: list[int],
     transposed: bool,
+    codebook: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _run_grouped(x, _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype), offsets)
+    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype, codebook)
+    return _run_grouped(x, weight, offsets)
 
 
 @_grouped_op.register_fake
-def _(x, qdata, scale, shift, offsets, name, group, canonical, transposed):  # type: ignore[no-untyped-def]
+def _(x, qdata, scale, shift, offsets, name, group, canonical, transposed, codebook=None):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], canonical[-1] if transposed else canonical[-2])
 
 
 def _grouped_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _x, qdata, scale, shift, offsets, name, group, canonical, transposed = inputs
-    ctx.save_for_backward(qdata, scale, shift, offsets)
+    _x, qdata, scale, shift, offsets, name, group, canonical, transposed, codebook = inputs
+    ctx.save_for_backward(qdata, scale, shift, offsets, codebook)
     ctx.rest = (name, group, canonical, not transposed)
 
 
 def _grouped_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    qdata, scale, shift, offsets = ctx.saved_tensors
-    grad_x = torch.ops.requanto.grouped_linear(grad.contiguous(), qdata, scale, shift, offsets, *ctx.rest)
-    return (grad_x,) + (None,) * 8
+    qdata, scale, shift, offsets, codebook = ctx.saved_tensors
+    grad_x = torch.ops.requanto.grouped_linear(grad.contiguous(), qdata, scale, shift, offsets, *ctx.rest, codebook)
+    return (grad_x,) + (None,) * 9
 
 
 _grouped_op.register_autograd(_grouped_backward, setup_context=_grouped_setup)

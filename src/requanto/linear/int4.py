@@ -113,6 +113,7 @@ def fits(weight: QTensor) -> bool:
     """True for the weights that the operator takes: whole blocks of rows, its group sizes."""
     return (
         weight.qtype.bits in (2, 4)
+        and not weight.qtype.is_codebook
         and weight.group_size in GROUPS
         and weight.shape[0] % rows_per_block() == 0
         and weight.row_length % 16 == 0

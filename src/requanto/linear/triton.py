@@ -7,15 +7,20 @@ In order of preference:
     triton-rounded      other pairs: activations rounded to their codes, then one of the two below
     triton-dequantize   many rows: the weight rebuilt once, then the vendor's library
     triton-wq           everything else: the codes are decoded inside the product; forward, transposed, fused experts
+    gpu-dequantize      types that the kernels do not read: dequantized in parts by torch, then the vendor's library
 
 Without Triton, or with one that finds no driver, none of them applies and the reference runs; one log line says so.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 
+from requanto.linear import reference
 from requanto.linear import triton_rules as rules
 from requanto.linear.activations import quantize_activations
 from requanto.linear.table import Implementation, choose, problem_of, register
@@ -25,6 +30,10 @@ from requanto.qtypes import qtype
 
 #: Most bytes of a rebuilt weight at a time: every layer of a 70B model fits, a large vocabulary is done in parts.
 SCRATCH_BYTES = 512 * 2**20
+#: Most weights that torch's operators dequantize at a time; each takes some 12 bytes on the way.
+PART = 16 * 2**20
+
+logger = logging.getLogger(__name__)
 
 
 def run_wq(
@@ -162,6 +171,36 @@ def run_rounded(
     return choose(problem_of(weight, x.dtype, x.shape[0])).implementation.run(x, weight, bias)
 
 
+def run_undecoded(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of the weight, at most `PART` weights at a time, dequantized by torch's operators; says so once a type."""
+    _say_undecoded(weight.qtype.name, x.device.type)
+    stored, length = weight.lead.numel(), weight.row_length
+    step = max(1, PART // max(1, length))
+    if weight.transposed or step >= stored:
+        return reference.run(x, weight, bias, activation, input_scale)
+    parts = []
+    for start in range(0, stored, step):
+        rows = slice(start, min(start + step, stored))
+        part_bias = None if bias is None else bias[rows]
+        parts.append(reference.run(x, weight[rows], part_bias, activation, input_scale))
+    return torch.cat(parts, dim=1)
+
+
+@functools.cache
+def _say_undecoded(name: str, device: str) -> None:
+    logger.warning(
+        "%s weights have no kernel on %s devices: each product dequantizes them first. int4, int2, int8 and float8 have.",
+        name.removeprefix("q"),
+        device,
+    )
+
+
 def quantized(
     x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,6 +244,13 @@ for _implementation in (
         supports=rules.weight_only,
         reason="codes are decoded inside the product",
         run_grouped=run_grouped,
+    ),
+    Implementation(
+        name="gpu-dequantize",
+        run=run_undecoded,
+        supports=rules.undecoded,
+        reason="no kernel reads codes of this type: dequantized by torch, then the vendor's library",
+        run_grouped=reference.run_grouped,
     ),
 ):
     register(_implementation, before="reference")

@@ -19,6 +19,8 @@ from requanto.qtypes import (
     qint2,
     qint4,
     qint8,
+    quint2,
+    quint4,
 )
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,8 @@ logger = logging.getLogger(__name__)
 #: Device types that Triton serves; ROCm calls its devices "cuda".
 DEVICES = ("cuda", "xpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-KINDS = (qint2, qint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2)
+#: Types that the kernels decode. (quint2 and quint4 are stored as the affine form of qint2 and qint4 is.)
+KINDS = (qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2)
 #: K up to which a sum of products of int8 codes (-128 .. 127 times -127 .. 127) fits into int32.
 LONGEST_INT8 = 2**17
 
@@ -92,6 +95,11 @@ def served(problem: Problem) -> bool:
         return False
     found = capability(problem.device)
     return found == 0 or found >= 75
+
+
+def undecoded(problem: Problem) -> bool:
+    """A GPU, and codes that no kernel reads: other widths than 2, 4 and 8 bits, codebooks, quint8."""
+    return problem.device in DEVICES and problem.qtype not in KINDS
 
 
 def weight_only(problem: Problem) -> bool:

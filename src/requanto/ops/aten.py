@@ -219,17 +219,16 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     if (start, end, step) == (0, tensor.shape[dim], 1):
         return each(tensor, lambda t: aten.alias.default(t))
     group = tensor.group_size or tensor.row_length
-    per_byte = 8 // tensor.qtype.bits
-    whole = step == 1 and not start % group and not end % group and not start % per_byte and not end % per_byte
-    if tensor.canonical_shape[tensor.axis + 1 :].numel() != tensor.canonical_shape[axis] or not (
-        whole or (tensor.group_size is None and step == 1 and not start % per_byte and not end % per_byte)
-    ):
+    first, last = start * tensor.qtype.bits, end * tensor.qtype.bits
+    between_bytes = step == 1 and not first % 8 and not last % 8
+    between_groups = tensor.group_size is None or (not start % group and not end % group)
+    one_axis = tensor.canonical_shape[tensor.axis + 1 :].numel() == tensor.canonical_shape[axis]
+    if not (one_axis and between_bytes and between_groups):
         raise NotImplementedError(
             f"a quantized weight can be cut along its rows' length between groups of {group} only, found "
             f"[{start}:{end}:{step}]; call .dequantize() first"
         )
-    bytes_cut = slice(start // per_byte, end // per_byte)
-    qdata = tensor.qdata[..., bytes_cut]
+    qdata = tensor.qdata[..., first // 8 : last // 8]
     down = None if tensor.down is None else tensor.down[..., start:end]
     if tensor.group_size is None:
         return tensor.replace(qdata, tensor.scale, tensor.shift, shape=shape, down=down)

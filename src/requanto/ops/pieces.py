@@ -35,10 +35,16 @@ def cut(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -
 
 
 def join(pieces: Sequence[QTensor], dim: int) -> QTensor:
-    """The weight whose neighbouring pieces along ``dim`` these are; pieces of unlike groups take the finer one."""
+    """The weight whose neighbouring pieces along ``dim`` these are; pieces of unlike groups take the finer one.
+
+    Raises:
+        ValueError: the pieces do not look their codes up in the same values.
+    """
     first = pieces[0]
     if len(pieces) == 1:
         return first
+    if first.codebook is not None and not all(torch.equal(first.codebook, piece.codebook) for piece in pieces):
+        raise ValueError("pieces with codebooks of their own are no parts of one weight")
     axis = stored_axis(first, dim)
     shape = list(first.shape)
     shape[dim % first.dim()] = sum(piece.shape[dim] for piece in pieces)
@@ -46,9 +52,9 @@ def join(pieces: Sequence[QTensor], dim: int) -> QTensor:
         kept = first.shared_along(axis)
     else:
         # `up` has no part along a row, and without groups each piece has kept the one scale of its row.
-        kept = frozenset({"up"} if first.group_size is not None else {"up", "scale", "shift"})
+        kept = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
         axis = -1
-        if unknown := first.inner_tensors().keys() - {"qdata", "scale", "shift", "up", "down"}:
+        if unknown := first.inner_tensors().keys() - {"qdata", "scale", "shift", "up", "down", "codebook"}:
             raise NotImplementedError(f"joining pieces of rows with {sorted(unknown)} beside the codes")
     if first.group_size is not None:
         group = math.gcd(*(piece.group_size or piece.row_length for piece in pieces))

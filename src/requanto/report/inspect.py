@@ -15,7 +15,7 @@ from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, expected_parts, parse_spec
 from requanto.config import QuantoConfig
 from requanto.qtensor import QTensor
-from requanto.qtypes import qint4, qtypes, short_name
+from requanto.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
 
 #: types whose savings `inspect` works out for a float model
@@ -204,7 +204,7 @@ def _quantized_bytes(weight: WeightReport, kind_name: str) -> int:
         "shape": weight.shape,
         "group_size": group,
         "axis": len(weight.shape) - 2,
-        "affine": kind.bits <= qint4.bits,
+        "affine": kind.affine_by_default,
         "transposed": False,
         "rank": 0,
     }

@@ -152,7 +152,7 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
         options = planned.options
         kind, transposed, axis = options.qtype, planned.transposed, planned.axis
         wanted = default_group_size(kind) if options.group_size == "default" else options.group_size
-        affine = kind.bits < 8 if options.symmetric is None else not options.symmetric
+        affine = kind.affine(options.symmetric, name)
         group = wanted  # type: ignore[assignment]
     shape = list(parameter.shape)
     if transposed:

@@ -17,10 +17,10 @@ SMALLEST_GROUP = 8
 
 
 def default_group_size(kind: qtype) -> int | None:
-    """Group size used when the user names none: 64 for int4, 32 for int2, per row (None) for 8 bits."""
+    """Group size used when the user names none: 64 for 4 to 7 bits, 32 below, per row (None) for 8 bits."""
     if kind.bits == 8:
         return None
-    return 64 if kind.bits == 4 else 32
+    return 64 if kind.bits >= 4 else 32
 
 
 def fit_group_size(wanted: int | None, length: int, name: str = "weight") -> int | None:

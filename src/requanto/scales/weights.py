@@ -2,6 +2,7 @@
 
 Symmetric:  scale = absmax / qmax,          code = round(w / scale),           w ~ scale * code
 Affine:     scale = (max - min) / (2^b-1),  code = round((w + shift) / scale), w ~ scale * code - shift,  shift = -min
+Codebook:   scale = absmax / max|values|,   code = that of the value nearest to w / scale,   w ~ scale * values[code]
 
 Everything is computed in float32; codes are chosen with the scale and shift as they will be stored, so that rounding those
 to 16 bits costs no accuracy twice. (Formulas: Jacob et al. 2018, arXiv:1712.05877; names after optimum-quanto.)
@@ -16,6 +17,7 @@ import torch
 
 from requanto.packing import pack, packed_length
 from requanto.qtypes import qtype
+from requanto.scales.codebook import fit_codebook, nearest_codes
 
 #: Weights quantized at once: the float32 temporaries (2 MB each) stay in the cache of a CPU core and are reused by its
 #: allocator, whatever the size of the tensor.
@@ -25,11 +27,12 @@ CHUNK_ACCELERATOR = 16 * 1024 * 1024
 
 
 class QuantizedData(NamedTuple):
-    """Codes (packed below 8 bits), scale and shift, row-major: ``[..., K']``, ``[..., K/group]``."""
+    """Codes (packed below 8 bits), scale and shift, row-major: ``[..., K']``, ``[..., K/group]``; learned values."""
 
     qdata: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor | None
+    codebook: torch.Tensor | None = None
 
 
 #: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
@@ -42,10 +45,20 @@ def scale_dtype(weight_dtype: torch.dtype, grouped: bool) -> torch.dtype:
 
 
 def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale (and shift) that map the smallest and the largest weight of a group onto the outermost codes."""
+    """Scale (and shift) that map the smallest and the largest weight of a group onto the outermost codes.
+
+    The two codes of a single bit stand for the mean plus and minus the mean distance from it, which is optimal for the
+    signs around it (Rastegari et al. 2016, XNOR-Net): the extremes would be worse than no weights at all.
+    """
+    if affine and kind.bits == 1:
+        mean = groups.mean(-1)
+        distance = (groups - mean.unsqueeze(-1)).abs().mean(-1)
+        return 2 * distance, distance - mean
     if affine:
         low, high = groups.amin(-1), groups.amax(-1)  # aminmax of a short axis is ten times slower on a CPU
         return (high - low) / (2**kind.bits - 1), -low
+    if kind.is_codebook:
+        return groups.abs().amax(-1) / kind.span, None
     if kind.bits == 8:
         return groups.abs().amax(-1) / kind.qmax, None
     # Signed codes reach one further down than up (-8 .. 7): each side needs its own scale, the larger one serves both.
@@ -67,17 +80,16 @@ def quantize_weight_data(
         weight: float ``[..., K]``; each last-axis row is cut into groups.
         kind: type of the codes.
         group_size: a divisor of K, or None for one group a row.
-        affine: with a shift (integer codes of fewer than 8 bits), or symmetric around zero.
+        affine: with a shift (integer codes of fewer than 8 bits, unsigned ones), or symmetric around zero.
         search: how scale and shift are chosen.
         name: what to call the weight in an error.
 
     Raises:
-        ValueError: the weight holds NaN or Inf, is no float tensor, or affine is asked of 8-bit codes.
+        ValueError: the weight holds NaN or Inf, is no float tensor, or the type has no (or only an) affine form.
     """
     if not weight.is_floating_point():
         raise ValueError(f"{name}: only float weights can be quantized, found {weight.dtype}")
-    if affine and kind.bits == 8:
-        raise ValueError(f"{name}: {kind.name} codes are symmetric, an affine shift needs fewer than 8 bits")
+    kind.affine(not affine, name)
     lead, length = weight.shape[:-1], weight.shape[-1]
     group = group_size or length
     if length and length % group:
@@ -90,6 +102,12 @@ def quantize_weight_data(
     qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
     scale = torch.empty(count, groups, dtype=stored, device=weight.device)
     shift = torch.empty_like(scale) if affine else None
+    codebook = None
+    if kind.is_learned:
+        codebook = torch.empty(2**kind.bits, dtype=torch.float32, device=weight.device)
+        if weight.device.type != "meta":
+            kind = kind.with_values(fit_codebook(rows, kind, group))
+            codebook.copy_(torch.tensor(kind.values))
     if weight.device.type != "meta" and rows.numel():
         step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_ACCELERATOR) // length)
         for start in range(0, count, step):
@@ -97,7 +115,7 @@ def quantize_weight_data(
             block = rows[part].float().reshape(-1, groups, group)
             found, offset = search(block, kind, affine)
             _require_finite(found, name)
-            found, offset = _storable(found, offset, stored)
+            found, offset = _storable(found, offset, stored, has_zero=kind.values is None or 0 in kind.values)
             scale[part] = found.to(stored)
             if shift is not None:
                 shift[part] = offset.to(stored)
@@ -111,18 +129,23 @@ def quantize_weight_data(
         qdata.view(*lead, width),
         scale.view(*lead, groups),
         shift.view(*lead, groups) if shift is not None else None,
+        codebook,
     )
 
 
 def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype) -> torch.Tensor:
     """Codes ``[rows, G * group]`` of float32 ``groups`` ``[rows, G, group]``; unsigned where they will be packed."""
     divisor = scale.unsqueeze(-1)
+    if kind.is_codebook:
+        divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+        return nearest_codes(groups / divisor, kind).flatten(1)
     scaled = groups / divisor if shift is None else (groups + shift.unsqueeze(-1)).div_(divisor)
     if kind.is_floating_point:
         codes = scaled.clamp_(kind.qmin, kind.qmax).to(kind.dtype)
     elif shift is not None:
+        codes = scaled.round_().clamp_(0, 2**kind.bits - 1)
         # By way of int8: these small values are the same there, and float -> uint8 is no vector instruction.
-        codes = scaled.round_().clamp_(0, 2**kind.bits - 1).to(torch.int8).view(torch.uint8)
+        codes = codes.to(torch.int8).view(torch.uint8) if kind.is_packed else codes.to(torch.int16).to(torch.uint8)
     elif kind.is_packed:
         codes = scaled.round_().clamp_(kind.qmin, kind.qmax).add_(kind.zero_code).to(torch.int8).view(torch.uint8)
     else:
@@ -131,17 +154,18 @@ def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
 
 
 def _storable(
-    scale: torch.Tensor, shift: torch.Tensor | None, stored: torch.dtype
+    scale: torch.Tensor, shift: torch.Tensor | None, stored: torch.dtype, has_zero: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and shift as float32 values that the stored dtype holds exactly, with no zero scale.
 
-    A group of equal weights has scale 0: 1 does as well, since its codes are all zero. A scale too small for the stored
+    A group of equal weights has scale 0: 1 does as well, since its codes are all zero. (Codes that cannot say 0 need the 0:
+    ``has_zero`` is False for them.) A scale too small for the stored
     dtype becomes the smallest number that it holds well: in float16 that is a subnormal one of 4 bits, since groups of
     small weights are common and the smallest normal number (6e-5) would be several times their step.
     """
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    zero = scale == 0
     smallest = torch.finfo(stored).tiny / (64 if stored == torch.float16 else 1)
-    scale = scale.clamp(min=smallest).to(stored).float()
+    scale = scale.clamp(min=smallest).to(stored).float().masked_fill(zero, 1.0 if has_zero else 0.0)
     return scale, shift.to(stored).float() if shift is not None else None
 
 

@@ -1,0 +1,149 @@
+"""Codebooks: the code of the nearest value, and values fitted to one tensor."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from requanto.layout import is_fake
+from requanto.qtypes import qtype
+
+#: Cells of the table that finds the nearest value: no type but the small floats with 4 bits of exponent has values so
+#: close that more than one border falls into a cell.
+CELLS = 2**14
+#: Weights of a tensor that its values are fitted to, at most; rows evenly spaced.
+SAMPLED = 2**21
+#: Bins of the histogram that stands for them.
+BINS = 4096
+#: Rounds of Lloyd's algorithm at most, and the step (of the range -1 .. 1) below which it has arrived.
+ROUNDS = 2000
+ARRIVED = 1e-6
+
+
+class _Search(NamedTuple):
+    """Sorted distinct values: ``borders`` between neighbours, ``codes`` of each, and a table over cells of equal width.
+
+    ``below`` is how many borders lie in earlier cells, ``border`` the one inside the cell (infinity: none); both are None
+    where a cell would hold several.
+    """
+
+    borders: torch.Tensor
+    codes: torch.Tensor | None
+    below: torch.Tensor | None
+    border: torch.Tensor | None
+    low: float
+    per_cell: float
+
+
+def nearest_codes(scaled: torch.Tensor, kind: qtype) -> torch.Tensor:
+    """Codes (uint8) of the values nearest to float32 ``scaled``; halfway between two, the lower value.
+
+    Args:
+        scaled: weights divided by their scale.
+        kind: a type with values.
+    """
+    search = _search(kind.values, scaled.device)
+    if search.below is None or search.border is None:
+        found = torch.bucketize(scaled, search.borders, out_int32=True)
+    else:
+        # One border at most in each cell: how many lie below the cell, and one comparison. (bucketize takes 20 ns a weight
+        # on a CPU, its binary search mispredicting every branch; this takes 2.)
+        cells = (scaled - search.low).mul_(search.per_cell).clamp_(0, CELLS - 1).to(torch.int32).flatten()
+        found = torch.index_select(search.below, 0, cells)
+        found += (scaled.flatten() > torch.index_select(search.border, 0, cells)).to(torch.int32)
+        found = found.view(scaled.shape)
+    if search.codes is None:
+        return found.to(torch.uint8)
+    return torch.index_select(search.codes, 0, found.flatten()).view(scaled.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _search(values: tuple[float, ...], device: torch.device) -> _Search:
+    code_of: dict[float, int] = {}
+    for code, value in enumerate(values):
+        code_of.setdefault(value, code)  # of two equal values (0 and -0) the first
+    ordered = sorted(code_of)
+    with torch.inference_mode(False):
+        exact = torch.tensor(ordered, dtype=torch.float64)
+        borders = ((exact[1:] + exact[:-1]) / 2).float()
+        numbers = [code_of[value] for value in ordered]
+        codes = (
+            None if numbers == list(range(len(numbers))) else torch.tensor(numbers, dtype=torch.uint8, device=device)
+        )
+        low = ordered[0]
+        per_cell = CELLS / (ordered[-1] - low) if ordered[-1] > low else 1.0
+        # The very arithmetic of `nearest_codes`: it rises with its argument, so a weight in a cell before a border's is
+        # below the border.
+        cells = (borders - low).mul_(per_cell).clamp_(0, CELLS - 1).to(torch.int64)
+        if cells.unique().numel() < cells.numel():
+            return _Search(borders.to(device), codes, None, None, low, per_cell)
+        border = torch.full((CELLS,), math.inf)
+        border[cells] = borders
+        below = torch.searchsorted(cells, torch.arange(CELLS)).to(torch.int32)
+        return _Search(borders.to(device), codes, below.to(device), border.to(device), low, per_cell)
+
+
+def fit_codebook(rows: torch.Tensor, kind: qtype, group: int) -> tuple[float, ...]:
+    """The 2^bits values that stand best for a tensor whose groups are divided by their largest absolute weight.
+
+    A histogram of (a sample of) the normalized weights, each counting as the square of its group's scale, so that it is the
+    error of the weights themselves that becomes smallest; then Lloyd's algorithm on it (Lloyd 1982, Least squares
+    quantization in PCM). The same input gives the same values on any device: the fit is done on the CPU, in float64.
+
+    Args:
+        rows: float ``[rows, K]``.
+        kind: a learned type.
+        group: weights that share a scale, a divisor of K.
+
+    Returns:
+        Ascending values within -1 .. 1, float32 numbers.
+    """
+    count = 2**kind.bits
+    step = max(1, -(-rows.numel() // SAMPLED))
+    sample = rows[::step].detach().to("cpu", torch.float32).reshape(-1, group)
+    scale = sample.abs().amax(1, keepdim=True) if sample.numel() else sample.new_zeros(0, 1)
+    good = (scale > 0) & torch.isfinite(scale)
+    sample, scale = sample[good[:, 0]], scale[good[:, 0]]
+    if not sample.numel():
+        return tuple(np.linspace(-1, 1, count, dtype=np.float32).tolist())
+    # Scales relative to the largest: their squares neither overflow nor vanish.
+    weight = (scale / scale.max()).square().expand_as(sample)
+    bins = ((sample / scale + 1) * ((BINS - 1) / 2)).round_().to(torch.int32)
+    mass = torch.bincount(bins.flatten(), weights=weight.flatten().double(), minlength=BINS).numpy()
+    return tuple(_lloyd(mass, count).astype(np.float32).tolist())
+
+
+def _lloyd(mass: np.ndarray, count: int) -> np.ndarray:
+    """``count`` ascending values of least squared error for ``mass`` on an even grid over -1 .. 1."""
+    places = np.linspace(-1, 1, len(mass))
+    total = np.concatenate([[0.0], np.cumsum(mass)])
+    moment = np.concatenate([[0.0], np.cumsum(mass * places)])
+    # The best density of values goes with the third root of that of the weights (Panter and Dite 1951).
+    density = np.cumsum(np.cbrt(mass))
+    values = np.interp((np.arange(count) + 0.5) / count * density[-1], density, places)
+    for _ in range(ROUNDS):
+        edges = np.concatenate([[0], np.searchsorted(places, (values[1:] + values[:-1]) / 2), [len(mass)]])
+        here = np.diff(total[edges])
+        moved = np.where(here > 0, np.diff(moment[edges]) / np.where(here > 0, here, 1), values)
+        arrived = np.abs(moved - values).max() < ARRIVED
+        values = moved
+        if arrived:
+            break
+    return np.sort(values)
+
+
+def values_of(kind: qtype, like: torch.Tensor) -> torch.Tensor:
+    """float32 ``[2^bits]``: the values of a fixed codebook, on the device of ``like``."""
+    if torch.compiler.is_compiling() or is_fake(like):  # a tensor made while tracing must outlive no trace
+        return torch.tensor(kind.values, dtype=torch.float32, device=like.device)
+    return _values(kind.values, like.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
