@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from requanto.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_directory import reading_quanto
@@ -71,10 +72,18 @@ def _saving(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
-        ours = type(quantizer).__module__.startswith("requanto.") and has_quantized(self)
         adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not ours or adapter:
+        if adapter or not (has_quantized(self) or activation_table(self)):
             return original(self, save_directory, *args, **kwargs)
+        if quantizer is None:  # quantized in place, by requanto.quantize
+            from requanto.integrations.transformers import attach_quantizer
+
+            quantizer = attach_quantizer(self)
+        elif not type(quantizer).__module__.startswith("requanto."):
+            raise ValueError(
+                f"the model was loaded with {type(quantizer).__name__} and holds weights quantized by Requanto as well; "
+                f"one directory holds one of them. Load the float model and quantize all of it with one."
+            )
         if kwargs.get("distributed_checkpoint"):
             raise NotImplementedError(
                 "save_pretrained(distributed_checkpoint=True) of a quantized model: Transformers refuses to load such files "
