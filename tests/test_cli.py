@@ -169,3 +169,43 @@ def test_a_process_of_its_own_prints_clean_json(float_dir, tmp_path):
     assert torch.equal(
         *(output(TINY["llama"].auto.from_pretrained(tmp_path / "out").eval(), TINY["llama"].inputs()) for _ in range(2))
     )
+
+
+def test_quantize_with_samples_from_a_text(float_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, 12345 times. " * 40)
+    sizes = ["--weights", "int4", "--method", "gptq", "--calibration", text, "--samples", 4, "--sequence-length", 32]
+    done = run("quantize", float_dir, tmp_path / "out", *sizes, "--option", "rounds=1", "--resume", tmp_path / "kept")
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2  # a file a block
+    model = TINY["llama"].auto.from_pretrained(tmp_path / "out").eval()
+    assert model.model.layers[0].mlp.up_proj.weight.qtype.name == "qint4"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (config["weights"], config["quant_method"]) == ("int4", "quanto")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    plain = TINY["llama"].auto.from_pretrained(float_dir).eval()
+    again = run("quantize", float_dir, tmp_path / "nearest", "--weights", "int4")
+    assert again.exit_code == 0
+    rounded = TINY["llama"].auto.from_pretrained(tmp_path / "nearest").eval()
+    ids = torch.tensor([tiny_tokenizer()(text.read_text()[:60])["input_ids"]])
+    expected = output(plain, {"input_ids": ids})
+    errors = [(output(m, {"input_ids": ids}) - expected).norm() for m in (model, rounded)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "gpqt"], "unknown method 'gpqt'"),
+        (["--option", "damping=1"], "belong to a --method"),
+        (["--method", "gptq", "--option", "damping"], "takes NAME=VALUE"),
+        (["--method", "gptq", "--option", "dampign=1"], "did you mean 'damping'"),
+        (["--method", "gptq", "--calibration", "nowhere.txt"], "nowhere.txt"),
+        (["--method", "smoothquant", "--samples", "2", "--sequence-length", "8"], "give activations='int8'"),
+    ],
+)
+def test_quantize_with_samples_refuses_what_cannot_work(float_dir, tmp_path, options, message):
+    done = run("quantize", float_dir, tmp_path / "out", "--weights", "int4", *options)
+    assert done.exit_code == 1
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()

@@ -47,6 +47,19 @@ def quantize(
     convolutions: Annotated[bool, typer.Option("--convolutions", help="Quantize convolutions too.")] = False,
     dtype: Annotated[str, typer.Option(help="Float dtype of the rest: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to quantize, e.g. cuda; default: the CPU.")] = None,
+    method: Annotated[str | None, typer.Option(help="With samples: gptq, awq, smoothquant or signround.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Text file that samples are cut from; default: fiction that ships with requanto."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Samples for --method.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 512,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the method, e.g. iterations=100. Repeatable.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Directory that keeps finished blocks, to go on after an interruption.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL and save it to OUT, with its tokenizer."""
@@ -65,7 +78,27 @@ def quantize(
             lm_head=lm_head,
             convolutions=convolutions,
         )
-        quantize_directory(model, out, config, dtype=dtype, device=device)
+        if method is None:
+            if calibration or option or resume:
+                raise ValueError("--calibration, --option and --resume belong to a --method that looks at samples")
+            quantize_directory(model, out, config, dtype=dtype, device=device)
+        else:
+            from requanto.report.calibrated import calibrate_directory
+
+            calibrate_directory(
+                model,
+                out,
+                config,
+                method,
+                text=calibration,
+                samples=samples,
+                length=sequence_length,
+                method_options=_values(option or []),
+                resume=resume,
+                dtype=dtype,
+                device=device,
+                progress=not as_json,
+            )
         report = inspect_directory(out)
         if as_json:
             print(json.dumps({"out": str(out), "total_bytes": report.total_bytes, "config": config.to_dict()}))
@@ -83,6 +116,20 @@ def _pairs(items: list[str]) -> dict[str, str | None]:
             raise ValueError(f"--module takes PATTERN=TYPE, found {item!r}; example: --module '*.mlp.*=int4'")
         pairs[pattern] = None if kind in ("float", "none") else kind
     return pairs
+
+
+def _values(items: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs; values are numbers, true, false, or text."""
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--option takes NAME=VALUE, found {item!r}; example: --option damping=0.01")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 @app.command()

@@ -35,7 +35,7 @@ class QuantizationMethod(str, Enum):
 LayerChoice = str | dict[str, Any] | None
 
 _LAYER_KEYS = ("weights", "group_size", "symmetric", "activations")
-_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules")
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors")
 
 
 class QuantoConfig:
@@ -98,8 +98,6 @@ class QuantoConfig:
         self.default_skips = bool(default_skips)
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
         self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
-        #: name of a module that holds activation scales -> their type (`requanto.activation_table`)
-        self.activation_modules: dict[str, str] = dict(stored.get("activation_modules") or {})
         #: one config for several models (components of a pipeline): a name may match in another one. Never stored.
         self.shared = False
         #: None: the checkpoint was not written by Requanto
@@ -163,8 +161,6 @@ class QuantoConfig:
                 "format_version": self.format_version or format_version_of(self.tensors),
                 "tensors": dict(self.tensors),
             }
-        if self.activation_modules:
-            values["activation_modules"] = dict(self.activation_modules)
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:

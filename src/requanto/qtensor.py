@@ -31,7 +31,7 @@ from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
-from requanto.scales.search import ScaleSearch
+from requanto.scales.weights import ScaleSearch, minmax
 from requanto.stored import Stored
 
 
@@ -113,7 +113,7 @@ class QTensor(Stored, torch.Tensor):
         symmetric: bool | None = None,
         axis: int | None = None,
         transposed: bool = False,
-        search: ScaleSearch | None = None,
+        search: ScaleSearch = minmax,
         name: str = "weight",
     ) -> QTensor:
         """Quantizes a float weight.
@@ -127,7 +127,7 @@ class QTensor(Stored, torch.Tensor):
                 int8, float8 and codebooks have none.
             axis: 0 or 1, see the class; None: 1 for 3D weights, else 0.
             transposed: quantize along the last-but-one axis: ``[..., K, N]`` weights.
-            search: how scale and shift are chosen (`requanto.scales.search`); None: squared error for float8, else minmax.
+            search: how scale and shift are chosen (`requanto.scales`).
             name: what to call the weight in messages.
 
         Raises:

@@ -3,8 +3,6 @@
 import copy
 import json
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,39 +11,15 @@ from torch.nn import functional as F
 
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
-sys.path.append(str(Path(__file__).parents[2] / "integration_tests"))
-
 import tiny_diffusers
 import tiny_models
+from whole_models import error, logits, nearest, quiet, token_samples, vector_samples
 
 import requanto
 from requanto.methods import text_samples
 from requanto.methods.chains import Chain, find_lists
 from requanto.methods.samples import Samples
 from requanto.qtensor import QTensor
-
-quiet = {"progress": False}
-
-
-def token_samples(count=6, length=24, vocabulary=tiny_models.VOCABULARY):
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(4, vocabulary, (2, length), generator=generator) for _ in range(count)]
-
-
-def logits(model, samples):
-    with torch.no_grad():
-        found = [model(sample) for sample in samples]
-    return torch.cat([getattr(f, "logits", getattr(f, "last_hidden_state", f)) for f in found])
-
-
-def error(model, samples, expected):
-    return float((logits(model, samples) - expected).norm() / expected.norm())
-
-
-def nearest(model, **options):
-    requanto.quantize(model, **options)
-    requanto.freeze(model)
-    return model
 
 
 class Root(nn.Module):
@@ -57,12 +31,6 @@ class Root(nn.Module):
 
     def forward(self, x):
         return self.last(F.gelu(self.first(x)))
-
-
-def vector_samples(count=4, columns=32):
-    generator = torch.Generator().manual_seed(5)
-    spread = torch.randn(columns, generator=generator).exp()
-    return [torch.randn(16, columns, generator=generator) * spread for _ in range(count)]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])

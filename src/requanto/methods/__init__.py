@@ -17,12 +17,14 @@ from requanto.methods.engine import quantize_planned
 from requanto.methods.method import Gptq, Method
 from requanto.methods.resume import Resume, fingerprint
 from requanto.methods.samples import Samples, text_samples
+from requanto.methods.scaling import Awq, SmoothQuant
+from requanto.methods.tuning import SignRound
 from requanto.plan import PlannedWeight
 
-__all__ = ["METHODS", "Gptq", "Method", "quantize_with_samples", "text_samples"]
+__all__ = ["METHODS", "Awq", "Gptq", "Method", "SignRound", "SmoothQuant", "quantize_with_samples", "text_samples"]
 
 #: every method by its name
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Gptq,)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Gptq, Awq, SmoothQuant, SignRound)}
 
 
 def quantize_with_samples(

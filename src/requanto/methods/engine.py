@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from requanto.methods.chains import Chain, Record, find_lists
+from requanto.methods.fold import find_folds
+from requanto.methods.gptq import Rounded
+from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer, find_layers
 from requanto.methods.method import Method
 from requanto.methods.moments import Inputs, Moments
@@ -81,6 +84,8 @@ class _Engine:
         self.model, self.layers, self.samples, self.method = model, layers, samples, method
         self.resume, self.progress = resume, progress
         self.bar: Any = None
+        #: (grid, start, float weight) of the layers that the method will tune
+        self.kept: dict[Layer, tuple[Grid, Rounded, torch.Tensor]] = {}
 
     def run(self) -> None:
         holding = {module for layer in self.layers for module in layer.modules}
@@ -207,9 +212,11 @@ class _Engine:
     ) -> None:
         """Quantizes the layers of one block."""
         block = chain.blocks[index]
-        stages, missing = find_stages(
-            layers, lambda: self.run_block(block, chain, records[0], index, carried[0]), self.method.in_turn
-        )
+
+        def run_first() -> list[Any]:
+            return self.run_block(block, chain, records[0], index, carried[0])
+
+        stages, missing = find_stages(layers, run_first, self.method.in_turn)
         twin = dict(zip(block.modules(), reference.modules(), strict=True))
         if missing and len(records) > 1:  # experts that the first sample does not choose
             stages = (
@@ -232,9 +239,65 @@ class _Engine:
                 tokens = _rows(chain, record, index, mine)
                 with Inputs(leaders, lambda m, x: moments[leaders[m]].add(x, _pair(ideal.get(m), tokens)), stop=True):  # noqa: B023
                     self.run_block(block, chain, record, index, mine)
+            if self.method.folds:
+                self.fold(block, stage, moments, layers, run_first)
             for source in stage.sources:
                 for layer in source:
-                    self.quantize(layer, moments[source[0]])
+                    self.quantize(layer, moments[source[0]], in_block=True)
+
+        if self.method.tunes:
+            self.tune(
+                chain, index, records, carried, wanted, reference, [layer for layer in layers if layer in self.kept]
+            )
+
+    def tune(
+        self,
+        chain: Chain,
+        index: int,
+        records: list[Record],
+        carried: list[list[Any]],
+        wanted: list[list[Any]],
+        reference: nn.Module,
+        layers: list[Layer],
+    ) -> None:
+        """Lets the method improve the layers of a block together, on the float block's outputs."""
+        targets = []
+        for record, given in zip(records, wanted, strict=True):
+            leaves = self.run_block(reference, chain, record, index, given)
+            passed = chain.wanted(record, index) or range(len(leaves))  # of the last block, whatever it puts out
+            floats = {i: leaf for i, leaf in enumerate(leaves) if torch.is_tensor(leaf) and leaf.is_floating_point()}
+            targets.append({i: leaf.cpu() for i, leaf in floats.items() if i in passed})
+        work = [(layer, *self.kept.pop(layer)) for layer in layers]
+        found = self.method.tune(
+            work,
+            lambda number: self.run_block(chain.blocks[index], chain, records[number], index, carried[number]),
+            targets,
+        )
+        for (layer, grid, _, _), rounded in zip(work, found or (), strict=False):
+            layer.quantized = layer.tensor(rounded, grid)
+            layer.show(rounded.values)
+
+    def fold(
+        self,
+        block: nn.Module,
+        stage: Stage,
+        moments: dict[Layer, Moments],
+        layers: list[Layer],
+        run: Callable[[], list[Any]],
+    ) -> None:
+        """Scales the input channels of a block's layers, where the inverse can be folded away."""
+        left = []
+        for source, fold in zip(stage.sources, find_folds(block, stage.sources, layers, run), strict=True):
+            seen = moments[source[0]]
+            if fold is None or not seen.rows:
+                left += source
+                continue
+            scales = self.method.scales(source, seen)
+            if scales is not None:
+                moments[source[0]] = seen.scaled(fold.apply(scales))
+        if left:
+            names = ", ".join(layer.name for layer in left)
+            logger.info("%s: no exact place for the inverse of input scales; rounded without them", names)
 
     def run_block(self, block: nn.Module, chain: Chain, record: Record, index: int, carried: list[Any]) -> list[Any]:
         """Runs a block, or its float twin; [] where a hook ended it."""
@@ -260,14 +323,17 @@ class _Engine:
             for source in sources
         }
 
-    def quantize(self, layer: Layer, moments: Moments) -> None:
+    def quantize(self, layer: Layer, moments: Moments, in_block: bool = False) -> None:
         """Rounds one layer; its float values stand in the model until the block is finished."""
         if not moments.rows:
             logger.warning("%s never saw an input: quantized without samples", layer.name)
             layer.quantized = layer.planned.quantize(layer.parameter, layer.name)
             return
         grid = layer.grid()
-        rounded = self.method.round(layer.weight(), moments, grid, layer.group_size, layer.name)
+        weight = layer.weight()
+        rounded = self.method.round(weight, moments, grid, layer.group_size, layer.name)
+        if self.method.tunes and in_block:
+            self.kept[layer] = (grid, rounded, weight)
         layer.quantized = layer.tensor(rounded, grid)
         layer.show(rounded.values)
 

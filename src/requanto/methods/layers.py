@@ -33,12 +33,15 @@ class Layer:
         planned: how it is to be quantized.
         places: (module, parameter's leaf name) of every holder; the first is the one named.
         quantized: the weight on its grid, while its float values still stand in the model.
+        columns_scale, rows_scale: factors of the weight's columns and rows (`requanto.methods.fold`).
     """
 
     name: str
     planned: PlannedWeight
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
     quantized: QTensor | None = None
+    columns_scale: torch.Tensor | None = None
+    rows_scale: torch.Tensor | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -58,19 +61,45 @@ class Layer:
             module._parameters[leaf] = parameter
 
     def weight(self) -> torch.Tensor:
-        """The float weight as float32 ``[N, K]``."""
+        """The float weight as float32 ``[N, K]``, scaled."""
         weight = self.parameter.detach().float()
-        return weight.t().contiguous() if self.planned.transposed else weight
+        weight = weight.t().contiguous() if self.planned.transposed else weight
+        if self.columns_scale is not None:
+            weight = weight * self.columns_scale
+        return weight if self.rows_scale is None else weight * self.rows_scale[:, None]
+
+    def scale_columns(self, factors: torch.Tensor) -> None:
+        """Multiplies the columns of :meth:`weight` ``[K]``; the parameter stays."""
+        self.columns_scale = factors if self.columns_scale is None else self.columns_scale * factors
+
+    def scale_rows(self, factors: torch.Tensor) -> None:
+        """Multiplies the rows of :meth:`weight` ``[N]``, and the bias at once."""
+        self.rows_scale = factors if self.rows_scale is None else self.rows_scale * factors
+        bias = self.places[0][0]._parameters.get("bias")
+        if bias is not None:
+            bias.data.copy_(bias.detach().float() * factors)
+
+    def restore(self, parameter: nn.Parameter) -> None:
+        """Puts a float parameter back, without any scales."""
+        self.columns_scale = self.rows_scale = None
+        for module, leaf in self.places:
+            module._parameters[leaf] = parameter
 
     def show(self, values: torch.Tensor) -> None:
-        """Puts float values ``[N, K]`` in the weight's place."""
+        """Puts float values ``[N, K]`` in the weight's place; scales are taken to be in them."""
         old = self.parameter
+        self.columns_scale = self.rows_scale = None
         self.put((values.t() if self.planned.transposed else values).to(old.dtype).contiguous())
 
     @property
     def columns(self) -> int:
         """K: input channels."""
         return self.parameter.shape[-2 if self.planned.transposed else -1]
+
+    @property
+    def rows(self) -> int:
+        """N: output channels."""
+        return self.parameter.shape[-1 if self.planned.transposed else -2]
 
     @cached_property
     def group_size(self) -> int | None:

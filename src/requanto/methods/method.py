@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,12 +24,16 @@ class Method:
         full: it needs second moments of all pairs of input channels, not of each alone.
         in_turn: layers of a block are quantized in the order in which they run, each on the errors of those before.
         paired: it needs the float model's inputs beside the quantized one's.
+        folds: it scales input channels (:meth:`scales`) where the inverse can be folded away.
+        tunes: it improves the layers of a block together (:meth:`tune`).
     """
 
     name: ClassVar[str] = ""
     full: ClassVar[bool] = True
     in_turn: ClassVar[bool] = True
     paired: ClassVar[bool] = False
+    folds: ClassVar[bool] = False
+    tunes: ClassVar[bool] = False
 
     def check(self, layer: Layer) -> None:
         """Refuses a layer that the method cannot quantize.
@@ -40,6 +44,15 @@ class Method:
 
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
         """Rounds a float32 weight ``[N, K]``."""
+        raise NotImplementedError
+
+    def tune(
+        self,
+        work: list[tuple[Layer, Grid, Rounded, torch.Tensor]],
+        run: Callable[[int], list[Any]],
+        targets: list[dict[int, torch.Tensor]],
+    ) -> list[Rounded] | None:
+        """Better values for the layers of a block; None: as they are. See `requanto.methods.tuning`."""
         raise NotImplementedError
 
     @classmethod

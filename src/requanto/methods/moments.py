@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ class Moments:
     Attributes:
         hessian: ``sum x x^T``, ``[K, K]``, or None.
         square: ``sum x^2``, ``[K]``.
+        absolute: ``sum |x|``, ``[K]``.
         peak: ``max |x|``, ``[K]``.
         cross: ``sum (y - x) x^T``, y being the input that the float model has in x's place; None: not asked for, or x and
             y could not be paired.
@@ -26,7 +28,7 @@ class Moments:
     def __init__(self, columns: int, device: torch.device, full: bool, paired: bool) -> None:
         self.hessian = torch.zeros(columns, columns, device=device) if full else None
         self.cross = torch.zeros(columns, columns, device=device) if full and paired else None
-        self.square, self.peak = torch.zeros(columns, device=device), torch.zeros(columns, device=device)
+        self.square, self.absolute, self.peak = (torch.zeros(columns, device=device) for _ in range(3))
         self.rows = 0
 
     def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
@@ -36,7 +38,9 @@ class Moments:
             return
         self.rows += len(rows)
         self.square += rows.square().sum(0)
-        self.peak = torch.maximum(self.peak, rows.abs().amax(0))
+        magnitude = rows.abs()
+        self.absolute += magnitude.sum(0)
+        self.peak = torch.maximum(self.peak, magnitude.amax(0))
         if self.hessian is None:
             return
         self.hessian.addmm_(rows.t(), rows)
@@ -46,6 +50,16 @@ class Moments:
             else:
                 wanted = float_inputs.detach().reshape(rows.shape).float()
                 self.cross.addmm_((wanted - rows).t(), rows)
+
+    def scaled(self, scales: torch.Tensor) -> Moments:
+        """The moments of ``x / scales``."""
+        other = copy.copy(self)
+        other.square, other.absolute, other.peak = self.square / scales**2, self.absolute / scales, self.peak / scales
+        for name in ("hessian", "cross"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(other, name, value / scales / scales[:, None])
+        return other
 
 
 class Inputs:

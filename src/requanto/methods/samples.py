@@ -102,18 +102,18 @@ def _arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 512) -> list[torch.Tensor]:
-    """``samples`` pieces ``[1, length]`` of a text's tokens, spread evenly over it; the first token is the tokenizer's own.
+    """``samples`` pieces ``[1, length]`` of a text's tokens, spread evenly over it, between the tokenizer's special tokens.
 
     Pieces overlap where the text is shorter than ``samples * length`` tokens.
 
     Raises:
         ValueError: the text has fewer tokens than one piece.
     """
-    from requanto.report._inputs import start_token, token_ids
-
-    prefix = start_token(tokenizer)
-    ids = token_ids(tokenizer, text)
-    body = length - len(prefix)
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    whole, bare = (list(tokenizer("a", add_special_tokens=flag)["input_ids"]) for flag in (True, False))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    prefix, suffix = whole[:at], whole[at + len(bare) :]
+    body = length - len(prefix) - len(suffix)
     if samples < 1 or body < 1:
         raise ValueError(f"samples and length must be positive, found {samples} and {length}")
     if len(ids) < body:
@@ -122,7 +122,7 @@ def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 51
         )
     last = len(ids) - body
     starts = [round(i * last / max(1, samples - 1)) for i in range(samples)]
-    return [torch.tensor([prefix + ids[start : start + body]]) for start in starts]
+    return [torch.tensor([prefix + ids[start : start + body] + suffix]) for start in starts]
 
 
 @contextlib.contextmanager

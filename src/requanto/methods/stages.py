@@ -30,7 +30,7 @@ class Stage:
         return [layer for source in self.sources for layer in source]
 
 
-def find_stages(layers: list[Layer], run: Callable[[], None], in_turn: bool) -> tuple[list[Stage], list[Layer]]:
+def find_stages(layers: list[Layer], run: Callable[[], object], in_turn: bool) -> tuple[list[Stage], list[Layer]]:
     """(stages in the order of their first call, layers that were not called).
 
     Args:

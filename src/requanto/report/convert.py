@@ -45,6 +45,19 @@ def quantize_directory(
         FileNotFoundError: no such model.
         ValueError: it is quantized already, or not a kind that is known.
     """
+    source, description = checked_source(model, out)
+    loaded = load_model(class_of(source, description), source, config, dtype, device)
+    loaded.save_pretrained(out)
+    copy_companions(source, out)
+
+
+def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
+    """(directory of a float model, its config.json).
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: it is quantized already, or ``out`` is its own directory.
+    """
     source = local_directory(model)
     description = description_of(source)
     if description.get("quantization_config"):
@@ -52,8 +65,11 @@ def quantize_directory(
         raise ValueError(f"{model} is quantized already ({method}); start from the float model")
     if Path(out).resolve() == source.resolve():
         raise ValueError(f"OUT is the model's own directory {source}; choose another, the float weights would be lost")
-    loaded = _load(class_of(source, description), source, config, dtype, device)
-    loaded.save_pretrained(out)
+    return source, description
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copies tokenizer, processor and templates where the save did not write them."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if not (out / file.name).exists() and not file.name.endswith(".index.json"):
@@ -126,9 +142,10 @@ def class_of(source: Path, description: dict[str, Any]) -> Any:
     return transformers.AutoModel
 
 
-def _load(model_class: Any, source: Path, config: QuantoConfig, dtype: str, device: str | None) -> Any:
+def load_model(model_class: Any, source: Path, config: QuantoConfig | None, dtype: str, device: str | None) -> Any:
+    """``from_pretrained``, quantized by a config where there is one."""
     key = "torch_dtype" if model_class.__module__.startswith("diffusers") else "dtype"
-    options: dict[str, Any] = {"quantization_config": config}
+    options: dict[str, Any] = {} if config is None else {"quantization_config": config}
     wanted = float_dtype(dtype)
     if key == "dtype" or wanted != "auto":
         options[key] = wanted

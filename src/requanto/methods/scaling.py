@@ -1,0 +1,127 @@
+"""AWQ and SmoothQuant: input channels are scaled before rounding, where the inverse can be folded away exactly.
+
+AWQ (Lin et al. 2023, arXiv:2306.00978): channels with large inputs matter more, so their weights are made larger and are
+rounded more finely, relative to their size. How much, ``s = E|x|^a``, is found by trying: the error of the layer's output.
+SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): with 8-bit inputs, channels with large inputs are made smaller and their
+weights larger: ``s = max|x|^a / max|w|^(1 - a)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+
+from requanto.methods.gptq import Rounded, gptq, row_errors
+from requanto.methods.grid import Grid
+from requanto.methods.layers import Layer
+from requanto.methods.method import Method
+from requanto.methods.moments import Moments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Awq(Method):
+    """Activation-aware scaling and clipping.
+
+    Attributes:
+        trials: exponents tried, from 0 (no scaling) to just below 1.
+        steps: clipping ranges that the search for scales tries for every group.
+        rounding: ``"nearest"``, or ``"gptq"``: round the scaled weights with GPTQ.
+    """
+
+    name = "awq"
+    in_turn = False
+    folds = True
+
+    trials: int = 20
+    steps: int = 24
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.trials < 2 or self.steps < 1:
+            raise ValueError(f"trials must be 2 or more and steps positive, found {self.trials} and {self.steps}")
+        if self.rounding not in ("nearest", "gptq"):
+            raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
+
+    def scales(self, layers: list[Layer], moments: Moments) -> torch.Tensor | None:
+        """The scales of the layers' common input channels; None where none lower the error."""
+        assert moments.hessian is not None  # full
+        hessian, mean = moments.hessian / moments.rows, (moments.absolute / moments.rows).clamp(min=1e-8)
+        best, found = None, None
+        for trial in range(self.trials):
+            scales = mean.pow(trial / self.trials)
+            scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(min=1e-4)
+            error = 0.0
+            for layer in layers:
+                weight, grid, group = layer.weight(), layer.grid(), layer.group_size or layer.columns
+                rounded = nearest(weight * scales, moments.square / scales.square(), grid, group, steps=4)
+                error += float(row_errors(rounded.values / scales - weight, hessian).sum())
+            if best is None or error < best:
+                best, found = error, (scales if trial else None)
+        return found
+
+    def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
+        """Nearest codes for scales of least weighted error, or GPTQ."""
+        if self.rounding == "gptq":
+            assert moments.hessian is not None
+            return gptq(weight, moments.hessian / moments.rows, grid, group_size, steps=self.steps, name=name)
+        return nearest(weight, moments.square, grid, group_size or weight.shape[1], self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothQuant(Method):
+    """Smaller outliers in inputs that are quantized to 8 bits.
+
+    Attributes:
+        alpha: 0 .. 1; how much of the difficulty moves from inputs to weights.
+        steps: clipping ranges that the search for weight scales tries.
+    """
+
+    name = "smoothquant"
+    full = False
+    in_turn = False
+    folds = True
+
+    alpha: float = 0.5
+    steps: int = 24
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in 0 .. 1, found {self.alpha}")
+
+    def check(self, layer: Layer) -> None:
+        """Refuses layers whose inputs stay float: there is nothing to smooth.
+
+        Raises:
+            ValueError: see above.
+        """
+        if layer.planned.options.activations is None:
+            raise ValueError(
+                f"smoothquant moves outliers from inputs to weights, and the inputs of {layer.name} are not quantized: "
+                f"give activations='int8', or choose another method"
+            )
+
+    def scales(self, layers: list[Layer], moments: Moments) -> torch.Tensor | None:
+        """The scales of the layers' common input channels."""
+        weights = torch.stack([layer.weight().abs().amax(0) for layer in layers]).amax(0)
+        scales = moments.peak.clamp(min=1e-5).pow(self.alpha) / weights.clamp(min=1e-5).pow(1 - self.alpha)
+        return torch.where((moments.peak > 0) & (weights > 0), scales, torch.ones_like(scales)).clamp(min=1e-5)
+
+    def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
+        """Nearest codes for scales of least weighted error."""
+        return nearest(weight, moments.square, grid, group_size or weight.shape[1], self.steps)
+
+
+def nearest(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, group: int, steps: int) -> Rounded:
+    """Rounds to nearest, scale and shift of each group being those of least error weighted by importance ``[K]``."""
+    rows, columns = weight.shape
+    groups = weight.reshape(-1, group)
+    # A channel that was always 0 still counts a little: other texts may reach it.
+    importance = importance + 1e-6 * importance.mean().clamp(min=1e-30)
+    wide = importance.view(1, -1, group).expand(rows, -1, -1).reshape(-1, group)
+    scale, shift = grid.search(groups, wide, steps)
+    values = grid.round(groups, scale[:, None], None if shift is None else shift[:, None]).view(rows, columns)
+    return Rounded(values, scale.view(rows, -1), None if shift is None else shift.view(rows, -1))

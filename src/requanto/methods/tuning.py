@@ -1,0 +1,238 @@
+"""Learning what rounding leaves open: codes that may move by one, scales and shifts that may move a little.
+
+    W = s c - z,  s = s0 (1 + a),  z = z0 + s0 b,  c = clamp(round(u + v)),  |v| <= 1/2
+
+``u`` is where the float weight lies between the codes. ``v``, ``a`` and ``b`` start at 0 and are learned from the error of
+the block's output (`SignRound`), with gradients passed straight through the rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.methods.gptq import Rounded
+from requanto.methods.grid import Grid
+from requanto.methods.layers import Layer
+from requanto.methods.method import Gptq
+from requanto.methods.moments import Moments
+from requanto.methods.scaling import nearest
+
+logger = logging.getLogger(__name__)
+
+
+class Tuned:
+    """One layer whose weight is computed from what is learned.
+
+    Args:
+        layer: the layer.
+        grid: its codes.
+        start: where to begin; codes begin at the ones of ``start.values``.
+        weight: float32 ``[N, K]``: codes lie where it lies between them, as far as that leaves the beginning as it is. None:
+            codes are fixed, only scales and shifts are learned.
+    """
+
+    def __init__(self, layer: Layer, grid: Grid, start: Rounded, weight: torch.Tensor | None) -> None:
+        self.layer, self.grid, self.start = layer, grid, start
+        self.dtype = layer.parameter.dtype
+        self.shape = (*start.scale.shape, -1)
+        self.scale, self.shift = start.scale[..., None], None if start.shift is None else start.shift[..., None]
+        values = start.values.view(self.shape)
+        codes = grid.codes(values, self.scale, self.shift)
+        self.place = codes
+        self.offset = None
+        if weight is not None:
+            wide = weight.view(self.shape)
+            place = wide / self.scale if self.shift is None else (wide + self.shift) / self.scale
+            # Just inside the code's own interval: those near its edge are the first to move.
+            self.place = torch.minimum(torch.maximum(place, codes - 0.499), codes + 0.499)
+            self.offset = torch.zeros_like(self.place, requires_grad=True)
+        self.stretch = torch.zeros_like(self.scale, requires_grad=True)
+        self.move = None if self.shift is None else torch.zeros_like(self.scale, requires_grad=True)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """What is learned."""
+        return [p for p in (self.offset, self.stretch, self.move) if p is not None]
+
+    def codes(self) -> torch.Tensor:
+        """The codes now, ``[N, G, g]``, with a gradient for the offset."""
+        if self.offset is None:
+            return self.place
+        wanted = (self.place + self.offset).clamp(self.grid.low, self.grid.high)
+        return wanted + (wanted.round() - wanted).detach()
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and shift now, ``[N, G, 1]``."""
+        scale = self.scale * (1 + self.stretch)
+        return scale, None if self.shift is None or self.move is None else self.shift + self.scale * self.move
+
+    def begin(self) -> None:
+        """Computes the weight anew; until :meth:`end` modules use a leaf of it, which gathers gradients."""
+        values = self.grid.values(self.codes(), *self.tables()).flatten(1)
+        self._weight = (values.t() if self.layer.planned.transposed else values).to(self.dtype)
+        self.leaf = self._weight.detach().requires_grad_()
+
+    def end(self) -> None:
+        """Takes the gradient that the leaf has gathered to what is learned."""
+        if self.leaf.grad is not None:
+            self._weight.backward(self.leaf.grad)
+
+    @torch.no_grad()
+    def signed_step(self, size: float) -> None:
+        """Moves everything by its gradient's sign: codes by ``size``, the ends of a group's range by that share of it."""
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                share = (self.grid.high - self.grid.low) / 2 if parameter is self.move else 1.0
+                parameter.sub_(parameter.grad.sign(), alpha=size * share)
+                parameter.grad = None
+        if self.offset is not None:
+            self.offset.clamp_(-0.5, 0.5)
+        self.stretch.clamp_(-0.5, 0.5)
+
+    def stored(self) -> torch.Tensor:
+        """The weight as it would be stored now."""
+        values = self.rounded().values
+        return (values.t() if self.layer.planned.transposed else values).to(self.dtype)
+
+    @torch.no_grad()
+    def rounded(self) -> Rounded:
+        """What was learned, on the grid, with scale and shift as they will be stored."""
+        scale, shift = self.tables()
+        scale, shift = self.grid.storable(scale, shift)
+        values = self.grid.values(self.codes().round(), scale, shift).flatten(1)
+        return Rounded(values, scale[..., 0], None if shift is None else shift[..., 0])
+
+
+@contextlib.contextmanager
+def in_place(tuned: list[Tuned]) -> Iterator[None]:
+    """Inside, layers compute with the weights that are being learned, and gradients reach them."""
+    hooks, hidden = [], []
+    try:
+        for item in tuned:
+            for module in item.layer.modules:
+                hidden.append((module, module._parameters.pop("weight")))
+                hooks.append(module.register_forward_pre_hook(lambda m, args, item=item: _set(m, item.leaf)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, parameter in hidden:
+            module.__dict__.pop("weight", None)
+            module._parameters["weight"] = parameter
+
+
+def _set(module: nn.Module, weight: torch.Tensor) -> None:
+    module.__dict__["weight"] = weight
+
+
+@dataclasses.dataclass(frozen=True)
+class SignRound(Gptq):
+    """AutoRound: codes, scales and shifts learned by signed gradient descent on the error of the block's output.
+
+    Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent" (arXiv:2309.05516). Beyond it, the codes may
+    start from GPTQ's.
+
+    Attributes:
+        iterations: steps.
+        batch: samples a step.
+        rate: size of a step in codes; it falls to 0 linearly.
+        start: ``"gptq"`` or ``"nearest"``: the codes to start from.
+        (and those of `Gptq`)
+    """
+
+    name = "signround"
+    tunes = True
+
+    iterations: int = 200
+    batch: int = 8
+    rate: float = 0.005
+    start: str = "gptq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.iterations < 1 or self.batch < 1:
+            raise ValueError(f"iterations and batch must be positive, found {self.iterations} and {self.batch}")
+        if self.start not in ("gptq", "nearest"):
+            raise ValueError(f"start must be 'gptq' or 'nearest', found {self.start!r}")
+
+    @property
+    def in_turn(self) -> bool:  # type: ignore[override]
+        return self.sequential and self.start == "gptq"
+
+    @property
+    def paired(self) -> bool:  # type: ignore[override]
+        return True  # the float block's output is what to come near to
+
+    def check(self, layer: Layer) -> None:
+        """Refuses float codes, which have no neighbours at equal distance.
+
+        Raises:
+            ValueError: see above.
+        """
+        kind = layer.planned.options.qtype
+        if kind.is_floating_point:
+            raise ValueError(
+                f"signround learns integer codes, and {layer.name} is asked for in {kind.name}: use method='gptq' for it, "
+                f"or another type"
+            )
+
+    def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
+        """Where learning starts."""
+        if self.start == "gptq":
+            return super().round(weight, moments, grid, group_size, name)
+        return nearest(weight, moments.square, grid, group_size or weight.shape[1], self.steps)
+
+    def tune(
+        self,
+        work: list[tuple[Layer, Grid, Rounded, torch.Tensor]],
+        run: Callable[[int], list[Any]],
+        targets: list[dict[int, torch.Tensor]],
+    ) -> list[Rounded] | None:
+        """Learns the layers of a block together; None where that did not lower the error.
+
+        Args:
+            work: (layer, grid, start, float weight) of each.
+            run: runs the block on a sample; the leaves of its output.
+            targets: for each sample the float block's output, by leaf.
+        """
+        tuned = [Tuned(*item) for item in work]
+        generator = torch.Generator().manual_seed(0)
+        held = range(min(len(targets), 16))
+        with torch.enable_grad(), in_place(tuned):
+            before = _loss(tuned, run, targets, held)
+            for iteration in range(self.iterations):
+                picked = torch.randperm(len(targets), generator=generator)[: self.batch].tolist()
+                for item in tuned:
+                    item.begin()
+                for number in picked:
+                    distance(run(number), targets[number]).backward()
+                for item in tuned:
+                    item.end()
+                    item.signed_step(self.rate * (1 - iteration / self.iterations))
+            after = _loss(tuned, run, targets, held)
+        logger.info("signround: block output error %.4g before, %.4g after", before, after)
+        return [item.rounded() for item in tuned] if after < before else None
+
+
+def distance(found: list[Any], wanted: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Squared error of the leaves of an output, relative to what was wanted."""
+    total = torch.zeros(())
+    for index, target in wanted.items():
+        target = target.to(found[index].device).float()
+        total = total + (found[index].float() - target).square().sum() / target.square().sum().clamp(min=1e-12)
+    return total
+
+
+@torch.no_grad()
+def _loss(
+    tuned: list[Tuned], run: Callable[[int], list[Any]], targets: list[dict[int, torch.Tensor]], held: range
+) -> float:
+    for item in tuned:
+        item.leaf = item.stored()
+    return sum(float(distance(run(number), targets[number])) for number in held) / len(held)
