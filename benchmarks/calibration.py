@@ -26,11 +26,11 @@ MEASURES = ("quantize_s", "calibrate_s", "freeze_s", "forward_s", "peak_mb", "di
 # Runs in the measured process.
 WORKER = r"""
 import gc, json, os, sys, threading, time
-library, weights, activations, directory = sys.argv[1:5]
+library, weights, activations, directory, threads = sys.argv[1:6]
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-torch.set_num_threads(2)
+torch.set_num_threads(int(threads))
 if library == "requanto":
     from requanto.calibrate import Calibration
     from requanto.checkpoint.format import flatten
@@ -91,10 +91,10 @@ print(json.dumps(found))
 """
 
 
-def measure(python: str, library: str, weights: str, activations: str) -> dict[str, float]:
+def measure(python: str, library: str, weights: str, activations: str, threads: int) -> dict[str, float]:
     """One run in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
-        command = [python, "-c", WORKER, library, weights, activations, directory]
+        command = [python, "-c", WORKER, library, weights, activations, directory, str(threads)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1][:200]}  # type: ignore[dict-item]
@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer-python", help="interpreter that has optimum-quanto")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     pythons = {"requanto": sys.executable}
     if arguments.peer_python:
@@ -114,7 +115,7 @@ def main() -> None:
         runs: dict[str, list[dict]] = {library: [] for library in pythons}
         for _ in range(arguments.repeats):
             for library, python in pythons.items():
-                runs[library].append(measure(python, library, weights, activations))
+                runs[library].append(measure(python, library, weights, activations, arguments.threads))
         for library, measured in runs.items():
             failed = next((run["failed"] for run in measured if "failed" in run), None)
             row = {"library": library, "weights": weights, "activations": activations}
@@ -127,8 +128,10 @@ def main() -> None:
     import torch
 
     record = {
-        "command": "python benchmarks/calibration.py" + (" --peer-python PYTHON" if arguments.peer_python else ""),
-        "machine": f"{platform.machine()}, 2 threads",
+        "command": "python benchmarks/calibration.py"
+        + (" --peer-python PYTHON" if arguments.peer_python else "")
+        + f" --repeats {arguments.repeats} --threads {arguments.threads}",
+        "machine": f"{platform.machine()}, {arguments.threads} threads",
         "torch": torch.__version__,
         "repeats": arguments.repeats,
         "units": "s: seconds; mb: MiB, peak_mb anonymous memory above the float model; error: of logits, relative",

@@ -187,6 +187,34 @@ def test_an_error_inside_leaves_no_hooks_behind():
     assert (len(torch_module._global_forward_hooks), len(torch_module._global_forward_pre_hooks)) == before
 
 
+def test_weights_are_quantized_once_for_all_batches_and_scales_are_those_of_the_frozen_model(monkeypatch):
+    model, x, _ = net(weights="float8", activations="float8")
+    frozen = copy.deepcopy(model)
+    freeze(frozen)
+    batches = [x, 2 * x, torch.randn_like(x)]
+    for calibrated in (model, frozen):
+        with Calibration(), torch.no_grad():
+            for batch in batches:
+                calibrated(batch)
+    for one, two in zip(model.buffers(), frozen.buffers(), strict=True):
+        assert torch.equal(one, two)
+
+    calls = []
+    quantized = type(model.a).quantized
+    monkeypatch.setattr(type(model.a), "quantized", lambda *arguments: calls.append(1) or quantized(*arguments))
+    with torch.no_grad(), Calibration():
+        for batch in batches:
+            model(batch)
+    assert len(calls) == 3  # linear layers
+    with torch.no_grad():
+        before = model(x)
+        model.c.weight.data.mul_(2)  # a change that leaves no trace on the tensor's version
+        assert not torch.equal(model(x), before)
+    with Calibration():
+        model(x).sum().backward()
+    assert model.a.weight.grad is not None
+
+
 def test_bad_momentum_is_refused():
     with pytest.raises(ValueError, match="momentum"):
         Calibration(momentum=1)

@@ -76,6 +76,8 @@ class Calibration(TorchFunctionMode):
         super().__exit__(exc_type, exc_value, traceback)
         for hook in self._hooks:
             hook.remove()
+        for module in self._seen:
+            module.reuse_quantized(False)
         if exc_type is not None:
             return
         if not self._seen and self.needs_modules:
@@ -121,6 +123,7 @@ class Calibration(TorchFunctionMode):
         if not isinstance(module, QModuleMixin) or module.activation_qtype is None or not args:
             return
         self._seen[module] = None
+        module.reuse_quantized(True)
         value = args[0]
         if isinstance(value, QActivation):
             self._read |= set(getattr(value, _SOURCES, ()))

@@ -39,6 +39,8 @@ class QModuleMixin:
     fuses_input = False
     #: False where activations stay float, or streamlining found that what follows computes in float
     quantizes_output = False
+    #: the quantized form of a weight that is still float, from its first use on, while `reuse_quantized` is on
+    _reused: list[QTensor] | None = None
     #: the weight is kept [in, out], as GPT-2's Conv1D keeps it
     transposed_weight = False
 
@@ -140,7 +142,15 @@ class QModuleMixin:
         """The weight to compute with: the frozen one, or the float one rounded, gradients passing straight through."""
         if self.weight_qtype is None or self.weight is None or self.frozen:
             return self.weight
+        if self._reused is not None and not torch.is_grad_enabled():
+            if not self._reused:
+                self._reused.append(self.quantized(self.weight))
+            return self._reused[0]
         return straight_through(self.weight, lambda weight: self.quantized(weight).dequantize())
+
+    def reuse_quantized(self, reuse: bool) -> None:
+        """Without gradients, quantizes a float weight once for many forwards; it must not change until this is off again."""
+        self._reused = ([] if self._reused is None else self._reused) if reuse else None
 
     def quantized(self, weight: torch.Tensor) -> QTensor:
         """``weight`` quantized as this module quantizes its own."""
