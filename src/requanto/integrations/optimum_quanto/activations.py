@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from requanto.integrations.optimum_quanto.base import QBytesTensor, QTensor
-from requanto.integrations.optimum_quanto.weights import _Weight
+from requanto.integrations.optimum_quanto.weight_base import Weight
 from requanto.nn.activation import QActivation
 from requanto.qtypes import qtype
 
@@ -19,7 +19,7 @@ class ActivationQBytesTensor(QActivation, QBytesTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(issubclass(kind, _Weight) for kind in types):
+        if any(issubclass(kind, Weight) for kind in types):
             return NotImplemented  # the weight knows what to do with an activation
         return super().__torch_function__(func, types, args, kwargs)
 
