@@ -99,6 +99,18 @@ def test_a_linear_root_and_all_kinds_of_samples():
         torch.testing.assert_close(other, weights[0])
 
 
+@pytest.mark.parametrize("weights", ["int3", "uint4", "nf4", "fp6_e3m2", "codebook3"])
+def test_types_of_every_kind(weights):
+    torch.manual_seed(0)
+    model = Root()
+    samples = [torch.randn(8, 32) * torch.logspace(-1, 1, 32) for _ in range(4)]
+    want = logits(model, samples)
+    plain = error(nearest(copy.deepcopy(model), weights=weights), samples, want)
+    calibrated = requanto.quantize(copy.deepcopy(model), weights=weights, calibration=samples, method="gptq", **quiet)
+    assert calibrated.first.weight.qtype.name == f"q{weights}"
+    assert error(calibrated, samples, want) < 0.9 * plain
+
+
 def test_group_size_symmetric_modules_and_patterns_count():
     model = tiny_models.TINY["llama"].build()
     requanto.quantize(

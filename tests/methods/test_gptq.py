@@ -5,7 +5,7 @@ import torch
 
 from requanto.methods.gptq import descend, gptq, refit, row_errors
 from requanto.methods.grid import Grid
-from requanto.qtypes import qfloat8, qint2, qint4, qint8
+from requanto.qtypes import qfloat8, qfp4, qint2, qint3, qint4, qint8, qnf4, quint8
 
 
 def problem(rows=12, columns=64, seed=0, samples=256):
@@ -61,7 +61,11 @@ def test_plain_gptq_is_the_papers(kind, group, order):
 
 
 @pytest.mark.parametrize(
-    ("kind", "affine"), [(qint2, True), (qint4, True), (qint4, False), (qint8, False), (qfloat8, False)]
+    ("kind", "affine"),
+    [
+        *((qint2, True), (qint4, True), (qint4, False), (qint8, False), (qfloat8, False)),
+        *((qint3, True), (quint8, True), (qnf4, False), (qfp4, False)),
+    ],
 )
 @pytest.mark.parametrize("group", [16, None])
 def test_it_beats_rounding_to_nearest_and_every_round_lowers_the_error(kind, affine, group):

@@ -9,14 +9,17 @@ from __future__ import annotations
 import torch
 
 from requanto.qtypes import qtype
+from requanto.scales.codebook import nearest_codes, values_of
 from requanto.scales.weights import _storable
 
 
 class Grid:
     """Rounding to the codes of one type.
 
+    What is called a code here is the number that the scale multiplies: of a codebook, the value that a code stands for.
+
     Args:
-        kind: type of the codes.
+        kind: type of the codes; a learned one with its values (`qtype.with_values`).
         affine: values are ``scale * code - shift``, codes ``0 .. 2^bits - 1``; else ``scale * code``, signed codes.
         stored: dtype in which scale and shift will be stored.
     """
@@ -24,10 +27,15 @@ class Grid:
     def __init__(self, kind: qtype, affine: bool, stored: torch.dtype) -> None:
         self.kind, self.affine, self.stored = kind, affine, stored
         self.low, self.high = (0.0, 2.0**kind.bits - 1) if affine else (float(kind.qmin), float(kind.qmax))
+        self.top = kind.span if kind.is_codebook else self.high
 
     def codes(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         """The nearest codes, as floats; ``scale`` and ``shift`` broadcast over ``values``."""
         scaled = values / scale if shift is None else (values + shift) / scale
+        if self.kind.is_codebook:
+            found = nearest_codes(scaled.float(), self.kind).flatten().to(torch.int32)
+            table = values_of(self.kind, found).to(values.dtype)
+            return torch.index_select(table, 0, found).view(scaled.shape)
         scaled = scaled.clamp_(self.low, self.high)
         return scaled.to(self.kind.dtype).to(values.dtype) if self.kind.is_floating_point else scaled.round_()
 
@@ -71,7 +79,7 @@ class Grid:
             if self.affine:
                 tried: tuple[torch.Tensor, torch.Tensor | None] = ((high - low) * share / self.high, -low * share)
             else:
-                tried = (top * share / self.high, None)
+                tried = (top * share / self.top, None)
             tried = self.storable(*tried)
             tried = self.fit(groups, importance, *tried)
             best, scale, shift = self._better(groups, importance, best, scale, shift, *tried)

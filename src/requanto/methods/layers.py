@@ -16,6 +16,7 @@ from requanto.packing import pack
 from requanto.plan import PlannedWeight, parameter_holders
 from requanto.qtensor import QTensor
 from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.codebook import fit_codebook
 from requanto.scales.weights import encode, scale_dtype
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,11 @@ class Layer:
     def grid(self) -> Grid:
         """The values that codes of the weight can stand for."""
         options, group = self.planned.options, self.group_size
-        affine = options.qtype.bits < 8 if options.symmetric is None else not options.symmetric
+        kind, affine = options.qtype, options.qtype.affine(options.symmetric, self.name)
+        if kind.is_learned:
+            kind = kind.with_values(fit_codebook(self.weight(), kind, group or self.columns))
         grouped = group is not None and group < self.columns
-        return Grid(options.qtype, affine, scale_dtype(self.parameter.dtype, grouped))
+        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped))
 
     def tensor(self, rounded: Rounded, grid: Grid) -> QTensor:
         """The quantized weight whose dequantized values are ``rounded.values``."""
@@ -124,12 +127,13 @@ class Layer:
             pack(codes, kind.bits) if kind.is_packed else codes,
             rounded.scale.to(grid.stored),
             None if rounded.shift is None else rounded.shift.to(grid.stored),
-            qtype=kind,
+            qtype=self.planned.options.qtype,
             shape=self.parameter.shape,
             dtype=self.parameter.dtype,
             axis=self.planned.axis,
             group_size=self.group_size,
             transposed=self.planned.transposed,
+            codebook=torch.tensor(kind.values, device=codes.device) if kind.is_learned else None,
         )
         tensor.activation = self.planned.options.activations
         return tensor
