@@ -33,7 +33,7 @@ def _options(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to write; replaced as a whole when the save is complete.")],
-    weights: Annotated[str, typer.Option(help="int8, int4, int2, float8, float8_e5m2 ...")] = "int8",
+    weights: Annotated[str, typer.Option(help="int8, int4, nf4, float8 ...: docs/types.md")] = "int8",
     activations: Annotated[str | None, typer.Option(help="int8 or float8; default: not quantized.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale a row.")] = None,
     modules_to_not_convert: Annotated[
