@@ -9,11 +9,9 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tiny_models import TINY, output, save_tiny
 
 from requanto import QuantoConfig
 from requanto.checkpoint.directory import replaced_by_all_ranks
-from requanto.integrations import tensor_parallel
 
 STATE = {"one": torch.arange(6.0), "two": torch.ones(3)}
 
@@ -24,6 +22,10 @@ def kill(*args, **kwargs):
 
 def dies_while_putting_weights_together(rank: int, directory: Path) -> str:
     """Rank 1, with half of the weights gathered."""
+    from tiny_models import TINY  # Transformers: the other test's processes do without it
+
+    from requanto.integrations import tensor_parallel
+
     config = QuantoConfig(weights="int8")
     model = TINY["llama"].auto.from_pretrained(directory / "llama", quantization_config=config, tp_plan="auto")
     gathered, seen = tensor_parallel.gathered, []
@@ -64,6 +66,8 @@ def _leave(directory: Path, text: str) -> str:
 
 
 def test_the_old_model_stays_when_a_rank_dies(tmp_path):
+    from tiny_models import TINY, output, save_tiny
+
     save_tiny("llama", tmp_path / "llama")
     model = TINY["llama"].auto.from_pretrained(tmp_path / "llama", quantization_config=QuantoConfig(weights="int4"))
     model.save_pretrained(tmp_path / "saved")

@@ -23,7 +23,8 @@ def register() -> None:
     """Called once accelerate is there."""
     from accelerate.utils import fsdp_utils
 
-    replace_everywhere(fsdp_utils.fsdp2_load_full_state_dict, _handing_out)
+    if hasattr(fsdp_utils, "fsdp2_load_full_state_dict"):  # older ones know FSDP1 only
+        replace_everywhere(fsdp_utils.fsdp2_load_full_state_dict, _handing_out)
 
 
 def _handing_out(original: Callable) -> Callable:
