@@ -8,25 +8,23 @@ Layers outside of chains are quantized on runs of the whole model. Beside the mo
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from requanto.methods.chains import Chain, Record, find_lists
-from requanto.methods.fold import find_folds
+from requanto.methods.block import Block, Carried
+from requanto.methods.chains import Chain, find_lists
 from requanto.methods.gptq import Rounded
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer, find_layers
 from requanto.methods.method import Method
 from requanto.methods.moments import Inputs, Moments
 from requanto.methods.resume import Resume
-from requanto.methods.samples import Samples, Stop
-from requanto.methods.stages import Stage, find_stages
+from requanto.methods.samples import Samples
 from requanto.plan import PlannedWeight
 
 logger = logging.getLogger(__name__)
@@ -150,15 +148,15 @@ class _Engine:
         key = layers[0].name
         if self.resume is not None and self.resume.restore(key, layers):
             return
-        sources = [[layer] for layer in layers]
-        moments = self.empty(sources, paired=False)
+        full = self.method.full
+        moments = {layer: Moments(layer.columns, layer.parameter.device, full, paired=False) for layer in layers}
         owner = {module: layer for layer in layers for module in layer.modules}
-        with Inputs(owner, lambda m, x: moments[owner[m]].add(x), stop=False):
+        with Inputs(owner, lambda m, x: moments[owner[m]].add(x)):
             for _ in self.samples.run(self.model):
                 pass
         logger.info("%s: quantized on a run of the whole model", ", ".join(layer.name for layer in layers))
         for layer in layers:
-            self.quantize(layer, moments[layer])
+            layer.round(moments[layer], self.method)
         self.finish(key, layers)
 
     # ------------------------------------------------------------------ chains
@@ -180,182 +178,31 @@ class _Engine:
             len(chain.blocks),
             sum(r.nbytes() for r in records) / 2**20,
         )
-        carried: list[list[Any]] = [[] for _ in records]
-        wanted: list[list[Any]] = [[] for _ in records]
-        for index, block in enumerate(chain.blocks):
-            inside = set(block.modules())
+        carried: Carried = [[] for _ in records]
+        wanted: Carried = [[] for _ in records]
+        for index, module in enumerate(chain.blocks):
+            block = Block(chain, index, records, carried, wanted, self.method)
+            inside = set(module.modules())
             mine = [layer for layer in layers if any(m in inside for m in layer.modules)]
-            reference = copy.deepcopy(block) if self.method.paired else block
             key = f"{chain.name}.{index}"
-            if mine and not (self.resume is not None and self.resume.restore(key, mine, block)):
-                self.block(chain, index, records, carried, wanted, reference, mine)
-                self.finish(key, mine, block)
+            if mine and not (self.resume is not None and self.resume.restore(key, mine, module)):
+                block.quantize(mine)
+                self.finish(key, mine, module)
             if index + 1 < len(chain.blocks):
-                carried = [self.onward(chain, r, index, c) for r, c in zip(records, carried, strict=True)]
+                carried = block.outputs()
                 if self.method.paired:
-                    wanted = [self.onward(chain, r, index, w, reference) for r, w in zip(records, wanted, strict=True)]
+                    wanted = block.float_outputs()
             self.bar.update()
 
     def whole_model_if_any(self, layers: list[Layer]) -> None:
         if layers:
             self.whole_model(layers)
 
-    def block(
-        self,
-        chain: Chain,
-        index: int,
-        records: list[Record],
-        carried: list[list[Any]],
-        wanted: list[list[Any]],
-        reference: nn.Module,
-        layers: list[Layer],
-    ) -> None:
-        """Quantizes the layers of one block."""
-        block = chain.blocks[index]
-
-        def run_first() -> list[Any]:
-            return self.run_block(block, chain, records[0], index, carried[0])
-
-        stages, missing = find_stages(layers, run_first, self.method.in_turn)
-        twin = dict(zip(block.modules(), reference.modules(), strict=True))
-        if missing and len(records) > 1:  # experts that the first sample does not choose
-            stages = (
-                [Stage([*stages[0].sources, *([layer] for layer in missing)])]
-                if len(stages) == 1
-                else [
-                    *stages,
-                    Stage([[layer] for layer in missing]),
-                ]
-            )
-        for stage in stages:
-            moments = self.empty(stage.sources, self.method.paired)
-            leaders = {module: source[0] for source in stage.sources for module in source[0].modules}
-            for record, mine, theirs in zip(records, carried, wanted, strict=True):
-                ideal: dict[nn.Module, torch.Tensor] = {}
-                if self.method.paired:
-                    back = {twin[module]: module for module in leaders}
-                    with Inputs(back, lambda m, x: ideal.__setitem__(back[m], x), stop=True):  # noqa: B023
-                        self.run_block(reference, chain, record, index, theirs)
-                tokens = _rows(chain, record, index, mine)
-                with Inputs(leaders, lambda m, x: moments[leaders[m]].add(x, _pair(ideal.get(m), tokens)), stop=True):  # noqa: B023
-                    self.run_block(block, chain, record, index, mine)
-            if self.method.folds:
-                self.fold(block, stage, moments, layers, run_first)
-            for source in stage.sources:
-                for layer in source:
-                    self.quantize(layer, moments[source[0]], in_block=True)
-
-        if self.method.tunes:
-            self.tune(
-                chain, index, records, carried, wanted, reference, [layer for layer in layers if layer in self.kept]
-            )
-
-    def tune(
-        self,
-        chain: Chain,
-        index: int,
-        records: list[Record],
-        carried: list[list[Any]],
-        wanted: list[list[Any]],
-        reference: nn.Module,
-        layers: list[Layer],
-    ) -> None:
-        """Lets the method improve the layers of a block together, on the float block's outputs."""
-        targets = []
-        for record, given in zip(records, wanted, strict=True):
-            leaves = self.run_block(reference, chain, record, index, given)
-            passed = chain.wanted(record, index) or range(len(leaves))  # of the last block, whatever it puts out
-            floats = {i: leaf for i, leaf in enumerate(leaves) if torch.is_tensor(leaf) and leaf.is_floating_point()}
-            targets.append({i: leaf.cpu() for i, leaf in floats.items() if i in passed})
-        work = [(layer, *self.kept.pop(layer)) for layer in layers]
-        found = self.method.tune(
-            work,
-            lambda number: self.run_block(chain.blocks[index], chain, records[number], index, carried[number]),
-            targets,
-        )
-        for (layer, grid, _, _), rounded in zip(work, found or (), strict=False):
-            layer.quantized = layer.tensor(rounded, grid)
-            layer.show(rounded.values)
-
-    def fold(
-        self,
-        block: nn.Module,
-        stage: Stage,
-        moments: dict[Layer, Moments],
-        layers: list[Layer],
-        run: Callable[[], list[Any]],
-    ) -> None:
-        """Scales the input channels of a block's layers, where the inverse can be folded away."""
-        left = []
-        for source, fold in zip(stage.sources, find_folds(block, stage.sources, layers, run), strict=True):
-            seen = moments[source[0]]
-            if fold is None or not seen.rows:
-                left += source
-                continue
-            scales = self.method.scales(source, seen)
-            if scales is not None:
-                moments[source[0]] = seen.scaled(fold.apply(scales))
-        if left:
-            names = ", ".join(layer.name for layer in left)
-            logger.info("%s: no exact place for the inverse of input scales; rounded without them", names)
-
-    def run_block(self, block: nn.Module, chain: Chain, record: Record, index: int, carried: list[Any]) -> list[Any]:
-        """Runs a block, or its float twin; [] where a hook ended it."""
-        args, kwargs = chain.inputs(record, index, carried)
-        try:
-            return torch.utils._pytree.tree_leaves(block(*args, **kwargs))
-        except Stop:
-            return []
-
-    def onward(
-        self, chain: Chain, record: Record, index: int, carried: list[Any], block: nn.Module | None = None
-    ) -> list[Any]:
-        """What the next block is given by this one."""
-        leaves = self.run_block(block or chain.blocks[index], chain, record, index, carried)
-        wanted = chain.wanted(record, index)
-        return [(leaf.cpu(), leaf.device) if i in wanted else None for i, leaf in enumerate(leaves)]
-
     # ------------------------------------------------------------------ layers
-
-    def empty(self, sources: list[list[Layer]], paired: bool) -> dict[Layer, Moments]:
-        return {
-            source[0]: Moments(source[0].columns, source[0].parameter.device, self.method.full, paired)
-            for source in sources
-        }
-
-    def quantize(self, layer: Layer, moments: Moments, in_block: bool = False) -> None:
-        """Rounds one layer; its float values stand in the model until the block is finished."""
-        if not moments.rows:
-            logger.warning("%s never saw an input: quantized without samples", layer.name)
-            layer.quantized = layer.planned.quantize(layer.parameter, layer.name)
-            return
-        grid = layer.grid()
-        weight = layer.weight()
-        rounded = self.method.round(weight, moments, grid, layer.group_size, layer.name)
-        if self.method.tunes and in_block:
-            self.kept[layer] = (grid, rounded, weight)
-        layer.quantized = layer.tensor(rounded, grid)
-        layer.show(rounded.values)
 
     def finish(self, key: str, layers: list[Layer], block: nn.Module | None = None) -> None:
         """Puts the quantized weights in their places, and on disk."""
         for layer in layers:
-            if layer.quantized is not None:
-                layer.put(layer.quantized)
-            layer.quantized = None
+            layer.finish()
         if self.resume is not None:
             self.resume.keep(key, layers, block)
-
-
-def _rows(chain: Chain, record: Record, index: int, carried: list[Any]) -> int:
-    """Tokens that go through a block: rows of its first tensor input."""
-    args, kwargs = chain.inputs(record, index, carried)
-    first = next(t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-    return first.numel() // max(1, first.shape[-1])
-
-
-def _pair(ideal: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-    """The float model's inputs, where they stand in the order of the quantized one's: a layer that sees every token."""
-    if ideal is None or (ideal.dim() < 3 and ideal.numel() // max(1, ideal.shape[-1]) != tokens):
-        return None
-    return ideal

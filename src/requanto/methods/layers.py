@@ -6,18 +6,23 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from requanto.methods.gptq import Rounded
 from requanto.methods.grid import Grid
+from requanto.methods.moments import Moments
 from requanto.packing import pack
 from requanto.plan import PlannedWeight, parameter_holders
 from requanto.qtensor import QTensor
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.codebook import fit_codebook
 from requanto.scales.weights import encode, scale_dtype
+
+if TYPE_CHECKING:
+    from requanto.methods.method import Method
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +90,28 @@ class Layer:
         self.columns_scale = self.rows_scale = None
         for module, leaf in self.places:
             module._parameters[leaf] = parameter
+
+    def round(self, moments: Moments, method: Method) -> tuple[Grid, Rounded, torch.Tensor] | None:
+        """Rounds the weight on what is known of its inputs: (grid, result, float weight); None: nothing was known."""
+        if not moments.rows:
+            logger.warning("%s never saw an input: quantized without samples", self.name)
+            self.quantized = self.planned.quantize(self.parameter, self.name)
+            return None
+        grid, weight = self.grid(), self.weight()
+        rounded = method.round(weight, moments, grid, self.group_size, self.name)
+        self.take(rounded, grid)
+        return grid, rounded, weight
+
+    def take(self, rounded: Rounded, grid: Grid) -> None:
+        """Makes a result the weight; until :meth:`finish` its float values stand in the model."""
+        self.quantized = self.tensor(rounded, grid)
+        self.show(rounded.values)
+
+    def finish(self) -> None:
+        """Puts the quantized weight in its places."""
+        if self.quantized is not None:
+            self.put(self.quantized)
+        self.quantized = None
 
     def show(self, values: torch.Tensor) -> None:
         """Puts float values ``[N, K]`` in the weight's place; scales are taken to be in them."""

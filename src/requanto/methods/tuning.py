@@ -170,13 +170,13 @@ class SignRound(Gptq):
         return True  # the float block's output is what to come near to
 
     def check(self, layer: Layer) -> None:
-        """Refuses float codes, which have no neighbours at equal distance.
+        """Refuses float codes and codebooks, whose codes have no neighbours at equal distance.
 
         Raises:
             ValueError: see above.
         """
         kind = layer.planned.options.qtype
-        if kind.is_floating_point:
+        if kind.is_floating_point or kind.is_codebook:
             raise ValueError(
                 f"signround learns integer codes, and {layer.name} is asked for in {kind.name}: use method='gptq' for it, "
                 f"or another type"
