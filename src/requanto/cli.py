@@ -36,6 +36,9 @@ def quantize(
     weights: Annotated[str, typer.Option(help="int8, int4, nf4, float8 ...: docs/types.md")] = "int8",
     activations: Annotated[str | None, typer.Option(help="int8 or float8; default: not quantized.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale a row.")] = None,
+    scale_bits: Annotated[
+        int | None, typer.Option(help="Bits of a group's scale and shift: 4 to 8; default: floats.")
+    ] = None,
     modules_to_not_convert: Annotated[
         list[str] | None, typer.Option(help="Leave float: a name, a parent, a leaf or a glob. Repeatable.")
     ] = None,
@@ -72,6 +75,7 @@ def quantize(
             weights=weights,
             activations=activations,
             group_size=group_size,
+            scale_bits=scale_bits,
             modules_to_not_convert=modules_to_not_convert or None,
             modules=_pairs(module or []),
             embeddings=embeddings,

@@ -10,16 +10,23 @@ from enum import Enum
 from typing import Any
 
 from requanto.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
+from requanto.scales.compact import check_scale_bits
 
 FORMAT = "requanto"
 #: the newest version of the checkpoint format that is read; what version 1 can say is written as version 1
 FORMAT_VERSION = 2
+_VERSION_2_WORDS = frozenset({"scales"})
 _VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
 
 
 def format_version_of(tensors: Mapping[str, str]) -> int:
     """The version that a reader of these stored weights (name -> description) needs."""
-    return 1 if all(text.split(maxsplit=1)[0] in _VERSION_1_TYPES for text in tensors.values()) else 2
+    return max((_needed(*text.split()) for text in tensors.values()), default=1)
+
+
+def _needed(kind: str, _shape: str, *words: str) -> int:
+    later = any(word.partition("=")[0] in _VERSION_2_WORDS for word in words)
+    return 2 if later or kind not in _VERSION_1_TYPES else 1
 
 
 class QuantizationMethod(str, Enum):
@@ -34,7 +41,9 @@ class QuantizationMethod(str, Enum):
 #: How one layer is quantized: a type, or a dict of ``weights``, ``group_size``, ``symmetric``; None leaves it float.
 LayerChoice = str | dict[str, Any] | None
 
-_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations")
+_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits")
+#: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
+_LATER_KEYS = frozenset({"scale_bits"})
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors")
 
 
@@ -49,12 +58,14 @@ class QuantoConfig:
         group_size: neighbouring weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale a row
             for 8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
         modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
-            ``group_size``, ``symmetric``, ``activations``, or None for float. The first match counts. A full name (no
-            glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
+            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, or None for float. The first match counts. A
+            full name (no glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
         symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
         embeddings: quantize ``nn.Embedding`` tables too.
         lm_head: quantize the output embeddings too.
         convolutions: quantize Conv1d, Conv2d and Conv3d too.
+        scale_bits: 4 to 8: bits in which the scale and the shift of a group are stored (docs/accuracy.md); None or 16: as
+            floats.
         default_skips: keep what the library or this package leaves float by default. False clears that list.
         weights_dtype: the name Diffusers gives ``weights``.
 
@@ -75,6 +86,7 @@ class QuantoConfig:
         lm_head: bool = False,
         convolutions: bool = False,
         default_skips: bool = True,
+        scale_bits: int | None = None,
         weights_dtype: str | qtype | None = None,
         **unknown: Any,
     ) -> None:
@@ -96,6 +108,7 @@ class QuantoConfig:
         self.lm_head = bool(lm_head)
         self.convolutions = bool(convolutions)
         self.default_skips = bool(default_skips)
+        self.scale_bits = check_scale_bits(scale_bits)
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
         self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
         #: one config for several models (components of a pipeline): a name may match in another one. Never stored.
@@ -121,6 +134,7 @@ class QuantoConfig:
             "lm_head",
             "convolutions",
             "default_skips",
+            "scale_bits",
             "weights_dtype",
         )
 
@@ -140,6 +154,7 @@ class QuantoConfig:
             "group_size": self.group_size,
             "symmetric": self.symmetric,
             "activations": self.activations,
+            "scale_bits": self.scale_bits,
         }
         choice = self.modules[pattern] if pattern is not None else options
         if isinstance(choice, str):
@@ -153,7 +168,7 @@ class QuantoConfig:
         """Plain JSON values; :meth:`from_dict` makes an equal object of them."""
         values: dict[str, Any] = {"quant_method": self.quant_method.value}
         for key in self.parameters():
-            if key != "weights_dtype":
+            if key != "weights_dtype" and (key not in _LATER_KEYS or getattr(self, key) is not None):
                 values[key] = copy.deepcopy(getattr(self, key))
         if self.format is not None or self.tensors:
             values |= {
@@ -215,6 +230,7 @@ class LayerOptions:
         group_size: int | None = None,
         symmetric: bool | None = None,
         activations: str | None = None,
+        scale_bits: int | None = None,
     ) -> None:
         self.qtype = resolve_qtype(weights)
         self.group_size: int | str | None = (
@@ -222,6 +238,7 @@ class LayerOptions:
         )
         self.symmetric = symmetric
         self.activations = None if activations is None else resolve_qtype(activations)
+        self.scale_bits = scale_bits
 
     def __repr__(self) -> str:
         return f"LayerOptions({self.qtype.name}, group_size={self.group_size}, symmetric={self.symmetric})"
@@ -266,4 +283,6 @@ def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
     if "activations" in checked:
         checked["activations"] = _activation_name(checked["activations"])
     _checked_group_size(checked.get("group_size"), f"{where}['group_size']")
+    if "scale_bits" in checked:
+        checked["scale_bits"] = check_scale_bits(checked["scale_bits"], f"{where}['scale_bits']")
     return checked

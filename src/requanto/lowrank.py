@@ -79,39 +79,48 @@ def append(weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> None:
 def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
     """Multiplies each stored row by its factor ``[*lead]``, in place: scale, shift and up, never the codes."""
     factor = factor.detach().to(weight.device, torch.float32).unsqueeze(-1)
-    weight.scale = (weight.scale.float() * factor).to(weight.scale.dtype)
-    if weight.shift is not None:
-        weight.shift = (weight.shift.float() * factor).to(weight.shift.dtype)
+    inner = weight.inner_tensors()
+    if weight.scale_bits is not None:  # a row's scale is the only float of both, and exact in float32
+        assert weight.row_scale is not None
+        inner["row_scale"] = weight.row_scale.float() * factor
+    else:
+        inner |= {n: (inner[n].float() * factor).to(inner[n].dtype) for n in ("scale", "shift") if n in inner}
     if weight.up is not None:
-        weight.set_lowrank((weight.up.float() * factor).to(weight.up.dtype), weight.down)
+        inner["up"] = (weight.up.float() * factor).to(weight.up.dtype)
+    weight.take(inner)
 
 
 @dataclass
 class State:
     """What a merge changes of a weight; the codes are not among it, so that undoing costs no copy of them."""
 
-    scale: torch.Tensor
-    shift: torch.Tensor | None
-    up: torch.Tensor | None
-    down: torch.Tensor | None
+    beside: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, weight: QTensor) -> State:
         """The present one."""
-        return cls(weight.scale, weight.shift, weight.up, weight.down)
+        return cls(weight.beside())
 
     def weight(self, now: QTensor) -> QTensor:
         """The weight that ``now`` was in this state."""
-        moved = [None if t is None else t.to(now.device) for t in (self.scale, self.shift, self.up, self.down)]
-        scale, shift, up, down = moved
-        assert scale is not None
-        return now.replace(now.qdata, scale, shift, up=up, down=down)
+        return now.with_inner({"qdata": now.qdata, **{name: t.to(now.device) for name, t in self.beside.items()}})
 
     def restore(self, weight: QTensor) -> None:
         """Puts the weight back into this state, bit for bit."""
-        old = self.weight(weight)
-        weight.scale, weight.shift = old.scale, old.shift
-        weight.set_lowrank(old.up, old.down)
+        weight.take(self.weight(weight).inner_tensors())
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """What `scale_rows` changes."""
+        return self.beside.get("row_scale", self.beside["scale"])
+
+    def is_of(self, weight: QTensor) -> bool:
+        """True while the weight is in this state."""
+        now = weight.beside()
+        return now.keys() == self.beside.keys() and all(
+            t is now[name] or (t.shape == now[name].shape and torch.equal(t.to(now[name].device), now[name]))
+            for name, t in self.beside.items()
+        )
 
 
 def add_dense(weight: QTensor, delta: torch.Tensor, sign: float = 1.0) -> None:
@@ -182,19 +191,13 @@ def fold(weight: QTensor) -> QTensor:
         weight.dequantize(torch.float32),
         weight.qtype,
         group_size=weight.group_size,
-        symmetric=weight.shift is None,
+        symmetric=not weight.affine,
+        scale_bits=weight.scale_bits,
         axis=weight.axis,
         transposed=weight.transposed,
     )
-    scale, shift = folded.scale.to(weight.scale.dtype), folded.shift
-    return weight.replace(
-        folded.qdata,
-        scale,
-        None if shift is None else shift.to(weight.scale.dtype),
-        up=None,
-        down=None,
-        codebook=folded.codebook,
-    )
+    scales = folded.scales(lambda t: t.to(weight._scale.dtype))
+    return weight.with_inner({**folded.inner_tensors(), **scales})
 
 
 @torch.no_grad()

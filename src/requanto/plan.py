@@ -46,6 +46,7 @@ class PlannedWeight:
             self.options.qtype,
             group_size=self.options.group_size,
             symmetric=self.options.symmetric,
+            scale_bits=self.options.scale_bits,
             axis=self.axis,
             transposed=self.transposed,
             search=search,

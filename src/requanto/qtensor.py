@@ -6,6 +6,8 @@ parameter, and answers to shape, dtype and device as that weight did. Inside are
     qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
     scale  ``[*lead, K / group]``
     shift  as scale, or None
+    row_scale  ``[*lead, 1]``, only with ``scale_bits``: scale and shift are codes of so many bits then, packed along the
+        groups, and the attributes of those names compute the floats (`requanto.scales.compact`)
     codebook  what each code stands for, ``[2^bits]``; only of learned types (``codebook4``), else None
     up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``, or both None: a low-rank term beside the codes
 
@@ -31,6 +33,7 @@ from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
+from requanto.scales.compact import check_scale_bits
 from requanto.scales.weights import ScaleSearch, minmax
 from requanto.stored import Stored
 
@@ -44,6 +47,7 @@ class QTensor(Stored, torch.Tensor):
         axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
         group_size: weights that share a scale; None: one scale a row.
         transposed: the last two axes are seen swapped.
+        scale_bits: bits in which scales and shifts are stored; None: they are stored as floats.
         activation: type that inputs are quantized to, per token, on the way into a product; None: they stay float.
     """
 
@@ -64,6 +68,8 @@ class QTensor(Stored, torch.Tensor):
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
         codebook: torch.Tensor | None = None,
+        row_scale: torch.Tensor | None = None,
+        scale_bits: int | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -84,7 +90,12 @@ class QTensor(Stored, torch.Tensor):
             self._qdata, self._packed = qdata, None if is_fake(qdata) else find(qdata, qtype.bits)
         else:
             self.qdata = qdata
-        self.scale, self.shift = scale, shift
+        if (scale_bits is None) != (row_scale is None):
+            raise ValueError(
+                f"scales in few bits need scale_bits and row_scale; found scale_bits={scale_bits} and "
+                f"{'no' if row_scale is None else 'a'} row_scale"
+            )
+        self._scale, self._shift, self.row_scale, self.scale_bits = scale, shift, row_scale, scale_bits
         self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
         self.activation = activation
         if (codebook is not None) != qtype.is_learned:
@@ -114,6 +125,7 @@ class QTensor(Stored, torch.Tensor):
         axis: int | None = None,
         transposed: bool = False,
         search: ScaleSearch = minmax,
+        scale_bits: int | None = None,
         name: str = "weight",
     ) -> QTensor:
         """Quantizes a float weight.
@@ -128,6 +140,8 @@ class QTensor(Stored, torch.Tensor):
             axis: 0 or 1, see the class; None: 1 for 3D weights, else 0.
             transposed: quantize along the last-but-one axis: ``[..., K, N]`` weights.
             search: how scale and shift are chosen (`requanto.scales`).
+            scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
+                floats. Without effect on a weight with one scale a row, which stays float32.
             name: what to call the weight in messages.
 
         Raises:
@@ -149,8 +163,11 @@ class QTensor(Stored, torch.Tensor):
         wanted = default_group_size(kind) if group_size == "default" else group_size
         group = fit_group_size(wanted, length, name)
         affine = kind.affine(symmetric, name)
+        scale_bits = check_scale_bits(scale_bits, f"{name}: scale_bits")
+        if group is None:
+            scale_bits = None
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
-        data = quantize_weight_data(rows, kind, group, affine, search, name)
+        data = quantize_weight_data(rows, kind, group, affine, search, name, scale_bits)
         qdata = data.qdata if kind.is_packed else data.qdata.view(canonical.shape)
         return cls(
             qdata,
@@ -163,6 +180,8 @@ class QTensor(Stored, torch.Tensor):
             group_size=group,
             transposed=transposed,
             codebook=data.codebook,
+            row_scale=data.row_scale,
+            scale_bits=scale_bits,
         )
 
     @property
@@ -192,12 +211,13 @@ class QTensor(Stored, torch.Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight that the codes stand for, in ``dtype`` (default: the tensor's), computed in float32."""
         values = self._code_values()
-        if self.shift is None and self.qtype.is_packed:
+        scale, shift = self.scale, self.shift
+        if shift is None and self.qtype.is_packed:
             values = values - self.qtype.zero_code
-        values = values.unflatten(-1, (self.scale.shape[-1], -1)) if self.row_length else values.unsqueeze(-1)
-        values = values * self.scale.to(torch.float32).unsqueeze(-1)
-        if self.shift is not None:
-            values = values - self.shift.to(torch.float32).unsqueeze(-1)
+        values = values.unflatten(-1, (scale.shape[-1], -1)) if self.row_length else values.unsqueeze(-1)
+        values = values * scale.to(torch.float32).unsqueeze(-1)
+        if shift is not None:
+            values = values - shift.to(torch.float32).unsqueeze(-1)
         if self.up is not None and self.down is not None:
             values = values.reshape(*self.lead, self.row_length)
             values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
@@ -214,7 +234,9 @@ class QTensor(Stored, torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         groups = "row" if self.group_size is None else f"group {self.group_size}"
-        kind = "affine" if self.shift is not None else "symmetric"
+        kind = "affine" if self.affine else "symmetric"
+        if self.scale_bits is not None:
+            kind += f", scales in {self.scale_bits} bits"
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}, "
             f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, "
@@ -270,7 +292,7 @@ def _rebuild_qtensor(
     activation: str | None = None,
     up: torch.Tensor | None = None,
     down: torch.Tensor | None = None,
-    later: dict[str, torch.Tensor] | None = None,
+    later: dict[str, Any] | None = None,
 ) -> QTensor:
     """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
     tensor = QTensor(

@@ -25,6 +25,7 @@ from requanto.optimizers import Optimizer, check_optimizer
 from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
+from requanto.scales.compact import check_scale_bits
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -48,6 +49,7 @@ def quantize(
     method_options: Mapping[str, Any] | None = None,
     resume: str | os.PathLike | None = None,
     progress: bool = True,
+    scale_bits: int | None = None,
 ) -> Module:
     """Puts a model's modules under quantization, in place.
 
@@ -74,6 +76,7 @@ def quantize(
         method_options: the method's own options.
         resume: directory for finished blocks; an interrupted run goes on from there.
         progress: show a progress bar while samples run.
+        scale_bits: bits in which a group's scale and shift are stored; see `QTensor.quantize`.
 
     Returns:
         ``model`` itself.
@@ -92,6 +95,9 @@ def quantize(
     if optimizer is not None:
         for asked in {kind, *special.values()} - {None}:
             check_optimizer(optimizer, asked)
+    options = weight_options(scale_bits=scale_bits)
+    if optimizer is not None and options:
+        raise ValueError(f"an optimizer's scales are optimum-quanto's; {', '.join(options)} cannot be asked of them")
     include, exclude = listed(include), listed(exclude)
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
@@ -99,6 +105,8 @@ def quantize(
     if calibration is not None or method is not None:
         if optimizer is not None or calibration is None:
             raise ValueError(_SAMPLES_OR_NOT)
+        if options:
+            raise ValueError(f"method={method or 'gptq'!r} stores scales as floats; {', '.join(options)} cannot go with it")
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric)
         if not planned:
@@ -115,7 +123,7 @@ def quantize(
         return model
     touched = 0
     for name, module, asked in chosen_modules(model, named, kind, special, include, exclude):
-        if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric):
+        if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric, options):
             touched += 1
     if not touched:
         raise nothing_chosen(model, named, include, exclude)
@@ -136,6 +144,7 @@ def _quantize_module(
     optimizer: Optimizer | None,
     group_size: int | str | None,
     symmetric: bool | None,
+    options: Mapping[str, Any],
 ) -> bool:
     weight = module._parameters.get("weight")
     label = name or type(module).__name__
@@ -153,7 +162,7 @@ def _quantize_module(
         )
     if isinstance(module, QModuleMixin):  # still float inside: the new choice replaces the old one
         restore_or_refuse(module, label)
-    return quantize_in_place(module, kind, activation, optimizer, group_size, symmetric, name)
+    return quantize_in_place(module, kind, activation, optimizer, group_size, symmetric, name, options=options)
 
 
 def freeze(model: nn.Module) -> None:
@@ -198,7 +207,7 @@ def freeze(model: nn.Module) -> None:
 
 def _choice(module: QModuleMixin) -> tuple:
     kind = None if module.weight_qtype is None else module.weight_qtype.name
-    return kind, module.weight_group_size, module.weight_symmetric
+    return kind, module.weight_group_size, module.weight_symmetric, module.weight_options
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -213,6 +222,8 @@ def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
             found[name] = _entry(module.weight, module.weight_qtype, module.activation_qtype)
             if module.weight_qtype is not None and not module.frozen and module.weight_qtype.bits < 8:
                 found[name] |= {"group_size": module.weight_group_size, "symmetric": module.weight_symmetric}
+            if module.weight_qtype is not None and not module.frozen:
+                found[name] |= module.weight_options
             continue
         for leaf, parameter in module._parameters.items():
             if isinstance(parameter, QTensor):
@@ -227,8 +238,20 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None) -> dict[st
         "activations": "none" if activation is None else activation.name,
     }
     if isinstance(weight, QTensor) and weight.qtype.bits < 8:
-        entry |= {"group_size": weight.group_size, "symmetric": weight.shift is None}
+        entry |= {"group_size": weight.group_size, "symmetric": not weight.affine}
+    if isinstance(weight, QTensor) and weight.scale_bits is not None:
+        entry |= {"group_size": weight.group_size, "scale_bits": weight.scale_bits}
     return entry
+
+
+def weight_options(*, scale_bits: int | None = None) -> dict[str, Any]:
+    """What was asked for, checked, as further keywords of `QTensor.quantize`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    found = {"scale_bits": check_scale_bits(scale_bits)}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def quantize_module(

@@ -18,9 +18,10 @@ from requanto.packing import packed_length
 from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
-from requanto.quantize import progress
+from requanto.quantize import progress, weight_options
+from requanto.scales.compact import check_scale_bits, stored_length
 
-_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook")
+_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale")
 
 
 def requantize(
@@ -67,10 +68,10 @@ def requantize(
         full = f"{name}.weight".lstrip(".") if leaf == "weight" else name
         weight = None
         if kind is not None and id(parameter) in placed:
-            source.same(full, kind, parameter)  # shared with a module that came before
+            source.same(full, kind, parameter, entry)  # shared with a module that came before
             weight = parameter
         elif kind is not None:
-            weight = source.weight(full, kind, parameter, _is_transposed(module))
+            weight = source.weight(full, kind, parameter, _is_transposed(module), entry)
         if activation is not None or (kind is not None and weight is None):
             _make_qmodule(module, name, kind, activation, entry)
         if weight is not None:
@@ -111,15 +112,17 @@ class _Source:
         del self.left[key]
         return self.state[key]
 
-    def same(self, name: str, kind: qtype, placed: QTensor) -> None:
+    def same(self, name: str, kind: qtype, placed: QTensor, entry: Mapping[str, Any]) -> None:
         """Takes the second name of a shared weight, where the state dict has it, and refuses another weight there."""
         if not any(name + part in self.left for part in ("", *_OWN_PARTS, *PARTS)):
             return
-        again = self.weight(name, kind, placed, placed.transposed)
+        again = self.weight(name, kind, placed, placed.transposed, entry)
         if again is None or not torch.equal(again.to(placed.device), placed):
             raise CheckpointError(f"{name} shares its weight with another module, and the checkpoint has two of it")
 
-    def weight(self, name: str, kind: qtype, parameter: torch.Tensor, transposed: bool) -> QTensor | None:
+    def weight(
+        self, name: str, kind: qtype, parameter: torch.Tensor, transposed: bool, entry: Mapping[str, Any]
+    ) -> QTensor | None:
         """The quantized weight, or None where the state dict holds it float (a model that was not frozen)."""
         if name in self.left:
             value = self.state[name]
@@ -133,13 +136,18 @@ class _Source:
             return self.take(name)
         own = {part: self.take(name + part) for part in _OWN_PARTS if name + part in self.left}
         if own:
-            return _own(own, kind, parameter, transposed, name)
+            return _own(own, kind, parameter, transposed, name, entry)
         parts = {part: self.take(name + part) for part in PARTS if name + part in self.left}
         return to_qtensor(parts, kind, parameter.shape, name)
 
 
 def _own(
-    parts: Mapping[str, torch.Tensor], kind: qtype, parameter: torch.Tensor, transposed: bool, name: str
+    parts: Mapping[str, torch.Tensor],
+    kind: qtype,
+    parameter: torch.Tensor,
+    transposed: bool,
+    name: str,
+    entry: Mapping[str, Any],
 ) -> QTensor:
     shape = list(parameter.shape)
     if transposed:
@@ -154,7 +162,10 @@ def _own(
             f"{name} is {kind.name} according to the map: expected {kind.storage_dtype} {tuple(codes)} and scales, found "
             f"{found}; map and tensors disagree"
         )
-    groups = scale.shape[-1]
+    bits = check_scale_bits(entry.get("scale_bits"), f"scale_bits of {name}")
+    groups = scale.shape[-1] if bits is None else length // (entry.get("group_size") or length)
+    if (bits is None) != ("_row_scale" not in parts) or (bits and scale.shape[-1] != stored_length(groups, bits)):
+        raise CheckpointError(f"{name}: the map says scale_bits={bits}, which its tensors do not fit")
     if not groups or length % groups:
         raise CheckpointError(f"{name}: {groups} scales a row do not divide its {length} weights")
     shift, codebook = parts.get("_shift"), parts.get("_codebook")
@@ -175,6 +186,8 @@ def _own(
         group_size=None if groups == 1 else length // groups,
         transposed=transposed,
         codebook=codebook if kind.is_learned else None,
+        row_scale=parts.get("_row_scale"),
+        scale_bits=bits,
     )
     try:
         tensor.set_lowrank(parts.get("_up"), parts.get("_down"))
@@ -189,7 +202,8 @@ def _make_qmodule(
     if isinstance(module, QModuleMixin):
         restore_float_class(module)
     group, symmetric = entry.get("group_size", "default"), entry.get("symmetric")
-    if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry):
+    options = weight_options(scale_bits=entry.get("scale_bits"))
+    if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry, options):
         raise CheckpointError(f"the map quantizes {name!r}, and {type(module).__name__} has no quantized counterpart")
 
 

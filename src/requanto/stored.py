@@ -6,28 +6,33 @@ the few methods here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from requanto.layout import LOCK, Packed
 from requanto.qtypes import qtype, qtypes
+from requanto.scales.compact import expand_scale, expand_shift, pack_codes, unpack_codes
 
 if TYPE_CHECKING:
     from requanto.qtensor import QTensor
+
+#: attribute that holds a stored tensor, where it is not called as the tensor is
+_ATTRIBUTES = {"qdata": "_qdata", "scale": "_scale", "shift": "_shift"}
 
 
 class Stored:
     """Base of QTensor, which makes it a tensor and describes the attributes."""
 
     #: Inner tensors, in the order of the constructor; a part that a tensor does not have is None.
-    tensor_data_names = ("qdata", "scale", "shift", "up", "down", "codebook")
+    tensor_data_names = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale")
 
     _qdata: torch.Tensor
     _packed: Packed | None
-    scale: torch.Tensor
-    shift: torch.Tensor | None
+    _scale: torch.Tensor
+    _shift: torch.Tensor | None
+    row_scale: torch.Tensor | None
     up: torch.Tensor | None
     down: torch.Tensor | None
     codebook: torch.Tensor | None
@@ -36,6 +41,7 @@ class Stored:
     group_size: int | None
     transposed: bool
     activation: qtype | None
+    scale_bits: int | None
     shape: torch.Size
     dtype: torch.dtype
 
@@ -76,20 +82,86 @@ class Stored:
     def nbytes(self) -> int:
         """Bytes that are really held."""
         codes = self._qdata if self._packed is None else self._packed
-        others = (getattr(self, name) for name in self.tensor_data_names[1:])
-        return codes.nbytes + sum(t.nbytes for t in others if t is not None)
+        return codes.nbytes + sum(t.nbytes for name, t in self.beside().items())
 
     @property
     def bits_per_weight(self) -> float:
         """Bits a weight costs, scales and shifts counted."""
         return self.nbytes * 8 / max(1, self.shape.numel())
 
+    # ------------------------------------------------------------------ scales, stored as floats or in few bits
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row."""
+        return self._scale.shape[-1] if self.scale_bits is None else self.row_length // self.group_size  # type: ignore[attr-defined]
+
+    @property
+    def affine(self) -> bool:
+        """True where the weight has a shift."""
+        return self._shift is not None
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Scales ``[*lead, G]``, float; computed from their codes where they are stored in few bits."""
+        if self.scale_bits is None:
+            return self._scale
+        assert self.row_scale is not None
+        return expand_scale(unpack_codes(self._scale, self.scale_bits, self.groups), self.row_scale)
+
+    @scale.setter
+    def scale(self, value: torch.Tensor) -> None:
+        self._require_floats("scale")
+        self._scale = value
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """Shifts as ``scale``, or None."""
+        if self.scale_bits is None or self._shift is None:
+            return self._shift
+        zeros = unpack_codes(self._shift, self.scale_bits, self.groups)
+        return expand_shift(zeros, self.scale, self.qtype, self.scale_bits)
+
+    @shift.setter
+    def shift(self, value: torch.Tensor | None) -> None:
+        self._require_floats("shift")
+        self._shift = value
+
+    def _require_floats(self, name: str) -> None:
+        if self.scale_bits is not None:
+            raise AttributeError(
+                f"a {name} that is stored in {self.scale_bits} bits cannot be set; take() sets its parts"
+            )
+
+    def scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The stored scale and shift with ``change`` applied along their groups, the last axis of what it is given."""
+        bits, codes = self.scale_bits, self.scale_codes()
+        if bits is None:
+            return {name: change(t) for name, t in codes.items()}
+        return {name: pack_codes(change(t).contiguous(), bits) for name, t in codes.items()}
+
+    def scale_codes(self) -> dict[str, torch.Tensor]:
+        """The stored scale and, if there is one, shift: as they are, or, in few bits, as one code a byte ``[*lead, G]``."""
+        stored = {name: t for name, t in (("scale", self._scale), ("shift", self._shift)) if t is not None}
+        if self.scale_bits is None:
+            return stored
+        return {name: unpack_codes(t, self.scale_bits, self.groups) for name, t in stored.items()}
+
     # ------------------------------------------------------------------ inner tensors
+
+    def beside(self) -> dict[str, torch.Tensor]:
+        """The stored tensors but the codes, by name; no shift where there is none."""
+        found = {name: getattr(self, _ATTRIBUTES.get(name, name)) for name in self.tensor_data_names[1:]}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def inner_tensors(self) -> dict[str, torch.Tensor]:
         """The stored tensors by name; no shift where there is none."""
-        found = {name: getattr(self, name) for name in self.tensor_data_names}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {"qdata": self.qdata, **self.beside()}
+
+    def take(self, inner: Mapping[str, torch.Tensor | None]) -> None:
+        """Puts these stored tensors, and no others, in the place of the tensor's own."""
+        for name in self.tensor_data_names:
+            setattr(self, name if name == "qdata" else _ATTRIBUTES.get(name, name), inner.get(name))
 
     def shared_along(self, axis: int) -> frozenset[str]:
         """Inner tensors that do not grow with the stored form's ``axis``: cutting or joining along it leaves them whole."""
@@ -115,13 +187,12 @@ class Stored:
             group_size=self.group_size if group_size == "same" else group_size,
             transposed=self.transposed if transposed is None else transposed,
             activation=self.activation,
+            scale_bits=self.scale_bits,
         )
 
     def replace(
         self,
         qdata: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor | None,
         *,
         shape: torch.Size | tuple[int, ...] | list[int] | None = None,
         dtype: torch.dtype | None = None,
@@ -130,9 +201,8 @@ class Stored:
         transposed: bool | None = None,
         **others: torch.Tensor | None,
     ) -> QTensor:
-        """The same kind of tensor around other inner tensors; the ``others`` (up, down, codebook) stay unless given."""
-        kept = {name: getattr(self, name) for name in self.tensor_data_names[3:]}
-        inner = {"qdata": qdata, "scale": scale, "shift": shift, **kept, **others}
+        """The same kind of tensor around other codes; the other stored tensors stay unless given."""
+        inner = {"qdata": qdata, **self.beside(), **others}
         return self.with_inner(inner, shape=shape, dtype=dtype, axis=axis, group_size=group_size, transposed=transposed)
 
     # ------------------------------------------------------------------ the low-rank term
@@ -161,7 +231,7 @@ class Stored:
 
     def without_lowrank(self) -> QTensor:
         """The same codes without the low-rank term."""
-        return self.replace(self.operand, self.scale, self.shift, up=None, down=None) if self.rank else self
+        return self.replace(self.operand, up=None, down=None) if self.rank else self
 
     # ------------------------------------------------------------------ taking apart
 
@@ -172,27 +242,34 @@ class Stored:
             "shape": list(self.shape),
             "axis": self.axis,
             "group_size": self.group_size,
-            "affine": self.shift is not None,
+            "affine": self.affine,
             "transposed": self.transposed,
             "activation": None if self.activation is None else self.activation.name,
-            "rank": 0 if self.up is None else self.up.shape[-1],
+            "rank": self.rank,
+            "scale_bits": self.scale_bits,
         }
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         activation = None if self.activation is None else self.activation.name
-        context = (self.qtype.name, self.axis, self.group_size, self.transposed, self.dtype, activation)
+        context = (
+            self.qtype.name,
+            self.axis,
+            self.group_size,
+            self.transposed,
+            self.dtype,
+            activation,
+            self.scale_bits,
+        )
         # The raw codes: torch.compile takes packed forms by their handles.
-        held = [name for name in self.tensor_data_names[1:] if getattr(self, name) is not None]
-        return ["_qdata", *held], context
+        return ["_qdata", *(_ATTRIBUTES.get(name, name) for name in self.beside())], context
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, torch.Tensor], context: tuple, outer_size: Any, _stride: Any
     ) -> QTensor:
-        name, axis, group_size, transposed, dtype, activation = context
+        name, axis, group_size, transposed, dtype, activation, scale_bits = context
         return cls(  # type: ignore[call-arg, return-value]
-            inner["_qdata"],
-            **{part: tensor for part, tensor in inner.items() if part != "_qdata"},
+            **{part.removeprefix("_"): tensor for part, tensor in inner.items()},
             qtype=qtypes[name],
             shape=outer_size,
             dtype=dtype,
@@ -200,6 +277,7 @@ class Stored:
             group_size=group_size,
             transposed=transposed,
             activation=None if activation is None else qtypes[activation],
+            scale_bits=scale_bits,
         )
 
     def _stable_hash_for_caching(self) -> str:
@@ -214,8 +292,8 @@ class Stored:
         qdata = self.qdata.view(torch.uint8) if self.qtype.is_floating_point else self.qdata
         arguments = (
             qdata,
-            self.scale,
-            self.shift,
+            self._scale,
+            self._shift,
             self.qtype.name,
             tuple(self.shape),
             self.dtype,
@@ -227,9 +305,9 @@ class Stored:
             self.up,
             self.down,
         )
-        # Parts that came later travel by name, and only where they are: other pickles stay as they were.
-        later = {name: getattr(self, name) for name in self.tensor_data_names[5:]}
-        later = {name: tensor for name, tensor in later.items() if tensor is not None}
+        # What came later travels by name, and only where it is: other pickles stay as they were.
+        later = {name: getattr(self, name) for name in (*self.tensor_data_names[5:], "scale_bits")}
+        later = {name: value for name, value in later.items() if value is not None}
         return _rebuild_qtensor, (*arguments, later) if later else arguments
 
     def __deepcopy__(self, memo: dict) -> QTensor:

@@ -8,7 +8,8 @@ tensors cannot say stands in config.json, ``quantization_config.tensors``, a lin
 
 The words after type and shape: ``group=N`` (else one scale a row), ``affine`` (else symmetric), ``axis=N`` (else 0),
 ``transposed``, ``activation=TYPE`` (inputs are quantized on the fly), ``rank=R`` (a merged adapter is kept beside the
-codes: ``W_up`` and ``W_down``, and the weight is ``dequant(W) + up @ down``).
+codes: ``W_up`` and ``W_down``, and the weight is ``dequant(W) + up @ down``), ``scales=B`` (``W_scale`` and ``W_shift`` are
+codes of B bits, and ``W_row_scale`` is there: `requanto.scales.compact`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from requanto.config import FORMAT, FORMAT_VERSION
 from requanto.packing import packed_length
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtypes, resolve_qtype
+from requanto.scales.compact import check_scale_bits, stored_length
 
 PARTS = QTensor.tensor_data_names
 
@@ -35,7 +37,7 @@ def spec_text(tensor: QTensor) -> str:
     words = [tensor.qtype.name, "x".join(map(str, tensor.shape))]
     if tensor.group_size is not None:
         words.append(f"group={tensor.group_size}")
-    if tensor.shift is not None:
+    if tensor.affine:
         words.append("affine")
     if tensor.axis:
         words.append(f"axis={tensor.axis}")
@@ -45,6 +47,8 @@ def spec_text(tensor: QTensor) -> str:
         words.append(f"activation={tensor.activation.name}")
     if tensor.rank:
         words.append(f"rank={tensor.rank}")
+    if tensor.scale_bits is not None:
+        words.append(f"scales={tensor.scale_bits}")
     return " ".join(words)
 
 
@@ -65,6 +69,7 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
             "transposed": False,
             "activation": None,
             "rank": 0,
+            "scale_bits": None,
         }
         for word in words:
             key, _, value = word.partition("=")
@@ -74,6 +79,8 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
                 spec["group_size"] = int(value)
             elif key in ("axis", "rank"):
                 spec[key] = int(value)
+            elif key == "scales":
+                spec["scale_bits"] = check_scale_bits(int(value))
             elif key == "activation":
                 spec["activation"] = resolve_qtype(value)
             else:
@@ -112,11 +119,15 @@ def expected_parts(spec: dict[str, Any]) -> dict[str, tuple[torch.Size, tuple[to
     lead, length = shape[: spec["axis"] + 1], torch.Size(shape[spec["axis"] + 1 :]).numel()
     kind, group = spec["qtype"], spec["group_size"] or length
     codes = [*lead, packed_length(length, kind.bits)] if kind.is_packed else shape
-    groups = [*lead, length // group if group and length else 1]
+    count, bits = length // group if group and length else 1, spec.get("scale_bits")
+    groups = [*lead, count if bits is None else stored_length(count, bits)]
     floats = (torch.float32, torch.bfloat16, torch.float16)
-    parts = {"qdata": (torch.Size(codes), (kind.storage_dtype,)), "scale": (torch.Size(groups), floats)}
+    scales = floats if bits is None else (torch.uint8,)
+    parts = {"qdata": (torch.Size(codes), (kind.storage_dtype,)), "scale": (torch.Size(groups), scales)}
     if spec["affine"]:
-        parts["shift"] = (torch.Size(groups), floats)
+        parts["shift"] = (torch.Size(groups), scales)
+    if bits is not None:
+        parts["row_scale"] = (torch.Size([*lead, 1]), floats)
     if kind.is_learned:
         parts["codebook"] = (torch.Size([2**kind.bits]), floats)
     if spec["rank"]:
@@ -156,7 +167,12 @@ def rebuild(
                 f"{' or '.join(map(str, dtypes))} {tuple(shape)} for {text!r}. Config and tensors do not belong together: "
                 f"restore the config.json that was saved with these files."
             )
-        if check_values and part != "qdata" and found.device.type != "meta" and not bool(torch.isfinite(found).all()):
+        if (
+            check_values
+            and found.dtype.itemsize > 1
+            and found.device.type != "meta"
+            and not bool(torch.isfinite(found).all())
+        ):
             raise CheckpointError(
                 f"{name}_{part} holds NaN or Inf: the checkpoint is damaged, take it from its source again"
             )

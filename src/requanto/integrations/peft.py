@@ -176,9 +176,9 @@ def unmerge(layer: Any) -> None:
             raise RuntimeError(
                 f"adapter {adapter!r} was merged before the weight was quantized, so it cannot be taken out of it"
             )
-        if _same(merged.after, weight):
+        if merged.after.is_of(weight):
             merged.before.restore(weight)
-        elif merged.before.scale is not merged.after.scale:
+        elif merged.before.rows is not merged.after.rows:
             raise RuntimeError(
                 f"adapter {adapter!r} (DoRA) cannot be unmerged: the weight was changed after it was merged, by a layer "
                 f"that shares it. Unmerge in the reverse order of merging, or load the model again."
@@ -190,16 +190,6 @@ def unmerge(layer: Any) -> None:
         if merged.bias is not None:
             bias = layer.get_base_layer().bias
             bias.data = merged.bias.to(bias.device)
-
-
-def _same(state: lowrank.State, weight: QTensor) -> bool:
-    pairs = ((state.scale, weight.scale), (state.up, weight.up), (state.down, weight.down))
-    return all(
-        (one is None and two is None)
-        or one is two
-        or (one is not None and two is not None and one.shape == two.shape and torch.equal(one.to(two.device), two))
-        for one, two in pairs
-    )
 
 
 # ---------------------------------------------------------------------- adapters on parameters (fused experts)
@@ -222,7 +212,7 @@ def activate(layer: Any, active_adapters: list[str]) -> Iterator[None]:
     if weight.up is not None and weight.down is not None:
         ups.insert(0, weight.up.to(ups[0].dtype))
         downs.insert(0, weight.down.to(downs[0].dtype))
-    adapted = weight.replace(weight.qdata, weight.scale, weight.shift, up=torch.cat(ups, -1), down=torch.cat(downs, -2))
+    adapted = weight.replace(weight.qdata, up=torch.cat(ups, -1), down=torch.cat(downs, -2))
     base, name = layer.get_base_layer(), layer.parameter_name
     parameter = base._parameters.pop(name)
     base.__dict__[name] = adapted

@@ -97,13 +97,16 @@ class RequantoHfQuantizer(HfQuantizer):
         """Bytes per weight, scales included, for the device map."""
         text = self._spec(model, param_name) if self.pre_quantized else None
         if text is not None:
-            kind, group = parse_spec(text, param_name)["qtype"], parse_spec(text, param_name)["group_size"]
+            spec = parse_spec(text, param_name)
+            kind, group, bits = spec["qtype"], spec["group_size"], spec["scale_bits"]
         elif param_name in self.planned:
-            kind, group = self.planned[param_name].options.qtype, self.planned[param_name].options.group_size
+            options = self.planned[param_name].options
+            kind, group, bits = options.qtype, options.group_size, options.scale_bits
             group = 32 if group == "default" else group
         else:
             return param.element_size()
-        overhead = 2 * param.element_size() / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
+        element = param.element_size() if bits is None else bits / 8
+        overhead = 2 * element / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
         return kind.bits / 8 + overhead
 
     # ------------------------------------------------------------------ the weights

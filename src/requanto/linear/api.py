@@ -75,8 +75,8 @@ def linear(
         out = torch.ops.requanto.linear(
             rows,
             weight._qdata if compiling else weight.operand,
-            weight.scale,
-            weight.shift,
+            weight._scale,
+            weight._shift,
             bias,
             weight.qtype.name,
             weight.group_size or 0,
@@ -85,6 +85,8 @@ def linear(
             "" if activation is None else activation.name,
             input_scale,
             weight.codebook,
+            weight.row_scale,
+            weight.scale_bits or 0,
         )
     else:
         pack_on_first_use(weight, x.dtype, activation)
@@ -124,6 +126,8 @@ def _weight(
     transposed: bool,
     dtype: torch.dtype,
     codebook: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    scale_bits: int = 0,
 ) -> QTensor:
     shape = canonical[:-2] + [canonical[-1], canonical[-2]] if transposed else canonical
     return QTensor(
@@ -137,6 +141,8 @@ def _weight(
         group_size=group or None,
         transposed=transposed,
         codebook=codebook,
+        row_scale=row_scale,
+        scale_bits=scale_bits or None,
     )
 
 
@@ -154,14 +160,29 @@ def _linear_op(
     activation: str = "",
     input_scale: torch.Tensor | None = None,
     codebook: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    scale_bits: int = 0,
 ) -> torch.Tensor:
-    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype, codebook)
+    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype, codebook, row_scale, scale_bits)
     return _run(x, weight, bias, qtypes[activation] if activation else None, input_scale)
 
 
 @_linear_op.register_fake
 def _(  # type: ignore[no-untyped-def]
-    x, qdata, scale, shift, bias, name, group, canonical, transposed, activation="", input_scale=None, codebook=None
+    x,
+    qdata,
+    scale,
+    shift,
+    bias,
+    name,
+    group,
+    canonical,
+    transposed,
+    activation="",
+    input_scale=None,
+    codebook=None,
+    row_scale=None,
+    scale_bits=0,
 ):
     return x.new_empty(*x.shape[:-1], canonical[-1] if transposed else canonical[-2])
 
@@ -177,34 +198,39 @@ def _linear_backward_op(
     canonical: list[int],
     transposed: bool,
     codebook: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    scale_bits: int = 0,
 ) -> torch.Tensor:
     # The gradient with respect to x is grad @ W: the same product with the weight seen transposed. (Quantized activations
     # pass it straight through.)
-    weight = _weight(qdata, scale, shift, name, group, canonical, not transposed, grad.dtype, codebook)
+    weight = _weight(
+        qdata, scale, shift, name, group, canonical, not transposed, grad.dtype, codebook, row_scale, scale_bits
+    )
     return _run(grad, weight, None)
 
 
 @_linear_backward_op.register_fake
-def _(grad, qdata, scale, shift, name, group, canonical, transposed, codebook=None):  # type: ignore[no-untyped-def]
+def _(grad, qdata, scale, shift, name, group, canonical, transposed, codebook=None, row_scale=None, scale_bits=0):  # type: ignore[no-untyped-def]
     return grad.new_empty(*grad.shape[:-1], canonical[-2] if transposed else canonical[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _x, qdata, scale, shift, bias, name, group, canonical, transposed, _activation, _input_scale, codebook = inputs
-    ctx.save_for_backward(qdata, scale, shift, codebook)
+    _x, qdata, scale, shift, bias, name, group, canonical, transposed, _activation, _input_scale, *stored = inputs
+    codebook, row_scale, scale_bits = stored
+    ctx.save_for_backward(qdata, scale, shift, codebook, row_scale)
     ctx.has_bias = bias is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.rest = (name, group, canonical, transposed)
+    ctx.rest, ctx.scale_bits = (name, group, canonical, transposed), scale_bits
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    qdata, scale, shift, codebook = ctx.saved_tensors
+    qdata, scale, shift, *stored = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.requanto.linear_backward(grad, qdata, scale, shift, *ctx.rest, codebook)
+        grad_x = torch.ops.requanto.linear_backward(grad, qdata, scale, shift, *ctx.rest, *stored, ctx.scale_bits)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, None, grad_bias, *(None,) * 7
+    return grad_x, None, None, None, grad_bias, *(None,) * 9
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
@@ -226,14 +252,16 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     return torch.ops.requanto.grouped_linear(
         x,
         weight.operand,
-        weight.scale,
-        weight.shift,
+        weight._scale,
+        weight._shift,
         offsets,
         weight.qtype.name,
         weight.group_size or 0,
         list(weight.canonical_shape),
         weight.transposed,
         weight.codebook,
+        weight.row_scale,
+        weight.scale_bits or 0,
     )
 
 
@@ -255,26 +283,30 @@ def _grouped_op(
     canonical: list[int],
     transposed: bool,
     codebook: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    scale_bits: int = 0,
 ) -> torch.Tensor:
-    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype, codebook)
+    weight = _weight(qdata, scale, shift, name, group, canonical, transposed, x.dtype, codebook, row_scale, scale_bits)
     return _run_grouped(x, weight, offsets)
 
 
 @_grouped_op.register_fake
-def _(x, qdata, scale, shift, offsets, name, group, canonical, transposed, codebook=None):  # type: ignore[no-untyped-def]
+def _(x, qdata, scale, shift, offsets, name, group, canonical, transposed, codebook=None, row_scale=None, scale_bits=0):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], canonical[-1] if transposed else canonical[-2])
 
 
 def _grouped_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _x, qdata, scale, shift, offsets, name, group, canonical, transposed, codebook = inputs
-    ctx.save_for_backward(qdata, scale, shift, offsets, codebook)
-    ctx.rest = (name, group, canonical, not transposed)
+    _x, qdata, scale, shift, offsets, name, group, canonical, transposed, *stored = inputs
+    codebook, row_scale, scale_bits = stored
+    ctx.save_for_backward(qdata, scale, shift, offsets, codebook, row_scale)
+    ctx.rest, ctx.scale_bits = (name, group, canonical, not transposed), scale_bits
 
 
 def _grouped_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    qdata, scale, shift, offsets, codebook = ctx.saved_tensors
-    grad_x = torch.ops.requanto.grouped_linear(grad.contiguous(), qdata, scale, shift, offsets, *ctx.rest, codebook)
-    return (grad_x,) + (None,) * 9
+    qdata, scale, shift, offsets, *stored = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_x = torch.ops.requanto.grouped_linear(grad, qdata, scale, shift, offsets, *ctx.rest, *stored, ctx.scale_bits)
+    return (grad_x,) + (None,) * 11
 
 
 _grouped_op.register_autograd(_grouped_backward, setup_context=_grouped_setup)

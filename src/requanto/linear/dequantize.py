@@ -22,7 +22,7 @@ BLOCK_BYTES = 512 * 1024
 
 def row_scaled(weight: QTensor) -> bool:
     """True where the scale can multiply the product instead of the weight: one per row, no shift."""
-    return weight.shift is None and weight.scale.shape[-1] == 1
+    return not weight.affine and weight.groups == 1
 
 
 def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *, scaled: bool = True) -> torch.Tensor:

@@ -66,6 +66,8 @@ def explain(
             continue
         group = "" if parameter.group_size is None else f", group {parameter.group_size}"
         kind = parameter.qtype.name.removeprefix("q") + group
+        if parameter.scale_bits is not None:
+            kind += f", scales in {parameter.scale_bits} bits"
         if parameter.activation is not None:
             kind += f", {parameter.activation.name.removeprefix('q')} activations"
         float_type = dtype or parameter.dtype

@@ -53,7 +53,7 @@ class Int4Codes(Packed):
         parts, flat = [], []
         for rows in weight.qdata.split(_STEP):
             codes = unpack(rows, self.bits, self.length)
-            flat.append(codes.view(len(rows), weight.scale.shape[1], -1).amax(2) == 0)
+            flat.append(codes.view(len(rows), weight.groups, -1).amax(2) == 0)
             parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(self.offset), 1))
         self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
         self._scales: dict[torch.dtype, torch.Tensor] = {}

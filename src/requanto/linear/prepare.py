@@ -31,7 +31,7 @@ def packer(
     if weight.device.type != "cpu" or weight.dim() != 2 or weight.transposed or weight.up is not None:
         return None
     if weight.qtype == qint8:
-        right = weight.shift is None and weight.group_size is None and weight.row_length <= onednn.LONGEST
+        right = not weight.affine and weight.group_size is None and weight.row_length <= onednn.LONGEST
         activation = activation or weight.activation
         wanted = activation == qint8 or (activation is None and (dtype or weight.dtype) != torch.float32)
         return onednn.pack if right and wanted and onednn.works() else None

@@ -128,7 +128,7 @@ def problem_of(
         out_features=weight.shape[-2],
         in_features=weight.shape[-1],
         group_size=weight.group_size,
-        affine=weight.shift is not None,
+        affine=weight.affine,
         transposed=weight.transposed,
         layout=layout,
     )

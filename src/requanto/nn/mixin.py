@@ -29,6 +29,7 @@ class QModuleMixin:
     Attributes:
         weight_qtype, activation_qtype: what is quantized to which type, or None.
         weight_group_size, weight_symmetric: as in :func:`requanto.quantize`.
+        weight_options: further keywords of `QTensor.quantize` (``scale_bits``).
         optimizer: how scales are found; None: Requanto's own search in float32.
         input_scale, output_scale: scalar buffers; present where activations are quantized.
     """
@@ -68,6 +69,7 @@ class QModuleMixin:
             raise ValueError(f"activations are quantized to 8 bits, found {self.activation_qtype.name}")
         self.weight_group_size = group_size
         self.weight_symmetric = symmetric
+        self.weight_options: dict[str, Any] = {}
         self.optimizer = optimizer
         self.quantizes_input = bool(quantize_input)
         if optimizer is not None and self.weight_qtype is not None:
@@ -164,6 +166,7 @@ class QModuleMixin:
                 axis=0,
                 transposed=self.transposed_weight,
                 name=f"{name}.weight",
+                **self.weight_options,
             )
         shape = weight.mT.shape if self.transposed_weight else weight.shape
         group = None

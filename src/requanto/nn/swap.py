@@ -7,6 +7,8 @@ and every attribute a user gave it survive; what changes is its class.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -27,8 +29,12 @@ def quantize_in_place(
     symmetric: bool | None,
     name: str,
     registry: Registry = modules,
+    options: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Makes ``module`` quantized; False where its class has no quantized counterpart."""
+    """Makes ``module`` quantized; False where its class has no quantized counterpart.
+
+    ``options`` are further keywords of `QTensor.quantize`.
+    """
     qmodule_cls = registry.find(module)
     if qmodule_cls is None:
         return False
@@ -36,6 +42,7 @@ def quantize_in_place(
     if qmodule is None:
         return False
     qmodule.weight_group_size, qmodule.weight_symmetric = group_size, symmetric
+    qmodule.weight_options = dict(options or {})
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         merged = getattr(module, hooks)
         merged.update(getattr(qmodule, hooks))

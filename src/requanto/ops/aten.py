@@ -32,8 +32,8 @@ def _alias(func: Any, args: tuple, kwargs: dict) -> QTensor:
     if packed is None:
         return return_and_correct_aliasing(func, args, kwargs, each(tensor, lambda t: func(t)))
     # Reading qdata would make the tensor plain; its alias shares the packed form.
-    shift = None if tensor.shift is None else func(tensor.shift)
-    return tensor.replace(packed.handle, func(tensor.scale), shift)
+    aliases = {name: func(t) for name, t in tensor.beside().items()}
+    return tensor.replace(packed.handle, **aliases)
 
 
 @implements_aten(aten.clone.default)
@@ -84,7 +84,8 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
             source.to(target.dtype),
             target.qtype,
             group_size=target.group_size,
-            symmetric=target.shift is None,
+            symmetric=not target.affine,
+            scale_bits=target.scale_bits,
             axis=target.axis,
             transposed=target.transposed,
         )
@@ -94,9 +95,10 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
     pinned = packed is not None and packed.pinned
     if pinned:  # a captured graph reads these very bytes
         packed.write(source.qdata)
+    parts = source.inner_tensors()
     for name, inner in target.inner_tensors().items():
         if not (pinned and name == "qdata"):
-            inner.copy_(getattr(source, name))
+            inner.copy_(parts[name])
     return target
 
 
@@ -106,8 +108,9 @@ def _layout(tensor: QTensor) -> tuple:
         tensor.axis,
         tensor.group_size,
         tensor.transposed,
-        tensor.shift is not None,
+        tensor.affine,
         tensor.rank,
+        tensor.scale_bits,
     )
 
 
@@ -129,11 +132,9 @@ def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"{order}; call .dequantize() first"
         )
     shape = [tensor.shape[axis] for axis in order]
-    scale, shift, up, down = (
-        None if t is None else aten.alias.default(t) for t in (tensor.scale, tensor.shift, tensor.up, tensor.down)
-    )
+    aliases = {name: aten.alias.default(t) for name, t in tensor.beside().items()}
     codes = aten.alias.default(tensor.operand)  # a packed form that operators take is shared by its view
-    new = tensor.replace(codes, scale, shift, shape=shape, transposed=not tensor.transposed, up=up, down=down)
+    new = tensor.replace(codes, shape=shape, transposed=not tensor.transposed, **aliases)
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
@@ -231,10 +232,9 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     qdata = tensor.qdata[..., first // 8 : last // 8]
     down = None if tensor.down is None else tensor.down[..., start:end]
     if tensor.group_size is None:
-        return tensor.replace(qdata, tensor.scale, tensor.shift, shape=shape, down=down)
+        return tensor.replace(qdata, shape=shape, down=down)
     groups = slice(start // group, end // group)
-    shift = None if tensor.shift is None else tensor.shift[..., groups]
-    return tensor.replace(qdata, tensor.scale[..., groups], shift, shape=shape, down=down)
+    return tensor.replace(qdata, shape=shape, down=down, **tensor.scales(lambda t: t[..., groups]))
 
 
 @implements_aten(aten.split.Tensor, aten.split_with_sizes.default)

@@ -78,12 +78,12 @@ def fsdp_post_all_gather(
     names, shared, size = metadata
     parts = dict(zip(names, outputs, strict=False))
     # With a single process torch hands over the first tensor only; the shard is the whole weight then.
-    parts |= {name: getattr(self, name) for name in names[len(outputs) :] if self.shape == size}
+    own = self.inner_tensors()
+    parts |= {name: own[name] for name in names[len(outputs) :] if self.shape == size}
     parts |= shared
     if out is not None:  # the same memory as the first time, filled again
         local = getattr(out, "_local_tensor", out)
-        for name in local.tensor_data_names:
-            setattr(local, name, parts.get(name))
+        local.take(parts)
         return None
     return self.with_inner(parts, shape=size, dtype=param_dtype), outputs
 

@@ -148,10 +148,9 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
         )
     with torch._C.DisableTorchFunctionSubclass():
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-    for name in self.tensor_data_names:
-        setattr(self, name, getattr(value, name))
+    self.take(value.inner_tensors())
     self.qtype, self.axis, self.group_size = value.qtype, value.axis, value.group_size
-    self.transposed, self.activation = value.transposed, value.activation
+    self.transposed, self.activation, self.scale_bits = value.transposed, value.activation, value.scale_bits
 
 
 @implements_function(torch.Tensor.data_ptr)

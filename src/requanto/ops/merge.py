@@ -65,7 +65,7 @@ def _swap(tensor: QTensor, one: int = -1, two: int = -2) -> QTensor:
         raise NotImplementedError(f"only the last two axes of a quantized weight can be swapped, found {one} and {two}")
     shape = list(tensor.shape)
     shape[-1], shape[-2] = shape[-2], shape[-1]
-    return tensor.replace(tensor.qdata, tensor.scale, tensor.shift, shape=shape, transposed=not tensor.transposed)
+    return tensor.replace(tensor.qdata, shape=shape, transposed=not tensor.transposed)
 
 
 def _getitem(tensor: QTensor, index: Any) -> Any:
@@ -79,8 +79,6 @@ def _getitem(tensor: QTensor, index: Any) -> Any:
         plain = ATEN[aten.index.Tensor](aten.index.Tensor, (tensor.without_lowrank(), [index]), {})
         return plain.replace(
             plain.qdata,
-            plain.scale,
-            plain.shift,
             up=tensor.up[index],
             down=tensor.down[index],  # type: ignore[index]
         )

@@ -13,6 +13,7 @@ import torch
 
 from requanto.ops.aten import narrow, stored_axis
 from requanto.qtensor import QTensor
+from requanto.scales.compact import pack_codes
 
 
 def cut(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -> QTensor:
@@ -53,18 +54,32 @@ def join(pieces: Sequence[QTensor], dim: int) -> QTensor:
     else:
         # `up` has no part along a row, and without groups each piece has kept the one scale of its row.
         kept = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
+        kept |= {"row_scale"}
         axis = -1
-        if unknown := first.inner_tensors().keys() - {"qdata", "scale", "shift", "up", "down", "codebook"}:
+        known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale"}
+        if unknown := first.inner_tensors().keys() - known:
             raise NotImplementedError(f"joining pieces of rows with {sorted(unknown)} beside the codes")
     if first.group_size is not None:
         group = math.gcd(*(piece.group_size or piece.row_length for piece in pieces))
         pieces = [with_groups(piece, group) for piece in pieces]
         first = pieces[0]
-    inner = {
-        name: part if name in kept else torch.cat([getattr(piece, name) for piece in pieces], axis)
-        for name, part in first.inner_tensors().items()
-    }
+    parts = [piece.inner_tensors() for piece in pieces]
+    inner = {name: t if name in kept else torch.cat([p[name] for p in parts], axis) for name, t in parts[0].items()}
+    if axis == -1 and first.scale_bits is not None:
+        inner |= _joined_scales(pieces)
     return first.with_inner(inner, shape=shape)
+
+
+def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
+    """Scales in few bits of pieces of the same rows: packed anew, since a piece may end inside a byte."""
+    first, rest = pieces[0], pieces[1:]
+    assert first.row_scale is not None
+    if any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
+        raise NotImplementedError("joining rows whose scales in few bits are multiples of different ones")
+    unpacked = [piece.scale_codes() for piece in pieces]
+    bits = first.scale_bits
+    assert bits is not None
+    return {name: pack_codes(torch.cat([codes[name] for codes in unpacked], -1), bits) for name in unpacked[0]}
 
 
 def with_groups(tensor: QTensor, group: int) -> QTensor:
@@ -84,8 +99,7 @@ def with_groups(tensor: QTensor, group: int) -> QTensor:
         change = _every(group // now)
     else:
         raise ValueError(f"groups of {now} cannot be seen as groups of {group}")
-    shift = None if tensor.shift is None else change(tensor.shift)
-    return tensor.replace(tensor.qdata, change(tensor.scale), shift, group_size=group)
+    return tensor.replace(tensor.qdata, group_size=group, **tensor.scales(change))
 
 
 def _repeat(times: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -17,6 +17,7 @@ from requanto.packing import packed_length
 from requanto.plan import PlannedWeight, plan
 from requanto.qtensor import QTensor
 from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.compact import ROW_DTYPE, stored_length
 from requanto.scales.weights import scale_dtype
 
 #: shapes of well-known sizes, so that the table needs no download
@@ -145,12 +146,12 @@ def _style(name: str, styles: dict[str, str]) -> str | None:
 
 def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, style: str | None, tp: int) -> int:
     if isinstance(parameter, QTensor):
-        kind, group, affine = parameter.qtype, parameter.group_size, parameter.shift is not None
-        transposed, axis = parameter.transposed, parameter.axis
+        kind, group, affine = parameter.qtype, parameter.group_size, parameter.affine
+        transposed, axis, bits = parameter.transposed, parameter.axis, parameter.scale_bits
     else:
         assert planned is not None
         options = planned.options
-        kind, transposed, axis = options.qtype, planned.transposed, planned.axis
+        kind, transposed, axis, bits = options.qtype, planned.transposed, planned.axis, options.scale_bits
         wanted = default_group_size(kind) if options.group_size == "default" else options.group_size
         affine = kind.affine(options.symmetric, name)
         group = wanted  # type: ignore[assignment]
@@ -163,10 +164,12 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     ranks = tp if style else 1
     rows_here, length_here = (rows, -(-length // ranks)) if style == "rowwise" else (-(-rows // ranks), length)
     groups = 1 if group is None else -(-length_here // group)  # a group cut in two is kept on both sides
-    element = scale_dtype(parameter.dtype, group is not None).itemsize
-    return rows_here * (
-        packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize + groups * element * (2 if affine else 1)
-    )
+    each = groups * scale_dtype(parameter.dtype, group is not None).itemsize
+    row = 0
+    if bits is not None and group is not None:
+        each, row = stored_length(groups, bits), ROW_DTYPE.itemsize
+    codes = packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize
+    return rows_here * (codes + each * (2 if affine else 1) + row)
 
 
 def _per_token(settings: Any, tp: int) -> tuple[int, int]:

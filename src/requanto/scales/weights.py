@@ -18,6 +18,14 @@ import torch
 from requanto.packing import pack, packed_length
 from requanto.qtypes import qtype
 from requanto.scales.codebook import fit_codebook, nearest_codes
+from requanto.scales.compact import (
+    ROW_DTYPE,
+    expand_scale,
+    expand_shift,
+    pack_codes,
+    round_scales,
+    stored_length,
+)
 
 #: Weights quantized at once: the float32 temporaries (2 MB each) stay in the cache of a CPU core and are reused by its
 #: allocator, whatever the size of the tensor.
@@ -33,6 +41,7 @@ class QuantizedData(NamedTuple):
     scale: torch.Tensor
     shift: torch.Tensor | None
     codebook: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
 
 
 #: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
@@ -73,6 +82,7 @@ def quantize_weight_data(
     affine: bool,
     search: ScaleSearch = minmax,
     name: str = "weight",
+    scale_bits: int | None = None,
 ) -> QuantizedData:
     """Quantizes the rows of ``weight``, a bounded number of them at a time.
 
@@ -83,6 +93,7 @@ def quantize_weight_data(
         affine: with a shift (integer codes of fewer than 8 bits, unsigned ones), or symmetric around zero.
         search: how scale and shift are chosen.
         name: what to call the weight in an error.
+        scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
 
     Raises:
         ValueError: the weight holds NaN or Inf, is no float tensor, or the type has no (or only an) affine form.
@@ -100,7 +111,11 @@ def quantize_weight_data(
 
     width = packed_length(length, kind.bits) if kind.is_packed else length
     qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
-    scale = torch.empty(count, groups, dtype=stored, device=weight.device)
+    if scale_bits is None:
+        scale, row_scale = torch.empty(count, groups, dtype=stored, device=weight.device), None
+    else:
+        scale = torch.empty(count, stored_length(groups, scale_bits), dtype=torch.uint8, device=weight.device)
+        row_scale = torch.empty(count, 1, dtype=ROW_DTYPE, device=weight.device)
     shift = torch.empty_like(scale) if affine else None
     codebook = None
     if kind.is_learned:
@@ -115,21 +130,33 @@ def quantize_weight_data(
             block = rows[part].float().reshape(-1, groups, group)
             found, offset = search(block, kind, affine)
             _require_finite(found, name)
-            found, offset = _storable(found, offset, stored, has_zero=kind.values is None or 0 in kind.values)
-            scale[part] = found.to(stored)
-            if shift is not None:
-                shift[part] = offset.to(stored)
+            if row_scale is None:
+                found, offset = _storable(found, offset, stored, has_zero=kind.values is None or 0 in kind.values)
+                scale[part] = found.to(stored)
+                if shift is not None:
+                    shift[part] = offset.to(stored)
+            else:
+                compact = round_scales(found, offset, kind, scale_bits)
+                scale[part], row_scale[part] = pack_codes(compact.scale, scale_bits), compact.row_scale
+                found = expand_scale(compact.scale, compact.row_scale)
+                if shift is not None:
+                    shift[part] = pack_codes(compact.shift, scale_bits)
+                    offset = expand_shift(compact.shift, found, kind, scale_bits)
+                found = found.masked_fill_(found == 0, 1.0)  # groups of zeros, whose codes mean 0 under any scale
             codes = encode(block, found, offset, kind)
             qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes
     elif rows.numel() == 0:
         scale.fill_(1)
+        if row_scale is not None:
+            row_scale.fill_(1)
         if shift is not None:
             shift.zero_()
     return QuantizedData(
         qdata.view(*lead, width),
-        scale.view(*lead, groups),
-        shift.view(*lead, groups) if shift is not None else None,
+        scale.view(*lead, scale.shape[-1]),
+        shift.view(*lead, shift.shape[-1]) if shift is not None else None,
         codebook,
+        None if row_scale is None else row_scale.view(*lead, 1),
     )
 
 
