@@ -12,8 +12,8 @@ import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.checkpoint import CheckpointError, flatten, rebuild, spec_text
 from requanto.config import format_version_of
-from requanto.ops.pieces import cut, join
 from requanto.lowrank import State, scale_rows
+from requanto.ops.pieces import cut, join
 from requanto.packing import unpack
 from requanto.scales.compact import round_scales
 

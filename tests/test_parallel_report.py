@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from requanto import QTensor, QuantoConfig
-from requanto.integrations.tensor_parallel import cut
+from requanto.ops.pieces import cut
 from requanto.report.parallel import llama, parallel_report, parse_parallel
 
 

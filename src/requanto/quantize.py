@@ -106,7 +106,9 @@ def quantize(
         if optimizer is not None or calibration is None:
             raise ValueError(_SAMPLES_OR_NOT)
         if options:
-            raise ValueError(f"method={method or 'gptq'!r} stores scales as floats; {', '.join(options)} cannot go with it")
+            raise ValueError(
+                f"method={method or 'gptq'!r} stores scales as floats; {', '.join(options)} cannot go with it"
+            )
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric)
         if not planned:

@@ -33,8 +33,8 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
     """
     rows, length = weight.lead.numel(), weight.row_length
     qdata = weight.qdata.reshape(rows, -1)
-    scale = weight.scale.reshape(rows, -1)
-    shift = None if weight.shift is None else weight.shift.reshape(rows, -1)
+    scale, shift = weight.scale.reshape(rows, -1), weight.shift
+    shift = None if shift is None else shift.reshape(rows, -1)
     pairs = _pairs_of(weight) if weight.qtype.is_codebook else None
     step = max(1, BLOCK_BYTES // max(1, length * out.dtype.itemsize))
     for begin in range(start, stop, step):
