@@ -95,6 +95,16 @@ def test_sharded_files_with_a_weights_parts_in_different_ones(folder: Path) -> N
     _same(_load(folder / "float shards", "int4"), model)
 
 
+@pytest.mark.parametrize("weights", ["int3", "uint8", "nf4", "codebook3"])
+def test_types_of_format_version_2(folder: Path, weights: str) -> None:
+    model = _load(folder / "float", weights)
+    model.save_pretrained(folder / "new", max_shard_size=2000)
+    config = json.loads((folder / "new" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2
+    _same(FLUX.from_pretrained(folder / "new"), model)
+    assert inspect_directory(folder / "new").quantized_bytes > 0
+
+
 def test_threads_may_read_the_shards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _load(folder / "float", "int4")
     model.save_pretrained(folder / "shards", max_shard_size="20KB")

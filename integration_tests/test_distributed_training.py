@@ -114,7 +114,7 @@ def unlike_fsdp(directory: Path, weights: str, rank: int) -> dict:
     return {"error": str(error.value)}
 
 
-TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8")]
+TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8"), ("fsdp", "codebook3")]
 TASKS += [("unlike", "both"), ("unlike_fsdp", "both"), ("uneven", "int4")]
 
 
@@ -142,7 +142,7 @@ def run(directory):
 
 @pytest.fixture(scope="module")
 def one_process(directory):
-    return {weights: train(make(directory, weights), token_ids(4)) for weights in ("int4", "int8")}
+    return {weights: train(make(directory, weights), token_ids(4)) for weights in ("int4", "int8", "codebook3")}
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
@@ -151,13 +151,14 @@ def test_ddp_trains_as_one_process(run, one_process, weights):
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["int4", "int8"])
+@pytest.mark.parametrize("weights", ["int4", "int8", "codebook3"])
 def test_fsdp2_trains_as_one_process_and_saves(run, one_process, weights):
     both = run("fsdp", weights)
     for found in both:
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
         assert found["quantized"] == 14
-        assert found["local bytes"] * 2 == both[0]["full bytes"]
+        shared = 14 * 8 * 4 if weights == "codebook3" else 0  # every rank holds the values of each weight
+        assert found["local bytes"] * 2 == both[0]["full bytes"] + shared
         assert found["dcp"]
     assert both[0]["full state"] == (14, True)
 

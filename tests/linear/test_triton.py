@@ -15,6 +15,10 @@ from requanto.qtypes import (
     qint2,
     qint4,
     qint8,
+    qnf4,
+    quint2,
+    quint4,
+    quint8,
 )
 
 BASE = Problem(
@@ -40,7 +44,7 @@ def name(problem, **changes):
 def test_weight_only(gpu, capability):
     gpu(capability)
     half = replace(BASE, dtype=torch.float16)
-    for kind in (qint2, qint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2):
+    for kind in (qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2):
         for group in (None, 32, 96, 128):
             for dtype in (torch.float16, torch.float32):
                 for transposed in (False, True):
@@ -68,6 +72,10 @@ def test_what_no_kernel_takes(gpu):
     assert name(BASE, in_features=0) == "reference"
     assert name(BASE, layout="onednn") == "reference"
     assert name(BASE, device="mps") == "reference"
+    for kind in (qnf4, quint8):
+        for changes in ({}, {"activation": qint8}, {"rows": 5000}, {"transposed": True}, {"dtype": torch.float64}):
+            assert name(BASE, qtype=kind, **changes) == "gpu-dequantize"
+        assert choose(replace(BASE, qtype=kind), grouped=True).implementation.name == "gpu-dequantize"
     assert name(BASE, device="cpu") != "triton-wq"
     gpu(70)
     assert name(BASE, dtype=torch.float16) == "reference"

@@ -169,7 +169,8 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     if bits is not None and group is not None:
         each, row = stored_length(groups, bits), ROW_DTYPE.itemsize
     codes = packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize
-    return rows_here * (codes + each * (2 if affine else 1) + row)
+    shared = 4 * 2**kind.bits if kind.is_learned else 0
+    return shared + rows_here * (codes + each * (2 if affine else 1) + row)
 
 
 def _per_token(settings: Any, tp: int) -> tuple[int, int]:
