@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from requanto import QTensor, qfloat8, qfloat8_e4m3fnuz, qfloat8_e5m2, qint2, qint4, qint8, qtypes
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales import weights as weights_module
+from requanto.scales.search import minmax
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [qint2, qint4, qint8, qfloat8, qfloat8_e4m3fnuz, qfloat8_e5m2]
@@ -73,10 +74,49 @@ def test_int8_is_within_half_a_step_of_absmax_over_127(dtype, length, rows, seed
 def test_float8_is_within_half_a_unit_in_the_last_place(kind, mantissa, largest, smallest, dtype, length, seed):
     weight = weights(4, length, dtype, seed)
     tensor = QTensor.quantize(weight, kind)
-    scale = weight.double().abs().amax(-1, keepdim=True) / largest
-    torch.testing.assert_close(tensor.scale.double(), scale, rtol=1e-6, atol=0)
+    scale = tensor.scale.double()
+    # The largest weight lies within the top octave of codes, on one of them.
+    code = weight.double().abs().amax(-1, keepdim=True) / scale
+    assert bool(((code > largest / 2 * 0.999) & (code < largest * 1.000001)).all())
+    torch.testing.assert_close(code.float().to(kind.dtype).double(), code, rtol=1e-6, atol=0)
     allowed = torch.maximum(weight.double().abs() * 2.0 ** -(mantissa + 1), scale * smallest / 2)
     assert bool((grid_error(weight, tensor)[:, 0] <= allowed * 1.0001).all())
+
+
+# every code of the top octave: 2^e * (1 + i / 2^mantissa)
+TOP_CODES = {
+    qfloat8: [448, 416, 384, 352, 320, 288, 256, 240],
+    qfloat8_e4m3fnuz: [240, 224, 208, 192, 176, 160, 144, 128],
+    qfloat8_e5m2: [57344, 49152, 40960, 32768],
+}
+
+
+@pytest.mark.parametrize("kind", list(TOP_CODES), ids=lambda k: k.name)
+@given(dtype=st.sampled_from(FLOATS), length=st.integers(1, 255), seed=st.integers(0, 10_000))
+def test_float8_scales_have_the_least_squared_error_of_all_that_put_the_largest_weight_on_a_code(
+    kind, dtype, length, seed
+):
+    weight = weights(4, length, dtype, seed)
+    found = grid_error(weight, QTensor.quantize(weight, kind)).square().sum((1, 2))
+    absmax = weight.double().abs().amax(-1, keepdim=True)
+    errors = []
+    for code in TOP_CODES[kind]:
+        scale = absmax / code
+        rounded = (weight.double() / scale).clamp(-kind.qmax, kind.qmax).float().to(kind.dtype).double()
+        errors.append((rounded * scale - weight.double()).square().sum(-1))
+    least = torch.stack(errors).amin(0)
+    rounding = 1e-11 * weight.double().square().sum(-1)  # of the float32 scale
+    assert bool((found <= least * 1.001 + rounding).all())
+
+
+@pytest.mark.parametrize("kind", list(TOP_CODES), ids=lambda k: k.name)
+def test_float8_scales_of_long_rows_have_less_error_than_absmax(kind):
+    """Long rows are looked at in part: better on the whole, not in every row."""
+    weight = weights(256, 1024, torch.float32, 5)
+    absmax = QTensor.quantize(weight, kind, search=minmax)
+    torch.testing.assert_close(absmax.scale, weight.abs().amax(-1, keepdim=True) / kind.qmax)
+    chosen = grid_error(weight, QTensor.quantize(weight, kind)).square().sum()
+    assert chosen < 0.99 * grid_error(weight, absmax).square().sum()
 
 
 def test_one_group_by_hand():

@@ -13,7 +13,7 @@ from torch import nn
 
 from requanto.config import LayerOptions, QuantoConfig
 from requanto.qtensor import QTensor
-from requanto.scales.weights import ScaleSearch, minmax
+from requanto.scales.search import ScaleSearch
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class PlannedWeight:
     transposed: bool
     kind: str
 
-    def quantize(self, weight: torch.Tensor, name: str, search: ScaleSearch = minmax) -> QTensor:
+    def quantize(self, weight: torch.Tensor, name: str, search: ScaleSearch | None = None) -> QTensor:
         """The quantized weight."""
         tensor = QTensor.quantize(
             weight,

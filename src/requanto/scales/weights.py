@@ -4,13 +4,13 @@ Symmetric:  scale = absmax / qmax,          code = round(w / scale),           w
 Affine:     scale = (max - min) / (2^b-1),  code = round((w + shift) / scale), w ~ scale * code - shift,  shift = -min
 Codebook:   scale = absmax / max|values|,   code = that of the value nearest to w / scale,   w ~ scale * values[code]
 
-Everything is computed in float32; codes are chosen with the scale and shift as they will be stored, so that rounding those
-to 16 bits costs no accuracy twice. (Formulas: Jacob et al. 2018, arXiv:1712.05877; names after optimum-quanto.)
+Those are the scales of `minmax`; `requanto.scales.search` holds others. Everything is computed in float32; codes are chosen
+with the scale and shift as they will be stored, so that rounding those to 16 bits costs no accuracy twice. (Formulas: Jacob
+et al. 2018, arXiv:1712.05877; names after optimum-quanto.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from requanto.scales.compact import (
     round_scales,
     stored_length,
 )
+from requanto.scales.search import ScaleSearch, default_search
 
 #: Weights quantized at once: the float32 temporaries (2 MB each) stay in the cache of a CPU core and are reused by its
 #: allocator, whatever the size of the tensor.
@@ -44,35 +45,9 @@ class QuantizedData(NamedTuple):
     row_scale: torch.Tensor | None = None
 
 
-#: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
-ScaleSearch = Callable[[torch.Tensor, qtype, bool], tuple[torch.Tensor, torch.Tensor | None]]
-
-
 def scale_dtype(weight_dtype: torch.dtype, grouped: bool) -> torch.dtype:
     """dtype in which scales are stored: float32 per row (their size is nothing), the weight's own per group."""
     return weight_dtype if grouped else torch.float32
-
-
-def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale (and shift) that map the smallest and the largest weight of a group onto the outermost codes.
-
-    The two codes of a single bit stand for the mean plus and minus the mean distance from it, which is optimal for the
-    signs around it (Rastegari et al. 2016, XNOR-Net): the extremes would be worse than no weights at all.
-    """
-    if affine and kind.bits == 1:
-        mean = groups.mean(-1)
-        distance = (groups - mean.unsqueeze(-1)).abs().mean(-1)
-        return 2 * distance, distance - mean
-    if affine:
-        low, high = groups.amin(-1), groups.amax(-1)  # aminmax of a short axis is ten times slower on a CPU
-        return (high - low) / (2**kind.bits - 1), -low
-    if kind.is_codebook:
-        return groups.abs().amax(-1) / kind.span, None
-    if kind.bits == 8:
-        return groups.abs().amax(-1) / kind.qmax, None
-    # Signed codes reach one further down than up (-8 .. 7): each side needs its own scale, the larger one serves both.
-    low, high = groups.amin(-1), groups.amax(-1)
-    return torch.maximum(high.clamp(min=0) / kind.qmax, low.clamp(max=0) / kind.qmin), None
 
 
 def quantize_weight_data(
@@ -80,7 +55,7 @@ def quantize_weight_data(
     kind: qtype,
     group_size: int | None,
     affine: bool,
-    search: ScaleSearch = minmax,
+    search: ScaleSearch | None = None,
     name: str = "weight",
     scale_bits: int | None = None,
 ) -> QuantizedData:
@@ -91,7 +66,7 @@ def quantize_weight_data(
         kind: type of the codes.
         group_size: a divisor of K, or None for one group a row.
         affine: with a shift (integer codes of fewer than 8 bits, unsigned ones), or symmetric around zero.
-        search: how scale and shift are chosen.
+        search: how scale and shift are chosen; None: as `default_search` says.
         name: what to call the weight in an error.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
 
@@ -108,6 +83,7 @@ def quantize_weight_data(
     rows = weight.reshape(lead.numel(), length)
     count, groups = rows.shape[0], (length // group if length else 1)
     stored = scale_dtype(weight.dtype, groups > 1)
+    search = search or default_search(kind)
 
     width = packed_length(length, kind.bits) if kind.is_packed else length
     qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
