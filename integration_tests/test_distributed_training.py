@@ -53,6 +53,7 @@ def ddp(directory: Path, weights: str, rank: int) -> dict:
 
 def fsdp(directory: Path, weights: str, rank: int) -> dict:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
 
     model, ids = sharded(directory, weights), token_ids(4)[rank * 2 : rank * 2 + 2]
     local = [p.to_local() for p in model.parameters()]
@@ -68,23 +69,23 @@ def fsdp(directory: Path, weights: str, rank: int) -> dict:
         same = [torch.equal(full[k], v) for k, v in expected.items() if isinstance(v, QTensor)]
         found["full state"] = (len(same), all(same))
         found["full bytes"] = sum(v.nbytes for v in full.values() if isinstance(v, QTensor))
-    # Saved, and loaded into a model whose codes are gone.
+    # Saved, and loaded into a model whose codes are gone; then what one process saved, in two.
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         dcp.save({"model": model.state_dict()}, checkpoint_id=directory / f"dcp-{weights}")
-        other = make(directory, weights)
-        for parameter in other.parameters():
-            if isinstance(parameter, QTensor):
-                parameter.qdata.zero_()
-            else:
-                parameter.zero_()
-        from torch.distributed.fsdp import fully_shard
-
-        fully_shard(other)
-        state = other.state_dict()
-        dcp.load({"model": state}, checkpoint_id=directory / f"dcp-{weights}")
-        other.load_state_dict(state)
-        found["dcp"] = torch.equal(other(input_ids=ids).logits, logits)
+        for source in ("dcp", "dcp-one"):
+            other = make(directory, weights)
+            for parameter in other.parameters():
+                if isinstance(parameter, QTensor):
+                    parameter.qdata.zero_()
+                else:
+                    parameter.zero_()
+            fully_shard(other)
+            state = other.state_dict()
+            dcp.load({"model": state}, checkpoint_id=directory / f"{source}-{weights}")
+            other.load_state_dict(state)
+            found[source] = other(input_ids=ids).logits
+        found["dcp"] = torch.equal(found["dcp"], logits)
     return found
 
 
@@ -114,8 +115,18 @@ def unlike_fsdp(directory: Path, weights: str, rank: int) -> dict:
     return {"error": str(error.value)}
 
 
+def saved_by_all(directory: Path, weights: str, rank: int) -> dict:
+    """``save_pretrained`` of a model that fully_shard has spread, every rank calling it."""
+    from torch.distributed.fsdp import fully_shard
+
+    config = QuantoConfig(weights=weights)
+    model = fully_shard(TINY["llama"].auto.from_pretrained(directory, quantization_config=config))
+    model.save_pretrained(directory / "by-all")
+    return {}
+
+
 TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8"), ("fsdp", "codebook3")]
-TASKS += [("unlike", "both"), ("unlike_fsdp", "both"), ("uneven", "int4")]
+TASKS += [("unlike", "both"), ("unlike_fsdp", "both"), ("uneven", "int4"), ("saved_by_all", "int4")]
 
 
 def worker(rank: int, directory: Path) -> dict:
@@ -129,6 +140,12 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(directory):
+    for weights in ("int4", "int8", "codebook3"):
+        dcp.save(
+            {"model": make(directory, weights).state_dict()},
+            checkpoint_id=directory / f"dcp-one-{weights}",
+            no_dist=True,
+        )
     found_by_rank = ranks.run(worker, WORLD, directory)
 
     def results(task: str, weights: str) -> list[dict]:
@@ -152,7 +169,7 @@ def test_ddp_trains_as_one_process(run, one_process, weights):
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8", "codebook3"])
-def test_fsdp2_trains_as_one_process_and_saves(run, one_process, weights):
+def test_fsdp2_trains_as_one_process_and_saves(directory, run, one_process, weights):
     both = run("fsdp", weights)
     for found in both:
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
@@ -160,7 +177,20 @@ def test_fsdp2_trains_as_one_process_and_saves(run, one_process, weights):
         shared = 14 * 8 * 4 if weights == "codebook3" else 0  # every rank holds the values of each weight
         assert found["local bytes"] * 2 == both[0]["full bytes"] + shared
         assert found["dcp"]
+    model = make(directory, weights)
+    with torch.no_grad():
+        expected = model(input_ids=token_ids(4)).logits.chunk(WORLD)
+    for found, logits in zip(both, expected, strict=True):
+        assert (found["dcp-one"] - logits).norm() < 1e-5 * logits.norm()
     assert both[0]["full state"] == (14, True)
+
+
+def test_all_ranks_save_the_whole_model(directory, run):
+    run("saved_by_all", "int4")
+    one = TINY["llama"].auto.from_pretrained(directory, quantization_config=QuantoConfig(weights="int4"))
+    one.save_pretrained(directory / "by-one")
+    for name in ("model.safetensors", "config.json"):
+        assert (directory / "by-all" / name).read_bytes() == (directory / "by-one" / name).read_bytes()
 
 
 def test_a_distributed_checkpoint_loads_in_one_process(directory, run):
