@@ -1,9 +1,10 @@
 """LoRA over quantized weights with 1 and 2 processes, DDP and FSDP2: tokens a second, and bytes of weights a rank holds.
 
-    python benchmarks/scaling.py                      # CPU, gloo
+    python benchmarks/scaling.py                      # CPU, gloo, one thread a process
     python benchmarks/scaling.py --device cuda --ranks 1 2 4 8
 
-Writes benchmarks/results/scaling.json.
+The numbers of processes take turns, each measuring all modes, for several rounds: a busy machine is busy for all. The
+fastest step counts. Writes benchmarks/results/scaling.json.
 """
 
 from __future__ import annotations
@@ -11,9 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import socket
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,22 +20,33 @@ import peft
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from common import RESULTS, write
+from training import make_model
 from transformers import AutoModelForCausalLM
 
 import requanto
 
-HERE = Path(__file__).parent
 BATCH, LENGTH = 2, 128
 
 
-def worker(rank: int, world: int, port: int, mode: str, weights: str, arguments: argparse.Namespace, out: str) -> None:
-    """One rank: trains a few steps, rank 0 writes what it measured."""
+def worker(rank: int, world: int, meeting: str, arguments: argparse.Namespace, out: str) -> None:
+    """One rank: trains a few steps in every mode, rank 0 writes what it measured."""
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     device = torch.device(arguments.device, rank) if arguments.device != "cpu" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world)
+    rows = [measure(weights, mode, device, arguments) for weights in arguments.weights for mode in arguments.modes]
+    if rank == 0:
+        Path(out).write_text(json.dumps(rows), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(weights: str, mode: str, device: torch.device, arguments: argparse.Namespace) -> dict:
+    """The fastest of a few steps, and the bytes of weights that this rank holds."""
     config = requanto.QuantoConfig(weights=weights)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config).to(device)
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear"))
@@ -49,8 +58,7 @@ def worker(rank: int, world: int, port: int, mode: str, weights: str, arguments:
         fully_shard(model)
     else:
         model = torch.nn.parallel.DistributedDataParallel(model)
-    held = [getattr(p, "_local_tensor", p) for p in model.parameters()]
-    size = sum(t.nbytes for t in held)
+    size = sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(0, 1000, (BATCH, LENGTH), device=device)
     times = []
@@ -62,13 +70,8 @@ def worker(rank: int, world: int, port: int, mode: str, weights: str, arguments:
         optimizer.zero_grad()
         loss.item()
         times.append(time.perf_counter() - start)
-    if rank == 0:
-        seconds = sorted(times[1:])[len(times[1:]) // 2]
-        row = {"ranks": world, "mode": mode, "weights": weights, "weights_mb": round(size / 1e6, 1)}
-        row["tokens_per_s"] = round(world * BATCH * LENGTH / seconds)
-        Path(out).write_text(json.dumps(row), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    row = {"ranks": dist.get_world_size(), "mode": mode, "weights": weights, "weights_mb": round(size / 1e6, 1)}
+    return row | {"step_s": min(times[1:])}
 
 
 def main() -> None:
@@ -78,28 +81,29 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["int4", "int8"])
     parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
     arguments = parser.parse_args()
-    from training import make_model
-
-    rows = []
+    best: dict[tuple, dict] = {}
     with tempfile.TemporaryDirectory() as directory:
         make_model(directory, arguments.hidden, arguments.layers)
         arguments.model = directory
-        for weights in arguments.weights:
-            for mode in arguments.modes:
-                for world in arguments.ranks:
-                    with socket.socket() as free:
-                        free.bind(("127.0.0.1", 0))
-                        port = free.getsockname()[1]
-                    out = f"{directory}/row.json"
-                    mp.spawn(worker, args=(world, port, mode, weights, arguments, out), nprocs=world)
-                    rows.append(json.loads(Path(out).read_text(encoding="utf-8")))
-                    print(rows[-1])
-    result = {"command": " ".join(sys.argv), "machine": platform.processor(), "cores": os.cpu_count(), "rows": rows}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "scaling.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        for turn in range(arguments.rounds):
+            for world in arguments.ranks:
+                meeting, out = f"{directory}/meeting-{turn}-{world}", f"{directory}/rows.json"
+                mp.spawn(worker, args=(world, meeting, arguments, out), nprocs=world)
+                for row in json.loads(Path(out).read_text(encoding="utf-8")):
+                    key = row["ranks"], row["mode"], row["weights"]
+                    if key not in best or row["step_s"] < best[key]["step_s"]:
+                        best[key] = row
+    for row in best.values():
+        row["tokens_per_s"] = round(row["ranks"] * BATCH * LENGTH / row["step_s"])
+        row["step_s"] = round(row["step_s"], 4)
+        print(row)
+    size = {"hidden": arguments.hidden, "layers": arguments.layers, "batch_a_rank": BATCH, "length": LENGTH, "rank": 8}
+    note = "other work may have run on the machine meanwhile, see load; then two processes have no two cores"
+    write(RESULTS / "scaling.json", {"note": note, "model": size, "rows": list(best.values())})
 
 
 if __name__ == "__main__":
