@@ -163,17 +163,34 @@ def test_learned_values_beat_every_fixed_table_of_their_width(bits):
 
 
 def test_learned_values_are_a_fixed_point_of_lloyds_algorithm():
-    """Each is the mean of the weights nearest to it, weighted by the squares of their scales, up to a bin's width."""
+    """Each but -1, 0 and 1 is the mean of the weights nearest to it, weighted by the squares of their scales, up to a
+    bin's width."""
     weight = randn(256, 256).double()
     kind = qtypes["qcodebook3"]
     values = torch.tensor(fit_codebook(weight.float(), kind, 64), dtype=torch.float64)
     scale = weight.view(-1, 64).abs().amax(1, keepdim=True)
     normal, mass = (weight.view(-1, 64) / scale).flatten(), (scale**2).expand(-1, 64).flatten()
     nearest = (normal.unsqueeze(1) - values).abs().argmin(1)
-    for code in range(8):
+    assert [values[0], values[3], values[7]] == [-1, 0, 1]
+    for code in (1, 2, 4, 5, 6):
         mine = nearest == code
         mean = (normal[mine] * mass[mine]).sum() / mass[mine].sum()
         assert abs(mean - values[code]) < 2 / 4096
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_learned_values_of_one_sided_and_strange_weights(bits):
+    kind = qtypes[f"qcodebook{bits}"]
+    flat = torch.ones(4, 64)
+    for weight in (randn(64, 64).abs(), -randn(64, 64).abs(), flat, -flat, torch.zeros(4, 64), flat * 1e-30):
+        values = torch.tensor(fit_codebook(weight, kind, 64))
+        assert values.isfinite().all()
+        assert (values.diff() >= 0).all()
+        assert values.abs().max() <= 1
+        assert bits == 2 or 0 in values
+        back = QTensor.quantize(weight, kind, group_size=64).dequantize()
+        assert (back - weight).abs().max() <= 0.6 * weight.abs().max()
+    assert (torch.tensor(fit_codebook(randn(64, 64).abs(), kind, 64)) > 0).sum() >= 2**bits - 2
 
 
 def test_a_tensor_of_few_distinct_values_is_stored_exactly():

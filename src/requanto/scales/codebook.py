@@ -92,7 +92,9 @@ def fit_codebook(rows: torch.Tensor, kind: qtype, group: int) -> tuple[float, ..
 
     A histogram of (a sample of) the normalized weights, each counting as the square of its group's scale, so that it is the
     error of the weights themselves that becomes smallest; then Lloyd's algorithm on it (Lloyd 1982, Least squares
-    quantization in PCM). The same input gives the same values on any device: the fit is done on the CPU, in float64.
+    quantization in PCM). From 3 bits on, -1, 0 and 1 are among the values: the largest weight of each group and its zeros
+    stay what they are. That costs a little of the squared error, and language models are far better for it (docs/types.md).
+    The same input gives the same values on any device: the fit is done on the CPU, in float64.
 
     Args:
         rows: float ``[rows, K]``.
@@ -109,26 +111,45 @@ def fit_codebook(rows: torch.Tensor, kind: qtype, group: int) -> tuple[float, ..
     good = (scale > 0) & torch.isfinite(scale)
     sample, scale = sample[good[:, 0]], scale[good[:, 0]]
     if not sample.numel():
-        return tuple(np.linspace(-1, 1, count, dtype=np.float32).tolist())
-    # Scales relative to the largest: their squares neither overflow nor vanish.
-    weight = (scale / scale.max()).square().expand_as(sample)
-    bins = ((sample / scale + 1) * ((BINS - 1) / 2)).round_().to(torch.int32)
-    mass = torch.bincount(bins.flatten(), weights=weight.flatten().double(), minlength=BINS).numpy()
-    return tuple(_lloyd(mass, count).astype(np.float32).tolist())
+        mass = np.ones(BINS)
+    else:
+        # Scales relative to the largest: their squares neither overflow nor vanish.
+        weight = (scale / scale.max()).square().expand_as(sample)
+        bins = ((sample / scale + 1) * ((BINS - 1) / 2)).round_().to(torch.int32)
+        mass = torch.bincount(bins.flatten(), weights=weight.flatten().double(), minlength=BINS).numpy()
+    return tuple(_lloyd(mass, count, pinned=kind.bits > 2).astype(np.float32).tolist())
 
 
-def _lloyd(mass: np.ndarray, count: int) -> np.ndarray:
-    """``count`` ascending values of least squared error for ``mass`` on an even grid over -1 .. 1."""
+def _lloyd(mass: np.ndarray, count: int, pinned: bool) -> np.ndarray:
+    """``count`` ascending values of least squared error for ``mass`` on an even grid over -1 .. 1.
+
+    pinned: 0 is one of them, and -1 and 1 are where there is mass.
+    """
     places = np.linspace(-1, 1, len(mass))
     total = np.concatenate([[0.0], np.cumsum(mass)])
     moment = np.concatenate([[0.0], np.cumsum(mass * places)])
     # The best density of values goes with the third root of that of the weights (Panter and Dite 1951).
     density = np.cumsum(np.cbrt(mass))
-    values = np.interp((np.arange(count) + 0.5) / count * density[-1], density, places)
+    fixed: dict[int, float] = {}
+    if pinned:
+        middle = float(np.interp(0, places, density))
+        below = int(min(max(middle / density[-1] * (count - 1), 1), count - 2))
+        sides = (np.arange(below) + 0.5) / below * middle, (np.arange(count - 1 - below) + 0.5) / (count - 1 - below)
+        steps = np.concatenate([sides[0], [middle], middle + sides[1] * (density[-1] - middle)])
+        fixed = {below: 0.0}
+        fixed |= {0: -1.0} if mass[0] > 0 else {}
+        fixed |= {count - 1: 1.0} if mass[-1] > 0 else {}
+    else:
+        steps = (np.arange(count) + 0.5) / count * density[-1]
+    values = np.interp(steps, density, places)
     for _ in range(ROUNDS):
+        for code, value in fixed.items():
+            values[code] = value
         edges = np.concatenate([[0], np.searchsorted(places, (values[1:] + values[:-1]) / 2), [len(mass)]])
         here = np.diff(total[edges])
         moved = np.where(here > 0, np.diff(moment[edges]) / np.where(here > 0, here, 1), values)
+        for code, value in fixed.items():
+            moved[code] = value
         arrived = np.abs(moved - values).max() < ARRIVED
         values = moved
         if arrived:
