@@ -34,6 +34,7 @@ from requanto.report import perplexity
 CASES = (
     "bfloat16",
     *("int4", "nf4", "fp4", "fp4_e2m1", "codebook4", "int3", "int3:64", "nf3", "nf3:64", "codebook3", "codebook3:64"),
+    *("nf4:32", "codebook4:32"),
     *("int5", "int5:128", "int6", "int6:128", "int7", "int7:128", "int8", "uint8"),
     *("fp6_e2m3", "fp6_e3m2", "fp5_e2m2", "fp7_e2m4", "fp3_e1m1", "int2", "nf2", "codebook2"),
 )
@@ -41,7 +42,7 @@ CASES = (
 DECODED = ("int4", "int8", "int2", "int3", "int5", "int6", "int7", "uint8", "nf4", "fp6_e3m2", "codebook3", "codebook4")
 NOTE = (
     "SmolLM2's weights come from a 4-bit file (Q4_1, affine, groups of 32): affine 4-bit types look better on it than "
-    "they are. all-MiniLM-L6-v2 was never quantized before."
+    "they are. all-MiniLM-L6-v2 was never quantized before. Scales by minmax (codebooks: absmax)."
 )
 
 
@@ -105,7 +106,8 @@ def main() -> None:
     tokenizer, words = AutoTokenizer.from_pretrained(chat), AutoTokenizer.from_pretrained(bert)
     texts = sentences()
     wanted = embeddings(AutoModel.from_pretrained(bert), words, texts)
-    rows: list[dict[str, Any]] = []
+    # Types that are not named keep the figures they had, each with the command that made it.
+    rows = json.loads(options.out.read_text())["rows"] if options.cases != CASES and options.out.exists() else []
     for case in tqdm(options.cases, desc="types", unit="type"):
         loading = {"quantization_config": config} if (config := config_of(case)) else {}
         model = AutoModelForCausalLM.from_pretrained(chat, dtype=torch.bfloat16, **loading).eval()
@@ -115,12 +117,12 @@ def main() -> None:
         cosine = F.cosine_similarity(embeddings(small, words, texts), wanted)
         row |= {"minilm_bits_per_weight": size(small)["bits_per_weight"] if config else 32.0}
         row |= {"minilm_cosine": round(float(cosine.mean()), 6), "minilm_cosine_least": round(float(cosine.min()), 6)}
-        rows.append(row)
+        rows = [*(known for known in rows if known["type"] != case), row | {"command": command()}]
         tqdm.write(
             f"{case:14} {row['bits_per_weight']:6.2f} bits  perplexity {row['perplexity']:10.3f}  "
             f"MiniLM cosine {row['minilm_cosine']:.4f}"
         )
-        result = {"command": command(), "note": NOTE, "machine": machine(), "window": options.window, "rows": rows}
+        result = {"note": NOTE, "machine": machine(), "window": options.window, "rows": rows}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
