@@ -63,9 +63,9 @@ class Case:
 PLAIN_GPTQ = {"correct": False, "sequential": False, "rounds": 0}
 TUNED = {"iterations": 40, "batch": 2}
 CASES = [
-    Case(model, weights, group, method, options)
-    for model in ("minilm", "smollm2")
-    for weights, group in (("int4", 64), ("int3", 64), ("int2", 64))
+    Case(model, weights, group, method, options, {"scale_bits": 8})
+    for model in ("smollm2", "minilm")
+    for weights, group in (("int4", 64), ("int3", 64), ("int2", 32))
     for method, options in (
         (None, {}),
         ("awq", {}),
@@ -144,7 +144,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--keep", type=Path, help="directory for finished blocks")
     asked = parser.parse_args()
-    cases = [case for case in CASES if asked.only is None or case.name.startswith(asked.only)]
+    cases = [case for case in CASES if asked.only is None or case.name == asked.only]
+    cases = cases or [case for case in CASES if case.name.startswith(asked.only or "")]
     if asked.list or not cases:
         print("\n".join(case.name for case in (cases or CASES)))
         raise SystemExit(0 if cases else f"no case is called {asked.only!r}")

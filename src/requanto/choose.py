@@ -45,6 +45,7 @@ def planned_weights(
     activation: qtype | None,
     group_size: int | str | None,
     symmetric: bool | None,
+    scale_bits: int | None = None,
 ) -> dict[str, PlannedWeight]:
     """What of the chosen modules has a weight to quantize, as samples need it."""
     planned: dict[str, PlannedWeight] = {}
@@ -57,7 +58,7 @@ def planned_weights(
             raise ValueError(f"{name or type(module).__name__} is quantized already; samples need the float weight")
         if isinstance(module, QModuleMixin):
             restore_or_refuse(module, name)
-        options = LayerOptions(kind.name, symmetric=symmetric)
+        options = LayerOptions(kind.name, symmetric=symmetric, scale_bits=scale_bits)
         options.group_size, options.activations = group_size, activation
         planned[f"{name}.weight" if name else "weight"] = PlannedWeight(options, found[1], found[2], found[0])
     return planned

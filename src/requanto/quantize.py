@@ -105,12 +105,8 @@ def quantize(
     if calibration is not None or method is not None:
         if optimizer is not None or calibration is None:
             raise ValueError(_SAMPLES_OR_NOT)
-        if options:
-            raise ValueError(
-                f"method={method or 'gptq'!r} stores scales as floats; {', '.join(options)} cannot go with it"
-            )
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
-        planned = planned_weights(chosen, activation, group_size, symmetric)
+        planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
         if not planned:
             raise nothing_chosen(model, named, include, exclude)
         quantize_with_samples(

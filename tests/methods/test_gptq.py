@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from requanto.config import LayerOptions
 from requanto.methods.gptq import descend, gptq, refit, row_errors
 from requanto.methods.grid import Grid
+from requanto.methods.layers import Layer
+from requanto.methods.scaling import nearest
+from requanto.plan import PlannedWeight
 from requanto.qtypes import qfloat8, qfp4, qint2, qint3, qint4, qint8, qnf4, quint8
 
 
@@ -166,3 +170,26 @@ def test_the_search_weighs_what_matters():
         return (importance * (grid.round(groups, scale[:, None], shift[:, None]) - groups).square()).sum()
 
     assert error(importance) < 0.7 * error(torch.ones(32))
+
+
+@pytest.mark.parametrize(("kind", "affine"), [(qint2, True), (qint4, True), (qint4, False), (qint8, False)])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("method", ["gptq", "nearest", "groups"])
+def test_scales_in_few_bits_are_read_back_as_they_were_chosen(kind, affine, bits, method):
+    weight, hessian, _ = problem()
+    weight[3] = 0
+    weight[4, :16] = 0
+    weight[5] += 3  # all on one side of 0
+    linear = torch.nn.Linear(64, 12, bias=False)
+    linear.weight.data.copy_(weight)
+    options = LayerOptions(kind.name, 16, symmetric=not affine, scale_bits=bits)
+    layer = Layer("weight", PlannedWeight(options, 0, False, "linear"), [(linear, "weight")])
+    grid = layer.grid()
+    if method == "nearest":
+        found = nearest(weight, hessian.diagonal(), grid, 16, steps=8)
+    else:
+        found = gptq(weight, hessian, grid, 16, order="columns" if method == "gptq" else "groups")
+    tensor = layer.tensor(found, grid)
+    assert tensor.scale_bits == bits
+    torch.testing.assert_close(tensor.dequantize(), found.values, rtol=1e-6, atol=1e-6)
+    assert bool((found.values[3] == 0).all())

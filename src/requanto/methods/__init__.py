@@ -50,16 +50,9 @@ def quantize_with_samples(
 
     Raises:
         ValueError: an unknown method, no samples, samples that reach no layer, or a ``resume`` of another run.
-        ValueError: weights that are to be stored in a way that methods do not know (scales in few bits).
         TypeError: an unknown option.
     """
     chosen = find_method(method, method_options)
-    for name, one in planned.items():
-        if one.options.scale_bits is not None:
-            raise ValueError(
-                f"{name}: method={chosen.name!r} finds scales that are stored as floats; found "
-                f"scale_bits={one.options.scale_bits}. Leave one of the two out."
-            )
     samples = Samples(calibration)
     kept = None if resume is None else Resume(resume, fingerprint(model, planned, samples, chosen))
     quantize_planned(model, planned, samples, chosen, resume=kept, progress=progress)

@@ -33,11 +33,13 @@ class Rounded(NamedTuple):
     Attributes:
         values: float32 ``[N, K]``, exactly what the codes stand for.
         scale, shift: float32 ``[N, G]``; no shift where the grid is not affine.
+        row_scale: ``[N, 1]``, where scales and shifts are stored in few bits; else None.
     """
 
     values: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor | None
+    row_scale: torch.Tensor | None = None
 
 
 def gptq(
@@ -61,7 +63,8 @@ def gptq(
         group_size: a divisor of K, or None: one group a row.
         damping: share of the mean diagonal added to the diagonal.
         order: ``"groups"``: the most important groups first, and columns within them; ``"columns"``: the most important
-            columns first, whatever their group (scales are then chosen beforehand); ``"none"``: as they stand.
+            columns first, whatever their group; ``"none"``: as they stand. With ``"columns"``, and for scales stored in few
+            bits, all scales are chosen beforehand.
         steps: clipping ranges that the search for scales tries.
         rounds: how often scales and codes are improved afterwards; 0: plain GPTQ.
         name: what to call the weight in messages.
@@ -72,7 +75,7 @@ def gptq(
     columns, group = weight.shape[1], group_size or weight.shape[1]
     hessian = damped(hessian, damping, name)
     permutation = _permutation(hessian.diagonal(), group, order)
-    scale_first = order == "columns"
+    scale_first = order == "columns" or grid.scale_bits is not None
     upper = inverse_factor(hessian[permutation][:, permutation], name).to(weight.dtype)
     importance = upper.diagonal().square().reciprocal()
 
@@ -107,7 +110,7 @@ def gptq(
 
 def improve(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int, found: Rounded) -> Rounded:
     """One round of better scales for the codes, then better codes for the scales; rows that got worse are left."""
-    scale, shift = refit(weight, hessian, grid, group, found)
+    scale, shift, row_scale = grid.settle(*refit(weight, hessian, grid, group, found))
     wide = _wide(scale, group), None if shift is None else _wide(shift, group)
     codes = grid.codes(found.values, _wide(found.scale, group), _maybe_wide(found.shift, group))
     values = descend(weight, hessian, grid, grid.values(codes, *wide), *wide)
@@ -117,6 +120,7 @@ def improve(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int,
         torch.where(pick, values, found.values),
         torch.where(pick, scale, found.scale),
         None if shift is None or found.shift is None else torch.where(pick, shift, found.shift),
+        None if row_scale is None or found.row_scale is None else torch.where(pick, row_scale, found.row_scale),
     )
 
 
@@ -270,6 +274,7 @@ class _Scales:
         self.grid, self.group = grid, group
         self.scale = weight.new_ones(weight.shape[1] // group, weight.shape[0])
         self.shift = torch.zeros_like(self.scale) if grid.affine else None
+        self.row_scale: torch.Tensor | None = None
 
     def search(self, index: int, columns: torch.Tensor, importance: torch.Tensor, steps: int) -> None:
         self.scale[index], shift = self.grid.search(columns.t(), importance, steps)
@@ -280,9 +285,12 @@ class _Scales:
         for index in range(len(self.scale)):
             part = slice(index * self.group, (index + 1) * self.group)
             self.search(index, weight.t()[part], importance[part], steps)
+        scale, shift, self.row_scale = self.grid.settle(*self.tables()[:2])
+        self.scale, self.shift = scale.t().contiguous(), None if shift is None else shift.t().contiguous()
 
     def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.scale[index], None if self.shift is None else self.shift[index]
 
-    def tables(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.scale.t().contiguous(), None if self.shift is None else self.shift.t().contiguous()
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        shift = None if self.shift is None else self.shift.t().contiguous()
+        return self.scale.t().contiguous(), shift, self.row_scale

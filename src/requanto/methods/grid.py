@@ -10,6 +10,7 @@ import torch
 
 from requanto.qtypes import qtype
 from requanto.scales.codebook import nearest_codes, values_of
+from requanto.scales.compact import expand_scale, expand_shift, round_scales
 from requanto.scales.weights import _storable
 
 
@@ -22,10 +23,11 @@ class Grid:
         kind: type of the codes; a learned one with its values (`qtype.with_values`).
         affine: values are ``scale * code - shift``, codes ``0 .. 2^bits - 1``; else ``scale * code``, signed codes.
         stored: dtype in which scale and shift will be stored.
+        scale_bits: bits in which they will be stored instead, relative to one scale a row (`requanto.scales.compact`).
     """
 
-    def __init__(self, kind: qtype, affine: bool, stored: torch.dtype) -> None:
-        self.kind, self.affine, self.stored = kind, affine, stored
+    def __init__(self, kind: qtype, affine: bool, stored: torch.dtype, scale_bits: int | None = None) -> None:
+        self.kind, self.affine, self.stored, self.scale_bits = kind, affine, stored, scale_bits
         self.low, self.high = (0.0, 2.0**kind.bits - 1) if affine else (float(kind.qmin), float(kind.qmax))
         self.top = kind.span if kind.is_codebook else self.high
 
@@ -48,8 +50,26 @@ class Grid:
         return self.values(self.codes(values, scale, shift), scale, shift)
 
     def storable(self, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and shift as they will be read back from where they are stored."""
-        return _storable(scale, shift, self.stored)
+        """Scale and shift of any groups as they will be read back, as far as single groups can tell (see :meth:`settle`)."""
+        if self.scale_bits is None:
+            return _storable(scale, shift, self.stored)
+        if shift is not None:  # zero points lie within the codes
+            low, high = (-shift).clamp(max=0), (scale * self.high - shift).clamp(min=0)
+            scale, shift = (high - low) / self.high, -low
+        return scale.clamp(min=1e-20), shift
+
+    def settle(
+        self, scale: torch.Tensor, shift: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Scale and shift ``[N, G]`` of whole rows as they will be read back, and the rows' own scales ``[N, 1]`` or None."""
+        scale, shift = self.storable(scale, shift)
+        if self.scale_bits is None:
+            return scale, shift, None
+        found = round_scales(scale, shift, self.kind, self.scale_bits)
+        scale = expand_scale(found.scale, found.row_scale)
+        if found.shift is not None:
+            shift = expand_shift(found.shift, scale, self.kind, self.scale_bits)
+        return scale, shift, found.row_scale
 
     # ------------------------------------------------------------------ scale and shift
 

@@ -19,6 +19,7 @@ from requanto.plan import PlannedWeight, parameter_holders
 from requanto.qtensor import QTensor
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.codebook import fit_codebook
+from requanto.scales.compact import pack_codes, zero_step
 from requanto.scales.weights import encode, scale_dtype
 
 if TYPE_CHECKING:
@@ -143,17 +144,19 @@ class Layer:
         if kind.is_learned:
             kind = kind.with_values(fit_codebook(self.weight(), kind, group or self.columns))
         grouped = group is not None and group < self.columns
-        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped))
+        bits = options.scale_bits if group is not None else None
+        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped), bits)
 
     def tensor(self, rounded: Rounded, grid: Grid) -> QTensor:
         """The quantized weight whose dequantized values are ``rounded.values``."""
         kind = grid.kind
         groups = rounded.values.view(len(rounded.values), rounded.scale.shape[1], -1)
         codes = encode(groups, rounded.scale, rounded.shift, kind)
+        scale, shift = self._stored_scales(rounded, grid)
         tensor = QTensor(
             pack(codes, kind.bits) if kind.is_packed else codes,
-            rounded.scale.to(grid.stored),
-            None if rounded.shift is None else rounded.shift.to(grid.stored),
+            scale,
+            shift,
             qtype=self.planned.options.qtype,
             shape=self.parameter.shape,
             dtype=self.parameter.dtype,
@@ -161,9 +164,22 @@ class Layer:
             group_size=self.group_size,
             transposed=self.planned.transposed,
             codebook=torch.tensor(kind.values, device=codes.device) if kind.is_learned else None,
+            row_scale=rounded.row_scale,
+            scale_bits=grid.scale_bits,
         )
         tensor.activation = self.planned.options.activations
         return tensor
+
+    def _stored_scales(self, rounded: Rounded, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and shift as they are stored: floats, or codes relative to the row's scale."""
+        scale, shift, row, bits = rounded.scale, rounded.shift, rounded.row_scale, grid.scale_bits
+        if bits is None or row is None:
+            return scale.to(grid.stored), None if shift is None else shift.to(grid.stored)
+        codes = (scale / row.float()).round().to(torch.uint8)
+        if shift is None:
+            return pack_codes(codes, bits), None
+        zeros = (shift / (scale * zero_step(grid.kind, bits))).round().to(torch.uint8)
+        return pack_codes(codes, bits), pack_codes(zeros, bits)
 
 
 def find_layers(model: nn.Module, planned: Mapping[str, PlannedWeight]) -> tuple[list[Layer], list[Layer]]:
@@ -184,7 +200,7 @@ def find_layers(model: nn.Module, planned: Mapping[str, PlannedWeight]) -> tuple
         if first is None:
             others = [place for place in holders[id(parameter)] if place[0] is not module]
             found[id(parameter)] = Layer(name, choice, [(module, leaf), *others])
-        elif repr(first.planned.options) != repr(choice.options):
+        elif vars(first.planned.options) != vars(choice.options):
             raise ValueError(
                 f"one weight is shared by {first.name} ({first.planned.options!r}) and {name} ({choice.options!r}): "
                 f"quantize both alike, or exclude one"

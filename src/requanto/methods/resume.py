@@ -108,7 +108,9 @@ def fingerprint(
         flat = parameter.detach().reshape(-1)
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(tensor_bytes(flat[:: max(1, flat.numel() // _SAMPLE)]))
-    choices = "\n".join(f"{name}: {choice!r}" for name, choice in planned.items())
+    choices = "\n".join(
+        f"{name}: {vars(choice.options)} {choice.axis} {choice.transposed}" for name, choice in planned.items()
+    )
     return {
         "model": digest.hexdigest(),
         "samples": samples.fingerprint(),

@@ -104,9 +104,9 @@ class Tuned:
     def rounded(self) -> Rounded:
         """What was learned, on the grid, with scale and shift as they will be stored."""
         scale, shift = self.tables()
-        scale, shift = self.grid.storable(scale, shift)
-        values = self.grid.values(self.codes().round(), scale, shift).flatten(1)
-        return Rounded(values, scale[..., 0], None if shift is None else shift[..., 0])
+        scale, shift, row_scale = self.grid.settle(scale[..., 0], None if shift is None else shift[..., 0])
+        wide = scale[..., None], None if shift is None else shift[..., None]
+        return Rounded(self.grid.values(self.codes().round(), *wide).flatten(1), scale, shift, row_scale)
 
 
 @contextlib.contextmanager
