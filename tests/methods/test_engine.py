@@ -16,9 +16,11 @@ import tiny_models
 from whole_models import error, logits, nearest, quiet, token_samples, vector_samples
 
 import requanto
-from requanto.methods import text_samples
+from requanto.config import QuantoConfig
+from requanto.methods import layer_moments, text_samples
 from requanto.methods.chains import Chain, find_lists
 from requanto.methods.samples import Samples
+from requanto.plan import plan
 from requanto.qtensor import QTensor
 
 
@@ -333,3 +335,21 @@ def test_text_becomes_samples():
     assert len({tuple(s[0].tolist()) for s in samples}) > 1
     with pytest.raises(ValueError, match="give a longer text"):
         text_samples(tokenizer, "short", samples=5, length=100)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_moments_of_a_float_model(full):
+    model, samples = Root(), vector_samples()
+    weights = {name: copy.deepcopy(p) for name, p in model.named_parameters()}
+    planned = plan(model, QuantoConfig(weights="int4"))
+    found = layer_moments(model, planned, samples, full=full)
+    inputs = torch.cat(samples)
+    inside = F.gelu(model.first(inputs)).detach()
+    for name, x in (("first.weight", inputs), ("last.weight", inside)):
+        assert found[name].rows == 64
+        torch.testing.assert_close(found[name].square, x.square().sum(0))
+        assert (found[name].hessian is not None) == full
+        if full:
+            torch.testing.assert_close(found[name].hessian, x.t() @ x, rtol=1e-4, atol=1e-3)
+    assert found["unused.weight"].rows == 0
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())

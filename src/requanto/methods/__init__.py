@@ -18,10 +18,22 @@ from requanto.methods.method import Gptq, Method
 from requanto.methods.resume import Resume, fingerprint
 from requanto.methods.samples import Samples, text_samples
 from requanto.methods.scaling import Awq, SmoothQuant
+from requanto.methods.statistics import layer_moments
 from requanto.methods.tuning import SignRound
 from requanto.plan import PlannedWeight
 
-__all__ = ["METHODS", "Awq", "Gptq", "Method", "SignRound", "SmoothQuant", "quantize_with_samples", "text_samples"]
+__all__ = [
+    "METHODS",
+    "Awq",
+    "Gptq",
+    "Method",
+    "SignRound",
+    "SmoothQuant",
+    "find_method",
+    "layer_moments",
+    "quantize_with_samples",
+    "text_samples",
+]
 
 #: every method by its name
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Gptq, Awq, SmoothQuant, SignRound)}

@@ -50,7 +50,7 @@ class Grid:
         return self.values(self.codes(values, scale, shift), scale, shift)
 
     def storable(self, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and shift of any groups as they will be read back, as far as single groups can tell (see :meth:`settle`)."""
+        """Scale and shift of any groups as they will be read back, as far as a group can tell (see :meth:`settle`)."""
         if self.scale_bits is None:
             return _storable(scale, shift, self.stored)
         if shift is not None:  # zero points lie within the codes
@@ -61,7 +61,7 @@ class Grid:
     def settle(
         self, scale: torch.Tensor, shift: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Scale and shift ``[N, G]`` of whole rows as they will be read back, and the rows' own scales ``[N, 1]`` or None."""
+        """Scale and shift ``[N, G]`` of whole rows as they will be read back, and the rows' scales ``[N, 1]`` or None."""
         scale, shift = self.storable(scale, shift)
         if self.scale_bits is None:
             return scale, shift, None

@@ -1,0 +1,42 @@
+"""What the layers of a float model are given, without changing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from requanto.methods.layers import find_layers
+from requanto.methods.moments import Inputs, Moments
+from requanto.methods.samples import Samples
+from requanto.plan import PlannedWeight
+
+
+def layer_moments(
+    model: nn.Module, planned: Mapping[str, PlannedWeight], calibration: Any, *, full: bool = False
+) -> dict[str, Moments]:
+    """Second moments of the inputs of every planned Linear (or Conv1D) weight, from one run of the float model.
+
+    Args:
+        model: any model, float.
+        planned: full parameter name -> how it will be quantized (`requanto.plan.plan`); other kinds of weights are left out.
+        calibration: samples, or a function that runs the model (`requanto.methods.samples`).
+        full: of all pairs of input channels: ``[K, K]`` float32 for every layer, all held at once; else of each channel
+            alone.
+
+    Returns:
+        By parameter name; ``rows`` is 0 for a layer that no sample reached.
+    """
+    layers, _ = find_layers(model, planned)
+    owner = {module: layer for layer in layers for module in layer.modules}
+    found = {layer: Moments(layer.columns, layer.parameter.device, full, paired=False) for layer in layers}
+    was_training = model.training
+    model.eval()
+    try:
+        with Inputs(owner, lambda m, x: found[owner[m]].add(x)):
+            for _ in Samples(calibration).run(model):
+                pass
+    finally:
+        model.train(was_training)
+    return {layer.name: moments for layer, moments in found.items()}
