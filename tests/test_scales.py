@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from requanto import QTensor, qfloat8, qfloat8_e4m3fnuz, qfloat8_e5m2, qint2, qint4, qint8, qtypes
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales import weights as weights_module
-from requanto.scales.search import minmax
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = [qint2, qint4, qint8, qfloat8, qfloat8_e4m3fnuz, qfloat8_e5m2]
@@ -43,7 +42,7 @@ def grid_error(weight: torch.Tensor, tensor: QTensor) -> torch.Tensor:
 )
 def test_no_weight_is_further_off_than_half_a_step(kind, dtype, groups, group, rows, symmetric, seed):
     weight = weights(rows, groups * group, dtype, seed)
-    tensor = QTensor.quantize(weight, kind, group_size=group, symmetric=symmetric)
+    tensor = QTensor.quantize(weight, kind, group_size=group, symmetric=symmetric, search="minmax")
     grouped = weight.double().reshape(rows, groups, group)
     low, high = grouped.amin(-1), grouped.amax(-1)
     if symmetric:
@@ -113,7 +112,7 @@ def test_float8_scales_have_the_least_squared_error_of_all_that_put_the_largest_
 def test_float8_scales_of_long_rows_have_less_error_than_absmax(kind):
     """Long rows are looked at in part: better on the whole, not in every row."""
     weight = weights(256, 1024, torch.float32, 5)
-    absmax = QTensor.quantize(weight, kind, search=minmax)
+    absmax = QTensor.quantize(weight, kind, search="minmax")
     torch.testing.assert_close(absmax.scale, weight.abs().amax(-1, keepdim=True) / kind.qmax)
     chosen = grid_error(weight, QTensor.quantize(weight, kind)).square().sum()
     assert chosen < 0.99 * grid_error(weight, absmax).square().sum()
@@ -121,11 +120,11 @@ def test_float8_scales_of_long_rows_have_less_error_than_absmax(kind):
 
 def test_one_group_by_hand():
     weight = torch.tensor([[-0.9, -0.5, 0.25, 2.0]])
-    affine = QTensor.quantize(weight, "int4", group_size=None)
+    affine = QTensor.quantize(weight, "int4", group_size=None, search="minmax")
     assert affine.scale.item() == pytest.approx(2.9 / 15)
     assert affine.shift.item() == pytest.approx(0.9)
     assert affine.codes().tolist() == [[0, 2, 6, 15]]  # (w + 0.9) / 0.1933 = 0, 2.07, 5.95, 15
-    symmetric = QTensor.quantize(weight, "int4", group_size=None, symmetric=True)
+    symmetric = QTensor.quantize(weight, "int4", group_size=None, symmetric=True, search="minmax")
     assert symmetric.scale.item() == pytest.approx(2 / 7)
     assert symmetric.codes().tolist() == [[8 - 3, 8 - 2, 8 + 1, 8 + 7]]  # -3.15, -1.75, 0.875, 7
     eight = QTensor.quantize(weight, "int8")
@@ -136,7 +135,8 @@ def test_one_group_by_hand():
 @pytest.mark.parametrize("kind", [qint2, qint4])
 def test_the_outermost_weights_get_the_outermost_codes(kind, symmetric):
     weight = weights(8, 64, torch.float32, 0)
-    codes = QTensor.quantize(weight, kind, group_size=32, symmetric=symmetric).codes().reshape(8, 2, 32).int()
+    tensor = QTensor.quantize(weight, kind, group_size=32, symmetric=symmetric, search="minmax")
+    codes = tensor.codes().reshape(8, 2, 32).int()
     if symmetric:
         reached = torch.maximum(codes.amax(-1) == 2**kind.bits - 1, codes.amin(-1) == 0)
     else:

@@ -29,6 +29,9 @@ def _options(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
+_METHOD_HELP = "minmax, mse, weighted, hqq (default: the type's best); with samples: gptq, awq, smoothquant, signround."
+
+
 @app.command()
 def quantize(
     model: Model,
@@ -50,7 +53,7 @@ def quantize(
     convolutions: Annotated[bool, typer.Option("--convolutions", help="Quantize convolutions too.")] = False,
     dtype: Annotated[str, typer.Option(help="Float dtype of the rest: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to quantize, e.g. cuda; default: the CPU.")] = None,
-    method: Annotated[str | None, typer.Option(help="With samples: gptq, awq, smoothquant or signround.")] = None,
+    method: Annotated[str | None, typer.Option(help=_METHOD_HELP)] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="Text file that samples are cut from; default: fiction that ships with requanto."),
@@ -69,6 +72,7 @@ def quantize(
     from requanto.config import QuantoConfig
     from requanto.report.convert import quantize_directory
     from requanto.report.inspect import inspect_directory
+    from requanto.scales import CALIBRATED
 
     with reported():
         config = QuantoConfig(
@@ -81,8 +85,9 @@ def quantize(
             embeddings=embeddings,
             lm_head=lm_head,
             convolutions=convolutions,
+            method=method if method not in CALIBRATED else None,
         )
-        if method is None:
+        if method not in CALIBRATED:
             if calibration or option or resume:
                 raise ValueError("--calibration, --option and --resume belong to a --method that looks at samples")
             quantize_directory(model, out, config, dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from typing import Any
 
 from requanto.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
 from requanto.scales.compact import check_scale_bits
+from requanto.scales.search import check_method
 
 FORMAT = "requanto"
 #: the newest version of the checkpoint format that is read; what version 1 can say is written as version 1
@@ -38,12 +39,12 @@ class QuantizationMethod(str, Enum):
     __str__ = str.__str__
 
 
-#: How one layer is quantized: a type, or a dict of ``weights``, ``group_size``, ``symmetric``; None leaves it float.
+#: How one layer is quantized: a type, or a dict of ``_LAYER_KEYS``; None leaves it float.
 LayerChoice = str | dict[str, Any] | None
 
-_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits")
+_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method")
 #: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
-_LATER_KEYS = frozenset({"scale_bits"})
+_LATER_KEYS = frozenset({"scale_bits", "method"})
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors")
 
 
@@ -58,9 +59,11 @@ class QuantoConfig:
         group_size: neighbouring weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale a row
             for 8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
         modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
-            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, or None for float. The first match counts. A
-            full name (no glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
+            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, or None for float. The first match
+            counts. A full name (no glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
         symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
+        method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"`` or ``"hqq"``; None: what
+            measured best for the type (docs/accuracy.md). Methods that look at samples are `requanto.quantize`'s.
         embeddings: quantize ``nn.Embedding`` tables too.
         lm_head: quantize the output embeddings too.
         convolutions: quantize Conv1d, Conv2d and Conv3d too.
@@ -88,6 +91,7 @@ class QuantoConfig:
         default_skips: bool = True,
         scale_bits: int | None = None,
         weights_dtype: str | qtype | None = None,
+        method: str | None = None,
         **unknown: Any,
     ) -> None:
         stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
@@ -104,6 +108,7 @@ class QuantoConfig:
         self.group_size = _checked_group_size(group_size, "group_size")
         self.modules = {pattern: _checked_choice(pattern, choice) for pattern, choice in (modules or {}).items()}
         self.symmetric = symmetric
+        self.method = method
         self.embeddings = bool(embeddings)
         self.lm_head = bool(lm_head)
         self.convolutions = bool(convolutions)
@@ -116,6 +121,9 @@ class QuantoConfig:
         #: None: the checkpoint was not written by Requanto
         self.format: str | None = stored.get("format")
         self.format_version: int | None = stored.get("format_version")
+        check_method(self.method)
+        for pattern in (None, *self.modules):
+            self.choice_for(pattern)
         for flag in ("symmetric",):
             if getattr(self, flag) not in (None, True, False):
                 raise ValueError(f"{flag} must be True, False or None, found {getattr(self, flag)!r}")
@@ -136,6 +144,7 @@ class QuantoConfig:
             "default_skips",
             "scale_bits",
             "weights_dtype",
+            "method",
         )
 
     @property
@@ -155,11 +164,14 @@ class QuantoConfig:
             "symmetric": self.symmetric,
             "activations": self.activations,
             "scale_bits": self.scale_bits,
+            "method": self.method,
         }
         choice = self.modules[pattern] if pattern is not None else options
         if isinstance(choice, str):
             choice = {"weights": choice}
         options.update(choice or {})
+        where = "method" if pattern is None else f"modules[{pattern!r}]['method']"
+        check_method(options["method"], resolve_qtype(options["weights"]), where)
         return LayerOptions(**options)
 
     # ------------------------------------------------------------------ what the libraries call
@@ -231,6 +243,7 @@ class LayerOptions:
         symmetric: bool | None = None,
         activations: str | None = None,
         scale_bits: int | None = None,
+        method: str | None = None,
     ) -> None:
         self.qtype = resolve_qtype(weights)
         self.group_size: int | str | None = (
@@ -239,6 +252,8 @@ class LayerOptions:
         self.symmetric = symmetric
         self.activations = None if activations is None else resolve_qtype(activations)
         self.scale_bits = scale_bits
+        #: name of the search, None: the type's default
+        self.method = method
 
     def __repr__(self) -> str:
         return f"LayerOptions({self.qtype.name}, group_size={self.group_size}, symmetric={self.symmetric})"

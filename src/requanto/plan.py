@@ -39,8 +39,8 @@ class PlannedWeight:
     transposed: bool
     kind: str
 
-    def quantize(self, weight: torch.Tensor, name: str, search: ScaleSearch | None = None) -> QTensor:
-        """The quantized weight."""
+    def quantize(self, weight: torch.Tensor, name: str, search: str | ScaleSearch | None = None) -> QTensor:
+        """The quantized weight; ``search`` stands above the options' method."""
         tensor = QTensor.quantize(
             weight,
             self.options.qtype,
@@ -49,7 +49,7 @@ class PlannedWeight:
             scale_bits=self.options.scale_bits,
             axis=self.axis,
             transposed=self.transposed,
-            search=search,
+            search=search or self.options.method,
             name=name,
         )
         tensor.activation = self.options.activations

@@ -26,6 +26,7 @@ from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.scales.compact import check_scale_bits
+from requanto.scales.search import CALIBRATED, SEARCHES, check_method
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -63,15 +64,16 @@ def quantize(
         model: any module, also on the meta device.
         weights: ``"int2"``, ``"int4"``, ``"int8"``, ``"float8"`` ..., a qtype, or None: weights stay float.
         activations: ``"int8"``, ``"float8"``, or None. On the fly per token, until `Calibration` finds static scales.
-        optimizer: how scales are found, e.g. `HqqOptimizer()`; None: minimum and maximum, in float32.
+        optimizer: optimum-quanto's scales, e.g. `HqqOptimizer()`; None: Requanto's own, as ``method`` says.
         include, exclude: shell patterns on full dotted names; a module must match one of ``include`` where given, and
             none of ``exclude``.
         group_size: weights of a row that share a scale (below 8 bits); None: one scale a row. See `QTensor.quantize`.
         symmetric: codes around zero, without a shift; None: below 8 bits affine, else symmetric.
         modules: other types for some modules, ``{"*.mlp.*": "int4", "lm_head": None}``; the first pattern that fits
             counts, before include and exclude.
-        method: how codes are found on samples, ``"gptq"`` ... (`requanto.methods`); needs ``calibration``. Nothing is left
-            to freeze then.
+        method: how scales are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"hqq"``, or None: the type's default; or,
+            with ``calibration``, how codes are found on samples: ``"gptq"`` ... (`requanto.methods`). Nothing is left to
+            freeze then.
         calibration: samples: an iterable of the model's inputs, or a function ``f(model)`` that runs it, or a pipeline.
         method_options: the method's own options.
         resume: directory for finished blocks; an interrupted run goes on from there.
@@ -95,15 +97,22 @@ def quantize(
     if optimizer is not None:
         for asked in {kind, *special.values()} - {None}:
             check_optimizer(optimizer, asked)
-    options = weight_options(scale_bits=scale_bits)
+    if calibration is None:
+        for asked in {kind, *special.values()} - {None}:
+            check_method(method, asked)
+    elif method in SEARCHES:
+        raise ValueError(
+            f"method={method!r} looks at no samples: leave out calibration=, or name one of {', '.join(CALIBRATED)}"
+        )
+    options = weight_options(scale_bits=scale_bits, search=method if calibration is None else None)
     if optimizer is not None and options:
         raise ValueError(f"an optimizer's scales are optimum-quanto's; {', '.join(options)} cannot be asked of them")
     include, exclude = listed(include), listed(exclude)
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
 
-    if calibration is not None or method is not None:
-        if optimizer is not None or calibration is None:
+    if calibration is not None:
+        if optimizer is not None:
             raise ValueError(_SAMPLES_OR_NOT)
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
@@ -242,13 +251,13 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None) -> dict[st
     return entry
 
 
-def weight_options(*, scale_bits: int | None = None) -> dict[str, Any]:
+def weight_options(*, scale_bits: int | None = None, search: str | None = None) -> dict[str, Any]:
     """What was asked for, checked, as further keywords of `QTensor.quantize`.
 
     Raises:
         ValueError: a value out of range.
     """
-    found = {"scale_bits": check_scale_bits(scale_bits)}
+    found = {"scale_bits": check_scale_bits(scale_bits), "search": check_method(search, where="search")}
     return {name: value for name, value in found.items() if value is not None}
 
 

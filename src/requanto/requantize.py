@@ -202,7 +202,7 @@ def _make_qmodule(
     if isinstance(module, QModuleMixin):
         restore_float_class(module)
     group, symmetric = entry.get("group_size", "default"), entry.get("symmetric")
-    options = weight_options(scale_bits=entry.get("scale_bits"))
+    options = weight_options(scale_bits=entry.get("scale_bits"), search=entry.get("search"))
     if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry, options):
         raise CheckpointError(f"the map quantizes {name!r}, and {type(module).__name__} has no quantized counterpart")
 

@@ -288,7 +288,7 @@ def test_a_directory_of_another_run_is_refused(tmp_path):
         ({"calibration": []}, "holds no samples"),
         ({"calibration": "a text"}, "calibration is text"),
         ({"calibration": ["a text"]}, "calibration is text"),
-        ({"method": "gptq"}, "belong together"),
+        ({"method": "gptq"}, "looks at samples"),
         ({"calibration": [torch.ones(2, 32)], "optimizer": requanto.HqqOptimizer()}, "belong together"),
         ({"calibration": [torch.ones(2, 32)], "method": "gpqt"}, "unknown method 'gpqt'"),
         ({"calibration": lambda model: None}, "reached none of the 3 layers"),

@@ -29,7 +29,7 @@ class QModuleMixin:
     Attributes:
         weight_qtype, activation_qtype: what is quantized to which type, or None.
         weight_group_size, weight_symmetric: as in :func:`requanto.quantize`.
-        weight_options: further keywords of `QTensor.quantize` (``scale_bits``).
+        weight_options: further keywords of `QTensor.quantize` (``scale_bits``, ``search``).
         optimizer: how scales are found; None: Requanto's own search in float32.
         input_scale, output_scale: scalar buffers; present where activations are quantized.
     """

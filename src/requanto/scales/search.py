@@ -1,13 +1,23 @@
-"""Searches: how the scale (and shift) of a group of weights is chosen, without data."""
+"""Searches: how the scale (and shift) of a group of weights is chosen, without data.
+
+minmax    the outermost weights take the outermost codes: no weight is further off than half a step
+mse       least squared error (float8: `requanto.scales.float8`)
+weighted  least squared error, each weight counted with its own magnitude: outliers matter more to what a layer computes
+          than the many small weights between them, whose errors cancel
+hqq       half-quadratic: least |error|^0.7 (`requanto.scales.hqq`)
+"""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 
 import torch
 
 from requanto.qtypes import qtype
 from requanto.scales.float8 import float8_scale
+from requanto.scales.hqq import hqq
+from requanto.scales.least_squares import least_squares
 
 #: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
 ScaleSearch = Callable[[torch.Tensor, qtype, bool], tuple[torch.Tensor, torch.Tensor | None]]
@@ -36,10 +46,72 @@ def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tenso
 
 
 def mse(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale of the least squared error among candidates."""
-    return float8_scale(groups, kind), None
+    """Scale (and shift) of the least squared error."""
+    if kind.is_floating_point and kind.bits == 8:
+        return float8_scale(groups, kind), None
+    return least_squares(groups, kind, affine, minmax(groups, kind, affine), None)
 
 
-def default_search(kind: qtype) -> ScaleSearch:
-    """What is used where no search is named: the least squared error for float8, minmax for integers."""
-    return mse if kind.is_floating_point and kind.bits == 8 else minmax
+def weighted(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale (and shift) of the least ``sum |w|^0.5 (w - dequantized)^2``."""
+    return least_squares(groups, kind, affine, minmax(groups, kind, affine), groups.abs().sqrt_())
+
+
+#: the searches by name
+SEARCHES: dict[str, ScaleSearch] = {"minmax": minmax, "mse": mse, "weighted": weighted, "hqq": hqq}
+
+#: names of the methods that look at samples (`requanto.methods`); `requanto.quantize` takes them with ``calibration``
+CALIBRATED = ("gptq", "awq", "smoothquant", "signround")
+
+
+def check_method(name: str | None, kind: qtype | None = None, where: str = "method") -> str | None:
+    """``name``, if it is None or the name of a search that can quantize to ``kind``.
+
+    Raises:
+        ValueError: it needs samples, is unknown, or does not fit the type; the message says what does.
+    """
+    if name is None:
+        return None
+    if name in CALIBRATED:
+        raise ValueError(
+            f"{where}={name!r} looks at samples: requanto.quantize(model, weights=..., calibration=samples, "
+            f"method={name!r}). Without samples it is one of {', '.join(SEARCHES)}"
+        )
+    if name not in SEARCHES:
+        near = difflib.get_close_matches(str(name), (*SEARCHES, *CALIBRATED), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"unknown {where}={name!r}{hint} Known: {', '.join(SEARCHES)}; with samples: {', '.join(CALIBRATED)}"
+        )
+    if kind is not None and name not in fitting(kind):
+        raise ValueError(f"{where}={name!r} does not fit {kind.name}, which takes {' or '.join(fitting(kind))}")
+    return name
+
+
+def fitting(kind: qtype) -> tuple[str, ...]:
+    """Names of the searches that a type may be quantized with."""
+    if kind.is_codebook or kind.bits == 1:
+        return ("minmax",)
+    if kind.is_floating_point:
+        return ("minmax", "mse")
+    return tuple(SEARCHES)
+
+
+def default_method(kind: qtype) -> str:
+    """Name of the search that is used where none is asked for: measured, see docs/accuracy.md."""
+    if kind.is_floating_point and kind.bits == 8:
+        return "mse"
+    return "weighted" if kind.bits <= 4 and "weighted" in fitting(kind) else "minmax"
+
+
+def find_search(search: str | ScaleSearch | None, kind: qtype) -> ScaleSearch:
+    """The search of that name, the default one of a type for None, or the function itself.
+
+    Raises:
+        ValueError: see `check_method`.
+    """
+    if search is None:
+        return SEARCHES[default_method(kind)]
+    if callable(search):
+        return search
+    return SEARCHES[check_method(search, kind, "search") or default_method(kind)]

@@ -26,7 +26,7 @@ from requanto.scales.compact import (
     round_scales,
     stored_length,
 )
-from requanto.scales.search import ScaleSearch, default_search
+from requanto.scales.search import ScaleSearch, find_search
 
 #: Weights quantized at once: the float32 temporaries (2 MB each) stay in the cache of a CPU core and are reused by its
 #: allocator, whatever the size of the tensor.
@@ -55,7 +55,7 @@ def quantize_weight_data(
     kind: qtype,
     group_size: int | None,
     affine: bool,
-    search: ScaleSearch | None = None,
+    search: str | ScaleSearch | None = None,
     name: str = "weight",
     scale_bits: int | None = None,
 ) -> QuantizedData:
@@ -66,7 +66,7 @@ def quantize_weight_data(
         kind: type of the codes.
         group_size: a divisor of K, or None for one group a row.
         affine: with a shift (integer codes of fewer than 8 bits, unsigned ones), or symmetric around zero.
-        search: how scale and shift are chosen; None: as `default_search` says.
+        search: how scale and shift are chosen; a name (`requanto.scales.search`), a function, or None: the type's default.
         name: what to call the weight in an error.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
 
@@ -83,7 +83,7 @@ def quantize_weight_data(
     rows = weight.reshape(lead.numel(), length)
     count, groups = rows.shape[0], (length // group if length else 1)
     stored = scale_dtype(weight.dtype, groups > 1)
-    search = search or default_search(kind)
+    search = find_search(search, kind)
 
     width = packed_length(length, kind.bits) if kind.is_packed else length
     qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
@@ -103,7 +103,8 @@ def quantize_weight_data(
         step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_ACCELERATOR) // length)
         for start in range(0, count, step):
             part = slice(start, start + step)
-            block = rows[part].float().reshape(-1, groups, group)
+            # Sums depend on the order in memory: that of a transposed view must be the same as that of its copy.
+            block = rows[part].float().contiguous().reshape(-1, groups, group)
             found, offset = search(block, kind, affine)
             _require_finite(found, name)
             if row_scale is None:
