@@ -125,10 +125,10 @@ def test_a_method_that_needs_samples_points_to_where_they_are_given(name):
 
 def test_a_wrong_name_is_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"method='wieghted'; did you mean 'weighted'\? Known: minmax, mse, weighted, hqq"
+        ValueError, match=r"unknown method 'wieghted'; did you mean 'weighted'\? Known: minmax, mse, weighted, hqq"
     ):
         QuantoConfig(weights="int4", method="wieghted")
-    with pytest.raises(ValueError, match=r"unknown search='best'\. Known"):
+    with pytest.raises(ValueError, match=r"unknown search 'best'\. Known"):
         QTensor.quantize(torch.ones(2, 8), "int4", search="best")
     with pytest.raises(ValueError, match="'hqq' does not fit qfloat8_e4m3fn, which takes minmax or mse"):
         QuantoConfig(weights="float8", method="hqq")

@@ -2,7 +2,7 @@
 
 For given codes q the best scale and shift of ``min sum v (w - (s q - z))^2`` are those of a weighted straight line; for
 given scale and shift the best codes are the nearest. Doing one after the other never makes the sum larger (Lloyd's algorithm
-on a grid). Where it ends depends on where it starts: 0.9 of the range from minimum to maximum does well at 4 bits.
+on a grid). Where it ends depends on where it starts: 0.95 of the range from minimum to maximum does best at 4 bits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from requanto.qtypes import qtype
 
 #: Part of the range between minimum and maximum to start from, by bits.
-START = {2: 0.7, 3: 0.8, 4: 0.9, 5: 0.95}
+START = {2: 0.7, 3: 0.8, 4: 0.95}
 #: Refits: the first gains most, the third next to nothing.
 REFITS = 2
 #: Codes by which each weight of a group that was quantized before may lie beside one: rounding to bfloat16 moved it.

@@ -81,7 +81,7 @@ def check_method(name: str | None, kind: qtype | None = None, where: str = "meth
         near = difflib.get_close_matches(str(name), (*SEARCHES, *CALIBRATED), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
-            f"unknown {where}={name!r}{hint} Known: {', '.join(SEARCHES)}; with samples: {', '.join(CALIBRATED)}"
+            f"unknown {where} {name!r}{hint} Known: {', '.join(SEARCHES)}; with samples: {', '.join(CALIBRATED)}"
         )
     if kind is not None and name not in fitting(kind):
         raise ValueError(f"{where}={name!r} does not fit {kind.name}, which takes {' or '.join(fitting(kind))}")
