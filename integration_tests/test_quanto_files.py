@@ -1,14 +1,10 @@
 """The real optimum-quanto 0.2.7, in a process of its own: the same codes, scales and files, bit for bit."""
 
-import importlib.metadata
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from quanto_process import run_oracle
 from torch import nn
 
 from requanto.checkpoint.format import CheckpointError
@@ -26,24 +22,10 @@ OPTIMIZERS = {"absmax": AbsmaxOptimizer, "max": MaxOptimizer, "hqq": HqqOptimize
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-def run_oracle(*arguments):
-    """Runs the real package; REQUANTO_QUANTO_PYTHON names a Python that has it where this one has not."""
-    python = os.environ.get("REQUANTO_QUANTO_PYTHON")
-    if python is None:
-        try:
-            importlib.metadata.version("optimum-quanto")
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip("optimum-quanto is not installed (pip install --no-deps optimum-quanto==0.2.7)")
-        python = sys.executable
-    script = Path(__file__).with_name("_quanto_oracle.py")
-    done = subprocess.run([python, script, *map(str, arguments)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
     out = tmp_path_factory.mktemp("oracle")
-    run_oracle(out)
+    run_oracle("_quanto_oracle.py", out)
     return torch.load(out / "cases.pt", weights_only=True)
 
 
@@ -123,7 +105,7 @@ def test_it_loads_core_directories_that_requanto_wrote(tmp_path):
             (directory / "quanto_qmap.json").write_text(json.dumps(core_map(model)))
             (directory / "config.json").write_text(json.dumps({"sizes": SIZES}))
             written[directory] = model
-    run_oracle(tmp_path, *written)
+    run_oracle("_quanto_oracle.py", tmp_path, *written)
     for directory, model in written.items():
         loaded = torch.load(directory / "loaded.pt", weights_only=True)
         assert loaded["map"] == core_map(model)

@@ -18,13 +18,17 @@ from torch.utils import _pytree as pytree
 
 from requanto.nn.activation import QActivation
 from requanto.nn.mixin import QModuleMixin
+from requanto.nn.swap import quantize_in_place
 from requanto.observers import Observer, find_observer
+from requanto.qtensor import QTensor
 
 _SOURCES = "_requanto_sources"
 
 
 class Calibration(TorchFunctionMode):
     """Finds input and output scales of the quantized modules that run inside it. Any eager model; no tracing.
+
+    A model that was loaded with ``QuantoConfig(activations=...)``, or quantized so, is calibrated alike.
 
     Every batch moves a scale: ``momentum * old + (1 - momentum) * observed``; the first one sets it. With ``streamline``,
     modules whose output no quantized module reads (directly, or by way of operators that keep codes: views, relu, a
@@ -120,6 +124,8 @@ class Calibration(TorchFunctionMode):
 
     def calibrate_input(self, module: nn.Module, args: tuple) -> None:
         """Moves a module's input scale; a hook that runs before the module's own."""
+        if not isinstance(module, QModuleMixin):
+            _make_room(module)
         if not isinstance(module, QModuleMixin) or module.activation_qtype is None or not args:
             return
         self._seen[module] = None
@@ -162,6 +168,20 @@ class Calibration(TorchFunctionMode):
         if bool(old == 1):
             return found
         return (self.momentum * old + (1.0 - self.momentum) * found).to(found.dtype)
+
+
+def _make_room(module: nn.Module) -> None:
+    """A layer whose weight says that its inputs are quantized on the fly (as `QuantoConfig` loads them) becomes one that can
+    hold scales."""
+    weight = module._parameters.get("weight")
+    if not isinstance(weight, QTensor) or weight.activation is None:
+        return
+    if "forward" in module.__dict__:  # the new class would not be asked
+        raise ValueError(
+            f"a {type(module).__name__} has a forward of its own (device_map and offloading do that): calibrate a model "
+            f"that was loaded whole, save it, and load that with a device_map"
+        )
+    quantize_in_place(module, weight.qtype, weight.activation, None, weight.group_size, weight.shift is None, "")
 
 
 _PRODUCTS = {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm}

@@ -45,7 +45,7 @@ LayerChoice = str | dict[str, Any] | None
 _LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method")
 #: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
 _LATER_KEYS = frozenset({"scale_bits", "method"})
-_STORED_KEYS = ("quant_method", "format", "format_version", "tensors")
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules")
 
 
 class QuantoConfig:
@@ -116,6 +116,8 @@ class QuantoConfig:
         self.scale_bits = check_scale_bits(scale_bits)
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
         self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
+        #: name of a module that holds activation scales -> their type (`requanto.activation_table`)
+        self.activation_modules: dict[str, str] = dict(stored.get("activation_modules") or {})
         #: one config for several models (components of a pipeline): a name may match in another one. Never stored.
         self.shared = False
         #: None: the checkpoint was not written by Requanto
@@ -188,6 +190,8 @@ class QuantoConfig:
                 "format_version": self.format_version or format_version_of(self.tensors),
                 "tensors": dict(self.tensors),
             }
+        if self.activation_modules:
+            values["activation_modules"] = dict(self.activation_modules)
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:

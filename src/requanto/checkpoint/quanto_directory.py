@@ -27,6 +27,8 @@ from requanto.config import QuantoConfig
 from requanto.qtypes import qtype, resolve_qtype, short_name
 
 MAP_NAME = "quanto_qmap.json"
+#: what optimum-quanto stores beside the weight of every quantized module, scalars
+SCALES = ("input_scale", "output_scale")
 
 
 def is_quanto_directory(directory: str | os.PathLike) -> bool:
@@ -43,6 +45,9 @@ def convert_quanto_directory(
 ) -> Path:
     """Rewrites a directory of optimum-quanto's in Requanto's format; codes, scales and shifts stay what they are.
 
+    Static activation scales stay too, and a scale of 1 is one that was not calibrated: an output scale of 1 leaves that
+    output float. (There such a layer rounds its output to integers.)
+
     Args:
         source: the directory to read.
         target: the directory to write, replaced as a whole.
@@ -52,23 +57,29 @@ def convert_quanto_directory(
         ``target``.
 
     Raises:
-        CheckpointError: map and tensors disagree; or the checkpoint has static activation scales, which only
-            `requanto.QuantizedModelForCausalLM` and its siblings load.
+        CheckpointError: map and tensors disagree.
     """
     source, target = Path(source), Path(target)
     config = _read_json(source / "config.json")
     diffusers = "_class_name" in config
     stem = "diffusion_pytorch_model" if diffusers else "model"
     files = SafetensorsFiles(source, stem)
-    kinds = _kinds(source, config, files)
+    qmap = _read_json(source / MAP_NAME)
+    kinds = _kinds(source, qmap, config, files)
+    activations = _activations(qmap)
     shapes = {
         name: p.shape for name, p in _skeleton(source, config, model_class).named_parameters(remove_duplicate=False)
     }
     state: dict[str, Any] = {}
     for key in files:
-        if is_quanto_part(key) or key.endswith((".input_scale", ".output_scale")):
+        # Every quantized module there has activation scales, which mean something only where its activations are quantized.
+        module, _, leaf = key.rpartition(".")
+        if is_quanto_part(key) or (leaf in SCALES and module not in activations):
             continue
         state[key] = files[key]
+    for key in (f"{module}.{scale}" for module in activations for scale in SCALES):
+        if key not in state:
+            raise CheckpointError(f"{source} lacks {key}: its map says that the module's activations are quantized")
     for name, kind in kinds.items():
         if name not in shapes:
             raise CheckpointError(
@@ -76,7 +87,7 @@ def convert_quanto_directory(
             )
         parts = {part: files[name + part] for part in PARTS if name + part in files}
         state[name] = to_qtensor(parts, kind, shapes[name], name)
-    config["quantization_config"] = _our_config(state)
+    config["quantization_config"] = _our_config(state, activations)
     with replaced_directory(target) as scratch:
         for path in source.iterdir():
             rewritten = path.name in (MAP_NAME, "config.json") or ".safetensors" in path.name
@@ -87,19 +98,17 @@ def convert_quanto_directory(
     return target
 
 
-def _kinds(source: Path, config: Mapping[str, Any], files: SafetensorsFiles) -> dict[str, qtype]:
+def _kinds(
+    source: Path, qmap: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], files: SafetensorsFiles
+) -> dict[str, qtype]:
     """Parameter name -> type, from the map or from the one type of a Diffusers config."""
     names = quantized_names(files)
     if (source / MAP_NAME).is_file():
-        kinds = {}
-        for module, entry in _read_json(source / MAP_NAME).items():
-            if entry.get("activations", "none") != "none":
-                raise CheckpointError(
-                    f"{source} has static activation scales ({module}), which a module of its own must hold: load it with "
-                    f"requanto.QuantizedModelForCausalLM.from_pretrained or a sibling"
-                )
-            if entry.get("weights", "none") != "none":
-                kinds[f"{module}.weight"] = resolve_qtype(entry["weights"])
+        kinds = {
+            f"{module}.weight": resolve_qtype(entry["weights"])
+            for module, entry in qmap.items()
+            if entry.get("weights", "none") != "none"
+        }
     else:
         kinds = dict.fromkeys(sorted(names), resolve_qtype(config["quantization_config"]["weights_dtype"]))
     for name in names ^ set(kinds):
@@ -108,13 +117,20 @@ def _kinds(source: Path, config: Mapping[str, Any], files: SafetensorsFiles) -> 
     return kinds
 
 
-def _our_config(state: Mapping[str, Any]) -> dict[str, Any]:
+def _activations(qmap: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """Module name -> type of its activations."""
+    asked = {module: entry.get("activations", "none") for module, entry in qmap.items()}
+    return {module: resolve_qtype(kind).name for module, kind in asked.items() if kind not in (None, "none")}
+
+
+def _our_config(state: Mapping[str, Any], activations: dict[str, str]) -> dict[str, Any]:
     table = table_of(state.items())
-    if not table:
+    if not table and not activations:
         raise CheckpointError("no quantized weight was found")
     kinds = [text.split()[0] for text in table.values()]
-    config = QuantoConfig(weights=short_name(resolve_qtype(max(set(kinds), key=kinds.count))))
+    config = QuantoConfig(weights=short_name(resolve_qtype(max(set(kinds), key=kinds.count))) if kinds else None)
     config.record(table)
+    config.activation_modules = activations
     return config.to_dict()
 
 

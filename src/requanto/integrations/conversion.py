@@ -9,6 +9,8 @@ from torch import nn
 
 from requanto.config import QuantoConfig
 from requanto.integrations.shards import local_quantized
+from requanto.nn.mixin import QModuleMixin
+from requanto.nn.swap import restore_float_class
 from requanto.qtensor import QTensor
 
 
@@ -48,7 +50,7 @@ def true_bytes(model: nn.Module, buffers: bool = True) -> int:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces every quantized parameter by a float one, in place; tied ones stay tied.
+    """Replaces every quantized parameter by a float one, in place; tied ones stay tied, activations become float.
 
     Raises:
         NotImplementedError: a weight is spread over ranks.
@@ -59,6 +61,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                 f"dequantize(): {name} is spread over ranks. Save the model (save_pretrained, on every rank), load it in "
                 f"one process and dequantize it there."
             )
+    for module in model.modules():
+        if isinstance(module, QModuleMixin):
+            restore_float_class(module)
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

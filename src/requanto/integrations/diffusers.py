@@ -17,6 +17,7 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
+from requanto.activation_table import activation_table, add_activation_modules, settle
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.config import QuantizationMethod, QuantoConfig
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
@@ -94,6 +95,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             config = self.quantization_config
             config.tensors, config.format, config.format_version = {}, None, None
             self.planned = plan_model(model, config, keep_in_fp32_modules or ())
+        else:
+            add_activation_modules(model, self.quantization_config.activation_modules, self.table)
         model.register_to_config(quantization_config=self.quantization_config)
 
     # ------------------------------------------------------------------ sizes, for device maps
@@ -211,6 +214,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
     # ------------------------------------------------------------------ after the weights
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        settle(model)
         describe(model, self.quantization_config)
         left = [name for name in (*self.planned, *self.table) if name not in self.quantization_config.tensors]
         if left:
@@ -263,12 +267,13 @@ def plan_model(model: Any, config: QuantoConfig, always_float: Any = ()) -> dict
 def describe(model: Any, config: QuantoConfig) -> None:
     """Writes what a model holds into its config."""
     config.record(table_of(model.named_parameters()))
+    config.activation_modules = activation_table(model)
 
 
 def attach_quantizer(model: Any) -> RequantoDiffusersQuantizer:
     """The quantizer of a model that `requanto.quantize` made: from now on the library takes it for one it loaded."""
     kinds = [p.qtype.name for p in model.parameters() if isinstance(p, QTensor)]
-    config = QuantoConfig(weights=max(set(kinds), key=kinds.count))
+    config = QuantoConfig(weights=max(set(kinds), key=kinds.count) if kinds else None)
     quantizer = RequantoDiffusersQuantizer(config, pre_quantized=False)
     describe(model, quantizer.quantization_config)
     model.register_to_config(quantization_config=quantizer.quantization_config)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from requanto.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError
@@ -52,12 +53,7 @@ def _footprint(original: Any) -> Any:
 def _saving(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-        from requanto.nn.mixin import QModuleMixin
-
-        for name, module in self.named_modules():
-            if isinstance(module, QModuleMixin):
-                raise ValueError(_unfit(name, module))
-        if not has_quantized(self):
+        if not has_quantized(self) and not activation_table(self):
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("use_flashpack"):
             raise ValueError(
@@ -110,16 +106,6 @@ def _loading(original: Any) -> Any:
         return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
-
-
-def _unfit(name: str, module: Any) -> str:
-    if module.weight_qtype is not None and not module.frozen:
-        return f"{name} is under quantization but still float: call requanto.freeze(model) before save_pretrained"
-    return (
-        f"{name} has activation scales of its own ({module.activation_qtype}), which Diffusers' format has no place for. "
-        f"Save state_dict() and requanto.quantization_map(model), and load with requanto.requantize; or quantize "
-        f"activations on the fly with QuantoConfig(activations=...)."
-    )
 
 
 def _reading(original: Any) -> Any:

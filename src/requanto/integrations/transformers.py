@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from requanto.activation_table import activation_table, add_activation_modules, settle
 from requanto.checkpoint.files import check_files
 from requanto.checkpoint.format import (
     PARTS,
@@ -76,9 +78,11 @@ class RequantoHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.__dict__[LOADING] = self
         if self.pre_quantized:
-            check_files(self.quantization_config.tensors, kwargs.get("checkpoint_files") or [])
-            for name, text in self.quantization_config.tensors.items():
+            config, files = self.quantization_config, kwargs.get("checkpoint_files") or []
+            check_files(config.tensors, files)
+            for name, text in config.tensors.items():
                 parse_spec(text, name)
+            add_activation_modules(model, config.activation_modules, config.tensors, files, self._names(model))
             return
         self.planned = plan(
             model,
@@ -129,12 +133,15 @@ class RequantoHfQuantizer(HfQuantizer):
 
     def _spec(self, model: Any, name: str) -> str | None:
         """The stored description of a model's weight; the model may be the base of the one saved, or the reverse."""
+        tensors = self.quantization_config.tensors
+        return next((tensors[candidate] for candidate in self._names(model)(name) if candidate in tensors), None)
+
+    @staticmethod
+    def _names(model: Any) -> Callable[[str], tuple[str, ...]]:
+        """Name -> itself, with the base model's prefix and without it."""
         # A device map also asks for the sizes of parts of the model, which know no prefix.
-        tensors, prefix = self.quantization_config.tensors, getattr(model, "base_model_prefix", "")
-        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-            if candidate in tensors:
-                return tensors[candidate]
-        return None
+        prefix = getattr(model, "base_model_prefix", "")
+        return lambda name: (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
 
     # ------------------------------------------------------------------ after the weights
 
@@ -144,21 +151,21 @@ class RequantoHfQuantizer(HfQuantizer):
             finish(model)
         if self.problems:
             raise _joined(self.problems)
-        # The converters that built the weights must not run backwards at the next save: what is saved is ours already.
-        # Renamings stay, they are undone on saving and done again on loading.
-        model._weight_conversions = [c for c in model._weight_conversions if type(c) is WeightRenaming or _is_prefix(c)]
+        _keep_renamings(model)
         config = self.quantization_config
         if self.pre_quantized:
             self._check_complete(model)
+            if config.activation_modules and self.sharded:
+                raise NotImplementedError("tensor parallelism of a model with static activation scales")
+            settle(model)
         config.record(config.tensors if self.sharded else table_of(model.named_parameters()))
         return model
 
     def _check_complete(self, model: Any) -> None:
         found = table_of(model.named_parameters(remove_duplicate=False))
         names = dict(model.named_parameters(remove_duplicate=False))
-        prefix = model.base_model_prefix
         for name in self.quantization_config.tensors:
-            here = next((n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in names), None)
+            here = next((candidate for candidate in self._names(model)(name) if candidate in names), None)
             if here is not None and here not in found and local_quantized(names[here]) is None:
                 raise CheckpointError(
                     f"{here} is quantized according to quantization_config, but no {name}_qdata was found in the files: "
@@ -181,6 +188,7 @@ class RequantoHfQuantizer(HfQuantizer):
         found = whole_state_dict(model, self.sharded) if spread else materialized(model)
         state_dict = {k: v for k, v in found.items() if not (isinstance(v, QTensor) and k in tied)}
         self.quantization_config.record(table_of(state_dict.items()))
+        self.quantization_config.activation_modules = activation_table(model)
         return flatten(state_dict), {}
 
     def is_serializable(self) -> bool:
@@ -292,8 +300,33 @@ def _joined(problems: dict[str, Exception]) -> Exception:
     return type(first)(f"{first}{more}")
 
 
+def _keep_renamings(model: Any) -> None:
+    """The converters that built the weights must not run backwards at a save: what is saved is ours already.
+
+    Renamings stay, they are undone on saving and done again on loading.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming or _is_prefix(c)]
+
+
 def _is_prefix(conversion: Any) -> bool:
     return type(conversion).__name__ == "PrefixChange"
+
+
+def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> RequantoHfQuantizer:
+    """The quantizer of a model that `requanto.quantize` made: from now on the library takes it for one it loaded.
+
+    Args:
+        config: what it was quantized by; None: the type of most of its weights.
+    """
+    if config is None:
+        kinds = [p.qtype.name for p in model.parameters() if isinstance(p, QTensor)]
+        config = QuantoConfig(weights=max(set(kinds), key=kinds.count) if kinds else None)
+    quantizer = RequantoHfQuantizer(config, pre_quantized=False)
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
+    _keep_renamings(model)
+    return quantizer
 
 
 def _hook_grouped_mm_fallback() -> None:

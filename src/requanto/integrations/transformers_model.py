@@ -11,15 +11,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from requanto.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
-from requanto.config import QuantizationMethod, QuantoConfig
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.shards import local_quantized
-from requanto.nn.mixin import QModuleMixin
-from requanto.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +72,20 @@ def _saving(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
-        if quantizer is None and has_quantized(self) and "state_dict" not in kwargs and not _unfrozen(self):
-            quantizer = attach_quantizer(self)
-        ours = type(quantizer).__module__.startswith("requanto.") and has_quantized(self)
         adapter = getattr(self, "_hf_peft_config_loaded", False)
-        if not ours or adapter:
+        if adapter or not (has_quantized(self) or activation_table(self)):
             return original(self, save_directory, *args, **kwargs)
+        if quantizer is None and kwargs.get("state_dict") is not None:
+            return original(self, save_directory, *args, **kwargs)  # the caller says what the files hold
+        if quantizer is None:  # quantized in place, by requanto.quantize
+            from requanto.integrations.transformers import attach_quantizer
+
+            quantizer = attach_quantizer(self)
+        elif not type(quantizer).__module__.startswith("requanto."):
+            raise ValueError(
+                f"the model was loaded with {type(quantizer).__name__} and holds weights quantized by Requanto as well; "
+                f"one directory holds one of them. Load the float model and quantize all of it with one."
+            )
         if kwargs.get("distributed_checkpoint"):
             raise NotImplementedError(
                 "save_pretrained(distributed_checkpoint=True) of a quantized model: Transformers refuses to load such files "
@@ -102,30 +108,3 @@ def _saving(original: Any) -> Any:
 
     save_pretrained._requanto = True
     return save_pretrained
-
-
-def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> Any:
-    """The quantizer of a model that `requanto.quantize` made: from now on the library takes it for one it loaded.
-
-    Args:
-        model: a model of Transformers that holds quantized weights.
-        config: what it was quantized by; None: the type of most of its weights.
-    """
-    from requanto.integrations.transformers import RequantoHfQuantizer
-
-    if config is None:
-        kinds = [p.qtype.name for p in model.parameters() if isinstance(p, QTensor)]
-        config = QuantoConfig(weights=max(set(kinds), key=kinds.count))
-    quantizer = RequantoHfQuantizer(config, pre_quantized=False)
-    if not hasattr(model, "_weight_conversions"):
-        model._weight_conversions = []
-    quantizer._process_model_after_weight_loading(model)
-    model.hf_quantizer = quantizer
-    model.config.quantization_config = quantizer.quantization_config
-    model.is_quantized, model.quantization_method = True, QuantizationMethod.QUANTO
-    return quantizer
-
-
-def _unfrozen(model: Any) -> bool:
-    """Whether modules have state that this format has no place for: float weights in training, static scales."""
-    return any(isinstance(module, QModuleMixin) for module in model.modules())

@@ -57,7 +57,7 @@ def calibrate_directory(
     pieces = text_samples(AutoTokenizer.from_pretrained(source), written, samples, length)
     loaded = load_model(class_of(source, description), source, None, dtype, device)
     quantize_with_samples(loaded, planned_for(loaded, config), pieces, chosen, resume=resume, progress=progress)
-    from requanto.integrations.transformers_model import attach_quantizer
+    from requanto.integrations.transformers import attach_quantizer
 
     attach_quantizer(loaded, config)
     loaded.save_pretrained(out)

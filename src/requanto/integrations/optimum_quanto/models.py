@@ -32,8 +32,11 @@ def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's tensors under optimum-quanto's keys.
 
     Raises:
-        CheckpointError: a weight that its format cannot hold exactly.
+        CheckpointError: a weight, or activations, that its format cannot hold exactly.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, QModuleMixin) and module.activation_qtype is not None:
+            _check_activations(name, module)
     state: dict[str, torch.Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, QTensor):
@@ -44,6 +47,20 @@ def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
         for scale in ("input_scale", "output_scale"):
             state.setdefault(f"{module}.{scale}", torch.ones((), dtype=value.dtype))
     return state
+
+
+def _check_activations(name: str, module: QModuleMixin) -> None:
+    """There, inputs and outputs of such a module are quantized under stored scales, always: 1 where none was found."""
+    if not module.calibrated:
+        raise CheckpointError(
+            f"{name}: optimum-quanto's format has no activations quantized on the fly: run samples through the model inside "
+            f"requanto.Calibration(streamline=False) first, or exclude this layer"
+        )
+    if not module.quantizes_output:
+        raise CheckpointError(
+            f"{name}: optimum-quanto's format cannot say that its output stays float, which streamlining found. Calibrate "
+            f"with streamline=False; or call save_pretrained of the model inside, which writes Requanto's format"
+        )
 
 
 def core_map(model: nn.Module) -> dict[str, dict[str, str]]:
