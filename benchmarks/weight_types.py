@@ -51,7 +51,7 @@ def config_of(case: str) -> QuantoConfig | None:
     weights, _, group = case.partition(":")
     if weights == "bfloat16":
         return None
-    return QuantoConfig(weights=weights, group_size=int(group) if group else None)
+    return QuantoConfig(weights=weights, group_size=int(group) if group else None, method="minmax")
 
 
 def size(model: torch.nn.Module) -> dict[str, Any]:
