@@ -259,7 +259,7 @@ def test_copy_takes_the_values_along():
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unsigned_codes_have_a_shift(bits):
     weight = randn(6, 64) + 3
-    tensor = QTensor.quantize(weight, f"uint{bits}")
+    tensor = QTensor.quantize(weight, f"uint{bits}", search="minmax")
     codes = tensor.codes().double()
     assert codes.max() <= 2**bits - 1
     want = codes.view(6, -1, tensor.group_size or 64) * tensor.scale.double().unsqueeze(-1)
@@ -292,7 +292,7 @@ def test_shifts_that_a_type_cannot_have():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_integers_of_other_widths(bits, symmetric):
     weight = randn(5, 96)
-    tensor = QTensor.quantize(weight, f"int{bits}", group_size=32, symmetric=symmetric)
+    tensor = QTensor.quantize(weight, f"int{bits}", group_size=32, symmetric=symmetric, search="minmax")
     assert tensor.qdata.shape == (5, 96 * bits // 8)
     assert (tensor.dequantize() - weight).abs().max() <= tensor.scale.max() / 2 * 1.001
     assert tensor.bits_per_weight == bits + (32 if symmetric else 64) / 32
