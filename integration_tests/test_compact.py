@@ -1,4 +1,4 @@
-"""Scales in few bits through both libraries: quantized on loading, saved as version 2, loaded, saved again, offloaded."""
+"""Scales in few bits, rotated and corrected weights in both libraries: quantized on loading, saved, loaded, offloaded."""
 
 import json
 
@@ -16,6 +16,8 @@ from requanto.report.inspect import inspect_directory
 #: by name, the options of a QuantoConfig and a word of the line that describes such a weight
 OPTIONS = {
     "scales in 8 bits": ({"weights": "int4", "group_size": 16, "scale_bits": 8}, "scales=8"),
+    "rotated": ({"weights": "int4", "rotation": 16}, "rotation=16"),
+    "corrected": ({"weights": "int2", "low_rank": 4, "scale_bits": 8, "group_size": 16}, "rank=4"),
     "scales in 4 bits": ({"weights": "int2", "group_size": 16, "scale_bits": 4}, "scales=4"),
 }
 

@@ -47,6 +47,10 @@ def test_quantize_saves_a_model_that_loads_with_its_tokenizer(int4_dir):
 def test_quantize_takes_the_options_of_the_config(float_dir, tmp_path):
     options = ["--weights", "int8", "--module", "*.mlp.*=int4", "--module", "*.down_proj=float", "--lm-head"]
     options += [
+        "--rotation",
+        "32",
+        "--low-rank",
+        "2",
         "--scale-bits",
         "8",
         "--modules-to-not-convert",
@@ -65,7 +69,7 @@ def test_quantize_takes_the_options_of_the_config(float_dir, tmp_path):
     assert config["dtype"] == "bfloat16"
     tensors = config["quantization_config"]["tensors"]
     assert tensors["model.layers.0.mlp.up_proj.weight"].startswith("qint4")
-    assert config["quantization_config"]["scale_bits"] == 8
+    assert [config["quantization_config"][k] for k in ("scale_bits", "rotation", "low_rank")] == [8, 32, 2]
     assert tensors["model.layers.0.self_attn.v_proj.weight"].startswith("qint8")
     assert tensors["lm_head.weight"].startswith("qint8")
     assert not [name for name in tensors if "q_proj" in name or "k_proj" in name]

@@ -42,6 +42,10 @@ def quantize(
     scale_bits: Annotated[
         int | None, typer.Option(help="Bits of a group's scale and shift: 4 to 8; default: floats.")
     ] = None,
+    rotation: Annotated[
+        int | None, typer.Option(help="Rotate rows in Hadamard blocks of up to this size, e.g. 1024.")
+    ] = None,
+    low_rank: Annotated[int | None, typer.Option(help="Rank of a correction beside the codes.")] = None,
     modules_to_not_convert: Annotated[
         list[str] | None, typer.Option(help="Leave float: a name, a parent, a leaf or a glob. Repeatable.")
     ] = None,
@@ -80,6 +84,8 @@ def quantize(
             activations=activations,
             group_size=group_size,
             scale_bits=scale_bits,
+            rotation=rotation,
+            low_rank=low_rank,
             modules_to_not_convert=modules_to_not_convert or None,
             modules=_pairs(module or []),
             embeddings=embeddings,

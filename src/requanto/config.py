@@ -10,13 +10,15 @@ from enum import Enum
 from typing import Any
 
 from requanto.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
+from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits
+from requanto.scales.correction import check_low_rank
 from requanto.scales.search import check_method
 
 FORMAT = "requanto"
 #: the newest version of the checkpoint format that is read; what version 1 can say is written as version 1
 FORMAT_VERSION = 2
-_VERSION_2_WORDS = frozenset({"scales"})
+_VERSION_2_WORDS = frozenset({"scales", "rotation"})
 _VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
 
 
@@ -42,9 +44,9 @@ class QuantizationMethod(str, Enum):
 #: How one layer is quantized: a type, or a dict of ``_LAYER_KEYS``; None leaves it float.
 LayerChoice = str | dict[str, Any] | None
 
-_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method")
+_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
 #: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
-_LATER_KEYS = frozenset({"scale_bits", "method"})
+_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank"})
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules")
 
 
@@ -59,8 +61,9 @@ class QuantoConfig:
         group_size: neighbouring weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale a row
             for 8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
         modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
-            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, or None for float. The first match
-            counts. A full name (no glob) also wins over the library's default skips: ``modules={"lm_head": "int8"}``.
+            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, ``rotation``, ``low_rank``, or None
+            for float. The first match counts. A full name (no glob) also wins over the library's default skips:
+            ``modules={"lm_head": "int8"}``.
         symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
         method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"`` or ``"hqq"``; None: what
             measured best for the type (docs/accuracy.md). Methods that look at samples are `requanto.quantize`'s.
@@ -69,6 +72,9 @@ class QuantoConfig:
         convolutions: quantize Conv1d, Conv2d and Conv3d too.
         scale_bits: 4 to 8: bits in which the scale and the shift of a group are stored (docs/accuracy.md); None or 16: as
             floats.
+        rotation: True, ``"hadamard"`` or the largest block (a power of two): rows are rotated by a block Hadamard matrix
+            before they are rounded, and so is what is multiplied with them. None: not.
+        low_rank: rank of two thin matrices beside the codes that give back most of what rounding loses; None: none.
         default_skips: keep what the library or this package leaves float by default. False clears that list.
         weights_dtype: the name Diffusers gives ``weights``.
 
@@ -90,6 +96,8 @@ class QuantoConfig:
         convolutions: bool = False,
         default_skips: bool = True,
         scale_bits: int | None = None,
+        rotation: bool | str | int | None = None,
+        low_rank: int | None = None,
         weights_dtype: str | qtype | None = None,
         method: str | None = None,
         **unknown: Any,
@@ -114,6 +122,8 @@ class QuantoConfig:
         self.convolutions = bool(convolutions)
         self.default_skips = bool(default_skips)
         self.scale_bits = check_scale_bits(scale_bits)
+        self.rotation = check_rotation(rotation)
+        self.low_rank = check_low_rank(low_rank)
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
         self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
         #: name of a module that holds activation scales -> their type (`requanto.activation_table`)
@@ -145,6 +155,8 @@ class QuantoConfig:
             "convolutions",
             "default_skips",
             "scale_bits",
+            "rotation",
+            "low_rank",
             "weights_dtype",
             "method",
         )
@@ -167,6 +179,8 @@ class QuantoConfig:
             "activations": self.activations,
             "scale_bits": self.scale_bits,
             "method": self.method,
+            "rotation": self.rotation,
+            "low_rank": self.low_rank,
         }
         choice = self.modules[pattern] if pattern is not None else options
         if isinstance(choice, str):
@@ -248,6 +262,8 @@ class LayerOptions:
         activations: str | None = None,
         scale_bits: int | None = None,
         method: str | None = None,
+        rotation: int | None = None,
+        low_rank: int | None = None,
     ) -> None:
         self.qtype = resolve_qtype(weights)
         self.group_size: int | str | None = (
@@ -255,7 +271,7 @@ class LayerOptions:
         )
         self.symmetric = symmetric
         self.activations = None if activations is None else resolve_qtype(activations)
-        self.scale_bits = scale_bits
+        self.scale_bits, self.rotation, self.low_rank = scale_bits, rotation, low_rank
         #: name of the search, None: the type's default
         self.method = method
 
@@ -302,6 +318,7 @@ def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
     if "activations" in checked:
         checked["activations"] = _activation_name(checked["activations"])
     _checked_group_size(checked.get("group_size"), f"{where}['group_size']")
-    if "scale_bits" in checked:
-        checked["scale_bits"] = check_scale_bits(checked["scale_bits"], f"{where}['scale_bits']")
+    for key, check in (("scale_bits", check_scale_bits), ("rotation", check_rotation), ("low_rank", check_low_rank)):
+        if key in checked:
+            checked[key] = check(checked[key], f"{where}[{key!r}]")
     return checked

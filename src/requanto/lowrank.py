@@ -193,6 +193,7 @@ def fold(weight: QTensor) -> QTensor:
         group_size=weight.group_size,
         symmetric=not weight.affine,
         scale_bits=weight.scale_bits,
+        rotation=weight.rotation,
         axis=weight.axis,
         transposed=weight.transposed,
     )

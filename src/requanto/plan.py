@@ -47,6 +47,8 @@ class PlannedWeight:
             group_size=self.options.group_size,
             symmetric=self.options.symmetric,
             scale_bits=self.options.scale_bits,
+            rotation=self.options.rotation,
+            low_rank=self.options.low_rank,
             axis=self.axis,
             transposed=self.transposed,
             search=search or self.options.method,

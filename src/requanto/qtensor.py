@@ -12,7 +12,8 @@ parameter, and answers to shape, dtype and device as that weight did. Inside are
     up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``, or both None: a low-rank term beside the codes
 
 ``W = dequant(qdata, scale, shift) + up @ down``: an adapter merged into a quantized weight is kept as it is, since
-rounding the sum back to few bits would erase most of it (`requanto.lowrank`).
+rounding the sum back to few bits would erase most of it (`requanto.lowrank`). With ``rotation`` the codes are those of
+rotated rows (`requanto.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
 
 ``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the rest. A
 ``transposed`` tensor is seen with its last two axes swapped, the stored form being the same; GPT-2's ``Conv1D``, whose
@@ -31,9 +32,11 @@ import torch
 from requanto.layout import find, is_fake, is_handle
 from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
+from requanto.rotation import check_rotation, fit_rotation, rotate
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
 from requanto.scales.compact import check_scale_bits
+from requanto.scales.correction import check_low_rank, low_rank_factors
 from requanto.scales.search import ScaleSearch
 from requanto.stored import Stored
 
@@ -47,6 +50,7 @@ class QTensor(Stored, torch.Tensor):
         axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
         group_size: weights that share a scale; None: one scale a row.
         transposed: the last two axes are seen swapped.
+        rotation: block in which rows were rotated before they were rounded, a power of two; None: they were not.
         scale_bits: bits in which scales and shifts are stored; None: they are stored as floats.
         activation: type that inputs are quantized to, per token, on the way into a product; None: they stay float.
     """
@@ -70,6 +74,7 @@ class QTensor(Stored, torch.Tensor):
         codebook: torch.Tensor | None = None,
         row_scale: torch.Tensor | None = None,
         scale_bits: int | None = None,
+        rotation: int | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -97,7 +102,7 @@ class QTensor(Stored, torch.Tensor):
             )
         self._scale, self._shift, self.row_scale, self.scale_bits = scale, shift, row_scale, scale_bits
         self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
-        self.activation = activation
+        self.activation, self.rotation = activation, rotation
         if (codebook is not None) != qtype.is_learned:
             raise ValueError(
                 f"a {qtype.name} weight {'needs its' if qtype.is_learned else 'has no'} codebook of its own; found "
@@ -126,6 +131,8 @@ class QTensor(Stored, torch.Tensor):
         transposed: bool = False,
         search: str | ScaleSearch | None = None,
         scale_bits: int | None = None,
+        rotation: bool | str | int | None = None,
+        low_rank: int | None = None,
         name: str = "weight",
     ) -> QTensor:
         """Quantizes a float weight.
@@ -143,6 +150,8 @@ class QTensor(Stored, torch.Tensor):
                 one's own (`requanto.scales.search`); None: the type's default.
             scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
                 floats. Without effect on a weight with one scale a row, which stays float32.
+            rotation: True, ``"hadamard"`` or the largest block: codes are those of the rotated rows (`requanto.rotation`).
+            low_rank: rank of a correction beside the codes, the nearest to what they lose (`scales.correction`).
             name: what to call the weight in messages.
 
         Raises:
@@ -167,10 +176,12 @@ class QTensor(Stored, torch.Tensor):
         scale_bits = check_scale_bits(scale_bits, f"{name}: scale_bits")
         if group is None:
             scale_bits = None
+        block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)
+        rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
-        data = quantize_weight_data(rows, kind, group, affine, search, name, scale_bits)
+        data = quantize_weight_data(rows, kind, group, affine, search, name, scale_bits, block)
         qdata = data.qdata if kind.is_packed else data.qdata.view(canonical.shape)
-        return cls(
+        tensor = cls(
             qdata,
             data.scale,
             data.shift,
@@ -183,7 +194,11 @@ class QTensor(Stored, torch.Tensor):
             codebook=data.codebook,
             row_scale=data.row_scale,
             scale_bits=scale_bits,
+            rotation=block,
         )
+        if rank is not None and weight.numel():
+            tensor.set_lowrank(*low_rank_factors(rows.float() - tensor.own_values(), rank, weight.dtype))
+        return tensor
 
     @property
     def canonical_shape(self) -> torch.Size:
@@ -210,7 +225,20 @@ class QTensor(Stored, torch.Tensor):
         return self.qdata.reshape(*self.lead, self.row_length)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The float weight that the codes stand for, in ``dtype`` (default: the tensor's), computed in float32."""
+        """The float weight that all stored tensors stand for, in ``dtype`` (default: its own), computed in float32."""
+        values = self.own_values()
+        if self.up is not None and self.down is not None:
+            values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
+        values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
+        return values.transpose(-1, -2) if self.transposed else values
+
+    def own_values(self) -> torch.Tensor:
+        """float32 ``[*lead, K]``: what the codes stand for in the weight's own basis, the low-rank term left out."""
+        values = self.stored_values()
+        return values if self.rotation is None else rotate(values, self.rotation)
+
+    def stored_values(self) -> torch.Tensor:
+        """float32 ``[*lead, K]``: what the codes stand for as they are stored, rotated where the weight is."""
         values = self._code_values()
         scale, shift = self.scale, self.shift
         if shift is None and self.qtype.is_packed:
@@ -219,11 +247,7 @@ class QTensor(Stored, torch.Tensor):
         values = values * scale.to(torch.float32).unsqueeze(-1)
         if shift is not None:
             values = values - shift.to(torch.float32).unsqueeze(-1)
-        if self.up is not None and self.down is not None:
-            values = values.reshape(*self.lead, self.row_length)
-            values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
-        values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
-        return values.transpose(-1, -2) if self.transposed else values
+        return values.reshape(*self.lead, self.row_length)
 
     def _code_values(self) -> torch.Tensor:
         """float32 ``[*lead, K]``: codes as numbers, or what they stand for in a codebook."""
@@ -238,6 +262,8 @@ class QTensor(Stored, torch.Tensor):
         kind = "affine" if self.affine else "symmetric"
         if self.scale_bits is not None:
             kind += f", scales in {self.scale_bits} bits"
+        if self.rotation is not None:
+            kind += f", rotated in blocks of {self.rotation}"
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}, "
             f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, "

@@ -25,8 +25,10 @@ from requanto.optimizers import Optimizer, check_optimizer
 from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
+from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.search import CALIBRATED, SEARCHES, check_method
+from requanto.scales.correction import check_low_rank
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -51,6 +53,8 @@ def quantize(
     resume: str | os.PathLike | None = None,
     progress: bool = True,
     scale_bits: int | None = None,
+    rotation: bool | str | int | None = None,
+    low_rank: int | None = None,
 ) -> Module:
     """Puts a model's modules under quantization, in place.
 
@@ -78,7 +82,7 @@ def quantize(
         method_options: the method's own options.
         resume: directory for finished blocks; an interrupted run goes on from there.
         progress: show a progress bar while samples run.
-        scale_bits: bits in which a group's scale and shift are stored; see `QTensor.quantize`.
+        scale_bits, rotation, low_rank: how scales are stored, rows rotated and errors corrected; see `QTensor.quantize`.
 
     Returns:
         ``model`` itself.
@@ -104,9 +108,14 @@ def quantize(
         raise ValueError(
             f"method={method!r} looks at no samples: leave out calibration=, or name one of {', '.join(CALIBRATED)}"
         )
-    options = weight_options(scale_bits=scale_bits, search=method if calibration is None else None)
+    options = weight_options(
+        scale_bits=scale_bits,
+        search=method if calibration is None else None,
+        rotation=rotation,
+        low_rank=low_rank,
+    )
     if optimizer is not None and options:
-        raise ValueError(f"an optimizer's scales are optimum-quanto's; {', '.join(options)} cannot be asked of them")
+        raise ValueError(f"an optimizer's codes are optimum-quanto's; {', '.join(options)} cannot be asked of them")
     include, exclude = listed(include), listed(exclude)
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
@@ -114,6 +123,8 @@ def quantize(
     if calibration is not None:
         if optimizer is not None:
             raise ValueError(_SAMPLES_OR_NOT)
+        if rotation or low_rank:
+            raise ValueError(f"method={method or 'gptq'!r} knows no rotation and no low_rank; leave one of the two out")
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
         if not planned:
@@ -248,16 +259,29 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None) -> dict[st
         entry |= {"group_size": weight.group_size, "symmetric": not weight.affine}
     if isinstance(weight, QTensor) and weight.scale_bits is not None:
         entry |= {"group_size": weight.group_size, "scale_bits": weight.scale_bits}
+    if isinstance(weight, QTensor) and weight.rotation is not None:
+        entry["rotation"] = weight.rotation
     return entry
 
 
-def weight_options(*, scale_bits: int | None = None, search: str | None = None) -> dict[str, Any]:
+def weight_options(
+    *,
+    scale_bits: int | None = None,
+    search: str | None = None,
+    rotation: bool | str | int | None = None,
+    low_rank: int | None = None,
+) -> dict[str, Any]:
     """What was asked for, checked, as further keywords of `QTensor.quantize`.
 
     Raises:
         ValueError: a value out of range.
     """
-    found = {"scale_bits": check_scale_bits(scale_bits), "search": check_method(search, where="search")}
+    found = {
+        "scale_bits": check_scale_bits(scale_bits),
+        "search": check_method(search, where="search"),
+        "rotation": check_rotation(rotation),
+        "low_rank": check_low_rank(low_rank),
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 

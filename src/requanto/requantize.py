@@ -19,6 +19,7 @@ from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.quantize import progress, weight_options
+from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits, stored_length
 
 _OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale")
@@ -188,6 +189,7 @@ def _own(
         codebook=codebook if kind.is_learned else None,
         row_scale=parts.get("_row_scale"),
         scale_bits=bits,
+        rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
     )
     try:
         tensor.set_lowrank(parts.get("_up"), parts.get("_down"))
@@ -202,7 +204,7 @@ def _make_qmodule(
     if isinstance(module, QModuleMixin):
         restore_float_class(module)
     group, symmetric = entry.get("group_size", "default"), entry.get("symmetric")
-    options = weight_options(scale_bits=entry.get("scale_bits"), search=entry.get("search"))
+    options = weight_options(**{k: entry.get(k) for k in ("scale_bits", "search", "rotation", "low_rank")})
     if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry, options):
         raise CheckpointError(f"the map quantizes {name!r}, and {type(module).__name__} has no quantized counterpart")
 

@@ -42,6 +42,7 @@ class Stored:
     transposed: bool
     activation: qtype | None
     scale_bits: int | None
+    rotation: int | None
     shape: torch.Size
     dtype: torch.dtype
 
@@ -188,6 +189,7 @@ class Stored:
             transposed=self.transposed if transposed is None else transposed,
             activation=self.activation,
             scale_bits=self.scale_bits,
+            rotation=self.rotation,
         )
 
     def replace(
@@ -247,6 +249,7 @@ class Stored:
             "activation": None if self.activation is None else self.activation.name,
             "rank": self.rank,
             "scale_bits": self.scale_bits,
+            "rotation": self.rotation,
         }
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
@@ -259,6 +262,7 @@ class Stored:
             self.dtype,
             activation,
             self.scale_bits,
+            self.rotation,
         )
         # The raw codes: torch.compile takes packed forms by their handles.
         return ["_qdata", *(_ATTRIBUTES.get(name, name) for name in self.beside())], context
@@ -267,7 +271,7 @@ class Stored:
     def __tensor_unflatten__(
         cls, inner: dict[str, torch.Tensor], context: tuple, outer_size: Any, _stride: Any
     ) -> QTensor:
-        name, axis, group_size, transposed, dtype, activation, scale_bits = context
+        name, axis, group_size, transposed, dtype, activation, scale_bits, rotation = context
         return cls(  # type: ignore[call-arg, return-value]
             **{part.removeprefix("_"): tensor for part, tensor in inner.items()},
             qtype=qtypes[name],
@@ -278,6 +282,7 @@ class Stored:
             transposed=transposed,
             activation=None if activation is None else qtypes[activation],
             scale_bits=scale_bits,
+            rotation=rotation,
         )
 
     def _stable_hash_for_caching(self) -> str:
@@ -306,7 +311,7 @@ class Stored:
             self.down,
         )
         # What came later travels by name, and only where it is: other pickles stay as they were.
-        later = {name: getattr(self, name) for name in (*self.tensor_data_names[5:], "scale_bits")}
+        later = {name: getattr(self, name) for name in (*self.tensor_data_names[5:], "scale_bits", "rotation")}
         later = {name: value for name, value in later.items() if value is not None}
         return _rebuild_qtensor, (*arguments, later) if later else arguments
 

@@ -9,7 +9,8 @@ tensors cannot say stands in config.json, ``quantization_config.tensors``, a lin
 The words after type and shape: ``group=N`` (else one scale a row), ``affine`` (else symmetric), ``axis=N`` (else 0),
 ``transposed``, ``activation=TYPE`` (inputs are quantized on the fly), ``rank=R`` (a merged adapter is kept beside the
 codes: ``W_up`` and ``W_down``, and the weight is ``dequant(W) + up @ down``), ``scales=B`` (``W_scale`` and ``W_shift`` are
-codes of B bits, and ``W_row_scale`` is there: `requanto.scales.compact`).
+codes of B bits, and ``W_row_scale`` is there: `requanto.scales.compact`), ``rotation=B`` (codes are those of rows rotated in
+blocks of B: `requanto.rotation`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from requanto.config import FORMAT, FORMAT_VERSION
 from requanto.packing import packed_length
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtypes, resolve_qtype
+from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits, stored_length
 
 PARTS = QTensor.tensor_data_names
@@ -49,6 +51,8 @@ def spec_text(tensor: QTensor) -> str:
         words.append(f"rank={tensor.rank}")
     if tensor.scale_bits is not None:
         words.append(f"scales={tensor.scale_bits}")
+    if tensor.rotation is not None:
+        words.append(f"rotation={tensor.rotation}")
     return " ".join(words)
 
 
@@ -70,6 +74,7 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
             "activation": None,
             "rank": 0,
             "scale_bits": None,
+            "rotation": None,
         }
         for word in words:
             key, _, value = word.partition("=")
@@ -81,6 +86,8 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
                 spec[key] = int(value)
             elif key == "scales":
                 spec["scale_bits"] = check_scale_bits(int(value))
+            elif key == "rotation":
+                spec["rotation"] = check_rotation(int(value))
             elif key == "activation":
                 spec["activation"] = resolve_qtype(value)
             else:

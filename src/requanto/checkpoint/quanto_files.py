@@ -152,6 +152,8 @@ def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tenso
     """
     _require_known(tensor.qtype, name)
     advice = "quantize with optimizer=AbsmaxOptimizer() (8 bits) or MaxOptimizer(), whose choices are optimum-quanto's"
+    if tensor.rotation is not None or tensor.rank:
+        raise CheckpointError(f"{name}: optimum-quanto's format has no rotated weights and no low-rank terms; {advice}")
     if tensor.axis != 0 or tensor.transposed:
         raise CheckpointError(f"{name}: optimum-quanto stores weights [out, in ...] only; leave this layer float")
     scale = tensor.scale.to(tensor.dtype)

@@ -102,15 +102,18 @@ class RequantoHfQuantizer(HfQuantizer):
         text = self._spec(model, param_name) if self.pre_quantized else None
         if text is not None:
             spec = parse_spec(text, param_name)
-            kind, group, bits = spec["qtype"], spec["group_size"], spec["scale_bits"]
+            kind, group, bits, rank = spec["qtype"], spec["group_size"], spec["scale_bits"], spec["rank"]
         elif param_name in self.planned:
             options = self.planned[param_name].options
             kind, group, bits = options.qtype, options.group_size, options.scale_bits
+            rank = options.low_rank or 0
             group = 32 if group == "default" else group
         else:
             return param.element_size()
         element = param.element_size() if bits is None else bits / 8
         overhead = 2 * element / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
+        if rank and param.dim() > 1:
+            overhead += rank * param.element_size() * (1 / max(1, param.shape[-1]) + 1 / max(1, param.shape[-2]))
         return kind.bits / 8 + overhead
 
     # ------------------------------------------------------------------ the weights

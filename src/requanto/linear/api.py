@@ -17,6 +17,7 @@ from requanto.linear.prepare import keep_plain, pack_on_first_use
 from requanto.linear.table import choose, problem_of, table_version
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
+from requanto.rotation import rotate
 
 __all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "triton"]
 
@@ -63,9 +64,31 @@ def linear(
         activation = weight.activation
     if input_scale is not None and activation is None:
         raise ValueError("linear: input_scale is the scale of quantized activations; name their type as well")
-    if weight.up is not None:
-        plain = linear(x, weight.without_lowrank(), bias, activation=activation, input_scale=input_scale)
-        return plain + lowrank.product(x, weight)
+    # Implementations multiply with the codes as they are stored; what stands beside them, and their rotation, is done here.
+    block = weight.rotation
+    if block is None:
+        out = _product(x, weight, bias, activation, input_scale)
+    elif input_scale is not None:
+        raise ValueError(
+            f"linear: a static input_scale is that of x as it comes, and this weight is multiplied with x rotated in blocks "
+            f"of {block}. Use activations without calibration (a scale for each token), or no rotation."
+        )
+    elif weight.transposed:
+        out = rotate(_product(x, weight, None, activation, None), block)
+        out = out if bias is None else out + bias.to(out.dtype)
+    else:
+        out = _product(rotate(x, block), weight, bias, activation, None)
+    return out if weight.up is None else out + lowrank.product(x, weight)
+
+
+def _product(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None,
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """``x @ codes.T + bias``."""
     rows = x.reshape(-1, x.shape[-1])
     compiling = torch.compiler.is_compiling()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -247,8 +270,13 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     Returns:
         ``[rows, N]``
     """
-    if weight.up is not None:
-        return grouped_linear(x, weight.without_lowrank(), offsets) + lowrank.grouped_product(x, weight, offsets)
+    block = weight.rotation
+    out = _grouped_product(x if block is None or weight.transposed else rotate(x, block), weight, offsets)
+    out = rotate(out, block) if block is not None and weight.transposed else out
+    return out if weight.up is None else out + lowrank.grouped_product(x, weight, offsets)
+
+
+def _grouped_product(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
     return torch.ops.requanto.grouped_linear(
         x,
         weight.operand,

@@ -68,6 +68,10 @@ def explain(
         kind = parameter.qtype.name.removeprefix("q") + group
         if parameter.scale_bits is not None:
             kind += f", scales in {parameter.scale_bits} bits"
+        if parameter.rotation is not None:
+            kind += f", rotated in blocks of {parameter.rotation}"
+        if parameter.rank:
+            kind += f", rank {parameter.rank} beside"
         if parameter.activation is not None:
             kind += f", {parameter.activation.name.removeprefix('q')} activations"
         float_type = dtype or parameter.dtype

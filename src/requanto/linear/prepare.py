@@ -28,7 +28,7 @@ def packer(
     """How the weight would be packed for x of ``dtype``; None: it stays as it is stored."""
     if triton_layout.fits(weight, activation):
         return triton_layout.pack
-    if weight.device.type != "cpu" or weight.dim() != 2 or weight.transposed or weight.up is not None:
+    if weight.device.type != "cpu" or weight.dim() != 2 or weight.transposed:
         return None
     if weight.qtype == qint8:
         right = not weight.affine and weight.group_size is None and weight.row_length <= onednn.LONGEST

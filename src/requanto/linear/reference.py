@@ -22,10 +22,15 @@ def run(
     bias = None if bias is None else bias.to(x.dtype)
     with torch._C.DisableTorchFunctionSubclass():
         if activation is None:
-            return F.linear(x, weight.dequantize(x.dtype), bias)
+            return F.linear(x, _values(weight, x.dtype), bias)
         codes, scale = quantize_activations(x, activation, input_scale)
-        out = F.linear(codes.to(x.dtype), weight.dequantize(x.dtype)).float().mul_(scale).to(x.dtype)
+        out = F.linear(codes.to(x.dtype), _values(weight, x.dtype)).float().mul_(scale).to(x.dtype)
         return out if bias is None else out.add_(bias)
+
+
+def _values(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
+    values = weight.stored_values().to(dtype)
+    return values.mT if weight.transposed else values
 
 
 def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:

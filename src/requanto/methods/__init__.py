@@ -62,9 +62,14 @@ def quantize_with_samples(
 
     Raises:
         ValueError: an unknown method, no samples, samples that reach no layer, or a ``resume`` of another run.
+        ValueError: weights that are to be rotated or corrected, which methods do not know.
         TypeError: an unknown option.
     """
     chosen = find_method(method, method_options)
+    for name, one in planned.items():
+        for option in ("rotation", "low_rank"):
+            if getattr(one.options, option) is not None:
+                raise ValueError(f"{name}: method={chosen.name!r} knows no {option}; leave one of the two out")
     samples = Samples(calibration)
     kept = None if resume is None else Resume(resume, fingerprint(model, planned, samples, chosen))
     quantize_planned(model, planned, samples, chosen, resume=kept, progress=progress)

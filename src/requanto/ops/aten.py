@@ -86,6 +86,8 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
             group_size=target.group_size,
             symmetric=not target.affine,
             scale_bits=target.scale_bits,
+            rotation=target.rotation,
+            low_rank=target.rank or None,
             axis=target.axis,
             transposed=target.transposed,
         )
@@ -111,6 +113,7 @@ def _layout(tensor: QTensor) -> tuple:
         tensor.affine,
         tensor.rank,
         tensor.scale_bits,
+        tensor.rotation,
     )
 
 
@@ -228,6 +231,11 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         raise NotImplementedError(
             f"a quantized weight can be cut along its rows' length between groups of {group} only, found "
             f"[{start}:{end}:{step}]; call .dequantize() first"
+        )
+    if tensor.rotation is not None and (start % tensor.rotation or end % tensor.rotation):
+        raise NotImplementedError(
+            f"a weight whose rows are rotated in blocks of {tensor.rotation} can be cut between blocks only, found "
+            f"[{start}:{end}]; quantize with smaller blocks, e.g. rotation={(start | end) & -(start | end)}"
         )
     qdata = tensor.qdata[..., first // 8 : last // 8]
     down = None if tensor.down is None else tensor.down[..., start:end]

@@ -151,6 +151,7 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
     self.take(value.inner_tensors())
     self.qtype, self.axis, self.group_size = value.qtype, value.axis, value.group_size
     self.transposed, self.activation, self.scale_bits = value.transposed, value.activation, value.scale_bits
+    self.rotation = value.rotation
 
 
 @implements_function(torch.Tensor.data_ptr)

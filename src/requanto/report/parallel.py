@@ -148,10 +148,12 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     if isinstance(parameter, QTensor):
         kind, group, affine = parameter.qtype, parameter.group_size, parameter.affine
         transposed, axis, bits = parameter.transposed, parameter.axis, parameter.scale_bits
+        rank = parameter.rank
     else:
         assert planned is not None
         options = planned.options
         kind, transposed, axis, bits = options.qtype, planned.transposed, planned.axis, options.scale_bits
+        rank = options.low_rank or 0
         wanted = default_group_size(kind) if options.group_size == "default" else options.group_size
         affine = kind.affine(options.symmetric, name)
         group = wanted  # type: ignore[assignment]
@@ -170,7 +172,8 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
         each, row = stored_length(groups, bits), ROW_DTYPE.itemsize
     codes = packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize
     shared = 4 * 2**kind.bits if kind.is_learned else 0
-    return shared + rows_here * (codes + each * (2 if affine else 1) + row)
+    factors = rank * (rows_here + torch.Size(shape[:axis]).numel() * length_here) * parameter.element_size()
+    return shared + rows_here * (codes + each * (2 if affine else 1) + row) + factors
 
 
 def _per_token(settings: Any, tp: int) -> tuple[int, int]:

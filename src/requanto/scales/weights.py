@@ -17,6 +17,7 @@ import torch
 
 from requanto.packing import pack, packed_length
 from requanto.qtypes import qtype
+from requanto.rotation import rotate
 from requanto.scales.codebook import fit_codebook, nearest_codes
 from requanto.scales.compact import (
     ROW_DTYPE,
@@ -58,6 +59,7 @@ def quantize_weight_data(
     search: str | ScaleSearch | None = None,
     name: str = "weight",
     scale_bits: int | None = None,
+    rotation: int | None = None,
 ) -> QuantizedData:
     """Quantizes the rows of ``weight``, a bounded number of them at a time.
 
@@ -69,6 +71,7 @@ def quantize_weight_data(
         search: how scale and shift are chosen; a name (`requanto.scales.search`), a function, or None: the type's default.
         name: what to call the weight in an error.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
+        rotation: block in which the rows are rotated first (`requanto.rotation`).
 
     Raises:
         ValueError: the weight holds NaN or Inf, is no float tensor, or the type has no (or only an) affine form.
@@ -97,14 +100,17 @@ def quantize_weight_data(
     if kind.is_learned:
         codebook = torch.empty(2**kind.bits, dtype=torch.float32, device=weight.device)
         if weight.device.type != "meta":
-            kind = kind.with_values(fit_codebook(rows, kind, group))
+            kind = kind.with_values(fit_codebook(rows if rotation is None else rotate(rows, rotation), kind, group))
             codebook.copy_(torch.tensor(kind.values))
     if weight.device.type != "meta" and rows.numel():
         step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_ACCELERATOR) // length)
         for start in range(0, count, step):
             part = slice(start, start + step)
             # Sums depend on the order in memory: that of a transposed view must be the same as that of its copy.
-            block = rows[part].float().contiguous().reshape(-1, groups, group)
+            block = rows[part].float().contiguous()
+            if rotation is not None:
+                block = rotate(block, rotation)
+            block = block.reshape(-1, groups, group)
             found, offset = search(block, kind, affine)
             _require_finite(found, name)
             if row_scale is None:
