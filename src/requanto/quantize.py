@@ -27,8 +27,8 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits
-from requanto.scales.search import CALIBRATED, SEARCHES, check_method
 from requanto.scales.correction import check_low_rank
+from requanto.scales.search import CALIBRATED, SEARCHES, check_method
 
 Module = TypeVar("Module", bound=nn.Module)
 
