@@ -36,7 +36,11 @@ _METHOD_HELP = "minmax, mse, weighted, hqq (default: the type's best); with samp
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Argument(help="Directory to write; replaced as a whole when the save is complete.")],
-    weights: Annotated[str, typer.Option(help="int8, int4, nf4, float8 ...: docs/types.md")] = "int8",
+    weights: Annotated[
+        str, typer.Option(help="int8, int4, nf4, float8 ...: docs/types.md; auto: within a budget.")
+    ] = "int8",
+    bits: Annotated[float | None, typer.Option(help="With auto: bits a weight, scales counted, e.g. 4.5.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="With auto: size of the whole model, e.g. 80MB.")] = None,
     activations: Annotated[str | None, typer.Option(help="int8 or float8; default: not quantized.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale a row.")] = None,
     scale_bits: Annotated[
@@ -92,6 +96,8 @@ def quantize(
             lm_head=lm_head,
             convolutions=convolutions,
             method=method if method not in CALIBRATED else None,
+            bits=bits,
+            max_memory=max_memory,
         )
         if method not in CALIBRATED:
             if calibration or option or resume:
@@ -155,6 +161,9 @@ def inspect(
         str | None,
         typer.Option(help="What a rank holds and sends instead, e.g. tp=8 or tp=8,fsdp=2. Also for 8B, 70B, 405B."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG to draw: error and size of each layer, of a model made within a budget.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show type, shape and bytes of each weight; for a float model, what each type would save. Reads headers only."""
@@ -165,18 +174,28 @@ def inspect(
             _inspect_parallel(str(directory), parallel, as_json)
             return
         report = inspect_directory(directory)
+        if plot is not None:
+            from requanto.report.budget_plot import plot_budget
+
+            plot_budget(report, plot)
         if as_json:
             print(report.to_json())
             return
         table = Table(title=str(directory))
-        for column in ("weight", "type", "shape", "group", "bits", "size"):
+        why = ("error",) if report.budget else ()
+        for column in ("weight", "type", "shape", "group", "bits", "size", *why):
             table.add_column(column, justify="left" if column in ("weight", "type") else "right", overflow="fold")
         for weight in report.weights:
             if all_layers or len(weight.shape) > 1:
                 group = str(weight.group_size or "row") if weight.bits < 16 else ""
                 shape = " x ".join(map(str, weight.shape))
-                table.add_row(weight.name, weight.dtype, shape, group, f"{weight.bits:.2f}", size_text(weight.bytes))
+                error = () if not why else ("" if weight.error is None else f"{weight.error:.2%}",)
+                table.add_row(
+                    weight.name, weight.dtype, shape, group, f"{weight.bits:.2f}", size_text(weight.bytes), *error
+                )
         console.print(table)
+        if report.budget:
+            console.print(report.why(), highlight=False)
         console.print(
             f"Total {size_text(report.total_bytes)}: quantized {size_text(report.quantized_bytes)}, float "
             f"{size_text(report.float_bytes)}."

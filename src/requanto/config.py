@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+from requanto.limit import Limit, parse_candidates
 from requanto.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
 from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits
@@ -44,10 +45,14 @@ class QuantizationMethod(str, Enum):
 #: How one layer is quantized: a type, or a dict of ``_LAYER_KEYS``; None leaves it float.
 LayerChoice = str | dict[str, Any] | None
 
+_BUDGET_KEYS = ("bits", "max_memory", "candidates")
 _LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
 #: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
-_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank"})
-_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules")
+_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", *_BUDGET_KEYS})
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget")
+
+#: as a type of weights: chosen for each layer, within a budget
+AUTO = "auto"
 
 
 class QuantoConfig:
@@ -77,6 +82,10 @@ class QuantoConfig:
         low_rank: rank of two thin matrices beside the codes that give back most of what rounding loses; None: none.
         default_skips: keep what the library or this package leaves float by default. False clears that list.
         weights_dtype: the name Diffusers gives ``weights``.
+        bits, max_memory: with ``weights="auto"``, one of the two: a budget, within which each layer's type is chosen
+            (docs/accuracy.md). Bits a weight over all weights to quantize, scales counted; or bytes of the whole model,
+            ``"80MB"``.
+        candidates: with ``weights="auto"``, the types to choose from: ``["int4:64", "int8:row"]``; None: all widths.
 
     Raises:
         TypeError: an unknown keyword; the message names the nearest known one.
@@ -100,15 +109,18 @@ class QuantoConfig:
         low_rank: int | None = None,
         weights_dtype: str | qtype | None = None,
         method: str | None = None,
+        bits: float | None = None,
+        max_memory: int | str | None = None,
+        candidates: list[str] | None = None,
         **unknown: Any,
     ) -> None:
         stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
         _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig")
-        if weights is not None and weights_dtype is not None and resolve_qtype(weights) != resolve_qtype(weights_dtype):
+        if weights is not None and weights_dtype is not None and _type_name(weights) != _type_name(weights_dtype):
             raise ValueError(f"weights={weights!r} and weights_dtype={weights_dtype!r} differ; give one of them")
         chosen = weights if weights is not None else weights_dtype
         self.quant_method = QuantizationMethod.QUANTO
-        self.weights = short_name(resolve_qtype("int8" if chosen is None else chosen))
+        self.weights = _type_name("int8" if chosen is None else chosen)
         self.activations = _activation_name(activations)
         if isinstance(modules_to_not_convert, str):
             modules_to_not_convert = [modules_to_not_convert]
@@ -136,6 +148,11 @@ class QuantoConfig:
         check_method(self.method)
         for pattern in (None, *self.modules):
             self.choice_for(pattern)
+        self.bits, self.max_memory = bits, max_memory
+        self.candidates = None if candidates is None else list(candidates)
+        self._check_budget()
+        #: what a budget led to, with each layer's error (`requanto.budget.Choice.record`); None: no budget was given
+        self.budget: dict[str, Any] | None = copy.deepcopy(stored.get("budget"))
         for flag in ("symmetric",):
             if getattr(self, flag) not in (None, True, False):
                 raise ValueError(f"{flag} must be True, False or None, found {getattr(self, flag)!r}")
@@ -159,12 +176,35 @@ class QuantoConfig:
             "low_rank",
             "weights_dtype",
             "method",
+            *_BUDGET_KEYS,
         )
 
     @property
     def weights_dtype(self) -> str:
         """``weights``, under the name Diffusers gives it."""
         return self.weights
+
+    def _check_budget(self) -> None:
+        choices = [c if isinstance(c, str) else (c or {}).get("weights") for c in self.modules.values()]
+        if AUTO in (self.weights, *choices):
+            Limit.of(self.bits, self.max_memory)
+            parse_candidates(self.candidates or ())
+        elif self.bits is not None or self.max_memory is not None or self.candidates is not None:
+            raise ValueError(
+                f"bits, max_memory and candidates belong to weights='auto', found weights={self.weights!r} with "
+                f"bits={self.bits!r}, max_memory={self.max_memory!r}, candidates={self.candidates!r}"
+            )
+
+    def settle(self, modules: dict[str, LayerChoice], budget: dict[str, Any]) -> None:
+        """Replaces the budget by what it led to: a choice for every layer, so that reloading needs no budget."""
+        kinds = [c["weights"] for c in modules.values() if isinstance(c, dict)]
+        if self.weights == AUTO:
+            self.weights = max(sorted(set(kinds)), key=kinds.count) if kinds else "int8"
+        self.modules, self.budget = {**modules, **self.modules}, budget
+        for pattern, choice in list(self.modules.items()):
+            if (choice if isinstance(choice, str) else (choice or {}).get("weights")) == AUTO:
+                del self.modules[pattern]
+        self.bits = self.max_memory = self.candidates = None
 
     def record(self, tensors: dict[str, str]) -> None:
         """Takes the descriptions of a model's quantized weights (`requanto.checkpoint.format`) as what is stored."""
@@ -187,7 +227,8 @@ class QuantoConfig:
             choice = {"weights": choice}
         options.update(choice or {})
         where = "method" if pattern is None else f"modules[{pattern!r}]['method']"
-        check_method(options["method"], resolve_qtype(options["weights"]), where)
+        kind = None if options["weights"] == AUTO else resolve_qtype(options["weights"])
+        check_method(options["method"], kind, where)
         return LayerOptions(**options)
 
     # ------------------------------------------------------------------ what the libraries call
@@ -198,6 +239,8 @@ class QuantoConfig:
         for key in self.parameters():
             if key != "weights_dtype" and (key not in _LATER_KEYS or getattr(self, key) is not None):
                 values[key] = copy.deepcopy(getattr(self, key))
+        if self.budget is not None:
+            values["budget"] = copy.deepcopy(self.budget)
         if self.format is not None or self.tensors:
             values |= {
                 "format": self.format or FORMAT,
@@ -246,7 +289,9 @@ class QuantoConfig:
 
     def __repr__(self) -> str:
         shown = {
-            k: v for k, v in self.to_dict().items() if k not in ("tensors", "quant_method") and v not in (None, {})
+            k: v
+            for k, v in self.to_dict().items()
+            if k not in ("tensors", "quant_method", "budget") and v not in (None, {})
         }
         return f"QuantoConfig({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
@@ -265,7 +310,9 @@ class LayerOptions:
         rotation: int | None = None,
         low_rank: int | None = None,
     ) -> None:
-        self.qtype = resolve_qtype(weights)
+        #: the type is still to be chosen; int8 stands in for it where one is asked for before that
+        self.auto = weights == AUTO
+        self.qtype = resolve_qtype("int8" if self.auto else weights)
         self.group_size: int | str | None = (
             "default" if group_size is None else None if group_size == -1 else group_size
         )
@@ -284,6 +331,10 @@ def _refuse_unknown(unknown: dict[str, Any], known: tuple[str, ...], where: str)
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"{where} got an unknown keyword {key!r}{hint} Known: {', '.join(known)}")
+
+
+def _type_name(value: str | qtype) -> str:
+    return AUTO if value == AUTO else short_name(resolve_qtype(value))
 
 
 def _activation_name(value: str | qtype | None) -> str | None:
@@ -308,13 +359,13 @@ def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
     if choice is None:
         return None
     if isinstance(choice, (str, qtype)):
-        return short_name(resolve_qtype(choice))
+        return _type_name(choice)
     if not isinstance(choice, dict):
         raise ValueError(f"{where} must be a type, a dict or None, found {choice!r}")
     _refuse_unknown({k: v for k, v in choice.items() if k not in _LAYER_KEYS}, _LAYER_KEYS, where)
     checked = dict(choice)
     if "weights" in checked:
-        checked["weights"] = short_name(resolve_qtype(checked["weights"]))
+        checked["weights"] = _type_name(checked["weights"])
     if "activations" in checked:
         checked["activations"] = _activation_name(checked["activations"])
     _checked_group_size(checked.get("group_size"), f"{where}['group_size']")

@@ -41,6 +41,8 @@ class PlannedWeight:
 
     def quantize(self, weight: torch.Tensor, name: str, search: str | ScaleSearch | None = None) -> QTensor:
         """The quantized weight; ``search`` stands above the options' method."""
+        if self.options.auto:
+            raise ValueError(f"{name}: its type is still to be chosen within a budget (requanto.budget)")
         tensor = QTensor.quantize(
             weight,
             self.options.qtype,

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from torch import nn
 from tqdm import tqdm
 
+from requanto.budget.memory import auto_limit, choose_in_memory
 from requanto.choose import check_patterns, chosen_modules, listed, nothing_chosen, planned_weights, restore_or_refuse
 from requanto.methods import quantize_with_samples
 from requanto.nn.mixin import QModuleMixin
@@ -24,7 +26,7 @@ from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.optimizers import Optimizer, check_optimizer
 from requanto.plan import parameter_holders
 from requanto.qtensor import QTensor
-from requanto.qtypes import qtype, resolve_qtype
+from requanto.qtypes import qint8, qtype, resolve_qtype
 from requanto.rotation import check_rotation
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
@@ -47,6 +49,9 @@ def quantize(
     group_size: int | str | None = "default",
     symmetric: bool | None = None,
     modules: Mapping[str, str | qtype | None] | None = None,
+    bits: float | None = None,
+    max_memory: int | str | None = None,
+    candidates: list[str] | None = None,
     method: str | None = None,
     calibration: Any = None,
     method_options: Mapping[str, Any] | None = None,
@@ -66,7 +71,8 @@ def quantize(
 
     Args:
         model: any module, also on the meta device.
-        weights: ``"int2"``, ``"int4"``, ``"int8"``, ``"float8"`` ..., a qtype, or None: weights stay float.
+        weights: ``"int2"``, ``"int4"``, ``"int8"``, ``"float8"`` ..., a qtype, or None: weights stay float; ``"auto"``:
+            a type for each layer, chosen within ``bits`` or ``max_memory``.
         activations: ``"int8"``, ``"float8"``, or None. On the fly per token, until `Calibration` finds static scales.
         optimizer: optimum-quanto's scales, e.g. `HqqOptimizer()`; None: Requanto's own, as ``method`` says.
         include, exclude: shell patterns on full dotted names; a module must match one of ``include`` where given, and
@@ -75,6 +81,8 @@ def quantize(
         symmetric: codes around zero, without a shift; None: below 8 bits affine, else symmetric.
         modules: other types for some modules, ``{"*.mlp.*": "int4", "lm_head": None}``; the first pattern that fits
             counts, before include and exclude.
+        bits, max_memory, candidates: the budget of ``weights="auto"``, as in `QuantoConfig`. With ``calibration``,
+            layers are weighed by what their errors do to the model's answer on samples, else by their weights' errors.
         method: how scales are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"hqq"``, or None: the type's default; or,
             with ``calibration``, how codes are found on samples: ``"gptq"`` ... (`requanto.methods`). Nothing is left to
             freeze then.
@@ -91,7 +99,8 @@ def quantize(
         ValueError: a type is unknown; a pattern matches no module; nothing is left to quantize; a weight is quantized
             already, to another type; ``calibration`` reaches no layer.
     """
-    kind = None if weights is None else resolve_qtype(weights)
+    limit = auto_limit(weights, bits, max_memory, candidates)
+    kind = qint8 if limit is not None else None if weights is None else resolve_qtype(weights)
     activation = None if activations is None else resolve_qtype(activations)
     special = {p: None if v is None else resolve_qtype(v) for p, v in (modules or {}).items()}
     if kind is None and activation is None and not any(special.values()):
@@ -102,7 +111,8 @@ def quantize(
         for asked in {kind, *special.values()} - {None}:
             check_optimizer(optimizer, asked)
     if calibration is None:
-        for asked in {kind, *special.values()} - {None}:
+        check_method(method)
+        for asked in {kind if limit is None else None, *special.values()} - {None}:
             check_method(method, asked)
     elif method in SEARCHES:
         raise ValueError(
@@ -120,15 +130,29 @@ def quantize(
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
 
-    if calibration is not None:
+    if limit is not None or calibration is not None:
         if optimizer is not None:
-            raise ValueError(_SAMPLES_OR_NOT)
-        if rotation or low_rank:
+            raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= goes with one type, not with 'auto'")
+        if calibration is not None and (rotation or low_rank):
             raise ValueError(f"method={method or 'gptq'!r} knows no rotation and no low_rank; leave one of the two out")
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
         if not planned:
             raise nothing_chosen(model, named, include, exclude)
+    if limit is not None:
+        open_ones = {name for name, _, _ in chosen if not any(fnmatch(name, pattern) for pattern in special)}
+        planned = choose_in_memory(model, planned, open_ones, limit, candidates, calibration, options, progress)
+        if calibration is None:
+            for name, module, _ in chosen:
+                choice = planned.get(f"{name}.weight" if name else "weight")
+                if choice is not None:
+                    o = choice.options
+                    more = weight_options(
+                        scale_bits=o.scale_bits, search=o.method, rotation=o.rotation, low_rank=o.low_rank
+                    )
+                    _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
+            return model
+    if calibration is not None:
         quantize_with_samples(
             model,
             planned,

@@ -18,8 +18,10 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from requanto.activation_table import activation_table, add_activation_modules, settle
+from requanto.budget.choose import budget_of
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.config import QuantizationMethod, QuantoConfig
+from requanto.integrations.budget import chosen_from_files
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.diffusers_builtin import refuse_other_backends, silence_deprecation
 from requanto.integrations.diffusers_skips import stays_float
@@ -58,6 +60,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         self.table: dict[str, str] = dict(self.quantization_config.tensors) if self.pre_quantized else {}
         self.planned: dict[str, PlannedWeight] = {}
         self.dtype = torch.float32
+        self._files: list[str] = []
         self._parts: dict[str, dict[str, torch.Tensor]] = {}  # of weights whose other parts are in files to come
 
     # ------------------------------------------------------------------ before the weights
@@ -89,12 +92,14 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         self,
         model: Any,
         keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, Any] | None = None,  # of a single file
         **kwargs: Any,
     ) -> None:
         if not self.pre_quantized:
             config = self.quantization_config
             config.tensors, config.format, config.format_version = {}, None, None
             self.planned = plan_model(model, config, keep_in_fp32_modules or ())
+            self.planned = chosen_from_files(model, config, self.planned, self._files, state=state_dict)
         else:
             add_activation_modules(model, self.quantization_config.activation_modules, self.table)
         model.register_to_config(quantization_config=self.quantization_config)
@@ -126,6 +131,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         Raises:
             CheckpointError: the files lack weights that the config describes, or the reverse.
         """
+        self._files = checkpoint_files
         found = set(loaded_keys)
         strange = [key for key in loaded_keys if key.endswith("_qdata") and self._owner(key) is None]
         if strange:
@@ -274,6 +280,7 @@ def attach_quantizer(model: Any) -> RequantoDiffusersQuantizer:
     """The quantizer of a model that `requanto.quantize` made: from now on the library takes it for one it loaded."""
     kinds = [p.qtype.name for p in model.parameters() if isinstance(p, QTensor)]
     config = QuantoConfig(weights=max(set(kinds), key=kinds.count) if kinds else None)
+    config.budget = budget_of(model)
     quantizer = RequantoDiffusersQuantizer(config, pre_quantized=False)
     describe(model, quantizer.quantization_config)
     model.register_to_config(quantization_config=quantizer.quantization_config)

@@ -30,6 +30,7 @@ from requanto.checkpoint.format import (
 )
 from requanto.config import QuantoConfig
 from requanto.integrations.accelerate import materialized
+from requanto.integrations.budget import chosen_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish, place, whole_state_dict
@@ -91,6 +92,9 @@ class RequantoHfQuantizer(HfQuantizer):
             output_embeddings=model.get_output_embeddings(),
             always_float=model._keep_in_fp32_modules or (),
             tied=model.all_tied_weights_keys,
+        )
+        self.planned = chosen_for_transformers(
+            model, self.quantization_config, self.planned, kwargs.get("checkpoint_files")
         )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from requanto.budget.memory import settle_on_samples
 from requanto.config import QuantoConfig
 from requanto.data import calibration_text
 from requanto.methods import find_method, quantize_with_samples, text_samples
@@ -56,7 +57,8 @@ def calibrate_directory(
     written = calibration_text() if text is None else Path(text).read_text(encoding="utf-8")
     pieces = text_samples(AutoTokenizer.from_pretrained(source), written, samples, length)
     loaded = load_model(class_of(source, description), source, None, dtype, device)
-    quantize_with_samples(loaded, planned_for(loaded, config), pieces, chosen, resume=resume, progress=progress)
+    planned = settle_on_samples(loaded, config, planned_for(loaded, config), pieces, progress)
+    quantize_with_samples(loaded, planned, pieces, chosen, resume=resume, progress=progress)
     from requanto.integrations.transformers import attach_quantizer
 
     attach_quantizer(loaded, config)

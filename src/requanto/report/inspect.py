@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from requanto.budget.choose import budget_of
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, expected_parts, parse_spec
 from requanto.config import QuantoConfig
@@ -33,6 +34,7 @@ class WeightReport:
         group_size: weights that share a scale; None: one scale a row, or not quantized.
         bytes: what it takes, scales and shifts counted.
         bits: bits a weight.
+        error: relative, ``|W - W_q| / |W|``, as measured when the type was chosen within a budget; else None.
     """
 
     name: str
@@ -41,6 +43,7 @@ class WeightReport:
     group_size: int | None
     bytes: int
     bits: float
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,21 @@ class ModelReport:
     float_bytes: int
     #: bytes the model would take with its quantizable (2D and larger, not yet quantized) weights in each type
     would_take: dict[str, int]
+    #: how the types were chosen within a budget (`requanto.budget.Choice.record`); None: they were given
+    budget: dict[str, Any] | None = None
+
+    def why(self) -> str:
+        """How the types came about, in words; "" where they were given."""
+        if not self.budget:
+            return ""
+        (key, value) = next(iter(self.budget["asked"].items()))
+        by = {"samples": "its effect on the answer to samples", "weights": "its relative weight error"}
+        gap = self.budget["gap"]
+        proof = "the least possible sum" if not gap else f"within {gap:.1e} of the least possible sum"
+        return (
+            f"Types chosen for {key}={value}: each layer counted by {by[self.budget['measured']]}; this is {proof}. "
+            f"{self.budget['bits']:.4g} bits a weight over all weights that were to be quantized."
+        )
 
     def to_json(self) -> str:
         """The report as JSON text."""
@@ -61,7 +79,9 @@ class ModelReport:
 
 def inspect_model(model: torch.nn.Module) -> ModelReport:
     """Reports on a model in memory; tied weights are counted once."""
-    return _report([_of_tensor(name, parameter) for name, parameter in model.named_parameters()], _linear_names(model))
+    weights = [_of_tensor(name, parameter) for name, parameter in model.named_parameters()]
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return _with_budget(_report(weights, _linear_names(model)), budget_of(model) or getattr(config, "budget", None))
 
 
 def inspect_directory(directory: str | Path) -> ModelReport:
@@ -105,7 +125,23 @@ def inspect_directory(directory: str | Path) -> ModelReport:
         found[name] = WeightReport(
             name, short_name(spec["qtype"]), tuple(spec["shape"]), spec["group_size"], size, size * 8 / count
         )
-    return _report([found[name] for name in sorted(found)], None)
+    budget = (config.get("quantization_config") or {}).get("budget")
+    return _with_budget(_report([found[name] for name in sorted(found)], None), budget)
+
+
+def _with_budget(report: ModelReport, budget: dict[str, Any] | None) -> ModelReport:
+    if not budget:
+        return report
+    errors = {name: row[0] for name, row in budget["layers"].items()}
+    weights = [replace(w, error=_named(errors, w.name.rpartition(".")[0])) for w in report.weights]
+    return replace(report, weights=[w if len(w.shape) > 1 else replace(w, error=None) for w in weights], budget=budget)
+
+
+def _named(values: dict[str, float], name: str) -> float | None:
+    # A library may have put a prefix before the name, or taken one away, on saving.
+    if name in values:
+        return values[name]
+    return next((v for n, v in values.items() if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
 
 
 def _specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

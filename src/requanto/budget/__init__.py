@@ -1,0 +1,13 @@
+"""A budget instead of a dtype: each layer's type is chosen so that the measured error is least under a limit of bytes.
+
+    requanto.quantize(model, weights="auto", bits=4.5, calibration=samples)
+    AutoModel.from_pretrained(path, quantization_config=QuantoConfig(weights="auto", max_memory="80MB"))
+
+`measure` and `sensitivity` say what each type would cost each layer, `allocate` solves the knapsack, `choose` joins them.
+"""
+
+from requanto.budget.allocate import Allocation, Option, allocate
+from requanto.budget.choose import Choice, budget_of, choose, resolve
+from requanto.limit import Limit
+
+__all__ = ["Allocation", "Choice", "Limit", "Option", "allocate", "budget_of", "choose", "resolve"]

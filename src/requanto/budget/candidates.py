@@ -1,0 +1,76 @@
+"""What a layer may become under a budget, and how many bytes that takes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from requanto.limit import parse_candidates
+from requanto.plan import PlannedWeight
+from requanto.qtypes import resolve_qtype
+from requanto.scales.search import fitting
+
+#: Types and groups that are tried without samples: ``type``, ``type:group`` or ``type:row``. Float is always one more.
+#: Below 8 bits every type has groups: with one scale a row, errors gather in the rows that have outliers, and weights
+#: alone do not show what that does (all-MiniLM-L6-v2 loses most of its accuracy in some such layers).
+GROUPED_CANDIDATES = (
+    *("int2:16", "int2:32", "int2:64"),
+    *("int3:32", "int3:64", "int3:128"),
+    *("int4:32", "int4:64", "int4:128"),
+    *("int5:64", "int5:128"),
+    *("int6:64", "int6:128"),
+    "int7:128",
+    *("int8:row", "float8:row"),
+)
+
+#: With samples, which do show it, rows as well.
+ALL_CANDIDATES = (*GROUPED_CANDIDATES, "int3:row", "int4:row", "int5:row", "int6:row")
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form that a weight may take.
+
+    Attributes:
+        label: ``"int4 g64"``, ``"int8"`` (one scale a row), ``"float"``.
+        planned: how to make it; None: it stays float.
+        bytes: what it takes, all stored parts counted.
+    """
+
+    label: str
+    planned: PlannedWeight | None
+    bytes: int
+
+
+def candidates_for(planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[str]) -> list[Candidate]:
+    """The forms a weight may take, each once, float last.
+
+    Args:
+        planned: its plan, whose type is open (``options.auto``); a group size that the user fixed stays.
+        shape: the weight, or a meta tensor of its shape and dtype.
+        texts: see ``GROUPED_CANDIDATES``.
+    """
+    meta = torch.empty(shape.shape, dtype=shape.dtype, device="meta")
+    found: dict[str, Candidate] = {}
+    for name, group in parse_candidates(texts):
+        kind = resolve_qtype(name)
+        options = copy.copy(planned.options)
+        options.qtype, options.auto = kind, False
+        if options.group_size == "default":
+            options.group_size = group
+        if options.symmetric is not None and (kind.is_codebook or kind.bits == 8 or kind.is_unsigned):
+            options.symmetric = None  # these have one form only; the choice was meant for integers
+        if options.method is not None and options.method not in fitting(kind):
+            options.method = None  # how scales are searched for was meant for types of fewer bits
+        choice = replace(planned, options=options)
+        tensor = choice.quantize(meta, "a candidate")
+        fitted = "" if tensor.group_size is None else f" g{tensor.group_size}"
+        options.group_size = tensor.group_size
+        found.setdefault(f"{name}{fitted}", Candidate(f"{name}{fitted}", choice, tensor.nbytes))
+    float_bytes = shape.numel() * shape.element_size()
+    return [*found.values(), Candidate(FLOAT, None, float_bytes)]

@@ -1,0 +1,99 @@
+"""Budgets while a library loads: a first pass over the checkpoint's files measures, then loading goes on with the plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from requanto.budget.choose import resolve
+from requanto.config import QuantoConfig
+from requanto.plan import PlannedWeight
+
+
+class StoredPieces:
+    """The tensors of safetensors files that make up each parameter, read one at a time.
+
+    Args:
+        files: the checkpoint.
+        target: the parameter that a stored tensor becomes, or a part of.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike], target: Callable[[str], str]) -> None:
+        self._where: dict[str, list[tuple[str, str]]] = {}
+        for file in files:
+            with safe_open(str(file), framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  (no dict)
+                    self._where.setdefault(target(key), []).append((str(file), key))
+
+    def __call__(self, name: str) -> list[torch.Tensor]:
+        """The stored tensors of a parameter; mapped from their files, so that only what is looked at is read."""
+        found = []
+        for file, key in self._where.get(name, ()):
+            with safe_open(file, framework="pt") as opened:
+                found.append(opened.get_tensor(key))
+        return found
+
+
+def chosen_from_files(
+    model: nn.Module,
+    config: QuantoConfig,
+    planned: dict[str, PlannedWeight],
+    files: Sequence[str | os.PathLike] | None,
+    target: Callable[[str], str] = str,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, PlannedWeight]:
+    """The plan with every type settled; ``config`` then holds a choice for each layer.
+
+    Args:
+        model: on the meta device, in the dtype that it is loaded in.
+        config, planned: see `requanto.budget.resolve`.
+        files: the checkpoint's.
+        target: see :class:`StoredPieces`.
+        state: the weights by name, where they are in memory instead of in files.
+
+    Raises:
+        ValueError: no safetensors files, or a budget that is not possible.
+    """
+    if not any(choice.options.auto for choice in planned.values()):
+        return planned
+    if state is not None:
+        chosen = resolve(model, config, planned, lambda name: [state[name]] if name in state else [])
+        return planned if chosen is None else chosen.planned
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"weights='auto' first measures the weights in the checkpoint's .safetensors files, and there are none "
+            f"({', '.join(map(str, files or ())) or 'a state dict'}). Load the float model, then requanto.quantize(model, "
+            f"weights='auto', ...) and requanto.freeze(model)"
+        )
+    chosen = resolve(model, config, planned, StoredPieces(files, target))
+    return planned if chosen is None else chosen.planned
+
+
+def chosen_for_transformers(
+    model: Any, config: QuantoConfig, planned: dict[str, PlannedWeight], files: Sequence[str | os.PathLike] | None
+) -> dict[str, PlannedWeight]:
+    """:func:`chosen_from_files`, with Transformers' renaming of stored weights."""
+    if not any(choice.options.auto for choice in planned.values()):
+        return planned
+    return chosen_from_files(model, config, planned, files, transformers_names(model))
+
+
+def transformers_names(model: Any) -> Callable[[str], str]:
+    """Stored name -> parameter, as Transformers renames and merges on loading."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model, None, None) or []
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    shapes: Mapping[str, torch.Tensor] = model.state_dict()
+
+    def target(key: str) -> str:
+        return rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)[0]
+
+    return target
