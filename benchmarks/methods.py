@@ -60,7 +60,7 @@ class Case:
         return f"{self.model}/{self.weights}-g{self.group}{extra}/{self.method or 'nearest'}{choices}"
 
 
-PLAIN_GPTQ = {"correct": False, "sequential": False, "rounds": 0}
+PLAIN_GPTQ = {"correct": False, "sequential": False, "rounds": 0, "damping": 0.01}
 TUNED = {"iterations": 40, "batch": 2}
 CASES = [
     Case(model, weights, group, method, options, {"scale_bits": 8})

@@ -145,7 +145,7 @@ def _values(items: list[str]) -> dict[str, Any]:
     for item in items:
         name, equals, value = item.partition("=")
         if not equals or not name:
-            raise ValueError(f"--option takes NAME=VALUE, found {item!r}; example: --option damping=0.01")
+            raise ValueError(f"--option takes NAME=VALUE, found {item!r}; example: --option damping=0.05")
         try:
             found[name] = json.loads(value)
         except json.JSONDecodeError:

@@ -48,7 +48,7 @@ def gptq(
     grid: Grid,
     group_size: int | None,
     *,
-    damping: float = 0.01,
+    damping: float = 0.1,
     order: str = "columns",
     steps: int = 24,
     rounds: int = 3,

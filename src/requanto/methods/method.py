@@ -76,7 +76,8 @@ class Gptq(Method):
     """GPTQ, `requanto.methods.gptq`.
 
     Attributes:
-        damping, order, steps, rounds: see :func:`requanto.methods.gptq.gptq`.
+        damping, order, steps, rounds: see :func:`requanto.methods.gptq.gptq`. Samples of one kind of text say little about
+            another: with damping 0.01, all-MiniLM-L6-v2 in 3 bits came out further from float than with 0.1.
         sequential: layers of a block see the errors of the layers before them in the block.
         correct: make up for errors of earlier blocks as well: the weight to round is first replaced by the one that, on the
             quantized model's inputs, comes nearest to the float layer's output (least squares). Needs the hidden states of
@@ -85,7 +86,7 @@ class Gptq(Method):
 
     name = "gptq"
 
-    damping: float = 0.01
+    damping: float = 0.1
     order: str = "columns"
     steps: int = 24
     rounds: int = 3
