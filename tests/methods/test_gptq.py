@@ -77,7 +77,8 @@ def test_it_beats_rounding_to_nearest_and_every_round_lowers_the_error(kind, aff
     grid = Grid(kind, affine, torch.float32)
     nearest = row_errors(weight - round_to_nearest(weight, grid, group or 64), hessian).sum()
     errors = [
-        row_errors(weight - gptq(weight, hessian, grid, group, rounds=r, damping=0.01).values, hessian).sum() for r in (0, 1, 3)
+        row_errors(weight - gptq(weight, hessian, grid, group, rounds=r, damping=0.01).values, hessian).sum()
+        for r in (0, 1, 3)
     ]
     assert errors[0] < 0.6 * nearest
     assert errors[2] <= errors[1] <= errors[0] * 1.02  # with damping, what is lowered is the damped error
