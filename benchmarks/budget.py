@@ -23,7 +23,8 @@ import torch
 from common import RESULTS, write
 
 import requanto
-from requanto.budget.choose import choose, model_bytes
+from requanto.budget.choose import choose
+from requanto.budget.models import model_bytes
 from requanto.budget.sensitivity import importances
 from requanto.config import QuantoConfig
 from requanto.data import calibration_text, eval_text

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import nn
 from tqdm import tqdm
 
-from requanto.budget.memory import auto_limit, choose_in_memory
+from requanto.budget.models import auto_limit, choose_in_memory
 from requanto.choose import check_patterns, chosen_modules, listed, nothing_chosen, planned_weights, restore_or_refuse
 from requanto.methods import quantize_with_samples
 from requanto.nn.mixin import QModuleMixin

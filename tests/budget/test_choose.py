@@ -9,7 +9,7 @@ from torch import nn
 import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.budget.candidates import FLOAT, candidates_for
-from requanto.budget.choose import resolve
+from requanto.budget.models import resolve
 from requanto.budget.sensitivity import importances
 from requanto.limit import Limit, parse_bytes
 from requanto.plan import plan

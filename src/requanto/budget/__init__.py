@@ -7,7 +7,8 @@
 """
 
 from requanto.budget.allocate import Allocation, Option, allocate
-from requanto.budget.choose import Choice, budget_of, choose, resolve
+from requanto.budget.choose import Choice, choose
+from requanto.budget.models import budget_of, resolve
 from requanto.limit import Limit
 
 __all__ = ["Allocation", "Choice", "Limit", "Option", "allocate", "budget_of", "choose", "resolve"]

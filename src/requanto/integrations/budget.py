@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from requanto.budget.choose import resolve
+from requanto.budget.models import resolve
 from requanto.config import QuantoConfig
 from requanto.plan import PlannedWeight
 

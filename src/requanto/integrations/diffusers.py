@@ -18,7 +18,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
 from requanto.activation_table import activation_table, add_activation_modules, settle
-from requanto.budget.choose import budget_of
+from requanto.budget.models import budget_of
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.config import QuantizationMethod, QuantoConfig
 from requanto.integrations.budget import chosen_from_files

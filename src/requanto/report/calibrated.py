@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from requanto.budget.memory import settle_on_samples
+from requanto.budget.models import settle_on_samples
 from requanto.config import QuantoConfig
 from requanto.data import calibration_text
 from requanto.methods import find_method, quantize_with_samples, text_samples

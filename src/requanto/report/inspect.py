@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from requanto.budget.choose import budget_of
+from requanto.budget.models import budget_of
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, expected_parts, parse_spec
 from requanto.config import QuantoConfig
