@@ -19,10 +19,10 @@ from requanto.linear import compiled, int4, onednn
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.table import Implementation, Problem, register
-from requanto.linear.workspace import rows_that_fit, workspace
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qint8, qtype
 from requanto.settings import settings
+from requanto.workspace import rows_that_fit, workspace
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)

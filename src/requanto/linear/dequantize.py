@@ -11,10 +11,10 @@ import functools
 
 import torch
 
-from requanto.linear.workspace import workspace
 from requanto.packing import unpack, unpack_pairs
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
+from requanto.workspace import workspace
 
 #: Bytes of one block's result: it stays in a core's L2 cache between the passes.
 BLOCK_BYTES = 512 * 1024

@@ -14,11 +14,11 @@ import logging
 import torch
 
 from requanto.layout import Packed
-from requanto.linear.workspace import workspace
 from requanto.packing import pack as pack_codes
 from requanto.packing import unpack
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
+from requanto.workspace import workspace
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from requanto.qtypes import qtype
+from requanto.workspace import scratch
 
 #: Part of the range between minimum and maximum to start from, by bits.
 START = {2: 0.7, 3: 0.8, 4: 0.95}
@@ -40,11 +41,11 @@ def least_squares(
     safe = torch.where(usable, whole, torch.ones_like(whole))
     unit = safe.reciprocal().unsqueeze(-1)
     if shift is None:
-        units = groups * unit
+        units = torch.mul(groups, unit, out=scratch(groups, "units"))
         fitted = _line_through_zero(units, kind, importance)
         return torch.where(_on_grid(units) | ~usable, whole, fitted * whole), None
     # In units of the minmax codes, 0 .. top: w = safe * unit - shift.
-    units = (groups + shift.unsqueeze(-1)).mul_(unit)
+    units = torch.add(groups, shift.unsqueeze(-1), out=scratch(groups, "units")).mul_(unit)
     slope, offset = _line(units, 2**kind.bits - 1, START.get(kind.bits, 1.0), importance)
     kept = _on_grid(units) | ~usable
     return torch.where(kept, whole, slope * whole), torch.where(kept, shift, shift - offset * whole)
@@ -70,16 +71,17 @@ def _line(
     if importance is None:
         total, first = float(units.shape[-1]), units.sum(-1)
     else:
-        total, first = importance.sum(-1), (importance * units).sum(-1)
+        total = importance.sum(-1)
+        first = torch.mul(importance, units, out=scratch(units, "product")).sum(-1)
     slope = torch.full_like(first, start)
     offset = torch.full_like(first, (1 - start) / 2 * top)
-    codes, product, scratch = (torch.empty_like(units) for _ in range(3))
+    codes, product, other = (scratch(units, slot) for slot in ("codes", "product", "other"))
     for _ in range(REFITS):
         torch.sub(units, offset.unsqueeze(-1), out=codes)
         codes.mul_(slope.reciprocal().unsqueeze(-1)).round_().clamp_(0, top)
         counted = codes if importance is None else torch.mul(codes, importance, out=product)
         sum_q = counted.sum(-1)
-        sum_qu = torch.mul(counted, units, out=scratch).sum(-1)
+        sum_qu = torch.mul(counted, units, out=other).sum(-1)
         sum_qq = codes.mul_(counted).sum(-1)
         spread = total * sum_qq - sum_q * sum_q
         # No spread: all codes that count are equal.
@@ -92,12 +94,12 @@ def _line(
 def _line_through_zero(units: torch.Tensor, kind: qtype, importance: torch.Tensor | None) -> torch.Tensor:
     """slope ``[rows, G]`` of ``units ~ slope * code`` for signed codes."""
     slope = torch.full_like(units[..., 0], START.get(kind.bits, 1.0))
-    codes, product, scratch = (torch.empty_like(units) for _ in range(3))
+    codes, product, other = (scratch(units, slot) for slot in ("codes", "product", "other"))
     for _ in range(REFITS):
         torch.mul(units, slope.reciprocal().unsqueeze(-1), out=codes)
         codes.round_().clamp_(kind.qmin, kind.qmax)
         counted = codes if importance is None else torch.mul(codes, importance, out=product)
-        sum_qu = torch.mul(counted, units, out=scratch).sum(-1)
+        sum_qu = torch.mul(counted, units, out=other).sum(-1)
         sum_qq = codes.mul_(counted).sum(-1)
         slope = torch.where(sum_qq > 0, sum_qu / sum_qq, slope)
     return slope

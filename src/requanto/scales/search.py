@@ -18,6 +18,7 @@ from requanto.qtypes import qtype
 from requanto.scales.float8 import float8_scale
 from requanto.scales.hqq import hqq
 from requanto.scales.least_squares import least_squares
+from requanto.workspace import scratch
 
 #: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
 ScaleSearch = Callable[[torch.Tensor, qtype, bool], tuple[torch.Tensor, torch.Tensor | None]]
@@ -54,7 +55,8 @@ def mse(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, 
 
 def weighted(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (and shift) of the least ``sum |w|^0.5 (w - dequantized)^2``."""
-    return least_squares(groups, kind, affine, minmax(groups, kind, affine), groups.abs().sqrt_())
+    importance = torch.abs(groups, out=scratch(groups, "importance")).sqrt_()
+    return least_squares(groups, kind, affine, minmax(groups, kind, affine), importance)
 
 
 #: the searches by name

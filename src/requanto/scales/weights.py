@@ -28,9 +28,9 @@ from requanto.scales.compact import (
     stored_length,
 )
 from requanto.scales.search import ScaleSearch, find_search
+from requanto.workspace import scratch
 
-#: Weights quantized at once: the float32 temporaries (2 MB each) stay in the cache of a CPU core and are reused by its
-#: allocator, whatever the size of the tensor.
+#: Weights quantized at once: the float32 temporaries (2 MB each, kept by the thread) stay in the cache of a CPU core.
 CHUNK = 512 * 1024
 #: The same on an accelerator, where each step costs a kernel launch: temporaries of 64 MB.
 CHUNK_ACCELERATOR = 16 * 1024 * 1024
@@ -107,7 +107,7 @@ def quantize_weight_data(
         for start in range(0, count, step):
             part = slice(start, start + step)
             # Sums depend on the order in memory: that of a transposed view must be the same as that of its copy.
-            block = rows[part].float().contiguous()
+            block = scratch(rows[part], "block").copy_(rows[part])
             if rotation is not None:
                 block = rotate(block, rotation)
             block = block.reshape(-1, groups, group)
@@ -149,7 +149,11 @@ def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
     if kind.is_codebook:
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
         return nearest_codes(groups / divisor, kind).flatten(1)
-    scaled = groups / divisor if shift is None else (groups + shift.unsqueeze(-1)).div_(divisor)
+    room = scratch(groups, "units")
+    if shift is None:
+        scaled = torch.div(groups, divisor, out=room)
+    else:
+        scaled = torch.add(groups, shift.unsqueeze(-1), out=room).div_(divisor)
     if kind.is_floating_point:
         codes = scaled.clamp_(kind.qmin, kind.qmax).to(kind.dtype)
     elif shift is not None:
