@@ -24,7 +24,7 @@ KINDS = ("int8", "float8", "int4", "int2")
 # Runs in the measured process: `library`, `kind`, `directory` are given as arguments.
 WORKER = r"""
 import json, os, resource, sys, threading, time
-library, kind, directory, save_to = sys.argv[1:5]
+library, kind, directory, save_to, method = sys.argv[1:6]
 import torch, transformers
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -32,7 +32,7 @@ torch.set_num_threads(2)
 from transformers import AutoModelForCausalLM, QuantoConfig
 if library == "requanto":
     import requanto
-    config = requanto.QuantoConfig(weights=kind)
+    config = requanto.QuantoConfig(weights=kind, method=method or None)
 elif library == "optimum-quanto":
     from optimum.quanto import QModuleMixin  # imported before the clock starts, like requanto
     config = QuantoConfig(weights=kind)
@@ -115,11 +115,12 @@ def write_checkpoint(directory: Path, layers: int) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-def run_worker(python: str, library: str, kind: str, directory: Path, save_to: str) -> dict[str, float]:
+def run_worker(
+    python: str, library: str, kind: str, directory: Path, save_to: str, method: str | None = None
+) -> dict[str, float]:
     """One load in a process of its own."""
-    done = subprocess.run(
-        [python, "-c", WORKER, library, kind, str(directory), save_to], capture_output=True, text=True, check=False
-    )
+    command = [python, "-c", WORKER, library, kind, str(directory), save_to, method or ""]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT"):
             return json.loads(line.removeprefix("RESULT"))
@@ -131,6 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="interpreter that has optimum-quanto and transformers")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="types, e.g. int4")
+    parser.add_argument("--method", help="load by this method, e.g. minmax, as well as by each type's own")
     parser.add_argument("--layers", type=int, default=16, help="16 layers are 1.24 billion parameters")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "load.json")
     options = parser.parse_args()
@@ -139,8 +142,10 @@ def main() -> None:
         directory = Path(scratch) / "float"
         read, largest = write_checkpoint(directory, options.layers)
         jobs = [("bf16", "none", sys.executable)]
-        for kind in KINDS:
+        for kind in options.kinds:
             jobs.append(("requanto", kind, sys.executable))
+            if options.method:
+                jobs.append((f"requanto {options.method}", kind, sys.executable))
             if options.peer_python:
                 jobs.append(("optimum-quanto", kind, options.peer_python))
         run_worker(
@@ -149,10 +154,11 @@ def main() -> None:
         for repeat in range(options.repeats):
             for library, kind, python in jobs:
                 save_to = str(Path(scratch) / "saved" / kind) if library == "requanto" and repeat == 0 else ""
-                result = run_worker(python, library, kind, directory, save_to)
+                name, _, method = library.partition(" ")
+                result = run_worker(python, name, kind, directory, save_to, method)
                 runs.setdefault(f"{library} {kind}", []).append(result)
                 print(
-                    f"{library:15} {kind:7} {result['seconds']:.1f} s, peak {result['peak'] / 1e6:.0f} MB", flush=True
+                    f"{library:16} {kind:7} {result['seconds']:.1f} s, peak {result['peak'] / 1e6:.0f} MB", flush=True
                 )
     table = {
         name: {
@@ -167,7 +173,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": "python benchmarks/load.py" + (" --peer-python PYTHON" if options.peer_python else ""),
+        "command": "python benchmarks/load.py " + " ".join(sys.argv[1:]).replace(str(options.peer_python), "PYTHON"),
         "machine": f"{platform.machine()}, 2 threads",
         "read_gb": read / 1e9,
         "largest_tensor_mb": largest / 1e6,
