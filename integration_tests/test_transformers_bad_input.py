@@ -108,10 +108,10 @@ def test_a_shape_that_the_model_does_not_have(quantized_dir):
         load(quantized_dir)
 
 
-@pytest.mark.parametrize("version", [2, 99, 0, None, "1"])
+@pytest.mark.parametrize("version", [3, 99, 0, None, "1"])
 def test_an_unknown_format_version(quantized_dir, version):
     edit_config(quantized_dir, lambda c: c.update(format_version=version))
-    with pytest.raises(ValueError, match=rf"format version {version!r}.*reads versions 1 to 1.*pip install -U"):
+    with pytest.raises(ValueError, match=rf"format version {version!r}.*reads versions 1 to 2.*pip install -U"):
         load(quantized_dir)
 
 
@@ -150,7 +150,7 @@ def test_only_the_headline_of_a_config_edited_changes_nothing(quantized_dir):
 
 
 @pytest.mark.parametrize(
-    "line", ["", "qint4", "qint3 128x64", "qint4 axb", "qint4 128x64 group=x", "qint4 128x64 tall"]
+    "line", ["", "qint4", "qint9 128x64", "qint4 axb", "qint4 128x64 group=x", "qint4 128x64 tall"]
 )
 def test_a_description_that_is_none(quantized_dir, line):
     def change(config):
@@ -216,7 +216,7 @@ def test_everything_excluded_is_nothing_to_quantize(float_dir):
         load(float_dir, quantization_config=QuantoConfig(modules_to_not_convert=["model"]))
 
 
-@pytest.mark.parametrize("name", ["int3", "nf5", "bfloat16", "8"])
+@pytest.mark.parametrize("name", ["int9", "nf5", "bfloat16", "8"])
 def test_an_unsupported_type(name):
     with pytest.raises(ValueError, match=f"unknown quantized type '{name}'.*Known: .*int4.*int8"):
         QuantoConfig(weights=name)

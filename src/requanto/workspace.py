@@ -40,6 +40,13 @@ def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
     return workspace(tuple(like.shape), torch.float32, slot)
 
 
+def release_scratch() -> None:
+    """Gives this thread's named buffers back: between two weights they are not needed."""
+    buffers = _local.__dict__.get("buffers", {})
+    for slot in [slot for slot in buffers if isinstance(slot, str)]:
+        del buffers[slot]
+
+
 def rows_that_fit(row_bytes: int, rows: int) -> int:
     """How many rows of a weight fit into the bound; one at least."""
     return max(1, min(rows, settings.workspace_bytes // max(1, row_bytes)))

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from requanto import QTensor, qint8
-from requanto.linear import implementations, linear, reference, workspace
+from requanto import QTensor, qint8, workspace
+from requanto.linear import implementations, linear, reference
 from requanto.linear.activations import quantize_activations, split_16bit
 from requanto.linear.dequantize import dequantize_rows
 from requanto.linear.explain import explain

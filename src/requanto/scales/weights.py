@@ -28,7 +28,7 @@ from requanto.scales.compact import (
     stored_length,
 )
 from requanto.scales.search import ScaleSearch, find_search
-from requanto.workspace import scratch
+from requanto.workspace import release_scratch, scratch
 
 #: Weights quantized at once: the float32 temporaries (2 MB each, kept by the thread) stay in the cache of a CPU core.
 CHUNK = 512 * 1024
@@ -128,6 +128,7 @@ def quantize_weight_data(
                 found = found.masked_fill_(found == 0, 1.0)  # groups of zeros, whose codes mean 0 under any scale
             codes = encode(block, found, offset, kind)
             qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes
+        release_scratch()
     elif rows.numel() == 0:
         scale.fill_(1)
         if row_scale is not None:
