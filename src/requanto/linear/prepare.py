@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 #: Weights below which packing does not pay: the products' own cost is no longer that of reading weights.
 SMALLEST = 2**20
+#: The same for int4 and int2 on a CPU, which cost more to decode in their stored form: SmolLM2, whose layers have 10^5 to
+#: 10^6 weights, generates four times as many tokens a second packed. (int8 loses by it there.)
+SMALLEST_INT4 = 2**16
 #: How often a weight that was read in its stored form is packed again before it stays as it is.
 REPACKS = 3
 
@@ -38,12 +41,20 @@ def packer(
     return int4.pack if int4.fits(weight) else None
 
 
+def _pays(weight: QTensor, make: Callable[[QTensor], Packed] | None, smallest: int | None = None) -> bool:
+    """Whether the weight is large enough for the packed form that ``make`` gives it."""
+    if smallest is None:
+        smallest = SMALLEST_INT4 if make is int4.pack else SMALLEST
+    return make is not None and weight.numel() >= smallest
+
+
 def layout_to_be(weight: QTensor, dtype: torch.dtype) -> str:
     """The layout that a layer's weight has, or will have after its first product with x of ``dtype``."""
     if weight.packed is not None:
         return weight.packed.layout
-    stays = weight.__dict__.get("_stays_plain", False) or weight.numel() < SMALLEST or not settings.pack_on_first_use
+    stays = weight.__dict__.get("_stays_plain", False) or not settings.pack_on_first_use
     make = None if stays else packer(weight, dtype)
+    make = make if _pays(weight, make) else None
     names = {onednn.pack: onednn.LAYOUT, int4.pack: int4.LAYOUT, triton_layout.pack: triton_layout.LAYOUT}
     return "plain" if make is None else names[make]
 
@@ -57,13 +68,18 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
         or not getattr(weight, "_is_param", False)
     ):
         return
-    if weight.numel() < SMALLEST:
+    if weight.numel() < min(SMALLEST, SMALLEST_INT4):
         weight._stays_plain = True
         return
     _pack(weight, dtype, activation)
 
 
-def _pack(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None) -> bool:
+def _pack(
+    weight: QTensor,
+    dtype: torch.dtype | None = None,
+    activation: qtype | None = None,
+    smallest: int | None = None,
+) -> bool:
     with LOCK:
         if weight.packed is not None:
             return True
@@ -71,7 +87,7 @@ def _pack(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype |
             return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
         count = weight.__dict__.get("_times_packed", 0)
-        if make is None or count > REPACKS:
+        if not _pays(weight, make, smallest) or count > REPACKS:
             weight._stays_plain = True
             return False
         with torch.inference_mode(False), torch.no_grad():
@@ -88,14 +104,14 @@ def keep_plain(weight: QTensor) -> None:
         _ = weight.qdata
 
 
-def prepare(model: nn.Module, *, smallest: int = SMALLEST) -> dict[str, str]:
+def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
     """Packs every linear layer's weight for this machine now, instead of at its first product.
 
     The packed form replaces the stored one; saving, copying or moving the model gives the stored form back. Worth it before
     ``torch.compile``, which cannot pack, and for a first token without delay.
 
     Args:
-        smallest: weights of fewer elements stay as they are.
+        smallest: weights of fewer elements stay as they are; None: from where it was measured to pay.
 
     Returns:
         Layout by parameter name, for the parameters that were packed.
@@ -103,9 +119,9 @@ def prepare(model: nn.Module, *, smallest: int = SMALLEST) -> dict[str, str]:
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     done = {}
     for name, parameter in model.named_parameters():
-        if not isinstance(parameter, QTensor) or id(parameter) in looked_up or parameter.numel() < smallest:
+        if not isinstance(parameter, QTensor) or id(parameter) in looked_up:
             continue
-        if _pack(parameter) and parameter.packed is not None:
+        if _pack(parameter, smallest=smallest) and parameter.packed is not None:
             done[name] = parameter.packed.layout
     logger.info("packed %d weights for this machine", len(done))
     return done
