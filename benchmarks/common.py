@@ -40,7 +40,13 @@ def machine() -> dict[str, Any]:
 
 def command() -> str:
     """The command line, to be repeated."""
-    return "python " + shlex.join([os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]])
+    return "python " + shlex.join([os.path.relpath(sys.argv[0], RESULTS.parent.parent), *map(_anywhere, sys.argv[1:])])
+
+
+def _anywhere(word: str) -> str:
+    """An argument without the folders of this machine: other interpreters are PYTHON, other files their names."""
+    path = Path(word)
+    return word if not path.is_absolute() else "PYTHON" if path.name.startswith("python") else path.name
 
 
 def interleaved(
