@@ -24,7 +24,7 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -
     if buffer is None or buffer.numel() < wanted:
         # Never under inference mode's rules: the next call may come from outside it.
         with torch.inference_mode(False):
-            buffer = buffers[slot] = torch.empty(wanted, dtype=torch.uint8)
+            buffer = buffers[slot] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
     return buffer[:wanted].view(dtype).view(shape)
 
 

@@ -183,3 +183,12 @@ def test_explain_names_the_paths(layer):
     with torch.no_grad():
         model[0](torch.randn(2, 1024, dtype=torch.bfloat16))
     assert explain(model, rows=(1, 512)) == found
+
+
+def test_buffers_are_real_inside_a_meta_device_context():
+    """Models are built in one, and quantized inside it."""
+    weight = torch.randn(8, 256)
+    workspace.release()
+    with torch.device("meta"):
+        found = QTensor.quantize(weight, "int4")
+    assert torch.equal(found.dequantize(), QTensor.quantize(weight, "int4").dequantize())
