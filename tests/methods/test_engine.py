@@ -353,3 +353,11 @@ def test_moments_of_a_float_model(full):
             torch.testing.assert_close(found[name].hessian, x.t() @ x, rtol=1e-4, atol=1e-3)
     assert found["unused.weight"].rows == 0
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_without_linear_layers_is_told_that_samples_are_of_no_use():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    with pytest.raises(
+        ValueError, match=r"none of the 1 weights .*0\.weight.* belongs to a Linear layer.*leave calibration"
+    ):
+        requanto.quantize(model, weights="int4", method="gptq", calibration=[torch.randn(1, 3, 8, 8)])

@@ -56,6 +56,11 @@ def quantize_planned(
         ValueError: the samples reach no layer; a type that the method cannot make; NaN in inputs.
     """
     layers, others = find_layers(model, planned)
+    if not layers:
+        raise ValueError(
+            f"none of the {len(planned)} weights to quantize (e.g. {next(iter(planned), 'none')}) belongs to a Linear layer "
+            f"or a Conv1D, whose inputs the samples are for: leave calibration= out"
+        )
     for layer in layers:
         method.check(layer)
     was_training = model.training
