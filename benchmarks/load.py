@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from common import command
+
 HERE = Path(__file__).parent
 KINDS = ("int8", "float8", "int4", "int2")
 
@@ -119,8 +121,8 @@ def run_worker(
     python: str, library: str, kind: str, directory: Path, save_to: str, method: str | None = None
 ) -> dict[str, float]:
     """One load in a process of its own."""
-    command = [python, "-c", WORKER, library, kind, str(directory), save_to, method or ""]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = [python, "-c", WORKER, library, kind, str(directory), save_to, method or ""]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("RESULT"):
             return json.loads(line.removeprefix("RESULT"))
@@ -173,7 +175,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": "python benchmarks/load.py " + " ".join(sys.argv[1:]).replace(str(options.peer_python), "PYTHON"),
+        "command": command(),
         "machine": f"{platform.machine()}, 2 threads",
         "read_gb": read / 1e9,
         "largest_tensor_mb": largest / 1e6,

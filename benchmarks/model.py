@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from common import command
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import requanto
@@ -162,7 +163,7 @@ def main() -> int:
     out = options.out or HERE / "results" / f"models_{device}_{options.shape}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "command": "PYTHONPATH=src:kernels python benchmarks/model.py " + " ".join(sys.argv[1:]),
+        "command": "PYTHONPATH=src:kernels " + command(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

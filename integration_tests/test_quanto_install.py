@@ -1,12 +1,11 @@
 """install_as_optimum_quanto, each time in a process of its own: it changes what `import` finds."""
 
-import importlib.metadata
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from quanto_process import quanto_python
 
 
 def run(*arguments, python=sys.executable):
@@ -25,13 +24,6 @@ def test_after_installing(promises, promise):
 
 
 def test_it_refuses_when_the_real_package_is_imported():
-    python = os.environ.get("REQUANTO_QUANTO_PYTHON")
-    if python is None:
-        try:
-            importlib.metadata.version("optimum-quanto")
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip("optimum-quanto is not installed (pip install --no-deps optimum-quanto==0.2.7)")
-        python = sys.executable
     source = Path(__file__).parent.parent / "src"
     code = f"""
 import sys; sys.path[:0] = [{str(source)!r}, {str(source.parent / "kernels")!r}]
@@ -42,6 +34,6 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = run("-c", code, python=python)
+    done = run("-c", code, python=quanto_python())
     assert "optimum-quanto is imported already" in done.stdout, done.stderr[-3000:]
     assert "before anything imports optimum.quanto" in done.stdout
