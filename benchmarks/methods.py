@@ -63,9 +63,16 @@ class Case:
 PLAIN_GPTQ = {"correct": False, "sequential": False, "rounds": 0, "damping": 0.01}
 TUNED = {"iterations": 40, "batch": 2}
 CASES = [
-    Case(model, weights, group, method, options, {"scale_bits": 8})
+    Case(model, weights, group, method, options, {"scale_bits": scale_bits})
     for model in ("smollm2", "minilm")
-    for weights, group in (("int4", 64), ("int3", 64), ("int2", 32))
+    for weights, group, scale_bits in (
+        ("int4", 64, 8),
+        ("int3", 64, 8),
+        ("int2", 32, 8),
+        ("int4", 32, 4),
+        ("int3", 32, 4),
+        ("int2", 16, 4),
+    )
     for method, options in (
         (None, {}),
         ("awq", {}),
