@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from requanto.tracing import is_tracing
+
 logger = logging.getLogger(__name__)
 
 #: Largest block. Larger ones measured no better (docs/accuracy.md), and cost more.
@@ -100,6 +102,6 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     Returns:
         A new tensor of x's shape and dtype.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.requanto.rotate(x, block)
     return _rotated(x, block)

@@ -10,6 +10,7 @@ import threading
 import torch
 
 from requanto.settings import settings
+from requanto.tracing import is_tracing
 
 _local = threading.local()
 
@@ -35,7 +36,7 @@ def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
     temporary made its quantization take three times as long.
     """
     # Nor while a compiler traces, whose tensors have no memory.
-    if like.device.type != "cpu" or type(like) is not torch.Tensor or torch.compiler.is_compiling():
+    if like.device.type != "cpu" or type(like) is not torch.Tensor or is_tracing():
         return torch.empty(like.shape, dtype=torch.float32, device=like.device)
     return workspace(tuple(like.shape), torch.float32, slot)
 

@@ -68,3 +68,16 @@ def test_inductor():
     x = torch.randn(4, 128, dtype=torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_where_torch_does_not_say_that_it_compiles(kind, monkeypatch):
+    # As in torch 2.11, whose flag is not set while operators run on fake tensors.
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    model = Stack(kind, torch.bfloat16)
+    prepare(model, smallest=0)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=2e-2, atol=2e-2)

@@ -18,6 +18,7 @@ from requanto.linear.table import choose, problem_of, table_version
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
 from requanto.rotation import rotate
+from requanto.tracing import is_tracing
 
 __all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "triton"]
 
@@ -90,7 +91,7 @@ def _product(
 ) -> torch.Tensor:
     """``x @ codes.T + bias``."""
     rows = x.reshape(-1, x.shape[-1])
-    compiling = torch.compiler.is_compiling()
+    compiling = is_tracing()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if needs_grad or compiling:
         # Rows in, rows out: the result of an operator with a backward of its own must be no view, or users could not

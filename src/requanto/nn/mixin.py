@@ -14,6 +14,7 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, resolve_qtype
 from requanto.scales import fit_group_size
 from requanto.scales.quanto import group_size_rule, symmetric_codes
+from requanto.tracing import is_tracing
 
 
 class QModuleMixin:
@@ -245,7 +246,7 @@ class QModuleMixin:
 
 def _quantized(values: torch.Tensor, kind: qtype, scale: torch.Tensor) -> torch.Tensor:
     """``values`` as codes; in a compiled graph as the floats they stand for, which give the next module the same codes."""
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         return quantize_activation(values, kind, scale)
     rounded = scale * symmetric_codes(values, kind.dtype, scale).to(scale.dtype)
     return values + (rounded - values).detach() if torch.is_grad_enabled() else rounded

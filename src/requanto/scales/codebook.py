@@ -11,6 +11,7 @@ import torch
 
 from requanto.layout import is_fake
 from requanto.qtypes import qtype
+from requanto.tracing import is_tracing
 
 #: Cells of the table that finds the nearest value: no type but the small floats with 4 bits of exponent has values so
 #: close that more than one border falls into a cell.
@@ -159,7 +160,7 @@ def _lloyd(mass: np.ndarray, count: int, pinned: bool) -> np.ndarray:
 
 def values_of(kind: qtype, like: torch.Tensor) -> torch.Tensor:
     """float32 ``[2^bits]``: the values of a fixed codebook, on the device of ``like``."""
-    if torch.compiler.is_compiling() or is_fake(like):  # a tensor made while tracing must outlive no trace
+    if is_tracing() or is_fake(like):  # a tensor made while tracing must outlive no trace
         return torch.tensor(kind.values, dtype=torch.float32, device=like.device)
     return _values(kind.values, like.device)
 
