@@ -29,6 +29,12 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None
         fail(f"{name}.shape", tuple(tensor.shape), shape)
 
 
+def check_rows(name: str, tensor: torch.Tensor) -> None:
+    """No launch has an empty grid: who calls with no rows has the (empty) result already."""
+    if 0 in tensor.shape[:-1]:
+        fail(f"{name}.shape", tuple(tensor.shape), "at least one row")
+
+
 def check_devices(**tensors: torch.Tensor | None) -> torch.device:
     """All on one device, and on one that Triton serves."""
     present = {name: t for name, t in tensors.items() if t is not None}

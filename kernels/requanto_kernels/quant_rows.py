@@ -86,16 +86,16 @@ def quant_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.
         check.fail("dtype", dtype, "one of " + ", ".join(str(d) for d in LIMITS))
     if x.dim() < 1 or x.shape[-1] == 0:
         check.fail("x.shape", tuple(x.shape), "a last dimension of at least 1")
+    check.check_rows("x", x)
     kind = check.FP8_KINDS.get(dtype, "int8")
     codes = torch.empty(x.shape, dtype=torch.uint8 if kind != "int8" else torch.int8, device=device)
     scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=device)
-    if codes.numel():
-        k = x.shape[-1]
-        x2 = x.reshape(-1, k)
-        block = min(triton.next_power_of_2(k), MAX_BLOCK)
-        with on_device(x):
-            quant_rows_kernel[(x2.shape[0],)](
-                x2, codes, scales, k, x2.stride(0), x2.stride(1),
-                KIND=kind, LIMIT=LIMITS[dtype], BLOCK=block, ONE_PASS=k <= block, num_warps=8 if block > 2048 else 4,
-            )  # fmt: skip
+    k = x.shape[-1]
+    x2 = x.reshape(-1, k)
+    block = min(triton.next_power_of_2(k), MAX_BLOCK)
+    with on_device(x):
+        quant_rows_kernel[(x2.shape[0],)](
+            x2, codes, scales, k, x2.stride(0), x2.stride(1),
+            KIND=kind, LIMIT=LIMITS[dtype], BLOCK=block, ONE_PASS=k <= block, num_warps=8 if block > 2048 else 4,
+        )  # fmt: skip
     return (codes if kind == "int8" else codes.view(dtype)), scales

@@ -45,7 +45,7 @@ def _finish(
     tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
 def scaled_mm_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn,
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
@@ -83,7 +83,7 @@ def scaled_mm_kernel(
     _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
 def scaled_mm_persistent_kernel(
     x_desc, w_desc, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K,
     INT8: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
@@ -148,6 +148,7 @@ def scaled_mm(
         check.fail("out_dtype", out_dtype, "torch.float16, torch.bfloat16 or torch.float32")
     if x.dim() < 1 or x.shape[-1] == 0:
         check.fail("x.shape", tuple(x.shape), "a last dimension of at least 1")
+    check.check_rows("x", x)
     k = x.shape[-1]
     if w.dim() != 2 or w.shape[1] != k:
         check.fail("w.shape", tuple(w.shape), f"(N, {k})")

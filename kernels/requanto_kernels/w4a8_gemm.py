@@ -16,7 +16,7 @@ from ._device import arch_of, on_device
 from .config import Config, select
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
 def w4a8_gemm_kernel(
     x_ptr, xs_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
     stride_xm, stride_qn, stride_sn, stride_zn,
@@ -104,6 +104,7 @@ def w4a8_gemm(
         check.fail("out_dtype", out_dtype, "torch.float16, torch.bfloat16 or torch.float32")
     check.check_dtype("x_scale", x_scale, check.FLOATS)
     k = x.shape[-1] if x.dim() else 0
+    check.check_rows("x", x)
     w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
     if w.fp8:
         check.fail("qdata.dtype", qdata.dtype, "torch.uint8 or torch.int8 for int8 activations")

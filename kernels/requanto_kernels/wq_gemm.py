@@ -77,7 +77,7 @@ def accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
 def wq_gemm_kernel(
     x_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, k_per_split,
@@ -185,6 +185,7 @@ def wq_gemm(
     check.check_dtype("x", x, check.FLOATS)
     device = check.check_devices(x=x, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
     k = x.shape[-1] if x.dim() else 0
+    check.check_rows("x", x)
     w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
     bias = check.check_bias(bias, (w.n,))
     shape = (*x.shape[:-1], w.n)

@@ -14,7 +14,7 @@ from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from .config import Config, select
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
 def wq_gemm_dx_kernel(
     dy_ptr, q_ptr, s_ptr, z_ptr, dx_ptr, offsets_ptr, M, N, K, E,
     stride_ym, stride_yn, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,
@@ -95,6 +95,7 @@ def wq_gemm_dx(
     w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=offsets is not None)
     if dy.dim() < 1 or dy.shape[-1] != w.n:
         check.fail("dy.shape", tuple(dy.shape), f"(..., {w.n})")
+    check.check_rows("dy", dy)
     if offsets is not None:
         check.check_offsets(offsets, w.experts)
         if dy.dim() != 2:

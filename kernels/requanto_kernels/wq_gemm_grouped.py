@@ -65,6 +65,7 @@ def wq_gemm_grouped(
     device = check.check_devices(x=x, offsets=offsets, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
     if x.dim() != 2:
         check.fail("x.shape", tuple(x.shape), "(tokens, K)")
+    check.check_rows("x", x)
     m, k = x.shape
     w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=True)
     check.check_offsets(offsets, w.experts)

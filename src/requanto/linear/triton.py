@@ -62,6 +62,8 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     codes, layout = codes_of(weight)
     bounds = F.pad(offsets.to(x.device), (1, 0))
     out = x.new_zeros(x.shape[0], weight.shape[1])
+    if not x.shape[0]:
+        return out
     common = {"bits": weight.qtype.bits, "group_size": weight.group_size, "layout": layout, "out": out}
     if weight.transposed:
         return wq_gemm_dx(x, codes, weight.scale, weight.shift, k=weight.row_length, offsets=bounds, **common)

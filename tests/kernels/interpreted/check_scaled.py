@@ -47,7 +47,6 @@ def test_mixed_float8_and_leading_dimensions():
     (x, x64), (w, w64) = operand(6, 64, FP8[2]), operand(10, 64, FP8[0])
     got = scaled_mm(x.view(2, 3, 64), w, torch.ones(2, 3), torch.ones(1), out_dtype=FULL)
     assert error(got, (x64 @ w64.T).view(2, 3, 10)) <= TOLERANCE[FULL]
-    assert scaled_mm(x[:0], w, torch.ones(1), torch.ones(1)).shape == (0, 10)
 
 
 def nearest_code(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +100,6 @@ def test_quant_rows_bad_rows_and_shapes():
     tiny, tiny_scale = quant_rows(torch.full((1, 4), 1e-42))
     assert torch.isfinite(tiny_scale).all()
     assert tiny.abs().max() <= 127
-    assert quant_rows(x[:0])[0].shape == (0, 3, 8)
 
 
 def test_quant_rows_longer_than_a_block():
@@ -143,6 +141,10 @@ def test_int8_activations_ragged():
         (lambda x, w, s: scaled_mm(x, w[:, :4], s, s), r"w.shape: found \(5, 4\), expected \(N, 8\)"),
         (lambda x, w, s: scaled_mm(x, w, torch.ones(3), s), "x_scale.shape"),
         (lambda x, w, s: scaled_mm(x, w, s, s, out_dtype=torch.int32), "out_dtype"),
+        (lambda x, w, s: scaled_mm(x[:0], w, s, s), r"x.shape: found \(0, 8\), expected at least one row"),
+        (lambda x, w, s: scaled_mm(x, w, s.to("meta"), s), "x_scale.device: found meta, expected cpu"),
+        (lambda x, w, s: w4a8_gemm(x[:0], s[:0], w, torch.ones(5, 1), bits=8), "x.shape: .* at least one row"),
+        (lambda x, w, s: quant_rows(x.float()[:0]), "x.shape: .* at least one row"),
         (lambda x, w, s: quant_rows(x), "x.dtype"),
         (lambda x, w, s: quant_rows(x.float(), torch.int16), "dtype"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 1), bits=4), "qdata.dtype"),

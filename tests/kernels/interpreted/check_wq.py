@@ -1,5 +1,7 @@
 """Weight-quantized kernels in Triton's interpreter against float64. bf16 is left out: the interpreter's is wrong."""
 
+import random
+
 import pytest
 import torch
 from reference import FP8, TOLERANCE, error, weight
@@ -46,6 +48,36 @@ def test_ragged_shapes(m, n, k, bits):
     w = weight(n, k, bits, None, affine=True)
     x = torch.randn(m, k)
     assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_combination(seed):
+    """All axes at once, drawn anew each time; pytest shows the draw where it fails."""
+    pick = random.Random(f"{seed} {random.random()}").choice
+    bits, fp8 = pick([(2, None), (4, None), (8, None), *((8, kind) for kind in FP8)])
+    m, n, k = pick([1, 2, 15, 16, 17, 33, 100, 257]), pick([1, 7, 31, 64, 70]), pick([33, 128, 192, 256, 300, 512])
+    group, affine, layout, dtype = (
+        pick([32, 64, 128, 256, None]),
+        pick([False, True]),
+        pick(["plain", "exec"]),
+        pick([FULL, HALF]),
+    )
+    strided, biased = pick([False, True]), pick([False, True])
+    draw = f"{bits=} {fp8=} {m=} {n=} {k=} {group=} {affine=} {layout=} {dtype=} {strided=} {biased=}"
+    w = weight(n, k, bits, group, affine, fp8=fp8)
+    x = (torch.randn(k, 2 * m).T[::2] if strided else torch.randn(m, k)).to(dtype)
+    bias = torch.randn(n).to(dtype) if biased else None
+    want = x.double() @ w.meaning.T + (0 if bias is None else bias.double())
+    got = run(w, x, layout, bias=bias)
+    assert got.dtype == dtype
+    # Where terms cancel (one output, say) the error is measured against their size, not the sum's.
+    size = (x.double().abs() @ w.meaning.abs().T).norm() / k**0.5
+    assert ((got.double() - want).norm() / torch.maximum(size, want.norm())).item() <= TOLERANCE[dtype], draw
+    qdata = to_exec_layout(w.qdata, bits, k) if layout == "exec" else w.qdata
+    dx = wq_gemm_dx(got, qdata, w.scale, w.shift, bits=bits, k=k, group_size=group, layout=layout)
+    size = (got.double().abs() @ w.meaning.abs()).norm() / n**0.5
+    want = got.double() @ w.meaning
+    assert ((dx.double() - want).norm() / torch.maximum(size, want.norm())).item() <= TOLERANCE[dtype], draw
 
 
 @pytest.mark.parametrize(("k", "group"), [(100, 32), (192, 48), (130, 128), (96, 24)])
@@ -108,10 +140,16 @@ def test_misaligned_storage():
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
-def test_empty(shape):
+def test_no_rows_are_named(shape):
     w = weight(8, 64, 4, 32)
-    assert run(w, torch.randn(*shape)).shape == (*shape[:-1], 8)
-    assert wq_gemm_dx(torch.randn(*shape[:-1], 8), w.qdata, w.scale, bits=4).shape == shape
+    message = rf"found \({', '.join(map(str, shape))}\), expected at least one row"
+    with pytest.raises(ValueError, match=r"x.shape: " + message):
+        run(w, torch.randn(*shape))
+    with pytest.raises(ValueError, match=r"dy.shape: found .* expected at least one row"):
+        wq_gemm_dx(torch.randn(*shape[:-1], 8), w.qdata, w.scale, bits=4)
+    experts = weight(8, 64, 4, 32, experts=2)
+    with pytest.raises(ValueError, match=r"x.shape: found \(0, 64\), expected at least one row"):
+        wq_gemm_grouped(torch.randn(0, 64), torch.zeros(3, dtype=torch.int32), experts.qdata, experts.scale, bits=4)
 
 
 def test_out_buffer():
@@ -204,3 +242,30 @@ def test_bad_input_is_named(change, message):
     good = {"x": torch.randn(2, 64), "qdata": w.qdata, "scale": w.scale, "bits": 4}
     with pytest.raises(ValueError, match=message):
         wq_gemm(**(good | change))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda q, s, o: wq_dequant(q[0], s[0], bits=3), "bits: found 3, expected 2, 4 or 8"),
+        (lambda q, s, o: wq_dequant(q[0], s[0], bits=4, dtype=torch.float64), "dtype: found torch.float64"),
+        (lambda q, s, o: wq_dequant(q[0], s[0, :1], bits=4), r"scale.shape: found \(1, 2\), expected \(8, 2\)"),
+        (lambda q, s, o: wq_dequant(q[0], s[0], bits=4, out=torch.ones(8, 60)), r"out.shape: found \(8, 60\)"),
+        (lambda q, s, o: wq_dequant(q[0], s[0].to("meta"), bits=4), "scale.device: found meta, expected cpu"),
+        (lambda q, s, o: wq_gemm_dx(torch.ones(2, 7), q[0], s[0], bits=4), r"dy.shape: found \(2, 7\), expected \(..., 8\)"),
+        (lambda q, s, o: wq_gemm_dx(torch.ones(2, 8).int(), q[0], s[0], bits=4), "dy.dtype: found torch.int32"),
+        (lambda q, s, o: wq_gemm_dx(torch.ones(2, 8), q, s, bits=4), r"qdata.shape: .* together with offsets"),
+        (lambda q, s, o: wq_gemm_dx(torch.ones(2, 8), q, s, bits=4, offsets=o[:2]), r"offsets.shape: .* expected \(4,\)"),
+        (lambda q, s, o: wq_gemm_grouped(torch.ones(2, 60), o, q, s, bits=4), r"qdata.shape: found \(3, 8, 32\)"),
+        (lambda q, s, o: wq_gemm_grouped(torch.ones(2, 64), o.float(), q, s, bits=4), "offsets.dtype: found torch.float32"),
+        (lambda q, s, o: wq_gemm_grouped(torch.ones(2, 64), o[::2], q, s, bits=4), "offsets.shape"),
+        (lambda q, s, o: wq_gemm_grouped(torch.ones(2, 64), o, q, s, bits=4, group_size=16), "scale.shape"),
+        (lambda q, s, o: wq_gemm_grouped(torch.ones(2, 64), o, q, s, None, torch.ones(8), bits=4), "bias.shape"),
+        (lambda q, s, o: to_exec_layout(q.int(), 4), "qdata.dtype"),
+        (lambda q, s, o: to_exec_layout(q, 4, 80), "qdata.shape"),
+    ],
+)  # fmt: skip
+def test_bad_input_of_the_other_kernels_is_named(call, message):
+    w = weight(8, 64, 4, 32, experts=3)
+    with pytest.raises(ValueError, match=message):
+        call(w.qdata, w.scale, torch.tensor([0, 0, 1, 2], dtype=torch.int32))

@@ -191,6 +191,43 @@ def test_gradient_and_operators(bits, packed):
     torch.library.opcheck(torch.ops.requanto.linear, (rows, q.operand, q.scale, None, bias, *rest))
 
 
+@pytest.mark.parametrize(
+    ("bits", "group", "fp8", "activation"),
+    [(8, None, None, qint8), (4, 128, None, qint8), (8, None, FP8[0], qfloat8_e4m3fn), (4, 48, None, qint8)],
+)
+def test_adapters_train_through_quantized_activations(bits, group, fp8, activation):
+    # The rounding of x passes the gradient straight through: dx = dy @ W, whatever product the forward was.
+    k = 384
+    w = weight(40, k, bits, group, fp8=fp8)
+    q = tensor(w)
+    x = torch.randn(5, k, requires_grad=True)
+    out = linear(x, q, activation=activation)
+    dy = torch.randn_like(out)
+    out.backward(dy)
+    assert error(x.grad, dy.double() @ w.meaning) <= TOLERANCE[FULL]
+    rest = (q.qtype.name, q.group_size or 0, list(q.canonical_shape), False, activation.name)
+    # (On a CPU torch cannot compare float8 tensors, as its check of the schema would.)
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += [] if fp8 else ["test_schema"]
+    torch.library.opcheck(torch.ops.requanto.linear, (x, q.operand, q.scale, None, None, *rest), test_utils=checks)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_operators_of_gradients_and_experts_are_well_formed(packed):
+    w, stack = weight(40, 256, 4, 64, True), weight(24, 256, 4, 64, True, experts=3)
+    q, experts = tensor(w), tensor(stack)
+    if packed:
+        q.pack(triton_layout.pack(q))
+        experts.pack(triton_layout.pack(experts))
+    rest = (q.qtype.name, 64, [40, 256], False)
+    torch.library.opcheck(torch.ops.requanto.linear_backward, (torch.randn(3, 40), q.operand, q.scale, q.shift, *rest))
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+    x = torch.randn(6, 256, requires_grad=True)
+    rest = (q.qtype.name, 64, [3, 24, 256], False)
+    arguments = (x, experts.operand, experts.scale, experts.shift, ends, *rest)
+    torch.library.opcheck(torch.ops.requanto.grouped_linear, arguments)
+
+
 def layer(k=256, n=48):
     module = torch.nn.Linear(k, n)
     module.weight = torch.nn.Parameter(
