@@ -1,4 +1,4 @@
-"""Runs `interpreted/check_triton.py` in a process of its own: Triton decides at import whether kernels are interpreted."""
+"""Runs `interpreted/check_*.py`, each in a process of its own: Triton decides at import whether kernels are interpreted."""
 
 import os
 import subprocess
@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def test_interpreted():
+@pytest.mark.parametrize("path", sorted((HERE / "interpreted").glob("check_*.py")), ids=lambda p: p.stem)
+def test_interpreted(path):
     paths = [
         str(ROOT / "tests" / "kernels"),
         str(ROOT / "kernels"),
@@ -23,7 +24,6 @@ def test_interpreted():
         "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }  # fmt: skip
-    check = str(HERE / "interpreted" / "check_triton.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-o", "python_files=check_*.py", check]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-o", "python_files=check_*.py", str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

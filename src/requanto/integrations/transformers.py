@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -29,6 +29,7 @@ from requanto.checkpoint.format import (
     table_of,
 )
 from requanto.config import QuantoConfig
+from requanto.integrations import experts
 from requanto.integrations.accelerate import materialized
 from requanto.integrations.budget import chosen_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
@@ -45,6 +46,7 @@ def register() -> None:
     """Puts our quantizer and config in the places of the built-in ones."""
     auto.AUTO_QUANTIZER_MAPPING["quanto"] = RequantoHfQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = QuantoConfig
+    experts.register()
 
 
 class RequantoHfQuantizer(HfQuantizer):
@@ -138,6 +140,10 @@ class RequantoHfQuantizer(HfQuantizer):
         """How the parts become a weight."""
         return {"deserialize": _Rebuild}
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """One converter for each leaf name. Newer libraries make the same ones of the two above; 5.17 asks here only."""
+        return [WeightConverter(parts, leaf, [_Rebuild(self)]) for leaf, parts in self.serialized_names.items()]
+
     def _spec(self, model: Any, name: str) -> str | None:
         """The stored description of a model's weight; the model may be the base of the one saved, or the reverse."""
         tensors = self.quantization_config.tensors
@@ -166,6 +172,7 @@ class RequantoHfQuantizer(HfQuantizer):
                 raise NotImplementedError("tensor parallelism of a model with static activation scales")
             settle(model)
         config.record(config.tensors if self.sharded else table_of(model.named_parameters()))
+        experts.use_for(model)
         return model
 
     def _check_complete(self, model: Any) -> None:
@@ -333,6 +340,7 @@ def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> Requanto
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     _keep_renamings(model)
+    experts.use_for(model)
     return quantizer
 
 
