@@ -5,8 +5,9 @@ In order of preference:
     cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
     cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
     cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
+    cpu-compiled-int4  int4 and int2 weights, packed, many rows, only on request: dequantized by a kernel of torch.compile
     cpu-int4pack       int4 and int2 weights, packed, few rows: torch's weight-only operator
-    cpu-compiled       float8 weights, a few rows, only on request: a kernel made by torch.compile
+    cpu-compiled       float8 weights, only on request: a kernel made by torch.compile
     cpu-workspace      everything else: dequantized into a kept buffer, block by block, then F.linear
 """
 
@@ -184,6 +185,15 @@ register(
 )
 register(
     Implementation(
+        name="cpu-compiled-int4",
+        run=run_workspace,
+        supports=lambda p: _cpu(p) and settings.compiled and p.layout == int4.LAYOUT and p.rows >= compiled.INT4_ROWS,
+        reason="dequantized block by block by a kernel that torch compiles, then a product (settings.compiled)",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
         name="cpu-int4pack",
         run=run_int4,
         supports=lambda p: (
@@ -207,9 +217,9 @@ register(
             and p.group_size is None
             and not p.transposed
             and p.activation is None
-            and p.rows <= compiled.ROWS
+            and (p.rows <= compiled.ROWS or (p.dtype == torch.bfloat16 and p.in_features % 4 == 0))
         ),
-        reason="few rows: compiled by torch, reads the float8 codes once (settings.compiled)",
+        reason="compiled by torch, reads the float8 codes once (settings.compiled)",
     ),
     before="reference",
 )

@@ -1,0 +1,199 @@
+"""Whole models on a CPU: decode and prefill of quantized models as ratios to bf16, step by step in turns.
+
+    PYTHONPATH=src:kernels python benchmarks/cpu_models.py --threads 2
+    PYTHONPATH=src:kernels python benchmarks/cpu_models.py --table             # the markdown of docs/cpu.md, from the results
+
+A Llama of 1.2 billion random weights, and SmolLM2-135M-Instruct. bf16 and one quantized model at a time stand in memory;
+each prefill and each decoding step of one is followed by the same of the other, so that both meet the same machine.
+torchao and bitsandbytes run beside them with --peers, where they can be imported. Writes
+benchmarks/results/cpu_models_<threads>threads.json after each model; what does not fit into --limit stays empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from common import RESULTS, write
+from model import load, peers, write_checkpoint
+
+import requanto
+from requanto.settings import settings
+
+sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
+
+from real_models import smollm2_dir
+
+OURS: dict[str, dict[str, Any]] = {
+    "int8": {"weights": "int8"},
+    "int4": {"weights": "int4"},
+    "int2": {"weights": "int2"},
+    "float8": {"weights": "float8"},
+    "int8 x int8": {"weights": "int8", "activations": "int8"},
+}
+#: Again with `settings.compiled`, in the same rounds.
+COMPILED = ("float8", "int4")
+PROMPTS = (32, 512)
+#: Ratio to bf16 of the 1.2B model.
+GOALS = {"int8": {"decode": 1.6, "512": 0.85}, "int4": {"decode": 2.0, "512": 0.85}}
+
+
+class Runner:
+    """A model whose prefill and decoding are timed one call at a time."""
+
+    def __init__(self, model: Any, compiled: bool = False) -> None:
+        self.model, self.compiled = model, compiled
+        self.times: dict[str, list[float]] = {}
+        self.state: Any = None
+
+    def _timed(self, name: str, keep: bool, ids: torch.Tensor, cache: Any) -> Any:
+        settings.compiled = self.compiled
+        try:
+            start = time.perf_counter()
+            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            if keep:
+                self.times.setdefault(name, []).append(time.perf_counter() - start)
+        finally:
+            settings.compiled = False
+        return out
+
+    def prefill(self, ids: torch.Tensor, keep: bool) -> None:
+        self.state = self._timed(str(ids.shape[1]), keep, ids, None)
+
+    def decode(self, keep: bool) -> None:
+        token = self.state.logits[:, -1:].argmax(-1)
+        self.state = self._timed("decode", keep, token, self.state.past_key_values)
+
+
+@torch.inference_mode()
+def rounds(runners: dict[str, Runner], vocabulary: int, new: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """One warming round, then ``repeats`` that count; by runner the medians, and the medians of the ratios to bf16."""
+    for repeat in range(repeats + 1):
+        for prompt in PROMPTS:
+            ids = torch.randint(0, vocabulary, (1, prompt))
+            for runner in runners.values():
+                runner.prefill(ids, keep=repeat > 0)
+            for _ in range(new if repeat else 2):
+                for runner in runners.values():
+                    runner.decode(keep=repeat > 0)
+            for runner in runners.values():
+                runner.state = None
+    base = runners["bf16"].times
+    return {
+        name: {
+            what: {
+                "seconds": median(taken),
+                "ratio": median(b / t for b, t in zip(base[what], taken)),
+                "tokens_per_second": (1 if what == "decode" else int(what)) / median(taken),
+            }
+            for what, taken in runner.times.items()
+        }
+        for name, runner in runners.items()
+    }
+
+
+def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], save: Any, deadline: float) -> None:
+    """Every kind beside the same bf16 model; ``results`` grows by name."""
+    plain, _ = load(source, None, "cpu")
+    vocabulary, plain_bytes = plain.config.vocab_size, plain.get_memory_footprint()
+    jobs: dict[str, Any] = {name: (lambda how=how: requanto.QuantoConfig(**how)) for name, how in OURS.items()}
+    jobs |= peers() if options.peers else {}
+    last = 0.0
+    for name, make in jobs.items():
+        if options.only and name not in options.only:
+            continue
+        if time.monotonic() + last > deadline:
+            print(f"  {name}: left out, the time is up", flush=True)
+            continue
+        begin = time.monotonic()
+        try:
+            model, seconds = load(source, make(), "cpu")
+            runners = {"bf16": Runner(plain), name: Runner(model)}
+            if name in COMPILED and not options.no_compiled:
+                runners[f"{name} compiled"] = Runner(model, compiled=True)
+            found = rounds(runners, vocabulary, options.new, options.repeats)
+            found[name] |= {"load_s": seconds, "size_vs_bf16": model.get_memory_footprint() / plain_bytes}
+            results.setdefault("bf16", found["bf16"])
+            results.update({key: value for key, value in found.items() if key != "bf16"})
+            del model, runners
+        except Exception as error:  # one peer that fails must not take the other figures along
+            found, results[name] = {}, {"error": f"{type(error).__name__}: {error}"[:300]}
+            print(f"  {name}: {results[name]['error']}", flush=True)
+        gc.collect()
+        last = time.monotonic() - begin
+        for key, figures in found.items():
+            if key != "bf16":
+                line = ", ".join(f"{what} {figures[what]['ratio']:.2f}" for what in ("decode", *map(str, PROMPTS)))
+                print(f"  {key:18} {line}   ({last:.0f} s)", flush=True)
+        save()
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The table of docs/cpu.md."""
+    threads = document["machine"]["threads"]
+    lines = []
+    for model, results in document["models"].items():
+        lines += [f"{model}, {threads} threads, ratio to bf16 (tokens a second):", ""]
+        lines += ["| | decode | " + " | ".join(f"prefill {prompt}" for prompt in PROMPTS) + " |", "|---" * 4 + "|"]
+        for name, figures in results.items():
+            cells = [
+                f"{figures[what]['ratio']:.2f} ({figures[what]['tokens_per_second']:.3g})" if what in figures else ""
+                for what in ("decode", *map(str, PROMPTS))
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measures, prints a line a model, keeps the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="*", choices=["1b", "smollm2"], default=["1b", "smollm2"])
+    parser.add_argument("--only", nargs="*", help="names of quantized models to run")
+    parser.add_argument("--new", type=int, default=8, help="tokens decoded after each prefill")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=330, help="seconds in all")
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--no-compiled", action="store_true", help="nothing with settings.compiled")
+    parser.add_argument("--table", action="store_true", help="print the results' table and measure nothing")
+    options = parser.parse_args()
+    path = RESULTS / f"cpu_models_{options.threads}threads.json"
+    if options.table:
+        print(markdown(json.loads(path.read_text())))
+        return 0
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    start = time.monotonic()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, which in enumerate(options.models):
+            print(f"{which}: loading bf16", flush=True)
+            if which == "1b":
+                write_checkpoint(Path(scratch), "1b")
+            source = Path(scratch) if which == "1b" else Path(smollm2_dir())
+            # Of what is left, three quarters for the first of two models.
+            left = options.limit - (time.monotonic() - start)
+            share = 1.0 if number == len(options.models) - 1 else 0.75
+            name = "Llama, 1.2 billion random weights" if which == "1b" else "SmolLM2-135M-Instruct"
+            results = found.setdefault(name, {})
+            save = lambda: write(path, {"goals": GOALS, "models": found})  # noqa: E731
+            measure(source, options, results, save, time.monotonic() + share * left)
+            gc.collect()
+    print(markdown(json.loads(path.read_text())))
+    print(f"{time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
