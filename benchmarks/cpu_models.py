@@ -1,7 +1,7 @@
 """Whole models on a CPU: decode and prefill of quantized models as ratios to bf16, step by step in turns.
 
     PYTHONPATH=src:kernels python benchmarks/cpu_models.py --threads 2
-    PYTHONPATH=src:kernels python benchmarks/cpu_models.py --table             # the markdown of docs/cpu.md, from the results
+    PYTHONPATH=src:kernels python benchmarks/cpu_models.py --table             # the markdown of docs/cpu.md
 
 A Llama of 1.2 billion random weights, and SmolLM2-135M-Instruct. bf16 and one quantized model at a time stand in memory;
 each prefill and each decoding step of one is followed by the same of the other, so that both meet the same machine.
