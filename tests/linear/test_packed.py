@@ -9,19 +9,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from requanto import QTensor
+from requanto import QTensor, qint8
 from requanto.layout import find
 from requanto.linear import int4, onednn
-from requanto.linear.prepare import prepare
+from requanto.linear.prepare import layout_to_be, prepare
 from requanto.settings import settings
 
 LAYOUTS = {"int8": onednn.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT}
 
 
+def can_pack(kind: str) -> bool:
+    """Whether this processor has a packed form for a type."""
+    return kind in LAYOUTS and (onednn.works() if kind == "int8" else int4.works())
+
+
 @pytest.fixture(params=list(LAYOUTS))
 def packed(request, layer):
     """A packed layer, and its stored codes."""
-    if not (onednn.works() if request.param == "int8" else int4.works()):
+    if not can_pack(request.param):
         pytest.skip("this processor has no packed form for it")
     module = layer(request.param)
     stored = module.weight.qdata.clone()
@@ -107,6 +112,22 @@ def test_layers_are_packed_at_first_use(layer, monkeypatch):
         monkeypatch.setattr(settings, "pack_on_first_use", True)
         module(x)
     assert (module.weight.packed is not None) == onednn.works()
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation", "small"),
+    [("int8", None, False), ("int8", qint8, True), ("int4", None, True), ("int2", None, True), ("float8", None, False)],
+)
+def test_small_layers_are_packed_where_it_pays(layer, kind, activation, small):
+    """From 2^20 weights on, int4, int2 and int8 with int8 activations from 2^16 on; what `explain` says comes true."""
+    for size, expected in ((2**10, True), (2**8, small), (2**7, False)):
+        module = layer(kind, size, size)
+        module.weight.activation = activation
+        said = layout_to_be(module.weight, torch.bfloat16)
+        with torch.no_grad():
+            module(torch.randn(2, size, dtype=torch.bfloat16))
+        assert (module.weight.packed is not None) == (expected and can_pack(kind))
+        assert layout_to_be(module.weight, torch.bfloat16) == said
 
 
 def test_a_weight_read_again_and_again_stays_plain(layer):

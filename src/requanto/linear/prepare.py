@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 #: Weights below which packing does not pay: the products' own cost is no longer that of reading weights.
 SMALLEST = 2**20
-#: The same for int4 and int2 on a CPU, which cost more to decode in their stored form: SmolLM2, whose layers have 10^5 to
-#: 10^6 weights, generates four times as many tokens a second packed. (int8 loses by it there.)
-SMALLEST_INT4 = 2**16
+#: The same on a CPU for int4 and int2, which cost more to decode in their stored form (SmolLM2, whose layers have 10^5 to
+#: 10^6 weights, generates four times as many tokens a second packed), and for int8 with int8 activations, whose product is
+#: two to three times as fast packed. int8 weights alone lose by it below `SMALLEST`.
+SMALLEST_ON_CPU = 2**16
 #: How often a weight that was read in its stored form is packed again before it stays as it is.
 REPACKS = 3
 
@@ -41,10 +42,16 @@ def packer(
     return int4.pack if int4.fits(weight) else None
 
 
-def _pays(weight: QTensor, make: Callable[[QTensor], Packed] | None, smallest: int | None = None) -> bool:
+def _pays(
+    weight: QTensor,
+    make: Callable[[QTensor], Packed] | None,
+    activation: qtype | None = None,
+    smallest: int | None = None,
+) -> bool:
     """Whether the weight is large enough for the packed form that ``make`` gives it."""
     if smallest is None:
-        smallest = SMALLEST_INT4 if make is int4.pack else SMALLEST
+        both = make is onednn.pack and (activation or weight.activation) == qint8
+        smallest = SMALLEST_ON_CPU if make is int4.pack or both else SMALLEST
     return make is not None and weight.numel() >= smallest
 
 
@@ -68,7 +75,7 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
         or not getattr(weight, "_is_param", False)
     ):
         return
-    if weight.numel() < min(SMALLEST, SMALLEST_INT4):
+    if weight.numel() < min(SMALLEST, SMALLEST_ON_CPU):
         weight._stays_plain = True
         return
     _pack(weight, dtype, activation)
@@ -87,7 +94,7 @@ def _pack(
             return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
         count = weight.__dict__.get("_times_packed", 0)
-        if not _pays(weight, make, smallest) or count > REPACKS:
+        if not _pays(weight, make, activation, smallest) or count > REPACKS:
             weight._stays_plain = True
             return False
         with torch.inference_mode(False), torch.no_grad():
