@@ -96,7 +96,7 @@ def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
         return int4.run_large(x, weight, weight.packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
     scaled = not row_scaled(weight)
-    step = rows_that_fit(length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))
+    step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))
     if weight.transposed:
         return _product_transposed(x, weight, step)
     out = x.new_empty(x.shape[0], stored_rows)

@@ -14,6 +14,7 @@ import torch
 from requanto.packing import unpack, unpack_pairs
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
+from requanto.settings import settings
 from requanto.workspace import workspace
 
 #: Bytes of one block's result: it stays in a core's L2 cache between the passes.
@@ -36,7 +37,8 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
     scale, shift = weight.scale.reshape(rows, -1), weight.shift
     shift = None if shift is None else shift.reshape(rows, -1)
     pairs = _pairs_of(weight) if weight.qtype.is_codebook else None
-    step = max(1, BLOCK_BYTES // max(1, length * out.dtype.itemsize))
+    # At most twice a block's bytes again in each of two buffers: with half of the bound for ``out`` that keeps to it.
+    step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, length * out.dtype.itemsize))
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
         part = out[begin - start : end - start]

@@ -34,7 +34,7 @@ _STEP = 64 * 16
 BLOCK_BYTES = 4 * 2**20
 LEAST = 4
 #: Weights that are dequantized at a time.
-SLICE = 2**20
+SLICE = 2**19
 #: Eight bytes: nibbles of 8 everywhere, and a mask of upper nibbles.
 _NIBBLES_OF_8 = -0x7777777777777778
 _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10

@@ -18,12 +18,15 @@ from requanto.layout import Packed
 from requanto.linear.activations import quantize_unsigned, split_16bit
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
+from requanto.workspace import rows_that_fit
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = "onednn"
-#: Rows of x in one product: their 16-bit form and float32 result stay in the cache.
+#: Rows of x in one product, at most: their 16-bit form and float32 result stay in the cache.
 CHUNK = 256
+#: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
+_BYTES = 8
 #: K beyond which an int32 sum of products of 255 * 128 could overflow.
 LONGEST = 2**31 // (255 * 128)
 
@@ -97,7 +100,8 @@ def run_split(
     """Float activations: two int8 products."""
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    for part, into in zip(x.split(CHUNK), out.split(CHUNK)):
+    step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
+    for part, into in zip(x.split(step), out.split(step)):
         rows = part.shape[0]
         halves, steps = split_16bit(part)
         sums = _product(halves, packed, scale)
@@ -116,7 +120,8 @@ def run_int8(
     assert activation is not None
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    for part, into in zip(x.split(CHUNK), out.split(CHUNK)):
+    step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
+    for part, into in zip(x.split(step), out.split(step)):
         codes, steps = quantize_unsigned(part, activation, input_scale)
         _finish(_product(codes, packed, scale), steps, bias, into)
     return out

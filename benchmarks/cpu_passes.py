@@ -1,0 +1,109 @@
+"""The passes of a CPU's products one by one: why `requanto.linear` is written as it is. CPU time on one thread, not wall time.
+
+    PYTHONPATH=src:kernels python benchmarks/cpu_passes.py              # with kernels of torch.compile: needs a C++ compiler
+
+Time that other processes take does not count, so the figures hold on a busy machine too. In ns for each number of x, or each
+weight. Writes benchmarks/results/cpu_passes.json.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from common import RESULTS, write
+
+from requanto import QTensor, qint8
+from requanto.linear import compiled, int4
+from requanto.linear.activations import quantize_unsigned, split_16bit
+from requanto.linear.dequantize import dequantize_rows
+from requanto.settings import settings
+
+ROWS, K, N = 256, 4096, 512
+ROUNDS = 40
+
+
+def timed(calls: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
+    """Median ns of CPU time for each of ``count`` numbers, the calls in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            taken[name].append(time.thread_time() - start)
+    return {name: round(median(times) / count * 1e9, 4) for name, times in taken.items()}
+
+
+def activations() -> dict[str, float]:
+    """Quantizing x, and the operators that it avoids."""
+    x = torch.randn(ROWS, K, dtype=torch.bfloat16)
+    wide = x.float() * 30
+    return timed(
+        {
+            "aminmax, bfloat16": lambda: torch.aminmax(x, dim=1),
+            "aminmax, float32": lambda: torch.aminmax(wide, dim=1),
+            "amin and amax, float32": lambda: (wide.amin(1), wide.amax(1)),
+            "float32 to uint8": lambda: wide.to(torch.uint8),
+            "float32 to int8": lambda: wide.to(torch.int8),
+            "bfloat16 times bfloat16": lambda: x * x,
+            "float32 times float32": lambda: wide * wide,
+            "x to int8": lambda: quantize_unsigned(x, qint8, None),
+            "x to 16 bits": lambda: split_16bit(x),
+        },
+        x.numel(),
+    )
+
+
+def _plain_nibbles(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor) -> None:
+    """What `int4._dequantize` improves on: one byte at a time, in the result's dtype."""
+    count, length, half = blocks.shape
+    codes = torch.empty(length, count, 2, half, dtype=torch.int8)
+    bytes_ = blocks.transpose(0, 1)
+    torch.bitwise_and(bytes_, 15, out=codes[:, :, 0].view(torch.uint8))
+    torch.bitwise_right_shift(bytes_, 4, out=codes[:, :, 1].view(torch.uint8))
+    out.copy_(codes.sub_(8).view(out.shape))
+    groups = out.view(len(scale), -1, out.shape[1])
+    torch.addcmul(zero[:, None].to(out.dtype), groups, scale[:, None].to(out.dtype), out=groups)
+
+
+def weights() -> dict[str, float]:
+    """Dequantization into bfloat16, by operators and by kernels of torch.compile."""
+    half, group = int4.rows_per_block() // 2, 64
+    blocks = torch.randint(0, 256, (N // (2 * half), K, half), dtype=torch.uint8)
+    scale, zero = torch.rand(K // group, N), torch.rand(K // group, N)
+    out = torch.empty(K, N, dtype=torch.bfloat16)
+    weight = QTensor.quantize(torch.randn(N, K, dtype=torch.bfloat16), "float8")
+    rows = torch.empty(N, K, dtype=torch.bfloat16)
+    words = weight.qdata.view(torch.uint8).view(torch.int32)
+    pairs = rows.view(torch.int32).view(N, 2, K // 4)
+    settings.compiled = True
+    return timed(
+        {
+            "int4, byte by byte": lambda: _plain_nibbles(blocks, scale, zero, out),
+            "int4": lambda: int4._dequantize(blocks, scale, zero, out),
+            "int4, compiled": lambda: compiled.int4_planes(blocks, scale, zero, torch.bfloat16),
+            "float8": lambda: dequantize_rows(weight, 0, N, rows, scaled=False),
+            "float8, compiled": lambda: compiled._kernel("e4m3")(words, pairs[:, 0], pairs[:, 1]),
+        },
+        N * K,
+    )
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = {"x": activations(), "weights": weights()}
+    for what, figures in found.items():
+        for name, ns in figures.items():
+            print(f"{what:8} {name:26} {ns:.3f} ns")
+    write(RESULTS / "cpu_passes.json", {"unit": "ns of CPU time for each number", "results": found})
+
+
+if __name__ == "__main__":
+    main()
