@@ -1,14 +1,17 @@
 # make quickstart   a quantized model end to end, in a virtual environment of its own (.venv)
 # make test         lint and every test that needs no GPU
-# make gpu-check    GPU tests and benchmarks, with the Python that is active: no installation
+# make gpu-check    gpu-test, gpu-matmul and gpu-model, with the Python that is active: no installation
+# make gpu-test     tests on a GPU        } each ends within ten minutes; benchmarks name what they left out, and write
+# make gpu-matmul   products beside peers } figures (JSON), a table and a plot to benchmarks/results
+# make gpu-model    whole models          }
 # make lint, wheel, clean
 #
 # Variables:
 #   PYTHON  the interpreter that makes .venv (at least 3.11)
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
-#   PY      the interpreter of gpu-check
+#   PY      the interpreter of gpu-check and its parts
 #   WORKERS processes that share the tests of `make test`, a file at a time; 0: this one
-#   ARGS    further arguments, to pytest in `make test`, to the program in `make quickstart`
+#   ARGS    further arguments, to pytest in `make test` and `gpu-test`, to the program in `make quickstart`, `gpu-matmul` ...
 
 PYTHON ?= python3
 PY ?= python3
@@ -21,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: help quickstart test lint gpu-check wheel clean
+.PHONY: help quickstart test lint gpu-check gpu-test gpu-matmul gpu-model wheel clean
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -36,10 +39,21 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# All three run, whatever becomes of one.
 gpu-check:
-	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels tests/linear
-	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py
-	PYTHONPATH=src:kernels $(PY) benchmarks/model.py
+	@failed=; for part in gpu-test gpu-matmul gpu-model; do $(MAKE) $$part || failed="$$failed $$part"; done; \
+		test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# Most of the time goes into compiling kernels: processes share it where pytest-xdist is there.
+gpu-test:
+	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels/test_gpu.py tests/linear/test_triton_gpu.py \
+		$$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) $(ARGS)
+
+gpu-matmul:
+	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py $(ARGS)
+
+gpu-model:
+	PYTHONPATH=src:kernels $(PY) benchmarks/model.py $(ARGS)
 
 # build/ goes first: setuptools packs what an earlier build left there, also files that are gone from the checkout.
 wheel: $(VENV)/.torch

@@ -1,7 +1,9 @@
 """Compile every shipped kernel family for every architecture, without a GPU, and count what the machine code holds.
 
     python benchmarks/kernel_aot.py            # all cases; writes benchmarks/results/kernel_aot.json
-    python benchmarks/kernel_aot.py --quick    # the selection that the tests compile; prints JSON, writes nothing
+    python benchmarks/kernel_aot.py --quick    # the selection that the tests compile; writes nothing
+    python benchmarks/kernel_aot.py --stale    # only what changed since the kept table was made, into that table
+    python benchmarks/kernel_aot.py --check    # compiles nothing: does the kept table hold every case, as it is now?
 
 A case passes if the matrix instruction is there, no local memory is touched (STL/LDL: register spills), the body is not
 a lone trap, and shared memory fits the device. `loop` is the number of instructions in the innermost loop that holds a
@@ -9,6 +11,10 @@ matrix instruction; kernels without one (`quant_rows`, `wq_dequant`) need none.
 """
 
 import argparse
+import ast
+import functools
+import hashlib
+import inspect
 import json
 import os
 import re
@@ -37,6 +43,7 @@ from requanto_kernels.wq_gemm import constants, reduce_kernel, wq_gemm_kernel
 from requanto_kernels.wq_gemm_dx import wq_gemm_dx_kernel
 from requanto_kernels.wq_gemm_grouped import wq_gemm_grouped_kernel
 
+TABLE = Path(__file__).parent / "results" / "kernel_aot.json"
 ARCHS = ("sm_90", "sm_80", "sm_89", "sm_100", "sm_120", "gfx942", "sm_75")
 SHARED_LIMIT = {
     "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536,
@@ -94,6 +101,7 @@ def _gemm_cases(
     )
     act = "*" + SHORT[dtype]
     pointers = {"x_ptr": act, "q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "bias_ptr": "*fp32"}
+    smallest = True
     for m_max, config in _rows(arch, "wq_gemm", bits, dtype):
         const = constants(weight, config, arch, getattr(torch, dtype))
         for split in (False, True) if full and m_max != "any" else (False,):
@@ -103,6 +111,11 @@ def _gemm_cases(
             yield Case(name, arch, wq_gemm_kernel, pointers | out, const | more, config)
         if not full:
             continue
+        if smallest:  # decoding: Triton makes another program where M is 1
+            more = {"BIAS": False, "SPLIT": True, "GROUP_M": config.group_m, "stride_xk": 1, "M": 1}
+            one = f"wq_gemm {label} M=1 split"
+            yield Case(one, arch, wq_gemm_kernel, pointers | {"out_ptr": "*fp32"}, const | more, config)
+            smallest = False
         more = {"BIAS": True, "E_BLOCK": 64, "stride_xk": 1}
         extra = {"out_ptr": act, "offsets_ptr": "*i32"}
         yield Case(f"grouped {label} M<={m_max}", arch, wq_gemm_grouped_kernel, pointers | extra, const | more, config)
@@ -250,7 +263,7 @@ def compile_case(case: Case) -> dict:
             # Rows of scales need not be multiples of 16; everything else is in the shapes that matter.
             if name not in ("stride_sn", "stride_zn", "E", "total"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    row = {"case": case.name, "arch": case.arch, "problems": []}
+    row = {"case": case.name, "arch": case.arch, "key": key_of(case), "problems": []}
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
     try:
         source = ASTSource(case.kernel, signature, constexprs, attributes)
@@ -280,17 +293,60 @@ def compile_case(case: Case) -> dict:
     return row
 
 
+@functools.cache
+def sources_of(path: Path) -> str:
+    """The device functions of a file and of the files it takes some from; without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            found.append(sources_of(path.parent / f"{node.module}.py"))
+        if isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+                node.body = node.body[1:]
+            found.append(ast.unparse(node))
+    return "\n".join(found)
+
+
+def key_of(case: Case) -> str:
+    """What the case's machine code depends on, but for Triton's version."""
+    config = {name: getattr(case.config, name) for name in ("num_warps", "num_stages")}
+    parts = (sources_of(Path(inspect.getfile(case.kernel.fn))), case.pointers, case.constants, case.descriptors, config)
+    text = "\n".join(part if isinstance(part, str) else repr(sorted(part.items())) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def kept() -> dict[tuple[str, str], dict]:
+    """Rows of the table on disk."""
+    return {(row["arch"], row["case"]): row for row in json.loads(TABLE.read_text())["rows"]} if TABLE.exists() else {}
+
+
+def stale() -> list[Case]:
+    """Cases that the kept table lacks, or holds as they were before a change."""
+    table = kept()
+    return [case for case in cases() if table.get((case.arch, case.name), {}).get("key") != key_of(case)]
+
+
+def check_kept() -> int:
+    """Prints what is wrong with the kept table; 1 if anything is."""
+    bad = [f"not compiled as it is now: {case.arch} {case.name}" for case in stale()]
+    known = {(case.arch, case.name) for case in cases()}
+    bad += [f"no longer a case: {arch} {name}" for arch, name in kept() if (arch, name) not in known]
+    bad += [f"{row['arch']} {row['case']}: {problem}" for row in kept().values() for problem in row["problems"]]
+    print("\n".join([*bad, f"{len(known)} cases, {len(bad)} with problems in {TABLE.name}"]))
+    return bool(bad)
+
+
 def write(rows: list[dict], keep: bool) -> None:
     """The table on disk, one row a line so that a change shows in a diff; keep: rows not compiled now stay."""
-    path = Path(__file__).parent / "results" / "kernel_aot.json"
-    table = {}
-    if keep and path.exists():
-        table = {(row["arch"], row["case"]): row for row in json.loads(path.read_text())["rows"]}
+    table = kept() if keep else {}
     table |= {(row["arch"], row["case"]): row for row in rows}
+    order = {(case.arch, case.name): i for i, case in enumerate(cases())}
+    ordered = [table[place] for place in sorted(table.keys() & order.keys(), key=order.__getitem__)]
     head = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__}
-    path.parent.mkdir(exist_ok=True)
-    body = ",\n".join("  " + json.dumps(row) for row in table.values())
-    path.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+    TABLE.parent.mkdir(exist_ok=True)
+    body = ",\n".join("  " + json.dumps(row) for row in ordered)
+    TABLE.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n")
 
 
 def main() -> int:
@@ -299,17 +355,21 @@ def main() -> int:
     parser.add_argument("--only", default="", help="only cases whose 'arch name' holds this text")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture; may be repeated")
     parser.add_argument("--merge", action="store_true", help="put the rows of --only or --arch into the kept table")
+    parser.add_argument("--stale", action="store_true", help="only what the kept table lacks or holds as it was before")
+    parser.add_argument("--check", action="store_true", help="compile nothing, compare the kept table with the sources")
     args = parser.parse_args()
+    if args.check:
+        return check_kept()
     rows = []
-    for case in cases(args.quick, args.arch or ARCHS):
+    for case in stale() if args.stale else cases(args.quick, args.arch or ARCHS):
         if args.only in f"{case.arch} {case.name}":
             rows.append(compile_case(case))
             row = rows[-1]
             verdict = "; ".join(row["problems"]) or "ok"
             print(f"{row['arch']:7} {row['case']:52} loop {row.get('loop', 0):5} shared {row.get('shared', 0):7} "
                   f"{','.join(row.get('matrix', [])):14} {verdict}", flush=True)  # fmt: skip
-    partial = args.quick or args.only or args.arch
-    if args.merge or not partial:
+    partial = args.quick or args.only or args.arch or args.stale
+    if args.merge or args.stale or not partial:
         write(rows, keep=bool(partial))
     bad = sum(bool(row["problems"]) for row in rows)
     print(f"{len(rows)} cases, {bad} with problems")

@@ -1,24 +1,32 @@
 """Time every kernel beside cuBLAS bf16 and each peer that is importable, on a CUDA machine.
 
-    PYTHONPATH=src:kernels python benchmarks/matmul.py --out benchmarks/results/matmul.json
+    PYTHONPATH=src:kernels python benchmarks/matmul.py
+    PYTHONPATH=src:kernels python benchmarks/matmul.py --shapes 4096x14336 --rows 1 16
+    PYTHONPATH=src:kernels TRITON_INTERPRET=1 python benchmarks/matmul.py --dry    # without a GPU: does it run?
 
-Each op runs inside a CUDA graph over enough copies of its weight to overflow L2 twice, so that no weight is found
-there; the figure is the median over replays, a call. `share` is the part of the roofline reached: the larger of bytes
-over the measured copy bandwidth and operations over the measured bf16 cuBLAS rate (doubled for 8-bit operands), over
-the time. At the end each goal is printed: reached, not reached, or not measured.
+Writes benchmarks/results/matmul.json, after every shape, then a table (matmul.md) and a plot (matmul.png) beside it.
+
+Each op runs inside a CUDA graph over enough copies of its weight to overflow L2 twice, so that no weight is found there;
+the figure is the median over replays, a call. `share` is the part of the roofline reached: the larger of bytes over the
+measured copy bandwidth and operations over the measured bf16 cuBLAS rate (doubled for 8-bit operands), over the time. At
+the end each goal is printed: reached, not reached, or not measured.
 """
 
 import argparse
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from common import command
+from gpu_timing import graph_ms, markdown, plot
 
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+SHAPES = ((4096, 14336), (28672, 8192), (4096, 4096), (14336, 4096))
 ROWS = (1, 4, 16, 64, 256, 1024, 4096)
 #: (goal, op, M, (N, K) or None for the worst of all shapes, quantity, bound)
 GOALS = (
@@ -32,67 +40,60 @@ GOALS = (
     ("int8 x int8 with quantization, M=4096: ratio to bf16", "int8 dynamic", 4096, None, "ratio", 1.5),
     ("fp8 x fp8 rows with quantization, M=4096: ratio to bf16", "fp8 dynamic", 4096, None, "ratio", 1.45),
 )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how much; DRY is for a machine without a GPU."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    copy_bytes: int = 1 << 30
+    square: int = 8192
+    replays: int = 50
+    fallback_l2: int = 64 << 20
+
+
+#: The interpreter's bf16 is wrong, and it takes a second for what a GPU does in a microsecond.
+DRY = Setting("cpu", torch.float16, 1 << 16, 64, 1, 1)
 PEERS = ("torchao", "gemlite", "bitsandbytes", "optimum.quanto", "sdnq")
 
 
-def graph_ms(calls: list[Callable[[], object]], replays: int) -> float:
-    """Median time of one call, all of them captured in one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()  # compiles outside the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    times = sorted(times[3:])
-    return times[len(times) // 2]
-
-
-def roofline() -> tuple[float, float]:
-    """(bytes a second of a device copy, operations a second of a large bf16 product)."""
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def roofline(at: Setting) -> tuple[float, float]:
+    """(bytes a second of a device copy, operations a second of a large 16-bit product)."""
+    a = torch.empty(at.copy_bytes, dtype=torch.uint8, device=at.device)
     b = torch.empty_like(a)
-    bandwidth = 2 * a.numel() / graph_ms([lambda: b.copy_(a)] * 4, 10) * 1e3
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    rate = 2 * 8192**3 / graph_ms([lambda: x @ x] * 4, 10) * 1e3
+    bandwidth = 2 * a.numel() / graph_ms([lambda: b.copy_(a)] * 4, 10, at.device) * 1e3
+    x = torch.randn(at.square, at.square, device=at.device, dtype=at.dtype)
+    rate = 2 * at.square**3 / graph_ms([lambda: x @ x] * 4, 10, at.device) * 1e3
     return bandwidth, rate
 
 
-def own_ops(n: int, k: int, copies: int) -> dict[str, tuple[Callable, float, int]]:
+def own_ops(n: int, k: int, copies: int, at: Setting) -> dict[str, tuple[Callable, float, int]]:
     """name: (function of (x, copy number), weight bytes, rate factor of the operands)."""
     import requanto_kernels as rk
 
-    scale = torch.rand(n, k // 128, device="cuda", dtype=torch.bfloat16) * 0.01
-    row = torch.rand(n, 1, device="cuda") * 0.01
-    codes = [torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda") for _ in range(copies)]
-    bytes8 = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies)]
+    scale = torch.rand(n, k // 128, device=at.device, dtype=at.dtype) * 0.01
+    row = torch.rand(n, 1, device=at.device) * 0.01
+    codes = [torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=at.device) for _ in range(copies)]
+    bytes8 = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=at.device) for _ in range(copies)]
     float8 = [(b.float() / 32).to(torch.float8_e4m3fn) for b in bytes8]
-    scratch = torch.empty(n, k, device="cuda", dtype=torch.bfloat16)
+    scratch = torch.empty(n, k, device=at.device, dtype=at.dtype)
     four = {"bits": 4, "layout": "exec"}
 
     def dequantize(x, i):
-        return torch.nn.functional.linear(x, rk.wq_dequant(codes[i], scale, out=scratch, **four))
+        return torch.nn.functional.linear(x, rk.wq_dequant(codes[i], scale, dtype=x.dtype, out=scratch, **four))
 
     def dynamic(weights, dtype):
         def call(x, i):
             q, xs = rk.quant_rows(x, dtype)
-            return rk.scaled_mm(q, weights[i], xs, row)
+            return rk.scaled_mm(q, weights[i], xs, row, out_dtype=x.dtype)
 
         return call
 
     def w4a8(x, i):
         q, xs = rk.quant_rows(x)
-        return rk.w4a8_gemm(q, xs, codes[i], scale, layout="exec")
+        return rk.w4a8_gemm(q, xs, codes[i], scale, layout="exec", out_dtype=x.dtype)
 
     return {
         "wq4": (lambda x, i: rk.wq_gemm(x, codes[i], scale, **four), n * k * (0.5 + 2 / 128), 1),
@@ -156,35 +157,53 @@ def peer_ops(name: str, n: int, k: int) -> dict[str, Callable]:
     return {"int8 dynamic": sdnq_post_load_quant(module, quantization_config=config)}
 
 
-def measure(shapes, rows, replays: int) -> dict:
-    bandwidth, rate = roofline()
+def all_ops(n: int, k: int, at: Setting, skipped: list[str]) -> tuple[dict[str, tuple[Callable, float, int]], int]:
+    """(the float product, ours and the peers', how many copies of each weight they turn through)."""
+    l2 = at.fallback_l2
+    if at.device == "cuda":
+        l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or l2
+    copies = max(2, -(-2 * l2 // (n * k // 4)))  # of the smallest form, 2 bits a weight
+    dense = [torch.randn(n, k, device=at.device, dtype=at.dtype) for _ in range(copies)]
+    ops = {"bf16": (lambda x, i: torch.nn.functional.linear(x, dense[i]), 2 * n * k, 1)}
+    ops |= own_ops(n, k, copies, at)
+    for peer in PEERS if at.device == "cuda" else ():
+        if importlib.util.find_spec(peer.split(".")[0]) is None:
+            continue
+        try:
+            for op, module in peer_ops(peer, n, k).items():
+                # One weight only: a peer's small layers may profit from L2. That errs in its favour.
+                ops[f"{peer}: {op}"] = (lambda x, i, f=module: f(x), 0, 1)
+        except Exception as error:
+            skipped.append(f"{peer} {n}x{k}: {type(error).__name__}: {str(error)[:200]}")
+    return ops, copies
+
+
+def measure(shapes, rows, at: Setting, deadline: float, keep: Callable[[dict], None]) -> dict:
+    """Times everything; `keep` gets what there is after every shape. Past the deadline the rest is named as skipped."""
+    bandwidth, rate = roofline(at)
     result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "command": " ".join(sys.argv),
-        "copy_bytes_per_s": bandwidth, "bf16_flops": rate, "rows": [], "skipped": [],
+        "command": "PYTHONPATH=src:kernels " + command(),
+        "gpu": torch.cuda.get_device_name() if at.device == "cuda" else "none: a dry run, its times mean nothing",
+        "torch": torch.__version__, "copy_bytes_per_s": bandwidth, "bf16_flops": rate, "rows": [], "skipped": [],
     }  # fmt: skip
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
     for n, k in shapes:
-        copies = max(2, -(-2 * l2 // (n * k // 2)))
-        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-        ops = {"bf16": (lambda x, i, w=dense: torch.nn.functional.linear(x, w[i]), 2 * n * k, 1)}
-        ops |= own_ops(n, k, copies)
-        for peer in PEERS:
-            if importlib.util.find_spec(peer.split(".")[0]) is None:
-                continue
-            try:
-                for op, module in peer_ops(peer, n, k).items():
-                    # One weight only: a peer's small layers may profit from L2. That errs in its favour.
-                    ops[f"{peer}: {op}"] = (lambda x, i, f=module: f(x), 0, 1)
-            except Exception as error:
-                result["skipped"].append(f"{peer} {n}x{k}: {type(error).__name__}: {str(error)[:200]}")
+        if time.monotonic() > deadline:
+            result["skipped"].append(f"{n}x{k}: no time left (--minutes)")
+            continue
+        ops, copies = all_ops(n, k, at, result["skipped"])
         for m in rows:
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            x = torch.randn(m, k, device=at.device, dtype=at.dtype)
             base = None
             for name, (call, weight_bytes, factor) in ops.items():
+                if time.monotonic() > deadline:
+                    result["skipped"].append(f"{name} {n}x{k} M={m}: no time left (--minutes)")
+                    continue
                 try:
                     with torch.no_grad():
-                        ms = graph_ms([partial(call, x, i) for i in range(copies)], replays)
+                        ms = graph_ms([partial(call, x, i) for i in range(copies)], at.replays, at.device)
                 except Exception as error:
+                    if at == DRY:
+                        raise
                     result["skipped"].append(f"{name} {n}x{k} M={m}: {type(error).__name__}: {str(error)[:200]}")
                     continue
                 base = ms if name == "bf16" else base
@@ -193,6 +212,8 @@ def measure(shapes, rows, replays: int) -> dict:
                 row |= {"ratio": base / ms if base else None, "share": floor / ms if weight_bytes else None}
                 result["rows"].append(row)
                 print(f"{n:6}x{k:<6} M={m:<5} {name:28} {ms * 1e3:9.1f} us  ratio {row['ratio'] or 0:5.2f}", flush=True)
+        del ops  # the weights, before the next shape's
+        keep(result)
     return result
 
 
@@ -219,21 +240,52 @@ def judge(rows: list[dict]) -> list[str]:
     return lines
 
 
+def write(result: dict, out: Path) -> None:
+    """The figures, and what became of each goal."""
+    result["goals"] = judge(result["rows"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def present(result: dict, out: Path) -> str:
+    """The table and the plot beside the figures; returns what was written, in words."""
+    rows = result["rows"]
+    ms = list(dict.fromkeys(row["m"] for row in rows))
+    text = [f"Ratios to cuBLAS bf16 (share of the roofline) on {result['gpu']}. `{result['command']}`\n"]
+    panels: dict[str, dict] = {}
+    for n, k in dict.fromkeys((row["n"], row["k"]) for row in rows):
+        here = {(row["op"], row["m"]): row for row in rows if (row["n"], row["k"]) == (n, k) and row["ratio"]}
+        names = [name for name in dict.fromkeys(name for name, _ in here) if name != "bf16"]
+        cell = lambda r: None if r is None else f"{r['ratio']:.2f}" + (f" ({r['share']:.0%})" if r["share"] else "")  # noqa: E731
+        body = [[name, *(cell(here.get((name, m))) for m in ms)] for name in names]
+        text += [f"## {n} x {k}\n", markdown(["", *(f"M={m}" for m in ms)], body)]
+        panels[f"{n} x {k}"] = {name: {m: here[name, m]["ratio"] for m in ms if (name, m) in here} for name in names}
+    text += ["## Goals\n", *(f"- {line}" for line in result["goals"]), *(f"- skipped: {s}" for s in result["skipped"])]
+    out.with_suffix(".md").write_text("\n".join(text) + "\n")
+    return plot(out.with_suffix(".png"), panels, "times as fast as cuBLAS bf16", "M (rows)") if panels else "no figures"
+
+
 def main() -> int:
+    """Measures, prints a line an op, keeps the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/matmul.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "matmul.json")
+    parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], help="NxK")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--replays", type=int, default=50)
-    parser.add_argument("--quick", action="store_true", help="one shape, few rows")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after so many, what is left is skipped, and named")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, no graphs, no peers: proves that it runs")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not args.dry and not torch.cuda.is_available():
         print("benchmarks/matmul.py needs a CUDA device and found none: nothing was measured.", file=sys.stderr)
         return 2
-    result = measure(SHAPES[:1] if args.quick else SHAPES, (1, 64) if args.quick else args.rows, args.replays)
-    result["goals"] = judge(result["rows"])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    at = DRY if args.dry else Setting(replays=args.replays)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    if args.dry:
+        shapes, args.rows = [(32, 256)], (1, 17)
+    result = measure(shapes, args.rows, at, time.monotonic() + 60 * args.minutes, lambda r: write(r, args.out))
+    write(result, args.out)
     print("\n".join(["", *result["goals"], *(f"skipped: {line}" for line in result["skipped"])]))
+    print(f"wrote {args.out}; {present(result, args.out)}")
     return 0
 
 

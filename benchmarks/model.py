@@ -1,11 +1,14 @@
-"""Whole models: prefill and decode tokens a second, load time and memory of a Llama-shaped model, per dtype, beside bf16.
+"""Whole models of random weights: prefill and decode of Llama shapes, a denoising step of a Flux shape, peak memory.
 
-    PYTHONPATH=src:kernels python benchmarks/model.py                      # 1.2 billion parameters, GPU if there is one
-    PYTHONPATH=src:kernels python benchmarks/model.py --shape 8b --compile
+    PYTHONPATH=src:kernels python benchmarks/model.py                        # on a GPU: 1b, 8b and flux; on a CPU: 1b
+    PYTHONPATH=src:kernels python benchmarks/model.py --shapes 8b --only int4
+    PYTHONPATH=src:kernels python benchmarks/model.py --shapes tiny flux-tiny --repeats 1    # seconds, on any machine
 
-The weights are random: speed and size do not depend on them. bf16 and the quantized models are timed in turns within one
-process, and every figure is a ratio to bf16 of the same run. Peers that are importable (torchao, bitsandbytes)
-run on the same checkpoint. Writes benchmarks/results/models_<device>_<shape>.json.
+The weights are random: speed and size do not depend on them. Each model is made on the device and its linear layers are
+quantized there, as `from_pretrained` would. bf16 runs first and last; ratios are to the mean of the two, `bf16_drift` is
+their quotient. On a GPU a prefill, a decoding step and a denoising step are CUDA graphs, so that the device is timed and
+not Python; `eager_ms` is the same step without one. Peers that can be imported take the same layers. Writes
+benchmarks/results/models_<device>.json, after every model, and a table (.md) and a plot (.png) beside it.
 """
 
 from __future__ import annotations
@@ -15,192 +18,257 @@ import gc
 import json
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from common import command
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from flux import SHAPES as FLUX_SHAPES
+from flux import FluxShaped
+from gpu_timing import graph_ms, markdown, plot, synchronize, wall_ms
+from torch import nn
 
 import requanto
+from requanto.qtypes import resolve_qtype
 
-HERE = Path(__file__).parent
-SHAPES = {
+LLAMA_SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1024},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32000},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256},
 }
-OURS = {
-    "int8": {"weights": "int8"},
-    "float8": {"weights": "float8"},
-    "int4": {"weights": "int4", "group_size": 128},
-    "int2": {"weights": "int2"},
-    "int8 x int8": {"weights": "int8", "activations": "int8"},
-    "float8 x float8": {"weights": "float8", "activations": "float8"},
+OURS: dict[str, dict[str, Any]] = {
+    "int8": {"kind": "int8"},
+    "float8": {"kind": "float8"},
+    "int4": {"kind": "int4", "group_size": 128},
+    "int2": {"kind": "int2"},
+    "int8 x int8": {"kind": "int8", "activation": "int8"},
+    "float8 x float8": {"kind": "float8", "activation": "float8"},
+    "int4 x int8": {"kind": "int4", "group_size": 128, "activation": "int8"},
 }
+#: layers that stay float, as by default in `from_pretrained`
+SKIPPED = ("lm_head", "image_in", "text_in", "image_out")
 
 
-def device_name() -> str:
-    """Where to run: the accelerator that torch finds, else the CPU."""
-    if torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator().type
-    return "cpu"
-
-
-def synchronize(device: str) -> None:
-    """Waits for the device, so that the clock sees the work and not its launch."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def write_checkpoint(directory: Path, shape: str) -> None:
-    """A Llama of random bf16 weights."""
-    heads = SHAPES[shape]["hidden_size"] // 64
-    config = LlamaConfig(
-        **SHAPES[shape], num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), dtype="bfloat16"
-    )
+def build(shape: str, device: str) -> nn.Module:
+    """The float model, bf16, made on the device."""
     torch.manual_seed(0)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model = model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter.data, std=0.02)
-    model.save_pretrained(directory)
+    with torch.device(device):
+        if shape in FLUX_SHAPES:
+            model: nn.Module = FluxShaped(FLUX_SHAPES[shape]).to(torch.bfloat16)
+        else:
+            from transformers import AutoModelForCausalLM, LlamaConfig
+
+            heads = LLAMA_SHAPES[shape]["hidden_size"] // 64
+            config = LlamaConfig(
+                **LLAMA_SHAPES[shape], num_attention_heads=heads, num_key_value_heads=max(1, heads // 4)
+            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False)
 
 
-def peers() -> dict[str, Callable[[], Any]]:
-    """Name -> maker of the quantization config, for each peer that can be imported."""
-    found: dict[str, Callable[[], Any]] = {}
-
-    def importable(name: str) -> bool:
-        try:
-            __import__(name)
-        except Exception as error:
-            print(f"{name}: not compared ({type(error).__name__}: {error})")
-            return False
-        return True
-
-    if importable("torchao"):
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
-
-        found["torchao int8"] = lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig())
-        found["torchao int4"] = lambda: transformers.TorchAoConfig(Int4WeightOnlyConfig(group_size=128))
-    if importable("bitsandbytes"):
-        found["bitsandbytes int8"] = lambda: transformers.BitsAndBytesConfig(load_in_8bit=True)
-        found["bitsandbytes nf4"] = lambda: transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+def linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, layer) of what is quantized."""
+    found = []
+    for _path, module in model.named_modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and name not in SKIPPED:
+                found.append((module, name, child))
     return found
 
 
-def load(directory: Path, config: Any, device: str) -> tuple[Any, float]:
-    """(model on the device, seconds)."""
-    start = time.perf_counter()
-    options = {} if config is None else {"quantization_config": config}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map=device, **options).eval()
-    synchronize(device)
-    return model, time.perf_counter() - start
+def quantize(model: nn.Module, kind: str, group_size: int | str = "default", activation: str | None = None) -> None:
+    """Ours: each weight on its device, in place."""
+    for _, _, layer in linears(model):
+        weight = requanto.QTensor.quantize(layer.weight, kind, group_size=group_size)
+        weight.activation = None if activation is None else resolve_qtype(activation)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def quantize_torchao(model: nn.Module, config: Any) -> None:
+    """torchao's own function, on the same layers."""
+    from torchao.quantization import quantize_
+
+    chosen = {id(layer) for _, _, layer in linears(model)}
+    quantize_(model, config, filter_fn=lambda module, name: id(module) in chosen)
+
+
+def quantize_bitsandbytes(model: nn.Module, four: bool) -> None:
+    """Its layers in place of ours."""
+    import bitsandbytes as bnb
+
+    for parent, name, layer in linears(model):
+        size, bias = (layer.in_features, layer.out_features), layer.bias is not None
+        if four:
+            new = bnb.nn.Linear4bit(*size, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        else:
+            new = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+        if bias:
+            new.bias = layer.bias
+        setattr(parent, name, new.to(layer.weight.device))
+
+
+def peers() -> dict[str, Callable[[nn.Module], None]]:
+    """Name -> function that quantizes a model in place, for each peer that can be imported."""
+    found: dict[str, Callable[[nn.Module], None]] = {}
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+
+        found["torchao: int8"] = lambda model: quantize_torchao(model, Int8WeightOnlyConfig())
+        found["torchao: int4"] = lambda model: quantize_torchao(model, Int4WeightOnlyConfig(group_size=128))
+    except Exception as error:
+        print(f"torchao: not compared ({type(error).__name__}: {error})")
+    try:
+        import bitsandbytes  # noqa: F401
+
+        found["bitsandbytes: int8"] = lambda model: quantize_bitsandbytes(model, four=False)
+        found["bitsandbytes: nf4"] = lambda model: quantize_bitsandbytes(model, four=True)
+    except Exception as error:
+        print(f"bitsandbytes: not compared ({type(error).__name__}: {error})")
+    return found
+
+
+def steps_of(model: nn.Module, shape: str, prompt: int, device: str) -> dict[str, Callable[[], object]]:
+    """What is timed: name -> a call that does the same each time."""
+    if isinstance(model, FluxShaped):
+        inputs = model.inputs(device)
+        return {"step": lambda: model(*inputs)}
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=prompt + 8)
+    ids = torch.randint(0, LLAMA_SHAPES[shape]["vocab_size"], (1, prompt), device=device)
+    model(ids[:, :1], past_key_values=cache, use_cache=True)  # makes the cache's tensors
+
+    def run(tokens: torch.Tensor, past: int) -> torch.Tensor:
+        for layer in cache.layers:  # on the device, as part of the graph: each replay starts at the same place
+            layer.cumulative_length.fill_(past)
+        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    return {"prefill": lambda: run(ids, 0), "decode": lambda: run(ids[:, :1], prompt)}
 
 
 @torch.inference_mode()
-def measure(model: Any, device: str, prompt: int, new: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a prefill of ``prompt`` tokens, and of one decoding step after it."""
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt), device=device)
-    prefill, decode = [], []
-    for repeat in range(repeats + 1):  # the first round warms up
-        synchronize(device)
-        start = time.perf_counter()
-        out = model(ids, use_cache=True)
-        synchronize(device)
-        if repeat:
-            prefill.append(time.perf_counter() - start)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        for _ in range(new):
-            synchronize(device)
-            start = time.perf_counter()
-            out = model(token, past_key_values=cache, use_cache=True)
-            token = out.logits[:, -1:].argmax(-1)
-            synchronize(device)
-            if repeat:
-                decode.append(time.perf_counter() - start)
-    return {"prefill_s": median(prefill), "decode_s": median(decode)}
+def measure(model: nn.Module, shape: str, options: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Milliseconds of each step, in a graph and without; bytes at the peak of a step."""
+    result: dict[str, Any] = {}
+    steps = steps_of(model, shape, options.prompt, device)
+    for name, call in steps.items():
+        result[f"{name}_eager_ms"] = wall_ms([call], options.repeats, device)
+        try:
+            result[f"{name}_ms"] = graph_ms([call], options.repeats, device)
+        except Exception as error:  # a peer that synchronizes cannot be captured: its eager time stands for it
+            result[f"{name}_ms"] = result[f"{name}_eager_ms"]
+            result[f"{name}_not_captured"] = f"{type(error).__name__}: {str(error)[:200]}"
+    result["peak_bytes"] = None
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        for call in steps.values():
+            call()
+        torch.cuda.synchronize()
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return result
+
+
+def one(shape: str, change: Callable[[nn.Module], None] | None, options: argparse.Namespace, device: str) -> dict:
+    """Makes a model, quantizes it, measures it, and lets it go."""
+    model = build(shape, device)
+    synchronize(device)
+    start = time.perf_counter()
+    if change is not None:
+        change(model)
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    figures = measure(model, shape, options, device) | {"quantize_s": seconds}
+    del model
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return figures
+
+
+def compare(shape: str, jobs: dict[str, Any], options: argparse.Namespace, device: str, deadline: float) -> dict:
+    """All jobs between two runs in bf16."""
+    found = {"bf16": one(shape, None, options, device)}
+    for name, job in jobs.items():
+        if time.monotonic() > deadline:
+            found[name] = {"error": "no time left (--minutes)"}
+            continue
+        try:
+            found[name] = one(shape, job, options, device)
+        except Exception as error:  # one that fails must not take the other figures along
+            found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+            gc.collect()
+        print(f"{shape} {name:18} {found[name]}", flush=True)
+    again = one(shape, None, options, device)
+    steps = [key for key in again if key.endswith("_ms") and "eager" not in key]
+    for figures in found.values():
+        for key in steps if "error" not in figures else ():
+            both = (found["bf16"][key] + again[key]) / 2
+            figures[key.replace("_ms", "_vs_bf16")] = round(both / figures[key], 3)
+    found["bf16"]["bf16_drift"] = round(again[steps[-1]] / found["bf16"][steps[-1]], 3)
+    return found
+
+
+def present(document: dict[str, Any], out: Path) -> str:
+    """The table and the plot beside the figures; returns what was written, in words."""
+    text, panels = [f"Whole models on {document['device']}. `{document['command']}`\n"], {}
+    for shape, found in document["models"].items():
+        steps = [key.removesuffix("_vs_bf16") for key in found["bf16"] if key.endswith("_vs_bf16")]
+        head = ["", *(f"{s} ms" for s in steps), *(f"{s} vs bf16" for s in steps), "eager ms", "peak GB", "quantize s"]
+        rows, panels[shape] = [], {step: {} for step in steps}
+        for name, f in found.items():
+            if "error" in f:
+                rows.append([name, f["error"], *[None] * (len(head) - 2)])
+                continue
+            peak = None if f["peak_bytes"] is None else f["peak_bytes"] / 1e9
+            ratios = [f[f"{s}_vs_bf16"] for s in steps]
+            eager = " / ".join(f"{f[f'{s}_eager_ms']:.3g}" for s in steps)
+            rows.append([name, *(f[f"{s}_ms"] for s in steps), *ratios, eager, peak, f["quantize_s"]])
+            for step, ratio in zip(steps, ratios, strict=True):
+                panels[shape][step][name] = ratio
+        text += [f"## {shape}\n", markdown(head, rows)]
+    out.with_suffix(".md").write_text("\n".join(text))
+    return plot(out.with_suffix(".png"), panels, "times as fast as bf16")
 
 
 def main() -> int:
     """Measures, prints a line a model, keeps the figures."""
+    device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--shapes", nargs="+", choices=[*LLAMA_SHAPES, *FLUX_SHAPES])
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="compile every model with torch.compile")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--minutes", type=float, default=9.0, help="after so many, what is left is skipped, and named")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--only", nargs="*", help="names of models to run, besides bf16")
+    parser.add_argument("--only", nargs="*", help="names of quantized models to run, besides bf16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = device_name()
-    jobs: dict[str, Callable[[], Any]] = {
-        name: (lambda keywords=keywords: requanto.QuantoConfig(**keywords)) for name, keywords in OURS.items()
+    jobs: dict[str, Callable[[nn.Module], None]] = {
+        name: (lambda model, keywords=keywords: quantize(model, **keywords)) for name, keywords in OURS.items()
     } | peers()
     if options.only is not None:
         jobs = {name: job for name, job in jobs.items() if name in options.only}
-    results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        write_checkpoint(Path(scratch), options.shape)
-        for name, job in jobs.items():
-            try:
-                results[name] = compare(Path(scratch), job(), device, options)
-            except Exception as error:  # one peer that fails must not take the other figures along
-                results[name] = {"error": f"{type(error).__name__}: {error}"}
-            print(f"{name:18} {results[name]}", flush=True)
-    out = options.out or HERE / "results" / f"models_{device}_{options.shape}.json"
+    out = options.out or Path(__file__).parent / "results" / f"models_{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    document = {
+    document: dict[str, Any] = {
         "command": "PYTHONPATH=src:kernels " + command(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{device} ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "shape": SHAPES[options.shape],
-        "results": results,
+        "prompt": options.prompt,
+        "models": {},
     }
-    out.write_text(json.dumps(document, indent=2) + "\n")
-    print(f"wrote {out}")
+    deadline = time.monotonic() + 60 * options.minutes
+    for shape in options.shapes or (["1b"] if device == "cpu" else ["1b", "8b", "flux"]):
+        document["models"][shape] = compare(shape, jobs, options, device, deadline)
+        out.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {out}; {present(document, out)}")
     return 0
-
-
-def compare(directory: Path, config: Any, device: str, options: argparse.Namespace) -> dict[str, Any]:
-    """bf16, the quantized model, bf16 again: the ratio is to the mean of the two, so a drifting machine shows."""
-    rounds = []
-    for which in (None, config, None):
-        model, seconds = load(directory, which, device)
-        if options.compile:
-            model.forward = torch.compile(model.forward, dynamic=True)
-        figures = measure(model, device, options.prompt, options.new, options.repeats)
-        figures |= {"load_s": seconds, "bytes": model.get_memory_footprint()}
-        rounds.append(figures)
-        del model
-        gc.collect()
-        torch._dynamo.reset()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    before, ours, after = rounds
-    ratio = {key: (before[key] + after[key]) / 2 / ours[key] for key in ("prefill_s", "decode_s")}
-    return {
-        "prefill_vs_bf16": round(ratio["prefill_s"], 3),
-        "decode_vs_bf16": round(ratio["decode_s"], 3),
-        "bf16_drift": round(after["decode_s"] / before["decode_s"], 3),
-        "prefill_tokens_per_s": round(options.prompt / ours["prefill_s"], 1),
-        "decode_tokens_per_s": round(1 / ours["decode_s"], 2),
-        "load_s": round(ours["load_s"], 2),
-        "size_vs_bf16": round(ours["bytes"] / before["bytes"], 3),
-    }
 
 
 if __name__ == "__main__":

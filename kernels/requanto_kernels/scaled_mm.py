@@ -45,7 +45,7 @@ def _finish(
     tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
+@triton.jit
 def scaled_mm_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn,
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
@@ -83,7 +83,7 @@ def scaled_mm_kernel(
     _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
 
 
-@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
+@triton.jit
 def scaled_mm_persistent_kernel(
     x_desc, w_desc, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K,
     INT8: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,

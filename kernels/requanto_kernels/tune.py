@@ -36,30 +36,36 @@ def candidates(op: str, bits: int, m: int) -> list[Config]:
     return list(found)
 
 
-def _median_ms(launch: Callable[[], object], repeats: int) -> float:
-    launch()
+def _median_ms(launch: Callable[[int], object], copies: int, repeats: int) -> float:
+    """Median milliseconds of a launch, all copies in one CUDA graph: Python launches slower than short kernels run."""
+    launch(0)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for copy in range(copies):
+            launch(copy)
+    graph.replay()
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        launch()
+        graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / copies)
     return sorted(times)[len(times) // 2]
 
 
-def _launcher(op, bits, group, m, n, k, dtype, device) -> Callable[[Config], object]:
-    """A call of the op on random operands. Enough copies of the weight to overflow L2 are used in turn."""
+def _launcher(op, bits, group, m, n, k, dtype, device) -> tuple[Callable[[Config, int], object], int]:
+    """A call of the op on random operands with copy i of the weight, and how many there are: enough to overflow L2."""
     copies = max(1, min(64, int(256e6 / (n * k * bits / 8))))
     groups = k // group if group else 1
     scale = torch.rand((n, groups), device=device) * 0.01 + 0.01
-    step = iter(range(1 << 62))
     if op == "scaled_mm":
         ws = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
         xs = torch.rand(m, device=device)
-        return lambda c: scaled_mm(x, ws[next(step) % copies], xs, scale[:, 0], config=c)
+        return lambda c, i: scaled_mm(x, ws[i], xs, scale[:, 0], config=c), copies
     if bits == 8:
         ws = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
     else:
@@ -69,9 +75,9 @@ def _launcher(op, bits, group, m, n, k, dtype, device) -> Callable[[Config], obj
     if op == "w4a8_gemm":
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
         xs = torch.rand(m, device=device)
-        return lambda c: w4a8_gemm(x, xs, ws[next(step) % copies], scale, **common, config=c)
+        return lambda c, i: w4a8_gemm(x, xs, ws[i], scale, **common, config=c), copies
     x = torch.randn((m, k), dtype=dtype, device=device)
-    return lambda c: wq_gemm(x, ws[next(step) % copies], scale, **common, config=c)
+    return lambda c, i: wq_gemm(x, ws[i], scale, **common, config=c), copies
 
 
 def tune(
@@ -98,11 +104,11 @@ def tune(
     for n, k in shapes:
         group = 0 if not group_size or group_size >= k or op == "scaled_mm" else group_size
         for m in rows:
-            launch = _launcher(op, bits, group, m, n, k, dtype, device)
+            launch, copies = _launcher(op, bits, group, m, n, k, dtype, device)
             best: tuple[float, Config] | None = None
             for config in candidates(op, bits, m):
                 try:
-                    ms = _median_ms(partial(launch, config), repeats)
+                    ms = _median_ms(partial(launch, config), copies, repeats)
                 except Exception as error:  # a tile may not fit this device: that is what is being found out
                     report(f"{op} {n}x{k} M={m}: {config} does not run ({type(error).__name__})")
                     continue

@@ -16,7 +16,7 @@ from ._device import arch_of, on_device
 from .config import Config, select
 
 
-@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
+@triton.jit
 def w4a8_gemm_kernel(
     x_ptr, xs_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
     stride_xm, stride_qn, stride_sn, stride_zn,

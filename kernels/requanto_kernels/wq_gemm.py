@@ -77,7 +77,7 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
+@triton.jit
 def wq_gemm_kernel(
     x_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, k_per_split,

@@ -14,7 +14,7 @@ from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from .config import Config, select
 
 
-@triton.jit(do_not_specialize=["M"])  # one program for every number of rows
+@triton.jit
 def wq_gemm_dx_kernel(
     dy_ptr, q_ptr, s_ptr, z_ptr, dx_ptr, offsets_ptr, M, N, K, E,
     stride_ym, stride_yn, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,

@@ -1,10 +1,13 @@
 """Products of two quantized operands and row quantization, in Triton's interpreter, against float64."""
 
+import importlib
+
 import pytest
 import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
 from requanto_kernels import Config, quant_rows, scaled_mm, to_exec_layout, w4a8_gemm
+from requanto_kernels.config import family
 
 FULL = torch.float32
 KINDS = (torch.int8, *FP8)
@@ -156,3 +159,12 @@ def test_bad_input_is_named(call, message):
     x, w = torch.ones(2, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
     with pytest.raises(ValueError, match=message):
         call(x, w, torch.ones(1))
+
+
+@pytest.mark.parametrize(("op", "bits"), [("wq_gemm", 4), ("wq_gemm", 8), ("scaled_mm", 8), ("w4a8_gemm", 2)])
+def test_what_tuning_launches(op, bits):
+    tune = importlib.import_module("requanto_kernels.tune")  # the package's `tune` is the function
+    launch, copies = tune._launcher(op, bits, 256, 3, 16, 512, torch.float16, torch.device("cpu"))
+    config = family("interpreter", op, bits, 3, "float16")
+    assert [launch(config, i).shape for i in (0, copies - 1)] == [(3, 16)] * 2
+    assert tune.candidates(op, bits, 3)
