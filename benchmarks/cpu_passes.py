@@ -1,4 +1,4 @@
-"""The passes of a CPU's products one by one: why `requanto.linear` is written as it is. CPU time on one thread, not wall time.
+"""The passes of a CPU's products one by one: why `requanto.linear` is written as it is. CPU time, one thread.
 
     PYTHONPATH=src:kernels python benchmarks/cpu_passes.py              # with kernels of torch.compile: needs a C++ compiler
 
