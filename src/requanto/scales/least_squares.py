@@ -43,15 +43,15 @@ def least_squares(
     if shift is None:
         units = torch.mul(groups, unit, out=scratch(groups, "units"))
         fitted = _line_through_zero(units, kind, importance)
-        return torch.where(_on_grid(units) | ~usable, whole, fitted * whole), None
+        return torch.where(on_grid(units) | ~usable, whole, fitted * whole), None
     # In units of the minmax codes, 0 .. top: w = safe * unit - shift.
     units = torch.add(groups, shift.unsqueeze(-1), out=scratch(groups, "units")).mul_(unit)
     slope, offset = _line(units, 2**kind.bits - 1, START.get(kind.bits, 1.0), importance)
-    kept = _on_grid(units) | ~usable
+    kept = on_grid(units) | ~usable
     return torch.where(kept, whole, slope * whole), torch.where(kept, shift, shift - offset * whole)
 
 
-def _on_grid(units: torch.Tensor) -> torch.Tensor:
+def on_grid(units: torch.Tensor) -> torch.Tensor:
     """Which groups were quantized before: their weights lie on the codes already, and nothing may be lost again.
 
     A few weights of each group tell that it was not, so that all of them are looked at only where there is a reason to.
