@@ -98,8 +98,9 @@ def measure(row: Row, job: dict[str, Any], python: str, minutes: float) -> dict[
         asked.write_text(json.dumps(job), encoding="utf-8")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment["PATH"] = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", "")])
-        if python != sys.executable:  # Requanto's sources are of no use there
-            environment.pop("PYTHONPATH", None)
+        # The process starts elsewhere; and Requanto's sources are of no use to another library's Python.
+        paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        environment["PYTHONPATH"] = os.pathsep.join(paths if python == sys.executable else [])
         start = time.perf_counter()
         try:
             ended = subprocess.run(
