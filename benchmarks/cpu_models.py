@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 from common import RESULTS, write
-from model import load, peers, write_checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import requanto
 from requanto.settings import settings
@@ -45,6 +46,53 @@ COMPILED = ("float8", "int4")
 PROMPTS = (32, 512)
 #: Ratio to bf16 of the 1.2B model.
 GOALS = {"int8": {"decode": 1.6, "512": 0.85}, "int4": {"decode": 2.0, "512": 0.85}}
+
+
+def write_checkpoint(directory: Path) -> None:
+    """A Llama of 1.2 billion random bfloat16 weights: speed and size do not depend on them."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    model.save_pretrained(directory)
+
+
+def peers() -> dict[str, Callable[[], Any]]:
+    """Name -> maker of the quantization config, for each peer that can be imported."""
+    found: dict[str, Callable[[], Any]] = {}
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        found["torchao int8"] = lambda: transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    except ImportError as error:
+        print(f"torchao: not compared ({error})")
+    try:
+        import bitsandbytes  # noqa: F401
+
+        found["bitsandbytes nf4"] = lambda: transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    except ImportError as error:
+        print(f"bitsandbytes: not compared ({error})")
+    return found
+
+
+def load(directory: Path, config: Any) -> tuple[Any, float]:
+    """(the model, seconds)."""
+    start = time.perf_counter()
+    options = {} if config is None else {"quantization_config": config}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cpu", **options).eval()
+    return model, time.perf_counter() - start
 
 
 class Runner:
@@ -103,7 +151,7 @@ def rounds(runners: dict[str, Runner], vocabulary: int, new: int, repeats: int) 
 
 def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], save: Any, deadline: float) -> None:
     """Every kind beside the same bf16 model; ``results`` grows by name."""
-    plain, _ = load(source, None, "cpu")
+    plain, _ = load(source, None)
     vocabulary, plain_bytes = plain.config.vocab_size, plain.get_memory_footprint()
     jobs: dict[str, Any] = {name: (lambda how=how: requanto.QuantoConfig(**how)) for name, how in OURS.items()}
     jobs |= peers() if options.peers else {}
@@ -116,7 +164,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
             continue
         begin = time.monotonic()
         try:
-            model, seconds = load(source, make(), "cpu")
+            model, seconds = load(source, make())
             runners = {"bf16": Runner(plain), name: Runner(model)}
             if name in COMPILED and not options.no_compiled:
                 runners[f"{name} compiled"] = Runner(model, compiled=True)
@@ -180,7 +228,7 @@ def main() -> int:
         for number, which in enumerate(options.models):
             print(f"{which}: loading bf16", flush=True)
             if which == "1b":
-                write_checkpoint(Path(scratch), "1b")
+                write_checkpoint(Path(scratch))
             source = Path(scratch) if which == "1b" else Path(smollm2_dir())
             # Of what is left, three quarters for the first of two models.
             left = options.limit - (time.monotonic() - start)
