@@ -55,6 +55,33 @@ def test_scale_and_shift_fit_their_codes(kind):
     assert errors(weight, tensor).sum() <= 1.03 * least
 
 
+@pytest.mark.parametrize("kind", ["int2", "int3", "int4"])
+def test_aligned_has_less_squared_error_than_minmax(kind):
+    weight = heavy_tailed(64, 512, 5)
+    found = errors(weight, QTensor.quantize(weight, kind, search="aligned", group_size=128)).sum()
+    plain = errors(weight, QTensor.quantize(weight, kind, search="minmax", group_size=128)).sum()
+    assert found < (0.99 if kind == "int4" else 0.95) * plain
+
+
+@pytest.mark.parametrize("kind", ["int2", "int3", "int4"])
+def test_aligned_keeps_the_many_weights_around_zero(kind):
+    """Most weights are 0 and the others lie to one side more than to the other: zeros stay nearer to zero than by minmax."""
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(64, 512, generator=generator) + 0.4
+    weight = weight.masked_fill(torch.rand(64, 512, generator=generator) < 0.8, 0.0)
+    missed = {}
+    for search in ("minmax", "aligned"):
+        back = QTensor.quantize(weight, kind, search=search, group_size=64).dequantize()
+        missed[search] = back[weight == 0].abs().mean().item()
+    assert missed["aligned"] < 0.5 * missed["minmax"]
+
+
+def test_aligned_without_a_shift_is_weighted():
+    weight = heavy_tailed(8, 128, 7)
+    one, other = (QTensor.quantize(weight, "int4", symmetric=True, search=name) for name in ("aligned", "weighted"))
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("search", list(SEARCHES))
 @pytest.mark.parametrize("symmetric", [None, True])
 @pytest.mark.parametrize("kind", INTEGERS)
@@ -125,7 +152,8 @@ def test_a_method_that_needs_samples_points_to_where_they_are_given(name):
 
 def test_a_wrong_name_is_refused_with_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"unknown method 'wieghted'; did you mean 'weighted'\? Known: minmax, mse, weighted, hqq"
+        ValueError,
+        match=r"unknown method 'wieghted'; did you mean 'weighted'\? Known: minmax, mse, weighted, aligned, hqq",
     ):
         QuantoConfig(weights="int4", method="wieghted")
     with pytest.raises(ValueError, match=r"unknown search 'best'\. Known"):

@@ -29,7 +29,9 @@ def _options(
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
-_METHOD_HELP = "minmax, mse, weighted, hqq (default: the type's best); with samples: gptq, awq, smoothquant, signround."
+_METHOD_HELP = (
+    "minmax, mse, weighted, aligned, hqq (default: the type's best); with samples: gptq, awq, smoothquant, signround."
+)
 
 
 @app.command()

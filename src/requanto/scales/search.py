@@ -2,6 +2,7 @@
 
 minmax    the outermost weights take the outermost codes: no weight is further off than half a step
 mse       least squared error (float8: `requanto.scales.float8`)
+aligned   least squared error, from roundings with a code at zero (`requanto.scales.aligned`): the default of 2 to 4 bits
 weighted  least squared error, each weight counted with its own magnitude: outliers matter more to what a layer computes
           than the many small weights between them, whose errors cancel
 hqq       half-quadratic: least |error|^0.7 (`requanto.scales.hqq`)
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 from requanto.qtypes import qtype
+from requanto.scales.aligned import aligned as aligned_scale
 from requanto.scales.float8 import float8_scale
 from requanto.scales.hqq import hqq
 from requanto.scales.least_squares import least_squares
@@ -59,8 +61,22 @@ def weighted(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Ten
     return least_squares(groups, kind, affine, minmax(groups, kind, affine), importance)
 
 
+def aligned(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and shift of the least squared error that starts with a code at zero lead to.
+
+    Without a shift there is always one, and outliers are counted for more (`weighted`).
+    """
+    return aligned_scale(groups, kind) if affine else weighted(groups, kind, affine)
+
+
 #: the searches by name
-SEARCHES: dict[str, ScaleSearch] = {"minmax": minmax, "mse": mse, "weighted": weighted, "hqq": hqq}
+SEARCHES: dict[str, ScaleSearch] = {
+    "minmax": minmax,
+    "mse": mse,
+    "weighted": weighted,
+    "aligned": aligned,
+    "hqq": hqq,
+}
 
 #: names of the methods that look at samples (`requanto.methods`); `requanto.quantize` takes them with ``calibration``
 CALIBRATED = ("gptq", "awq", "smoothquant", "signround")
@@ -103,7 +119,7 @@ def default_method(kind: qtype) -> str:
     """Name of the search that is used where none is asked for: measured, see docs/accuracy.md."""
     if kind.is_floating_point and kind.bits == 8:
         return "mse"
-    return "weighted" if kind.bits <= 4 and "weighted" in fitting(kind) else "minmax"
+    return "aligned" if kind.bits <= 4 and "aligned" in fitting(kind) else "minmax"
 
 
 def find_search(search: str | ScaleSearch | None, kind: qtype) -> ScaleSearch:
