@@ -70,8 +70,8 @@ class QuantoConfig:
             for float. The first match counts. A full name (no glob) also wins over the library's default skips:
             ``modules={"lm_head": "int8"}``.
         symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
-        method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"`` or ``"hqq"``; None: what
-            measured best for the type (docs/accuracy.md). Methods that look at samples are `requanto.quantize`'s.
+        method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"`` or ``"hqq"``;
+            None: what measured best for the type (docs/accuracy.md). Methods that look at samples are `requanto.quantize`'s.
         embeddings: quantize ``nn.Embedding`` tables too.
         lm_head: quantize the output embeddings too.
         convolutions: quantize Conv1d, Conv2d and Conv3d too.

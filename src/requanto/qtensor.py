@@ -146,8 +146,8 @@ class QTensor(Stored, torch.Tensor):
                 int8, float8 and codebooks have none.
             axis: 0 or 1, see the class; None: 1 for 3D weights, else 0.
             transposed: quantize along the last-but-one axis: ``[..., K, N]`` weights.
-            search: how scale and shift are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"``, ``"hqq"``, or a function of
-                one's own (`requanto.scales.search`); None: the type's default.
+            search: how scale and shift are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"``, ``"hqq"``, or a
+                function of one's own (`requanto.scales.search`); None: the type's default.
             scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
                 floats. Without effect on a weight with one scale a row, which stays float32.
             rotation: True, ``"hadamard"`` or the largest block: codes are those of the rotated rows (`requanto.rotation`).

@@ -1,14 +1,14 @@
 """Scale and shift of least squared error, from roundings that have a code at zero.
 
 Weights crowd around zero. A grid from minimum to maximum puts zero anywhere between two codes, so that most weights of a
-group are off to one side, all by about the same: small errors that do not cancel. Searches for the least squared error (with or
-without weights) end near where they start, so all starts here have a code at zero, as zero points that are integers have it
-(Jacob et al. 2018, arXiv:1712.05877); the fit may then move it. Squared errors are those of other searches; what a model does with them
-is not: docs/accuracy.md.
+group are off to one side, all by about the same: small errors that do not cancel. A search for the least squared error ends
+near where it starts, so all starts here have a code at zero, as integer zero points have it (Jacob et al. 2018,
+arXiv:1712.05877); the fit may then move it. The squared errors are like those of other searches; what they do to a model's
+answer is not: docs/accuracy.md.
 
 A group is rounded within its whole range and within parts of it, a straight line ``w ~ scale * code - shift`` is fitted to
-each rounding, and the one that explains most is kept. No weight is looked at a second time for that: how much a line explains follows
-from the sums it is made of.
+each rounding, and the one that explains most is kept. No weight is looked at a second time for that: how much a line
+explains follows from the sums it is made of.
 """
 
 from __future__ import annotations
