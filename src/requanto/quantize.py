@@ -84,8 +84,8 @@ def quantize(
         bits, max_memory, candidates: the budget of ``weights="auto"``, as in `QuantoConfig`. With ``calibration``,
             layers are weighed by what their errors do to the model's answer on samples, else by their weights' errors.
         method: how scales are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"``, ``"hqq"``, or None: the type's
-            default; or, with ``calibration``, how codes are found on samples: ``"gptq"`` ... (`requanto.methods`). Nothing is
-            left to freeze then.
+            default; or, with ``calibration``, how codes are found on samples: ``"gptq"`` ... (`requanto.methods`). Nothing
+            is left to freeze then.
         calibration: samples: an iterable of the model's inputs, or a function ``f(model)`` that runs it, or a pipeline.
         method_options: the method's own options.
         resume: directory for finished blocks; an interrupted run goes on from there.
