@@ -11,7 +11,7 @@ import torch
 
 from . import _check as check
 from ._device import arch_of
-from .config import Config, families, key, store
+from .config import Config, families, key, nearest_arch, store
 from .layout import to_exec_layout
 from .scaled_mm import scaled_mm
 from .w4a8_gemm import w4a8_gemm
@@ -20,20 +20,36 @@ from .wq_gemm import wq_gemm
 OPS = ("wq_gemm", "scaled_mm", "w4a8_gemm")
 
 
-def candidates(op: str, bits: int, m: int) -> list[Config]:
-    """Every shipped tile of the op, each with neighbouring depths and splits, without duplicates."""
+def candidates(op: str, bits: int, m: int, arch: str) -> list[Config]:
+    """The tiles that ship for the architecture or for any, without duplicates, each splitting K as the heuristic does."""
+    served = nearest_arch(arch)
     found: dict[Config, None] = {}
     for row in families():
-        if row["op"] != op or bits not in row.get("bits", [bits]) or "interpreter" in row.get("arch", ()):
+        if row["op"] != op or bits not in row.get("bits", [bits]) or served not in row.get("arch", [served]):
             continue
-        base = Config(**row["config"])
-        if base.block_m > max(16, 2 * m):
-            continue
-        for stages in sorted({max(1, base.num_stages - 1), base.num_stages, base.num_stages + 1}):
-            for split in (0,) if op != "wq_gemm" or m > 256 else (1, 2, 4, 8):
-                for left in (True, False):
-                    found[replace(base, num_stages=stages, split_k=split, left=left)] = None
+        config = Config(**row["config"])
+        if "float32" not in row.get("dtype", ()) and config.block_m <= max(16, 2 * m):
+            found[config] = None
     return list(found)
+
+
+def neighbours(config: Config, op: str, bits: int, m: int) -> list[Config]:
+    """Configs that differ in one thing that the op looks at."""
+    found = [replace(config, num_stages=stages) for stages in (config.num_stages - 1, config.num_stages + 1) if stages]
+    found.append(replace(config, num_warps=12 - config.num_warps))  # 4 or 8
+    found += [replace(config, block_n=n) for n in (config.block_n // 2, config.block_n * 2) if 32 <= n <= 256]
+    found += [
+        replace(config, block_m=b)
+        for b in (config.block_m // 2, config.block_m * 2)
+        if 16 <= b <= max(16, min(256, 2 * m))
+    ]
+    if op == "wq_gemm" and m <= 256:
+        found += [replace(config, split_k=split) for split in (1, 2, 4, 8) if split != config.split_k]
+    if op == "wq_gemm" and bits < 8:
+        found.append(replace(config, fields=not config.fields))
+    if op != "w4a8_gemm" and not config.persistent:
+        found.append(replace(config, left=not config.left))
+    return found
 
 
 def _median_ms(launch: Callable[[int], object], copies: int, repeats: int) -> float:
@@ -80,6 +96,34 @@ def _launcher(op, bits, group, m, n, k, dtype, device) -> tuple[Callable[[Config
     return lambda c, i: wq_gemm(x, ws[i], scale, **common, config=c), copies
 
 
+def _time(launch, copies: int, repeats: int, report: Callable[[str], object], config: Config) -> float | None:
+    """Milliseconds, or None where the tile does not run."""
+    try:
+        return _median_ms(partial(launch, config), copies, repeats)
+    except Exception as error:  # a tile may not fit this device: that is what is being found out
+        report(f"{config} does not run ({type(error).__name__})")
+        return None
+
+
+def _best(
+    tiles: list[Config], op: str, bits: int, m: int, clock: Callable[[Config], float | None]
+) -> tuple[float, Config] | None:
+    """(milliseconds, config): the fastest tile, then from neighbour to neighbour while one is faster by 1 % or more."""
+    known = {config: ms for config in tiles if (ms := clock(config)) is not None}
+    if not known:
+        return None
+    best = min(known, key=known.__getitem__)
+    seen = set(tiles)
+    while True:
+        fresh = [config for config in neighbours(best, op, bits, m) if config not in seen]
+        seen.update(fresh)
+        faster = {config: ms for config in fresh if (ms := clock(config)) is not None and ms < 0.99 * known[best]}
+        if not faster:
+            return known[best], best
+        known |= faster
+        best = min(faster, key=faster.__getitem__)
+
+
 def tune(
     shapes: Iterable[tuple[int, int]],
     *,
@@ -92,7 +136,11 @@ def tune(
     repeats: int = 20,
     report: Callable[[str], object] = print,
 ) -> dict[str, Config]:
-    """Time every candidate for each `(N, K)` and number of rows; store the winners; return them by table key."""
+    """Time tiles for each `(N, K)` and number of rows; store the winners; return them by table key.
+
+    Every shipped tile of the architecture, then the neighbours of the fastest: some twenty to fifty programs a shape and
+    number of rows, most of them compiled once for all shapes.
+    """
     if op not in OPS:
         check.fail("op", repr(op), "one of " + ", ".join(OPS))
     device = torch.device(device)
@@ -105,18 +153,14 @@ def tune(
         group = 0 if not group_size or group_size >= k or op == "scaled_mm" else group_size
         for m in rows:
             launch, copies = _launcher(op, bits, group, m, n, k, dtype, device)
-            best: tuple[float, Config] | None = None
-            for config in candidates(op, bits, m):
-                try:
-                    ms = _median_ms(partial(launch, config), copies, repeats)
-                except Exception as error:  # a tile may not fit this device: that is what is being found out
-                    report(f"{op} {n}x{k} M={m}: {config} does not run ({type(error).__name__})")
-                    continue
-                if best is None or ms < best[0]:
-                    best = (ms, config)
+            best = _best(
+                candidates(op, bits, m, arch_of(device)), op, bits, m, partial(_time, launch, copies, repeats, report)
+            )
             if best is not None:
                 name = key(arch_of(device), op, bits, group, m, n, k)
                 winners[name] = best[1]
                 report(f"{name}: {best[0] * 1e3:.1f} us, {best[1]}")
+            else:
+                report(f"{op} {n}x{k} M={m}: no tile runs on this device; the shipped choice stays")
     store(winners)
     return winners

@@ -67,7 +67,7 @@ def tune_model(
     progress: bool = True,
     report: Callable[[str], object] | None = None,
 ) -> Tuned:
-    """Times every shipped tile for each shape of the model's quantized layers.
+    """Times tiles for each shape of the model's quantized layers (`requanto_kernels.tune`).
 
     Each shape's winners are on disk before the next is begun: an interrupted run loses one shape.
 

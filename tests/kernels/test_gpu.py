@@ -155,7 +155,8 @@ def test_tuning_times_tiles_and_keeps_the_best(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "_user", None)
     module = sys.modules["requanto_kernels.tune"]  # the package's `tune` is the function
     every = module.candidates
-    monkeypatch.setattr(module, "candidates", lambda *what: every(*what)[:3])
+    monkeypatch.setattr(module, "candidates", lambda *what: every(*what)[:2])
+    monkeypatch.setattr(module, "neighbours", lambda config, *what: [])
     lines = []
     for op, group in (("wq_gemm", 128), ("scaled_mm", None), ("w4a8_gemm", 128)):
         bits = 8 if op == "scaled_mm" else 4

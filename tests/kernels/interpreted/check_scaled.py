@@ -167,4 +167,30 @@ def test_what_tuning_launches(op, bits):
     launch, copies = tune._launcher(op, bits, 256, 3, 16, 512, torch.float16, torch.device("cpu"))
     config = family("interpreter", op, bits, 3, "float16")
     assert [launch(config, i).shape for i in (0, copies - 1)] == [(3, 16)] * 2
-    assert tune.candidates(op, bits, 3)
+    assert tune.candidates(op, bits, 3, "sm_90")
+
+
+def test_the_search_for_the_fastest_tile():
+    tune = importlib.import_module("requanto_kernels.tune")
+    tiles = tune.candidates("wq_gemm", 4, 16, "sm_90")
+    assert 2 <= len(tiles) <= 10
+    assert all(config.block_m <= 32 for config in tiles)
+    asked, best_tile = [], tiles[1]
+
+    def clock(config):  # the second tile, deeper and split in 4, is the fastest; the first does not run
+        assert config not in asked
+        asked.append(config)
+        if config == tiles[0]:
+            return None
+        same = (config.block_m, config.block_n, config.num_warps) == (
+            best_tile.block_m,
+            best_tile.block_n,
+            best_tile.num_warps,
+        )
+        return 10 - 3 * same - (config.num_stages == best_tile.num_stages + 1) - (config.split_k == 4)
+
+    ms, best = tune._best(tiles, "wq_gemm", 4, 16, clock)
+    assert (best.split_k, best.num_stages) == (4, best_tile.num_stages + 1)
+    assert ms == 5
+    assert len(asked) < 60
+    assert tune._best(tiles, "wq_gemm", 4, 16, lambda config: None) is None
