@@ -24,7 +24,7 @@ POWER = 0.7
 BETA = 10.0
 #: growth of beta a round
 KAPPA = 1.01
-#: of the shift: the published 20 gain nothing over 5
+#: of the shift: the published 20 gain little over 5
 ROUNDS = 5
 #: of the scale, where there is no shift
 ROUNDS_SYMMETRIC = 20
