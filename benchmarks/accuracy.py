@@ -24,6 +24,7 @@ import hashlib
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -207,7 +208,7 @@ def main() -> None:
             }
             print(f"[{number}/{len(rows)}] {row.name}", file=sys.stderr, flush=True)
             found = measure(row, job, pythons.get(row.library, sys.executable), asked.minutes)
-            found["command"] = command()
+            found["command"] = re.sub(r"=/\S+", "=PYTHON", command())
             if row.samples:
                 found |= {"samples": asked.samples, "length": asked.length}
             kept = keep(row, found, texts)
