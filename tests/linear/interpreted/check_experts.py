@@ -25,7 +25,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(rules, "DEVICES", ("cpu",))
     monkeypatch.setattr(rules, "capability", lambda kind: 0)
     monkeypatch.setattr(packing, "SMALLEST", 0)
-    monkeypatch.setattr(packing, "SMALLEST_INT4", 0)
+    monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
     entries = sorted(table._TABLE, key=lambda one: not one.name.startswith("triton"))
     monkeypatch.setattr(table, "_TABLE", entries)
     torch.manual_seed(0)
