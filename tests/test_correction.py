@@ -24,18 +24,53 @@ def relative(found, wanted):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", ["int2", "int3", "nf4", "float8"])
 def test_what_is_left_is_the_tail_of_the_spectrum(kind, transposed, rotation):
-    """Eckart and Young: no term of that rank comes nearer."""
+    """Eckart and Young: no term of that rank comes nearer to what the codes lose."""
     weight = random(96, 64)
     options = {"group_size": 32, "transposed": transposed, "rotation": rotation}
-    plain = QTensor.quantize(weight, kind, **options)
     tensor = QTensor.quantize(weight, kind, low_rank=8, **options)
     assert tensor.rank == 8
-    assert torch.equal(tensor.qdata.view(torch.uint8), plain.qdata.view(torch.uint8))
-    lost = torch.linalg.svdvals((weight - plain.dequantize()).double())
+    lost = torch.linalg.svdvals((weight - tensor.without_lowrank().dequantize()).double())
     left = (weight - tensor.dequantize()).double().norm()
     assert left.item() == pytest.approx(lost[8:].norm().item(), rel=1e-4)
     x = random(5, 64, seed=1)
     assert relative(F.linear(x, tensor), x.double() @ tensor.dequantize(torch.float32).double().t()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "gained"), [("int2", 0.9), ("int3", 0.95), ("nf4", 0.95), ("int8", 1.0)])
+def test_codes_and_term_found_in_turns_leave_less_than_once(kind, gained, dtype, monkeypatch):
+    weight = random(96, 128).to(dtype)
+    once = [None, None]
+    for turns in (0, 1):
+        monkeypatch.setattr(correction, "TURNS", 1 if turns == 0 else 5)
+        once[turns] = QTensor.quantize(weight, kind, group_size=32, low_rank=8)
+    squares = [(tensor.dequantize(torch.float64) - weight.double()).square().sum().item() for tensor in once]
+    assert squares[1] <= gained * squares[0]
+    assert once[1].scale.dtype == once[0].scale.dtype
+    assert once[1].nbytes == once[0].nbytes
+
+
+def test_the_best_turn_is_kept(monkeypatch):
+    """Of turns that get worse again the one before is taken: rounding is made to get worse from the third on."""
+    weight, seen = random(32, 64), []
+
+    class Coarser:
+        def __init__(self, values, step):
+            self.values, self.step = (values / step).round() * step, step
+
+        def own_values(self):
+            return self.values
+
+        def set_lowrank(self, up, down):
+            self.up, self.down = up, down
+
+    def rounded(values):
+        seen.append(0.1 if len(seen) < 2 else 2.0)
+        return Coarser(values, seen[-1])
+
+    best = correction.corrected(weight, 4, rounded)
+    assert len(seen) == correction.TURNS
+    assert best.step == 0.1
 
 
 def test_bits_are_counted():

@@ -36,7 +36,7 @@ from requanto.rotation import check_rotation, fit_rotation, rotate
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
 from requanto.scales.compact import check_scale_bits
-from requanto.scales.correction import check_low_rank, low_rank_factors
+from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.search import ScaleSearch
 from requanto.stored import Stored
 
@@ -151,7 +151,7 @@ class QTensor(Stored, torch.Tensor):
             scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
                 floats. Without effect on a weight with one scale a row, which stays float32.
             rotation: True, ``"hadamard"`` or the largest block: codes are those of the rotated rows (`requanto.rotation`).
-            low_rank: rank of a correction beside the codes, the nearest to what they lose (`scales.correction`).
+            low_rank: rank of a correction beside the codes, found in turns with them (`scales.correction`).
             name: what to call the weight in messages.
 
         Raises:
@@ -179,26 +179,26 @@ class QTensor(Stored, torch.Tensor):
         block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)
         rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
-        data = quantize_weight_data(rows, kind, group, affine, search, name, scale_bits, block)
-        qdata = data.qdata if kind.is_packed else data.qdata.view(canonical.shape)
-        tensor = cls(
-            qdata,
-            data.scale,
-            data.shift,
-            qtype=kind,
-            shape=weight.shape,
-            dtype=weight.dtype,
-            axis=axis,
-            group_size=group,
-            transposed=transposed,
-            codebook=data.codebook,
-            row_scale=data.row_scale,
-            scale_bits=scale_bits,
-            rotation=block,
-        )
-        if rank is not None and weight.numel():
-            tensor.set_lowrank(*low_rank_factors(rows.float() - tensor.own_values(), rank, weight.dtype))
-        return tensor
+
+        def rounded(values: torch.Tensor) -> QTensor:
+            data = quantize_weight_data(values, kind, group, affine, search, name, scale_bits, block, weight.dtype)
+            return cls(
+                data.qdata if kind.is_packed else data.qdata.view(canonical.shape),
+                data.scale,
+                data.shift,
+                qtype=kind,
+                shape=weight.shape,
+                dtype=weight.dtype,
+                axis=axis,
+                group_size=group,
+                transposed=transposed,
+                codebook=data.codebook,
+                row_scale=data.row_scale,
+                scale_bits=scale_bits,
+                rotation=block,
+            )
+
+        return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
 
     @property
     def canonical_shape(self) -> torch.Size:

@@ -1,13 +1,16 @@
-"""The low-rank term that comes nearest to what rounding lost.
+"""The low-rank term that comes nearest to what rounding lost, found together with the codes.
 
 ``W - dequant(codes)`` has no low rank, but its largest singular directions carry more than their share; two thin matrices
 take them back at ``rank * (N + K) / (N * K)`` weights of 16 bits. (ZeroQuant-V2, Yao et al. 2023, arXiv:2303.08302; LQER,
-Zhang et al. 2024, arXiv:2402.02446.)
+Zhang et al. 2024, arXiv:2402.02446.) What the term says the codes need not say: the weight less the term is rounded again,
+the term is found for the new codes, and so on (LoftQ, Li et al. 2023, arXiv:2310.08659).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -15,6 +18,22 @@ import torch
 FULL = 2048
 #: Of the projections: columns beyond the rank, and rounds. Rounding errors have a flat spectrum, which takes rounds.
 OVERSAMPLE, ROUNDS = 16, 8
+#: Times that codes and term are found in turns, each as long as the first. In eight turns the squared error of MiniLM's
+#: layers falls by a sixth at int3 with rank 16 and by a quarter at int2 with rank 32; after five most of that is there.
+TURNS = 5
+
+
+class Rounded(Protocol):
+    """What `corrected` needs of a quantized weight."""
+
+    def own_values(self) -> torch.Tensor:
+        """float32 ``[..., N, K]``: what the codes stand for."""
+
+    def set_lowrank(self, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Takes the term."""
+
+
+Weight = TypeVar("Weight", bound=Rounded)
 
 
 def check_low_rank(value: Any, where: str = "low_rank") -> int | None:
@@ -28,6 +47,31 @@ def check_low_rank(value: Any, where: str = "low_rank") -> int | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{where} must be a rank, a positive integer, or None for no correction; found {value!r}")
     return value or None
+
+
+def corrected(rows: torch.Tensor, rank: int, rounded: Callable[[torch.Tensor], Weight]) -> Weight:
+    """The quantized weight with its low-rank term, of the turn that leaves the least squared error.
+
+    Args:
+        rows: float ``[..., N, K]``.
+        rank: of the term, whose dtype is that of ``rows``.
+        rounded: quantizes float32 ``[..., N, K]``.
+    """
+    wide, best, least = rows.float(), None, math.inf
+    left = wide
+    for _ in range(TURNS):
+        found = rounded(left)
+        lost = wide - found.own_values()
+        up, down = low_rank_factors(lost, rank, rows.dtype)
+        term = up.float() @ down.float()
+        found.set_lowrank(up, down)
+        if rows.device.type == "meta":
+            return found
+        error = torch.linalg.vector_norm(lost.sub_(term)).item()
+        if best is None or error < least:
+            best, least = found, error
+        left = torch.sub(wide, term, out=term)
+    return best
 
 
 def low_rank_factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,6 +60,7 @@ def quantize_weight_data(
     name: str = "weight",
     scale_bits: int | None = None,
     rotation: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> QuantizedData:
     """Quantizes the rows of ``weight``, a bounded number of them at a time.
 
@@ -72,6 +73,7 @@ def quantize_weight_data(
         name: what to call the weight in an error.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
         rotation: block in which the rows are rotated first (`requanto.rotation`).
+        dtype: of the weight that these values are computed from, whose groups' scales have that dtype; None: its own.
 
     Raises:
         ValueError: the weight holds NaN or Inf, is no float tensor, or the type has no (or only an) affine form.
@@ -85,7 +87,7 @@ def quantize_weight_data(
         raise ValueError(f"{name}: group size {group} does not divide the row length {length}")
     rows = weight.reshape(lead.numel(), length)
     count, groups = rows.shape[0], (length // group if length else 1)
-    stored = scale_dtype(weight.dtype, groups > 1)
+    stored = scale_dtype(dtype or weight.dtype, groups > 1)
     search = find_search(search, kind)
 
     width = packed_length(length, kind.bits) if kind.is_packed else length
