@@ -129,6 +129,20 @@ def test_quantize_on_samples_saves_its_reasons(tmp_path):
     assert again.hf_quantizer.quantization_config.budget["asked"] == {"bits": 6.0}
 
 
+def test_a_transformers_model_quantized_in_place_saves_its_reasons(tmp_path):
+    """save_pretrained attaches a quantizer without being told how the model was quantized: the record goes along."""
+    model = TINY["llama"].auto.from_pretrained(save_tiny("llama", tmp_path / "float"))
+    requanto.quantize(model, weights="auto", bits=5.5, exclude="lm_head")
+    requanto.freeze(model)
+    record = requanto.budget.budget_of(model)
+    assert record["asked"] == {"bits": 5.5}
+    model.save_pretrained(tmp_path / "auto")
+    assert json.loads((tmp_path / "auto" / "config.json").read_text())["quantization_config"]["budget"] == record
+    again = TINY["llama"].auto.from_pretrained(tmp_path / "auto")
+    assert again.hf_quantizer.quantization_config.budget == record
+    assert kinds(again) == kinds(model)
+
+
 def test_language_model_on_samples():
     model = TINY["llama"].build()
     samples = [TINY["llama"].inputs() for _ in range(2)]

@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from requanto.activation_table import activation_table, add_activation_modules, settle
+from requanto.budget.models import budget_of
 from requanto.checkpoint.files import check_files
 from requanto.checkpoint.format import (
     PARTS,
@@ -336,6 +337,7 @@ def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> Requanto
     if config is None:
         kinds = [p.qtype.name for p in model.parameters() if isinstance(p, QTensor)]
         config = QuantoConfig(weights=max(set(kinds), key=kinds.count) if kinds else None)
+        config.budget = budget_of(model)
     quantizer = RequantoHfQuantizer(config, pre_quantized=False)
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
