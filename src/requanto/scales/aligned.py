@@ -20,6 +20,8 @@ from requanto.workspace import scratch
 
 #: Parts of the range from minimum to maximum that are tried, by bits.
 SHARES = {2: (0.9, 0.8, 0.7), 3: (1.0, 0.95, 0.9), 4: (1.0, 0.95, 0.9)}
+#: Further fits of the best one: they pay at 4 bits, where few weights change their code; with fewer bits they lose as much.
+REFITS = {4: 1}
 #: Codes by which each weight of a group that was quantized before may lie beside one: rounding to bfloat16 moved it.
 ON_GRID = 1 / 8
 #: How many weights of a group are looked at first to tell that it was not quantized before.
@@ -31,7 +33,7 @@ def aligned(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tens
 
     Groups that were quantized before, and those of equal weights, keep the grid from their minimum to their maximum.
     """
-    top, count = 2**kind.bits - 1, groups.shape[-1]
+    top = 2**kind.bits - 1
     low, high = groups.amin(-1), groups.amax(-1)
     whole = (high - low).div_(top)
     usable = whole > torch.finfo(torch.float32).tiny  # below, its reciprocal overflows
@@ -41,25 +43,56 @@ def aligned(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tens
     bottom, mean = low * unit, units.mean(-1)
     kept = _on_grid(units, bottom) | ~usable
 
-    codes, product = scratch(units, "codes"), scratch(units, "product")
-    slope = offset = explained = torch.zeros_like(mean)
-    for share in SHARES.get(kind.bits, (1.0,)):
-        zero = ((bottom + top * (1 - share) / 2) / -share).round_()
-        torch.add(zero.unsqueeze(-1), units, alpha=1 / share, out=codes).round_().clamp_(0, top)
-        mean_q = codes.sum(-1).div_(count)
-        mean_qu = torch.mul(codes, units, out=product).sum(-1).div_(count)
-        mean_qq = codes.square_().sum(-1).div_(count)
-        covariance = mean_qu - mean_q * mean
-        spread = mean_qq - mean_q * mean_q
-        steep = covariance / spread
-        gain = steep * covariance
-        # No spread: all codes are equal, and a line has no slope. (NaN is not greater either.)
-        better = (gain > explained) & (spread > 1e-6 * mean_qq)
-        explained = torch.where(better, gain, explained)
-        slope = torch.where(better, steep, slope)
-        offset = torch.where(better, mean - steep * mean_q, offset)
-    fitted = (explained > 0) & ~kept
-    return torch.where(fitted, slope * safe, whole), torch.where(fitted, offset.mul_(safe).neg_(), -low)
+    shares = SHARES.get(kind.bits, (1.0,))
+    lines, codes = _Lines(units, mean, len(shares)), scratch(units, "codes")
+    zeros = [((bottom + top * (1 - share) / 2) / -share).round_().unsqueeze_(-1) for share in shares]
+    for place, (share, zero) in enumerate(zip(shares, zeros, strict=True)):
+        torch.add(zero, units, alpha=1 / share, out=codes).round_()
+        if share < 1:  # in the whole range no weight lies more than half a code beyond the outermost ones
+            codes.clamp_(0, top)
+        lines.take(codes, place)
+    slope, offset, found = lines.best()
+    for _ in range(REFITS.get(kind.bits, 0)):
+        torch.sub(units, offset.unsqueeze(-1), out=codes)
+        codes.mul_(slope.reciprocal().unsqueeze_(-1)).round_().clamp_(0, top)
+        lines = _Lines(units, mean, 1)
+        lines.take(codes, 0)
+        again = lines.best()
+        slope, offset = torch.where(again[2], again[0], slope), torch.where(again[2], again[1], offset)
+    fitted = kept.logical_not_().logical_and_(found)
+    return torch.where(fitted, slope.mul_(safe), whole), torch.where(fitted, offset.mul_(safe).neg_(), -low)
+
+
+class _Lines:
+    """Straight lines ``units ~ slope * code + offset`` through the codes of several roundings.
+
+    What is computed for a group is computed for all roundings at once: small operators cost their start.
+    """
+
+    def __init__(self, units: torch.Tensor, mean: torch.Tensor, roundings: int) -> None:
+        self.units, self.mean = units, mean
+        self.product = scratch(units, "product")
+        self.sums = units.new_empty(3, roundings, *units.shape[:-1])
+
+    def take(self, codes: torch.Tensor, place: int) -> None:
+        """The sums of one rounding; overwrites ``codes``."""
+        q, qu, qq = self.sums[:, place].unbind()
+        torch.sum(codes, -1, out=q)
+        torch.sum(torch.mul(codes, self.units, out=self.product), -1, out=qu)
+        torch.sum(codes.square_(), -1, out=qq)
+
+    def best(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """slope, offset of the line that explains most, and whether any does.
+
+        Where all codes are equal a line has no slope, and nothing to explain; nor may it fall.
+        """
+        q, qu, qq = self.sums.div_(self.units.shape[-1]).unbind()
+        covariance = qu.addcmul_(q, self.mean, value=-1).clamp_(min=0)
+        least = (1e-6 * qq).add_(1e-12)  # codes are 0, 1, 2 ...: a spread below this is rounding
+        slope = covariance / torch.maximum(qq.addcmul_(q, q, value=-1), least, out=least)
+        most, place = covariance.mul_(slope).max(0, keepdim=True)
+        slope, q = slope.gather(0, place).squeeze_(0), q.gather(0, place).squeeze_(0)
+        return slope, torch.addcmul(self.mean, slope, q, value=-1), most.squeeze_(0) > 0
 
 
 def _on_grid(units: torch.Tensor, bottom: torch.Tensor) -> torch.Tensor:
