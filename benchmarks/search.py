@@ -1,4 +1,4 @@
-"""How scales are chosen without data: accuracy, bits a weight and time of minmax, mse, weighted and hqq.
+"""How scales are chosen without data: accuracy, bits a weight and time of each search.
 
     OMP_NUM_THREADS=1 python benchmarks/search.py                          # everything: half an hour on one core
     OMP_NUM_THREADS=1 python benchmarks/search.py --only int4-g64 nf4      # cases whose names begin so; others stay
@@ -71,6 +71,15 @@ class Case:
 #: the most important first: a run may be stopped
 CASES = (
     Case(None),
+    Case("int4", "aligned", 64),
+    Case("int3", "aligned", 64),
+    Case("int4", "aligned", 128),
+    Case("int2", "aligned", 32),
+    Case("int4", "aligned", 64, 8),
+    Case("int4", "aligned", 32),
+    Case("int3", "aligned", 32),
+    Case("int4", "aligned", 32, 4),
+    Case("int4", "aligned", 16, 4),
     Case("int4", "weighted", 64),
     Case("int4", "minmax", 64),
     Case("int4", "weighted", 64, 8),
