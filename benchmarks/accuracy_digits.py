@@ -38,7 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "int4 g64, mse": INT4 | {"method": "mse"},
     "int4 g64, hqq": INT4 | {"method": "hqq"},
     "int4 g64, weighted": INT4 | {"method": "weighted"},
-    "int4 g64": INT4,
+    "int4 g64, aligned (default)": INT4,
     "int4 g64, scales in 8 bits": INT4 | {"scale_bits": 8},
     "int4 g16, scales in 4 bits": {"weights": "int4", "group_size": 16, "scale_bits": 4},
     "int4 g64, gptq": INT4 | {"method": "gptq"},
