@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
 from real_models import minilm_dir, smollm2_dir
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from requanto.budget.models import settle_on_samples
 from requanto.config import QuantoConfig
 from requanto.data import calibration_text, eval_text
 from requanto.methods import quantize_with_samples, text_samples
@@ -43,11 +44,11 @@ OUT = RESULTS / "methods.json"
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what its weights become, and how."""
+    """A model, what its weights become, and how; with ``weights="auto"`` the types are chosen on 16 of the samples."""
 
     model: str
     weights: str
-    group: int
+    group: int | None
     method: str | None
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +58,13 @@ class Case:
         """What ``--only`` takes."""
         choices = "".join(f"+{k}={v}" for k, v in self.options.items())
         extra = "".join(f"-{k}={v}" for k, v in self.config.items())
-        return f"{self.model}/{self.weights}-g{self.group}{extra}/{self.method or 'nearest'}{choices}"
+        kind = self.weights if self.group is None else f"{self.weights}-g{self.group}"
+        return f"{self.model}/{kind}{extra}/{self.method or 'nearest'}{choices}"
+
+    def quanto_config(self) -> QuantoConfig:
+        """What the case asks for."""
+        group = {} if self.group is None else {"group_size": self.group}
+        return QuantoConfig(weights=self.weights, **group, **self.config)
 
 
 PLAIN_GPTQ = {"correct": False, "sequential": False, "rounds": 0, "damping": 0.01}
@@ -80,6 +87,12 @@ CASES = [
         ("gptq", {}),
         ("signround", TUNED),
     )
+]
+# A budget instead of a type: the bytes of uniform cases above (the rows' own scales included).
+CASES += [
+    Case(model, "auto", None, "gptq", {}, {"bits": bits, "scale_bits": scale_bits})
+    for model, more in (("smollm2", 0.0234), ("minilm", 0.0314))
+    for bits, scale_bits in ((round(4.25 + more, 4), 8), (round(3.25 + more, 4), 4), (round(2.5 + more, 4), 4))
 ]
 
 
@@ -111,20 +124,25 @@ def run(case: Case, samples: int, length: int, keep: Path | None) -> dict[str, A
     """One case, from loading to the measurement."""
     model, tokenizer = float_model(case)
     wanted = embeddings(model, tokenizer) if case.model == "minilm" else None
-    planned = planned_for(model, QuantoConfig(weights=case.weights, group_size=case.group, **case.config))
+    config = case.quanto_config()
+    planned = planned_for(model, config)
+    pieces = text_samples(tokenizer, calibration_text(), samples, length)
     start = time.perf_counter()
+    if case.weights == "auto":
+        planned = settle_on_samples(model, config, planned, pieces, progress=True)
     if case.method is None:
         for name, choice in planned.items():
             module = model.get_submodule(name.rpartition(".")[0])
             module.weight = torch.nn.Parameter(choice.quantize(module.weight, name), requires_grad=False)
     else:
-        pieces = text_samples(tokenizer, calibration_text(), samples, length)
         resume = None if keep is None else keep / case.name.replace("/", "_")
         options = {"method_options": case.options, "resume": resume}
         quantize_with_samples(model, planned, pieces, case.method, **options)
     seconds = time.perf_counter() - start
     quantized = [p for p in model.parameters() if isinstance(p, QTensor)]
-    bits = 8 * sum(p.nbytes for p in quantized) / sum(p.numel() for p in quantized)
+    # What a checkpoint holds: after a run, int4 weights may be in the form that the CPU's products want.
+    stored = sum(part.nbytes for p in quantized for part in p.inner_tensors().values())
+    bits = 8 * stored / sum(p.numel() for p in quantized)
     for module in model.modules():
         if isinstance(module._parameters.get("weight"), QTensor):
             module.weight = torch.nn.Parameter(module.weight.dequantize(), requires_grad=False)
