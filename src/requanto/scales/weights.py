@@ -30,7 +30,8 @@ from requanto.scales.compact import (
 from requanto.scales.search import ScaleSearch, find_search
 from requanto.workspace import release_scratch, scratch
 
-#: Weights quantized at once: the float32 temporaries (2 MB each, kept by the thread) stay in the cache of a CPU core.
+#: Weights quantized at once for each thread of torch, up to four: the float32 temporaries (2 MB each and thread, kept) stay
+#: in the caches of the cores. Smaller ones would leave the operators on groups, a hundredth of the weights, to one thread.
 CHUNK = 512 * 1024
 #: The same on an accelerator, where each step costs a kernel launch: temporaries of 64 MB.
 CHUNK_ACCELERATOR = 16 * 1024 * 1024
@@ -105,7 +106,8 @@ def quantize_weight_data(
             kind = kind.with_values(fit_codebook(rows if rotation is None else rotate(rows, rotation), kind, group))
             codebook.copy_(torch.tensor(kind.values))
     if weight.device.type != "meta" and rows.numel():
-        step = max(1, (CHUNK if weight.device.type == "cpu" else CHUNK_ACCELERATOR) // length)
+        chunk = CHUNK * min(torch.get_num_threads(), 4) if weight.device.type == "cpu" else CHUNK_ACCELERATOR
+        step = max(1, chunk // length)
         for start in range(0, count, step):
             part = slice(start, start + step)
             # Sums depend on the order in memory: that of a transposed view must be the same as that of its copy.
