@@ -52,7 +52,7 @@ def _anywhere(word: str) -> str:
 def interleaved(
     candidates: dict[str, Sequence[Callable[[], object]]], baseline: str, seconds: float = 1.0, least: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Times callables in turns: every round runs each once, on the next of its buffers.
+    """Times callables in turns: every round runs each on all of its buffers, one after the other like layers of a model.
 
     Args:
         candidates: by name, the same work on different buffers: rotated, so that a cache holds none of them.
@@ -71,8 +71,9 @@ def interleaved(
     while time.perf_counter() - start < seconds * len(candidates) or turn < least:
         for name, calls in candidates.items():
             begin = time.perf_counter()
-            calls[turn % len(calls)]()
-            times[name].append(time.perf_counter() - begin)
+            for call in calls:
+                call()
+            times[name].append((time.perf_counter() - begin) / len(calls))
         turn += 1
     base = times[baseline]
     tenth = {name: sorted(taken)[len(taken) // 10] for name, taken in times.items()}

@@ -16,7 +16,7 @@ import torch
 from common import RESULTS, write
 
 from requanto import QTensor, qint8
-from requanto.linear import compiled, int4
+from requanto.linear import blocked, compiled, float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_unsigned, split_16bit
 from requanto.linear.dequantize import dequantize_rows
 from requanto.settings import settings
@@ -59,7 +59,7 @@ def activations() -> dict[str, float]:
 
 
 def _plain_nibbles(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor) -> None:
-    """What `int4._dequantize` improves on: one byte at a time, in the result's dtype."""
+    """What `int4_large._planes` improves on: one byte at a time, in the result's dtype."""
     count, length, half = blocks.shape
     codes = torch.empty(length, count, 2, half, dtype=torch.int8)
     bytes_ = blocks.transpose(0, 1)
@@ -71,26 +71,45 @@ def _plain_nibbles(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 
 
 def weights() -> dict[str, float]:
-    """Dequantization into bfloat16, by operators and by kernels of torch.compile."""
+    """Dequantization into bfloat16, by operators and, into oneDNN's order, by kernels of torch.compile."""
     half, group = int4.rows_per_block() // 2, 64
-    blocks = torch.randint(0, 256, (N // (2 * half), K, half), dtype=torch.uint8)
-    scale, zero = torch.rand(K // group, N), torch.rand(K // group, N)
+    count, groups = N // (2 * half), K // group
+    blocks = torch.randint(0, 256, (count, K, half), dtype=torch.uint8)
+    scale, zero = torch.rand(groups, N), torch.rand(groups, N)
+    sides = scale.view(groups, count, 2, half).permute(2, 0, 1, 3).reshape(2, groups, 1, -1).contiguous()
+    zeros = torch.rand_like(sides)
     out = torch.empty(K, N, dtype=torch.bfloat16)
     weight = QTensor.quantize(torch.randn(N, K, dtype=torch.bfloat16), "float8")
     rows = torch.empty(N, K, dtype=torch.bfloat16)
-    words = weight.qdata.view(torch.uint8).view(torch.int32)
-    pairs = rows.view(torch.int32).view(N, 2, K // 4)
-    settings.compiled = True
-    return timed(
-        {
-            "int4, byte by byte": lambda: _plain_nibbles(blocks, scale, zero, out),
-            "int4": lambda: int4._dequantize(blocks, scale, zero, out),
-            "int4, compiled": lambda: compiled.int4_planes(blocks, scale, zero, torch.bfloat16),
-            "float8": lambda: dequantize_rows(weight, 0, N, rows, scaled=False),
-            "float8, compiled": lambda: compiled._kernel("e4m3")(words, pairs[:, 0], pairs[:, 1]),
-        },
-        N * K,
-    )
+    calls = {
+        "int4, byte by byte": lambda: _plain_nibbles(blocks, scale, zero, out),
+        "int4": lambda: int4_large._planes(blocks, sides, zeros, torch.bfloat16),
+        "float8": lambda: dequantize_rows(weight, 0, N, rows, scaled=False),
+    }
+    if blocked.fits(N, K):
+        settings.compiled = True
+        words = blocked.blocked(N, K).words
+        of_blocks = torch.rand(count, groups, 2, half)
+        bytes_, row_scale = float8.pack(weight).blocks, torch.rand(N)
+        calls["int4, compiled"] = lambda: compiled.nibble_words(blocks, of_blocks, of_blocks, words)
+        calls["float8, compiled"] = lambda: compiled.e4m3_words(bytes_, row_scale, words)
+    return timed(calls, N * K)
+
+
+def products() -> dict[str, float]:
+    """One int8 product of few rows, in microseconds of a weight that the cache does not hold."""
+    copies = 6
+    packed = [onednn.OneDnnCodes(torch.randint(-127, 128, (K, K), dtype=torch.int8)) for _ in range(copies)]
+    scale, x = torch.ones(K), torch.randint(0, 256, (8, K), dtype=torch.uint8)
+
+    def run(rows: int) -> Callable[[], None]:
+        def call() -> None:
+            for weight in packed:
+                onednn._product(x[:rows], weight, scale)
+
+        return call
+
+    return timed({f"{rows} rows": run(rows) for rows in (1, 2, 3, 4, 6, 8)}, 1000 * copies)
 
 
 def main() -> None:
@@ -98,11 +117,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
-        found = {"x": activations(), "weights": weights()}
+        found = {"x": activations(), "weights": weights(), "int8 products, us": products()}
     for what, figures in found.items():
         for name, ns in figures.items():
-            print(f"{what:8} {name:26} {ns:.3f} ns")
-    write(RESULTS / "cpu_passes.json", {"unit": "ns of CPU time for each number", "results": found})
+            print(f"{what:8} {name:26} {ns:.3f}")
+    write(RESULTS / "cpu_passes.json", {"unit": "ns of CPU time for each number; products: microseconds each", "results": found})
 
 
 if __name__ == "__main__":

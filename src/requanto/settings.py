@@ -19,8 +19,9 @@ class Settings:
         pack_on_first_use: on a CPU, reorder the codes of a layer for its kernel at the first product. The reordered
             form replaces the stored one, and the stored one comes back when it is asked for.
             (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` packs all the same.)
-        compiled: on a CPU, use kernels that torch.compile makes where they are faster: float8, and int4 and int2 with 32
-            rows and more. The first use takes 15 to 30 s and a C++ compiler (`requanto.linear.compiled`).
+        compiled: on a CPU, use kernels that torch.compile makes where they are faster: float8 (e4m3), and int4, int3 and
+            int2 with 24 rows and more, in bfloat16. The first use takes 15 to 30 s and a C++ compiler
+            (`requanto.linear.compiled`).
             (environment: REQUANTO_COMPILE=1)
     """
 

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -13,6 +16,7 @@ from requanto.settings import settings
 from requanto.tracing import is_tracing
 
 _local = threading.local()
+T = TypeVar("T", bound="_Sized")
 
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -> torch.Tensor:
@@ -27,6 +31,25 @@ def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -
         with torch.inference_mode(False):
             buffer = buffers[slot] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
     return buffer[:wanted].view(dtype).view(shape)
+
+
+class _Sized(Protocol):
+    nbytes: int
+
+
+def keep(slot: tuple[object, ...], nbytes: int, make: Callable[[], T]) -> T:
+    """This thread's object of that name, made if it is not there; all of them take half of the bound at most.
+
+    Those that were asked for longest ago go first. One that is larger than that alone is kept alone.
+    """
+    objects: OrderedDict[tuple[object, ...], T] = _local.__dict__.setdefault("objects", OrderedDict())
+    if slot in objects:
+        objects.move_to_end(slot)
+        return objects[slot]
+    while objects and nbytes + sum(held.nbytes for held in objects.values()) > settings.workspace_bytes // 2:
+        objects.popitem(last=False)
+    objects[slot] = made = make()
+    return made
 
 
 def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
@@ -55,9 +78,11 @@ def rows_that_fit(row_bytes: int, rows: int) -> int:
 
 def held_bytes() -> int:
     """Bytes that this thread keeps."""
-    return sum(buffer.nbytes for buffer in _local.__dict__.get("buffers", {}).values())
+    held = (_local.__dict__.get(name, {}).values() for name in ("buffers", "objects"))
+    return sum(buffer.nbytes for buffers in held for buffer in buffers)
 
 
 def release() -> None:
     """Gives this thread's buffers back."""
     _local.__dict__.pop("buffers", None)
+    _local.__dict__.pop("objects", None)

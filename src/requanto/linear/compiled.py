@@ -1,18 +1,18 @@
 """Kernels that torch.compile makes, on request: ``requanto.settings.compiled = True`` or ``REQUANTO_COMPILE=1``.
 
-Eager operators pass over the weight once each. Compiled, it is read once and written once, in half to a third of the time:
+Eager operators pass over the weight once each; compiled, it is read once and written once:
 
-* e4m3, one or two rows of x: times x, nothing is written;
-* e4m3, more rows: blocks of rows become bfloat16 in this thread's buffer, then F.linear;
-* int4 and int2 in their packed form, many rows: the same (`requanto.linear.int4` multiplies).
+* int4 and int2 in their packed form, some rows: blocks become bfloat16 in oneDNN's order, which then multiplies;
+* e4m3, more than two rows: the same;
+* e4m3, one or two rows of x: times x, nothing is written.
 
 The price: a C++ compiler, 15 to 30 s for the first kernel on a machine and 2 to 5 s for each further one (torch keeps them
 in its cache; later processes take a few seconds in all, most of it to import the compiler). Hence never unasked. Sizes are
 dynamic: one kernel serves every layer of a type.
 
-How they are written follows what inductor vectorizes (measured): uint8 -> float32 and 32-bit integers; not 16-bit
-integers, and not 32-bit integers beside 16-bit floats. So nibbles are split by float arithmetic, and e4m3 is read as int32,
-four codes a word.
+How they are written follows what inductor does with it (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do
+not; its own float32 -> bfloat16 takes seven times as long as the rest, so halves of 32-bit words are put together by integer
+arithmetic; and a result that is not contiguous, or is a part of another, is computed twice or copied.
 """
 
 from __future__ import annotations
@@ -23,18 +23,9 @@ import types
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype
-from requanto.workspace import rows_that_fit, workspace
-
-#: Rows of x that are multiplied with e4m3 codes one by one; beyond, dequantization is shared by enough rows.
-ROWS = 2
-#: Rows of x from which dequantized int4 blocks beat torch's int4 operator.
-INT4_ROWS = 32
-#: Bytes of float weight that are made and multiplied at a time.
-BLOCK_BYTES = 4 * 2**20
+#: What kernels run in: made under inference mode's rules, they would serve that mode alone.
+_PLAIN = functools.partial(torch.inference_mode, False)
 _LOCK = threading.Lock()
 _made: set[tuple[object, ...]] = set()
 
@@ -46,121 +37,147 @@ def _compile(function: Callable[..., object], name: str, dynamic: bool | None = 
     return torch.compile(own, dynamic=dynamic, fullgraph=True)
 
 
-def _call(key: tuple[object, ...], kernel: Callable[..., object], *arguments: object) -> object:
-    """One thread compiles, the others wait; then all run at once."""
+def _call(
+    key: tuple[object, ...], kernel: Callable[..., object], dynamic: dict[int, tuple[int, ...]], *arguments: object
+) -> object:
+    """One thread compiles, the others wait; then all run at once.
+
+    Args:
+        dynamic: the axes whose sizes may change, by position of the argument.
+    """
     if key in _made:
         return kernel(*arguments)
+    from torch._dynamo import maybe_mark_dynamic  # not at import: it takes a second or two
+
     with _LOCK:
+        for position, axes in dynamic.items():
+            maybe_mark_dynamic(arguments[position], axes)
         out = kernel(*arguments)
         _made.add(key)
     return out
 
 
-def _row_times_e4m3(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    bits = codes.to(torch.int32)
-    # sign to bit 31, exponent and mantissa in front of float32's: the number / 2^120
-    values = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).view(torch.float32)
-    return (values * x).sum(1) * (scale * 2.0**120)
+def _pair(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
+    """The upper halves of two float32's bits as one word, the even one's below."""
+    return ((even >> 16) & 0xFFFF) | (odd & -(2**16))
 
 
-def _e4m3_to_bfloat16(words: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-    """int32 ``[rows, K / 4]`` of four codes -> two bfloat16 in each int32 of both outputs: codes 0 and 1, codes 2 and 3."""
-
-    def number(magnitude: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-        # Exact in bfloat16: the lower half of the float32 is zero.
-        return (((magnitude & 0x07F00000) | (sign & -(2**31))).view(torch.float32) * 2.0**120).view(torch.int32)
-
-    def pair(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        return ((low >> 16) & 0xFFFF) | high
-
-    first.copy_(pair(number(words << 20, words << 24), number(words << 12, words << 16)))
-    second.copy_(pair(number(words << 4, words << 8), number(words >> 4, words)))
+def _rounded(numbers: torch.Tensor) -> torch.Tensor:
+    """Bits of float32 whose upper half is the nearest bfloat16; a tie goes away from zero."""
+    return numbers.view(torch.int32) + 0x8000
 
 
-@functools.cache
-def _kernel(name: str) -> Callable[..., object]:
-    return _compile({"row": _row_times_e4m3, "e4m3": _e4m3_to_bfloat16}[name], f"requanto_{name}")
-
-
-def _nibbles_to_float(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, low: torch.Tensor, high: torch.Tensor
+def _nibbles_to_words(
+    codes: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, words: torch.Tensor
 ) -> None:
-    """uint8 ``[groups, group, blocks, half]`` and scales ``[groups, 1, blocks, 2, half]`` -> both nibbles' numbers."""
-    both = codes.float()
-    upper = torch.floor(both * (1 / 16))
-    for side, (nibbles, out) in enumerate(((both - 16 * upper, low), (upper, high))):
-        values = (nibbles - 8) * scale[..., side, :]
-        values = values if zero is None else values + zero[..., side, :]
-        # Reshaped, values are in the result's order from the start: else inductor keeps the codes' order, and copies again.
-        out.copy_(values.to(out.dtype).reshape(out.shape))
+    bytes_ = codes.to(torch.int32).unsqueeze(3)  # [groups of all blocks, pairs, 2, 1, half]
+    even, odd = (_rounded((bytes_[:, :, k] & mask).float() * scale + zero) for k in (0, 1))
+    # Reshaped, values are in the result's order from the start: else inductor keeps the codes' order, and copies again.
+    words.copy_(_pair(even, odd).reshape(words.shape))
+
+
+def _words_to_scales(
+    words: torch.Tensor, side: torch.Tensor, affine: int, scale: torch.Tensor, zero: torch.Tensor
+) -> None:
+    own = (words << 16).view(torch.float32)
+    shift = (words & -(2**16)).view(torch.float32)
+    scale.copy_(own * side)
+    zero.copy_(shift - 8 * own if affine else -8 * own)
+
+
+def _e4m3_numbers(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32, the number / 2^120: sign in bit 31, exponent and mantissa as the first bits of float32's."""
+    return (((codes.to(torch.int32) << 24) >> 4) & -0x78100000).view(torch.float32)
+
+
+def _e4m3_to_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
+    numbers = _e4m3_numbers(codes) * scale
+    words.copy_(_pair(_rounded(numbers[:, :, 0]), _rounded(numbers[:, :, 1])))
+
+
+def _row_times_e4m3(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return (_e4m3_numbers(codes) * x).sum(1)
+
+
+_FUNCTIONS = {"nibbles": _nibbles_to_words, "scales": _words_to_scales, "e4m3": _e4m3_to_words, "row": _row_times_e4m3}
 
 
 @functools.cache
-def _nibbles(*key: object) -> Callable[..., object]:
-    # Sizes that inductor must know to vectorize are static, and get a kernel each: the group's and half a block.
-    return _compile(_nibbles_to_float, "requanto_nibbles_" + "_".join(map(str, key)), dynamic=None)
+def _kernel(name: str, *key: object) -> Callable[..., object]:
+    # Sizes that inductor must know to vectorize are static, and get a kernel each.
+    return _compile(_FUNCTIONS[name], "_".join(("requanto", name, *map(str, key))), dynamic=None)
 
 
-def int4_planes(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """``(nibble - 8) * scale + zero`` of packed blocks, in this thread's buffer.
+@functools.cache
+def _nibble_masks() -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([[15], [240]], dtype=torch.int32)
+
+
+@functools.cache
+def _nibble_units() -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([[1.0], [1 / 16]])
+
+
+def nibble_scales(scales: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, affine: bool) -> None:
+    """The scales that `nibble_words` takes.
 
     Args:
-        codes: uint8 ``[blocks, K, half]``, row r and row r + half of a block in one byte.
-        scale, zero: float32 ``[groups, blocks * 2 * half]``.
-
-    Returns:
-        ``[2, K, blocks * half]``: the lower nibbles of all blocks, then the upper ones.
+        scales: bfloat16 ``[groups, N, 2]``, scale and zero point of ``(code - 8) * scale + zero``.
+        scale, zero: float32 ``[N / 64, groups, 2, 32]``, written.
     """
-    count, length, half = codes.shape
-    groups = len(scale)
-    planes = workspace((2, length, count * half), dtype)
-    key = (length // groups, half, zero is not None, dtype)
-    from torch._dynamo import maybe_mark_dynamic  # not at import: it takes a second or two
-
-    with torch.inference_mode(False), torch.no_grad():
-        codes = codes.view(count, groups, -1, half).permute(1, 2, 0, 3)
-        scale = scale.reshape(groups, 1, count, 2, half)
-        zero = None if zero is None else zero.reshape(scale.shape)
-        low, high = planes.view(2, groups, -1, count * half)
-        for tensor in (codes, scale, low, high) if zero is None else (codes, scale, zero, low, high):
-            maybe_mark_dynamic(tensor, (0, 2))
-        _call((*key, count == 1), _nibbles(*key), codes, scale, zero, low, high)
-    return planes
+    groups = scales.shape[0]
+    blocks, _, _, half = scale.shape
+    key = ("scales", affine, blocks == 1, groups == 1)
+    with _PLAIN():
+        words = scales.view(torch.int32).view(groups, blocks, 2, half).transpose(0, 1)
+        axes = (0, 1)
+        _call(key, _kernel(*key), {0: axes, 3: axes, 4: axes}, words, _nibble_units(), affine, scale, zero)
 
 
-def run(
-    x: torch.Tensor,
-    weight: QTensor,
-    bias: torch.Tensor | None,
-    activation: qtype | None = None,
-    input_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """e4m3 weights with a scale a row: few rows of x one by one, more with blocks of the weight."""
-    codes, scale = weight.qdata.view(torch.uint8), weight.scale.reshape(-1).float()
-    with torch.inference_mode(False), torch.no_grad():
-        if x.shape[0] <= ROWS:
-            rows = x.detach().float().clone()
-            out = torch.stack([_call(("row",), _kernel("row"), row, codes, scale) for row in rows])
-        else:
-            out = _blocks(x.detach().clone(), codes).float().mul_(scale)
-    if bias is not None:
-        out.add_(bias)
-    return out.to(x.dtype)
+def nibble_words(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, words: torch.Tensor) -> None:
+    """``nibble * scale + zero`` of packed blocks, as bfloat16 in oneDNN's order.
+
+    Args:
+        codes: uint8 ``[blocks, K, 32]``, row r and row r + 32 of a block in one byte.
+        scale, zero: float32 ``[blocks, groups, 2, 32]``: of the lower nibbles, and of 16 times the upper ones.
+        words: int32 ``[blocks, K / 2, 64]``, written.
+    """
+    blocks, groups, _, half = scale.shape
+    group = codes.shape[1] // groups
+    key = ("nibbles", group, blocks * groups == 1)
+    with _PLAIN():
+        _call(
+            key,
+            _kernel(*key),
+            {0: (0,), 2: (0,), 3: (0,), 4: (0,)},
+            codes.view(-1, group // 2, 2, half),
+            _nibble_masks(),
+            scale.view(-1, 1, 2, half),
+            zero.view(-1, 1, 2, half),
+            words.view(-1, group // 2, 2 * half),
+        )
 
 
-def _blocks(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """``x @ codes.T`` in bfloat16, K in the order in which the codes come out of their words."""
-    rows, length = codes.shape
-    x = x.to(torch.bfloat16).view(-1, length // 4, 2, 2).transpose(1, 2).reshape(-1, length)
-    # Words begin at multiples of four bytes; a slice of a larger tensor may not.
-    words = (codes.clone() if codes.storage_offset() % 4 else codes).view(torch.int32)
-    out = x.new_empty(x.shape[0], rows)
-    step = rows_that_fit(2 * length, max(64, BLOCK_BYTES // (2 * length)))
-    for start in range(0, rows, step):
-        part = words[start : start + step]
-        block = workspace((len(part), 2, length // 4), torch.int32)
-        _call(("e4m3",), _kernel("e4m3"), part, block[:, 0], block[:, 1])
-        out[:, start : start + step] = F.linear(x, block.view(torch.bfloat16).view(len(part), length))
-    return out
+def e4m3_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
+    """e4m3 as bfloat16 in oneDNN's order.
+
+    Args:
+        codes: bytes ``[blocks, K, 64]``.
+        scale: float32 ``[blocks * 64]``, times 2^120.
+        words: int32 ``[blocks, K / 2, 64]``, written.
+    """
+    blocks, _, rows = codes.shape
+    key = ("e4m3", blocks == 1)
+    with _PLAIN():
+        arguments = codes.view(blocks, -1, 2, rows), scale.view(blocks, 1, 1, rows), words
+        _call(key, _kernel(*key), {0: (0, 1), 1: (0,), 2: (0, 1)}, *arguments)
+
+
+def e4m3_row(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """One row of x, float32 ``[K]``, times e4m3 ``[blocks, K, 64]`` / 2^120: float32 ``[blocks * 64]``."""
+    key = ("row", len(codes) == 1)
+    with _PLAIN(), torch.no_grad():
+        out = _call(key, _kernel(*key), {0: (0,), 1: (0, 1)}, x.detach().clone().view(-1, 1), codes)
+    return out.view(-1)

@@ -5,9 +5,9 @@ In order of preference:
     cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
     cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
     cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
-    cpu-compiled-int4  int4 and int2 weights, packed, many rows, only on request: dequantized by a kernel of torch.compile
-    cpu-int4pack       int4 and int2 weights, packed, few rows: torch's weight-only operator
-    cpu-compiled       float8 weights, only on request: a kernel made by torch.compile
+    cpu-compiled-int4  int4, int3 and int2, packed, some rows of bfloat16, only on request: dequantized by a compiled kernel
+    cpu-int4pack       int4, int3 and int2 weights, packed, few rows: torch's weight-only operator
+    cpu-compiled-float8  e4m3, packed, only on request: a kernel made by torch.compile
     cpu-workspace      everything else: dequantized into a kept buffer, block by block, then F.linear
 """
 
@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from requanto.linear import compiled, int4, onednn
+from requanto.linear import float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.table import Implementation, Problem, register
 from requanto.qtensor import QTensor
-from requanto.qtypes import qfloat8_e4m3fn, qint8, qtype
+from requanto.qtypes import qint8, qtype
 from requanto.settings import settings
 from requanto.workspace import rows_that_fit, workspace
 
@@ -29,6 +29,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 #: Rows up to which torch's int4 operator beats dequantization.
 INT4_ROWS = 48
+#: Rows of x from which a compiled kernel beats it.
+COMPILED_INT4_ROWS = 24
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
 BLOCK_BYTES = 4 * 2**20
 
@@ -93,7 +95,7 @@ def run_workspace(
 def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """``x @ w.T``, or ``x @ w`` of a transposed weight, in x's dtype."""
     if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
-        return int4.run_large(x, weight, weight.packed)
+        return int4_large.run_large(x, weight, weight.packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
     scaled = not row_scaled(weight)
     step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))
@@ -187,7 +189,13 @@ register(
     Implementation(
         name="cpu-compiled-int4",
         run=run_workspace,
-        supports=lambda p: _cpu(p) and settings.compiled and p.layout == int4.LAYOUT and p.rows >= compiled.INT4_ROWS,
+        supports=lambda p: (
+            _cpu(p)
+            and settings.compiled
+            and p.layout == int4.LAYOUT
+            and p.dtype == torch.bfloat16
+            and p.rows >= COMPILED_INT4_ROWS
+        ),
         reason="dequantized block by block by a kernel that torch compiles, then a product (settings.compiled)",
     ),
     before="reference",
@@ -208,16 +216,14 @@ register(
 )
 register(
     Implementation(
-        name="cpu-compiled",
-        run=compiled.run,
+        name="cpu-compiled-float8",
+        run=float8.run,
         supports=lambda p: (
             _cpu(p)
             and settings.compiled
-            and p.qtype == qfloat8_e4m3fn
-            and p.group_size is None
-            and not p.transposed
+            and p.layout == float8.LAYOUT
             and p.activation is None
-            and (p.rows <= compiled.ROWS or (p.dtype == torch.bfloat16 and p.in_features % 4 == 0))
+            and (p.rows <= float8.FEW or p.dtype == torch.bfloat16)
         ),
         reason="compiled by torch, reads the float8 codes once (settings.compiled)",
     ),

@@ -17,8 +17,8 @@ from requanto.qtypes import qtype
 from requanto.settings import settings
 from requanto.workspace import workspace
 
-#: Bytes of one block's result: it stays in a core's L2 cache between the passes.
-BLOCK_BYTES = 512 * 1024
+#: Bytes of one block's result, more than a core's own cache: the start of an operator on all threads costs more than that.
+BLOCK_BYTES = 4 * 2**20
 
 
 def row_scaled(weight: QTensor) -> bool:

@@ -1,9 +1,9 @@
-"""int4 and int2 weights in the form of torch's ``_weight_int4pack_mm_for_cpu``.
+"""int4, int3 and int2 weights in the form of torch's ``_weight_int4pack_mm_for_cpu``.
 
 The form is the stored nibbles in another order: blocks of 64 rows (32 without AVX-512), K outside, row r and row r + half a
-block in one byte. int2 codes are widened to nibbles, which doubles their bytes while the layer is packed. Scales are needed
-in x's dtype, interleaved with zero points; they are kept per dtype beside the stored ones (an eighth of the codes' bytes for
-groups of 64 in bfloat16).
+block in one byte. Codes of 2 and 3 bits are widened to nibbles: twice the bytes, or a third more, while the layer is packed.
+Scales are needed in x's dtype, interleaved with zero points; they are kept per dtype beside the stored ones (an eighth of
+the codes' bytes for groups of 64 in bfloat16).
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ import logging
 import torch
 
 from requanto.layout import Packed
-from requanto.linear import compiled
 from requanto.packing import pack as pack_codes
 from requanto.packing import unpack
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
-from requanto.settings import settings
-from requanto.workspace import rows_that_fit, workspace
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +26,6 @@ LAYOUT = "int4"
 GROUPS = (32, 64, 128, 256)
 #: Rows of codes that are widened to int32 at a time while packing.
 _STEP = 64 * 16
-#: Bytes of the float weight that are made and multiplied at a time, and the fewest blocks of rows: products of fewer columns
-#: are slower.
-BLOCK_BYTES = 4 * 2**20
-LEAST = 4
-#: Weights that are dequantized at a time.
-SLICE = 2**19
-#: Eight bytes: nibbles of 8 everywhere, and a mask of upper nibbles.
-_NIBBLES_OF_8 = -0x7777777777777778
-_UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 
 
 def rows_per_block() -> int:
@@ -49,7 +37,7 @@ class Int4Codes(Packed):
     """4-bit ``[N, K]`` in blocks of rows.
 
     Attributes:
-        bits: of the stored codes: 4 or 2.
+        bits: of the stored codes: 4, 3 or 2.
     """
 
     layout = LAYOUT
@@ -57,7 +45,7 @@ class Int4Codes(Packed):
     def __init__(self, weight: QTensor) -> None:
         super().__init__()
         self.bits, self.length, self.block = weight.qtype.bits, weight.row_length, rows_per_block()
-        # The operator's zero is 8. Codes of 2 bits are moved there, so that no zero point is large beside its weights.
+        # The operator's zero is 8. Codes of 2 and 3 bits are moved there, so that no zero point is large beside its weights.
         self.offset = 8 - 2 ** (self.bits - 1)
         parts, flat = [], []
         for rows in weight.qdata.split(_STEP):
@@ -121,7 +109,7 @@ def works() -> bool:
 def fits(weight: QTensor) -> bool:
     """True for the weights that the operator takes: whole blocks of rows, its group sizes."""
     return (
-        weight.qtype.bits in (2, 4)
+        weight.qtype.bits in (2, 3, 4)
         and not weight.qtype.is_codebook
         and weight.group_size in GROUPS
         and weight.shape[0] % rows_per_block() == 0
@@ -150,69 +138,3 @@ def run(
         x.contiguous(), packed.blocked, weight.group_size, packed.scales(weight, x.dtype)
     )
     return out if bias is None else out.add_(bias)
-
-
-def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
-    """Many rows: some blocks of rows at a time, dequantized as they lie (K outside), times x. Returns ``[rows, N]``."""
-    half, length, dtype = packed.block // 2, packed.length, x.dtype
-    scales = packed.scales(weight, dtype)
-    stored = packed.blocked.view(-1, length, half)
-    column = length * packed.block * dtype.itemsize
-    count = min(len(stored), rows_that_fit(2 * column, max(LEAST, BLOCK_BYTES // column)))
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for first in range(0, len(stored), count):
-        part = stored[first : first + count]
-        start, stop = first * packed.block, (first + len(part)) * packed.block
-        columns = out[:, start:stop]
-        scale = scales[:, start:stop, 0].float()
-        zero = None if weight.shift is None else scales[:, start:stop, 1].float()
-        if settings.compiled:
-            planes = compiled.int4_planes(part, scale, zero, dtype)
-            sides = columns.view(len(x), len(part), 2, half).unbind(2)
-            for side, plane in zip(sides, planes):
-                side.copy_(torch.mm(x, plane).view(side.shape))
-            continue
-        block = workspace((length, stop - start), dtype)
-        _dequantize(part, scale, zero, block)
-        columns.copy_(torch.mm(x, block))
-    return out
-
-
-def _dequantize(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, out: torch.Tensor) -> None:
-    """``(code - 8) * scale + zero`` of ``[blocks, K, half]`` bytes, blocks side by side in ``out`` ``[K, N]``.
-
-    Eight bytes at a time as one int64, since a pass costs as much for one as for the other; floats in float32, since torch
-    computes with bfloat16 at half that speed. One slice of K after the other, so that passes read what the last one left in
-    the cache.
-
-    Args:
-        scale, zero: float32 ``[groups, N]``.
-    """
-    count, length, half = blocks.shape
-    words = blocks.view(torch.int64)
-    group = length // len(scale)
-    scale = scale * (1 / 16)
-    # 6.5 bytes a weight in three buffers.
-    step = max(1, min(SLICE, settings.workspace_bytes // 16) // (group * out.shape[1]))
-    for first in range(0, len(scale), step):
-        groups = slice(first, min(first + step, len(scale)))
-        rows = slice(groups.start * group, groups.stop * group)
-        taken = rows.stop - rows.start
-        # A nibble in the upper half of a signed byte, its own upper bit turned over, is 16 * (code - 8).
-        turned = workspace((count, taken, half // 8), torch.int64, slot=1)
-        torch.bitwise_xor(words[:, rows], _NIBBLES_OF_8, out=turned)
-        codes = workspace((taken, count, 2, half), torch.int8, slot=2)
-        sides = codes.view(torch.int64).unbind(2)
-        torch.bitwise_and(turned.transpose(0, 1), _UPPER_NIBBLES, out=sides[1])
-        torch.bitwise_left_shift(turned, 4, out=turned)
-        torch.bitwise_and(turned.transpose(0, 1), _UPPER_NIBBLES, out=sides[0])
-        into = out[rows]
-        values = into if out.dtype == torch.float32 else workspace(tuple(into.shape), torch.float32, slot=3)
-        values.copy_(codes.view(values.shape))
-        grouped = values.view(-1, group, out.shape[1])
-        if zero is None:
-            grouped.mul_(scale[groups, None])
-        else:
-            torch.addcmul(zero[groups, None], grouped, scale[groups, None], out=grouped)
-        if values is not into:
-            into.copy_(values)

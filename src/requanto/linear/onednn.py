@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
 
 import torch
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 LAYOUT = "onednn"
 #: Rows of x in one product, at most: their 16-bit form and float32 result stay in the cache.
 CHUNK = 256
+#: Rows of x in one product, at least: with fewer, oneDNN reads the weight a fifth to a third slower (cpu_passes.json).
+LEAST = 4
 #: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
 _BYTES = 8
 #: K beyond which an int32 sum of products of 255 * 128 could overflow.
@@ -103,9 +106,9 @@ def run_split(
     step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
     for part, into in zip(x.split(step), out.split(step)):
         rows = part.shape[0]
-        halves, steps = split_16bit(part)
+        halves, steps = split_16bit(part, LEAST)
         sums = _product(halves, packed, scale)
-        _finish(sums[rows:].add_(sums[:rows], alpha=256), steps, bias, into)
+        _finish(sums[rows : 2 * rows].add_(sums[:rows], alpha=256), steps, bias, into)
     return out
 
 
@@ -121,10 +124,15 @@ def run_int8(
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
-    for part, into in zip(x.split(step), out.split(step)):
-        codes, steps = quantize_unsigned(part, activation, input_scale)
-        _finish(_product(codes, packed, scale), steps, bias, into)
+    for part, into in _parts(x, out, step):
+        codes, steps = quantize_unsigned(part, activation, input_scale, LEAST)
+        _finish(_product(codes, packed, scale)[: len(part)], steps, bias, into)
     return out
+
+
+def _parts(x: torch.Tensor, out: torch.Tensor, step: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    # One row's product is short enough for the splitting of one part to be seen.
+    return ((x, out),) if x.shape[0] <= step else zip(x.split(step), out.split(step))
 
 
 def _finish(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from requanto.layout import LOCK, Packed
-from requanto.linear import int4, onednn, triton_layout
+from requanto.linear import float8, int4, onednn, triton_layout
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
 from requanto.settings import settings
@@ -39,6 +39,8 @@ def packer(
         activation = activation or weight.activation
         wanted = activation == qint8 or (activation is None and (dtype or weight.dtype) != torch.float32)
         return onednn.pack if right and wanted and onednn.works() else None
+    if float8.fits(weight):
+        return float8.pack
     return int4.pack if int4.fits(weight) else None
 
 
@@ -51,7 +53,7 @@ def _pays(
     """Whether the weight is large enough for the packed form that ``make`` gives it."""
     if smallest is None:
         both = make is onednn.pack and (activation or weight.activation) == qint8
-        smallest = SMALLEST_ON_CPU if make is int4.pack or both else SMALLEST
+        smallest = SMALLEST_ON_CPU if make in (int4.pack, float8.pack) or both else SMALLEST
     return make is not None and weight.numel() >= smallest
 
 
@@ -62,7 +64,12 @@ def layout_to_be(weight: QTensor, dtype: torch.dtype) -> str:
     stays = weight.__dict__.get("_stays_plain", False) or not settings.pack_on_first_use
     make = None if stays else packer(weight, dtype)
     make = make if _pays(weight, make) else None
-    names = {onednn.pack: onednn.LAYOUT, int4.pack: int4.LAYOUT, triton_layout.pack: triton_layout.LAYOUT}
+    names = {
+        onednn.pack: onednn.LAYOUT,
+        int4.pack: int4.LAYOUT,
+        float8.pack: float8.LAYOUT,
+        triton_layout.pack: triton_layout.LAYOUT,
+    }
     return "plain" if make is None else names[make]
 
 
@@ -73,6 +80,7 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
         or weight.__dict__.get("_stays_plain", False)
         or not settings.pack_on_first_use
         or not getattr(weight, "_is_param", False)
+        or weight.__dict__.get("_no_form_if_compiled") == settings.compiled
     ):
         return
     if weight.numel() < min(SMALLEST, SMALLEST_ON_CPU):
@@ -93,6 +101,9 @@ def _pack(
         if triton_layout.capturing(weight.device):
             return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
+        if make is None:  # float8 has a form for compiled kernels only: ask again when the setting has changed
+            weight._no_form_if_compiled = settings.compiled
+            return False
         count = weight.__dict__.get("_times_packed", 0)
         if not _pays(weight, make, activation, smallest) or count > REPACKS:
             weight._stays_plain = True

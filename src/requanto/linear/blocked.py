@@ -1,0 +1,106 @@
+"""A bfloat16 weight in oneDNN's own order, in a buffer of this thread that dequantization writes into.
+
+oneDNN multiplies bfloat16 in pairs along K, and copies every plain weight into that order first: a tenth of a product of
+128 rows, a third of one of 16. A weight that is written in the order from the start is spared the copy, and each of
+oneDNN's threads reads what the same thread wrote.
+
+The order is oneDNN's business and may differ by processor and version. So each buffer is made by oneDNN itself, from known
+numbers, and is used only if its memory then reads as expected: blocks of 64 rows, in each ``[K / 2, 64, 2]``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+
+import torch
+
+from requanto.settings import settings
+from requanto.workspace import keep
+
+logger = logging.getLogger(__name__)
+
+#: Rows of one block.
+ROWS = 64
+
+
+class BlockedWeight:
+    """``[rows, K]`` in bfloat16, to be written through `words`.
+
+    Attributes:
+        words: int32 ``[rows / 64, K / 2, 64]``: the lower half holds the bfloat16 of an even k, the upper one that of k + 1.
+        nbytes: of the buffer.
+
+    Raises:
+        RuntimeError: oneDNN's order is another one, or this build of torch has no such operators.
+    """
+
+    def __init__(self, rows: int, length: int) -> None:
+        # No two rows, and no two columns of a row, begin alike.
+        probe = torch.randint(-(2**15), 2**15, (rows, length), dtype=torch.int16, generator=torch.Generator())
+        probe = probe.bitwise_and_(-0x4001).bitwise_or_(0x2000).view(torch.bfloat16)  # neither infinite nor denormal
+        try:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(probe, None)
+            self.nbytes = int(torch.ops.mkldnn._nbytes(self._weight))
+            address = torch.ops.mkldnn.data_ptr(self._weight)
+        except (AttributeError, NotImplementedError) as error:
+            raise RuntimeError(str(error).splitlines()[0]) from error
+        if self.nbytes != probe.nbytes:
+            raise RuntimeError(f"oneDNN stores {tuple(probe.shape)} in {self.nbytes} bytes, expected {probe.nbytes}")
+        # Memory of the opaque tensor, which lives as long as this object.
+        memory = (ctypes.c_char * self.nbytes).from_address(address)
+        self.words = torch.frombuffer(memory, dtype=torch.int32).view(rows // ROWS, length // 2, ROWS)
+        expected = probe.view(rows // ROWS, ROWS, length // 2, 2).transpose(1, 2).contiguous()
+        if not torch.equal(self.words, expected.view(torch.int32).squeeze(-1)):
+            raise RuntimeError("oneDNN's order of a bfloat16 weight is not in blocks of 64 rows and pairs along K")
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ w.T`` in bfloat16. x: bfloat16 ``[M, K]``, contiguous."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+
+
+@functools.cache
+def works() -> bool:
+    """True where oneDNN's order is the known one: with AVX-512 or AMX, as of torch 2.11 to 2.13."""
+    try:
+        weight = _made(2 * ROWS, 96)
+        rows = torch.arange(2 * ROWS).remainder(7).sub(3).view(-1, 1) * torch.ones(96)
+        pairs = rows.bfloat16().view(2, ROWS, 48, 2).transpose(1, 2).contiguous()
+        weight.words.copy_(pairs.view(torch.int32).squeeze(-1))
+        x = torch.arange(5 * 96).remainder(5).view(5, 96).bfloat16()
+        if torch.equal(weight.product(x).float(), (x.float() @ rows.t()).bfloat16().float()):
+            return True
+        why = "its product is not the expected one"
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    logger.info("bfloat16 weights are not written in oneDNN's order on this machine: %s", why)
+    return False
+
+
+def _made(rows: int, length: int) -> BlockedWeight:
+    with torch.inference_mode(False), torch.no_grad():
+        return BlockedWeight(rows, length)
+
+
+def fits(rows: int, length: int) -> bool:
+    """True for weights that are whole blocks, and that oneDNN does not pad."""
+    return rows % ROWS == 0 and length % 64 == 0 and works()
+
+
+def rows_at_once(rows: int, length: int, wanted: int) -> int:
+    """Rows of a buffer for a weight ``[rows, length]``: about ``wanted`` bytes, and as even parts as whole blocks allow."""
+    blocks, column = rows // ROWS, 2 * ROWS * length
+    most = max(1, min(wanted, settings.workspace_bytes // 4) // column)
+    parts = -(-blocks // most)
+    return -(-blocks // parts) * ROWS
+
+
+def starts(rows: int, step: int) -> list[int]:
+    """First rows of the parts of a weight: the last part ends with it, and may begin in the one before."""
+    return [min(start, rows - step) for start in range(0, rows, step)]
+
+
+def blocked(rows: int, length: int) -> BlockedWeight:
+    """This thread's buffer of that shape; those used longest ago are given back for it."""
+    return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))

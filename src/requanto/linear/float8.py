@@ -1,0 +1,91 @@
+"""float8 (e4m3) weights for the kernels of torch.compile: blocks of 64 rows, K outside.
+
+One row of x is multiplied with the codes as they are read; more rows with bfloat16, in oneDNN's order, block by block
+(`requanto.linear.blocked`). Packed only while ``requanto.settings.compiled`` is set.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.layout import Packed
+from requanto.linear import blocked, compiled
+from requanto.qtensor import QTensor
+from requanto.qtypes import qfloat8_e4m3fn, qtype
+from requanto.settings import settings
+
+LAYOUT = "float8-blocked"
+#: Rows of x that are multiplied with the codes one by one; beyond, dequantization is shared by enough rows.
+FEW = 2
+#: Bytes of bfloat16 that are made and multiplied at a time.
+BLOCK_BYTES = 16 * 2**20
+
+
+class Float8Codes(Packed):
+    """e4m3 ``[N, K]`` as bytes ``[N / 64, K, 64]``."""
+
+    layout = LAYOUT
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        super().__init__()
+        rows, self.length = codes.shape
+        self.dtype = codes.dtype
+        self.blocks = codes.view(torch.uint8).view(rows // blocked.ROWS, blocked.ROWS, -1).transpose(1, 2).contiguous()
+
+    def plain(self) -> torch.Tensor:
+        return self.blocks.transpose(1, 2).reshape(-1, self.length).view(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+def fits(weight: QTensor) -> bool:
+    """True for the weights that the kernels take: e4m3, a scale a row, whole blocks."""
+    return (
+        settings.compiled
+        and weight.qtype == qfloat8_e4m3fn
+        and weight.group_size is None
+        and not weight.affine
+        and blocked.fits(weight.shape[0], weight.row_length)
+    )
+
+
+def pack(weight: QTensor) -> Float8Codes:
+    """The packed form of a plain weight that `fits`."""
+    return Float8Codes(weight.qdata)
+
+
+def run(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ w.T + bias``; x in bfloat16, or few rows of any dtype."""
+    packed = weight.packed
+    if not isinstance(packed, Float8Codes):  # another thread has read the stored form since the table was asked
+        packed = pack(weight)
+    scale = weight.scale.reshape(-1).float() * 2.0**120
+    if x.shape[0] <= FEW:
+        out = torch.stack([compiled.e4m3_row(row, packed.blocks) for row in x.float()]).mul_(scale)
+    else:
+        out = _many(x.contiguous(), packed, scale)
+    if bias is not None:
+        out.add_(bias)
+    return out.to(x.dtype)
+
+
+def _many(x: torch.Tensor, packed: Float8Codes, scale: torch.Tensor) -> torch.Tensor:
+    """``x @ (codes * scale).T / 2^120`` in bfloat16."""
+    rows = len(packed.blocks) * blocked.ROWS
+    step = blocked.rows_at_once(rows, packed.length, BLOCK_BYTES)
+    buffer = blocked.blocked(step, packed.length)
+    out = x.new_empty(x.shape[0], rows)
+    for start in blocked.starts(rows, step):
+        first = start // blocked.ROWS
+        part = packed.blocks[first : first + len(buffer.words)]
+        compiled.e4m3_words(part, scale[start : start + step], buffer.words)
+        out[:, start : start + step] = buffer.product(x)
+    return out

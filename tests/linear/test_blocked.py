@@ -1,0 +1,107 @@
+"""bfloat16 weights written in oneDNN's own order, and the buffers that a thread keeps for them."""
+
+import threading
+
+import pytest
+import torch
+
+from requanto import workspace
+from requanto.linear import blocked
+from requanto.settings import settings
+
+known = pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here")
+
+
+def written(rows: int, length: int) -> tuple[blocked.BlockedWeight, torch.Tensor]:
+    weight = torch.randn(rows, length).bfloat16()
+    buffer = blocked.blocked(rows, length)
+    pairs = weight.view(rows // 64, 64, length // 2, 2).transpose(1, 2).contiguous()
+    buffer.words.copy_(pairs.view(torch.int32).squeeze(-1))
+    return buffer, weight
+
+
+@known
+@pytest.mark.parametrize("rows", [1, 2, 17, 130])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (192, 320), (1024, 128), (64, 4096)])
+def test_product(rows, out_features, in_features):
+    buffer, weight = written(out_features, in_features)
+    x = torch.randn(rows, in_features).bfloat16()
+    want = x.double() @ weight.double().t()
+    for _ in range(2):  # nothing of the first product is kept
+        assert (buffer.product(x).double() - want).norm() <= 5e-3 * want.norm()
+        buffer, weight = written(out_features, in_features)
+        want = x.double() @ weight.double().t()
+
+
+@known
+def test_unaligned_x():
+    buffer, weight = written(128, 64)
+    x = torch.randn(5 * 64 + 1).bfloat16()[1:].view(5, 64)
+    want = x.double() @ weight.double().t()
+    assert (buffer.product(x).double() - want).norm() <= 5e-3 * want.norm()
+
+
+@known
+def test_each_thread_has_its_own():
+    own = blocked.blocked(64, 64)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(blocked.blocked(64, 64)))
+    thread.start()
+    thread.join()
+    assert found[0] is not own
+    assert found[0].words.data_ptr() != own.words.data_ptr()
+
+
+@known
+def test_buffers_keep_to_the_bound(monkeypatch):
+    workspace.release()
+    monkeypatch.setattr(settings, "workspace_bytes", 4 * 64 * 64 * 2)
+    first = blocked.blocked(64, 64)
+    assert blocked.blocked(64, 64) is first
+    second = blocked.blocked(64, 128 - 64)
+    assert second is first
+    blocked.blocked(128, 64)  # takes half of the bound alone
+    assert workspace.held_bytes() == 128 * 64 * 2
+    assert blocked.blocked(64, 64) is not first
+    blocked.blocked(256, 64)  # more than the bound: kept, alone
+    assert workspace.held_bytes() == 256 * 64 * 2
+    workspace.release()
+    assert workspace.held_bytes() == 0
+
+
+@known
+def test_the_caller_s_random_numbers_are_left_alone():
+    workspace.release()
+    torch.manual_seed(3)
+    want = torch.randn(4)
+    torch.manual_seed(3)
+    blocked.blocked(64, 64)
+    assert torch.equal(torch.randn(4), want)
+
+
+@known
+@pytest.mark.parametrize(("rows", "length"), [(96, 64), (64, 48)])
+def test_padded_weights_are_refused(rows, length):
+    assert not blocked.fits(rows, length)
+    with pytest.raises(RuntimeError, match=r"bytes, expected"):
+        blocked.BlockedWeight(rows, length)
+
+
+def test_parts():
+    assert blocked.starts(640, 640) == [0]
+    assert blocked.starts(640, 256) == [0, 256, 384]
+    assert blocked.rows_at_once(172 * 64, 4096, 8 * 64 * 4096 * 2) == 8 * 64
+    assert blocked.rows_at_once(64, 2**20, 1) == 64
+
+
+def test_an_unknown_order_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr(blocked.BlockedWeight, "product", lambda self, x: x @ x.t())
+    workspace.release()
+    blocked.works.cache_clear()
+    try:
+        with caplog.at_level("INFO", logger="requanto.linear.blocked"):
+            assert not blocked.works()
+        assert "not written in oneDNN's order on this machine" in caplog.text
+    finally:
+        blocked.works.cache_clear()
+        workspace.release()
