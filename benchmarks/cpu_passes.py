@@ -121,7 +121,10 @@ def main() -> None:
     for what, figures in found.items():
         for name, ns in figures.items():
             print(f"{what:8} {name:26} {ns:.3f}")
-    write(RESULTS / "cpu_passes.json", {"unit": "ns of CPU time for each number; products: microseconds each", "results": found})
+    write(
+        RESULTS / "cpu_passes.json",
+        {"unit": "ns of CPU time for each number; products: microseconds each", "results": found},
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from ctypes import c_float
+
 import torch
 
 from requanto.qtypes import qtype
@@ -72,6 +75,24 @@ def quantize_unsigned(
     codes = workspace((max(rows, least), x.shape[1]), torch.uint8, slot=5)
     codes[:rows].copy_(_integers(wide, 128))
     return codes, scale
+
+
+def single_scale(x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None) -> float | None:
+    """The scale as one float32 number, where x has one: a static scale, or one row. None: several, or not finite."""
+    if input_scale is not None:
+        step = input_scale.detach().float()
+        return step.item() if step.numel() == 1 else None
+    if x.shape[0] != 1:
+        return None
+    # For one row, one operator in place of six small ones, whose start is all that they cost.
+    largest = torch.linalg.vector_norm(x.detach(), math.inf).item()
+    return c_float(max(largest, TINY) / kind.qmax).value if math.isfinite(largest) else None
+
+
+def quantize_by(x: torch.Tensor, kind: qtype, step: float) -> torch.Tensor:
+    """int8 codes of x under one scale + 128 as uint8, in this thread's buffer."""
+    wide = _wide(x).mul_(c_float(1 / step).value).clamp_(kind.qmin, kind.qmax)
+    return workspace(tuple(x.shape), torch.uint8, slot=5).copy_(_integers(wide, 128))
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,11 @@ In order of preference:
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from requanto.linear import float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
+from requanto.linear.kept import matmul, scaled_into
 from requanto.linear.table import Implementation, Problem, register
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
@@ -97,18 +97,24 @@ def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
         return int4_large.run_large(x, weight, weight.packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
-    scaled = not row_scaled(weight)
     step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))
     if weight.transposed:
         return _product_transposed(x, weight, step)
+    # The scale multiplies the weight, or, where the rows have one each and x has few, the result.
+    scaled = not row_scaled(weight) or (weight.qtype == qint8 and 2 * x.shape[0] >= length)
+    if scaled and stored_rows <= step:
+        return torch.mm(x, dequantize_rows(weight, 0, stored_rows, workspace((stored_rows, length), x.dtype)).t())
+    scale = None if scaled else weight.scale.reshape(-1).to(torch.float32)
     out = x.new_empty(x.shape[0], stored_rows)
     for start in range(0, stored_rows, step):
         stop = min(start + step, stored_rows)
         block = workspace((stop - start, length), x.dtype)
         dequantize_rows(weight, start, stop, block, scaled=scaled)
-        out[:, start:stop] = F.linear(x, block)
-    if not scaled:
-        out = torch.mul(out, weight.scale.reshape(-1).to(torch.float32)).to(x.dtype)
+        columns = out[:, start:stop]
+        if scale is None:
+            columns.copy_(matmul(x, block.t()))
+        else:
+            scaled_into(columns, matmul(x, block.t()), scale[start:stop])
     return out
 
 

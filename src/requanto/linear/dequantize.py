@@ -45,6 +45,11 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         if pairs is not None:
             _from_codebook(qdata[begin:end], weight.qtype.bits, pairs, scale[begin:end] if scaled else None, part)
             continue
+        if scaled and weight.qtype.dtype == torch.int8 and row_scaled(weight) and part.dtype != torch.float32:
+            # In float32, rounded once, which takes no longer than in bfloat16.
+            wide = workspace(tuple(part.shape), torch.float32, slot=2).copy_(qdata[begin:end])
+            part.copy_(wide.mul_(scale[begin:end].float()))
+            continue
         codes_to_float(qdata[begin:end], weight.qtype, part)
         if scaled:
             _scale(part, weight.qtype, scale[begin:end], None if shift is None else shift[begin:end])

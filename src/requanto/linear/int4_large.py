@@ -10,6 +10,7 @@ import torch
 
 from requanto.linear import blocked, compiled
 from requanto.linear.int4 import Int4Codes
+from requanto.linear.kept import matmul
 from requanto.qtensor import QTensor
 from requanto.settings import settings
 from requanto.workspace import workspace
@@ -44,7 +45,7 @@ def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tens
         chosen = scales[:, first * packed.block : (first + len(part)) * packed.block]
         scale, zero = _planes_of(chosen, half, affine=weight.shift is not None)
         for side, plane in zip(into.unbind(2), _planes(part, scale, zero, dtype)):
-            side.copy_(_product(x, plane).view(side.shape))
+            side.copy_(matmul(x, plane).view(side.shape))
     return out
 
 
@@ -84,14 +85,6 @@ def _of_nibbles(scales: torch.Tensor, *, affine: bool) -> tuple[torch.Tensor, to
     scale, zero = workspace(shape, torch.float32, slot=5), workspace(shape, torch.float32, slot=6)
     compiled.nibble_scales(scales, scale, zero, affine=affine)
     return scale, zero
-
-
-def _product(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """``x @ matrix``, in this thread's buffer where that is bounded: fresh pages cost a tenth of the product."""
-    shape = (x.shape[0], matrix.shape[1])
-    if shape[0] * shape[1] * x.dtype.itemsize > settings.workspace_bytes // 8:
-        return torch.mm(x, matrix)
-    return torch.mm(x, matrix, out=workspace(shape, x.dtype, slot=4))
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

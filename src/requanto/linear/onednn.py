@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from requanto.layout import Packed
-from requanto.linear.activations import quantize_unsigned, split_16bit
+from requanto.linear.activations import quantize_by, quantize_unsigned, single_scale, split_16bit
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 from requanto.workspace import rows_that_fit
@@ -122,12 +122,33 @@ def run_int8(
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
+    if x.dtype != torch.float16:
+        one = single_scale(x, activation, input_scale)
+        if one is not None:
+            parts = [_under_one_scale(part, activation, one, packed, scale, bias) for part in x.split(step)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     for part, into in _parts(x, out, step):
         codes, steps = quantize_unsigned(part, activation, input_scale, LEAST)
         _finish(_product(codes, packed, scale)[: len(part)], steps, bias, into)
     return out
+
+
+def _under_one_scale(
+    x: torch.Tensor,
+    activation: qtype,
+    step: float,
+    packed: OneDnnCodes,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """All of x has one scale: oneDNN multiplies with it, adds the bias, and rounds to x's dtype."""
+    codes = quantize_by(x, activation, step)
+    return torch.ops.onednn.qlinear_pointwise(
+        codes, step, 128, packed.blocked, scale, packed.zeros, None if bias is None else bias.float(),
+        1.0, 0, x.dtype, "none", [], "",
+    )  # fmt: skip
 
 
 def _parts(x: torch.Tensor, out: torch.Tensor, step: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
