@@ -15,7 +15,7 @@ from requanto.linear import int4, onednn
 from requanto.linear.prepare import layout_to_be, prepare
 from requanto.settings import settings
 
-LAYOUTS = {"int8": onednn.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT}
+LAYOUTS = {"int8": onednn.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT, "int3": int4.LAYOUT}
 
 
 def can_pack(kind: str) -> bool:
@@ -38,7 +38,7 @@ def packed(request, layer):
 def test_the_form_replaces_the_stored_one(packed):
     module, stored = packed
     nbytes = module.weight.packed.nbytes
-    widening = 2 if module.weight.qtype.bits == 2 else 1
+    widening = {2: 2, 3: 4 / 3}.get(module.weight.qtype.bits, 1)
     assert stored.nbytes <= nbytes <= stored.nbytes * widening + 1024
     assert module.weight._qdata.numel() == 1
     assert module.weight.nbytes == nbytes + module.weight.scale.nbytes + (

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from requanto import QTensor, qint8, workspace
 from requanto.linear import implementations, linear, reference
-from requanto.linear.activations import quantize_activations, split_16bit
+from requanto.linear.activations import quantize_activations, quantize_unsigned, row_absmax, split_16bit
 from requanto.linear.dequantize import dequantize_rows
 from requanto.linear.explain import explain
+from requanto.linear.kept import matmul, scaled_into
 from requanto.linear.prepare import prepare
 from requanto.settings import settings
 
@@ -71,6 +72,75 @@ def test_activations_in_16_bits():
     codes = (halves[:4].double() - 128) * 256 + (halves[4:].double() - 128)
     torch.testing.assert_close(codes * scale.double(), x.double(), rtol=0, atol=50 * 5 / 32512)
     assert (codes * scale.double() - x.double()).abs().max(1).values.le(scale.double().flatten() * 0.51).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_of_activations(dtype):
+    """Integers by way of float32's lowest bits, maxima by way of the floats' bits: the same as by rounding."""
+    x = (torch.randn(6, 301) * torch.tensor([1e-4, 1.0, 50.0, 0.0, 1.0, 8e3])[:, None]).to(dtype)
+    x[4, 5] = -x[4].abs().max() * 2
+    assert torch.equal(row_absmax(x), x.float().abs().amax(1, keepdim=True).clamp_min(1e-30))
+    want, step = quantize_activations(x, qint8)
+    codes, scale = quantize_unsigned(x, qint8, None, least=8)
+    assert codes.shape == (8, 301)
+    assert torch.equal(scale, step)
+    assert torch.equal(codes[:6].float() - 128, want)
+    static = torch.tensor(0.01)
+    want, _ = quantize_activations(x, qint8, static)
+    assert torch.equal(quantize_unsigned(x, qint8, static)[0].float() - 128, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maxima_of_what_is_not_finite(value):
+    x = torch.randn(3, 50, dtype=torch.bfloat16)
+    x[1, 7] = value
+    found = row_absmax(x)
+    assert torch.isfinite(found).flatten().tolist() == [True, False, True]
+    assert torch.equal(found[1].isnan(), torch.tensor([value]).isnan())
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("static", [False, True])
+def test_one_scale_for_all_of_x(layer, rows, bias, dtype, static):
+    """One row, or a static scale: multiplied by oneDNN itself."""
+    module = layer("int8", 64, 96, dtype)
+    module.bias = torch.nn.Parameter(torch.randn(64).to(dtype), False) if bias else None
+    weight = module.weight.dequantize(torch.float32).double()
+    prepare(module, smallest=0)
+    x = (torch.randn(rows, 96) * 3).to(dtype)
+    scale = torch.tensor(0.04) if static else None
+    codes, step = quantize_activations(x, qint8, scale)
+    want = (codes.double() * step.double()) @ weight.t() + (module.bias.double() if bias else 0)
+    with torch.no_grad():
+        got = linear(x, module.weight, module.bias, activation=qint8, input_scale=scale)
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() <= (2e-6 if dtype == torch.float32 else 5e-3) * want.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_one_row_that_has_no_scale(layer, value):
+    module = layer("int8")
+    prepare(module, smallest=0)
+    x = torch.full((1, 192), value, dtype=torch.bfloat16)
+    with torch.no_grad():
+        got = linear(x, module.weight, activation=qint8)
+    assert not torch.isfinite(got).any() if value else torch.equal(got, torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 40), (300, 260)])
+def test_kept_products(dtype, shape, monkeypatch):
+    rows, columns = shape
+    x, matrix, scale = torch.randn(rows, 32).to(dtype), torch.randn(32, columns).to(dtype), torch.rand(columns)
+    want = x.double() @ matrix.double() * scale.double()
+    for bound in (settings.workspace_bytes, 4000):
+        monkeypatch.setattr(settings, "workspace_bytes", bound)
+        out = torch.full((rows, columns + 5), 7, dtype=dtype)
+        scaled_into(out[:, :columns], matmul(x, matrix), scale)
+        assert (out[:, :columns].double() - want).norm() <= (1e-6 if dtype == torch.float32 else 6e-3) * want.norm()
+        assert torch.equal(out[:, columns:], torch.full((rows, 5), 7, dtype=dtype))
 
 
 def test_nan_reaches_its_row_only(layer):

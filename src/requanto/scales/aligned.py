@@ -16,16 +16,13 @@ from __future__ import annotations
 import torch
 
 from requanto.qtypes import qtype
+from requanto.scales.least_squares import on_grid, whole_range
 from requanto.workspace import scratch
 
 #: Parts of the range from minimum to maximum that are tried, by bits.
 SHARES = {2: (0.9, 0.8, 0.7), 3: (1.0, 0.95, 0.9), 4: (1.0, 0.95, 0.9)}
 #: Further fits of the best one: they pay at 4 bits, where few weights change their code; with fewer bits they lose as much.
 REFITS = {4: 1}
-#: Codes by which each weight of a group that was quantized before may lie beside one: rounding to bfloat16 moved it.
-ON_GRID = 1 / 8
-#: How many weights of a group are looked at first to tell that it was not quantized before.
-LOOKED_AT = 4
 
 
 def aligned(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,14 +31,13 @@ def aligned(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tens
     Groups that were quantized before, and those of equal weights, keep the grid from their minimum to their maximum.
     """
     top = 2**kind.bits - 1
-    low, high = groups.amin(-1), groups.amax(-1)
-    whole = (high - low).div_(top)
+    whole, shift = whole_range(groups, kind)
     usable = whole > torch.finfo(torch.float32).tiny  # below, its reciprocal overflows
     safe = torch.where(usable, whole, torch.ones_like(whole))
     unit = safe.reciprocal()
     units = torch.mul(groups, unit.unsqueeze(-1), out=scratch(groups, "units"))
-    bottom, mean = low * unit, units.mean(-1)
-    kept = _on_grid(units, bottom) | ~usable
+    bottom, mean = -shift * unit, units.mean(-1)
+    kept = on_grid(units, bottom) | ~usable
 
     shares = SHARES.get(kind.bits, (1.0,))
     lines, codes = _Lines(units, mean, len(shares)), scratch(units, "codes")
@@ -60,7 +56,7 @@ def aligned(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tens
         again = lines.best()
         slope, offset = torch.where(again[2], again[0], slope), torch.where(again[2], again[1], offset)
     fitted = kept.logical_not_().logical_and_(found)
-    return torch.where(fitted, slope.mul_(safe), whole), torch.where(fitted, offset.mul_(safe).neg_(), -low)
+    return torch.where(fitted, slope.mul_(safe), whole), torch.where(fitted, offset.mul_(safe).neg_(), shift)
 
 
 class _Lines:
@@ -93,20 +89,3 @@ class _Lines:
         most, place = covariance.mul_(slope).max(0, keepdim=True)
         slope, q = slope.gather(0, place).squeeze_(0), q.gather(0, place).squeeze_(0)
         return slope, torch.addcmul(self.mean, slope, q, value=-1), most.squeeze_(0) > 0
-
-
-def _on_grid(units: torch.Tensor, bottom: torch.Tensor) -> torch.Tensor:
-    """Which groups were quantized before: their weights lie on the codes already, and nothing may be lost again.
-
-    A few weights of each group tell that it was not, so that all of them are looked at only where there is a reason to.
-    """
-
-    def near(values: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        values = values - start.unsqueeze(-1)
-        return values.sub_(values.round()).abs_().amax(-1) < ON_GRID
-
-    found = near(units[..., :: max(1, units.shape[-1] // LOOKED_AT)], bottom)
-    if bool(found.any()):
-        suspects = found.nonzero(as_tuple=True)
-        found[suspects] = near(units[suspects], bottom[suspects])
-    return found

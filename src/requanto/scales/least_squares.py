@@ -18,6 +18,8 @@ START = {2: 0.7, 3: 0.8, 4: 0.95}
 REFITS = 2
 #: Codes by which each weight of a group that was quantized before may lie beside one: rounding to bfloat16 moved it.
 ON_GRID = 1 / 8
+#: How many weights of a group are looked at first to tell that it was not quantized before.
+LOOKED_AT = 4
 
 
 def least_squares(
@@ -51,17 +53,31 @@ def least_squares(
     return torch.where(kept, whole, slope * whole), torch.where(kept, shift, shift - offset * whole)
 
 
-def on_grid(units: torch.Tensor) -> torch.Tensor:
+def whole_range(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift ``[rows, G]`` that map the smallest weight of a group onto the first code, the largest onto the top."""
+    low, high = groups.amin(-1), groups.amax(-1)  # aminmax of a short axis is ten times slower on a CPU
+    return (high - low) / (2**kind.bits - 1), -low
+
+
+def on_grid(units: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
     """Which groups were quantized before: their weights lie on the codes already, and nothing may be lost again.
 
     A few weights of each group tell that it was not, so that all of them are looked at only where there is a reason to.
+
+    Args:
+        units: weights in units of codes, ``[rows, G, group]``.
+        start: where the codes begin, ``[rows, G]``; None: at a whole number.
     """
 
-    def near(values: torch.Tensor) -> torch.Tensor:
-        return (values - values.round()).abs_().amax(-1) < ON_GRID
+    def near(values: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+        values = values.clone() if start is None else values - start.unsqueeze(-1)
+        return values.sub_(values.round()).abs_().amax(-1) < ON_GRID
 
-    found = near(units[..., :: max(1, units.shape[-1] // 8)])
-    return near(units) if bool(found.any()) else found
+    found = near(units[..., :: max(1, units.shape[-1] // LOOKED_AT)], start)
+    if bool(found.any()):
+        suspects = found.nonzero(as_tuple=True)
+        found[suspects] = near(units[suspects], None if start is None else start[suspects])
+    return found
 
 
 def _line(

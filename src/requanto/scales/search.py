@@ -19,7 +19,7 @@ from requanto.qtypes import qtype
 from requanto.scales.aligned import aligned as aligned_scale
 from requanto.scales.float8 import float8_scale
 from requanto.scales.hqq import hqq
-from requanto.scales.least_squares import least_squares
+from requanto.scales.least_squares import least_squares, whole_range
 from requanto.workspace import scratch
 
 #: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
@@ -37,8 +37,7 @@ def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tenso
         distance = (groups - mean.unsqueeze(-1)).abs().mean(-1)
         return 2 * distance, distance - mean
     if affine:
-        low, high = groups.amin(-1), groups.amax(-1)  # aminmax of a short axis is ten times slower on a CPU
-        return (high - low) / (2**kind.bits - 1), -low
+        return whole_range(groups, kind)
     if kind.is_codebook:
         return groups.abs().amax(-1) / kind.span, None
     if kind.bits == 8:
