@@ -28,7 +28,7 @@ from requanto.workspace import rows_that_fit, workspace
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 #: Rows up to which torch's int4 operator beats dequantization.
-INT4_ROWS = 48
+INT4_ROWS = 64
 #: Rows of x from which a compiled kernel beats it.
 COMPILED_INT4_ROWS = 24
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.

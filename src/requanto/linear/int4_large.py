@@ -17,11 +17,11 @@ from requanto.workspace import workspace
 
 #: Bytes of the float weight that are made and multiplied at a time, and the fewest blocks of rows: products of fewer columns
 #: are slower. Compiled, a call is cheaper and what stays in the cache counts.
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 8 * 2**20
 COMPILED_BLOCK_BYTES = 16 * 2**20
 LEAST = 8
 #: Weights that are dequantized at a time, and the bytes that each of them takes in buffers.
-SLICE = 2**21
+SLICE = 2**20
 _SLICE_BYTES = 5.5
 #: Eight bytes: nibbles of 8 everywhere, and a mask of upper nibbles.
 _NIBBLES_OF_8 = -0x7777777777777778

@@ -54,7 +54,8 @@ def least_squares(
 
 
 def whole_range(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift ``[rows, G]`` that map the smallest weight of a group onto the first code, the largest onto the top."""
+    """Scale and shift ``[rows, G]`` that map the smallest weight of a group onto the first code, the largest onto the last
+    one."""
     low, high = groups.amin(-1), groups.amax(-1)  # aminmax of a short axis is ten times slower on a CPU
     return (high - low) / (2**kind.bits - 1), -low
 
