@@ -13,12 +13,14 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 from common import RESULTS, write
 
 from requanto import QTensor, qint8
 from requanto.linear import blocked, compiled, float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_unsigned, split_16bit
 from requanto.linear.dequantize import dequantize_rows
+from requanto.linear.kept import scaled_into
 from requanto.settings import settings
 
 ROWS, K, N = 256, 4096, 512
@@ -42,6 +44,7 @@ def activations() -> dict[str, float]:
     """Quantizing x, and the operators that it avoids."""
     x = torch.randn(ROWS, K, dtype=torch.bfloat16)
     wide = x.float() * 30
+    scale, out = torch.rand(K), torch.empty_like(x)
     return timed(
         {
             "aminmax, bfloat16": lambda: torch.aminmax(x, dim=1),
@@ -51,6 +54,8 @@ def activations() -> dict[str, float]:
             "float32 to int8": lambda: wide.to(torch.int8),
             "bfloat16 times bfloat16": lambda: x * x,
             "float32 times float32": lambda: wide * wide,
+            "bfloat16 times float32 scales": lambda: out.copy_(torch.mul(x, scale)),
+            "the same in kept buffers": lambda: scaled_into(out, x, scale),
             "x to int8": lambda: quantize_unsigned(x, qint8, None),
             "x to 16 bits": lambda: split_16bit(x),
         },
@@ -112,12 +117,27 @@ def products() -> dict[str, float]:
     return timed({f"{rows} rows": run(rows) for rows in (1, 2, 3, 4, 6, 8)}, 1000 * copies)
 
 
+def orders() -> dict[str, float]:
+    """A product with a bfloat16 weight in the cache, as it is and in oneDNN's order, in microseconds."""
+    if not blocked.fits(N, K):
+        return {}
+    weight, buffer = torch.randn(N, K, dtype=torch.bfloat16), blocked.blocked(N, K)
+    buffer.words.copy_(weight.view(N // 64, 64, K // 2, 2).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1))
+    calls: dict[str, Callable[[], object]] = {}
+    for rows in (16, 128):
+        x = torch.randn(rows, K, dtype=torch.bfloat16)
+        calls[f"{rows} rows, plain"] = lambda x=x: F.linear(x, weight)
+        calls[f"{rows} rows, oneDNN's order"] = lambda x=x: buffer.product(x)
+    return timed(calls, 1000)
+
+
 def main() -> None:
     """Measures, prints, writes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
         found = {"x": activations(), "weights": weights(), "int8 products, us": products()}
+        found["bfloat16 products, us"] = orders()
     for what, figures in found.items():
         for name, ns in figures.items():
             print(f"{what:8} {name:26} {ns:.3f}")

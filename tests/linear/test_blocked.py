@@ -90,8 +90,29 @@ def test_padded_weights_are_refused(rows, length):
 def test_parts():
     assert blocked.starts(640, 640) == [0]
     assert blocked.starts(640, 256) == [0, 256, 384]
-    assert blocked.rows_at_once(172 * 64, 4096, 8 * 64 * 4096 * 2) == 8 * 64
-    assert blocked.rows_at_once(64, 2**20, 1) == 64
+    for rows, length, wanted in (
+        (14336, 4096, 1024),  # 8 MB
+        (1024, 4096, 1024),
+        (11008, 4096, 1024),  # ten parts and three quarters
+        (1536, 4096, 768),  # two even parts
+        (192, 576, 192),
+        (64, 2**20, 64),
+    ):
+        assert blocked.rows_at_once(rows, length) == wanted
+
+
+@known
+def test_the_layers_of_a_model_share_buffers():
+    """Making one takes as long as the product it serves: a model must not make them again and again."""
+    workspace.release()
+    made = set()
+    for out_features, in_features in ((4096, 4096), (1024, 4096), (11008, 4096), (32000, 4096), (4096, 11008)):
+        rows = blocked.rows_at_once(out_features, in_features)
+        made.add(blocked.blocked(rows, in_features).words.data_ptr())
+    assert len(made) == 2
+    rows = blocked.rows_at_once(4096, 4096)
+    assert blocked.blocked(rows, 4096).words.data_ptr() in made
+    workspace.release()
 
 
 def test_an_unknown_order_is_logged(monkeypatch, caplog):

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Rows of one block.
 ROWS = 64
+#: Bytes of bfloat16 that are made and multiplied at a time.
+BLOCK_BYTES = 8 * 2**20
 
 
 class BlockedWeight:
@@ -88,11 +90,17 @@ def fits(rows: int, length: int) -> bool:
     return rows % ROWS == 0 and length % 64 == 0 and works()
 
 
-def rows_at_once(rows: int, length: int, wanted: int) -> int:
-    """Rows of a buffer for a weight ``[rows, length]``: about ``wanted`` bytes, and as even parts as whole blocks allow."""
-    blocks, column = rows // ROWS, 2 * ROWS * length
-    most = max(1, min(wanted, settings.workspace_bytes // 4) // column)
+def rows_at_once(rows: int, length: int) -> int:
+    """Rows of a buffer for a weight ``[rows, length]``.
+
+    The same for all large weights of one K, so that a model's layers share few buffers; smaller only where the last part,
+    which begins in the one before, would repeat more than an eighth of the work.
+    """
+    blocks = rows // ROWS
+    most = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // (2 * ROWS * length))
     parts = -(-blocks // most)
+    if parts > 1 and 8 * (parts * most - blocks) <= blocks:
+        return most * ROWS
     return -(-blocks // parts) * ROWS
 
 

@@ -17,8 +17,6 @@ from requanto.settings import settings
 LAYOUT = "float8-blocked"
 #: Rows of x that are multiplied with the codes one by one; beyond, dequantization is shared by enough rows.
 FEW = 2
-#: Bytes of bfloat16 that are made and multiplied at a time.
-BLOCK_BYTES = 16 * 2**20
 
 
 class Float8Codes(Packed):
@@ -80,7 +78,7 @@ def run(
 def _many(x: torch.Tensor, packed: Float8Codes, scale: torch.Tensor) -> torch.Tensor:
     """``x @ (codes * scale).T / 2^120`` in bfloat16."""
     rows = len(packed.blocks) * blocked.ROWS
-    step = blocked.rows_at_once(rows, packed.length, BLOCK_BYTES)
+    step = blocked.rows_at_once(rows, packed.length)
     buffer = blocked.blocked(step, packed.length)
     out = x.new_empty(x.shape[0], rows)
     for start in blocked.starts(rows, step):

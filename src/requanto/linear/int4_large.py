@@ -16,9 +16,8 @@ from requanto.settings import settings
 from requanto.workspace import workspace
 
 #: Bytes of the float weight that are made and multiplied at a time, and the fewest blocks of rows: products of fewer columns
-#: are slower. Compiled, a call is cheaper and what stays in the cache counts.
+#: are slower.
 BLOCK_BYTES = 8 * 2**20
-COMPILED_BLOCK_BYTES = 16 * 2**20
 LEAST = 8
 #: Weights that are dequantized at a time, and the bytes that each of them takes in buffers.
 SLICE = 2**20
@@ -58,7 +57,7 @@ def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.
     rows, length = weight.shape[0], packed.length
     scales = packed.scales(weight, x.dtype)
     stored = packed.blocked.view(-1, length, packed.block // 2)
-    step = blocked.rows_at_once(rows, length, COMPILED_BLOCK_BYTES)
+    step = blocked.rows_at_once(rows, length)
     count = step // packed.block
     # Small passes cost their start: all scales at once, where they take no more than an eighth of the bound.
     whole = None
