@@ -35,6 +35,29 @@ def test_gradients_are_those_of_the_float_layer(layer, kind, packed, activation)
     torch.testing.assert_close(module.bias.grad, (2 * y).sum((0, 1)), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_results_in_kept_buffers(layer, kind, packed, dtype):
+    """Many rows: the forward writes into buffers of the thread, which autograd must not see."""
+    module = layer(kind, 512, 128, dtype)
+    weight = module.weight.dequantize(torch.float32)
+    if packed:
+        prepare(module, smallest=0)
+    x = torch.randn(300, 128).to(dtype).requires_grad_()
+    first = linear(x, module.weight)
+    second = linear(x.detach() * 2, module.weight)
+    grad = torch.randn_like(first)
+    first.backward(grad)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, want in (
+        (first, x.detach().float() @ weight.t()),
+        (second, 2 * x.detach().float() @ weight.t()),
+        (x.grad, grad.float() @ weight),
+    ):
+        assert (got.detach().float() - want).norm() <= limit * want.norm()
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_operators_keep_their_promises(layer, kind, packed):

@@ -29,8 +29,9 @@ _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 #: Rows up to which torch's int4 operator beats dequantization.
 INT4_ROWS = 64
-#: Rows of x from which a compiled kernel beats it.
-COMPILED_INT4_ROWS = 24
+#: Rows up to which it beats a compiled kernel, whose call costs more, in weights of at least so many elements.
+COMPILED_INT4_ROWS = 23
+LARGE = 2**22
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
 BLOCK_BYTES = 4 * 2**20
 
@@ -200,7 +201,7 @@ register(
             and settings.compiled
             and p.layout == int4.LAYOUT
             and p.dtype == torch.bfloat16
-            and p.rows >= COMPILED_INT4_ROWS
+            and p.rows > (COMPILED_INT4_ROWS if p.out_features * p.in_features >= LARGE else INT4_ROWS)
         ),
         reason="dequantized block by block by a kernel that torch compiles, then a product (settings.compiled)",
     ),

@@ -64,6 +64,9 @@ def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.
     if 4 * scales.numel() <= settings.workspace_bytes // 8:
         whole = _of_nibbles(scales, affine=weight.shift is not None)
     buffer = blocked.blocked(step, length)
+    if whole is not None and step == rows:
+        compiled.nibble_words(stored, *whole, buffer.words)
+        return buffer.product(x)
     out = x.new_empty(x.shape[0], rows)
     for start in blocked.starts(rows, step):
         first = start // packed.block
