@@ -1,8 +1,8 @@
 """A bfloat16 weight in oneDNN's own order, in a buffer of this thread that dequantization writes into.
 
-oneDNN multiplies bfloat16 in pairs along K, and copies every plain weight into that order first: a tenth of a product of
-128 rows, a third of one of 16. A weight that is written in the order from the start is spared the copy, and each of
-oneDNN's threads reads what the same thread wrote.
+oneDNN multiplies bfloat16 in pairs along K, and copies every plain weight into that order first: a quarter of a product of
+16 rows. A weight that is written in the order from the start is spared the copy, and each of oneDNN's threads reads what the
+same thread wrote.
 
 The order is oneDNN's business and may differ by processor and version. So each buffer is made by oneDNN itself, from known
 numbers, and is used only if its memory then reads as expected: blocks of 64 rows, in each ``[K / 2, 64, 2]``.

@@ -23,7 +23,7 @@ def matmul(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 def scaled_into(out: torch.Tensor, product: torch.Tensor, scale: torch.Tensor) -> None:
     """``out = product * scale``, multiplied in float32. scale: float32 ``[columns]``.
 
-    In three passes: torch multiplies a bfloat16 tensor with a float32 one at a tenth of their speed together.
+    In three passes: torch takes more than three times as long for a bfloat16 tensor times a float32 one.
     """
     if product.dtype == torch.float32:
         torch.mul(product, scale, out=out)

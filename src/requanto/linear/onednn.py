@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 LAYOUT = "onednn"
 #: Rows of x in one product, at most: their 16-bit form and float32 result stay in the cache.
 CHUNK = 256
-#: Rows of x in one product, at least: with fewer, oneDNN reads the weight a fifth to a third slower (cpu_passes.json).
+#: Rows of x in one product, at least: with fewer, oneDNN reads the weight more slowly (cpu_passes.json).
 LEAST = 4
 #: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
 _BYTES = 8
