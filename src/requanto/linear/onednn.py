@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 LAYOUT = "onednn"
 #: Rows of x in one product, at most: their 16-bit form and float32 result stay in the cache.
 CHUNK = 256
+#: Bytes of a product's float32 result, about: larger ones the allocator returns to the system, and their pages are faulted
+#: in anew at every product.
+SUMS_BYTES = 8 * 2**20
 #: Rows of x in one product, at least: with fewer, oneDNN reads the weight more slowly (cpu_passes.json).
 LEAST = 4
 #: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
@@ -103,7 +106,7 @@ def run_split(
     """Float activations: two int8 products."""
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
+    step = _rows_at_once(x, 2 * weight.shape[0])
     for part, into in zip(x.split(step), out.split(step)):
         rows = part.shape[0]
         halves, steps = split_16bit(part, LEAST)
@@ -122,7 +125,7 @@ def run_int8(
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
-    step = rows_that_fit(_BYTES * x.shape[1], CHUNK)
+    step = _rows_at_once(x, weight.shape[0])
     if x.dtype != torch.float16:
         one = single_scale(x, activation, input_scale)
         if one is not None:
@@ -149,6 +152,12 @@ def _under_one_scale(
         codes, step, 128, packed.blocked, scale, packed.zeros, None if bias is None else bias.float(),
         1.0, 0, x.dtype, "none", [], "",
     )  # fmt: skip
+
+
+def _rows_at_once(x: torch.Tensor, sums: int) -> int:
+    """Rows of x in one product whose float32 result has ``sums`` numbers for each of them."""
+    most = max(32, min(CHUNK, SUMS_BYTES // (4 * sums)))
+    return rows_that_fit(_BYTES * x.shape[1], 2 ** (most.bit_length() - 1))
 
 
 def _parts(x: torch.Tensor, out: torch.Tensor, step: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
