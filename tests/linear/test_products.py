@@ -142,13 +142,30 @@ def test_one_scale_for_all_of_x(layer, rows, bias, dtype, static):
     assert (got.double() - want).norm() <= (2e-6 if dtype == torch.float32 else 5e-3) * want.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_is_as_exact_as_many(layer, dtype, bias):
+    module = layer("int8", 64, 96, dtype)
+    module.bias = torch.nn.Parameter(torch.randn(64).to(dtype), False) if bias else None
+    weight = module.weight.dequantize(torch.float32).double()
+    prepare(module, smallest=0)
+    x = (torch.randn(1, 96) * 20).to(dtype)
+    with torch.no_grad():
+        got, many = (linear(rows, module.weight, module.bias) for rows in (x, x.repeat(3, 1)))
+    want = x.double() @ weight.t() + (module.bias.double() if bias else 0)
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() <= 3e-3 * want.norm()
+    assert (got.double() - many.double()).norm() <= 3e-3 * want.norm()
+
+
+@pytest.mark.parametrize("activation", [None, qint8])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
-def test_one_row_that_has_no_scale(layer, value):
+def test_one_row_that_has_no_scale(layer, value, activation):
     module = layer("int8")
     prepare(module, smallest=0)
     x = torch.full((1, 192), value, dtype=torch.bfloat16)
     with torch.no_grad():
-        got = linear(x, module.weight, activation=qint8)
+        got = linear(x, module.weight, activation=activation)
     assert not torch.isfinite(got).any() if value else torch.equal(got, torch.zeros_like(got))
 
 

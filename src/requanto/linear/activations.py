@@ -13,6 +13,8 @@ from requanto.workspace import workspace
 
 #: Smallest row maximum that is divided by: a row of zeros has codes of zero.
 TINY = 1e-30
+#: Steps of a 16-bit scale up to a row's largest value.
+STEPS = 32512
 
 
 def row_absmax(x: torch.Tensor) -> torch.Tensor:
@@ -82,11 +84,16 @@ def single_scale(x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None)
     if input_scale is not None:
         step = input_scale.detach().float()
         return step.item() if step.numel() == 1 else None
-    if x.shape[0] != 1:
-        return None
-    # For one row, one operator in place of six small ones, whose start is all that they cost.
+    return row_step(x, kind.qmax) if x.shape[0] == 1 else None
+
+
+def row_step(x: torch.Tensor, qmax: float) -> float | None:
+    """The scale of one row as a float32 number; None: the row has an element that is not finite.
+
+    One operator in place of six small ones, whose start is all that they cost.
+    """
     largest = torch.linalg.vector_norm(x.detach(), math.inf).item()
-    return c_float(max(largest, TINY) / kind.qmax).value if math.isfinite(largest) else None
+    return c_float(max(largest, TINY) / qmax).value if math.isfinite(largest) else None
 
 
 def quantize_by(x: torch.Tensor, kind: qtype, step: float) -> torch.Tensor:
@@ -115,10 +122,19 @@ def split_16bit(x: torch.Tensor, least: int = 1) -> tuple[torch.Tensor, torch.Te
     A row's largest value is 32512 steps of its scale: the product has an error of 3e-5 of its norm, a hundredth of
     bfloat16's own rounding. The codes stand in this thread's buffer, ``least`` rows of it if x has fewer.
     """
-    rows = x.shape[0]
-    scale = row_absmax(x).div_(32512)
-    bits = _integers(_wide(x).mul_(scale.reciprocal()), 128 + 256 * 128)
-    halves = workspace((max(2 * rows, least), x.shape[1]), torch.uint8, slot=6)
+    scale = row_absmax(x).div_(STEPS)
+    return _halves(_wide(x).mul_(scale.reciprocal()), least), scale
+
+
+def split_by(x: torch.Tensor, step: float, least: int) -> torch.Tensor:
+    """`split_16bit` under one scale."""
+    return _halves(_wide(x).mul_(c_float(1 / step).value), least)
+
+
+def _halves(wide: torch.Tensor, least: int) -> torch.Tensor:
+    rows = wide.shape[0]
+    bits = _integers(wide, 128 + 256 * 128)
+    halves = workspace((max(2 * rows, least), wide.shape[1]), torch.uint8, slot=6)
     halves[rows : 2 * rows].copy_(bits)
     halves[:rows].copy_(bits.bitwise_right_shift_(8))
-    return halves, scale
+    return halves

@@ -16,7 +16,15 @@ from collections.abc import Iterable
 import torch
 
 from requanto.layout import Packed
-from requanto.linear.activations import quantize_by, quantize_unsigned, single_scale, split_16bit
+from requanto.linear.activations import (
+    STEPS,
+    quantize_by,
+    quantize_unsigned,
+    row_step,
+    single_scale,
+    split_16bit,
+    split_by,
+)
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 from requanto.workspace import rows_that_fit
@@ -83,10 +91,10 @@ def pack(weight: QTensor) -> OneDnnCodes:
     return OneDnnCodes(weight.qdata)
 
 
-def _product(x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor) -> torch.Tensor:
-    """``(x - 128) @ w.T * scale`` in float32. x: uint8 ``[rows, K]``; scale: float32 ``[N]``."""
+def _product(x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor, step: float = 1.0) -> torch.Tensor:
+    """``(x - 128) @ w.T * scale * step`` in float32. x: uint8 ``[rows, K]``; scale: float32 ``[N]``."""
     return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, packed.blocked, scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        x, step, 128, packed.blocked, scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -105,6 +113,11 @@ def run_split(
 ) -> torch.Tensor:
     """Float activations: two int8 products."""
     packed, scale = _codes(weight), weight.scale.reshape(-1).float()
+    one = row_step(x, STEPS) if x.shape[0] == 1 else None
+    if one is not None:
+        sums = _product(split_by(x, one, LEAST), packed, scale, one)
+        total = sums[1:2].add_(sums[:1], alpha=256)
+        return (total if bias is None else total.add_(bias)).to(x.dtype)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     step = _rows_at_once(x, 2 * weight.shape[0])
     for part, into in zip(x.split(step), out.split(step)):
