@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
 from requanto import QTensor
-from requanto.linear import blocked, int4, linear
+from requanto.linear import blocked, compiled, int4, linear
 from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
 from requanto.settings import settings
@@ -174,6 +176,37 @@ def test_set_after_the_first_product(monkeypatch):
         monkeypatch.setattr(settings, "compiled", False)
         assert torch.equal(linear(x, module.weight), eager)
     assert (got.float() - eager.float()).norm() <= 1e-2 * eager.float().norm()
+
+
+def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
+    """A cache from another processor did that: half of the numbers were not written."""
+    monkeypatch.setattr(compiled, "_made", set())
+    monkeypatch.setattr(compiled, "_kernel", lambda *key: lambda codes, scale, words: words[..., :32].zero_())
+    module = quantized("float8", 64, 64)
+    prepare(module, smallest=0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="computes something else than its source"):
+        linear(torch.randn(5, 64).bfloat16(), module.weight)
+
+
+WIDTHS = """
+import torch
+from requanto.linear import compiled
+codes = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
+scale, words = torch.rand(128), torch.empty(2, 32, 64, dtype=torch.int32)
+compiled.e4m3_words(codes, scale * 2.0**120, words)
+want = codes.view(torch.float8_e4m3fn).float() * scale.view(2, 1, 64)
+got = words.view(torch.bfloat16).view(2, 32, 64, 2).transpose(2, 3).reshape(2, 64, 64).float()
+known = torch.isfinite(want)
+assert ((got - want).abs() <= 2**-8 * want.abs())[known].all()
+"""
+
+
+def test_one_cache_for_two_widths_of_vectors(tmp_path):
+    """torch does not key its cache of kernels by ATEN_CPU_CAPABILITY."""
+    for capability in ("avx512", "avx2"):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", WIDTHS], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", ["float8", "int4"])

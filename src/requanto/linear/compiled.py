@@ -21,6 +21,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,20 +31,35 @@ _LOCK = threading.Lock()
 _made: set[tuple[object, ...]] = set()
 
 
-def _compile(function: Callable[..., object], name: str, dynamic: bool | None = True) -> Callable[..., object]:
+def _compile(function: Callable[..., object], name: str) -> Callable[..., object]:
     """``function``, compiled under a code object of its own: torch counts recompilations by it, and gives up after 8."""
     code = function.__code__.replace(co_name=name)
     own = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
-    return torch.compile(own, dynamic=dynamic, fullgraph=True)
+    return torch.compile(own, fullgraph=True, options=_options())
+
+
+def _options() -> dict[str, int]:
+    """The width of this process's vectors, by which torch's cache of kernels is then keyed.
+
+    It is not by itself: under another ATEN_CPU_CAPABILITY, or with a cache from another machine, code for longer vectors is
+    built for shorter ones, and writes half of the numbers.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    width = 512 if capability.startswith("AVX512") else 256 if capability == "AVX2" else None
+    return {} if width is None else {"cpp.simdlen": width}
 
 
 def _call(
     key: tuple[object, ...], kernel: Callable[..., object], dynamic: dict[int, tuple[int, ...]], *arguments: object
 ) -> object:
-    """One thread compiles, the others wait; then all run at once.
+    """One thread compiles, the others wait; then all run at once. The first result of a kernel is checked.
 
     Args:
+        key: the kernel's name first.
         dynamic: the axes whose sizes may change, by position of the argument.
+
+    Raises:
+        RuntimeError: the kernel computes something else than the function it was made from.
     """
     if key in _made:
         return kernel(*arguments)
@@ -53,8 +69,27 @@ def _call(
         for position, axes in dynamic.items():
             maybe_mark_dynamic(arguments[position], axes)
         out = kernel(*arguments)
+        _check(str(key[0]), out, arguments)
         _made.add(key)
     return out
+
+
+def _check(name: str, out: object, arguments: tuple[Any, ...]) -> None:
+    function, written = _FUNCTIONS[name]
+    found = [arguments[place] for place in written] or [out]
+    fresh = {place: torch.empty_like(arguments[place]) for place in written}
+    returned = function(*(fresh.get(place, argument) for place, argument in enumerate(arguments)))
+    for got, want in zip(found, list(fresh.values()) or [returned], strict=True):
+        got, want = (
+            (t.view(torch.bfloat16) if t.dtype == torch.int32 else t).float().nan_to_num() for t in (got, want)
+        )
+        # A multiplication that is rounded together with the addition after it may move the last place of a bfloat16.
+        if not bool(((got - want).abs() <= 2**-6 * want.abs() + 1e-4 * want.abs().max()).all()):
+            raise RuntimeError(
+                f"the kernel {name!r} that torch.compile made computes something else than its source. Perhaps torch's "
+                "cache of kernels comes from another processor: delete it (TORCHINDUCTOR_CACHE_DIR), or do without these "
+                "kernels (requanto.settings.compiled = False, REQUANTO_COMPILE=0). Nothing was returned."
+            )
 
 
 def _pair(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
@@ -99,13 +134,19 @@ def _row_times_e4m3(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return (_e4m3_numbers(codes) * x).sum(1)
 
 
-_FUNCTIONS = {"nibbles": _nibbles_to_words, "scales": _words_to_scales, "e4m3": _e4m3_to_words, "row": _row_times_e4m3}
+#: By name, and which arguments are written; none: the result is returned.
+_FUNCTIONS: dict[str, tuple[Callable[..., object], tuple[int, ...]]] = {
+    "nibbles": (_nibbles_to_words, (4,)),
+    "scales": (_words_to_scales, (3, 4)),
+    "e4m3": (_e4m3_to_words, (2,)),
+    "row": (_row_times_e4m3, ()),
+}
 
 
 @functools.cache
 def _kernel(name: str, *key: object) -> Callable[..., object]:
     # Sizes that inductor must know to vectorize are static, and get a kernel each.
-    return _compile(_FUNCTIONS[name], "_".join(("requanto", name, *map(str, key))), dynamic=None)
+    return _compile(_FUNCTIONS[name][0], "_".join(("requanto", name, *map(str, key))))
 
 
 @functools.cache
