@@ -183,6 +183,16 @@ def test_kept_products(dtype, shape, monkeypatch):
         assert torch.equal(out[:, columns:], torch.full((rows, 5), 7, dtype=dtype))
 
 
+def test_a_static_scale_of_zero_is_no_division_by_zero(layer):
+    """An uncalibrated scale gives what it gave in torch's arithmetic: no exception of Python's."""
+    module = layer("int8")
+    prepare(module, smallest=0)
+    x = torch.randn(2, 192, dtype=torch.bfloat16)
+    with torch.no_grad():
+        got = linear(x, module.weight, activation=qint8, input_scale=torch.tensor(0.0))
+    assert got.shape == (2, module.weight.shape[0])
+
+
 def test_nan_reaches_its_row_only(layer):
     module = layer("int8")
     prepare(module, smallest=0)

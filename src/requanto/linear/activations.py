@@ -73,17 +73,15 @@ def quantize_unsigned(
     wide = _wide(x).mul_(scale.reciprocal())
     if input_scale is not None:
         wide.clamp_(kind.qmin, kind.qmax)
-    rows = x.shape[0]
-    codes = workspace((max(rows, least), x.shape[1]), torch.uint8, slot=5)
-    codes[:rows].copy_(_integers(wide, 128))
-    return codes, scale
+    return _bytes(wide, least), scale
 
 
 def single_scale(x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None) -> float | None:
     """The scale as one float32 number, where x has one: a static scale, or one row. None: several, or not finite."""
     if input_scale is not None:
         step = input_scale.detach().float()
-        return step.item() if step.numel() == 1 else None
+        # Zero has no reciprocal among Python's numbers; among torch's it has.
+        return step.item() if step.numel() == 1 and bool(torch.isfinite(step.reciprocal())) else None
     return row_step(x, kind.qmax) if x.shape[0] == 1 else None
 
 
@@ -99,7 +97,14 @@ def row_step(x: torch.Tensor, qmax: float) -> float | None:
 def quantize_by(x: torch.Tensor, kind: qtype, step: float) -> torch.Tensor:
     """int8 codes of x under one scale + 128 as uint8, in this thread's buffer."""
     wide = _wide(x).mul_(c_float(1 / step).value).clamp_(kind.qmin, kind.qmax)
-    return workspace(tuple(x.shape), torch.uint8, slot=5).copy_(_integers(wide, 128))
+    return _bytes(wide, 1)
+
+
+def _bytes(wide: torch.Tensor, least: int) -> torch.Tensor:
+    rows = wide.shape[0]
+    codes = workspace((max(rows, least), wide.shape[1]), torch.uint8, slot=5)
+    codes[:rows].copy_(_integers(wide, 128))
+    return codes
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
