@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,6 +26,9 @@ LOCK = threading.RLock()
 _numbers = itertools.count(1)
 _held: WeakValueDictionary[int, Packed] = WeakValueDictionary()
 _forms: dict[torch.dtype, Callable[[torch.Tensor, int], Packed]] = {}
+
+
+P = TypeVar("P", bound="Packed")
 
 
 class Packed:
@@ -61,6 +65,12 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes that the packed codes take."""
         raise NotImplementedError
+
+
+def packed_as(weight: Any, form: type[P], pack: Callable[[Any], P]) -> P:
+    """The weight's packed form; packed anew where another thread has read the stored codes since the table was asked."""
+    packed = weight.packed
+    return packed if isinstance(packed, form) else pack(weight)
 
 
 def is_handle(qdata: torch.Tensor) -> bool:

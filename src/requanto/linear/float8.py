@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from requanto.layout import Packed
+from requanto.layout import Packed, packed_as
 from requanto.linear import blocked, compiled
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qtype
@@ -62,9 +62,7 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ w.T + bias``; x in bfloat16, or few rows of any dtype."""
-    packed = weight.packed
-    if not isinstance(packed, Float8Codes):  # another thread has read the stored form since the table was asked
-        packed = pack(weight)
+    packed = packed_as(weight, Float8Codes, pack)
     scale = weight.scale.reshape(-1).float() * 2.0**120
     if x.shape[0] <= FEW:
         out = torch.stack([compiled.e4m3_row(row, packed.blocks) for row in x.float()]).mul_(scale)

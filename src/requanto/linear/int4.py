@@ -13,7 +13,7 @@ import logging
 
 import torch
 
-from requanto.layout import Packed
+from requanto.layout import Packed, packed_as
 from requanto.packing import pack as pack_codes
 from requanto.packing import unpack
 from requanto.qtensor import QTensor
@@ -131,9 +131,7 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Few rows: the nibbles are read once, dequantized in registers."""
-    packed = weight.packed
-    if not isinstance(packed, Int4Codes):  # another thread has read the stored form since the table was asked
-        packed = pack(weight)
+    packed = packed_as(weight, Int4Codes, pack)
     out = torch.ops.aten._weight_int4pack_mm_for_cpu(
         x.contiguous(), packed.blocked, weight.group_size, packed.scales(weight, x.dtype)
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import torch
 
-from requanto.layout import Packed
+from requanto.layout import Packed, packed_as
 from requanto.linear.activations import (
     STEPS,
     quantize_by,
@@ -98,12 +98,6 @@ def _product(x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor, step: fl
     )
 
 
-def _codes(weight: QTensor) -> OneDnnCodes:
-    packed = weight.packed
-    # Another thread may have read the stored form since the table was asked.
-    return packed if isinstance(packed, OneDnnCodes) else pack(weight)
-
-
 def run_split(
     x: torch.Tensor,
     weight: QTensor,
@@ -112,7 +106,7 @@ def run_split(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Float activations: two int8 products."""
-    packed, scale = _codes(weight), weight.scale.reshape(-1).float()
+    packed, scale = packed_as(weight, OneDnnCodes, pack), weight.scale.reshape(-1).float()
     one = row_step(x, STEPS) if x.shape[0] == 1 else None
     if one is not None:
         sums = _product(split_by(x, one, LEAST), packed, scale, one)
@@ -137,7 +131,7 @@ def run_int8(
 ) -> torch.Tensor:
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
-    packed, scale = _codes(weight), weight.scale.reshape(-1).float()
+    packed, scale = packed_as(weight, OneDnnCodes, pack), weight.scale.reshape(-1).float()
     step = _rows_at_once(x, weight.shape[0])
     if x.dtype != torch.float16:
         one = single_scale(x, activation, input_scale)
