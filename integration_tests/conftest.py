@@ -1,7 +1,11 @@
 """What integration tests share: two real models, and two threads as on the machines that run them."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# Compiled kernels are made as they are for a user, but beside pytest's cache.
+os.environ.setdefault("REQUANTO_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "requanto"))
 
 import pytest
 import torch

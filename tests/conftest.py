@@ -1,8 +1,27 @@
-"""Every test computes on one thread: the machines that run them are small, and several workers share one."""
+"""Every test computes on one thread: the machines that run them are small, and several workers share one.
 
+Kernels of torch's compiler are for the tests that ask for them: each takes 20 s to make. They are kept beside
+pytest's cache.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("REQUANTO_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "requanto"))
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    """`tests/linear/test_compiled.py` and the integration tests run the compiled paths."""
+    from requanto.settings import settings as requanto_settings
+
+    monkeypatch.setattr(requanto_settings, "compiled", False)
+
 
 try:
     from hypothesis import settings

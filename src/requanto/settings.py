@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+_COMPILED = {"0": False, "1": True}
+
 
 @dataclass
 class Settings:
@@ -19,15 +21,16 @@ class Settings:
         pack_on_first_use: on a CPU, reorder the codes of a layer for its kernel at the first product. The reordered
             form replaces the stored one, and the stored one comes back when it is asked for.
             (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` packs all the same.)
-        compiled: on a CPU, use kernels that torch.compile makes where they are faster: float8 (e4m3), and int4, int3 and
-            int2 with 24 rows and more, in bfloat16. The first use takes 15 to 30 s and a C++ compiler
-            (`requanto.linear.compiled`).
-            (environment: REQUANTO_COMPILE=1)
+        compiled: on a CPU, use kernels that torch's compiler makes where they are faster: float8 (e4m3), and int4, int3 and
+            int2 with many rows, in bfloat16. The first use on a machine takes half a minute and a C++ compiler, then they
+            lie in a file (`requanto.linear.ahead`). None: where there is a compiler, and if they cannot be made, eager
+            operators and a line in the log; True: an error then; False: never.
+            (environment: REQUANTO_COMPILE=1 or 0; None unless set)
     """
 
     workspace_bytes: int = int(float(os.environ.get("REQUANTO_WORKSPACE_MB", "64")) * 2**20)
     pack_on_first_use: bool = os.environ.get("REQUANTO_PACK", "1") != "0"
-    compiled: bool = os.environ.get("REQUANTO_COMPILE", "0") == "1"
+    compiled: bool | None = _COMPILED.get(os.environ.get("REQUANTO_COMPILE", ""))
 
 
 settings = Settings()

@@ -1,7 +1,7 @@
-"""Kernels that torch.compile makes on request. They need a C++ compiler, and half a minute where torch's cache is empty."""
+"""Kernels of torch's compiler. They need a C++ compiler, and 20 s each where none is kept (tests/conftest.py)."""
 
+import logging
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from requanto import QTensor
-from requanto.linear import blocked, compiled, int4, linear
+from requanto.linear import ahead, blocked, compiled, int4, linear
 from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
 from requanto.settings import settings
 
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: neither CXX, g++ nor clang++ is here"),
+    pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
     pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
 ]
+KEPT = os.environ["REQUANTO_CACHE"]
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -145,20 +145,19 @@ def test_in_parts_as_whole(kind, monkeypatch):
 
 
 def test_shapes_share_a_kernel():
-    """A model has many shapes, and each kernel takes seconds to make."""
+    """A model has many shapes, and each kernel takes 20 s to make."""
     check(quantized("float8", 320, 192), 40, torch.bfloat16, "cpu-compiled-float8")
-    counters = torch._dynamo.utils.counters["stats"]
-    made = counters["unique_graphs"]
+    made = set(ahead._loaded)
     for out_features, in_features in ((128, 64), (512, 128), (192, 1024)):
         check(quantized("float8", out_features, in_features), 40, torch.bfloat16, "cpu-compiled-float8")
-    assert counters["unique_graphs"] == made
+    assert set(ahead._loaded) == made
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
 def test_another_order_than_the_known_one(monkeypatch):
     """On a machine whose oneDNN stores weights differently, the eager way gives the same."""
     monkeypatch.setattr(blocked, "works", lambda: False)
-    check(quantized("int4", 320, 192, group_size=64), 70, torch.bfloat16, "cpu-compiled-int4")
+    check(quantized("int4", 320, 192, group_size=64), 70, torch.bfloat16, "cpu-workspace")
     check(quantized("float8", 320, 192), 40, torch.bfloat16, "cpu-workspace")
 
 
@@ -178,17 +177,134 @@ def test_set_after_the_first_product(monkeypatch):
     assert (got.float() - eager.float()).norm() <= 1e-2 * eager.float().norm()
 
 
-def test_a_kernel_that_computes_something_else_is_refused(monkeypatch):
-    """A cache from another processor did that: half of the numbers were not written."""
-    monkeypatch.setattr(compiled, "_made", set())
-    monkeypatch.setattr(compiled, "_kernel", lambda *key: lambda codes, scale, words: words[..., :32].zero_())
-    module = quantized("float8", 64, 64)
+def test_a_row_that_needs_a_gradient():
+    module = quantized("float8", 128, 64)
+    x = torch.randn(1, 64, dtype=torch.bfloat16, requires_grad=True)
     prepare(module, smallest=0)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="computes something else than its source"):
-        linear(torch.randn(5, 64).bfloat16(), module.weight)
+    linear(x, module.weight).sum().backward()
+    want = module.weight.dequantize(torch.float32).sum(0)
+    assert (x.grad.float() - want).norm() <= 1e-2 * want.norm()
 
 
-WIDTHS = """
+class _Half:
+    """A kernel of another processor: half of the numbers are not written."""
+
+    def __init__(self, name, path):
+        del name, path
+
+    def __call__(self, codes, scale, words):
+        words[..., :32].zero_()
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch, tmp_path):
+    """A process that has loaded nothing, and a machine that keeps nothing."""
+    monkeypatch.setattr(ahead, "_loaded", {})
+    monkeypatch.setattr(ahead, "_failed", {})
+    monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "kept"))
+    ahead._can_be_made.cache_clear()
+    yield tmp_path / "kept"
+    ahead._can_be_made.cache_clear()
+
+
+def as_unasked(monkeypatch, caplog, why: str) -> None:
+    """Nobody has asked for compiled kernels, and they cannot be had: eager operators, and one line that says why."""
+    monkeypatch.setattr(settings, "compiled", None)
+    module = quantized("float8", 1024, 1024)
+    x = torch.randn(3, 1024).bfloat16()
+    with torch.no_grad(), caplog.at_level(logging.INFO, logger="requanto"):
+        got = [linear(x, module.weight) for _ in range(2)]
+    assert module.weight.packed is None
+    assert explain(module, rows=(3,), dtype=torch.bfloat16)[0].implementation == "cpu-workspace"
+    monkeypatch.setattr(settings, "compiled", False)
+    with torch.no_grad():
+        want = linear(x, module.weight)
+    assert all(torch.equal(out, want) for out in got)
+    assert len([record for record in caplog.records if why in record.getMessage()]) == 1
+
+
+def test_a_kernel_that_computes_something_else_is_refused(nothing_loaded, monkeypatch, caplog):
+    monkeypatch.setattr(ahead, "Kernel", _Half)
+    monkeypatch.setattr(ahead, "_make", lambda name, path: None)
+    module = quantized("float8", 64, 64)
+    with pytest.raises(ahead.KernelUnavailable, match="computes something else than its source"):
+        prepare(module, smallest=0)
+    as_unasked(monkeypatch, caplog, "computes something else than its source")
+
+
+def test_without_a_compiler(nothing_loaded, monkeypatch, caplog):
+    monkeypatch.setattr(ahead, "compiler", lambda: None)
+    with pytest.raises(ahead.KernelUnavailable, match=r"no C\+\+ compiler for 'e4m3', 'row'"):
+        prepare(quantized("float8", 64, 64), smallest=0)
+    as_unasked(monkeypatch, caplog, "no C++ compiler was found")
+
+
+def test_with_a_compiler_that_fails(nothing_loaded, monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    as_unasked(monkeypatch, caplog, "do without compiled kernels in this process: making the kernel")
+
+
+def test_nowhere_to_keep_them(nothing_loaded, monkeypatch, caplog, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "file" / "kept"))
+    with pytest.raises(ahead.KernelUnavailable, match="Set REQUANTO_CACHE to a directory that can be written"):
+        prepare(quantized("float8", 64, 64), smallest=0)
+    as_unasked(monkeypatch, caplog, "Set REQUANTO_CACHE to a directory that can be written")
+
+
+def test_a_file_that_is_no_kernel_is_made_anew(nothing_loaded, monkeypatch):
+    right = ahead._make
+    made = []
+
+    def take_the_one_of_these_tests(name, path):
+        made.append(name)
+        with monkeypatch.context() as context:
+            context.setenv("REQUANTO_CACHE", KEPT)
+            usual = ahead.path_of(name, compiled.SOURCES[name])
+            if not usual.exists():
+                right(name, usual)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(usual.read_bytes())
+
+    monkeypatch.setattr(ahead, "_make", take_the_one_of_these_tests)
+    broken = ahead.path_of("e4m3", compiled.SOURCES["e4m3"])
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"PK: cut off")
+    check(quantized("float8", 64, 64), 5, torch.bfloat16, "cpu-compiled-float8")
+    assert sorted(made) == ["e4m3", "row"]
+
+
+def test_kept_for_later_processes(tmp_path):
+    """Two processes at once make a kernel once; another width of vectors has its own; a third process makes nothing."""
+    environment = {**os.environ, "REQUANTO_CACHE": str(tmp_path)}
+
+    def start(capability: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", ONE_KERNEL],
+            env={**environment, "ATEN_CPU_CAPABILITY": capability},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    for processes in ([start("avx512"), start("avx512")], [start("avx2")]):
+        for process in processes:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors[-2000:]
+    packages = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt2")}
+    assert len(packages) == 2
+    again = start("avx512")
+    _, errors = again.communicate()
+    assert again.returncode == 0
+    assert "compiling" not in errors
+    assert "imported the compiler: False" in errors
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt2")} == packages
+
+
+ONE_KERNEL = """
+import sys
 import torch
 from requanto.linear import compiled
 codes = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
@@ -198,15 +314,8 @@ want = codes.view(torch.float8_e4m3fn).float() * scale.view(2, 1, 64)
 got = words.view(torch.bfloat16).view(2, 32, 64, 2).transpose(2, 3).reshape(2, 64, 64).float()
 known = torch.isfinite(want)
 assert ((got - want).abs() <= 2**-8 * want.abs())[known].all()
+print("imported the compiler:", "torch._inductor" in sys.modules, file=sys.stderr)
 """
-
-
-def test_one_cache_for_two_widths_of_vectors(tmp_path):
-    """torch does not key its cache of kernels by ATEN_CPU_CAPABILITY."""
-    for capability in ("avx512", "avx2"):
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": capability}
-        done = subprocess.run([sys.executable, "-c", WIDTHS], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", ["float8", "int4"])
@@ -232,7 +341,13 @@ def test_threads_agree_with_one_thread(kind):
         assert all(torch.equal(out, right) for out, right in zip(outs, want))
 
 
-def test_never_unasked(monkeypatch):
+def test_unasked(monkeypatch):
+    """Where there is a compiler, they are the usual way."""
+    monkeypatch.setattr(settings, "compiled", None)
+    check(quantized("float8", 128, 64), 40, torch.bfloat16, "cpu-compiled-float8")
+
+
+def test_forbidden(monkeypatch):
     monkeypatch.setattr(settings, "compiled", False)
     module = quantized("float8", 128, 64)
     assert {choice.implementation for choice in explain(module, rows=(1, 40), dtype=torch.bfloat16)} == {

@@ -5,9 +5,9 @@ In order of preference:
     cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
     cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
     cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
-    cpu-compiled-int4  int4, int3 and int2, packed, some rows of bfloat16, only on request: dequantized by a compiled kernel
+    cpu-compiled-int4  int4, int3 and int2, packed, some rows of bfloat16: dequantized by a kernel of torch's compiler
     cpu-int4pack       int4, int3 and int2 weights, packed, few rows: torch's weight-only operator
-    cpu-compiled-float8  e4m3, packed, only on request: a kernel made by torch.compile
+    cpu-compiled-float8  e4m3, packed: a kernel of torch's compiler
     cpu-workspace      everything else: dequantized into a kept buffer, block by block, then F.linear
 """
 
@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import torch
 
-from requanto.linear import float8, int4, int4_large, onednn
+from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.kept import matmul, scaled_into
 from requanto.linear.table import Implementation, Problem, register
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
-from requanto.settings import settings
 from requanto.workspace import rows_that_fit, workspace
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -198,12 +197,13 @@ register(
         run=run_workspace,
         supports=lambda p: (
             _cpu(p)
-            and settings.compiled
             and p.layout == int4.LAYOUT
             and p.dtype == torch.bfloat16
             and p.rows > (COMPILED_INT4_ROWS if p.out_features * p.in_features >= LARGE else INT4_ROWS)
+            and ahead.wanted(compiled.NIBBLES)
+            and blocked.fits(p.out_features, p.in_features)
         ),
-        reason="dequantized block by block by a kernel that torch compiles, then a product (settings.compiled)",
+        reason="dequantized block by block by a kernel of torch's compiler, in oneDNN's order, then a product",
     ),
     before="reference",
 )
@@ -227,12 +227,12 @@ register(
         run=float8.run,
         supports=lambda p: (
             _cpu(p)
-            and settings.compiled
             and p.layout == float8.LAYOUT
             and p.activation is None
             and (p.rows <= float8.FEW or p.dtype == torch.bfloat16)
+            and ahead.wanted(compiled.FLOAT8)
         ),
-        reason="compiled by torch, reads the float8 codes once (settings.compiled)",
+        reason="a kernel of torch's compiler reads the float8 codes once",
     ),
     before="reference",
 )

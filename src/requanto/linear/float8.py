@@ -1,7 +1,7 @@
 """float8 (e4m3) weights for the kernels of torch.compile: blocks of 64 rows, K outside.
 
 One row of x is multiplied with the codes as they are read; more rows with bfloat16, in oneDNN's order, block by block
-(`requanto.linear.blocked`). Packed only while ``requanto.settings.compiled`` is set.
+(`requanto.linear.blocked`). Packed only where those kernels can be had (``requanto.settings.compiled``).
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 
 from requanto.layout import Packed, packed_as
-from requanto.linear import blocked, compiled
+from requanto.linear import ahead, blocked, compiled
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qtype
-from requanto.settings import settings
 
 LAYOUT = "float8-blocked"
 #: Rows of x that are multiplied with the codes one by one; beyond, dequantization is shared by enough rows.
@@ -41,7 +40,7 @@ class Float8Codes(Packed):
 def fits(weight: QTensor) -> bool:
     """True for the weights that the kernels take: e4m3, a scale a row, whole blocks."""
     return (
-        settings.compiled
+        ahead.wanted(compiled.FLOAT8)
         and weight.qtype == qfloat8_e4m3fn
         and weight.group_size is None
         and not weight.affine
@@ -50,7 +49,7 @@ def fits(weight: QTensor) -> bool:
 
 
 def pack(weight: QTensor) -> Float8Codes:
-    """The packed form of a plain weight that `fits`."""
+    """The packed form of a plain weight that `fits`, once the kernels are `compiled.ready_for_float8`."""
     return Float8Codes(weight.qdata)
 
 
@@ -63,11 +62,13 @@ def run(
 ) -> torch.Tensor:
     """``x @ w.T + bias``; x in bfloat16, or few rows of any dtype."""
     packed = packed_as(weight, Float8Codes, pack)
-    scale = weight.scale.reshape(-1).float() * 2.0**120
-    if x.shape[0] <= FEW:
-        out = torch.stack([compiled.e4m3_row(row, packed.blocks) for row in x.float()]).mul_(scale)
+    scale = weight.scale.reshape(-1).float()
+    if x.shape[0] > FEW:
+        out = _many(x.contiguous(), packed, scale * 2.0**120)
+    elif x.shape[0] == 1:
+        out = compiled.e4m3_row(x.float().view(-1), packed.blocks, scale).view(1, -1)
     else:
-        out = _many(x.contiguous(), packed, scale)
+        out = torch.stack([compiled.e4m3_row(row, packed.blocks, scale) for row in x.float()])
     if bias is not None:
         out.add_(bias)
     return out.to(x.dtype)

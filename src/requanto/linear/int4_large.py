@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from requanto.linear import blocked, compiled
+from requanto.linear import ahead, blocked, compiled
 from requanto.linear.int4 import Int4Codes
 from requanto.linear.kept import matmul
 from requanto.qtensor import QTensor
@@ -29,7 +29,7 @@ _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 
 def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
     """``x @ w.T`` in x's dtype, float32 or bfloat16, ``[rows, N]``."""
-    if settings.compiled and x.dtype == torch.bfloat16 and compilable(weight, packed):
+    if ahead.wanted(compiled.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(weight, packed):
         return _run_compiled(x.contiguous(), weight, packed)
     half, length, dtype = packed.block // 2, packed.length, x.dtype
     scales = packed.scales(weight, dtype)
@@ -48,9 +48,11 @@ def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tens
     return out
 
 
-def compilable(weight: QTensor, packed: Int4Codes) -> bool:
-    """True where the operator's blocks of rows are oneDNN's."""
-    return packed.block == blocked.ROWS and blocked.fits(weight.shape[0], packed.length)
+def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
+    """True where the operator's blocks of rows are oneDNN's, and the kernels can be had: they are made at the first call."""
+    return (
+        packed.block == blocked.ROWS and blocked.fits(weight.shape[0], packed.length) and compiled.ready_for_nibbles()
+    )
 
 
 def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
@@ -62,7 +64,7 @@ def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.
     # Small passes cost their start: all scales at once, where they take no more than an eighth of the bound.
     whole = None
     if 4 * scales.numel() <= settings.workspace_bytes // 8:
-        whole = _of_nibbles(scales, affine=weight.shift is not None)
+        whole = _of_nibbles(scales)
     buffer = blocked.blocked(step, length)
     if whole is not None and step == rows:
         compiled.nibble_words(stored, *whole, buffer.words)
@@ -71,7 +73,7 @@ def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.
     for start in blocked.starts(rows, step):
         first = start // packed.block
         if whole is None:
-            scale, zero = _of_nibbles(scales[:, start : start + step], affine=weight.shift is not None)
+            scale, zero = _of_nibbles(scales[:, start : start + step].contiguous())
         else:
             scale, zero = (part[first : first + count] for part in whole)
         compiled.nibble_words(stored[first : first + count], scale, zero, buffer.words)
@@ -79,13 +81,13 @@ def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.
     return out
 
 
-def _of_nibbles(scales: torch.Tensor, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_nibbles(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bfloat16 ``[groups, N, 2]`` -> float32 ``[N / 64, groups, 2, 32]`` twice: scales, those of upper nibbles / 16,
     and zeros for nibbles that count from 0."""
     groups, rows, _ = scales.shape
     shape = (rows // blocked.ROWS, groups, 2, blocked.ROWS // 2)
     scale, zero = workspace(shape, torch.float32, slot=5), workspace(shape, torch.float32, slot=6)
-    compiled.nibble_scales(scales, scale, zero, affine=affine)
+    compiled.nibble_scales(scales, scale, zero)
     return scale, zero
 
 

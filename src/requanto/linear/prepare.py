@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from requanto.layout import LOCK, Packed
-from requanto.linear import float8, int4, onednn, triton_layout
+from requanto.linear import compiled, float8, int4, onednn, triton_layout
+from requanto.linear.table import table_version
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
 from requanto.settings import settings
@@ -80,7 +81,7 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
         or weight.__dict__.get("_stays_plain", False)
         or not settings.pack_on_first_use
         or not getattr(weight, "_is_param", False)
-        or weight.__dict__.get("_no_form_if_compiled") == settings.compiled
+        or weight.__dict__.get("_no_form_at") == table_version()
     ):
         return
     if weight.numel() < min(SMALLEST, SMALLEST_ON_CPU):
@@ -101,12 +102,15 @@ def _pack(
         if triton_layout.capturing(weight.device):
             return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
-        if make is None:  # float8 has a form for compiled kernels only: ask again when the setting has changed
-            weight._no_form_if_compiled = settings.compiled
+        if make is None:  # float8 has a form for compiled kernels only: ask again when something has changed
+            weight._no_form_at = table_version()
             return False
         count = weight.__dict__.get("_times_packed", 0)
         if not _pays(weight, make, activation, smallest) or count > REPACKS:
             weight._stays_plain = True
+            return False
+        # The form is of no use without the kernels, which are made now if they have never been.
+        if make is float8.pack and not compiled.ready_for_float8():
             return False
         with torch.inference_mode(False), torch.no_grad():
             packed = make(weight)

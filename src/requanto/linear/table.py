@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from requanto.linear.ahead import failures
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 from requanto.settings import settings
@@ -91,9 +92,9 @@ def register(implementation: Implementation, *, before: str | None = None) -> No
     _TABLE.insert(len(names) if before is None else names.index(before), implementation)
 
 
-def table_version() -> tuple[int, bool]:
-    """Changes with whatever may change a choice: an implementation more, a setting."""
-    return len(_TABLE), settings.compiled
+def table_version() -> tuple[int, bool | None, int]:
+    """Changes with whatever may change a choice: an implementation more, a setting, kernels that could not be made."""
+    return len(_TABLE), settings.compiled, failures()
 
 
 def implementations() -> tuple[Implementation, ...]:
