@@ -30,8 +30,8 @@ from cpu_tables import GOALS, ROWS, SHAPES, markdown, plot, show
 COPIES = 3  # with the baseline's own buffers several times the last cache
 #: Rows of x from which one copy will do, since a product is no longer bound by memory, and a few rounds must.
 MANY = 512
-#: Types whose layers run with `settings.compiled` as well, where that takes another path.
-COMPILED = ("int4", "int2", "float8")
+#: Types whose layers run without compiled kernels as well, as on a machine without a C++ compiler.
+EAGER = ("int4", "int2", "float8")
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -43,21 +43,21 @@ def requanto_layers(weight: torch.Tensor) -> dict[str, Layer]:
     def quantize(kind: str) -> torch.nn.Parameter:
         return torch.nn.Parameter(requanto.QTensor.quantize(weight, kind), requires_grad=False)
 
-    def compiled(x: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        settings.compiled = True
+    def eager(x: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
+        settings.compiled = False
         try:
             return linear(x, parameter)
         finally:
-            settings.compiled = False
+            settings.compiled = None
 
     weights = {kind: quantize(kind) for kind in ("int8", "int4", "int2", "float8")}
     layers: dict[str, Layer] = {kind: (lambda x, w=w: linear(x, w)) for kind, w in weights.items()}
     both = quantize("int8")
     layers["int8 x int8"] = lambda x: linear(x, both, activation=requanto.qint8)
-    for kind in COMPILED:
+    for kind in EAGER:
         # float8 is packed for the compiled kernels, and would be unpacked for the others.
         weight_of_its_own = quantize(kind) if kind == "float8" else weights[kind]
-        layers[f"{kind} compiled"] = lambda x, w=weight_of_its_own: compiled(x, w)
+        layers[f"{kind} eager"] = lambda x, w=weight_of_its_own: eager(x, w)
     return layers
 
 
@@ -118,7 +118,7 @@ def calls(
     found: dict[str, list[Callable[[], object]]] = {"bf16": [lambda w=w: F.linear(x, w) for w in weights[:copies]]}
     for name in built[0]:
         # Few rows of int4 take torch's operator either way.
-        if not (name.startswith("int") and name.endswith("compiled")) or x.shape[0] >= 16:
+        if not (name.startswith("int") and name.endswith("eager")) or x.shape[0] >= 16:
             found[name] = [lambda layer=layers[name]: layer(x) for layers in built[:copies]]
     return found
 

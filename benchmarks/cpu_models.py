@@ -44,8 +44,8 @@ OURS: dict[str, dict[str, Any]] = {
     "int8 x int8": {"weights": "int8", "activations": "int8"},
 }
 LAYERS = 16
-#: Again with `settings.compiled`, as models of their own.
-COMPILED = ("int4", "float8")
+#: Again without compiled kernels, as on a machine without a C++ compiler, as models of their own.
+EAGER = ("int4", "float8")
 PROMPTS = (32, 512)
 #: Ratio to bf16 of the 1.2B model.
 GOALS = {"int8": {"decode": 1.6, "512": 0.85}, "int4": {"decode": 2.0, "512": 0.85}}
@@ -102,7 +102,7 @@ class Runner:
     """A model whose prefill and decoding are timed one call at a time."""
 
     def __init__(self, model: Any, seconds: float) -> None:
-        self.model, self.seconds, self.compiled = model, seconds, False
+        self.model, self.seconds, self.compiled = model, seconds, None
         self.times: dict[str, list[float]] = {}
         self.state: Any = None
 
@@ -114,7 +114,7 @@ class Runner:
             if keep:
                 self.times.setdefault(name, []).append(time.perf_counter() - start)
         finally:
-            settings.compiled = False
+            settings.compiled = None
         return out
 
     def about(self, plain_bytes: int) -> dict[str, float]:
@@ -166,8 +166,8 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
     jobs: dict[str, Any] = {}
     for name, how in OURS.items():
         jobs[name] = lambda how=how: Runner(*load(source, requanto.QuantoConfig(**how)))
-        if name in COMPILED and not options.no_compiled:
-            jobs[f"{name} compiled"] = lambda make=jobs[name]: _compiled(make())
+        if name in EAGER and not options.no_eager:
+            jobs[f"{name} eager"] = lambda make=jobs[name]: _eager(make())
     if options.peers:
         jobs |= {name: (lambda make=make: Runner(*load(source, make()))) for name, make in peers().items()}
     if options.llama_python:
@@ -198,8 +198,8 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
         save()
 
 
-def _compiled(runner: Runner) -> Runner:
-    runner.compiled = True
+def _eager(runner: Runner) -> Runner:
+    runner.compiled = False
     return runner
 
 
@@ -253,7 +253,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=330, help="seconds in all")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
-    parser.add_argument("--no-compiled", action="store_true", help="nothing with settings.compiled")
+    parser.add_argument("--no-eager", action="store_true", help="nothing without compiled kernels")
     parser.add_argument("--table", action="store_true", help="print the results' table and measure nothing")
     options = parser.parse_args()
     path = RESULTS / f"cpu_models_{options.threads}threads.json"

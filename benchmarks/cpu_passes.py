@@ -21,7 +21,6 @@ from requanto.linear import blocked, compiled, float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_unsigned, split_16bit
 from requanto.linear.dequantize import dequantize_rows
 from requanto.linear.kept import scaled_into
-from requanto.settings import settings
 
 ROWS, K, N = 256, 4096, 512
 ROUNDS = 40
@@ -92,11 +91,12 @@ def weights() -> dict[str, float]:
         "float8": lambda: dequantize_rows(weight, 0, N, rows, scaled=False),
     }
     if blocked.fits(N, K):
-        settings.compiled = True
+        if not (compiled.ready(compiled.NIBBLES) and compiled.ready(compiled.FLOAT8)):
+            return timed(calls, N * K)
         words = blocked.blocked(N, K).words
-        of_blocks = torch.rand(count, groups, 2, half)
+        pairs = torch.rand(count, groups, 2 * half, 2).bfloat16().view(torch.int32).squeeze(-1)
         bytes_, row_scale = float8.pack(weight).blocks, torch.rand(N)
-        calls["int4, compiled"] = lambda: compiled.nibble_words(blocks, of_blocks, of_blocks, words)
+        calls["int4, compiled"] = lambda: compiled.nibble_words(blocks, pairs, words)
         calls["float8, compiled"] = lambda: compiled.e4m3_words(bytes_, row_scale, words)
     return timed(calls, N * K)
 

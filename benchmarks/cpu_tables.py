@@ -72,7 +72,7 @@ def plot(rows: list[Row], path: Path) -> None:
     colors = {"int8": "C0", "int4": "C1", "int2": "C2", "float8": "C3", "int8 x int8": "C4", "nf4": "C5"}
     for axis, shape in zip(axes, SHAPES):
         for (library, name), cells in _cells(rows, shape).items():
-            kind = name.removesuffix(" compiled")
+            kind = name.removesuffix(" eager")
             if kind not in colors:
                 continue
             line, marker, width = styles.get(library, ("-.", "v", 1.2))

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from requanto import dispatch
 from requanto.layout import find, is_fake, is_handle
 from requanto.packing import unpack
 from requanto.qtypes import qtype, qtypes, resolve_qtype
@@ -274,15 +275,11 @@ class QTensor(Stored, torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        from requanto.ops import torch_function
-
-        return torch_function(func, types, args, kwargs or {})
+        return dispatch.torch_function(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        from requanto.ops import torch_dispatch
-
-        return torch_dispatch(func, types, args, kwargs or {})
+        return dispatch.torch_dispatch(func, types, args, kwargs or {})
 
 
 NO_GRADIENT = (

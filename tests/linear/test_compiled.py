@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from requanto import QTensor
-from requanto.linear import ahead, blocked, compiled, int4, linear
+from requanto.linear import ahead, blocked, compiled, int4, linear, onednn
 from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
+from requanto.linear.table import choose, problem_of
+from requanto.qtypes import qint8
 from requanto.settings import settings
 
 pytestmark = [
@@ -30,7 +32,10 @@ def asked_for(monkeypatch):
 
 def quantized(kind: str, out_features: int, in_features: int, **how: object) -> torch.nn.Linear:
     module = torch.nn.Linear(in_features, out_features, bias=True)
-    module.weight = torch.nn.Parameter(QTensor.quantize(torch.randn(out_features, in_features), kind, **how), False)
+    values = torch.randn(out_features, in_features)
+    if kind == "int8":  # packed in 16 bits only
+        values = values.bfloat16()
+    module.weight = torch.nn.Parameter(QTensor.quantize(values, kind, **how), False)
     return module
 
 
@@ -89,7 +94,7 @@ def test_every_float8_number():
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_nibbles(kind, symmetric, group_size):
     how = {} if kind == "uint4" else {"symmetric": symmetric}
-    check(quantized(kind, 320, 384, group_size=group_size, **how), 70, torch.bfloat16, "cpu-compiled-int4")
+    check(quantized(kind, 320, 384, group_size=group_size, **how), 90, torch.bfloat16, "cpu-compiled-int4")
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
@@ -100,16 +105,138 @@ def test_nibbles_in_other_dtypes(dtype):
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
 def test_where_a_kernel_s_call_pays():
-    """A small weight costs less than the call: torch's operator serves it up to 64 rows, large ones up to 23."""
+    """A small weight costs less than the calls: torch's operator serves it with more rows than a large one."""
     for shape, rows, path in (
-        ((2048, 2048), 23, "cpu-int4pack"),
-        ((2048, 2048), 24, "cpu-compiled-int4"),
-        ((1024, 2048), 64, "cpu-int4pack"),
-        ((1024, 2048), 65, "cpu-compiled-int4"),
+        ((2048, 2048), 12, "cpu-int4pack"),
+        ((2048, 2048), 13, "cpu-compiled-int4"),
+        ((512, 1024), 27, "cpu-int4pack"),
+        ((512, 1024), 28, "cpu-compiled-int4"),
+        ((256, 384), 101, "cpu-int4pack"),
+        ((256, 384), 102, "cpu-compiled-int4"),
     ):
-        module = quantized("int4", *shape, group_size=64)
-        prepare(module)
-        assert explain(module, rows=(rows,), dtype=torch.bfloat16)[0].implementation == path
+        check(quantized("int4", *shape, group_size=64), rows, torch.bfloat16, path)
+
+
+@pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_form_of_the_scales_at_a_time(symmetric):
+    """torch's operator and the kernel want them in different orders; whichever is asked for, it is right and alone."""
+    module = quantized("int4", 256, 256, group_size=64, symmetric=symmetric)
+    prepare(module, smallest=0)
+    packed, few, many = module.weight.packed, torch.randn(1, 256).bfloat16(), torch.randn(200, 256).bfloat16()
+    with torch.no_grad():
+        first = linear(few, module.weight), linear(many, module.weight)
+        size = packed.nbytes
+        for _ in range(2):
+            assert torch.equal(linear(few, module.weight), first[0])
+            assert packed.nbytes == size
+            assert torch.equal(linear(many, module.weight), first[1])
+            assert packed.nbytes == size
+    assert size == 256 * 128 + 256 * 4 * 4
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+@pytest.mark.parametrize(("out_features", "in_features"), [(320, 192), (64, 64), (64, 128), (128, 64), (704, 1024)])
+def test_int8(rows, out_features, in_features):
+    check(quantized("int8", out_features, in_features), rows, torch.bfloat16, "cpu-compiled-int8")
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+def test_where_int8_takes_which_path():
+    half, bfloat16 = torch.float16, torch.bfloat16
+    for shape, rows, dtype, path in (
+        ((128, 64), 1, half, "cpu-compiled-int8"),
+        ((128, 64), 40, half, "cpu-onednn-split"),
+        ((1024, 2112), 1, half, "cpu-onednn-split"),
+        ((1024, 2112), 1, bfloat16, "cpu-compiled-int8"),
+        ((2048, 4160), 1, bfloat16, "cpu-onednn-split"),
+        ((2048, 4160), 256, bfloat16, "cpu-onednn-split"),
+        ((2048, 4160), 257, bfloat16, "cpu-compiled-int8"),
+        ((300, 192), 40, bfloat16, "cpu-onednn-split"),
+        ((320, 208), 1, bfloat16, "cpu-onednn-split"),
+    ):
+        check(quantized("int8", *shape), rows, dtype, path)
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+def test_every_int8_number():
+    """At every place of a block, a word and a pair."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.int8)
+    module = quantized("int8", 64, 256)
+    module.weight.qdata = torch.stack([codes.roll(shift) for shift in range(64)])
+    module.weight.scale = torch.ones(64, 1)
+    numbers = module.weight.qdata.float()
+    prepare(module, smallest=0)
+    with torch.no_grad():
+        assert torch.equal(linear(torch.eye(256).bfloat16(), module.weight).float(), numbers.t())
+        assert torch.equal(linear(torch.eye(256)[77:78].bfloat16(), module.weight).float(), numbers.t()[77:78])
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.03])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_of_int8_activations(dtype, scale, bias):
+    """The same codes as with more rows, whose products are sums of integers."""
+    module = quantized("int8", 320, 192)
+    prepare(module, smallest=0)
+    x = torch.randn(1, 192).to(dtype)
+    how = {"activation": qint8, "input_scale": None if scale is None else torch.tensor(scale)}
+    offset = torch.randn(320).to(dtype) if bias else None
+    problem = problem_of(module.weight, dtype, 1, qint8)
+    assert choose(problem).implementation.name == "cpu-compiled-int8-row"
+    with torch.no_grad():
+        got = linear(x, module.weight, offset, **how)
+        several = linear(x.expand(3, -1), module.weight, offset, **how)[:1]
+    step = x.double().abs().amax() / 127 if scale is None else torch.tensor(scale).double()
+    codes = (x.double() / step).round().clamp(-128, 127)
+    want = step * codes @ module.weight.dequantize(torch.float32).double().t()
+    want = want if offset is None else want + offset.double()
+    assert got.dtype == dtype
+    limit = LIMITS[dtype] if dtype != torch.float32 else 1e-5
+    assert (got.double() - want).norm() <= limit * want.norm()
+    assert (got.double() - several.double()).norm() <= limit * want.norm()
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.parametrize("activation", [None, qint8])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0])
+def test_a_row_of_numbers_that_are_none(activation, number):
+    module = quantized("int8", 128, 64)
+    prepare(module, smallest=0)
+    x = torch.randn(1, 64).bfloat16()
+    x[:] = 0 if number == 0 else x
+    x[0, 5] = number
+    with torch.no_grad():
+        got = linear(x, module.weight, activation=activation)
+    assert bool((got == 0).all()) if number == 0 else not bool(torch.isfinite(got).any())
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+def test_int8_in_another_order_than_the_known_one(monkeypatch):
+    """oneDNN's own product reads whatever oneDNN stores."""
+    monkeypatch.setattr(onednn.OneDnnCodes, "_words", lambda self, codes: None)
+    for activation in (None, qint8):
+        for rows in (1, 40):
+            module = quantized("int8", 320, 192)
+            prepare(module, smallest=0)
+            x = torch.randn(rows, 192).bfloat16()
+            with torch.no_grad():
+                got = linear(x, module.weight, activation=activation)
+            want = x.double() @ module.weight.dequantize(torch.float32).double().t()
+            assert (got.double() - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+def test_small_int8_weights_are_packed_for_kernels_only(monkeypatch):
+    x = torch.randn(3, 256).bfloat16()
+    for compiled_too, layout in ((True, "onednn"), (False, None)):
+        monkeypatch.setattr(settings, "compiled", compiled_too)
+        module = quantized("int8", 320, 256)
+        with torch.no_grad():
+            linear(x, module.weight)
+        assert (module.weight.packed and module.weight.packed.layout) == layout
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
@@ -119,21 +246,21 @@ def test_equal_weights():
     weight = torch.randn(64, 128)
     weight[:32, :64], weight[5, 64:] = 1000.25, 0
     module.weight = torch.nn.Parameter(QTensor.quantize(weight, "int4", group_size=64, symmetric=False), False)
-    check(module, 70, torch.bfloat16, "cpu-compiled-int4")
+    check(module, 1200, torch.bfloat16, "cpu-compiled-int4")
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 128), (64, 192), (128, 128), (1024, 128)])
 def test_one_block_or_a_few(out_features, in_features):
-    check(quantized("int4", out_features, in_features, group_size=64), 65, torch.bfloat16, "cpu-compiled-int4")
+    check(quantized("int4", out_features, in_features, group_size=64), 1200, torch.bfloat16, "cpu-compiled-int4")
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
-@pytest.mark.parametrize("kind", ["int4", "float8"])
+@pytest.mark.parametrize("kind", ["int4", "float8", "int8"])
 def test_in_parts_as_whole(kind, monkeypatch):
     module = quantized(kind, 640, 128)
     prepare(module, smallest=0)
-    x = torch.randn(70, 128).bfloat16()
+    x = torch.randn(150, 128).bfloat16()
     with torch.no_grad():
         whole = linear(x, module.weight)
         # four blocks of rows at a time, of ten: the last part begins in the one before
@@ -318,11 +445,11 @@ print("imported the compiler:", "torch._inductor" in sys.modules, file=sys.stder
 """
 
 
-@pytest.mark.parametrize("kind", ["float8", "int4"])
+@pytest.mark.parametrize("kind", ["float8", "int4", "int8"])
 def test_threads_agree_with_one_thread(kind):
     module = quantized(kind, 256, 256)
     prepare(module, smallest=0)
-    inputs = [torch.randn(rows, 256).bfloat16() for rows in (1, 70, 90, 2)]
+    inputs = [torch.randn(rows, 256).bfloat16() for rows in (1, 170, 290, 2)]
     with torch.no_grad():
         want = [linear(x, module.weight) for x in inputs]
     got: list[list[torch.Tensor]] = [[] for _ in range(4)]

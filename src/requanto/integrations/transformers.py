@@ -30,13 +30,13 @@ from requanto.checkpoint.format import (
     table_of,
 )
 from requanto.config import QuantoConfig
+from requanto.dispatch import implements_function
 from requanto.integrations import experts
 from requanto.integrations.accelerate import materialized
 from requanto.integrations.budget import chosen_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish, place, whole_state_dict
-from requanto.ops.table import implements_function
 from requanto.plan import PlannedWeight, plan
 from requanto.qtensor import QTensor
 

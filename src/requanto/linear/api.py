@@ -50,6 +50,20 @@ def linear(
     Raises:
         ValueError: shapes or devices that do not fit.
     """
+    if type(x) is torch.Tensor:
+        # Every look at a QTensor's shape or device would be a function call of its own: half of a small layer's time.
+        with torch._C.DisableTorchFunctionSubclass():
+            return _checked(x, weight, bias, activation, input_scale)
+    return _checked(x, weight, bias, activation, input_scale)
+
+
+def _checked(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None,
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:

@@ -4,7 +4,8 @@ Eager operators pass over the weight once each; compiled, it is read once and wr
 
 * int4, int3 and int2 in their packed form, some rows: blocks become bfloat16 in oneDNN's order, which then multiplies;
 * e4m3, more than two rows: the same;
-* e4m3, one or two rows of x: times x, nothing is written.
+* e4m3, one or two rows of x: times x, nothing is written;
+* int8 in oneDNN's blocked form: both of these, from the same bytes that oneDNN's own product reads.
 
 How they are written follows what inductor does with it (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do
 not; its own float32 -> bfloat16 takes seven times as long as the rest, so halves of 32-bit words are put together by integer
@@ -18,10 +19,11 @@ import functools
 import torch
 
 from requanto.linear import ahead
+from requanto.linear.activations import TINY
 from requanto.linear.ahead import Source
 
 #: Families, whose kernels are made, or fail, together.
-NIBBLES, FLOAT8 = "int4", "float8"
+NIBBLES, FLOAT8, INT8, INT8_ROW = "int4", "float8", "int8", "int8 x int8"
 #: Rows of a block that a byte's lower nibble stands for.
 _HALF = 32
 
@@ -37,19 +39,15 @@ def _rounded(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _nibbles_to_words(
-    codes: torch.Tensor, mask: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, words: torch.Tensor
+    codes: torch.Tensor, mask: torch.Tensor, unit: torch.Tensor, scales: torch.Tensor, words: torch.Tensor
 ) -> None:
+    own = (scales << 16).view(torch.float32)
+    zero = (scales & -(2**16)).view(torch.float32) - 8 * own
+    scale = own * unit
     bytes_ = codes.to(torch.int32).unsqueeze(3)  # [groups of all blocks, pairs, 2, 1, half]
     even, odd = (_rounded((bytes_[:, :, k] & mask).float() * scale + zero) for k in (0, 1))
     # Reshaped, values are in the result's order from the start: else inductor keeps the codes' order, and copies again.
     words.copy_(_pair(even, odd).reshape(words.shape))
-
-
-def _words_to_scales(words: torch.Tensor, side: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
-    words = words.transpose(0, 1)
-    own = (words << 16).view(torch.float32)
-    scale.copy_(own * side)
-    zero.copy_((words & -(2**16)).view(torch.float32) - 8 * own)
 
 
 def _e4m3_numbers(codes: torch.Tensor) -> torch.Tensor:
@@ -66,6 +64,38 @@ def _row_times_e4m3(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -
     return (_e4m3_numbers(codes) * x).sum(1) * 2.0**120 * scale
 
 
+def _int8_to_words(
+    codes: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, scale: torch.Tensor, words: torch.Tensor
+) -> None:
+    # Of four bytes, one word of bfloat16 takes the first two, the next word the others.
+    parts = (_rounded(((codes << left) >> 24).float() * scale) for left in (even, odd))
+    words.copy_(_pair(*parts))
+
+
+def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    parts = (((codes << (24 - 8 * byte)) >> 24).float() * x[:, byte : byte + 1] for byte in range(4))
+    return functools.reduce(torch.add, parts).sum(1) * scale * step
+
+
+def _row_to_int8(x: torch.Tensor, codes: torch.Tensor, step: torch.Tensor) -> None:
+    own = x.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
+    codes.copy_((x * own.reciprocal()).round())
+    step.copy_(own)
+
+
+@functools.cache
+def _left_shifts() -> tuple[torch.Tensor, torch.Tensor]:
+    with ahead.plain_mode():
+        return tuple(torch.tensor(left, dtype=torch.int32, device="cpu") for left in ([[24], [8]], [[16], [0]]))
+
+
+@functools.cache
+def one() -> torch.Tensor:
+    """The step of x that is not quantized."""
+    with ahead.plain_mode():
+        return torch.ones(1, 1, device="cpu")
+
+
 @functools.cache
 def _nibble_masks() -> torch.Tensor:
     with ahead.plain_mode():
@@ -80,20 +110,14 @@ def _nibble_units() -> torch.Tensor:
 
 def _nibbles_example() -> tuple[torch.Tensor, ...]:
     count, pairs = 6, 4
+    scales = torch.randn(count * 2 * _HALF, 2, device="cpu").bfloat16().view(torch.int32)
     return (
         torch.randint(0, 256, (count, pairs, 2, _HALF), dtype=torch.uint8, device="cpu"),
         _nibble_masks(),
-        torch.rand(count, 1, 2, _HALF, device="cpu"),
-        torch.randn(count, 1, 2, _HALF, device="cpu"),
+        _nibble_units(),
+        scales.view(count, 1, 2, _HALF),
         torch.empty(count, pairs, 2 * _HALF, dtype=torch.int32, device="cpu"),
     )
-
-
-def _scales_example() -> tuple[torch.Tensor, ...]:
-    groups, blocks = 6, 4
-    pairs = torch.randn(groups, blocks * 2 * _HALF, 2, device="cpu").bfloat16()
-    scale, zero = (torch.empty(blocks, groups, 2, _HALF, device="cpu") for _ in range(2))
-    return pairs.view(torch.int32).view(groups, blocks, 2, _HALF), _nibble_units(), scale, zero
 
 
 def _e4m3_example() -> tuple[torch.Tensor, ...]:
@@ -110,13 +134,30 @@ def _row_example() -> tuple[torch.Tensor, ...]:
     return torch.rand(6, 1, device="cpu"), codes, torch.rand(4, 2 * _HALF, device="cpu")
 
 
+def _int8_example() -> tuple[torch.Tensor, ...]:
+    blocks, quads = 4, 6
+    return (
+        torch.randint(-(2**31), 2**31, (blocks, quads, 1, 2 * _HALF), dtype=torch.int32, device="cpu"),
+        *_left_shifts(),
+        torch.rand(blocks, 1, 1, 2 * _HALF, device="cpu"),
+        torch.empty(blocks, quads, 2, 2 * _HALF, dtype=torch.int32, device="cpu"),
+    )
+
+
+def _int8_row_example() -> tuple[torch.Tensor, ...]:
+    blocks, quads = 4, 6
+    codes = torch.randint(-(2**31), 2**31, (blocks, quads, 2 * _HALF), dtype=torch.int32, device="cpu")
+    scale, step = torch.rand(blocks, 2 * _HALF, device="cpu"), torch.rand(1, 1, device="cpu")
+    return torch.rand(quads, 4, device="cpu"), codes, scale, step
+
+
+def _row_to_int8_example() -> tuple[torch.Tensor, ...]:
+    return torch.randn(1, 96, device="cpu"), torch.empty(1, 96, device="cpu"), torch.empty(1, 1, device="cpu")
+
+
 _GROUPS, _PAIRS = {0: "groups"}, {0: "groups", 1: "pairs"}
-_BLOCKS = {0: "blocks", 1: "groups"}
 SOURCES = {
-    "nibbles": Source(_nibbles_to_words, (4,), _nibbles_example, {0: _PAIRS, 2: _GROUPS, 3: _GROUPS, 4: _PAIRS}),
-    "scales": Source(
-        _words_to_scales, (2, 3), _scales_example, {0: {0: "groups", 1: "blocks"}, 2: _BLOCKS, 3: _BLOCKS}, 2**-22
-    ),
+    "nibbles": Source(_nibbles_to_words, (4,), _nibbles_example, {0: _PAIRS, 3: _GROUPS, 4: _PAIRS}),
     "e4m3": Source(
         _e4m3_to_words,
         (2,),
@@ -130,6 +171,29 @@ SOURCES = {
         {0: {0: "length"}, 1: {0: "blocks", 1: "length"}, 2: {0: "blocks"}},
         2**-18,
     ),
+    "int8": Source(
+        _int8_to_words,
+        (4,),
+        _int8_example,
+        {0: {0: "blocks", 1: "quads"}, 3: {0: "blocks"}, 4: {0: "blocks", 1: "quads"}},
+    ),
+    "int8-row": Source(
+        _row_times_int8,
+        (),
+        _int8_row_example,
+        {0: {0: "quads"}, 1: {0: "blocks", 1: "quads"}, 2: {0: "blocks"}},
+        2**-18,
+    ),
+    "row-to-int8": Source(_row_to_int8, (1, 2), _row_to_int8_example, {0: {1: "length"}, 1: {1: "length"}}, 2**-20),
+}
+_FAMILIES = {
+    family: {name: SOURCES[name] for name in names}
+    for family, names in {
+        NIBBLES: ("nibbles",),
+        FLOAT8: ("e4m3", "row"),
+        INT8: ("int8", "int8-row"),
+        INT8_ROW: ("row-to-int8", "int8-row"),
+    }.items()
 }
 
 
@@ -137,44 +201,27 @@ def _kernel(name: str) -> ahead.Kernel:
     return ahead.kernel(name, SOURCES[name])
 
 
-def ready_for_nibbles() -> bool:
-    """Makes or loads the kernels of int4, int3 and int2. False: they cannot be had (`requanto.linear.ahead.ready`)."""
-    return ahead.ready(NIBBLES, {name: SOURCES[name] for name in ("nibbles", "scales")})
+def ready(family: str) -> bool:
+    """Makes or loads the kernels of a family. False: they cannot be had (`requanto.linear.ahead.ready`)."""
+    return ahead.ready(family, _FAMILIES[family])
 
 
-def ready_for_float8() -> bool:
-    """Makes or loads the kernels of e4m3. False: they cannot be had (`requanto.linear.ahead.ready`)."""
-    return ahead.ready(FLOAT8, {name: SOURCES[name] for name in ("e4m3", "row")})
-
-
-def nibble_scales(scales: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> None:
-    """The scales that `nibble_words` takes.
-
-    Args:
-        scales: bfloat16 ``[groups, N, 2]``, contiguous: scale and zero point of ``(code - 8) * scale + zero``.
-        scale, zero: float32 ``[N / 64, groups, 2, 32]``, written.
-    """
-    blocks, groups, _, half = scale.shape
-    words = scales.view(torch.int32).view(groups, blocks, 2, half)
-    _kernel("scales")(words, _nibble_units(), scale, zero)
-
-
-def nibble_words(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, words: torch.Tensor) -> None:
-    """``nibble * scale + zero`` of packed blocks, as bfloat16 in oneDNN's order.
+def nibble_words(codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor) -> None:
+    """``(nibble - 8) * scale + zero point`` of packed blocks, as bfloat16 in oneDNN's order.
 
     Args:
         codes: uint8 ``[blocks, K, 32]``, row r and row r + 32 of a block in one byte.
-        scale, zero: float32 ``[blocks, groups, 2, 32]``: of the lower nibbles, and of 16 times the upper ones.
+        scales: int32 ``[blocks, groups, 64]``, each a bfloat16 scale and above it the zero point.
         words: int32 ``[blocks, K / 2, 64]``, written.
     """
-    groups, half = scale.shape[1], scale.shape[3]
-    group = codes.shape[1] // groups
+    groups, half = scales.shape[1], codes.shape[2]
+    pairs = codes.shape[1] // groups // 2
     _kernel("nibbles")(
-        codes.view(-1, group // 2, 2, half),
+        codes.view(-1, pairs, 2, half),
         _nibble_masks(),
-        scale.view(-1, 1, 2, half),
-        zero.view(-1, 1, 2, half),
-        words.view(-1, group // 2, 2 * half),
+        _nibble_units(),
+        scales.view(-1, 1, 2, half),
+        words.view(-1, pairs, 2 * half),
     )
 
 
@@ -196,3 +243,33 @@ def e4m3_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch
     if out is None:
         raise RuntimeError("the kernel 'row' returned nothing, expected one tensor")
     return out.view(-1)
+
+
+def int8_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
+    """int8 as bfloat16 in oneDNN's order.
+
+    Args:
+        codes: int32 ``[blocks, K / 4, 64]``, four codes along K in each.
+        scale: float32 ``[blocks * 64]``.
+        words: int32 ``[blocks, K / 2, 64]``, written.
+    """
+    blocks, quads, rows = codes.shape
+    _kernel("int8")(
+        codes.view(blocks, quads, 1, rows),
+        *_left_shifts(),
+        scale.view(blocks, 1, 1, rows),
+        words.view(blocks, quads, 2, rows),
+    )
+
+
+def int8_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """One row of x, float32 ``[K]``, times int8 as in `int8_words` and both scales (step: ``[1, 1]``): float32 ``[N]``."""
+    out = _kernel("int8-row")(x.view(-1, 4), codes, scale.view(len(codes), -1), step)
+    if out is None:
+        raise RuntimeError("the kernel 'int8-row' returned nothing, expected one tensor")
+    return out.view(-1)
+
+
+def row_to_int8(x: torch.Tensor, codes: torch.Tensor, step: torch.Tensor) -> None:
+    """One row of x, float32 ``[1, K]``, as int8 codes in float32 and their scale ``[1, 1]``; both are written."""
+    _kernel("row-to-int8")(x, codes, step)

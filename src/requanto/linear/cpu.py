@@ -2,6 +2,7 @@
 
 In order of preference:
 
+    cpu-compiled-int8  int8 weights, packed: a kernel of torch's compiler, where it beats the next two
     cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
     cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
     cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, onednn
+from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, int8, onednn
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.kept import matmul, scaled_into
@@ -28,9 +29,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 #: Rows up to which torch's int4 operator beats dequantization.
 INT4_ROWS = 64
-#: Rows up to which it beats a compiled kernel, whose call costs more, in weights of at least so many elements.
-COMPILED_INT4_ROWS = 23
-LARGE = 2**22
+#: Rows up to which it beats a compiled kernel: so many, and the more the smaller a weight is, since two calls cost more.
+COMPILED_INT4_ROWS, PER_WEIGHT = 10, 9e6
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
 BLOCK_BYTES = 4 * 2**20
 
@@ -156,6 +156,56 @@ def _int8(problem: Problem) -> bool:
     return _cpu(problem) and problem.qtype == qint8 and not problem.affine and problem.group_size is None
 
 
+def _nibbles(problem: Problem) -> bool:
+    """True where a compiled kernel is to be had for many rows of int4, int3 or int2."""
+    return (
+        problem.dtype == torch.bfloat16
+        and ahead.wanted(compiled.NIBBLES)
+        and blocked.fits(problem.out_features, problem.in_features)
+    )
+
+
+def _operator_rows(problem: Problem) -> float:
+    """Rows up to which torch's int4 operator is the fastest."""
+    weights = problem.out_features * problem.in_features
+    return COMPILED_INT4_ROWS + PER_WEIGHT / weights if _nibbles(problem) else INT4_ROWS
+
+
+def _readable(problem: Problem) -> bool:
+    """True where oneDNN's blocked form is in the order that the kernels read, and they are to be had."""
+    return (
+        _int8(problem)
+        and problem.layout == onednn.LAYOUT
+        and ahead.wanted(compiled.INT8)
+        and blocked.fits(problem.out_features, problem.in_features)
+    )
+
+
+register(
+    Implementation(
+        name="cpu-compiled-int8",
+        run=int8.run,
+        supports=lambda p: (
+            p.activation is None
+            and p.dtype in _HALVES
+            and int8.pays(p.rows, p.out_features * p.in_features, p.dtype)
+            and _readable(p)
+        ),
+        reason="a kernel of torch's compiler reads the codes once: times one row, or into bfloat16 in oneDNN's order",
+    ),
+    before="reference",
+)
+register(
+    Implementation(
+        name="cpu-compiled-int8-row",
+        run=int8.run_quantized_row,
+        supports=lambda p: (
+            p.activation == qint8 and p.rows == 1 and p.out_features * p.in_features < int8.ROW_BELOW and _readable(p)
+        ),
+        reason="one row: a kernel of torch's compiler, since oneDNN's call costs more than a small product",
+    ),
+    before="reference",
+)
 register(
     Implementation(
         name="cpu-onednn-int8",
@@ -195,14 +245,7 @@ register(
     Implementation(
         name="cpu-compiled-int4",
         run=run_workspace,
-        supports=lambda p: (
-            _cpu(p)
-            and p.layout == int4.LAYOUT
-            and p.dtype == torch.bfloat16
-            and p.rows > (COMPILED_INT4_ROWS if p.out_features * p.in_features >= LARGE else INT4_ROWS)
-            and ahead.wanted(compiled.NIBBLES)
-            and blocked.fits(p.out_features, p.in_features)
-        ),
+        supports=lambda p: _cpu(p) and p.layout == int4.LAYOUT and _nibbles(p) and p.rows > _operator_rows(p),
         reason="dequantized block by block by a kernel of torch's compiler, in oneDNN's order, then a product",
     ),
     before="reference",
@@ -215,7 +258,7 @@ register(
             _cpu(p)
             and p.layout == int4.LAYOUT
             and (p.activation is None or p.activation == qint8)
-            and p.rows <= INT4_ROWS
+            and p.rows <= _operator_rows(p)
         ),
         reason="few rows: torch's int4 operator dequantizes in registers",
     ),

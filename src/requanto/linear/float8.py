@@ -49,7 +49,7 @@ def fits(weight: QTensor) -> bool:
 
 
 def pack(weight: QTensor) -> Float8Codes:
-    """The packed form of a plain weight that `fits`, once the kernels are `compiled.ready_for_float8`."""
+    """The packed form of a plain weight that `fits`, once the kernels are `compiled.ready`."""
     return Float8Codes(weight.qdata)
 
 

@@ -54,6 +54,7 @@ class Int4Codes(Packed):
             parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(self.offset), 1))
         self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
         self._scales: dict[torch.dtype, torch.Tensor] = {}
+        self._words: torch.Tensor | None = None
 
     def plain(self) -> torch.Tensor:
         return torch.cat([pack_codes(self.codes(*part).sub_(self.offset), self.bits) for part in self._parts()])
@@ -70,6 +71,11 @@ class Int4Codes(Packed):
     def scales(self, weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
         """``[K / group, N, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
         found = self._scales.get(dtype)
+        words = self._words
+        if found is None and dtype == torch.bfloat16 and words is not None:
+            pairs = words.transpose(0, 1).reshape(words.shape[1], -1, 1)
+            found = pairs.view(torch.bfloat16)
+            self._scales[dtype], self._words = found, None
         if found is None:
             scale = weight.scale.float()
             if weight.shift is None:
@@ -83,9 +89,25 @@ class Int4Codes(Packed):
             self._scales[dtype] = found
         return found
 
+    def words(self, weight: QTensor) -> torch.Tensor:
+        """The same in bfloat16, block by block: int32 ``[N / block, K / group, block]``, the zero point in the upper half.
+
+        For many rows (`requanto.linear.compiled`). Whichever form was asked for last is kept, and the other one is made of
+        it: to keep both would add an eighth to the codes, and they change places once a prompt.
+        """
+        found = self._words
+        if found is None:
+            pairs = self.scales(weight, torch.bfloat16).view(torch.int32)
+            found = pairs.view(len(pairs), -1, self.block).transpose(0, 1).contiguous()
+            self._words = found
+            self._scales.pop(torch.bfloat16, None)
+        return found
+
     @property
     def nbytes(self) -> int:
-        return self.blocked.nbytes + sum(scales.nbytes for scales in self._scales.values())
+        words = self._words
+        scales = sum(scales.nbytes for scales in list(self._scales.values()))
+        return self.blocked.nbytes + scales + (0 if words is None else words.nbytes)
 
 
 @functools.cache

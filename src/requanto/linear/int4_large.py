@@ -51,44 +51,28 @@ def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tens
 def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
     """True where the operator's blocks of rows are oneDNN's, and the kernels can be had: they are made at the first call."""
     return (
-        packed.block == blocked.ROWS and blocked.fits(weight.shape[0], packed.length) and compiled.ready_for_nibbles()
+        packed.block == blocked.ROWS
+        and blocked.fits(weight.shape[0], packed.length)
+        and compiled.ready(compiled.NIBBLES)
     )
 
 
 def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
     rows, length = weight.shape[0], packed.length
-    scales = packed.scales(weight, x.dtype)
+    scales = packed.words(weight)
     stored = packed.blocked.view(-1, length, packed.block // 2)
     step = blocked.rows_at_once(rows, length)
-    count = step // packed.block
-    # Small passes cost their start: all scales at once, where they take no more than an eighth of the bound.
-    whole = None
-    if 4 * scales.numel() <= settings.workspace_bytes // 8:
-        whole = _of_nibbles(scales)
     buffer = blocked.blocked(step, length)
-    if whole is not None and step == rows:
-        compiled.nibble_words(stored, *whole, buffer.words)
+    if step == rows:
+        compiled.nibble_words(stored, scales, buffer.words)
         return buffer.product(x)
     out = x.new_empty(x.shape[0], rows)
+    count = step // packed.block
     for start in blocked.starts(rows, step):
         first = start // packed.block
-        if whole is None:
-            scale, zero = _of_nibbles(scales[:, start : start + step].contiguous())
-        else:
-            scale, zero = (part[first : first + count] for part in whole)
-        compiled.nibble_words(stored[first : first + count], scale, zero, buffer.words)
+        compiled.nibble_words(stored[first : first + count], scales[first : first + count], buffer.words)
         out[:, start : start + step] = buffer.product(x)
     return out
-
-
-def _of_nibbles(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bfloat16 ``[groups, N, 2]`` -> float32 ``[N / 64, groups, 2, 32]`` twice: scales, those of upper nibbles / 16,
-    and zeros for nibbles that count from 0."""
-    groups, rows, _ = scales.shape
-    shape = (rows // blocked.ROWS, groups, 2, blocked.ROWS // 2)
-    scale, zero = workspace(shape, torch.float32, slot=5), workspace(shape, torch.float32, slot=6)
-    compiled.nibble_scales(scales, scale, zero)
-    return scale, zero
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -47,6 +47,8 @@ def main(file: str, name: str) -> None:
         "aot_inductor.precompile_headers": False,
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "cpp.vec_isa_ok": True,
+        # A product and the sum after it are one operation, and rounded once.
+        "cpp.enable_floating_point_contract_flag": "fast",
     }
     torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
     check(Kernel(name, Path(file)), source, name)

@@ -9,6 +9,7 @@ replace them.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 from collections.abc import Iterable
@@ -46,14 +47,38 @@ LONGEST = 2**31 // (255 * 128)
 
 
 class OneDnnCodes(Packed):
-    """int8 ``[N, K]``, blocked."""
+    """int8 ``[N, K]``, blocked.
+
+    Attributes:
+        words: int32 ``[N / 64, K / 4, 64]``, four codes along K in each: the blocked form's own memory, to be read. None
+            where it is in another order.
+    """
 
     layout = LAYOUT
 
     def __init__(self, codes: torch.Tensor) -> None:
         super().__init__()
-        self.blocked = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
+        codes = codes.contiguous()
+        self.blocked = torch.ops.onednn.qlinear_prepack(codes, None)
         self.zeros = torch.zeros(codes.shape[0], dtype=torch.int32)
+        self.words = self._words(codes)
+
+    def _words(self, codes: torch.Tensor) -> torch.Tensor | None:
+        rows, length = codes.shape
+        # Room for a sum a row, or none, beside the codes: what is padded is of another shape.
+        if rows % 64 or length % 64 or self.nbytes not in (codes.nbytes, codes.nbytes + 4 * rows):
+            return None
+        try:
+            address = torch.ops.mkldnn.data_ptr(self.blocked)
+        except (AttributeError, RuntimeError):  # this build of torch keeps it to itself
+            return None
+        memory = (ctypes.c_char * codes.nbytes).from_address(address)
+        words = torch.frombuffer(memory, dtype=torch.int32).view(rows // 64, length // 4, 64)
+        for block in {0, len(words) - 1}:
+            expected = codes[64 * block : 64 * (block + 1)].view(64, length // 4, 4).transpose(0, 1).contiguous()
+            if not torch.equal(words[block], expected.view(torch.int32).squeeze(-1)):
+                return None
+        return words
 
     def plain(self) -> torch.Tensor:
         return self.blocked.to_dense().t().contiguous()

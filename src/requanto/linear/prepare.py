@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from requanto.layout import LOCK, Packed
-from requanto.linear import compiled, float8, int4, onednn, triton_layout
+from requanto.linear import ahead, blocked, compiled, float8, int4, onednn, triton_layout
 from requanto.linear.table import table_version
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SMALLEST = 2**20
 #: The same on a CPU for int4 and int2, which cost more to decode in their stored form (SmolLM2, whose layers have 10^5 to
 #: 10^6 weights, generates four times as many tokens a second packed), and for int8 with int8 activations, whose product is
-#: two to three times as fast packed. int8 weights alone lose by it below `SMALLEST`.
+#: two to three times as fast packed. int8 weights alone lose by it below `SMALLEST`, unless compiled kernels read that form.
 SMALLEST_ON_CPU = 2**16
 #: How often a weight that was read in its stored form is packed again before it stays as it is.
 REPACKS = 3
@@ -54,7 +54,8 @@ def _pays(
     """Whether the weight is large enough for the packed form that ``make`` gives it."""
     if smallest is None:
         both = make is onednn.pack and (activation or weight.activation) == qint8
-        smallest = SMALLEST_ON_CPU if make in (int4.pack, float8.pack) or both else SMALLEST
+        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*weight.shape)
+        smallest = SMALLEST_ON_CPU if make in (int4.pack, float8.pack) or both or read else SMALLEST
     return make is not None and weight.numel() >= smallest
 
 
@@ -110,7 +111,10 @@ def _pack(
             weight._stays_plain = True
             return False
         # The form is of no use without the kernels, which are made now if they have never been.
-        if make is float8.pack and not compiled.ready_for_float8():
+        if make is float8.pack and not compiled.ready(compiled.FLOAT8):
+            return False
+        small = make is onednn.pack and (activation or weight.activation) is None and weight.numel() < SMALLEST
+        if small and smallest is None and not compiled.ready(compiled.INT8):
             return False
         with torch.inference_mode(False), torch.no_grad():
             packed = make(weight)

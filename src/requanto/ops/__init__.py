@@ -4,7 +4,7 @@
 is in neither raises: a QTensor is never dequantized behind the user's back.
 """
 
-from requanto.ops.table import torch_dispatch, torch_function  # isort: skip
+from requanto.dispatch import torch_dispatch, torch_function  # isort: skip
 from requanto.ops import aten, distributed, functions, merge  # noqa: F401  (fill the tables)
 
 __all__ = ["torch_dispatch", "torch_function"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from requanto.ops.table import implements_aten
+from requanto.dispatch import implements_aten
 from requanto.qtensor import QTensor
 
 aten = torch.ops.aten

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from requanto.dispatch import implements_aten
 from requanto.ops.aten import aten, each
-from requanto.ops.table import implements_aten
 from requanto.qtensor import QTensor
 
 # ---------------------------------------------------------------------- FSDP2

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from requanto.dispatch import implements_function
 from requanto.linear import embedding, linear
-from requanto.ops.table import implements_function
 from requanto.qtensor import NO_GRADIENT, QTensor
 
 

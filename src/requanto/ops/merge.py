@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from requanto.dispatch import ATEN, implements_aten, implements_function
 from requanto.lowrank import add_dense
 from requanto.ops.aten import aten, each
-from requanto.ops.table import ATEN, implements_aten, implements_function
 from requanto.qtensor import QTensor
 
 

@@ -1,4 +1,4 @@
-"""The two tables and the dispatch through them."""
+"""The tables of what may be done with a QTensor (`requanto.ops` fills them), and the dispatch through them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,97 @@
+"""int8 weights in oneDNN's blocked form, by kernels of torch's compiler that read the same bytes.
+
+One row of x is multiplied with the codes as they are read; more rows with bfloat16, in oneDNN's order, block by block
+(`requanto.linear.blocked`). Both beat oneDNN's own int8 product for float x (`requanto.linear.onednn`) where that is mostly
+the cost of its calls: in small weights, and in large ones with very many rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.layout import packed_as
+from requanto.linear import blocked, compiled, onednn
+from requanto.linear.activations import quantize_activations
+from requanto.linear.onednn import OneDnnCodes
+from requanto.qtensor import QTensor
+from requanto.qtypes import qtype
+from requanto.workspace import workspace
+
+#: Weights below which one row is multiplied with the codes one by one; larger ones are read too slowly that way.
+ROW_BELOW = 2**21
+#: Weights up to which bfloat16 beats two int8 products with any number of rows, and the rows from which it always does.
+MOST = 2**23
+ROWS = 257
+
+
+def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
+    """True where these kernels were faster than two int8 products, for x in bfloat16 or float16."""
+    if rows == 1 and weights < ROW_BELOW:
+        return True
+    return dtype == torch.bfloat16 and (weights <= MOST or rows >= ROWS)
+
+
+def run(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x @ w.T + bias`` in x's dtype."""
+    packed = packed_as(weight, OneDnnCodes, onednn.pack)
+    if packed.words is None or not compiled.ready(compiled.INT8):
+        return onednn.run_split(x, weight, bias, activation, input_scale)
+    scale = weight.scale.reshape(-1).float()
+    if x.shape[0] == 1 and weight.numel() < ROW_BELOW:
+        return _row(x.float(), packed.words, scale, compiled.one(), bias, x.dtype)
+    out = _many(x.contiguous(), packed.words, scale)
+    return out if bias is None else out.add_(bias)
+
+
+def run_quantized_row(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same of one row with int8 activations, dynamic or static; sums are float32."""
+    assert activation is not None
+    packed = packed_as(weight, OneDnnCodes, onednn.pack)
+    if packed.words is None or not compiled.ready(compiled.INT8_ROW):
+        return onednn.run_int8(x, weight, bias, activation, input_scale)
+    if input_scale is None:
+        codes, step = workspace((1, x.shape[1]), torch.float32, slot=4), torch.empty(1, 1)
+        compiled.row_to_int8(x.float(), codes, step)
+    else:
+        codes, step = quantize_activations(x, activation, input_scale)
+    return _row(codes, packed.words, weight.scale.reshape(-1).float(), step.view(1, 1), bias, x.dtype)
+
+
+def _row(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    scale: torch.Tensor,
+    step: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    out = compiled.int8_row(x.contiguous(), words, scale, step).view(1, -1)
+    return (out if bias is None else out.add_(bias)).to(dtype)
+
+
+def _many(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x @ (codes * scale).T`` in bfloat16."""
+    rows, length = len(words) * blocked.ROWS, x.shape[1]
+    step = blocked.rows_at_once(rows, length)
+    buffer = blocked.blocked(step, length)
+    if step == rows:
+        compiled.int8_words(words, scale, buffer.words)
+        return buffer.product(x)
+    out = x.new_empty(x.shape[0], rows)
+    for start in blocked.starts(rows, step):
+        first = start // blocked.ROWS
+        compiled.int8_words(words[first : first + len(buffer.words)], scale[start : start + step], buffer.words)
+        out[:, start : start + step] = buffer.product(x)
+    return out
