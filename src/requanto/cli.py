@@ -1,4 +1,4 @@
-"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune`` and ``register-optimum-cli``.
+"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune``, ``kernels``, ``register-optimum-cli``.
 
 Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
 """
@@ -286,6 +286,29 @@ def tune(
             print(json.dumps(asdict(tuned), default=str))
         else:
             console.print(str(tuned), markup=False, highlight=False)
+
+
+@app.command()
+def kernels(as_json: Json = False) -> None:
+    """Compile this machine's CPU kernels now, as an image is built, and not at the first product that needs one."""
+    from requanto.linear import ahead, blocked, compiled
+
+    with reported():
+        if not blocked.works():
+            raise RuntimeError(
+                "they are of no use here: oneDNN keeps bfloat16 weights in another order than they write"
+            )
+        paths = {name: ahead.path_of(name, source) for name, source in compiled.SOURCES.items()}
+        kept = {name for name, path in paths.items() if path.exists()}
+        ahead.load(compiled.SOURCES)
+        if as_json:
+            print(json.dumps({name: str(path) for name, path in paths.items()}))
+            return
+        table = Table("kernel", "", "file")
+        for name, path in paths.items():
+            table.add_row(name, "was kept" if name in kept else "made", path.name)
+        console.print(f"in {ahead.directory()}", markup=False, highlight=False, soft_wrap=True)
+        console.print(table)
 
 
 @app.command()

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from requanto.linear import ahead, blocked, onednn
+
+COMPILED = ["cpu-compiled-int4", "cpu-compiled-int8", "cpu-compiled-int8-row", "cpu-compiled-float8"]
+
 
 @pytest.mark.parametrize(
     "limits",
     [
         {},
+        {"REQUANTO_COMPILE": "0"},
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},  # int8 products without VNNI saturate: they must not be used
         {"ATEN_CPU_CAPABILITY": "default"},
     ],
-    ids=["native", "avx2", "avx512-without-vnni", "scalar"],
+    ids=["native", "eager", "avx2", "avx512-without-vnni", "scalar"],
 )
 def test_every_type_and_shape(limits):
     script = Path(__file__).with_name("sweep.py")
@@ -24,5 +29,8 @@ def test_every_type_and_shape(limits):
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "cpu-workspace" in done.stdout
-    if not limits:
-        assert "FAIL" not in done.stdout
+    compiled = [path for path in COMPILED if path in done.stdout]
+    if not limits and ahead.compiler() is not None and blocked.works() and onednn.works():
+        assert compiled == COMPILED
+    if limits.get("REQUANTO_COMPILE") == "0":
+        assert not compiled

@@ -218,12 +218,12 @@ def make(paths: dict[str, Path]) -> None:
             "(requanto.settings.compiled = False, REQUANTO_COMPILE=0)."
         )
     logger.warning(
-        "requanto: compiling %s for the CPU, once on this machine: 15 to 30 s. They are kept in %s; REQUANTO_COMPILE=0 does "
-        "without.",
+        "requanto: compiling %s for the CPU, once on this machine: 20 s or more. They are kept in %s; REQUANTO_COMPILE=0 "
+        "does without.",
         names,
         directory(),
     )
-    with ThreadPoolExecutor(len(paths)) as pool:
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         list(pool.map(_make, paths, paths.values()))
 
 

@@ -130,11 +130,21 @@ def keep_plain(weight: QTensor) -> None:
         _ = weight.qdata
 
 
+def _load_kernels(weight: QTensor) -> None:
+    """Compiled kernels that this packed weight's products will call, made if they have never been on this machine."""
+    families = {int4.LAYOUT: [compiled.NIBBLES], float8.LAYOUT: [compiled.FLOAT8]}
+    families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_ROW]
+    for family in families.get(weight.packed.layout, []):
+        if weight.dtype != torch.float32 and ahead.wanted(family) and blocked.fits(*weight.shape):
+            compiled.ready(family)
+
+
 def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
     """Packs every linear layer's weight for this machine now, instead of at its first product.
 
     The packed form replaces the stored one; saving, copying or moving the model gives the stored form back. Worth it before
-    ``torch.compile``, which cannot pack, and for a first token without delay.
+    ``torch.compile``, which cannot pack, and for a first token without delay: kernels that have never been compiled on this
+    machine are (`requanto.linear.ahead`).
 
     Args:
         smallest: weights of fewer elements stay as they are; None: from where it was measured to pay.
@@ -149,5 +159,6 @@ def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
             continue
         if _pack(parameter, smallest=smallest) and parameter.packed is not None:
             done[name] = parameter.packed.layout
+            _load_kernels(parameter)
     logger.info("packed %d weights for this machine", len(done))
     return done
