@@ -1,4 +1,4 @@
-"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune``, ``kernels``, ``register-optimum-cli``.
+"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune``, ``kernels`` ...
 
 Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
 """

@@ -11,6 +11,7 @@ import torch
 
 from requanto import QTensor
 from requanto.linear import ahead, blocked, compiled, int4, linear, onednn
+from requanto.linear.activations import quantize_unsigned
 from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
 from requanto.linear.table import choose, problem_of
@@ -184,8 +185,8 @@ def test_one_row_of_int8_activations(dtype, scale, bias):
     x = torch.randn(1, 192).to(dtype)
     how = {"activation": qint8, "input_scale": None if scale is None else torch.tensor(scale)}
     offset = torch.randn(320).to(dtype) if bias else None
-    problem = problem_of(module.weight, dtype, 1, qint8)
-    assert choose(problem).implementation.name == "cpu-compiled-int8-row"
+    path = "cpu-compiled-int8-row" if dtype == torch.bfloat16 else "cpu-onednn-int8"
+    assert choose(problem_of(module.weight, dtype, 1, qint8)).implementation.name == path
     with torch.no_grad():
         got = linear(x, module.weight, offset, **how)
         several = linear(x.expand(3, -1), module.weight, offset, **how)[:1]
@@ -197,6 +198,18 @@ def test_one_row_of_int8_activations(dtype, scale, bias):
     limit = LIMITS[dtype] if dtype != torch.float32 else 1e-5
     assert (got.double() - want).norm() <= limit * want.norm()
     assert (got.double() - several.double()).norm() <= limit * want.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("length", [16, 33, 576])
+def test_rows_to_int8(rows, length):
+    """The codes are those of the operators, bit for bit."""
+    x = torch.randn(rows, length).bfloat16()
+    x[-1] = 0
+    codes, steps = onednn.quantized_rows(x, 4)
+    want, own = quantize_unsigned(x, qint8, None, 4)
+    assert torch.equal(codes[:rows], want[:rows])
+    assert torch.equal(steps, own)
 
 
 @pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")

@@ -5,7 +5,8 @@ Eager operators pass over the weight once each; compiled, it is read once and wr
 * int4, int3 and int2 in their packed form, some rows: blocks become bfloat16 in oneDNN's order, which then multiplies;
 * e4m3, more than two rows: the same;
 * e4m3, one or two rows of x: times x, nothing is written;
-* int8 in oneDNN's blocked form: both of these, from the same bytes that oneDNN's own product reads.
+* int8 in oneDNN's blocked form: both of these, from the same bytes that oneDNN's own product reads;
+* x that becomes int8: one call in place of six operators.
 
 How they are written follows what inductor does with it (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do
 not; its own float32 -> bfloat16 takes seven times as long as the rest, so halves of 32-bit words are put together by integer
@@ -23,7 +24,7 @@ from requanto.linear.activations import TINY
 from requanto.linear.ahead import Source
 
 #: Families, whose kernels are made, or fail, together.
-NIBBLES, FLOAT8, INT8, INT8_ROW = "int4", "float8", "int8", "int8 x int8"
+NIBBLES, FLOAT8, INT8, INT8_INT8 = "int4", "float8", "int8", "int8 x int8"
 #: Rows of a block that a byte's lower nibble stands for.
 _HALF = 32
 
@@ -72,28 +73,28 @@ def _int8_to_words(
     words.copy_(_pair(*parts))
 
 
-def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     parts = (((codes << (24 - 8 * byte)) >> 24).float() * x[:, byte : byte + 1] for byte in range(4))
-    return functools.reduce(torch.add, parts).sum(1) * scale * step
+    return functools.reduce(torch.add, parts).sum(1) * scale
 
 
-def _row_to_int8(x: torch.Tensor, codes: torch.Tensor, step: torch.Tensor) -> None:
-    own = x.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
-    codes.copy_((x * own.reciprocal()).round())
-    step.copy_(own)
+def _int8_row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    own = wide.abs().amax().clamp_min(TINY) / 127
+    return _row_times_int8((wide * own.reciprocal()).round(), codes, scale) * own
+
+
+def _rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
+    wide = x.float()
+    own = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
+    codes.copy_(((wide * own.reciprocal()).round() + 128).to(torch.uint8))
+    steps.copy_(own)
 
 
 @functools.cache
 def _left_shifts() -> tuple[torch.Tensor, torch.Tensor]:
     with ahead.plain_mode():
         return tuple(torch.tensor(left, dtype=torch.int32, device="cpu") for left in ([[24], [8]], [[16], [0]]))
-
-
-@functools.cache
-def one() -> torch.Tensor:
-    """The step of x that is not quantized."""
-    with ahead.plain_mode():
-        return torch.ones(1, 1, device="cpu")
 
 
 @functools.cache
@@ -147,15 +148,23 @@ def _int8_example() -> tuple[torch.Tensor, ...]:
 def _int8_row_example() -> tuple[torch.Tensor, ...]:
     blocks, quads = 4, 6
     codes = torch.randint(-(2**31), 2**31, (blocks, quads, 2 * _HALF), dtype=torch.int32, device="cpu")
-    scale, step = torch.rand(blocks, 2 * _HALF, device="cpu"), torch.rand(1, 1, device="cpu")
-    return torch.rand(quads, 4, device="cpu"), codes, scale, step
+    return torch.rand(quads, 4, device="cpu"), codes, torch.rand(blocks, 2 * _HALF, device="cpu")
 
 
-def _row_to_int8_example() -> tuple[torch.Tensor, ...]:
-    return torch.randn(1, 96, device="cpu"), torch.empty(1, 96, device="cpu"), torch.empty(1, 1, device="cpu")
+def _int8_int8_row_example() -> tuple[torch.Tensor, ...]:
+    x, codes, scale = _int8_row_example()
+    return x.bfloat16(), codes, scale
+
+
+def _rows_to_int8_example() -> tuple[torch.Tensor, ...]:
+    rows, length = 6, 96
+    codes = torch.empty(rows, length, dtype=torch.uint8, device="cpu")
+    return torch.randn(rows, length, device="cpu").bfloat16(), codes, torch.empty(rows, 1, device="cpu")
 
 
 _GROUPS, _PAIRS = {0: "groups"}, {0: "groups", 1: "pairs"}
+_ROWS = {0: "rows", 1: "length"}
+_ROW_TIMES_CODES = {0: {0: "quads"}, 1: {0: "blocks", 1: "quads"}, 2: {0: "blocks"}}
 SOURCES = {
     "nibbles": Source(_nibbles_to_words, (4,), _nibbles_example, {0: _PAIRS, 3: _GROUPS, 4: _PAIRS}),
     "e4m3": Source(
@@ -177,14 +186,9 @@ SOURCES = {
         _int8_example,
         {0: {0: "blocks", 1: "quads"}, 3: {0: "blocks"}, 4: {0: "blocks", 1: "quads"}},
     ),
-    "int8-row": Source(
-        _row_times_int8,
-        (),
-        _int8_row_example,
-        {0: {0: "quads"}, 1: {0: "blocks", 1: "quads"}, 2: {0: "blocks"}},
-        2**-18,
-    ),
-    "row-to-int8": Source(_row_to_int8, (1, 2), _row_to_int8_example, {0: {1: "length"}, 1: {1: "length"}}, 2**-20),
+    "int8-row": Source(_row_times_int8, (), _int8_row_example, _ROW_TIMES_CODES, 2**-18),
+    "int8-int8-row": Source(_int8_row_times_int8, (), _int8_int8_row_example, _ROW_TIMES_CODES, 2**-18),
+    "rows-to-int8": Source(_rows_to_int8, (1, 2), _rows_to_int8_example, {0: _ROWS, 1: _ROWS, 2: {0: "rows"}}, 2**-20),
 }
 _FAMILIES = {
     family: {name: SOURCES[name] for name in names}
@@ -192,7 +196,7 @@ _FAMILIES = {
         NIBBLES: ("nibbles",),
         FLOAT8: ("e4m3", "row"),
         INT8: ("int8", "int8-row"),
-        INT8_ROW: ("row-to-int8", "int8-row"),
+        INT8_INT8: ("rows-to-int8", "int8-int8-row"),
     }.items()
 }
 
@@ -262,14 +266,25 @@ def int8_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) ->
     )
 
 
-def int8_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """One row of x, float32 ``[K]``, times int8 as in `int8_words` and both scales (step: ``[1, 1]``): float32 ``[N]``."""
-    out = _kernel("int8-row")(x.view(-1, 4), codes, scale.view(len(codes), -1), step)
+def int8_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One row of x times int8 as in `int8_words`, scaled: float32 ``[N]``.
+
+    Args:
+        x: ``[K]`` in float32; or in bfloat16, and it is quantized to int8 on the way.
+    """
+    name = {torch.float32: "int8-row", torch.bfloat16: "int8-int8-row"}[x.dtype]
+    out = _kernel(name)(x.view(-1, 4), codes, scale.view(len(codes), -1))
     if out is None:
-        raise RuntimeError("the kernel 'int8-row' returned nothing, expected one tensor")
+        raise RuntimeError(f"the kernel {name!r} returned nothing, expected one tensor")
     return out.view(-1)
 
 
-def row_to_int8(x: torch.Tensor, codes: torch.Tensor, step: torch.Tensor) -> None:
-    """One row of x, float32 ``[1, K]``, as int8 codes in float32 and their scale ``[1, 1]``; both are written."""
-    _kernel("row-to-int8")(x, codes, step)
+def rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
+    """x as int8 codes with a scale a row.
+
+    Args:
+        x: bfloat16 ``[rows, K]``, contiguous.
+        codes: uint8 ``[rows, K]``, codes + 128, written.
+        steps: float32 ``[rows, 1]``, written.
+    """
+    _kernel("rows-to-int8")(x, codes, steps)

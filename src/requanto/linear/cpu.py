@@ -200,7 +200,11 @@ register(
         name="cpu-compiled-int8-row",
         run=int8.run_quantized_row,
         supports=lambda p: (
-            p.activation == qint8 and p.rows == 1 and p.out_features * p.in_features < int8.ROW_BELOW and _readable(p)
+            p.activation == qint8
+            and p.rows == 1
+            and p.dtype == torch.bfloat16
+            and p.out_features * p.in_features < int8.ROW_BELOW
+            and _readable(p)
         ),
         reason="one row: a kernel of torch's compiler, since oneDNN's call costs more than a small product",
     ),

@@ -11,11 +11,9 @@ import torch
 
 from requanto.layout import packed_as
 from requanto.linear import blocked, compiled, onednn
-from requanto.linear.activations import quantize_activations
 from requanto.linear.onednn import OneDnnCodes
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
-from requanto.workspace import workspace
 
 #: Weights below which one row is multiplied with the codes one by one; larger ones are read too slowly that way.
 ROW_BELOW = 2**21
@@ -44,7 +42,7 @@ def run(
         return onednn.run_split(x, weight, bias, activation, input_scale)
     scale = weight.scale.reshape(-1).float()
     if x.shape[0] == 1 and weight.numel() < ROW_BELOW:
-        return _row(x.float(), packed.words, scale, compiled.one(), bias, x.dtype)
+        return _row(x.float(), packed.words, scale, bias, x.dtype)
     out = _many(x.contiguous(), packed.words, scale)
     return out if bias is None else out.add_(bias)
 
@@ -56,28 +54,17 @@ def run_quantized_row(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same of one row with int8 activations, dynamic or static; sums are float32."""
-    assert activation is not None
+    """The same of one row in bfloat16, quantized to int8 under its own scale; sums are float32."""
     packed = packed_as(weight, OneDnnCodes, onednn.pack)
-    if packed.words is None or not compiled.ready(compiled.INT8_ROW):
+    if packed.words is None or input_scale is not None or not compiled.ready(compiled.INT8_INT8):
         return onednn.run_int8(x, weight, bias, activation, input_scale)
-    if input_scale is None:
-        codes, step = workspace((1, x.shape[1]), torch.float32, slot=4), torch.empty(1, 1)
-        compiled.row_to_int8(x.float(), codes, step)
-    else:
-        codes, step = quantize_activations(x, activation, input_scale)
-    return _row(codes, packed.words, weight.scale.reshape(-1).float(), step.view(1, 1), bias, x.dtype)
+    return _row(x, packed.words, weight.scale.reshape(-1).float(), bias, x.dtype)
 
 
 def _row(
-    x: torch.Tensor,
-    words: torch.Tensor,
-    scale: torch.Tensor,
-    step: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
+    x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    out = compiled.int8_row(x.contiguous(), words, scale, step).view(1, -1)
+    out = compiled.int8_row(x.contiguous(), words, scale).view(1, -1)
     return (out if bias is None else out.add_(bias)).to(dtype)
 
 

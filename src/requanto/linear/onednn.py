@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 
 from requanto.layout import Packed, packed_as
+from requanto.linear import ahead, compiled
 from requanto.linear.activations import (
     STEPS,
     quantize_by,
@@ -28,7 +29,7 @@ from requanto.linear.activations import (
 )
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
-from requanto.workspace import rows_that_fit
+from requanto.workspace import rows_that_fit, workspace
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ CHUNK = 256
 SUMS_BYTES = 8 * 2**20
 #: Rows of x in one product, at least: with fewer, oneDNN reads the weight more slowly (cpu_passes.json).
 LEAST = 4
+#: Numbers of x that a compiled kernel quantizes faster than six operators (cpu_passes.json).
+COMPILED_BELOW = 2**19
 #: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
 _BYTES = 8
 #: K beyond which an int32 sum of products of 255 * 128 could overflow.
@@ -165,9 +168,31 @@ def run_int8(
             return parts[0] if len(parts) == 1 else torch.cat(parts)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     for part, into in _parts(x, out, step):
-        codes, steps = quantize_unsigned(part, activation, input_scale, LEAST)
+        if input_scale is None and _few(part):
+            codes, steps = quantized_rows(part.contiguous(), LEAST)
+        else:
+            codes, steps = quantize_unsigned(part, activation, input_scale, LEAST)
         _finish(_product(codes, packed, scale)[: len(part)], steps, bias, into)
     return out
+
+
+def _few(x: torch.Tensor) -> bool:
+    """True where x is quantized faster by one compiled kernel than by operators."""
+    return (
+        x.dtype == torch.bfloat16
+        and x.numel() <= COMPILED_BELOW
+        and ahead.wanted(compiled.INT8_INT8)
+        and compiled.ready(compiled.INT8_INT8)
+    )
+
+
+def quantized_rows(x: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_unsigned` with a scale a row, by a kernel of torch's compiler. x: bfloat16, contiguous."""
+    rows, length = x.shape
+    codes = workspace((max(rows, least), length), torch.uint8, slot=5)
+    steps = torch.empty(rows, 1)
+    compiled.rows_to_int8(x, codes[:rows], steps)
+    return codes, steps
 
 
 def _under_one_scale(

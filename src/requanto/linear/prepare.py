@@ -133,7 +133,7 @@ def keep_plain(weight: QTensor) -> None:
 def _load_kernels(weight: QTensor) -> None:
     """Compiled kernels that this packed weight's products will call, made if they have never been on this machine."""
     families = {int4.LAYOUT: [compiled.NIBBLES], float8.LAYOUT: [compiled.FLOAT8]}
-    families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_ROW]
+    families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_INT8]
     for family in families.get(weight.packed.layout, []):
         if weight.dtype != torch.float32 and ahead.wanted(family) and blocked.fits(*weight.shape):
             compiled.ready(family)
