@@ -149,9 +149,10 @@ def test_where_int8_takes_which_path():
     for shape, rows, dtype, path in (
         ((128, 64), 1, half, "cpu-compiled-int8"),
         ((128, 64), 40, half, "cpu-onednn-split"),
-        ((1024, 2112), 1, half, "cpu-onednn-split"),
-        ((1024, 2112), 1, bfloat16, "cpu-compiled-int8"),
-        ((2048, 4160), 1, bfloat16, "cpu-onednn-split"),
+        ((1024, 2112), 1, half, "cpu-compiled-int8"),
+        ((1024, 2112), 2, half, "cpu-onednn-split"),
+        ((2048, 4096), 1, bfloat16, "cpu-onednn-split"),
+        ((1984, 4096), 1, bfloat16, "cpu-compiled-int8"),
         ((2048, 4160), 256, bfloat16, "cpu-onednn-split"),
         ((2048, 4160), 257, bfloat16, "cpu-compiled-int8"),
         ((300, 192), 40, bfloat16, "cpu-onednn-split"),

@@ -74,8 +74,13 @@ def _int8_to_words(
 
 
 def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    parts = (((codes << (24 - 8 * byte)) >> 24).float() * x[:, byte : byte + 1] for byte in range(4))
-    return functools.reduce(torch.add, parts).sum(1) * scale
+    # Four sums of 16 rows each, which inductor adds up in one loop: so memory is read from its beginning to its end, not
+    # every fourth line of it four times.
+    sums = []
+    for rows in codes.split(16, 2):
+        parts = (((rows << (24 - 8 * byte)) >> 24).float() * x[:, byte : byte + 1] for byte in range(4))
+        sums.append(functools.reduce(torch.add, parts).sum(1))
+    return torch.stack(sums, 1) * scale
 
 
 def _int8_row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -148,7 +153,7 @@ def _int8_example() -> tuple[torch.Tensor, ...]:
 def _int8_row_example() -> tuple[torch.Tensor, ...]:
     blocks, quads = 4, 6
     codes = torch.randint(-(2**31), 2**31, (blocks, quads, 2 * _HALF), dtype=torch.int32, device="cpu")
-    return torch.rand(quads, 4, device="cpu"), codes, torch.rand(blocks, 2 * _HALF, device="cpu")
+    return torch.rand(quads, 4, device="cpu"), codes, torch.rand(blocks, 4, 16, device="cpu")
 
 
 def _int8_int8_row_example() -> tuple[torch.Tensor, ...]:
@@ -273,7 +278,7 @@ def int8_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch
         x: ``[K]`` in float32; or in bfloat16, and it is quantized to int8 on the way.
     """
     name = {torch.float32: "int8-row", torch.bfloat16: "int8-int8-row"}[x.dtype]
-    out = _kernel(name)(x.view(-1, 4), codes, scale.view(len(codes), -1))
+    out = _kernel(name)(x.view(-1, 4), codes, scale.view(-1, 4, 16))
     if out is None:
         raise RuntimeError(f"the kernel {name!r} returned nothing, expected one tensor")
     return out.view(-1)

@@ -203,7 +203,7 @@ register(
             p.activation == qint8
             and p.rows == 1
             and p.dtype == torch.bfloat16
-            and p.out_features * p.in_features < int8.ROW_BELOW
+            and p.out_features * p.in_features < int8.BELOW
             and _readable(p)
         ),
         reason="one row: a kernel of torch's compiler, since oneDNN's call costs more than a small product",

@@ -15,18 +15,14 @@ from requanto.linear.onednn import OneDnnCodes
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 
-#: Weights below which one row is multiplied with the codes one by one; larger ones are read too slowly that way.
-ROW_BELOW = 2**21
-#: Weights up to which bfloat16 beats two int8 products with any number of rows, and the rows from which it always does.
-MOST = 2**23
+#: Weights below which these kernels beat two int8 products with any number of rows, and the rows from which they always do.
+BELOW = 2**23
 ROWS = 257
 
 
 def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
     """True where these kernels were faster than two int8 products, for x in bfloat16 or float16."""
-    if rows == 1 and weights < ROW_BELOW:
-        return True
-    return dtype == torch.bfloat16 and (weights <= MOST or rows >= ROWS)
+    return weights < BELOW if rows == 1 else dtype == torch.bfloat16 and (weights < BELOW or rows >= ROWS)
 
 
 def run(
@@ -41,7 +37,7 @@ def run(
     if packed.words is None or not compiled.ready(compiled.INT8):
         return onednn.run_split(x, weight, bias, activation, input_scale)
     scale = weight.scale.reshape(-1).float()
-    if x.shape[0] == 1 and weight.numel() < ROW_BELOW:
+    if x.shape[0] == 1:
         return _row(x.float(), packed.words, scale, bias, x.dtype)
     out = _many(x.contiguous(), packed.words, scale)
     return out if bias is None else out.add_(bias)
