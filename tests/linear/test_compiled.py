@@ -281,6 +281,8 @@ def test_in_parts_as_whole(kind, monkeypatch):
         monkeypatch.setattr(settings, "workspace_bytes", 8 * 4 * 64 * 128 * 2)
         assert blocked.starts(640, blocked.rows_at_once(640, 128)) == [0, 256, 384]
         assert torch.equal(linear(x, module.weight), whole)
+        monkeypatch.setattr(blocked, "JOINED", 0)
+        assert torch.equal(linear(x, module.weight), whole)
         monkeypatch.setattr(settings, "workspace_bytes", 1000)
         assert torch.equal(linear(x, module.weight), whole)
 

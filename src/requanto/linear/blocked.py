@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 ROWS = 64
 #: Bytes of bfloat16 that are made and multiplied at a time.
 BLOCK_BYTES = 8 * 2**20
+#: Numbers of a result up to which its parts are put together at the end.
+JOINED = 2**21
 
 
 class BlockedWeight:
@@ -112,3 +115,33 @@ def starts(rows: int, step: int) -> list[int]:
 def blocked(rows: int, length: int) -> BlockedWeight:
     """This thread's buffer of that shape; those used longest ago are given back for it."""
     return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
+
+
+def product(x: torch.Tensor, rows: int, write: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
+    """``x @ w.T`` in bfloat16 of a weight ``[rows, K]`` that is made part by part in this thread's buffer.
+
+    Args:
+        x: bfloat16 ``[M, K]``.
+        write: ``write(first, words)`` writes as many blocks of the weight as `words` has, from block ``first`` on.
+    """
+    x = x.contiguous()
+    length = x.shape[1]
+    step = rows_at_once(rows, length)
+    buffer = blocked(step, length)
+    if step == rows:
+        write(0, buffer.words)
+        return buffer.product(x)
+    # One operator puts few numbers together faster than one a part; many would have to be kept twice.
+    joined = x.shape[0] * rows <= JOINED
+    parts: list[torch.Tensor] = []
+    out = None if joined else x.new_empty(x.shape[0], rows)
+    done = 0
+    for start in starts(rows, step):
+        write(start // ROWS, buffer.words)
+        part = buffer.product(x)
+        if out is None:
+            parts.append(part[:, done - start :])
+        else:
+            out[:, start : start + step] = part
+        done = start + step
+    return torch.cat(parts, 1) if out is None else out

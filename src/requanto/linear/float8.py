@@ -64,7 +64,7 @@ def run(
     packed = packed_as(weight, Float8Codes, pack)
     scale = weight.scale.reshape(-1).float()
     if x.shape[0] > FEW:
-        out = _many(x.contiguous(), packed, scale * 2.0**120)
+        out = _many(x, packed.blocks, scale * 2.0**120)
     elif x.shape[0] == 1:
         out = compiled.e4m3_row(x.float().view(-1), packed.blocks, scale).view(1, -1)
     else:
@@ -74,18 +74,11 @@ def run(
     return out.to(x.dtype)
 
 
-def _many(x: torch.Tensor, packed: Float8Codes, scale: torch.Tensor) -> torch.Tensor:
+def _many(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``x @ (codes * scale).T / 2^120`` in bfloat16."""
-    rows = len(packed.blocks) * blocked.ROWS
-    step = blocked.rows_at_once(rows, packed.length)
-    buffer = blocked.blocked(step, packed.length)
-    if step == rows:
-        compiled.e4m3_words(packed.blocks, scale, buffer.words)
-        return buffer.product(x)
-    out = x.new_empty(x.shape[0], rows)
-    for start in blocked.starts(rows, step):
-        first = start // blocked.ROWS
-        part = packed.blocks[first : first + len(buffer.words)]
-        compiled.e4m3_words(part, scale[start : start + step], buffer.words)
-        out[:, start : start + step] = buffer.product(x)
-    return out
+
+    def write(first: int, words: torch.Tensor) -> None:
+        last = first + len(words)
+        compiled.e4m3_words(codes[first:last], scale[first * blocked.ROWS : last * blocked.ROWS], words)
+
+    return blocked.product(x, len(codes) * blocked.ROWS, write)

@@ -30,7 +30,7 @@ _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
     """``x @ w.T`` in x's dtype, float32 or bfloat16, ``[rows, N]``."""
     if ahead.wanted(compiled.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(weight, packed):
-        return _run_compiled(x.contiguous(), weight, packed)
+        return _run_compiled(x, weight, packed)
     half, length, dtype = packed.block // 2, packed.length, x.dtype
     scales = packed.scales(weight, dtype)
     stored = packed.blocked.view(-1, length, half)
@@ -58,21 +58,13 @@ def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
 
 
 def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
-    rows, length = weight.shape[0], packed.length
-    scales = packed.words(weight)
-    stored = packed.blocked.view(-1, length, packed.block // 2)
-    step = blocked.rows_at_once(rows, length)
-    buffer = blocked.blocked(step, length)
-    if step == rows:
-        compiled.nibble_words(stored, scales, buffer.words)
-        return buffer.product(x)
-    out = x.new_empty(x.shape[0], rows)
-    count = step // packed.block
-    for start in blocked.starts(rows, step):
-        first = start // packed.block
-        compiled.nibble_words(stored[first : first + count], scales[first : first + count], buffer.words)
-        out[:, start : start + step] = buffer.product(x)
-    return out
+    scales, codes = packed.words(weight), packed.blocked.view(-1, packed.length, packed.block // 2)
+
+    def write(first: int, words: torch.Tensor) -> None:
+        last = first + len(words)
+        compiled.nibble_words(codes[first:last], scales[first:last], words)
+
+    return blocked.product(x, weight.shape[0], write)
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

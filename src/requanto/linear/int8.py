@@ -39,7 +39,7 @@ def run(
     scale = weight.scale.reshape(-1).float()
     if x.shape[0] == 1:
         return _row(x.float(), packed.words, scale, bias, x.dtype)
-    out = _many(x.contiguous(), packed.words, scale)
+    out = _many(x, packed.words, scale)
     return out if bias is None else out.add_(bias)
 
 
@@ -64,17 +64,11 @@ def _row(
     return (out if bias is None else out.add_(bias)).to(dtype)
 
 
-def _many(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _many(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``x @ (codes * scale).T`` in bfloat16."""
-    rows, length = len(words) * blocked.ROWS, x.shape[1]
-    step = blocked.rows_at_once(rows, length)
-    buffer = blocked.blocked(step, length)
-    if step == rows:
-        compiled.int8_words(words, scale, buffer.words)
-        return buffer.product(x)
-    out = x.new_empty(x.shape[0], rows)
-    for start in blocked.starts(rows, step):
-        first = start // blocked.ROWS
-        compiled.int8_words(words[first : first + len(buffer.words)], scale[start : start + step], buffer.words)
-        out[:, start : start + step] = buffer.product(x)
-    return out
+
+    def write(first: int, words: torch.Tensor) -> None:
+        last = first + len(words)
+        compiled.int8_words(codes[first:last], scale[first * blocked.ROWS : last * blocked.ROWS], words)
+
+    return blocked.product(x, len(codes) * blocked.ROWS, write)
