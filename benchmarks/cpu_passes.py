@@ -1,6 +1,6 @@
 """The passes of a CPU's products one by one: why `requanto.linear` is written as it is. CPU time, one thread.
 
-    PYTHONPATH=src:kernels python benchmarks/cpu_passes.py              # with kernels of torch.compile: needs a C++ compiler
+    PYTHONPATH=src:kernels python benchmarks/cpu_passes.py              # with compiled kernels: needs a C++ compiler
 
 Time that other processes take does not count, so the figures hold on a busy machine too. In ns for each number of x, or each
 weight. Writes benchmarks/results/cpu_passes.json.
@@ -8,6 +8,8 @@ weight. Writes benchmarks/results/cpu_passes.json.
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from common import RESULTS, write
 
 from requanto import QTensor, qint8
-from requanto.linear import blocked, compiled, float8, int4, int4_large, onednn
+from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, onednn
 from requanto.linear.activations import quantize_unsigned, split_16bit
 from requanto.linear.dequantize import dequantize_rows
 from requanto.linear.kept import scaled_into
@@ -75,7 +77,7 @@ def _plain_nibbles(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor
 
 
 def weights() -> dict[str, float]:
-    """Dequantization into bfloat16, by operators and, into oneDNN's order, by kernels of torch.compile."""
+    """Dequantization into bfloat16, by operators and, into oneDNN's order, by compiled kernels."""
     half, group = int4.rows_per_block() // 2, 64
     count, groups = N // (2 * half), K // group
     blocks = torch.randint(0, 256, (count, K, half), dtype=torch.uint8)
@@ -131,6 +133,45 @@ def orders() -> dict[str, float]:
     return timed(calls, 1000)
 
 
+def kernels() -> dict[str, float]:
+    """What a compiled kernel costs: to make (wall time, an empty directory, all processors), to load, to call."""
+    if ahead.compiler() is None:
+        return {}
+    name = "rows-to-int8"
+    source = compiled.SOURCES[name]
+    before = os.environ.get("REQUANTO_CACHE")
+    with tempfile.TemporaryDirectory() as kept:
+        os.environ["REQUANTO_CACHE"] = kept
+        try:
+            path = ahead.path_of(name, source)
+            start = time.perf_counter()
+            ahead.make({name: path})
+            one = time.perf_counter() - start
+            start = time.perf_counter()
+            ahead.make({other: ahead.path_of(other, compiled.SOURCES[other]) for other in compiled.SOURCES})
+            rest = time.perf_counter() - start
+            start = time.perf_counter()
+            kernel = ahead.Kernel(name, path)
+            ahead.check(kernel, source, name)
+            load = time.perf_counter() - start
+        finally:
+            os.environ.pop("REQUANTO_CACHE")
+            if before is not None:
+                os.environ["REQUANTO_CACHE"] = before
+    x, codes, steps = source.example()
+    calls = {"call, us": lambda: kernel(x, codes, steps), "call through torch.compile, us": torch_compiled(source)}
+    figures = {"make one, s": one, "make all at once, s": one + rest, "load and check, ms": 1000 * load}
+    return {what: round(value, 2) for what, value in figures.items()} | timed(calls, 1000)
+
+
+def torch_compiled(source: ahead.Source) -> Callable[[], object]:
+    """The same function through torch.compile."""
+    arguments = source.example()
+    call = torch.compile(source.function, dynamic=True)
+    call(*arguments)
+    return lambda: call(*arguments)
+
+
 def main() -> None:
     """Measures, prints, writes."""
     torch.set_num_threads(1)
@@ -138,12 +179,13 @@ def main() -> None:
     with torch.no_grad():
         found = {"x": activations(), "weights": weights(), "int8 products, us": products()}
         found["bfloat16 products, us"] = orders()
+        found["compiled kernels"] = kernels()
     for what, figures in found.items():
         for name, ns in figures.items():
             print(f"{what:8} {name:26} {ns:.3f}")
     write(
         RESULTS / "cpu_passes.json",
-        {"unit": "ns of CPU time for each number; products: microseconds each", "results": found},
+        {"unit": "ns of CPU time for each number; products: microseconds each; kernels: as they say", "results": found},
     )
 
 

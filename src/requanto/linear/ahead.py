@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -223,15 +224,17 @@ def make(paths: dict[str, Path]) -> None:
         names,
         directory(),
     )
+    start = time.monotonic()
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         list(pool.map(_make, paths, paths.values()))
+    logger.info("compiled %s in %.0f s", names, time.monotonic() - start)
 
 
 def _make(name: str, path: Path) -> None:
     from filelock import FileLock  # torch needs it too
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # native code: nobody else writes here
         with FileLock(f"{path}.lock", timeout=PATIENCE):  # one process makes it, whoever asks
             if not path.exists():
                 _run(name, path)
@@ -259,6 +262,10 @@ def _run(name: str, path: Path) -> None:
             )
         except subprocess.TimeoutExpired as error:
             raise KernelUnavailable(f"making the kernel {name!r} took longer than {PATIENCE:.0f} s") from error
+        except OSError as error:
+            raise KernelUnavailable(
+                f"making the kernel {name!r} failed: {sys.executable} did not start: {error}"
+            ) from error
         if done.returncode or not fresh.exists():
             last = "\n".join(done.stderr.strip().splitlines()[-15:])
             raise KernelUnavailable(f"making the kernel {name!r} failed (exit status {done.returncode}):\n{last}")
