@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Rows of one block.
 ROWS = 64
-#: Bytes of bfloat16 that are made and multiplied at a time.
+#: Bytes of bfloat16 that are made and multiplied at a time; half of it with so many rows of x, whose product reads them anew.
 BLOCK_BYTES = 8 * 2**20
+HALVED = range(64, 512)
 #: Numbers of a result up to which its parts are put together at the end.
 JOINED = 2**21
 
@@ -93,14 +94,15 @@ def fits(rows: int, length: int) -> bool:
     return rows % ROWS == 0 and length % 64 == 0 and works()
 
 
-def rows_at_once(rows: int, length: int) -> int:
-    """Rows of a buffer for a weight ``[rows, length]``.
+def rows_at_once(rows: int, length: int, many: int = 1) -> int:
+    """Rows of a buffer for a weight ``[rows, length]`` and ``many`` rows of x.
 
     The same for all large weights of one K, so that a model's layers share few buffers; smaller only where the last part,
     which begins in the one before, would repeat more than an eighth of the work.
     """
     blocks = rows // ROWS
-    most = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // (2 * ROWS * length))
+    wanted = BLOCK_BYTES // 2 if many in HALVED else BLOCK_BYTES
+    most = max(1, min(wanted, settings.workspace_bytes // 8) // (2 * ROWS * length))
     parts = -(-blocks // most)
     if parts > 1 and 8 * (parts * most - blocks) <= blocks:
         return most * ROWS
@@ -126,7 +128,7 @@ def product(x: torch.Tensor, rows: int, write: Callable[[int, torch.Tensor], Non
     """
     x = x.contiguous()
     length = x.shape[1]
-    step = rows_at_once(rows, length)
+    step = rows_at_once(rows, length, x.shape[0])
     buffer = blocked(step, length)
     if step == rows:
         write(0, buffer.words)
