@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 #: Rows of one block.
 ROWS = 64
-#: Bytes of bfloat16 that are made and multiplied at a time; half of it with so many rows of x, whose product reads them anew.
+#: Bytes of bfloat16 that are made and multiplied at a time; half of it with so many rows of x, which read them anew.
 BLOCK_BYTES = 8 * 2**20
 HALVED = range(64, 512)
 #: Numbers of a result up to which its parts are put together at the end.
