@@ -19,7 +19,7 @@ COMPILED = ["cpu-compiled-int4", "cpu-compiled-int8", "cpu-compiled-int8-row", "
         {"REQUANTO_COMPILE": "0"},
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
         {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},  # int8 products without VNNI saturate: they must not be used
-        {"ATEN_CPU_CAPABILITY": "default"},
+        {"ATEN_CPU_CAPABILITY": "default", "REQUANTO_COMPILE": "0"},
     ],
     ids=["native", "eager", "avx2", "avx512-without-vnni", "scalar"],
 )
