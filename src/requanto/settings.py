@@ -8,7 +8,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-_COMPILED = {"0": False, "1": True}
+
+def compiled_from(text: str) -> bool | None:
+    """What REQUANTO_COMPILE stands for.
+
+    Raises:
+        ValueError: neither 1, 0 nor nothing.
+    """
+    known = {"": None, "0": False, "1": True}
+    if text not in known:
+        raise ValueError(
+            f"REQUANTO_COMPILE is {text!r}, expected 1 (compiled CPU kernels, or an error), 0 (none of them) or nothing "
+            "(where there is a C++ compiler)"
+        )
+    return known[text]
 
 
 @dataclass
@@ -30,7 +43,7 @@ class Settings:
 
     workspace_bytes: int = int(float(os.environ.get("REQUANTO_WORKSPACE_MB", "64")) * 2**20)
     pack_on_first_use: bool = os.environ.get("REQUANTO_PACK", "1") != "0"
-    compiled: bool | None = _COMPILED.get(os.environ.get("REQUANTO_COMPILE", ""))
+    compiled: bool | None = compiled_from(os.environ.get("REQUANTO_COMPILE", ""))
 
 
 settings = Settings()

@@ -16,7 +16,7 @@ from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
 from requanto.linear.table import choose, problem_of
 from requanto.qtypes import qint8
-from requanto.settings import settings
+from requanto.settings import compiled_from, settings
 
 pytestmark = [
     pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
@@ -488,6 +488,12 @@ def test_unasked(monkeypatch):
     """Where there is a compiler, they are the usual way."""
     monkeypatch.setattr(settings, "compiled", None)
     check(quantized("float8", 128, 64), 40, torch.bfloat16, "cpu-compiled-float8")
+
+
+def test_what_the_environment_says():
+    assert [compiled_from(text) for text in ("", "0", "1")] == [None, False, True]
+    with pytest.raises(ValueError, match="REQUANTO_COMPILE is 'yes', expected 1"):
+        compiled_from("yes")
 
 
 def test_forbidden(monkeypatch):

@@ -2,7 +2,7 @@
 
 A kernel is a function of tensors, written in torch (`Source`). The first process that needs it starts a Python that exports
 the function, has AOTInductor compile it, compares it with its source and writes the package; every later one loads the file
-in milliseconds, without the compiler's modules, and calls it at a fifth of the cost of a call through torch.compile.
+in milliseconds, without the compiler's modules, and calls it at a quarter of the cost of a call through torch.compile.
 
 Packages lie in ``$REQUANTO_CACHE``, else ``$XDG_CACHE_HOME/requanto``, else ``~/.cache/requanto``. Their names hold what
 they depend on: torch's version, the processor's instructions, the source. So a home directory may be shared by machines.

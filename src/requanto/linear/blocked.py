@@ -119,19 +119,25 @@ def blocked(rows: int, length: int) -> BlockedWeight:
     return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
 
 
-def product(x: torch.Tensor, rows: int, write: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
-    """``x @ w.T`` in bfloat16 of a weight ``[rows, K]`` that is made part by part in this thread's buffer.
+def product(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> torch.Tensor:
+    """``x @ w.T`` in bfloat16 of a weight that is made part by part in this thread's buffer.
 
     Args:
         x: bfloat16 ``[M, K]``.
-        write: ``write(first, words)`` writes as many blocks of the weight as `words` has, from block ``first`` on.
+        codes, scales: of the weight, block by block: ``[N / 64, ...]``.
+        write: ``write(codes, scales, words)`` makes some blocks of the weight, in oneDNN's order.
     """
     x = x.contiguous()
-    length = x.shape[1]
+    rows, length = len(codes) * ROWS, x.shape[1]
     step = rows_at_once(rows, length, x.shape[0])
     buffer = blocked(step, length)
     if step == rows:
-        write(0, buffer.words)
+        write(codes, scales, buffer.words)
         return buffer.product(x)
     # One operator puts few numbers together faster than one a part; many would have to be kept twice.
     joined = x.shape[0] * rows <= JOINED
@@ -139,7 +145,8 @@ def product(x: torch.Tensor, rows: int, write: Callable[[int, torch.Tensor], Non
     out = None if joined else x.new_empty(x.shape[0], rows)
     done = 0
     for start in starts(rows, step):
-        write(start // ROWS, buffer.words)
+        blocks = slice(start // ROWS, (start + step) // ROWS)
+        write(codes[blocks], scales[blocks], buffer.words)
         part = buffer.product(x)
         if out is None:
             parts.append(part[:, done - start :])

@@ -210,6 +210,13 @@ def _kernel(name: str) -> ahead.Kernel:
     return ahead.kernel(name, SOURCES[name])
 
 
+def _returned(name: str, *arguments: torch.Tensor) -> torch.Tensor:
+    out = _kernel(name)(*arguments)
+    if out is None:
+        raise RuntimeError(f"the kernel {name!r} returned nothing, expected one tensor")
+    return out
+
+
 def ready(family: str) -> bool:
     """Makes or loads the kernels of a family. False: they cannot be had (`requanto.linear.ahead.ready`)."""
     return ahead.ready(family, _FAMILIES[family])
@@ -239,7 +246,7 @@ def e4m3_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) ->
 
     Args:
         codes: bytes ``[blocks, K, 64]``.
-        scale: float32 ``[blocks * 64]``, times 2^120.
+        scale: float32 ``[blocks, 64]``, times 2^120.
         words: int32 ``[blocks, K / 2, 64]``, written.
     """
     blocks, _, rows = codes.shape
@@ -248,10 +255,7 @@ def e4m3_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) ->
 
 def e4m3_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """One row of x, float32 ``[K]``, times e4m3 ``[blocks, K, 64]``, scaled (float32 ``[blocks * 64]``): float32."""
-    out = _kernel("row")(x.contiguous().view(-1, 1), codes, scale.view(len(codes), -1))
-    if out is None:
-        raise RuntimeError("the kernel 'row' returned nothing, expected one tensor")
-    return out.view(-1)
+    return _returned("row", x.contiguous().view(-1, 1), codes, scale.view(len(codes), -1)).view(-1)
 
 
 def int8_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
@@ -259,7 +263,7 @@ def int8_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) ->
 
     Args:
         codes: int32 ``[blocks, K / 4, 64]``, four codes along K in each.
-        scale: float32 ``[blocks * 64]``.
+        scale: float32 ``[blocks, 64]``.
         words: int32 ``[blocks, K / 2, 64]``, written.
     """
     blocks, quads, rows = codes.shape
@@ -278,10 +282,7 @@ def int8_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch
         x: ``[K]`` in float32; or in bfloat16, and it is quantized to int8 on the way.
     """
     name = {torch.float32: "int8-row", torch.bfloat16: "int8-int8-row"}[x.dtype]
-    out = _kernel(name)(x.view(-1, 4), codes, scale.view(-1, 4, 16))
-    if out is None:
-        raise RuntimeError(f"the kernel {name!r} returned nothing, expected one tensor")
-    return out.view(-1)
+    return _returned(name, x.view(-1, 4), codes, scale.view(-1, 4, 16)).view(-1)
 
 
 def rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:

@@ -64,7 +64,8 @@ def run(
     packed = packed_as(weight, Float8Codes, pack)
     scale = weight.scale.reshape(-1).float()
     if x.shape[0] > FEW:
-        out = _many(x, packed.blocks, scale * 2.0**120)
+        scales = (scale * 2.0**120).view(-1, blocked.ROWS)
+        out = blocked.product(x, packed.blocks, scales, compiled.e4m3_words)
     elif x.shape[0] == 1:
         out = compiled.e4m3_row(x.float().view(-1), packed.blocks, scale).view(1, -1)
     else:
@@ -72,13 +73,3 @@ def run(
     if bias is not None:
         out.add_(bias)
     return out.to(x.dtype)
-
-
-def _many(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x @ (codes * scale).T / 2^120`` in bfloat16."""
-
-    def write(first: int, words: torch.Tensor) -> None:
-        last = first + len(words)
-        compiled.e4m3_words(codes[first:last], scale[first * blocked.ROWS : last * blocked.ROWS], words)
-
-    return blocked.product(x, len(codes) * blocked.ROWS, write)

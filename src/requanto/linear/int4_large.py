@@ -58,13 +58,8 @@ def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
 
 
 def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
-    scales, codes = packed.words(weight), packed.blocked.view(-1, packed.length, packed.block // 2)
-
-    def write(first: int, words: torch.Tensor) -> None:
-        last = first + len(words)
-        compiled.nibble_words(codes[first:last], scales[first:last], words)
-
-    return blocked.product(x, weight.shape[0], write)
+    codes = packed.blocked.view(-1, packed.length, packed.block // 2)
+    return blocked.product(x, codes, packed.words(weight), compiled.nibble_words)
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

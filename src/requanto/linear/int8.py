@@ -39,7 +39,7 @@ def run(
     scale = weight.scale.reshape(-1).float()
     if x.shape[0] == 1:
         return _row(x.float(), packed.words, scale, bias, x.dtype)
-    out = _many(x, packed.words, scale)
+    out = blocked.product(x, packed.words, scale.view(-1, blocked.ROWS), compiled.int8_words)
     return out if bias is None else out.add_(bias)
 
 
@@ -62,13 +62,3 @@ def _row(
 ) -> torch.Tensor:
     out = compiled.int8_row(x.contiguous(), words, scale).view(1, -1)
     return (out if bias is None else out.add_(bias)).to(dtype)
-
-
-def _many(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x @ (codes * scale).T`` in bfloat16."""
-
-    def write(first: int, words: torch.Tensor) -> None:
-        last = first + len(words)
-        compiled.int8_words(codes[first:last], scale[first * blocked.ROWS : last * blocked.ROWS], words)
-
-    return blocked.product(x, len(codes) * blocked.ROWS, write)

@@ -49,6 +49,11 @@ _BYTES = 8
 LONGEST = 2**31 // (255 * 128)
 
 
+@functools.cache
+def _tell_once(why: str) -> None:
+    logger.info("compiled kernels do not read packed int8 weights on this machine, oneDNN's product does: %s", why)
+
+
 class OneDnnCodes(Packed):
     """int8 ``[N, K]``, blocked.
 
@@ -73,13 +78,15 @@ class OneDnnCodes(Packed):
             return None
         try:
             address = torch.ops.mkldnn.data_ptr(self.blocked)
-        except (AttributeError, RuntimeError):  # this build of torch keeps it to itself
+        except (AttributeError, RuntimeError) as error:  # this build of torch keeps it to itself
+            _tell_once(str(error).splitlines()[0])
             return None
         memory = (ctypes.c_char * codes.nbytes).from_address(address)
         words = torch.frombuffer(memory, dtype=torch.int32).view(rows // 64, length // 4, 64)
         for block in {0, len(words) - 1}:
             expected = codes[64 * block : 64 * (block + 1)].view(64, length // 4, 4).transpose(0, 1).contiguous()
             if not torch.equal(words[block], expected.view(torch.int32).squeeze(-1)):
+                _tell_once("oneDNN's order of int8 is not in blocks of 64 rows and four codes along K")
                 return None
         return words
 
