@@ -29,7 +29,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
 #: Rows up to which torch's int4 operator beats dequantization.
 INT4_ROWS = 64
-#: Rows up to which it beats a compiled kernel: so many, and the more the smaller a weight is, since two calls cost more.
+#: Rows up to which it beats a compiled kernel: so many, and the more the smaller a weight is, since two calls cost more
+#: (cpu_paths.json).
 COMPILED_INT4_ROWS, PER_WEIGHT = 10, 9e6
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
 BLOCK_BYTES = 4 * 2**20

@@ -15,7 +15,8 @@ from requanto.linear.onednn import OneDnnCodes
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 
-#: Weights below which these kernels beat two int8 products with any number of rows, and the rows from which they always do.
+#: Weights below which these kernels beat two int8 products with any number of rows, and the rows from which they always do
+#: (benchmarks/results/cpu_paths.json).
 BELOW = 2**23
 ROWS = 257
 

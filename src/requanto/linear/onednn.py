@@ -41,7 +41,7 @@ CHUNK = 256
 SUMS_BYTES = 8 * 2**20
 #: Rows of x in one product, at least: with fewer, oneDNN reads the weight more slowly (cpu_passes.json).
 LEAST = 4
-#: Numbers of x that a compiled kernel quantizes faster than six operators (cpu_passes.json).
+#: Numbers of x that a compiled kernel quantizes faster than six operators (cpu_paths.json).
 COMPILED_BELOW = 2**19
 #: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
 _BYTES = 8

@@ -1,0 +1,99 @@
+"""Every path that could serve a product, side by side: where `requanto.linear` changes from one to another.
+
+    PYTHONPATH=src:kernels python benchmarks/cpu_paths.py
+
+Needs a C++ compiler, AVX-512 and int8 products that are exact. Microseconds of a product, the paths in turns, each over
+several weights in a row. Writes benchmarks/results/cpu_paths.json.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from common import RESULTS, write
+
+from requanto import QTensor, qint8
+from requanto.linear import blocked, compiled, int4, int4_large, int8, onednn
+from requanto.linear.activations import quantize_unsigned
+
+SHAPES = ((192, 576), (576, 576), (1536, 576), (1024, 2048), (2048, 2048), (4096, 4096))
+ROWS = (1, 8, 12, 16, 32, 64, 128, 512)
+#: Numbers of weights that are read in a row, about, and copies at most.
+READ, COPIES = 50e6, 30
+ROUNDS = 5
+
+
+def timed(paths: dict[str, tuple[Callable[[torch.Tensor], object], list[torch.Tensor]]]) -> dict[str, float]:
+    """Median microseconds of one product, the first round apart."""
+    taken: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(ROUNDS + 1):
+        for name, (call, weights) in paths.items():
+            start = time.perf_counter()
+            for weight in weights:
+                call(weight)
+            if turn:
+                taken[name].append((time.perf_counter() - start) / len(weights))
+    return {name: round(1e6 * median(times), 1) for name, times in taken.items()}
+
+
+def products(shape: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """By rows of x."""
+    copies = max(3, min(COPIES, int(READ / (shape[0] * shape[1]))))
+    floats = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(copies)]
+    fours, eights = ([QTensor.quantize(weight, kind) for weight in floats] for kind in ("int4", "int8"))
+    for weight in fours:
+        weight.pack(int4.pack(weight))
+    for weight in eights:
+        weight.pack(onednn.pack(weight))
+    found = {}
+    for rows in ROWS:
+        x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
+        paths = {
+            "bf16": (lambda w, x=x: F.linear(x, w), floats),
+            "int8, split": (lambda w, x=x: onednn.run_split(x, w, None), eights),
+            "int8, compiled": (lambda w, x=x: int8.run(x, w, None), eights),
+            "int4, compiled": (lambda w, x=x: int4_large.run_large(x, w, w.packed), fours),
+        }
+        if rows <= 128:
+            paths["int4, operator"] = (lambda w, x=x: int4.run(x, w, None), fours)
+        if rows == 1:
+            paths["int8 x int8, oneDNN"] = (lambda w, x=x: onednn.run_int8(x, w, None, qint8), eights)
+            paths["int8 x int8, compiled"] = (lambda w, x=x: int8.run_quantized_row(x, w, None, qint8), eights)
+        found[str(rows)] = timed(paths)
+        print(shape, rows, found[str(rows)], flush=True)
+    return found
+
+
+def quantizing() -> dict[str, dict[str, float]]:
+    """x to int8, by its size: operators, and the kernel."""
+    found = {}
+    for rows, length in ((1, 576), (32, 576), (512, 576), (128, 4096), (512, 4096)):
+        xs = [torch.randn(rows, length, dtype=torch.bfloat16) for _ in range(20)]
+        paths = {
+            "operators": (lambda x: quantize_unsigned(x, qint8, None, onednn.LEAST), xs),
+            "kernel": (lambda x: onednn.quantized_rows(x, onednn.LEAST), xs),
+        }
+        found[f"{rows} x {length}"] = timed(paths)
+    return found
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    families = (compiled.NIBBLES, compiled.INT8, compiled.INT8_INT8)
+    if not (blocked.works() and onednn.works() and all(compiled.ready(family) for family in families)):
+        raise SystemExit("this machine has not all of the paths (see the log): nothing to choose, nothing measured")
+    with torch.no_grad():
+        results = {f"{n} x {k}": products((n, k)) for n, k in SHAPES}
+        results["quantizing x"] = quantizing()
+    print(results["quantizing x"])
+    write(RESULTS / "cpu_paths.json", {"unit": "microseconds, by rows of x", "results": results})
+
+
+if __name__ == "__main__":
+    main()
