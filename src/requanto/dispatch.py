@@ -33,13 +33,13 @@ def implements_function(*functions: Any) -> Callable[[Callable], Callable]:
     return register
 
 
-def torch_function(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
+def torch_function(func: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
     """Runs a torch function that met a QTensor."""
     implementation = FUNCTIONS.get(func)
     if implementation is not None:
-        return implementation(*args, **kwargs)
+        return implementation(*args, **kwargs) if kwargs else implementation(*args)
     with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:

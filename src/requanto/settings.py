@@ -24,6 +24,31 @@ def compiled_from(text: str) -> bool | None:
     return known[text]
 
 
+class Choices:
+    """What choices of implementations are made under.
+
+    Attributes:
+        version: a number for the settings, the table's entries and the failures at the time; the same when they are again.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self._seen: dict[tuple[object, ...], int] = {}
+        self._settings: tuple[object, ...] = ()
+        self._events = 0
+
+    def changed(self, settings: tuple[object, ...] | None = None) -> None:
+        """Choices made so far may be other ones now: an implementation more, kernels that could not be made, settings."""
+        if settings is None:
+            self._events += 1
+        else:
+            self._settings = settings
+        self.version = self._seen.setdefault((self._events, *self._settings), len(self._seen) + 1)
+
+
+choices = Choices()
+
+
 @dataclass
 class Settings:
     """What may be set, by attribute, at any time.
@@ -44,6 +69,10 @@ class Settings:
     workspace_bytes: int = int(float(os.environ.get("REQUANTO_WORKSPACE_MB", "64")) * 2**20)
     pack_on_first_use: bool = os.environ.get("REQUANTO_PACK", "1") != "0"
     compiled: bool | None = compiled_from(os.environ.get("REQUANTO_COMPILE", ""))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        choices.changed(tuple(self.__dict__.values()))
 
 
 settings = Settings()

@@ -62,6 +62,7 @@ class Stored:
     @qdata.setter
     def qdata(self, value: torch.Tensor) -> None:
         self._qdata, self._packed = value, None
+        self.__dict__.pop("_bound", None)  # products made ready hold the packed form's memory
 
     @property
     def operand(self) -> torch.Tensor:

@@ -42,10 +42,13 @@ def keep(slot: tuple[object, ...], nbytes: int, make: Callable[[], T]) -> T:
 
     Those that were asked for longest ago go first. One that is larger than that alone is kept alone.
     """
-    objects: OrderedDict[tuple[object, ...], T] = _local.__dict__.setdefault("objects", OrderedDict())
-    if slot in objects:
+    objects: OrderedDict[tuple[object, ...], T] | None = _local.__dict__.get("objects")
+    if objects is None:
+        objects = _local.__dict__["objects"] = OrderedDict()
+    found = objects.get(slot)
+    if found is not None:
         objects.move_to_end(slot)
-        return objects[slot]
+        return found
     while objects and nbytes + sum(held.nbytes for held in objects.values()) > settings.workspace_bytes // 2:
         objects.popitem(last=False)
     objects[slot] = made = make()

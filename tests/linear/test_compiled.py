@@ -108,12 +108,12 @@ def test_nibbles_in_other_dtypes(dtype):
 def test_where_a_kernel_s_call_pays():
     """A small weight costs less than the calls: torch's operator serves it with more rows than a large one."""
     for shape, rows, path in (
-        ((2048, 2048), 12, "cpu-int4pack"),
-        ((2048, 2048), 13, "cpu-compiled-int4"),
-        ((512, 1024), 27, "cpu-int4pack"),
-        ((512, 1024), 28, "cpu-compiled-int4"),
-        ((256, 384), 101, "cpu-int4pack"),
-        ((256, 384), 102, "cpu-compiled-int4"),
+        ((2048, 2048), 8, "cpu-int4pack"),
+        ((2048, 2048), 9, "cpu-compiled-int4"),
+        ((512, 1024), 13, "cpu-int4pack"),
+        ((512, 1024), 14, "cpu-compiled-int4"),
+        ((256, 384), 38, "cpu-int4pack"),
+        ((256, 384), 39, "cpu-compiled-int4"),
     ):
         check(quantized("int4", *shape, group_size=64), rows, torch.bfloat16, path)
 
@@ -151,8 +151,9 @@ def test_where_int8_takes_which_path():
         ((128, 64), 40, half, "cpu-onednn-split"),
         ((1024, 2112), 1, half, "cpu-compiled-int8"),
         ((1024, 2112), 2, half, "cpu-onednn-split"),
-        ((2048, 4096), 1, bfloat16, "cpu-onednn-split"),
-        ((1984, 4096), 1, bfloat16, "cpu-compiled-int8"),
+        ((2048, 4096), 1, bfloat16, "cpu-compiled-int8"),
+        ((2048, 4096), 2, bfloat16, "cpu-onednn-split"),
+        ((1984, 4096), 2, bfloat16, "cpu-compiled-int8"),
         ((2048, 4160), 256, bfloat16, "cpu-onednn-split"),
         ((2048, 4160), 257, bfloat16, "cpu-compiled-int8"),
         ((300, 192), 40, bfloat16, "cpu-onednn-split"),
@@ -186,8 +187,9 @@ def test_one_row_of_int8_activations(dtype, scale, bias):
     x = torch.randn(1, 192).to(dtype)
     how = {"activation": qint8, "input_scale": None if scale is None else torch.tensor(scale)}
     offset = torch.randn(320).to(dtype) if bias else None
-    path = "cpu-compiled-int8-row" if dtype == torch.bfloat16 else "cpu-onednn-int8"
-    assert choose(problem_of(module.weight, dtype, 1, qint8)).implementation.name == path
+    static = scale is not None
+    path = "cpu-compiled-int8-int8" if dtype == torch.bfloat16 and not static else "cpu-onednn-int8"
+    assert choose(problem_of(module.weight, dtype, 1, qint8, static=static)).implementation.name == path
     with torch.no_grad():
         got = linear(x, module.weight, offset, **how)
         several = linear(x.expand(3, -1), module.weight, offset, **how)[:1]
@@ -207,10 +209,21 @@ def test_rows_to_int8(rows, length):
     """The codes are those of the operators, bit for bit."""
     x = torch.randn(rows, length).bfloat16()
     x[-1] = 0
-    codes, steps = onednn.quantized_rows(x, 4)
-    want, own = quantize_unsigned(x, qint8, None, 4)
-    assert torch.equal(codes[:rows], want[:rows])
+    codes, steps = torch.empty(rows, length, dtype=torch.uint8), torch.empty(rows, 1)
+    compiled.rows_to_int8(x, codes, steps)
+    want, own = quantize_unsigned(x, qint8, None)
+    assert torch.equal(codes, want)
     assert torch.equal(steps, own)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("length", [16, 33, 576])
+def test_sums_are_finished_with_one_rounding(rows, length):
+    sums, steps, bias = torch.randn(rows, length) * 1e6, torch.rand(rows, 1), torch.randn(length) * 1e5
+    out = torch.empty(rows, length, dtype=torch.bfloat16)
+    compiled.finish(sums, steps, bias, out)
+    want = sums.double() * steps.double() + bias.double()
+    assert ((out.double() - want).abs() <= 2**-8 * want.abs() + 1e-2).all()
 
 
 @pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
@@ -448,11 +461,13 @@ def test_kept_for_later_processes(tmp_path):
 
 ONE_KERNEL = """
 import sys
+import types
 import torch
 from requanto.linear import compiled
 codes = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
 scale, words = torch.rand(128), torch.empty(2, 32, 64, dtype=torch.int32)
-compiled.e4m3_words(codes, scale * 2.0**120, words)
+buffer = types.SimpleNamespace(view=words.view)
+compiled.fill_e4m3(codes, scale)(buffer, None)
 want = codes.view(torch.float8_e4m3fn).float() * scale.view(2, 1, 64)
 got = words.view(torch.bfloat16).view(2, 32, 64, 2).transpose(2, 3).reshape(2, 64, 64).float()
 known = torch.isfinite(want)

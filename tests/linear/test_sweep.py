@@ -9,7 +9,7 @@ import pytest
 
 from requanto.linear import ahead, blocked, onednn
 
-COMPILED = ["cpu-compiled-int4", "cpu-compiled-int8", "cpu-compiled-int8-row", "cpu-compiled-float8"]
+COMPILED = ["cpu-compiled-int4", "cpu-compiled-int8", "cpu-compiled-int8-int8", "cpu-compiled-float8"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from requanto.settings import settings
+from requanto.settings import choices, settings
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,10 @@ def vector_options() -> dict[str, int]:
 
 
 def digest_of(source: Source) -> str:
-    """Of the function and of all that it calls in its module."""
+    """Of the function, of all that it calls in its module, and of how it is compiled."""
     module = sys.modules[source.function.__module__]
-    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:12]
+    how = Path(__file__).with_name("make_kernel.py").read_text()
+    return hashlib.sha256((inspect.getsource(module) + how).encode()).hexdigest()[:12]
 
 
 def path_of(name: str, source: Source) -> Path:
@@ -115,15 +116,20 @@ def plain_mode() -> Iterator[None]:
 
 
 class Kernel:
-    """A loaded package."""
+    """A loaded package.
+
+    Attributes:
+        run: the kernel: takes a list of its arguments, which it empties, and gives one of its results.
+    """
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         # torch._inductor.aoti_load_package does the same after it has imported the compiler, which takes seconds.
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.boxed_run
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor | None:
-        returned = self._loader.boxed_run(list(arguments))
+        returned = self.run(list(arguments))
         return returned[0] if returned else None
 
 
@@ -294,11 +300,6 @@ def _can_be_made() -> bool:
     return found
 
 
-def failures() -> int:
-    """How many families have failed: choices made before the last one are no longer valid."""
-    return len(_failed)
-
-
 def ready(family: str, wanted: dict[str, Source]) -> bool:
     """Loads kernels of a family. False, and a warning, if that fails and nobody has asked for it in particular.
 
@@ -318,5 +319,6 @@ def ready(family: str, wanted: dict[str, Source]) -> bool:
             if family not in _failed:
                 logger.warning("requanto: %s products do without compiled kernels in this process: %s", family, error)
             _failed[family] = str(error)
+            choices.changed()
         return False
     return True

@@ -12,12 +12,13 @@ import torch
 from requanto import lowrank
 
 from requanto.linear import reference  # isort: skip  (closes the table, before the others enter it)
-from requanto.linear import cpu, triton
+from requanto.linear import bound, cpu, triton
 from requanto.linear.prepare import keep_plain, pack_on_first_use
-from requanto.linear.table import choose, problem_of, table_version
+from requanto.linear.table import choose, problem_of
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
 from requanto.rotation import rotate
+from requanto.settings import choices
 from requanto.tracing import is_tracing
 
 __all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "triton"]
@@ -51,9 +52,16 @@ def linear(
         ValueError: shapes or devices that do not fit.
     """
     if type(x) is torch.Tensor:
+        usual = input_scale is None and (activation is None or activation is weight.activation)
+        product = bound.find(x, weight, bias) if usual else None
+        if product is not None:
+            return product(x, weight, bias)
         # Every look at a QTensor's shape or device would be a function call of its own: half of a small layer's time.
         with torch._C.DisableTorchFunctionSubclass():
-            return _checked(x, weight, bias, activation, input_scale)
+            out = _checked(x, weight, bias, activation, input_scale)
+            if usual:
+                bound.remember(x, weight)
+            return out
     return _checked(x, weight, bias, activation, input_scale)
 
 
@@ -144,10 +152,11 @@ def _run(
         return x.new_empty(0, weight.shape[0])
     # The choice is remembered with the weight: asking the table anew costs more than a small layer's product.
     known = weight.__dict__.setdefault("_choices", {})
-    key = (x.shape[0], x.dtype, activation, weight.packed is None, table_version())
+    static = input_scale is not None
+    key = (x.shape[0], x.dtype, activation, static, weight.packed is None, choices.version)
     run = known.get(key)
     if run is None:
-        run = choose(problem_of(weight, x.dtype, x.shape[0], activation)).implementation.run
+        run = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=static)).implementation.run
         if len(known) >= REMEMBERED:
             known.clear()
         known[key] = run

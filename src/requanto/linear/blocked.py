@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 
+from requanto.linear import ahead
+from requanto.qtensor import QTensor
 from requanto.settings import settings
 from requanto.workspace import keep
 
@@ -29,6 +31,9 @@ BLOCK_BYTES = 8 * 2**20
 HALVED = range(64, 512)
 #: Numbers of a result up to which its parts are put together at the end.
 JOINED = 2**21
+
+#: ``fill(buffer, weight)`` writes blocks of a weight into a buffer.
+Fill = Callable[["BlockedWeight", QTensor], None]
 
 
 class BlockedWeight:
@@ -47,6 +52,7 @@ class BlockedWeight:
         probe = torch.randint(-(2**15), 2**15, (rows, length), dtype=torch.int16, generator=torch.Generator())
         probe = probe.bitwise_and_(-0x4001).bitwise_or_(0x2000).view(torch.bfloat16)  # neither infinite nor denormal
         try:
+            self._multiply = torch.ops.mkldnn._linear_pointwise.default
             self._weight = torch.ops.mkldnn._reorder_linear_weight(probe, None)
             self.nbytes = int(torch.ops.mkldnn._nbytes(self._weight))
             address = torch.ops.mkldnn.data_ptr(self._weight)
@@ -57,13 +63,21 @@ class BlockedWeight:
         # Memory of the opaque tensor, which lives as long as this object.
         memory = (ctypes.c_char * self.nbytes).from_address(address)
         self.words = torch.frombuffer(memory, dtype=torch.int32).view(rows // ROWS, length // 2, ROWS)
+        self._views: dict[tuple[int, ...], torch.Tensor] = {}
         expected = probe.view(rows // ROWS, ROWS, length // 2, 2).transpose(1, 2).contiguous()
         if not torch.equal(self.words, expected.view(torch.int32).squeeze(-1)):
             raise RuntimeError("oneDNN's order of a bfloat16 weight is not in blocks of 64 rows and pairs along K")
 
+    def view(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """`words` in that shape."""
+        found = self._views.get(shape)
+        if found is None:
+            found = self._views[shape] = self.words.view(shape)
+        return found
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """``x @ w.T`` in bfloat16. x: bfloat16 ``[M, K]``, contiguous."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, None, "none", [], "")
+        """``x @ w.T`` in bfloat16. x: bfloat16 ``[..., K]``."""
+        return self._multiply(x, self._weight, None, "none", [], "")
 
 
 @functools.cache
@@ -85,7 +99,7 @@ def works() -> bool:
 
 
 def _made(rows: int, length: int) -> BlockedWeight:
-    with torch.inference_mode(False), torch.no_grad():
+    with ahead.plain_mode():
         return BlockedWeight(rows, length)
 
 
@@ -119,38 +133,46 @@ def blocked(rows: int, length: int) -> BlockedWeight:
     return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
 
 
-def product(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    write: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None],
-) -> torch.Tensor:
-    """``x @ w.T`` in bfloat16 of a weight that is made part by part in this thread's buffer.
+def bind(
+    rows: int, length: int, many: int, fill: Callable[[slice], Fill]
+) -> Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]:
+    """``x @ w.T + bias`` in bfloat16 of a weight ``[rows, length]`` that is made part by part in this thread's buffer.
 
     Args:
-        x: bfloat16 ``[M, K]``.
-        codes, scales: of the weight, block by block: ``[N / 64, ...]``.
-        write: ``write(codes, scales, words)`` makes some blocks of the weight, in oneDNN's order.
+        many: rows of x.
+        fill: ``fill(blocks)`` gives the function that makes those blocks of the weight, in oneDNN's order.
     """
-    x = x.contiguous()
-    rows, length = len(codes) * ROWS, x.shape[1]
-    step = rows_at_once(rows, length, x.shape[0])
-    buffer = blocked(step, length)
+    step = rows_at_once(rows, length, many)
+    slot, nbytes, make = ("blocked", step, length), 2 * step * length, functools.partial(_made, step, length)
+    first = starts(rows, step)
+    fills = [fill(slice(start // ROWS, (start + step) // ROWS)) for start in first]
     if step == rows:
-        write(codes, scales, buffer.words)
-        return buffer.product(x)
+        (whole,) = fills
+
+        def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+            buffer = keep(slot, nbytes, make)
+            whole(buffer, weight)
+            out = buffer.product(x)
+            return out if bias is None else out.add_(bias)
+
+        return product
     # One operator puts few numbers together faster than one a part; many would have to be kept twice.
-    joined = x.shape[0] * rows <= JOINED
-    parts: list[torch.Tensor] = []
-    out = None if joined else x.new_empty(x.shape[0], rows)
-    done = 0
-    for start in starts(rows, step):
-        blocks = slice(start // ROWS, (start + step) // ROWS)
-        write(codes[blocks], scales[blocks], buffer.words)
-        part = buffer.product(x)
-        if out is None:
-            parts.append(part[:, done - start :])
-        else:
-            out[:, start : start + step] = part
-        done = start + step
-    return torch.cat(parts, 1) if out is None else out
+    joined = many * rows <= JOINED
+    new = [max(0, before + step - start) for before, start in zip([-step, *first], first)]
+
+    def product_by_parts(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        x = x.contiguous()
+        buffer = keep(slot, nbytes, make)
+        parts: list[torch.Tensor] = []
+        out = None if joined else x.new_empty(*x.shape[:-1], rows)
+        for fill_part, start, repeated in zip(fills, first, new):
+            fill_part(buffer, weight)
+            part = buffer.product(x)
+            if out is None:
+                parts.append(part[..., repeated:])
+            else:
+                out[..., start : start + step] = part
+        out = torch.cat(parts, -1) if out is None else out
+        return out if bias is None else out.add_(bias)
+
+    return product_by_parts

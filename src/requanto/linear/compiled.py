@@ -6,202 +6,34 @@ Eager operators pass over the weight once each; compiled, it is read once and wr
 * e4m3, more than two rows: the same;
 * e4m3, one or two rows of x: times x, nothing is written;
 * int8 in oneDNN's blocked form: both of these, from the same bytes that oneDNN's own product reads;
-* x that becomes int8: one call in place of six operators.
+* x that becomes int8, and int32 sums that become bfloat16: one call each in place of six operators and three.
 
-How they are written follows what inductor does with it (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do
-not; its own float32 -> bfloat16 takes seven times as long as the rest, so halves of 32-bit words are put together by integer
-arithmetic; and a result that is not contiguous, or is a part of another, is computed twice or copied.
+What they compute is `requanto.linear.sources`. A kernel here is bound to a weight: views are made once, not at each product.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from requanto.linear import ahead
-from requanto.linear.activations import TINY
-from requanto.linear.ahead import Source
+from requanto.linear.sources import SOURCES, left_shifts, nibble_masks, nibble_units
+from requanto.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from requanto.linear.blocked import BlockedWeight, Fill
 
 #: Families, whose kernels are made, or fail, together.
 NIBBLES, FLOAT8, INT8, INT8_INT8 = "int4", "float8", "int8", "int8 x int8"
-#: Rows of a block that a byte's lower nibble stands for.
-_HALF = 32
-
-
-def _pair(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
-    """The upper halves of two float32's bits as one word, the even one's below."""
-    return ((even >> 16) & 0xFFFF) | (odd & -(2**16))
-
-
-def _rounded(numbers: torch.Tensor) -> torch.Tensor:
-    """Bits of float32 whose upper half is the nearest bfloat16; a tie goes away from zero."""
-    return numbers.view(torch.int32) + 0x8000
-
-
-def _nibbles_to_words(
-    codes: torch.Tensor, mask: torch.Tensor, unit: torch.Tensor, scales: torch.Tensor, words: torch.Tensor
-) -> None:
-    own = (scales << 16).view(torch.float32)
-    zero = (scales & -(2**16)).view(torch.float32) - 8 * own
-    scale = own * unit
-    bytes_ = codes.to(torch.int32).unsqueeze(3)  # [groups of all blocks, pairs, 2, 1, half]
-    even, odd = (_rounded((bytes_[:, :, k] & mask).float() * scale + zero) for k in (0, 1))
-    # Reshaped, values are in the result's order from the start: else inductor keeps the codes' order, and copies again.
-    words.copy_(_pair(even, odd).reshape(words.shape))
-
-
-def _e4m3_numbers(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32, the number / 2^120: sign in bit 31, exponent and mantissa as the first bits of float32's."""
-    return (((codes.to(torch.int32) << 24) >> 4) & -0x78100000).view(torch.float32)
-
-
-def _e4m3_to_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
-    numbers = _e4m3_numbers(codes) * scale
-    words.copy_(_pair(_rounded(numbers[:, :, 0]), _rounded(numbers[:, :, 1])))
-
-
-def _row_times_e4m3(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (_e4m3_numbers(codes) * x).sum(1) * 2.0**120 * scale
-
-
-def _int8_to_words(
-    codes: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, scale: torch.Tensor, words: torch.Tensor
-) -> None:
-    # Of four bytes, one word of bfloat16 takes the first two, the next word the others.
-    parts = (_rounded(((codes << left) >> 24).float() * scale) for left in (even, odd))
-    words.copy_(_pair(*parts))
-
-
-def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    # Four sums of 16 rows each, which inductor adds up in one loop: so memory is read from its beginning to its end, not
-    # every fourth line of it four times.
-    sums = []
-    for rows in codes.split(16, 2):
-        parts = (((rows << (24 - 8 * byte)) >> 24).float() * x[:, byte : byte + 1] for byte in range(4))
-        sums.append(functools.reduce(torch.add, parts).sum(1))
-    return torch.stack(sums, 1) * scale
-
-
-def _int8_row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    wide = x.float()
-    own = wide.abs().amax().clamp_min(TINY) / 127
-    return _row_times_int8((wide * own.reciprocal()).round(), codes, scale) * own
-
-
-def _rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
-    wide = x.float()
-    own = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
-    codes.copy_(((wide * own.reciprocal()).round() + 128).to(torch.uint8))
-    steps.copy_(own)
-
-
-@functools.cache
-def _left_shifts() -> tuple[torch.Tensor, torch.Tensor]:
-    with ahead.plain_mode():
-        return tuple(torch.tensor(left, dtype=torch.int32, device="cpu") for left in ([[24], [8]], [[16], [0]]))
-
-
-@functools.cache
-def _nibble_masks() -> torch.Tensor:
-    with ahead.plain_mode():
-        return torch.tensor([[15], [240]], dtype=torch.int32, device="cpu")
-
-
-@functools.cache
-def _nibble_units() -> torch.Tensor:
-    with ahead.plain_mode():
-        return torch.tensor([[1.0], [1 / 16]], device="cpu")
-
-
-def _nibbles_example() -> tuple[torch.Tensor, ...]:
-    count, pairs = 6, 4
-    scales = torch.randn(count * 2 * _HALF, 2, device="cpu").bfloat16().view(torch.int32)
-    return (
-        torch.randint(0, 256, (count, pairs, 2, _HALF), dtype=torch.uint8, device="cpu"),
-        _nibble_masks(),
-        _nibble_units(),
-        scales.view(count, 1, 2, _HALF),
-        torch.empty(count, pairs, 2 * _HALF, dtype=torch.int32, device="cpu"),
-    )
-
-
-def _e4m3_example() -> tuple[torch.Tensor, ...]:
-    blocks, pairs = 4, 6
-    return (
-        torch.randint(0, 127, (blocks, pairs, 2, 2 * _HALF), dtype=torch.uint8, device="cpu"),
-        torch.rand(blocks, 1, 1, 2 * _HALF, device="cpu").mul_(2.0**120),
-        torch.empty(blocks, pairs, 2 * _HALF, dtype=torch.int32, device="cpu"),
-    )
-
-
-def _row_example() -> tuple[torch.Tensor, ...]:
-    codes = torch.randint(0, 127, (4, 6, 2 * _HALF), dtype=torch.uint8, device="cpu")
-    return torch.rand(6, 1, device="cpu"), codes, torch.rand(4, 2 * _HALF, device="cpu")
-
-
-def _int8_example() -> tuple[torch.Tensor, ...]:
-    blocks, quads = 4, 6
-    return (
-        torch.randint(-(2**31), 2**31, (blocks, quads, 1, 2 * _HALF), dtype=torch.int32, device="cpu"),
-        *_left_shifts(),
-        torch.rand(blocks, 1, 1, 2 * _HALF, device="cpu"),
-        torch.empty(blocks, quads, 2, 2 * _HALF, dtype=torch.int32, device="cpu"),
-    )
-
-
-def _int8_row_example() -> tuple[torch.Tensor, ...]:
-    blocks, quads = 4, 6
-    codes = torch.randint(-(2**31), 2**31, (blocks, quads, 2 * _HALF), dtype=torch.int32, device="cpu")
-    return torch.rand(quads, 4, device="cpu"), codes, torch.rand(blocks, 4, 16, device="cpu")
-
-
-def _int8_int8_row_example() -> tuple[torch.Tensor, ...]:
-    x, codes, scale = _int8_row_example()
-    return x.bfloat16(), codes, scale
-
-
-def _rows_to_int8_example() -> tuple[torch.Tensor, ...]:
-    rows, length = 6, 96
-    codes = torch.empty(rows, length, dtype=torch.uint8, device="cpu")
-    return torch.randn(rows, length, device="cpu").bfloat16(), codes, torch.empty(rows, 1, device="cpu")
-
-
-_GROUPS, _PAIRS = {0: "groups"}, {0: "groups", 1: "pairs"}
-_ROWS = {0: "rows", 1: "length"}
-_ROW_TIMES_CODES = {0: {0: "quads"}, 1: {0: "blocks", 1: "quads"}, 2: {0: "blocks"}}
-SOURCES = {
-    "nibbles": Source(_nibbles_to_words, (4,), _nibbles_example, {0: _PAIRS, 3: _GROUPS, 4: _PAIRS}),
-    "e4m3": Source(
-        _e4m3_to_words,
-        (2,),
-        _e4m3_example,
-        {0: {0: "blocks", 1: "pairs"}, 1: {0: "blocks"}, 2: {0: "blocks", 1: "pairs"}},
-    ),
-    "row": Source(
-        _row_times_e4m3,
-        (),
-        _row_example,
-        {0: {0: "length"}, 1: {0: "blocks", 1: "length"}, 2: {0: "blocks"}},
-        2**-18,
-    ),
-    "int8": Source(
-        _int8_to_words,
-        (4,),
-        _int8_example,
-        {0: {0: "blocks", 1: "quads"}, 3: {0: "blocks"}, 4: {0: "blocks", 1: "quads"}},
-    ),
-    "int8-row": Source(_row_times_int8, (), _int8_row_example, _ROW_TIMES_CODES, 2**-18),
-    "int8-int8-row": Source(_int8_row_times_int8, (), _int8_int8_row_example, _ROW_TIMES_CODES, 2**-18),
-    "rows-to-int8": Source(_rows_to_int8, (1, 2), _rows_to_int8_example, {0: _ROWS, 1: _ROWS, 2: {0: "rows"}}, 2**-20),
-}
 _FAMILIES = {
     family: {name: SOURCES[name] for name in names}
     for family, names in {
         NIBBLES: ("nibbles",),
         FLOAT8: ("e4m3", "row"),
         INT8: ("int8", "int8-row"),
-        INT8_INT8: ("rows-to-int8", "int8-int8-row"),
+        INT8_INT8: ("rows-to-int8", "finished", "int8-int8-row"),
     }.items()
 }
 
@@ -210,79 +42,82 @@ def _kernel(name: str) -> ahead.Kernel:
     return ahead.kernel(name, SOURCES[name])
 
 
-def _returned(name: str, *arguments: torch.Tensor) -> torch.Tensor:
-    out = _kernel(name)(*arguments)
-    if out is None:
-        raise RuntimeError(f"the kernel {name!r} returned nothing, expected one tensor")
-    return out
-
-
 def ready(family: str) -> bool:
     """Makes or loads the kernels of a family. False: they cannot be had (`requanto.linear.ahead.ready`)."""
     return ahead.ready(family, _FAMILIES[family])
 
 
-def nibble_words(codes: torch.Tensor, scales: torch.Tensor, words: torch.Tensor) -> None:
-    """``(nibble - 8) * scale + zero point`` of packed blocks, as bfloat16 in oneDNN's order.
+def fill_nibbles(codes: torch.Tensor, groups: int, scales: Callable[[QTensor], torch.Tensor]) -> Fill:
+    """Makes ``(nibble - 8) * scale + zero point`` of packed blocks.
 
     Args:
         codes: uint8 ``[blocks, K, 32]``, row r and row r + 32 of a block in one byte.
-        scales: int32 ``[blocks, groups, 64]``, each a bfloat16 scale and above it the zero point.
-        words: int32 ``[blocks, K / 2, 64]``, written.
+        groups: of a row.
+        scales: ``scales(weight)`` gives int32 ``[blocks * groups, 1, 2, 32]``, each a bfloat16 scale and above it the zero
+            point.
     """
-    groups, half = scales.shape[1], codes.shape[2]
-    pairs = codes.shape[1] // groups // 2
-    _kernel("nibbles")(
-        codes.view(-1, pairs, 2, half),
-        _nibble_masks(),
-        _nibble_units(),
-        scales.view(-1, 1, 2, half),
-        words.view(-1, pairs, 2 * half),
-    )
+    blocks, length, half = codes.shape
+    pairs = length // groups // 2
+    codes, shape = codes.view(-1, pairs, 2, half), (blocks * groups, pairs, 2 * half)
+    run, masks, units = _kernel("nibbles").run, nibble_masks(), nibble_units()
+
+    def fill(buffer: BlockedWeight, weight: QTensor) -> None:
+        run([codes, masks, units, scales(weight), buffer.view(shape)])
+
+    return fill
 
 
-def e4m3_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
-    """e4m3 as bfloat16 in oneDNN's order.
+def fill_e4m3(codes: torch.Tensor, scale: torch.Tensor) -> Fill:
+    """Makes a weight of e4m3.
 
     Args:
         codes: bytes ``[blocks, K, 64]``.
-        scale: float32 ``[blocks, 64]``, times 2^120.
-        words: int32 ``[blocks, K / 2, 64]``, written.
+        scale: float32 ``[blocks, 64]``.
     """
-    blocks, _, rows = codes.shape
-    _kernel("e4m3")(codes.view(blocks, -1, 2, rows), scale.view(blocks, 1, 1, rows), words)
+    blocks, length, rows = codes.shape
+    codes, scale = codes.view(blocks, -1, 2, rows), scale.view(blocks, 1, 1, rows)
+    run, shape = _kernel("e4m3").run, (blocks, length // 2, rows)
+
+    def fill(buffer: BlockedWeight, weight: QTensor) -> None:
+        run([codes, scale, buffer.view(shape)])
+
+    return fill
 
 
-def e4m3_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """One row of x, float32 ``[K]``, times e4m3 ``[blocks, K, 64]``, scaled (float32 ``[blocks * 64]``): float32."""
-    return _returned("row", x.contiguous().view(-1, 1), codes, scale.view(len(codes), -1)).view(-1)
+def e4m3_row(codes: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A row of x, float32 in any shape, times e4m3 ``[blocks, K, 64]``, scaled (float32 ``[blocks * 64]``):
+    float32 ``[blocks, 64]``."""
+    run, length, scale = _kernel("row").run, codes.shape[1], scale.view(len(codes), -1)
+    return lambda x: run([x.contiguous().view(length, 1), codes, scale])[0]
 
 
-def int8_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
-    """int8 as bfloat16 in oneDNN's order.
+def fill_int8(codes: torch.Tensor, scale: torch.Tensor) -> Fill:
+    """Makes a weight of int8.
 
     Args:
         codes: int32 ``[blocks, K / 4, 64]``, four codes along K in each.
         scale: float32 ``[blocks, 64]``.
-        words: int32 ``[blocks, K / 2, 64]``, written.
     """
     blocks, quads, rows = codes.shape
-    _kernel("int8")(
-        codes.view(blocks, quads, 1, rows),
-        *_left_shifts(),
-        scale.view(blocks, 1, 1, rows),
-        words.view(blocks, quads, 2, rows),
-    )
+    codes, scale, shape = codes.view(blocks, quads, 1, rows), scale.view(blocks, 1, 1, rows), (blocks, quads, 2, rows)
+    run, (even, odd) = _kernel("int8").run, left_shifts()
+
+    def fill(buffer: BlockedWeight, weight: QTensor) -> None:
+        run([codes, even, odd, scale, buffer.view(shape)])
+
+    return fill
 
 
-def int8_row(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """One row of x times int8 as in `int8_words`, scaled: float32 ``[N]``.
+def int8_row(
+    codes: torch.Tensor, scale: torch.Tensor, *, quantized: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A row of x, in any shape, times int8 as in `fill_int8`, scaled: float32 ``[blocks, 4, 16]``.
 
     Args:
-        x: ``[K]`` in float32; or in bfloat16, and it is quantized to int8 on the way.
+        quantized: x is bfloat16 and becomes int8 on the way; else it is float32.
     """
-    name = {torch.float32: "int8-row", torch.bfloat16: "int8-int8-row"}[x.dtype]
-    return _returned(name, x.view(-1, 4), codes, scale.view(-1, 4, 16)).view(-1)
+    run, quads, scale = _kernel("int8-int8-row" if quantized else "int8-row").run, codes.shape[1], scale.view(-1, 4, 16)
+    return lambda x: run([x.contiguous().view(quads, 4), codes, scale])[0]
 
 
 def rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
@@ -293,4 +128,16 @@ def rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> N
         codes: uint8 ``[rows, K]``, codes + 128, written.
         steps: float32 ``[rows, 1]``, written.
     """
-    _kernel("rows-to-int8")(x, codes, steps)
+    _kernel("rows-to-int8").run([x, codes, steps])
+
+
+def finish(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = sums * steps + bias``, rounded once.
+
+    Args:
+        sums: float32 ``[rows, N]``, contiguous.
+        steps: float32 ``[rows, 1]``.
+        bias: float32 ``[N]``.
+        out: bfloat16 ``[rows, N]``, contiguous, written.
+    """
+    _kernel("finished").run([sums, steps, bias, out])

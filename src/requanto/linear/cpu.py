@@ -3,6 +3,7 @@
 In order of preference:
 
     cpu-compiled-int8  int8 weights, packed: a kernel of torch's compiler, where it beats the next two
+    cpu-compiled-int8-int8  int8 weights, packed, with int8 activations: the same, around one int8 product
     cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
     cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
     cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
@@ -20,7 +21,7 @@ from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, 
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.kept import matmul, scaled_into
-from requanto.linear.table import Implementation, Problem, register
+from requanto.linear.table import Bind, Implementation, Problem, register
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
 from requanto.workspace import rows_that_fit, workspace
@@ -31,7 +32,7 @@ _FLOATS = (*_HALVES, torch.float32)
 INT4_ROWS = 64
 #: Rows up to which it beats a compiled kernel: so many, and the more the smaller a weight is, since two calls cost more
 #: (cpu_paths.json).
-COMPILED_INT4_ROWS, PER_WEIGHT = 10, 9e6
+COMPILED_INT4_ROWS, PER_WEIGHT = 7.5, 3e6
 #: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
 BLOCK_BYTES = 4 * 2**20
 
@@ -149,6 +150,11 @@ def run_int4(
     return (out if bias is None else out.add_(bias)).to(dtype)
 
 
+def _floats(bind: Bind) -> Bind:
+    """Only for x that stays as it is: activations are quantized before these products."""
+    return lambda weight, rows, dtype: bind(weight, rows, dtype) if weight.activation is None else None
+
+
 def _cpu(problem: Problem) -> bool:
     return problem.device == "cpu" and problem.dtype in _FLOATS
 
@@ -186,6 +192,7 @@ register(
     Implementation(
         name="cpu-compiled-int8",
         run=int8.run,
+        bind=int8.bind,
         supports=lambda p: (
             p.activation is None
             and p.dtype in _HALVES
@@ -198,16 +205,19 @@ register(
 )
 register(
     Implementation(
-        name="cpu-compiled-int8-row",
-        run=int8.run_quantized_row,
+        name="cpu-compiled-int8-int8",
+        run=int8.run_quantized,
+        bind=int8.bind_quantized,
         supports=lambda p: (
-            p.activation == qint8
-            and p.rows == 1
+            _int8(p)
+            and p.layout == onednn.LAYOUT
+            and p.activation == qint8
+            and not p.static
             and p.dtype == torch.bfloat16
-            and p.out_features * p.in_features < int8.BELOW
-            and _readable(p)
+            and ahead.wanted(compiled.INT8_INT8)
+            and (p.rows > 1 or _readable(p))
         ),
-        reason="one row: a kernel of torch's compiler, since oneDNN's call costs more than a small product",
+        reason="int8 times int8; kernels of torch's compiler quantize x and scale the sums, or do all of it for one row",
     ),
     before="reference",
 )
@@ -250,6 +260,7 @@ register(
     Implementation(
         name="cpu-compiled-int4",
         run=run_workspace,
+        bind=_floats(int4_large.bind),
         supports=lambda p: _cpu(p) and p.layout == int4.LAYOUT and _nibbles(p) and p.rows > _operator_rows(p),
         reason="dequantized block by block by a kernel of torch's compiler, in oneDNN's order, then a product",
     ),
@@ -259,6 +270,7 @@ register(
     Implementation(
         name="cpu-int4pack",
         run=run_int4,
+        bind=_floats(int4.bind),
         supports=lambda p: (
             _cpu(p)
             and p.layout == int4.LAYOUT
@@ -273,6 +285,7 @@ register(
     Implementation(
         name="cpu-compiled-float8",
         run=float8.run,
+        bind=float8.bind,
         supports=lambda p: (
             _cpu(p)
             and p.layout == float8.LAYOUT

@@ -61,6 +61,7 @@ def explain(
     """
     found = Explanation()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    calibrated = {id(m.weight): m.activation_qtype for m in model.modules() if getattr(m, "calibrated", False)}
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, QTensor) or parameter.dim() not in (2, 3) or id(parameter) in looked_up:
             continue
@@ -72,12 +73,14 @@ def explain(
             kind += f", rotated in blocks of {parameter.rotation}"
         if parameter.rank:
             kind += f", rank {parameter.rank} beside"
-        if parameter.activation is not None:
-            kind += f", {parameter.activation.name.removeprefix('q')} activations"
+        static = id(parameter) in calibrated
+        activation = calibrated[id(parameter)] if static else parameter.activation
+        if activation is not None:
+            kind += f", {activation.name.removeprefix('q')} activations{' under a static scale' if static else ''}"
         float_type = dtype or parameter.dtype
         layout = layout_to_be(parameter, float_type)
         for count in (rows,) if isinstance(rows, int) else rows:
-            problem = problem_of(parameter, float_type, count, parameter.activation, layout=layout)
+            problem = problem_of(parameter, float_type, count, activation, layout=layout, static=static)
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation
             found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, chosen.reason))
     return found

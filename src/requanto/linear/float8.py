@@ -10,6 +10,8 @@ import torch
 
 from requanto.layout import Packed, packed_as
 from requanto.linear import ahead, blocked, compiled
+from requanto.linear.int8 import by_row
+from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qtype
 
@@ -61,15 +63,21 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ w.T + bias``; x in bfloat16, or few rows of any dtype."""
-    packed = packed_as(weight, Float8Codes, pack)
-    scale = weight.scale.reshape(-1).float()
-    if x.shape[0] > FEW:
-        scales = (scale * 2.0**120).view(-1, blocked.ROWS)
-        out = blocked.product(x, packed.blocks, scales, compiled.e4m3_words)
-    elif x.shape[0] == 1:
-        out = compiled.e4m3_row(x.float().view(-1), packed.blocks, scale).view(1, -1)
-    else:
-        out = torch.stack([compiled.e4m3_row(row, packed.blocks, scale) for row in x.float()])
-    if bias is not None:
-        out.add_(bias)
-    return out.to(x.dtype)
+    product = _product(packed_as(weight, Float8Codes, pack), weight, x.shape[0])
+    return product(x, weight, bias)
+
+
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+    """`run` for one shape of x."""
+    return _product(weight.packed, weight, rows) if isinstance(weight.packed, Float8Codes) else None
+
+
+def _product(packed: Float8Codes, weight: QTensor, rows: int) -> Product:
+    codes, scale = packed.blocks, weight.scale.reshape(-1).float()
+    if rows > FEW:
+        scales = scale.view(-1, blocked.ROWS)
+        return blocked.bind(*weight.shape, rows, lambda part: compiled.fill_e4m3(codes[part], scales[part]))
+    row = compiled.e4m3_row(codes, scale)
+    if rows == 1:
+        return by_row(row)
+    return by_row(lambda x: torch.stack([row(one) for one in x.reshape(rows, -1)]))

@@ -14,6 +14,7 @@ import logging
 import torch
 
 from requanto.layout import Packed, packed_as
+from requanto.linear.table import Product
 from requanto.packing import pack as pack_codes
 from requanto.packing import unpack
 from requanto.qtensor import QTensor
@@ -55,6 +56,7 @@ class Int4Codes(Packed):
         self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
         self._scales: dict[torch.dtype, torch.Tensor] = {}
         self._words: torch.Tensor | None = None
+        self._made_from: tuple[object, ...] = (None, None, None, ())
 
     def plain(self) -> torch.Tensor:
         return torch.cat([pack_codes(self.codes(*part).sub_(self.offset), self.bits) for part in self._parts()])
@@ -70,10 +72,12 @@ class Int4Codes(Packed):
 
     def scales(self, weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
         """``[K / group, N, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
+        self._forget_old(weight)
         found = self._scales.get(dtype)
         words = self._words
         if found is None and dtype == torch.bfloat16 and words is not None:
-            pairs = words.transpose(0, 1).reshape(words.shape[1], -1, 1)
+            blocks = words.view(self.blocked.shape[0] // self.block, -1, self.block)
+            pairs = blocks.transpose(0, 1).reshape(blocks.shape[1], -1, 1)
             found = pairs.view(torch.bfloat16)
             self._scales[dtype], self._words = found, None
         if found is None:
@@ -89,17 +93,27 @@ class Int4Codes(Packed):
             self._scales[dtype] = found
         return found
 
+    def _forget_old(self, weight: QTensor) -> None:
+        """What was made from scales and shifts that somebody has changed since is made anew."""
+        scale, shift, row_scale = weight._scale, weight._shift, weight.row_scale
+        versions = _version(scale), _version(shift), _version(row_scale)
+        old = self._made_from
+        if old[0] is not scale or old[1] is not shift or old[2] is not row_scale or old[3] != versions:
+            self._scales, self._words, self._made_from = {}, None, (scale, shift, row_scale, versions)
+
     def words(self, weight: QTensor) -> torch.Tensor:
-        """The same in bfloat16, block by block: int32 ``[N / block, K / group, block]``, the zero point in the upper half.
+        """The same in bfloat16, block by block: int32 ``[N / block * K / group, 1, 2, block / 2]``, the zero point in the
+        upper half.
 
         For many rows (`requanto.linear.compiled`). Whichever form was asked for last is kept, and the other one is made of
         it: to keep both would add an eighth to the codes, and they change places once a prompt.
         """
+        self._forget_old(weight)
         found = self._words
         if found is None:
             pairs = self.scales(weight, torch.bfloat16).view(torch.int32)
-            found = pairs.view(len(pairs), -1, self.block).transpose(0, 1).contiguous()
-            self._words = found
+            blocks = pairs.view(len(pairs), -1, self.block).transpose(0, 1).contiguous()
+            found = self._words = blocks.view(-1, 1, 2, self.block // 2)
             self._scales.pop(torch.bfloat16, None)
         return found
 
@@ -108,6 +122,11 @@ class Int4Codes(Packed):
         words = self._words
         scales = sum(scales.nbytes for scales in list(self._scales.values()))
         return self.blocked.nbytes + scales + (0 if words is None else words.nbytes)
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    """How often it was changed in place; tensors made in inference mode do not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 @functools.cache
@@ -154,7 +173,22 @@ def run(
 ) -> torch.Tensor:
     """Few rows: the nibbles are read once, dequantized in registers."""
     packed = packed_as(weight, Int4Codes, pack)
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.contiguous(), packed.blocked, weight.group_size, packed.scales(weight, x.dtype)
-    )
-    return out if bias is None else out.add_(bias)
+    return _product(packed, weight, x.dtype)(x, weight, bias)
+
+
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+    """`run` for one shape of x; None: float16, which goes through float32."""
+    packed = weight.packed
+    return _product(packed, weight, dtype) if isinstance(packed, Int4Codes) and dtype != torch.float16 else None
+
+
+def _product(packed: Int4Codes, weight: QTensor, dtype: torch.dtype) -> Product:
+    operator, codes = torch.ops.aten._weight_int4pack_mm_for_cpu.default, packed.blocked
+    group, rows, length = weight.group_size, weight.shape[0], packed.length
+
+    def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = operator(x.reshape(-1, length).contiguous(), codes, group, packed.scales(weight, dtype))
+        out = out.view(*x.shape[:-1], rows)
+        return out if bias is None else out.add_(bias)
+
+    return product

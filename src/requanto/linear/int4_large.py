@@ -11,6 +11,7 @@ import torch
 from requanto.linear import ahead, blocked, compiled
 from requanto.linear.int4 import Int4Codes
 from requanto.linear.kept import matmul
+from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.settings import settings
 from requanto.workspace import workspace
@@ -30,7 +31,7 @@ _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
     """``x @ w.T`` in x's dtype, float32 or bfloat16, ``[rows, N]``."""
     if ahead.wanted(compiled.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(weight, packed):
-        return _run_compiled(x, weight, packed)
+        return _compiled(packed, weight, x.shape[0])(x, weight, None)
     half, length, dtype = packed.block // 2, packed.length, x.dtype
     scales = packed.scales(weight, dtype)
     stored = packed.blocked.view(-1, length, half)
@@ -57,9 +58,25 @@ def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
     )
 
 
-def _run_compiled(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+    """`run_large` by a compiled kernel for one shape of x; None: there is no such kernel."""
+    packed = weight.packed
+    if isinstance(packed, Int4Codes) and dtype == torch.bfloat16 and _compilable(weight, packed):
+        return _compiled(packed, weight, rows)
+    return None
+
+
+def _compiled(packed: Int4Codes, weight: QTensor, rows: int) -> Product:
     codes = packed.blocked.view(-1, packed.length, packed.block // 2)
-    return blocked.product(x, codes, packed.words(weight), compiled.nibble_words)
+    groups = weight.groups
+
+    def fill(part: slice) -> blocked.Fill:
+        if part == slice(0, len(codes)):
+            return compiled.fill_nibbles(codes, groups, packed.words)
+        own = slice(part.start * groups, part.stop * groups)
+        return compiled.fill_nibbles(codes[part], groups, lambda weight: packed.words(weight)[own])
+
+    return blocked.bind(*weight.shape, rows, fill)
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,29 +1,40 @@
 """int8 weights in oneDNN's blocked form, by kernels of torch's compiler that read the same bytes.
 
 One row of x is multiplied with the codes as they are read; more rows with bfloat16, in oneDNN's order, block by block
-(`requanto.linear.blocked`). Both beat oneDNN's own int8 product for float x (`requanto.linear.onednn`) where that is mostly
-the cost of its calls: in small weights, and in large ones with very many rows.
+(`requanto.linear.blocked`). The first always beats oneDNN's own int8 product for float x (`requanto.linear.onednn`), the
+second where that is mostly the cost of its calls: in small weights, and in large ones with very many rows.
+
+Rows of x that become int8 go through oneDNN's product, between two kernels; one row through a single one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from requanto.layout import packed_as
-from requanto.linear import blocked, compiled, onednn
+from requanto.linear import ahead, blocked, compiled, onednn
 from requanto.linear.onednn import OneDnnCodes
+from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
+from requanto.settings import settings
+from requanto.workspace import keep, workspace
 
-#: Weights below which these kernels beat two int8 products with any number of rows, and the rows from which they always do
-#: (benchmarks/results/cpu_paths.json).
+#: Weights below which these kernels beat two int8 products with any number of rows, and the rows from which they always do,
+#: as they do with one (benchmarks/results/cpu_paths.json).
 BELOW = 2**23
 ROWS = 257
+#: Bytes of the float32 sums of quantized rows, about.
+SUMS_BYTES = 8 * 2**20
+#: Bytes of them beyond which they stand in this thread's buffer: fresh pages would take longer than zeros and a sum.
+KEPT_SUMS = 2**21
 
 
 def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
     """True where these kernels were faster than two int8 products, for x in bfloat16 or float16."""
-    return weights < BELOW if rows == 1 else dtype == torch.bfloat16 and (weights < BELOW or rows >= ROWS)
+    return rows == 1 or (dtype == torch.bfloat16 and (weights < BELOW or rows >= ROWS))
 
 
 def run(
@@ -34,32 +45,114 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ w.T + bias`` in x's dtype."""
-    packed = packed_as(weight, OneDnnCodes, onednn.pack)
-    if packed.words is None or not compiled.ready(compiled.INT8):
+    product = _product(packed_as(weight, OneDnnCodes, onednn.pack), weight, x.shape[0], x.dtype)
+    if product is None:
         return onednn.run_split(x, weight, bias, activation, input_scale)
+    return product(x, weight, bias)
+
+
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+    """`run` for one shape of x; None: oneDNN's product does it."""
+    return _product(weight.packed, weight, rows, dtype) if isinstance(weight.packed, OneDnnCodes) else None
+
+
+def _product(packed: OneDnnCodes, weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+    words = packed.words
+    if words is None or not compiled.ready(compiled.INT8):
+        return None
     scale = weight.scale.reshape(-1).float()
-    if x.shape[0] == 1:
-        return _row(x.float(), packed.words, scale, bias, x.dtype)
-    out = blocked.product(x, packed.words, scale.view(-1, blocked.ROWS), compiled.int8_words)
-    return out if bias is None else out.add_(bias)
+    if rows == 1:
+        return by_row(compiled.int8_row(words, scale))
+    scales = scale.view(-1, blocked.ROWS)
+    return blocked.bind(*weight.shape, rows, lambda part: compiled.fill_int8(words[part], scales[part]))
 
 
-def run_quantized_row(
+def run_quantized(
     x: torch.Tensor,
     weight: QTensor,
     bias: torch.Tensor | None,
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same of one row in bfloat16, quantized to int8 under its own scale; sums are float32."""
+    """The same of x in bfloat16, quantized to int8 under a scale for each row; one row's sums are float32, those of more
+    are exact."""
     packed = packed_as(weight, OneDnnCodes, onednn.pack)
-    if packed.words is None or input_scale is not None or not compiled.ready(compiled.INT8_INT8):
+    product = _quantized(packed, weight, x.shape[0]) if input_scale is None else None
+    if product is None:
         return onednn.run_int8(x, weight, bias, activation, input_scale)
-    return _row(x, packed.words, weight.scale.reshape(-1).float(), bias, x.dtype)
+    return product(x, weight, bias)
 
 
-def _row(
-    x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    out = compiled.int8_row(x.contiguous(), words, scale).view(1, -1)
-    return (out if bias is None else out.add_(bias)).to(dtype)
+def bind_quantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+    """`run_quantized` made ready; None: oneDNN's product does it."""
+    return _quantized(weight.packed, weight, rows) if isinstance(weight.packed, OneDnnCodes) else None
+
+
+def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
+    if not compiled.ready(compiled.INT8_INT8):
+        return None
+    scale = weight.scale.reshape(-1).float()
+    if rows == 1:
+        words = packed.words
+        return None if words is None else by_row(compiled.int8_row(words, scale, quantized=True), wide=False)
+    out_features, length = weight.shape
+    step = min(rows, rows_at_once(length, out_features))
+    slot, room = ("int8 rows", step, length), max(step, onednn.LEAST)
+    no_bias = packed.zeros.view(torch.float32)
+
+    def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = no_bias if bias is None else bias.detach().float()
+        buffer = keep(slot, room * (length + 4), lambda: _Rows(room, length))
+        out = x.new_empty(*x.shape[:-1], out_features)
+        parts = [(x.reshape(rows, length).contiguous(), out.view(rows, out_features))]
+        if step < rows:
+            parts = list(zip(*(part.split(step) for part in parts[0])))
+        for part, into in parts:
+            read, codes, steps = buffer.rows(len(part))
+            compiled.rows_to_int8(part, codes, steps)
+            if 4 * len(read) * out_features <= KEPT_SUMS:
+                sums = onednn.product(read, packed, scale)
+            else:
+                kept = workspace((len(read), out_features), torch.float32, slot=9)
+                sums = onednn.product_into(kept, read, packed, scale)
+            compiled.finish(sums[: len(part)], steps, bias, into)
+        return out
+
+    return product
+
+
+def rows_at_once(length: int, sums: int) -> int:
+    """Rows of x in one product: their codes and float32 sums stay in the cache, and few rows read a weight for nothing."""
+    return max(32, min(SUMS_BYTES // (4 * sums), settings.workspace_bytes // 4 // length))
+
+
+class _Rows:
+    """Codes of some rows of x, and their scales."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        with ahead.plain_mode():
+            self.codes = torch.zeros(rows, length, dtype=torch.uint8, device="cpu")
+            self.steps = torch.zeros(rows, 1, device="cpu")
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes that a product reads, codes and scales to be written, of the first rows."""
+        found = self._views.get(count)
+        if found is None:
+            read = self.codes[: max(count, onednn.LEAST)]
+            found = self._views[count] = (read, self.codes[:count], self.steps[:count])
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.steps.nbytes
+
+
+def by_row(row: Callable[[torch.Tensor], torch.Tensor], *, wide: bool = True) -> Product:
+    """The product of a kernel for one row of x, which gives float32 in any shape. wide: it takes x in float32."""
+
+    def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = row(x.float() if wide else x).view(*x.shape[:-1], -1)
+        return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+    return product

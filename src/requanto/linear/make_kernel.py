@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from requanto.linear.ahead import Kernel, Source, check, vector_options
-from requanto.linear.compiled import SOURCES
+from requanto.linear.sources import SOURCES
 
 
 class _Module(nn.Module):
@@ -47,6 +47,8 @@ def main(file: str, name: str) -> None:
         "aot_inductor.precompile_headers": False,
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "cpp.vec_isa_ok": True,
+        # The examples are small; what is really computed is worth several threads, as many as the process has then.
+        "cpp.dynamic_threads": True,
         # A product and the sum after it are one operation, and rounded once.
         "cpp.enable_floating_point_contract_flag": "fast",
     }

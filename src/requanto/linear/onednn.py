@@ -17,7 +17,6 @@ from collections.abc import Iterable
 import torch
 
 from requanto.layout import Packed, packed_as
-from requanto.linear import ahead, compiled
 from requanto.linear.activations import (
     STEPS,
     quantize_by,
@@ -29,7 +28,7 @@ from requanto.linear.activations import (
 )
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
-from requanto.workspace import rows_that_fit, workspace
+from requanto.workspace import rows_that_fit
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,6 @@ CHUNK = 256
 SUMS_BYTES = 8 * 2**20
 #: Rows of x in one product, at least: with fewer, oneDNN reads the weight more slowly (cpu_passes.json).
 LEAST = 4
-#: Numbers of x that a compiled kernel quantizes faster than six operators (cpu_paths.json).
-COMPILED_BELOW = 2**19
 #: Bytes of this thread's buffers for each number of x: float32, 16-bit codes, and both halves of these.
 _BYTES = 8
 #: K beyond which an int32 sum of products of 255 * 128 could overflow.
@@ -110,7 +107,7 @@ def works() -> bool:
         codes[:, ::3] = -128
         packed = OneDnnCodes(codes)
         x = torch.full((5, 80), 255, dtype=torch.uint8)
-        out = _product(x, packed, torch.ones(48))
+        out = product(x, packed, torch.ones(48))
         exact = torch.equal(out.double(), (x.double() - 128) @ codes.double().t())
         if exact and torch.equal(packed.plain(), codes):
             return True
@@ -126,11 +123,19 @@ def pack(weight: QTensor) -> OneDnnCodes:
     return OneDnnCodes(weight.qdata)
 
 
-def _product(x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor, step: float = 1.0) -> torch.Tensor:
+def product(x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor, step: float = 1.0) -> torch.Tensor:
     """``(x - 128) @ w.T * scale * step`` in float32. x: uint8 ``[rows, K]``; scale: float32 ``[N]``."""
     return torch.ops.onednn.qlinear_pointwise(
         x, step, 128, packed.blocked, scale, packed.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
+
+
+def product_into(sums: torch.Tensor, x: torch.Tensor, packed: OneDnnCodes, scale: torch.Tensor) -> torch.Tensor:
+    """`product` in kept memory, ``[rows, N]``: zeros are written, and added to, faster than fresh pages are had."""
+    return torch.ops.onednn.qlinear_pointwise.binary(
+        x, 1.0, 128, packed.blocked, scale, packed.zeros, sums.zero_(), None, 1.0, 0, torch.float32, 1.0, 0, "sum", 1.0,
+        "none", [], "",
+    )  # fmt: skip
 
 
 def run_split(
@@ -144,15 +149,15 @@ def run_split(
     packed, scale = packed_as(weight, OneDnnCodes, pack), weight.scale.reshape(-1).float()
     one = row_step(x, STEPS) if x.shape[0] == 1 else None
     if one is not None:
-        sums = _product(split_by(x, one, LEAST), packed, scale, one)
+        sums = product(split_by(x, one, LEAST), packed, scale, one)
         total = sums[1:2].add_(sums[:1], alpha=256)
         return (total if bias is None else total.add_(bias)).to(x.dtype)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    step = _rows_at_once(x, 2 * weight.shape[0])
+    step = rows_at_once(x.shape[1], 2 * weight.shape[0])
     for part, into in zip(x.split(step), out.split(step)):
         rows = part.shape[0]
         halves, steps = split_16bit(part, LEAST)
-        sums = _product(halves, packed, scale)
+        sums = product(halves, packed, scale)
         _finish(sums[rows : 2 * rows].add_(sums[:rows], alpha=256), steps, bias, into)
     return out
 
@@ -167,7 +172,7 @@ def run_int8(
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
     packed, scale = packed_as(weight, OneDnnCodes, pack), weight.scale.reshape(-1).float()
-    step = _rows_at_once(x, weight.shape[0])
+    step = rows_at_once(x.shape[1], weight.shape[0])
     if x.dtype != torch.float16:
         one = single_scale(x, activation, input_scale)
         if one is not None:
@@ -175,31 +180,9 @@ def run_int8(
             return parts[0] if len(parts) == 1 else torch.cat(parts)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
     for part, into in _parts(x, out, step):
-        if input_scale is None and _few(part):
-            codes, steps = quantized_rows(part.contiguous(), LEAST)
-        else:
-            codes, steps = quantize_unsigned(part, activation, input_scale, LEAST)
-        _finish(_product(codes, packed, scale)[: len(part)], steps, bias, into)
+        codes, steps = quantize_unsigned(part, activation, input_scale, LEAST)
+        _finish(product(codes, packed, scale)[: len(part)], steps, bias, into)
     return out
-
-
-def _few(x: torch.Tensor) -> bool:
-    """True where x is quantized faster by one compiled kernel than by operators."""
-    return (
-        x.dtype == torch.bfloat16
-        and x.numel() <= COMPILED_BELOW
-        and ahead.wanted(compiled.INT8_INT8)
-        and compiled.ready(compiled.INT8_INT8)
-    )
-
-
-def quantized_rows(x: torch.Tensor, least: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_unsigned` with a scale a row, by a kernel of torch's compiler. x: bfloat16, contiguous."""
-    rows, length = x.shape
-    codes = workspace((max(rows, least), length), torch.uint8, slot=5)
-    steps = torch.empty(rows, 1)
-    compiled.rows_to_int8(x, codes[:rows], steps)
-    return codes, steps
 
 
 def _under_one_scale(
@@ -218,10 +201,10 @@ def _under_one_scale(
     )  # fmt: skip
 
 
-def _rows_at_once(x: torch.Tensor, sums: int) -> int:
-    """Rows of x in one product whose float32 result has ``sums`` numbers for each of them."""
+def rows_at_once(length: int, sums: int) -> int:
+    """Rows of x, of ``length`` numbers, in one product whose float32 result has ``sums`` numbers for each of them."""
     most = max(32, min(CHUNK, SUMS_BYTES // (4 * sums)))
-    return rows_that_fit(_BYTES * x.shape[1], 2 ** (most.bit_length() - 1))
+    return rows_that_fit(_BYTES * length, 2 ** (most.bit_length() - 1))
 
 
 def _parts(x: torch.Tensor, out: torch.Tensor, step: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

@@ -10,10 +10,9 @@ from torch import nn
 
 from requanto.layout import LOCK, Packed
 from requanto.linear import ahead, blocked, compiled, float8, int4, onednn, triton_layout
-from requanto.linear.table import table_version
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
-from requanto.settings import settings
+from requanto.settings import choices, settings
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
         or weight.__dict__.get("_stays_plain", False)
         or not settings.pack_on_first_use
         or not getattr(weight, "_is_param", False)
-        or weight.__dict__.get("_no_form_at") == table_version()
+        or weight.__dict__.get("_no_form_at") == choices.version
     ):
         return
     if weight.numel() < min(SMALLEST, SMALLEST_ON_CPU):
@@ -104,7 +103,7 @@ def _pack(
             return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
         if make is None:  # float8 has a form for compiled kernels only: ask again when something has changed
-            weight._no_form_at = table_version()
+            weight._no_form_at = choices.version
             return False
         count = weight.__dict__.get("_times_packed", 0)
         if not _pays(weight, make, activation, smallest) or count > REPACKS:

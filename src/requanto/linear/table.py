@@ -11,10 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from requanto.linear.ahead import failures
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
-from requanto.settings import settings
+from requanto.settings import choices
+
+#: ``product(x, weight, bias) -> y`` with x of any leading axes: a product made ready for one shape and dtype of x.
+Product = Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
+#: ``bind(weight, rows, dtype)`` makes one (`requanto.linear.bound`), or None.
+Bind = Callable[[QTensor, int, torch.dtype], Product | None]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Problem:
         affine: the weight has a shift.
         transposed: the weight is stored ``[K, N]``, scales along N.
         layout: ``"plain"``, as stored, or the name of a packed form (`requanto.layout`).
+        static: the activations' scale is given, not each row's own.
     """
 
     device: str
@@ -45,6 +50,7 @@ class Problem:
     affine: bool
     transposed: bool = False
     layout: str = "plain"
+    static: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Implementation:
         run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape [rows, K].
         supports: the problems it is right for.
         reason: why it is there, one line for the reader of `explain`.
+        bind: ``bind(weight, rows, dtype) -> product`` makes what does not depend on x's numbers ready
+            (`requanto.linear.bound`), or None; None: it has no such form.
         run_grouped: ``run_grouped(x2d, weight, offsets) -> y2d`` for fused experts, weight ``[E, N, K]`` and offsets the end
             row of each expert; None: it has no such form.
     """
@@ -65,6 +73,7 @@ class Implementation:
     supports: Callable[[Problem], bool]
     reason: str
     run_grouped: Callable[..., torch.Tensor] | None = None
+    bind: Bind | None = None
 
 
 @dataclass(frozen=True)
@@ -90,11 +99,7 @@ def register(implementation: Implementation, *, before: str | None = None) -> No
     if before is not None and before not in names:
         raise ValueError(f"no implementation named {before!r}; registered: {', '.join(names)}")
     _TABLE.insert(len(names) if before is None else names.index(before), implementation)
-
-
-def table_version() -> tuple[int, bool | None, int]:
-    """Changes with whatever may change a choice: an implementation more, a setting, kernels that could not be made."""
-    return len(_TABLE), settings.compiled, failures()
+    choices.changed()
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -115,7 +120,13 @@ def choose(problem: Problem, *, grouped: bool = False) -> Choice:
 
 
 def problem_of(
-    weight: QTensor, dtype: torch.dtype, rows: int, activation: qtype | None = None, layout: str | None = None
+    weight: QTensor,
+    dtype: torch.dtype,
+    rows: int,
+    activation: qtype | None = None,
+    layout: str | None = None,
+    *,
+    static: bool = False,
 ) -> Problem:
     """The problem that ``rows`` rows of ``dtype`` times ``weight`` is; in another layout than its own, if given."""
     if layout is None:
@@ -132,4 +143,5 @@ def problem_of(
         affine=weight.affine,
         transposed=weight.transposed,
         layout=layout,
+        static=static,
     )

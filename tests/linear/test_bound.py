@@ -1,0 +1,245 @@
+"""Products made ready for a weight and a shape of x: used where they hold, forgotten where they do not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from requanto import QTensor, prepare, qint8
+from requanto.linear import ahead, api, blocked, bound, int4, linear, onednn
+from requanto.settings import choices, settings
+
+pytestmark = [
+    pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
+    pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
+    pytest.mark.skipif(not (int4.works() and onednn.works()), reason="this processor has no packed forms"),
+]
+#: Weight, activations, rows of x: one for each product that can be made ready.
+KINDS = [
+    ("int8", None, 1),
+    ("int8", None, 40),
+    ("int8", qint8, 1),
+    ("int8", qint8, 3),
+    ("int8", qint8, 40),
+    ("int4", None, 1),
+    ("int4", None, 40),
+    ("int4", None, 170),
+    ("int3", None, 40),
+    ("float8", None, 1),
+    ("float8", None, 2),
+    ("float8", None, 40),
+]
+
+
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setattr(settings, "compiled", True)
+
+
+def layer(kind, activation=None, out_features=384, in_features=192, bias=True):
+    module = torch.nn.Linear(in_features, out_features, bias=bias).bfloat16()
+    weight = QTensor.quantize(torch.randn(out_features, in_features).bfloat16(), kind)
+    weight.activation = activation
+    module.weight = torch.nn.Parameter(weight, False)
+    if bias:
+        module.bias.requires_grad_(False)
+    module.wide = weight.dequantize(torch.float32).double()
+    prepare(module, smallest=0)
+    return module
+
+
+def expected(module, x):
+    """From the codes, in float64; x as int8 where the layer takes it so."""
+    wide = x.double()
+    if module.weight.activation is not None:
+        step = wide.abs().amax(-1, keepdim=True) / 127
+        wide = (wide / step).round() * step
+    out = wide @ module.wide.t()
+    return out if module.bias is None else out + module.bias.double()
+
+
+def near(got, want, limit=1e-2):
+    return bool((got.double() - want).norm() <= limit * want.norm())
+
+
+def only_bound(monkeypatch):
+    """From here on a product that was not made ready is an error."""
+
+    def missed(*_):
+        raise AssertionError("the product was not the one made ready")
+
+    monkeypatch.setattr(api, "_checked", missed)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "activation", "rows"), KINDS)
+def test_the_second_product_is_the_one_made_ready(kind, activation, rows, bias, monkeypatch):
+    module = layer(kind, activation, bias=bias)
+    shape = (rows, 192) if rows % 2 else (2, rows // 2, 192)
+    first, second = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+    want = [expected(module, x) for x in (first, second)]
+    with torch.inference_mode():
+        assert near(module(first), want[0])
+        only_bound(monkeypatch)
+        again, got = module(first), module(second)
+    assert got.shape == (*shape[:-1], 384)
+    assert got.dtype == torch.bfloat16
+    assert near(again, want[0])
+    assert near(got, want[1])
+
+
+@pytest.mark.parametrize("spread", [lambda x: x.t().contiguous().t(), lambda x: x.repeat_interleave(2, 1)[:, ::2]])
+@pytest.mark.parametrize(("kind", "activation", "rows"), KINDS)
+def test_x_that_is_not_contiguous(kind, activation, rows, spread, monkeypatch):
+    module = layer(kind, activation)
+    x = spread(torch.randn(rows, 192).bfloat16())
+    want = expected(module, x)
+    with torch.no_grad():
+        module(x)
+        only_bound(monkeypatch)
+        assert near(module(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("kind", "rows"), [("int8", 1), ("int4", 3), ("float8", 1), ("float8", 2)])
+def test_other_dtypes(kind, rows, dtype):
+    module = layer(kind).to(dtype)
+    x = torch.randn(rows, 192).to(dtype)
+    want = expected(module, x)
+    with torch.no_grad():
+        for _ in range(2):
+            got = module(x)
+            assert got.dtype == dtype
+            assert near(got, want, 2e-3)
+
+
+def test_a_bias_of_another_dtype():
+    module = layer("int8", bias=False)
+    x, bias = torch.randn(40, 192).bfloat16(), torch.randn(384)
+    want = expected(module, x) + bias.double()
+    with torch.no_grad():
+        for _ in range(2):
+            assert near(linear(x, module.weight, bias), want)
+
+
+def scaled(weight):
+    weight.scale = weight.scale * 3
+
+
+def scaled_in_place(weight):
+    weight.scale.mul_(3)
+
+
+def with_a_term(weight):
+    weight.set_lowrank(torch.randn(384, 4), torch.randn(4, 192))
+
+
+def quantizing(weight):
+    weight.activation = qint8
+
+
+def other_codes(weight):
+    weight.qdata = weight.qdata.flip(0).contiguous()
+
+
+def halved_scale(weight):
+    weight.scale = weight.scale.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("change", [scaled, scaled_in_place, with_a_term, quantizing, other_codes, halved_scale])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_whoever_changes_a_weight_changes_its_products(change, rows, kind):
+    module = layer(kind)
+    x = torch.randn(rows, 192).bfloat16()
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+        change(module.weight)
+        for _ in range(2):
+            got = module(x)
+        if change is halved_scale:  # what is not seen in place is not held
+            module.weight.scale.mul_(2)
+            got = module(x)
+        module.wide = module.weight.clone().dequantize(torch.float32).double()
+        want = expected(module, x)
+        assert near(got, want, 2e-2)
+        for _ in range(2):
+            assert near(module(x), want, 2e-2)
+
+
+def test_a_plain_weight_holds_no_packed_form():
+    module = layer("int8")
+    with torch.no_grad():
+        for _ in range(2):
+            module(torch.randn(40, 192).bfloat16())
+    assert module.weight._bound
+    _ = module.weight.qdata
+    assert "_bound" not in module.weight.__dict__
+
+
+def test_settings_are_asked_again():
+    module = layer("int8")
+    x = torch.randn(40, 192).bfloat16()
+    want = expected(module, x)
+    with torch.no_grad():
+        versions = []
+        for compiled in (True, True, False, False, True):
+            settings.compiled = compiled
+            assert near(module(x), want)
+            versions.append(choices.version)
+        assert versions[0] == versions[1] == versions[4] != versions[2] == versions[3]
+        products = {version: kept.product for (*_, version), kept in module.weight._bound.items()}
+        assert products[versions[0]] is not None
+        assert products[versions[2]] is None  # oneDNN's product has nothing to make ready
+
+
+def test_gradients_autocast_and_errors_take_the_usual_way():
+    module = layer("int8", bias=False)
+    x = torch.randn(4, 192).bfloat16()
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+    asked = x.clone().requires_grad_()
+    module(asked).sum().backward()
+    assert near(asked.grad, module.wide.sum(0).expand(4, -1))
+    prepare(module, smallest=0)
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert module(x).dtype == torch.float16
+        with pytest.raises(ValueError, match="does not fit a weight"):
+            module(torch.randn(4, 191).bfloat16())
+        assert module(x[:0]).shape == (0, 384)
+        with pytest.raises(ValueError, match="x is on meta"):
+            module(x.to("meta"))
+
+
+def test_only_so_many_shapes_are_remembered():
+    module = layer("int8")
+    with torch.no_grad():
+        for rows in range(1, 3 * bound.SHAPES):
+            module(torch.randn(rows, 192).bfloat16())
+            assert len(module.weight._bound) <= bound.SHAPES
+
+
+def test_a_model_s_device_context():
+    module = layer("int8")
+    x = torch.randn(40, 192).bfloat16()
+    want = expected(module, x)
+    with torch.no_grad(), torch.device("meta"):
+        for _ in range(2):
+            assert near(module(x), want)
+
+
+def test_compiled_models_do_without():
+    module = layer("int8", bias=False)
+    x = torch.randn(4, 192).bfloat16()
+    want = expected(module, x)
+    with torch.no_grad():
+        for _ in range(2):
+            module(x)
+        product = torch.compile(lambda x, weight: linear(x, weight) * 2, backend="eager", fullgraph=True)
+        assert near(product(x, module.weight), 2 * want)
+        product = torch.compile(lambda x: F.relu(module(x)), backend="eager", fullgraph=True)
+        assert near(product(x), want.relu())
