@@ -53,11 +53,11 @@ def requanto_layers(weight: torch.Tensor) -> dict[str, Layer]:
     weights = {kind: quantize(kind) for kind in ("int8", "int4", "int2", "float8")}
     layers: dict[str, Layer] = {kind: (lambda x, w=w: linear(x, w)) for kind, w in weights.items()}
     both = quantize("int8")
-    layers["int8 x int8"] = lambda x: linear(x, both, activation=requanto.qint8)
+    both.activation = requanto.qint8
+    layers["int8 x int8"] = lambda x: linear(x, both)
     for kind in EAGER:
-        # float8 is packed for the compiled kernels, and would be unpacked for the others.
-        weight_of_its_own = quantize(kind) if kind == "float8" else weights[kind]
-        layers[f"{kind} eager"] = lambda x, w=weight_of_its_own: eager(x, w)
+        other = quantize(kind)  # of its own: packed, or its scales ordered, in another way
+        layers[f"{kind} eager"] = lambda x, w=other: eager(x, w)
     return layers
 
 

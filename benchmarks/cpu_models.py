@@ -102,19 +102,15 @@ class Runner:
     """A model whose prefill and decoding are timed one call at a time."""
 
     def __init__(self, model: Any, seconds: float) -> None:
-        self.model, self.seconds, self.compiled = model, seconds, None
+        self.model, self.seconds = model, seconds
         self.times: dict[str, list[float]] = {}
         self.state: Any = None
 
     def _timed(self, name: str, keep: bool, ids: torch.Tensor, cache: Any) -> Any:
-        settings.compiled = self.compiled
-        try:
-            start = time.perf_counter()
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            if keep:
-                self.times.setdefault(name, []).append(time.perf_counter() - start)
-        finally:
-            settings.compiled = None
+        start = time.perf_counter()
+        out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        if keep:
+            self.times.setdefault(name, []).append(time.perf_counter() - start)
         return out
 
     def about(self, plain_bytes: int) -> dict[str, float]:
@@ -167,7 +163,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
     for name, how in OURS.items():
         jobs[name] = lambda how=how: Runner(*load(source, requanto.QuantoConfig(**how)))
         if name in EAGER and not options.no_eager:
-            jobs[f"{name} eager"] = lambda make=jobs[name]: _eager(make())
+            jobs[f"{name} eager"] = jobs[name]
     if options.peers:
         jobs |= {name: (lambda make=make: Runner(*load(source, make()))) for name, make in peers().items()}
     if options.llama_python:
@@ -180,6 +176,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
             print(f"  {name}: left out, the time is up", flush=True)
             continue
         begin = time.monotonic()
+        settings.compiled = False if name.endswith(" eager") else None
         try:
             runner = make()
             found = rounds({"bf16": Runner(plain, 0.0), name: runner}, vocabulary, options.new, options.repeats)
@@ -193,14 +190,11 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
         except Exception as error:  # one peer that fails must not take the other figures along
             results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
             print(f"  {name}: {results[name]['error']}", flush=True)
+        finally:
+            settings.compiled = None
         gc.collect()
         last = time.monotonic() - begin
         save()
-
-
-def _eager(runner: Runner) -> Runner:
-    runner.compiled = False
-    return runner
 
 
 def llama_jobs(config: Any, source: Path, options: argparse.Namespace) -> dict[str, Callable[[], LlamaRunner]]:
@@ -225,6 +219,10 @@ def llama_jobs(config: Any, source: Path, options: argparse.Namespace) -> dict[s
     return {"llama.cpp Q4_1": shipped}
 
 
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The table of docs/cpu.md."""
     threads = document["machine"]["threads"]
@@ -234,7 +232,9 @@ def markdown(document: dict[str, Any]) -> str:
         lines += ["| | decode | " + " | ".join(f"prefill {prompt}" for prompt in PROMPTS) + " |", "|---" * 4 + "|"]
         for name, figures in results.items():
             cells = [
-                f"{figures[what]['ratio']:.2f} ({figures[what]['tokens_per_second']:.3g})" if what in figures else ""
+                f"{figures[what]['ratio']:.2f} ({_short(figures[what]['tokens_per_second'])})"
+                if what in figures
+                else ""
                 for what in ("decode", *map(str, PROMPTS))
             ]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")

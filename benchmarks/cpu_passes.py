@@ -95,11 +95,14 @@ def weights() -> dict[str, float]:
     if blocked.fits(N, K):
         if not (compiled.ready(compiled.NIBBLES) and compiled.ready(compiled.FLOAT8)):
             return timed(calls, N * K)
-        words = blocked.blocked(N, K).words
+        buffer = blocked.blocked(N, K)
         pairs = torch.rand(count, groups, 2 * half, 2).bfloat16().view(torch.int32).squeeze(-1)
         bytes_, row_scale = float8.pack(weight).blocks, torch.rand(N)
-        calls["int4, compiled"] = lambda: compiled.nibble_words(blocks, pairs, words)
-        calls["float8, compiled"] = lambda: compiled.e4m3_words(bytes_, row_scale, words)
+        own = pairs.view(-1, 1, 2, half)
+        nibbles = compiled.fill_nibbles(blocks, groups, lambda weight: own)
+        e4m3 = compiled.fill_e4m3(bytes_, row_scale)
+        calls["int4, compiled"] = lambda: nibbles(buffer, weight)
+        calls["float8, compiled"] = lambda: e4m3(buffer, weight)
     return timed(calls, N * K)
 
 
@@ -112,7 +115,7 @@ def products() -> dict[str, float]:
     def run(rows: int) -> Callable[[], None]:
         def call() -> None:
             for weight in packed:
-                onednn._product(x[:rows], weight, scale)
+                onednn.product(x[:rows], weight, scale)
 
         return call
 

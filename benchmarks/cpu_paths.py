@@ -19,6 +19,7 @@ from common import RESULTS, write
 from requanto import QTensor, qint8
 from requanto.linear import blocked, compiled, int4, int4_large, int8, onednn
 from requanto.linear.activations import quantize_unsigned
+from requanto.linear.table import Bind
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (1024, 2048), (2048, 2048), (4096, 4096))
 ROWS = (1, 8, 12, 16, 32, 64, 128, 512)
@@ -40,12 +41,19 @@ def timed(paths: dict[str, tuple[Callable[[torch.Tensor], object], list[torch.Te
     return {name: round(1e6 * median(times), 1) for name, times in taken.items()}
 
 
+def bound(bind: Bind, x: torch.Tensor, weights: list[QTensor]) -> tuple[Callable[..., object], list[object]]:
+    """A path made ready for x, as layers have it after the first product."""
+    made = [(bind(weight, len(x), x.dtype), weight) for weight in weights]
+    return lambda pair: pair[0](x, pair[1], None), made
+
+
 def products(shape: tuple[int, int]) -> dict[str, dict[str, float]]:
     """By rows of x."""
     copies = max(3, min(COPIES, int(READ / (shape[0] * shape[1]))))
     floats = [torch.randn(shape, dtype=torch.bfloat16) for _ in range(copies)]
-    fours, eights = ([QTensor.quantize(weight, kind) for weight in floats] for kind in ("int4", "int8"))
-    for weight in fours:
+    # One set of int4 for each of its paths, which keep scales in an order of their own.
+    fours, others, eights = ([QTensor.quantize(weight, kind) for weight in floats] for kind in ("int4", "int4", "int8"))
+    for weight in fours + others:
         weight.pack(int4.pack(weight))
     for weight in eights:
         weight.pack(onednn.pack(weight))
@@ -55,14 +63,13 @@ def products(shape: tuple[int, int]) -> dict[str, dict[str, float]]:
         paths = {
             "bf16": (lambda w, x=x: F.linear(x, w), floats),
             "int8, split": (lambda w, x=x: onednn.run_split(x, w, None), eights),
-            "int8, compiled": (lambda w, x=x: int8.run(x, w, None), eights),
-            "int4, compiled": (lambda w, x=x: int4_large.run_large(x, w, w.packed), fours),
+            "int8, compiled": bound(int8.bind, x, eights),
+            "int4, compiled": bound(int4_large.bind, x, fours),
         }
         if rows <= 128:
-            paths["int4, operator"] = (lambda w, x=x: int4.run(x, w, None), fours)
-        if rows == 1:
-            paths["int8 x int8, oneDNN"] = (lambda w, x=x: onednn.run_int8(x, w, None, qint8), eights)
-            paths["int8 x int8, compiled"] = (lambda w, x=x: int8.run_quantized_row(x, w, None, qint8), eights)
+            paths["int4, operator"] = bound(int4.bind, x, others)
+        paths["int8 x int8, oneDNN"] = (lambda w, x=x: onednn.run_int8(x, w, None, qint8), eights)
+        paths["int8 x int8, compiled"] = bound(int8.bind_quantized, x, eights)
         found[str(rows)] = timed(paths)
         print(shape, rows, found[str(rows)], flush=True)
     return found
@@ -73,9 +80,10 @@ def quantizing() -> dict[str, dict[str, float]]:
     found = {}
     for rows, length in ((1, 576), (32, 576), (512, 576), (128, 4096), (512, 4096)):
         xs = [torch.randn(rows, length, dtype=torch.bfloat16) for _ in range(20)]
+        codes, steps = torch.empty(rows, length, dtype=torch.uint8), torch.empty(rows, 1)
         paths = {
             "operators": (lambda x: quantize_unsigned(x, qint8, None, onednn.LEAST), xs),
-            "kernel": (lambda x: onednn.quantized_rows(x, onednn.LEAST), xs),
+            "kernel": (lambda x, codes=codes, steps=steps: compiled.rows_to_int8(x, codes, steps), xs),
         }
         found[f"{rows} x {length}"] = timed(paths)
     return found
