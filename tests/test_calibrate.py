@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from requanto import explain
 from requanto.calibrate import Calibration
+from requanto.linear import onednn
 from requanto.nn import QActivation, QLayerNorm
 from requanto.observers import MseObserver, PercentileObserver, absmax_scale
 from requanto.qtypes import qfloat8, qint8
@@ -232,3 +234,22 @@ def test_activations_alone_can_be_quantized():
     model, x, wanted = net(activations="int8")
     assert 1e-4 < relative(model(x), wanted) < 0.03
     assert quantization_map(model)["a"] == {"weights": "none", "activations": "qint8"}
+
+
+def test_explain_knows_static_scales():
+    model = quantize(nn.Sequential(nn.Linear(256, 256).bfloat16()), weights="int8", activations="int8")
+    freeze(model)
+    x = torch.randn(4, 256).bfloat16()
+    (dynamic,) = explain(model, rows=4)
+    assert dynamic.weight == "int8, int8 activations"
+    with Calibration():
+        model(x)
+    (static,) = explain(model, rows=4)
+    assert static.weight == "int8, int8 activations under a static scale"
+    with torch.no_grad():
+        model(x)
+    assert explain(model, rows=4) == [static]
+    packed = model[0].weight.packed
+    assert static.layout == ("plain" if packed is None else packed.layout)
+    if onednn.works():
+        assert static.implementation == "cpu-onednn-int8"

@@ -78,7 +78,7 @@ def explain(
         if activation is not None:
             kind += f", {activation.name.removeprefix('q')} activations{' under a static scale' if static else ''}"
         float_type = dtype or parameter.dtype
-        layout = layout_to_be(parameter, float_type)
+        layout = layout_to_be(parameter, float_type, activation)
         for count in (rows,) if isinstance(rows, int) else rows:
             problem = problem_of(parameter, float_type, count, activation, layout=layout, static=static)
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation

@@ -58,13 +58,17 @@ def _pays(
     return make is not None and weight.numel() >= smallest
 
 
-def layout_to_be(weight: QTensor, dtype: torch.dtype) -> str:
-    """The layout that a layer's weight has, or will have after its first product with x of ``dtype``."""
+def layout_to_be(weight: QTensor, dtype: torch.dtype, activation: qtype | None = None) -> str:
+    """The layout that a layer's weight has, or will have after its first product with x of ``dtype``.
+
+    Args:
+        activation: type that the layer quantizes x to; None: the weight's own choice.
+    """
     if weight.packed is not None:
         return weight.packed.layout
     stays = weight.__dict__.get("_stays_plain", False) or not settings.pack_on_first_use
-    make = None if stays else packer(weight, dtype)
-    make = make if _pays(weight, make) else None
+    make = None if stays else packer(weight, dtype, activation)
+    make = make if _pays(weight, make, activation) else None
     names = {
         onednn.pack: onednn.LAYOUT,
         int4.pack: int4.LAYOUT,
