@@ -47,6 +47,8 @@ LAYERS = 16
 #: Again without compiled kernels, as on a machine without a C++ compiler, as models of their own.
 EAGER = ("int4", "float8")
 PROMPTS = (32, 512)
+#: Bytes of a bf16 model from which a round takes seconds; smaller ones get so many times as many.
+SMALL, SMALL_MORE = 2**30, 6
 #: Ratio to bf16 of the 1.2B model.
 GOALS = {"int8": {"decode": 1.6, "512": 0.85}, "int4": {"decode": 2.0, "512": 0.85}}
 
@@ -159,6 +161,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
     """Every kind beside the same bf16 model; ``results`` grows by name."""
     plain, _ = load(source, None)
     vocabulary, plain_bytes = plain.config.vocab_size, plain.get_memory_footprint()
+    repeats = options.repeats * (SMALL_MORE if plain_bytes < SMALL else 1)
     jobs: dict[str, Any] = {}
     for name, how in OURS.items():
         jobs[name] = lambda how=how: Runner(*load(source, requanto.QuantoConfig(**how)))
@@ -179,7 +182,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
         settings.compiled = False if name.endswith(" eager") else None
         try:
             runner = make()
-            found = rounds({"bf16": Runner(plain, 0.0), name: runner}, vocabulary, options.new, options.repeats)
+            found = rounds({"bf16": Runner(plain, 0.0), name: runner}, vocabulary, options.new, repeats)
             results.setdefault("bf16", found["bf16"])
             results[name] = found[name] | runner.about(plain_bytes)
             runner.close()
@@ -249,7 +252,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=["1b", "smollm2"], default=["1b", "smollm2"])
     parser.add_argument("--only", nargs="*", help="names of quantized models to run")
     parser.add_argument("--new", type=int, default=8, help="tokens decoded after each prefill")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help=f"rounds; {SMALL_MORE} times as many of the small model")
     parser.add_argument("--limit", type=float, default=330, help="seconds in all")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")

@@ -296,7 +296,9 @@ def wanted(family: str) -> bool:
 def _can_be_made() -> bool:
     found = compiler() is not None and bool(sys.executable)
     if not found:
-        logger.info("no C++ compiler was found: products with int4 and float8 weights do without compiled kernels")
+        logger.info(
+            "no C++ compiler was found: products with int8, int4 and float8 weights do without compiled kernels"
+        )
     return found
 
 

@@ -60,8 +60,8 @@ class BlockedWeight:
             raise RuntimeError(str(error).splitlines()[0]) from error
         if self.nbytes != probe.nbytes:
             raise RuntimeError(f"oneDNN stores {tuple(probe.shape)} in {self.nbytes} bytes, expected {probe.nbytes}")
-        # Memory of the opaque tensor, which lives as long as this object.
         memory = (ctypes.c_char * self.nbytes).from_address(address)
+        memory.owner = self._weight  # whoever holds a view of these words holds what they lie in
         self.words = torch.frombuffer(memory, dtype=torch.int32).view(rows // ROWS, length // 2, ROWS)
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
         expected = probe.view(rows // ROWS, ROWS, length // 2, 2).transpose(1, 2).contiguous()
@@ -162,7 +162,7 @@ def bind(
 
     def product_by_parts(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         x = x.contiguous()
-        buffer = keep(slot, nbytes, make)
+        buffer = blocked(step, length)
         parts: list[torch.Tensor] = []
         out = None if joined else x.new_empty(*x.shape[:-1], rows)
         for fill_part, start, repeated in zip(fills, first, new):

@@ -17,19 +17,19 @@ from requanto.qtensor import QTensor
 from requanto.settings import choices
 from requanto.tracing import is_tracing
 
-#: Shapes remembered with a weight.
+#: Shapes remembered with a weight; one more, and all are forgotten.
 SHAPES = 16
 
 
 class Bound:
     """A product, or None where there is nothing to make ready, and what it was made from."""
 
-    __slots__ = ("activation", "packed", "product", "scale", "shift")
+    __slots__ = ("activation", "address", "packed", "product", "scale", "shift")
 
     def __init__(self, weight: QTensor, product: Product | None) -> None:
         self.product = product
         self.packed, self.scale, self.shift = weight._packed, weight._scale, weight._shift
-        self.activation = weight.activation
+        self.activation, self.address = weight.activation, weight._scale.data_ptr()
 
 
 def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product | None:
@@ -46,6 +46,7 @@ def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product
     if (
         found.packed is not held["_packed"]
         or found.scale is not held["_scale"]
+        or found.address != found.scale.data_ptr()
         or found.shift is not held["_shift"]
         or found.activation is not held["activation"]
         or held["up"] is not None
@@ -72,8 +73,9 @@ def remember(x: torch.Tensor, weight: QTensor) -> None:
         return
     rows = x.numel() // x.shape[-1]
     bind = choose(problem_of(weight, x.dtype, rows, weight.activation)).implementation.bind
-    # Of scales a row in another dtype a product would hold a copy, and not see them change in place.
-    seen = weight._scale.dtype == torch.float32 or weight.group_size is not None
+    # Of scales a row in another dtype or order a product would hold a copy, and not see them change in place.
+    scale = weight._scale
+    seen = weight.group_size is not None or (scale.dtype == torch.float32 and scale.is_contiguous())
     product = bind(weight, rows, x.dtype) if bind is not None and seen else None
     if len(kept) >= SHAPES:
         kept.clear()

@@ -10,6 +10,7 @@ from torch import nn
 from requanto.linear.prepare import layout_to_be
 from requanto.linear.table import choose, problem_of
 from requanto.qtensor import QTensor
+from requanto.qtypes import qtype
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,13 @@ def explain(
     """
     found = Explanation()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    calibrated = {id(m.weight): m.activation_qtype for m in model.modules() if getattr(m, "calibrated", False)}
+    calibrated = {
+        id(m.weight): m.activation_qtype
+        for m in model.modules()
+        if getattr(m, "calibrated", False)
+        and isinstance(getattr(m, "weight", None), QTensor)
+        and isinstance(getattr(m, "activation_qtype", None), qtype)
+    }
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, QTensor) or parameter.dim() not in (2, 3) or id(parameter) in looked_up:
             continue

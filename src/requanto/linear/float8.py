@@ -11,6 +11,7 @@ import torch
 from requanto.layout import Packed, packed_as
 from requanto.linear import ahead, blocked, compiled
 from requanto.linear.int8 import by_row
+from requanto.linear.onednn import row_scale
 from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qtype
@@ -69,11 +70,12 @@ def run(
 
 def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
     """`run` for one shape of x."""
-    return _product(weight.packed, weight, rows) if isinstance(weight.packed, Float8Codes) else None
+    packed = weight.packed
+    return _product(packed, weight, rows) if isinstance(packed, Float8Codes) else None
 
 
 def _product(packed: Float8Codes, weight: QTensor, rows: int) -> Product:
-    codes, scale = packed.blocks, weight.scale.reshape(-1).float()
+    codes, scale = packed.blocks, row_scale(weight)
     if rows > FEW:
         scales = scale.view(-1, blocked.ROWS)
         return blocked.bind(*weight.shape, rows, lambda part: compiled.fill_e4m3(codes[part], scales[part]))

@@ -56,7 +56,8 @@ class Int4Codes(Packed):
         self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
         self._scales: dict[torch.dtype, torch.Tensor] = {}
         self._words: torch.Tensor | None = None
-        self._made_from: tuple[object, ...] = (None, None, None, ())
+        self._state: tuple[object, ...] = ()
+        self._made_from: tuple[torch.Tensor | None, ...] = ()
 
     def plain(self) -> torch.Tensor:
         return torch.cat([pack_codes(self.codes(*part).sub_(self.offset), self.bits) for part in self._parts()])
@@ -94,12 +95,13 @@ class Int4Codes(Packed):
         return found
 
     def _forget_old(self, weight: QTensor) -> None:
-        """What was made from scales and shifts that somebody has changed since is made anew."""
-        scale, shift, row_scale = weight._scale, weight._shift, weight.row_scale
-        versions = _version(scale), _version(shift), _version(row_scale)
-        old = self._made_from
-        if old[0] is not scale or old[1] is not shift or old[2] is not row_scale or old[3] != versions:
-            self._scales, self._words, self._made_from = {}, None, (scale, shift, row_scale, versions)
+        """What was made from scales and shifts that are other ones now, or were changed in place, is made anew (changes
+        behind torch's back, through ``.data`` or in inference mode, are not seen)."""
+        parts = weight._scale, weight._shift, weight.row_scale
+        state = _state(parts[0]), _state(parts[1]), _state(parts[2])
+        if state != self._state:
+            self._scales, self._words, self._state = {}, None, state
+            self._made_from = parts  # held: their addresses are not given to others
 
     def words(self, weight: QTensor) -> torch.Tensor:
         """The same in bfloat16, block by block: int32 ``[N / block * K / group, 1, 2, block / 2]``, the zero point in the
@@ -124,9 +126,9 @@ class Int4Codes(Packed):
         return self.blocked.nbytes + scales + (0 if words is None else words.nbytes)
 
 
-def _version(tensor: torch.Tensor | None) -> int:
-    """How often it was changed in place; tensors made in inference mode do not count."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    """Where its numbers lie, and how often they were changed in place."""
+    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
 
 
 @functools.cache

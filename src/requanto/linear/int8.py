@@ -30,6 +30,8 @@ ROWS = 257
 SUMS_BYTES = 8 * 2**20
 #: Bytes of them beyond which they stand in this thread's buffer: fresh pages would take longer than zeros and a sum.
 KEPT_SUMS = 2**21
+#: Numbers of rows whose parts of a buffer are remembered.
+COUNTS = 64
 
 
 def pays(rows: int, weights: int, dtype: torch.dtype) -> bool:
@@ -45,7 +47,7 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ w.T + bias`` in x's dtype."""
-    product = _product(packed_as(weight, OneDnnCodes, onednn.pack), weight, x.shape[0], x.dtype)
+    product = _product(packed_as(weight, OneDnnCodes, onednn.pack), weight, x.shape[0])
     if product is None:
         return onednn.run_split(x, weight, bias, activation, input_scale)
     return product(x, weight, bias)
@@ -53,14 +55,15 @@ def run(
 
 def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
     """`run` for one shape of x; None: oneDNN's product does it."""
-    return _product(weight.packed, weight, rows, dtype) if isinstance(weight.packed, OneDnnCodes) else None
+    packed = weight.packed
+    return _product(packed, weight, rows) if isinstance(packed, OneDnnCodes) else None
 
 
-def _product(packed: OneDnnCodes, weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+def _product(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
     words = packed.words
     if words is None or not compiled.ready(compiled.INT8):
         return None
-    scale = weight.scale.reshape(-1).float()
+    scale = onednn.row_scale(weight)
     if rows == 1:
         return by_row(compiled.int8_row(words, scale))
     scales = scale.view(-1, blocked.ROWS)
@@ -85,23 +88,28 @@ def run_quantized(
 
 def bind_quantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
     """`run_quantized` made ready; None: oneDNN's product does it."""
-    return _quantized(weight.packed, weight, rows) if isinstance(weight.packed, OneDnnCodes) else None
+    packed = weight.packed
+    return _quantized(packed, weight, rows) if isinstance(packed, OneDnnCodes) else None
 
 
 def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
     if not compiled.ready(compiled.INT8_INT8):
         return None
-    scale = weight.scale.reshape(-1).float()
+    scale = onednn.row_scale(weight)
     if rows == 1:
         words = packed.words
         return None if words is None else by_row(compiled.int8_row(words, scale, quantized=True), wide=False)
     out_features, length = weight.shape
     step = min(rows, rows_at_once(length, out_features))
-    slot, room = ("int8 rows", step, length), max(step, onednn.LEAST)
+    # Rounded up, so that prompts of all lengths share a few buffers.
+    room = 1 << (max(step, onednn.LEAST) - 1).bit_length()
+    slot = ("int8 rows", room, length)
     no_bias = packed.zeros.view(torch.float32)
 
     def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        bias = no_bias if bias is None else bias.detach().float()
+        # Kernels read plain memory: a bias that is to be spread, or lies elsewhere, is torch's business.
+        simple = bias is not None and bias.shape == no_bias.shape and bias.is_cpu
+        added = bias.detach().float().contiguous() if bias is not None and simple else no_bias
         buffer = keep(slot, room * (length + 4), lambda: _Rows(room, length))
         out = x.new_empty(*x.shape[:-1], out_features)
         parts = [(x.reshape(rows, length).contiguous(), out.view(rows, out_features))]
@@ -110,20 +118,21 @@ def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | Non
         for part, into in parts:
             read, codes, steps = buffer.rows(len(part))
             compiled.rows_to_int8(part, codes, steps)
-            if 4 * len(read) * out_features <= KEPT_SUMS:
-                sums = onednn.product(read, packed, scale)
-            else:
+            if KEPT_SUMS < 4 * len(read) * out_features <= settings.workspace_bytes // 8:
                 kept = workspace((len(read), out_features), torch.float32, slot=9)
                 sums = onednn.product_into(kept, read, packed, scale)
-            compiled.finish(sums[: len(part)], steps, bias, into)
-        return out
+            else:
+                sums = onednn.product(read, packed, scale)
+            compiled.finish(sums[: len(part)], steps, added, into)
+        return out if simple or bias is None else out.add_(bias)
 
     return product
 
 
 def rows_at_once(length: int, sums: int) -> int:
     """Rows of x in one product: their codes and float32 sums stay in the cache, and few rows read a weight for nothing."""
-    return max(32, min(SUMS_BYTES // (4 * sums), settings.workspace_bytes // 4 // length))
+    most = min(SUMS_BYTES, settings.workspace_bytes // 8)
+    return max(32, min(most // (4 * sums), settings.workspace_bytes // 8 // length))
 
 
 class _Rows:
@@ -139,6 +148,8 @@ class _Rows:
         """Codes that a product reads, codes and scales to be written, of the first rows."""
         found = self._views.get(count)
         if found is None:
+            if len(self._views) >= COUNTS:
+                self._views.clear()
             read = self.codes[: max(count, onednn.LEAST)]
             found = self._views[count] = (read, self.codes[:count], self.steps[:count])
         return found

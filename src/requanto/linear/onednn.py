@@ -79,6 +79,7 @@ class OneDnnCodes(Packed):
             _tell_once(str(error).splitlines()[0])
             return None
         memory = (ctypes.c_char * codes.nbytes).from_address(address)
+        memory.owner = self.blocked  # whoever holds a view of these words holds what they lie in
         words = torch.frombuffer(memory, dtype=torch.int32).view(rows // 64, length // 4, 64)
         for block in {0, len(words) - 1}:
             expected = codes[64 * block : 64 * (block + 1)].view(64, length // 4, 4).transpose(0, 1).contiguous()
@@ -118,6 +119,11 @@ def works() -> bool:
     return False
 
 
+def row_scale(weight: QTensor) -> torch.Tensor:
+    """The scales of the rows as oneDNN and compiled kernels read them, float32 ``[N]``."""
+    return weight.scale.reshape(-1).float().contiguous()
+
+
 def pack(weight: QTensor) -> OneDnnCodes:
     """The blocked form of a plain int8 weight."""
     return OneDnnCodes(weight.qdata)
@@ -146,14 +152,14 @@ def run_split(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Float activations: two int8 products."""
-    packed, scale = packed_as(weight, OneDnnCodes, pack), weight.scale.reshape(-1).float()
+    packed, scale = packed_as(weight, OneDnnCodes, pack), row_scale(weight)
     one = row_step(x, STEPS) if x.shape[0] == 1 else None
     if one is not None:
         sums = product(split_by(x, one, LEAST), packed, scale, one)
         total = sums[1:2].add_(sums[:1], alpha=256)
         return (total if bias is None else total.add_(bias)).to(x.dtype)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    step = rows_at_once(x.shape[1], 2 * weight.shape[0])
+    step = _rows_at_once(x.shape[1], 2 * weight.shape[0])
     for part, into in zip(x.split(step), out.split(step)):
         rows = part.shape[0]
         halves, steps = split_16bit(part, LEAST)
@@ -171,8 +177,8 @@ def run_int8(
 ) -> torch.Tensor:
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
-    packed, scale = packed_as(weight, OneDnnCodes, pack), weight.scale.reshape(-1).float()
-    step = rows_at_once(x.shape[1], weight.shape[0])
+    packed, scale = packed_as(weight, OneDnnCodes, pack), row_scale(weight)
+    step = _rows_at_once(x.shape[1], weight.shape[0])
     if x.dtype != torch.float16:
         one = single_scale(x, activation, input_scale)
         if one is not None:
@@ -201,7 +207,7 @@ def _under_one_scale(
     )  # fmt: skip
 
 
-def rows_at_once(length: int, sums: int) -> int:
+def _rows_at_once(length: int, sums: int) -> int:
     """Rows of x, of ``length`` numbers, in one product whose float32 result has ``sums`` numbers for each of them."""
     most = max(32, min(CHUNK, SUMS_BYTES // (4 * sums)))
     return rows_that_fit(_BYTES * length, 2 ** (most.bit_length() - 1))

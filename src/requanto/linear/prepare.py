@@ -138,7 +138,8 @@ def _load_kernels(weight: QTensor) -> None:
     families = {int4.LAYOUT: [compiled.NIBBLES], float8.LAYOUT: [compiled.FLOAT8]}
     families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_INT8]
     for family in families.get(weight.packed.layout, []):
-        if weight.dtype != torch.float32 and ahead.wanted(family) and blocked.fits(*weight.shape):
+        fits = family == compiled.INT8_INT8 or blocked.fits(*weight.shape)
+        if weight.dtype != torch.float32 and ahead.wanted(family) and fits:
             compiled.ready(family)
 
 
