@@ -116,17 +116,23 @@ def plain_mode() -> Iterator[None]:
 
 
 class Kernel:
-    """A loaded package.
-
-    Attributes:
-        run: the kernel: takes a list of its arguments, which it empties, and gives one of its results.
-    """
+    """A loaded package."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         # torch._inductor.aoti_load_package does the same after it has imported the compiler, which takes seconds.
         loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
-        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.boxed_run
+        self._run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = loader.boxed_run
+        self._lock = threading.Lock()
+
+    def run(self, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The kernel: takes a list of its arguments, which it empties, and gives one of its results.
+
+        One thread at a time: a package has one runner, and a second thread would wait for it without letting go of Python's
+        lock, which the first one may need before it is done.
+        """
+        with self._lock:
+            return self._run(arguments)
 
     def __call__(self, *arguments: torch.Tensor) -> torch.Tensor | None:
         returned = self.run(list(arguments))
