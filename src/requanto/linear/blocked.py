@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from requanto.linear import ahead
+from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.settings import settings
 from requanto.workspace import keep
@@ -133,9 +134,7 @@ def blocked(rows: int, length: int) -> BlockedWeight:
     return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
 
 
-def bind(
-    rows: int, length: int, many: int, fill: Callable[[slice], Fill]
-) -> Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]:
+def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Product:
     """``x @ w.T + bias`` in bfloat16 of a weight ``[rows, length]`` that is made part by part in this thread's buffer.
 
     Args:
@@ -143,14 +142,13 @@ def bind(
         fill: ``fill(blocks)`` gives the function that makes those blocks of the weight, in oneDNN's order.
     """
     step = rows_at_once(rows, length, many)
-    slot, nbytes, make = ("blocked", step, length), 2 * step * length, functools.partial(_made, step, length)
     first = starts(rows, step)
     fills = [fill(slice(start // ROWS, (start + step) // ROWS)) for start in first]
     if step == rows:
         (whole,) = fills
 
         def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-            buffer = keep(slot, nbytes, make)
+            buffer = blocked(step, length)
             whole(buffer, weight)
             out = buffer.product(x)
             return out if bias is None else out.add_(bias)

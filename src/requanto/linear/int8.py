@@ -26,9 +26,8 @@ from requanto.workspace import keep, workspace
 #: as they do with one (benchmarks/results/cpu_paths.json).
 BELOW = 2**23
 ROWS = 257
-#: Bytes of the float32 sums of quantized rows, about.
-SUMS_BYTES = 8 * 2**20
-#: Bytes of them beyond which they stand in this thread's buffer: fresh pages would take longer than zeros and a sum.
+#: Bytes of quantized rows' float32 sums beyond which these stand in this thread's buffer: fresh pages would take longer
+#: than zeros and a sum.
 KEPT_SUMS = 2**21
 #: Numbers of rows whose parts of a buffer are remembered.
 COUNTS = 64
@@ -131,7 +130,7 @@ def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | Non
 
 def rows_at_once(length: int, sums: int) -> int:
     """Rows of x in one product: their codes and float32 sums stay in the cache, and few rows read a weight for nothing."""
-    most = min(SUMS_BYTES, settings.workspace_bytes // 8)
+    most = min(onednn.SUMS_BYTES, settings.workspace_bytes // 8)
     return max(32, min(most // (4 * sums), settings.workspace_bytes // 8 // length))
 
 

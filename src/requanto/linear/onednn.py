@@ -159,7 +159,7 @@ def run_split(
         total = sums[1:2].add_(sums[:1], alpha=256)
         return (total if bias is None else total.add_(bias)).to(x.dtype)
     out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-    step = _rows_at_once(x.shape[1], 2 * weight.shape[0])
+    step = _rows_at_once(x, 2 * weight.shape[0])
     for part, into in zip(x.split(step), out.split(step)):
         rows = part.shape[0]
         halves, steps = split_16bit(part, LEAST)
@@ -178,7 +178,7 @@ def run_int8(
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
     packed, scale = packed_as(weight, OneDnnCodes, pack), row_scale(weight)
-    step = _rows_at_once(x.shape[1], weight.shape[0])
+    step = _rows_at_once(x, weight.shape[0])
     if x.dtype != torch.float16:
         one = single_scale(x, activation, input_scale)
         if one is not None:
@@ -207,10 +207,10 @@ def _under_one_scale(
     )  # fmt: skip
 
 
-def _rows_at_once(length: int, sums: int) -> int:
-    """Rows of x, of ``length`` numbers, in one product whose float32 result has ``sums`` numbers for each of them."""
+def _rows_at_once(x: torch.Tensor, sums: int) -> int:
+    """Rows of x in one product whose float32 result has ``sums`` numbers for each of them."""
     most = max(32, min(CHUNK, SUMS_BYTES // (4 * sums)))
-    return rows_that_fit(_BYTES * length, 2 ** (most.bit_length() - 1))
+    return rows_that_fit(_BYTES * x.shape[1], 2 ** (most.bit_length() - 1))
 
 
 def _parts(x: torch.Tensor, out: torch.Tensor, step: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:

@@ -8,15 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from requanto.dispatch import implements_function
-from requanto.linear import bound, embedding, linear
+from requanto.linear import embedding, linear
 from requanto.qtensor import NO_GRADIENT, QTensor
 
 
 @implements_function(F.linear)
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    if type(input) is torch.Tensor and type(weight) is QTensor:
-        product = bound.find(input, weight, bias)
-        return linear(input, weight, bias) if product is None else product(input, weight, bias)
     if isinstance(input, QTensor):
         raise NotImplementedError("F.linear with a quantized input: call .dequantize() on it first")
     if not isinstance(weight, QTensor):  # only the bias is a QTensor
