@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,4 +58,15 @@ def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
             f"{func} is not defined on a quantized weight (QTensor). If the float values are what you want, call "
             f".dequantize() on the weight, or model.dequantize() on the model; nothing is dequantized silently."
         )
+    if torch.is_inference_mode_enabled() and is_view(func) and not args[0].is_inference():
+        # A view of a tensor from outside shares its version counter, which tensors made in inference mode have none of.
+        with torch.inference_mode(False), torch.no_grad():
+            return implementation(func, args, kwargs)
     return implementation(func, args, kwargs)
+
+
+@functools.cache
+def is_view(operator: Any) -> bool:
+    """True for operators whose result shares its memory with what they are given, and that change nothing."""
+    aliases = [returned.alias_info for returned in operator._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
