@@ -377,8 +377,18 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
     if weight.transposed or weight.axis != 0:
         raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
     keep_plain(weight)
-    flat = indices.reshape(-1)
-    shared = weight.shared_along(0)
-    picked = {name: part if name in shared else part[flat] for name, part in weight.inner_tensors().items()}
-    rows = weight.with_inner(picked, shape=(flat.numel(), *weight.shape[1:]))
-    return rows.dequantize().view(*indices.shape, *weight.shape[1:])
+    with torch._C.DisableTorchFunctionSubclass():  # every look at a shape would be a call of its own
+        flat = indices.reshape(-1)
+        shared = weight.shared_along(0)
+        inner = weight.inner_tensors().items()
+        picked = {name: part if name in shared else _rows(part, flat) for name, part in inner}
+        shape = (flat.numel(), *weight.shape[1:])
+        rows: QTensor = weight.with_inner(picked, shape=shape)
+        return rows.dequantize().view(*indices.shape, *shape[1:])
+
+
+def _rows(part: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    if part.is_contiguous() and part.dim() == 2:  # torch copies whole rows then, and knows them as bytes best
+        bytes_ = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+        return torch.index_select(bytes_, 0, indices).view(part.dtype)
+    return part[indices]
