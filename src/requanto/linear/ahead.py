@@ -43,6 +43,10 @@ class KernelUnavailable(RuntimeError):
     """A kernel could not be made or loaded on this machine; the message says why, and what to do."""
 
 
+class CannotBeMade(KernelUnavailable):
+    """No kernel can, as far as is known: there is no compiler that works, or no place to write."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What a kernel is made from.
@@ -145,7 +149,8 @@ def check(kernel: Callable[..., torch.Tensor | None], source: Source, name: str)
     Raises:
         KernelUnavailable: it computes something else.
     """
-    with plain_mode():
+    # A model that samples draws the same numbers, whether a kernel was loaded on the way or not.
+    with plain_mode(), torch.random.fork_rng(devices=[]):
         arguments = source.example()
         again = tuple(t.clone() if place in source.written else t for place, t in enumerate(arguments))
         got, want = kernel(*arguments), source.function(*again)
@@ -220,13 +225,15 @@ def make(paths: dict[str, Path]) -> None:
     """Has other processes write the packages of kernels, one for each.
 
     Raises:
-        KernelUnavailable: no compiler, no place to write, or a process failed.
+        CannotBeMade: no compiler, no place to write, or a process failed.
     """
     if not paths:
         return
+    if _NOTHING_MADE in _failed and not settings.compiled:
+        raise CannotBeMade(_failed[_NOTHING_MADE])
     names = ", ".join(repr(name) for name in paths)
     if compiler() is None:
-        raise KernelUnavailable(
+        raise CannotBeMade(
             f"no C++ compiler for {names}: neither $CXX nor torch's usual one was found. Install g++, or do without "
             "(requanto.settings.compiled = False, REQUANTO_COMPILE=0)."
         )
@@ -251,7 +258,7 @@ def _make(name: str, path: Path) -> None:
             if not path.exists():
                 _run(name, path)
     except OSError as error:
-        raise KernelUnavailable(
+        raise CannotBeMade(
             f"the kernel {name!r} cannot be kept in {path.parent}: {error}. Set REQUANTO_CACHE to a directory that can "
             "be written."
         ) from error
@@ -273,22 +280,21 @@ def _run(name: str, path: Path) -> None:
                 command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=work
             )
         except subprocess.TimeoutExpired as error:
-            raise KernelUnavailable(f"making the kernel {name!r} took longer than {PATIENCE:.0f} s") from error
+            raise CannotBeMade(f"making the kernel {name!r} took longer than {PATIENCE:.0f} s") from error
         except OSError as error:
-            raise KernelUnavailable(
-                f"making the kernel {name!r} failed: {sys.executable} did not start: {error}"
-            ) from error
+            raise CannotBeMade(f"making the kernel {name!r} failed: {sys.executable} did not start: {error}") from error
         if done.returncode or not fresh.exists():
             last = "\n".join(done.stderr.strip().splitlines()[-15:])
-            raise KernelUnavailable(f"making the kernel {name!r} failed (exit status {done.returncode}):\n{last}")
+            raise CannotBeMade(f"making the kernel {name!r} failed (exit status {done.returncode}):\n{last}")
         # Written beside its place first: a process that looks meanwhile sees all of it or nothing.
         part = path.with_name(f"{path.name}.{os.getpid()}")
         shutil.copyfile(fresh, part)
         part.replace(path)
 
 
-#: Families of kernels that failed in this process, and why.
+#: Families of kernels that failed in this process, and why; under the second name, why none is made any more.
 _failed: dict[str, str] = {}
+_NOTHING_MADE = ""
 
 
 def wanted(family: str) -> bool:
@@ -324,7 +330,14 @@ def ready(family: str, wanted: dict[str, Source]) -> bool:
         if settings.compiled:
             raise
         with _LOCK:
-            if family not in _failed:
+            if isinstance(error, CannotBeMade):
+                if _NOTHING_MADE not in _failed:
+                    others = ", and all others whose kernels have yet to be made,"
+                    logger.warning(
+                        "requanto: %s products%s do without compiled kernels in this process: %s", family, others, error
+                    )
+                _failed[_NOTHING_MADE] = str(error)
+            elif family not in _failed:
                 logger.warning("requanto: %s products do without compiled kernels in this process: %s", family, error)
             _failed[family] = str(error)
             choices.changed()

@@ -6,7 +6,8 @@ Eager operators pass over the weight once each; compiled, it is read once and wr
 * e4m3, more than two rows: the same;
 * e4m3, one or two rows of x: times x, nothing is written;
 * int8 in oneDNN's blocked form: both of these, from the same bytes that oneDNN's own product reads;
-* x that becomes int8, and int32 sums that become bfloat16: one call each in place of six operators and three.
+* x that becomes int8, and int32 sums that become bfloat16: one call each in place of six operators and three;
+* int8, int4 and e4m3 as they are stored, for weights that have no packed form (`requanto.linear.dequantize`).
 
 What they compute is `requanto.linear.sources`. A kernel here is bound to a weight: views are made once, not at each product.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 #: Families, whose kernels are made, or fail, together.
 NIBBLES, FLOAT8, INT8, INT8_INT8 = "int4", "float8", "int8", "int8 x int8"
+STORED_INT8, STORED_INT4, STORED_FLOAT8 = "stored int8", "stored int4", "stored float8"
 _FAMILIES = {
     family: {name: SOURCES[name] for name in names}
     for family, names in {
@@ -34,6 +36,9 @@ _FAMILIES = {
         FLOAT8: ("e4m3", "row"),
         INT8: ("int8", "int8-row"),
         INT8_INT8: ("rows-to-int8", "finished", "int8-int8-row"),
+        STORED_INT8: ("stored-int8",),
+        STORED_INT4: ("stored-int4",),
+        STORED_FLOAT8: ("stored-e4m3",),
     }.items()
 }
 
@@ -141,3 +146,36 @@ def finish(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor, out: tor
         out: bfloat16 ``[rows, N]``, contiguous, written.
     """
     _kernel("finished").run([sums, steps, bias, out])
+
+
+def stored_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = codes * scale``, rounded once.
+
+    Args:
+        codes: int8 ``[groups of all rows, group]``, contiguous.
+        scale: float32 ``[groups of all rows, 1]``.
+        out: bfloat16 like ``codes``, contiguous, written.
+    """
+    _kernel("stored-int8").run([codes, scale, out])
+
+
+def stored_int4(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = codes * scale - shift``, rounded once.
+
+    Args:
+        codes: uint8 ``[groups of all rows, group / 2]``, two codes in each, contiguous.
+        scale, shift: float32 ``[groups of all rows, 1]``.
+        out: bfloat16 ``[groups of all rows, group]``, contiguous, written.
+    """
+    _kernel("stored-int4").run([codes, scale, shift, out.view(torch.int32)])
+
+
+def stored_e4m3(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = codes * scale``.
+
+    Args:
+        codes: bytes ``[groups of all rows, group]``, contiguous.
+        scale: float32 ``[groups of all rows, 1]``.
+        out: float32 like ``codes``, contiguous, written.
+    """
+    _kernel("stored-e4m3").run([codes, scale, out])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, int8, onednn
+from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, int8, onednn, stored_form
 from requanto.linear.activations import quantize_activations
 from requanto.linear.dequantize import dequantize_rows, row_scaled
 from requanto.linear.kept import matmul, scaled_into
@@ -33,8 +33,9 @@ INT4_ROWS = 64
 #: Rows up to which it beats a compiled kernel: so many, and the more the smaller a weight is, since two calls cost more
 #: (cpu_paths.json).
 COMPILED_INT4_ROWS, PER_WEIGHT = 7.5, 3e6
-#: Rows of a weight that are dequantized and multiplied at a time: 2 MB of bfloat16 at K = 4096.
-BLOCK_BYTES = 4 * 2**20
+#: Bytes of a weight that are dequantized and multiplied at a time: by operators, whose every pass reads them again, and by
+#: kernels, which leave the product's own cost to be saved, a call for each.
+BLOCK_BYTES, COMPILED_BLOCK_BYTES = 4 * 2**20, 16 * 2**20
 
 
 def run_int8pack(
@@ -99,11 +100,13 @@ def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
         return int4_large.run_large(x, weight, weight.packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
-    step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, BLOCK_BYTES // max(1, length * x.dtype.itemsize)))
+    at_once = COMPILED_BLOCK_BYTES if stored_form.ready(weight, x.dtype) else BLOCK_BYTES
+    step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, at_once // max(1, length * x.dtype.itemsize)))
     if weight.transposed:
         return _product_transposed(x, weight, step)
-    # The scale multiplies the weight, or, where the rows have one each and x has few, the result.
+    # The scale multiplies the weight; or the result, where rows have one each, x has few, and no kernel does all at once.
     scaled = not row_scaled(weight) or (weight.qtype == qint8 and 2 * x.shape[0] >= length)
+    scaled = scaled or stored_form.ready(weight, x.dtype)
     if scaled and stored_rows <= step:
         return torch.mm(x, dequantize_rows(weight, 0, stored_rows, workspace((stored_rows, length), x.dtype)).t())
     scale = None if scaled else weight.scale.reshape(-1).to(torch.float32)

@@ -1,4 +1,5 @@
-"""Codes -> float values, quickly: in blocks that stay in the cache, by operators that vectorize.
+"""Codes -> float values, quickly: by a compiled kernel where there is one (`requanto.linear.stored_form`), else in blocks
+that stay in the cache, by operators that vectorize.
 
 Float8 is never converted by torch's own cast, which takes one element at a time on a CPU and does not exist everywhere: an
 e4m3 number is a bfloat16 number of the same bits, shifted, with another exponent bias. Codes of a codebook are looked up two
@@ -11,6 +12,7 @@ import functools
 
 import torch
 
+from requanto.linear import stored_form
 from requanto.packing import unpack, unpack_pairs
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
@@ -32,6 +34,9 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
     Args:
         scaled: False leaves the scale of `row_scaled` weights to the caller.
     """
+    if scaled and out.is_contiguous() and stored_form.ready(weight, out.dtype):
+        stored_form.fill(weight, start, stop, out)
+        return out
     rows, length = weight.lead.numel(), weight.row_length
     qdata = weight.qdata.reshape(rows, -1)
     scale, shift = weight.scale.reshape(rows, -1), weight.shift
@@ -53,6 +58,18 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         codes_to_float(qdata[begin:end], weight.qtype, part)
         if scaled:
             _scale(part, weight.qtype, scale[begin:end], None if shift is None else shift[begin:end])
+    return out
+
+
+def rows_rounded_once(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+    """`dequantize_rows`, with each number computed in float32 and rounded once: a scale need not be one of 16 bits."""
+    if out.dtype.itemsize > 2 or stored_form.ready(weight, out.dtype):
+        return dequantize_rows(weight, start, stop, out)
+    step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, 4 * weight.row_length))
+    for begin in range(start, stop, step):
+        end = min(begin + step, stop)
+        wide = workspace((end - begin, weight.row_length), torch.float32, slot=6)
+        out[begin - start : end - start].copy_(dequantize_rows(weight, begin, end, wide))
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from requanto.layout import LOCK, Packed
-from requanto.linear import ahead, blocked, compiled, float8, int4, onednn, triton_layout
+from requanto.linear import ahead, blocked, compiled, float8, int4, onednn, stored_form, triton_layout
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
 from requanto.settings import choices, settings
@@ -164,5 +164,7 @@ def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
         if _pack(parameter, smallest=smallest) and parameter.packed is not None:
             done[name] = parameter.packed.layout
             _load_kernels(parameter)
+        elif parameter.packed is None:
+            stored_form.ready(parameter, parameter.dtype)
     logger.info("packed %d weights for this machine", len(done))
     return done

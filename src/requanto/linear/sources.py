@@ -93,6 +93,21 @@ def _finished(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor, out: 
     out.copy_((sums * steps + bias).to(torch.bfloat16))
 
 
+def _stored_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_((codes.float() * scale).to(torch.bfloat16))
+
+
+def _stored_nibbles(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, words: torch.Tensor) -> None:
+    # One byte is one word: neither side has to be taken apart.
+    parts = (part.float() * scale - shift for part in (codes.to(torch.int32) & 15, codes.to(torch.int32) >> 4))
+    words.copy_(_pair(*(_rounded(part) for part in parts)))
+
+
+def _stored_e4m3(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    # float32: with a bfloat16 result inductor takes 32 numbers at a time, and such an integer's bits as a float one by one.
+    out.copy_(_e4m3_numbers(codes) * 2.0**120 * scale)
+
+
 @functools.cache
 def left_shifts() -> tuple[torch.Tensor, torch.Tensor]:
     with ahead.plain_mode():
@@ -170,8 +185,26 @@ def _finished_example() -> tuple[torch.Tensor, ...]:
     return sums, torch.rand(rows, 1, device="cpu"), bias, torch.empty(rows, length, dtype=torch.bfloat16, device="cpu")
 
 
+def _stored_example(codes: torch.Tensor, dtype: torch.dtype, numbers: int) -> tuple[torch.Tensor, ...]:
+    rows = len(codes)
+    return codes, *torch.rand(numbers, rows, 1, device="cpu"), torch.empty(codes.shape, dtype=dtype, device="cpu")
+
+
+def _stored_int8_example() -> tuple[torch.Tensor, ...]:
+    return _stored_example(torch.randint(-127, 128, (6, 96), dtype=torch.int8, device="cpu"), torch.bfloat16, 1)
+
+
+def _stored_nibbles_example() -> tuple[torch.Tensor, ...]:
+    return _stored_example(torch.randint(0, 256, (6, 96), dtype=torch.uint8, device="cpu"), torch.int32, 2)
+
+
+def _stored_e4m3_example() -> tuple[torch.Tensor, ...]:
+    return _stored_example(torch.randint(0, 127, (6, 96), dtype=torch.uint8, device="cpu"), torch.float32, 1)
+
+
 _GROUPS, _PAIRS = {0: "groups"}, {0: "groups", 1: "pairs"}
 _ROWS = {0: "rows", 1: "length"}
+_STORED = {0: _ROWS, 1: {0: "rows"}, 2: _ROWS}
 _ROW_TIMES_CODES = {0: {0: "quads"}, 1: {0: "blocks", 1: "quads"}, 2: {0: "blocks"}}
 SOURCES = {
     "nibbles": Source(_nibbles_to_words, (4,), _nibbles_example, {0: _PAIRS, 3: _GROUPS, 4: _PAIRS}),
@@ -198,4 +231,9 @@ SOURCES = {
     "int8-int8-row": Source(_int8_row_times_int8, (), _int8_int8_row_example, _ROW_TIMES_CODES, 2**-18),
     "rows-to-int8": Source(_rows_to_int8, (1, 2), _rows_to_int8_example, {0: _ROWS, 1: _ROWS, 2: {0: "rows"}}, 2**-20),
     "finished": Source(_finished, (3,), _finished_example, {0: _ROWS, 1: {0: "rows"}, 2: {0: "length"}, 3: _ROWS}),
+    "stored-int8": Source(_stored_int8, (2,), _stored_int8_example, _STORED),
+    "stored-int4": Source(
+        _stored_nibbles, (3,), _stored_nibbles_example, {0: _ROWS, 1: {0: "rows"}, 2: {0: "rows"}, 3: _ROWS}
+    ),
+    "stored-e4m3": Source(_stored_e4m3, (2,), _stored_e4m3_example, _STORED),
 }

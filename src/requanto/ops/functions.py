@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from requanto.dispatch import implements_function
 from requanto.linear import embedding, linear
+from requanto.linear.convolution import convolution
 from requanto.qtensor import NO_GRADIENT, QTensor
 
 
@@ -114,8 +115,7 @@ def _convolution(function: Any) -> Any:
     def run(input: torch.Tensor, weight: QTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not isinstance(weight, QTensor):
             raise NotImplementedError("a convolution with a quantized input: call .dequantize() on it first")
-        # A convolution reads each weight once per output pixel; the float weight lives for this call only.
-        return function(input, weight.dequantize(input.dtype), *args, **kwargs)
+        return convolution(function, input, weight, *args, **kwargs)
 
     return run
 

@@ -1,0 +1,64 @@
+"""Convolutions with a quantized weight: dequantized, then torch's own operator.
+
+A convolution reads each weight once per output pixel, so its arithmetic is left to torch. On a CPU the float weight lies in
+this thread's buffer, some output channels at a time: fresh pages for all of it would take longer than a small image's
+convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from requanto.linear.dequantize import rows_rounded_once
+from requanto.qtensor import QTensor
+from requanto.settings import settings
+from requanto.tracing import is_tracing
+from requanto.workspace import workspace
+
+#: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
+PART = 2
+#: Those whose weight begins with the output channels.
+_FORWARD = (F.conv1d, F.conv2d, F.conv3d)
+
+
+def convolution(
+    function: Callable[..., torch.Tensor], x: torch.Tensor, weight: QTensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """``function(x, weight, *args, **kwargs)`` of a quantized weight.
+
+    Args:
+        function: ``F.conv1d`` to ``F.conv3d``, ``F.conv_transpose1d`` to ``F.conv_transpose3d``.
+        args, kwargs: those of ``function``: bias, stride ...
+    """
+    bias, *rest = args or (kwargs.pop("bias", None),)
+    usual = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
+    asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    # A backward keeps the weight, and a compiler has no buffers.
+    if x.device.type != "cpu" or weight.device.type != "cpu" or asked or is_tracing() or not usual:
+        return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
+    out_channels, row_bytes = weight.shape[0], weight.row_length * x.dtype.itemsize
+    groups = kwargs.get("groups", rest[3] if len(rest) > 3 else 1)
+    step = max(1, settings.workspace_bytes // PART // max(1, row_bytes))
+    if function not in _FORWARD or groups != 1 or out_channels <= step:
+        return function(x, _values(weight, 0, out_channels, x.dtype), bias, *rest, **kwargs)
+    step = -(-out_channels // -(-out_channels // step))
+    parts = []
+    for start in range(0, out_channels, step):
+        stop = min(start + step, out_channels)
+        own = None if bias is None else bias[start:stop]
+        parts.append(function(x, _values(weight, start, stop, x.dtype), own, *rest, **kwargs))
+    return torch.cat(parts, x.dim() - weight.dim() + 1)
+
+
+def _values(weight: QTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the weight in this thread's buffer; in memory of their own where that is too small for them."""
+    shape = (stop - start, weight.row_length)
+    if shape[0] * shape[1] * dtype.itemsize <= settings.workspace_bytes // PART:
+        out = workspace(shape, dtype)
+    else:
+        out = torch.empty(shape, dtype=dtype, device=weight.device)
+    return rows_rounded_once(weight, start, stop, out).view(stop - start, *weight.shape[1:])

@@ -1,0 +1,165 @@
+"""Convolutions of quantized weights on a CPU, against float64 of the same codes."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from requanto import QTensor, workspace
+from requanto.linear import ahead, stored_form
+from requanto.settings import settings
+
+KINDS = ("int8", "int4", "uint4", "float8", "float8_e5m2", "nf4", "int6", "int3", "int2")
+LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+FUNCTIONS = {
+    "conv1d": (F.conv1d, (2, 32, 19), (48, 32, 3), {"padding": 1}),
+    "conv2d": (F.conv2d, (2, 32, 9, 7), (48, 32, 3, 3), {"stride": 2, "padding": 1}),
+    "one by one": (F.conv2d, (1, 64, 5, 5), (48, 64, 1, 1), {}),
+    "unbatched": (F.conv2d, (32, 9, 7), (48, 32, 3, 3), {"padding": "same"}),
+    "dilated": (F.conv2d, (2, 32, 9, 9), (48, 32, 3, 3), {"dilation": 2}),
+    "in groups": (F.conv2d, (2, 32, 9, 7), (48, 8, 3, 3), {"groups": 4}),
+    "depthwise": (F.conv2d, (2, 48, 9, 7), (48, 1, 3, 3), {"groups": 48}),
+    "conv3d": (F.conv3d, (1, 16, 4, 5, 6), (24, 16, 3, 3, 3), {"padding": 1}),
+    "conv_transpose2d": (F.conv_transpose2d, (2, 48, 5, 5), (48, 32, 3, 3), {"stride": 2, "output_padding": 1}),
+    "nothing": (F.conv2d, (0, 32, 9, 7), (48, 32, 3, 3), {}),
+}
+
+
+@pytest.fixture(params=["operators", "kernels"])
+def way(request, monkeypatch):
+    if request.param == "kernels" and ahead.compiler() is None:
+        pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
+    monkeypatch.setattr(settings, "compiled", request.param == "kernels")
+    monkeypatch.setattr(stored_form, "SMALLEST", 0)
+    return request.param
+
+
+def check(name, kind, dtype, bias=True):
+    function, x_shape, w_shape, how = FUNCTIONS[name]
+    weight = QTensor.quantize(torch.randn(w_shape).to(dtype), kind, axis=0)
+    x = torch.randn(x_shape).to(dtype)
+    channels = w_shape[1] if function is F.conv_transpose2d else w_shape[0]
+    added = torch.randn(channels).to(dtype) if bias else None
+    with torch.inference_mode():
+        got = function(x, weight, added, **how)
+    wide = weight.dequantize(torch.float32).double()
+    want = function(x.double(), wide, None if added is None else added.double(), **how)
+    assert type(got) is torch.Tensor
+    assert (got.dtype, got.shape) == (dtype, want.shape)
+    assert (got.double() - want).norm() <= LIMITS[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_types_and_dtypes(kind, dtype, way):
+    check("conv2d", kind, dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name, bias, way):
+    for kind in ("int8", "int4", "float8"):
+        check(name, kind, torch.bfloat16, bias)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "unbatched", "in groups", "conv3d", "conv_transpose2d"])
+@pytest.mark.parametrize("bytes_", [3000, 20_000])
+def test_some_output_channels_at_a_time(name, bytes_, way, monkeypatch):
+    monkeypatch.setattr(settings, "workspace_bytes", bytes_)
+    for kind in ("int8", "int4"):
+        check(name, kind, torch.bfloat16)
+
+
+def test_a_buffer_too_small_for_the_weight(way, monkeypatch):
+    monkeypatch.setattr(settings, "workspace_bytes", 2**14)
+    workspace.release()
+    for name in ("conv2d", "in groups", "conv_transpose2d"):
+        for dtype in LIMITS:
+            check(name, "int8", dtype)
+    assert workspace.held_bytes() <= 2**14
+
+
+def test_positional_arguments(way):
+    weight, x = QTensor.quantize(torch.randn(8, 4, 3, 3), "int8"), torch.randn(1, 8, 6, 6)
+    wide, bias = weight.dequantize(), torch.randn(8)
+    with torch.no_grad():
+        got = F.conv2d(x, weight, bias, 1, 1, 1, 2)
+        named = F.conv2d(input=x, weight=weight, bias=bias, stride=1, padding=1, dilation=1, groups=2)
+    want = F.conv2d(x, wide, bias, 1, 1, 1, 2)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(named, want)
+
+
+def test_the_layout_of_the_image_is_kept(way, monkeypatch):
+    weight, x = QTensor.quantize(torch.randn(64, 32, 3, 3), "int8"), torch.randn(2, 32, 6, 6)
+    with torch.no_grad():
+        want = F.conv2d(x.to(memory_format=torch.channels_last), weight.dequantize())
+        for bytes_ in (2**20, 20_000):
+            monkeypatch.setattr(settings, "workspace_bytes", bytes_)
+            got = F.conv2d(x.to(memory_format=torch.channels_last), weight)
+            assert got.stride() == want.stride()
+            torch.testing.assert_close(got, want)
+
+
+def test_gradients_do_not_read_the_buffer(way):
+    """A backward keeps the float weight; another convolution comes between it and its forward."""
+    first, second = (QTensor.quantize(torch.randn(16, 8, 3, 3), "int8") for _ in range(2))
+    x = torch.randn(1, 8, 6, 6, requires_grad=True)
+    out = F.conv2d(x, first, padding=1)
+    with torch.no_grad():
+        F.conv2d(torch.randn(1, 8, 6, 6), second, padding=1)
+    out.sum().backward()
+    again = x.detach().clone().requires_grad_()
+    F.conv2d(again, first.dequantize(), padding=1).sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+    # A bias that is trained keeps nothing of the weight, but torch decides that.
+    bias = torch.zeros(16, requires_grad=True)
+    F.conv2d(x.detach(), first, bias, padding=1).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((16,), 36.0))
+
+
+def test_with_a_term_beside_and_rotated(way):
+    x = torch.randn(1, 32, 6, 6)
+    for how in ({"low_rank": 4}, {"rotation": True}):
+        weight = QTensor.quantize(torch.randn(16, 32, 3, 3), "int4", **how)
+        with torch.no_grad():
+            torch.testing.assert_close(F.conv2d(x, weight), F.conv2d(x, weight.dequantize()))
+
+
+def test_threads_agree_with_one_thread(way):
+    weights = [QTensor.quantize(torch.randn(64, 32, 3, 3).bfloat16(), kind) for kind in ("int8", "int4", "float8")]
+    images = [torch.randn(1, 32, 12, 12).bfloat16() for _ in range(4)]
+
+    def run(x):
+        with torch.inference_mode():
+            return [F.conv2d(x, weight, padding=1) for weight in weights]
+
+    want, wrong = [run(x) for x in images], []
+
+    def again(x, expected):
+        for _ in range(20):
+            if not all(torch.equal(got, one) for got, one in zip(run(x), expected)):
+                wrong.append(x)
+
+    threads = [threading.Thread(target=again, args=pair) for pair in zip(images, want)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_under_autocast(way):
+    weight, x = QTensor.quantize(torch.randn(16, 32, 3, 3), "int8"), torch.randn(1, 32, 6, 6)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = F.conv2d(x, weight), F.conv2d(x, weight.dequantize())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
+
+
+def test_compiled_as_one_graph():
+    weight, x = QTensor.quantize(torch.randn(16, 32, 3, 3), "int8"), torch.randn(1, 32, 6, 6)
+    with torch.no_grad():
+        product = torch.compile(lambda x: F.conv2d(x, weight).relu(), backend="eager", fullgraph=True)
+        torch.testing.assert_close(product(x), F.conv2d(x, weight.dequantize()).relu())
