@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from common import RESULTS, write
 
 from requanto import QTensor, qint8
-from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, onednn
+from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, onednn, stored_form
 from requanto.linear.activations import quantize_unsigned, split_16bit
 from requanto.linear.dequantize import dequantize_rows
 from requanto.linear.kept import scaled_into
@@ -92,6 +92,10 @@ def weights() -> dict[str, float]:
         "int4": lambda: int4_large._planes(blocks, sides, zeros, torch.bfloat16),
         "float8": lambda: dequantize_rows(weight, 0, N, rows, scaled=False),
     }
+    for kind in ("int8", "int4", "float8"):
+        stored = QTensor.quantize(torch.randn(N, K, dtype=torch.bfloat16), kind)
+        if stored_form.ready(stored, torch.bfloat16):
+            calls[f"{kind}, stored form, compiled"] = lambda stored=stored: stored_form.fill(stored, 0, N, rows)
     if blocked.fits(N, K):
         if not (compiled.ready(compiled.NIBBLES) and compiled.ready(compiled.FLOAT8)):
             return timed(calls, N * K)

@@ -291,11 +291,10 @@ def tune(
 @app.command()
 def kernels(as_json: Json = False) -> None:
     """Compile this machine's CPU kernels now, as an image is built, and not at the first product that needs one."""
-    from requanto.linear import ahead, blocked, compiled
+    from requanto.linear import ahead, compiled
 
     with reported():
-        # Most write bfloat16 in oneDNN's own order, which is another one on some processors.
-        wanted = {name: source for name, source in compiled.SOURCES.items() if blocked.works() or "stored" in name}
+        wanted = compiled.useful()
         paths = {name: ahead.path_of(name, source) for name, source in wanted.items()}
         kept = {name for name, path in paths.items() if path.exists()}
         ahead.load(wanted)
@@ -307,6 +306,8 @@ def kernels(as_json: Json = False) -> None:
             table.add_row(name, "was kept" if name in kept else "made", path.name)
         console.print(f"in {ahead.directory()}", markup=False, highlight=False, soft_wrap=True)
         console.print(table)
+        if left := ", ".join(compiled.SOURCES.keys() - wanted.keys()):
+            console.print(f"of no use on this processor: {left}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

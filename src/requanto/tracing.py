@@ -1,4 +1,4 @@
-"""Whether torch.compile or torch.export is tracing."""
+"""Whether operators run at once on numbers in memory, or something else becomes of them."""
 
 from __future__ import annotations
 
@@ -13,3 +13,17 @@ def is_tracing() -> bool:
     node of the graph, and its ``__torch_function__`` runs as ordinary Python while the compiler asks for the result's shape.
     """
     return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+
+
+def has_numbers() -> bool:
+    """True where operators run at once on memory that belongs to no graph: kept buffers and kernels may be used.
+
+    False while something traces (torch.compile, torch.export, torch.jit.trace, make_fx, fake tensors), and inside
+    torch.func's transforms, which keep what a derivative needs without asking for a gradient in the usual way.
+    """
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_tracing()
+        and not torch._C._get_tracing_state()
+    )

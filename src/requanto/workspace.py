@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from requanto.settings import settings
-from requanto.tracing import is_tracing
+from requanto.tracing import has_numbers
 
 _local = threading.local()
 T = TypeVar("T", bound="_Sized")
@@ -21,6 +21,8 @@ T = TypeVar("T", bound="_Sized")
 
 def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -> torch.Tensor:
     """An uninitialized tensor, valid until this thread asks for the same slot again."""
+    if not has_numbers():
+        return torch.empty(shape, dtype=dtype, device="cpu")  # of a trace, perhaps: it must not outlive that
     wanted = dtype.itemsize
     for size in shape:
         wanted *= size
@@ -61,8 +63,7 @@ def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
     Accelerators' allocators keep their pages, the CPU's gives them back: while a model is loaded, fresh ones for every
     temporary made its quantization take three times as long.
     """
-    # Nor while a compiler traces, whose tensors have no memory.
-    if like.device.type != "cpu" or type(like) is not torch.Tensor or is_tracing():
+    if like.device.type != "cpu" or type(like) is not torch.Tensor or not has_numbers():
         return torch.empty(like.shape, dtype=torch.float32, device=like.device)
     return workspace(tuple(like.shape), torch.float32, slot)
 

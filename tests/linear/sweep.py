@@ -1,5 +1,7 @@
 """Every weight type x shape x dtype on this CPU, against float64 of the same dequantized weights.
 
+    python sweep.py [TYPE ...]      all types, unless some are named
+
 A script, run by `test_sweep.py` in a process of its own: an operator that crashes is a failure, not the end of the tests.
 Prints the largest error by path and dtype; exits with 1 when one is too large.
 """
@@ -87,7 +89,7 @@ def check(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, form: str,
 def main() -> int:
     torch.manual_seed(0)
     forms = itertools.cycle(("plain", "unaligned", "strided", "zero row"))
-    for kind, shape, dtype, pack in itertools.product(KINDS, SHAPES, LIMITS, (False, True)):
+    for kind, shape, dtype, pack in itertools.product(sys.argv[1:] or KINDS, SHAPES, LIMITS, (False, True)):
         for symmetric in (True, False) if kind in ("int4", "int2", "int3") else (None,):
             check(kind, shape, dtype, next(forms), pack, symmetric=symmetric)
         if kind == "int4":

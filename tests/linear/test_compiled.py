@@ -16,7 +16,7 @@ from requanto.linear.explain import explain
 from requanto.linear.prepare import prepare
 from requanto.linear.table import choose, problem_of
 from requanto.qtypes import qint8
-from requanto.settings import compiled_from, settings
+from requanto.settings import choices, compiled_from, settings
 
 pytestmark = [
     pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
@@ -404,6 +404,71 @@ def test_with_a_compiler_that_fails(nothing_loaded, monkeypatch, caplog, tmp_pat
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     as_unasked(monkeypatch, caplog, "do without compiled kernels in this process: making the kernel")
+
+
+def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, tmp_path):
+    """Where the compiler does not work no other kernel is tried, until one is asked for and comes off."""
+    monkeypatch.setattr(settings, "compiled", None)
+    tried = []
+
+    def fails(name, path):
+        tried.append(name)
+        raise ahead.CannotBeMade("no place to write")
+
+    right = ahead._make
+    monkeypatch.setattr(ahead, "_make", fails)
+    with caplog.at_level(logging.WARNING, logger="requanto"):
+        assert not any(
+            compiled.ready(family) for family in (compiled.STORED_INT8, compiled.STORED_INT4, compiled.FLOAT8)
+        )
+    assert tried == ["stored-int8"]
+    assert [record.getMessage().count("in this process") for record in caplog.records].count(1) == 1
+    assert not ahead.wanted(compiled.STORED_INT8)
+
+    def copied(name, path):
+        with monkeypatch.context() as context:
+            context.setenv("REQUANTO_CACHE", KEPT)
+            usual = ahead.path_of(name, compiled.SOURCES[name])
+        right(name, usual)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(usual.read_bytes())
+
+    monkeypatch.setattr(ahead, "_make", copied)
+    before = choices.version
+    monkeypatch.setattr(settings, "compiled", True)
+    assert compiled.ready(compiled.STORED_INT8)
+    monkeypatch.setattr(settings, "compiled", None)
+    assert choices.version != before
+    assert ahead.wanted(compiled.STORED_INT8)
+    assert compiled.ready(compiled.STORED_INT4)
+
+
+def test_a_kernel_s_own_failure_leaves_the_others(nothing_loaded, monkeypatch):
+    """The compiler works, one source does not."""
+    monkeypatch.setattr(settings, "compiled", None)
+    monkeypatch.setattr(
+        ahead.subprocess,
+        "run",
+        lambda command, run=subprocess.run, **how: (
+            subprocess.CompletedProcess(command, 1, "", "no such node") if "-m" in command else run(command, **how)
+        ),
+    )
+    assert not compiled.ready(compiled.STORED_INT8)
+    assert not ahead.wanted(compiled.STORED_INT8)
+    with pytest.raises(ahead.KernelUnavailable, match="no such node") as raised:
+        ahead.make({"stored-int4": ahead.path_of("stored-int4", compiled.SOURCES["stored-int4"])})
+    assert not isinstance(raised.value, ahead.CannotBeMade)
+
+
+def test_another_default_dtype(nothing_loaded, monkeypatch):
+    """Numbers that kernels are compared on are float32 whatever a model is being built in."""
+    monkeypatch.setenv("REQUANTO_CACHE", KEPT)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for family in ("int4", "float8", "int8", "int8 x int8", "stored int8", "stored int4", "stored float8"):
+            assert compiled.ready(family)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_nowhere_to_keep_them(nothing_loaded, monkeypatch, caplog, tmp_path):

@@ -5,6 +5,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from requanto import QTensor, workspace
 from requanto.linear import ahead, stored_form
@@ -102,21 +104,81 @@ def test_the_layout_of_the_image_is_kept(way, monkeypatch):
             torch.testing.assert_close(got, want)
 
 
-def test_gradients_do_not_read_the_buffer(way):
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def two_weights(dtype):
+    """One convolution, and one that comes after it and takes the same buffer."""
+    return (QTensor.quantize(torch.randn(16, 16, 3, 3).to(dtype), "int8") for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_do_not_read_the_buffer(dtype, way):
     """A backward keeps the float weight; another convolution comes between it and its forward."""
-    first, second = (QTensor.quantize(torch.randn(16, 8, 3, 3), "int8") for _ in range(2))
-    x = torch.randn(1, 8, 6, 6, requires_grad=True)
+    first, second = two_weights(dtype)
+    x = torch.randn(1, 16, 6, 6).to(dtype).requires_grad_()
     out = F.conv2d(x, first, padding=1)
     with torch.no_grad():
-        F.conv2d(torch.randn(1, 8, 6, 6), second, padding=1)
+        F.conv2d(torch.randn(1, 16, 6, 6).to(dtype), second, padding=1)
     out.sum().backward()
     again = x.detach().clone().requires_grad_()
     F.conv2d(again, first.dequantize(), padding=1).sum().backward()
     torch.testing.assert_close(x.grad, again.grad)
     # A bias that is trained keeps nothing of the weight, but torch decides that.
-    bias = torch.zeros(16, requires_grad=True)
+    bias = torch.zeros(16, requires_grad=True, dtype=dtype)
     F.conv2d(x.detach(), first, bias, padding=1).sum().backward()
-    torch.testing.assert_close(bias.grad, torch.full((16,), 36.0))
+    torch.testing.assert_close(bias.grad, torch.full((16,), 36.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_derivatives_by_torch_func(dtype, way):
+    first, second = two_weights(dtype)
+    x = torch.randn(2, 1, 16, 6, 6).to(dtype)
+
+    def of(one, two):
+        return lambda x: torch.vmap(lambda z: F.conv2d(F.conv2d(z, one, padding=1), two, padding=1))(x).sum()
+
+    with torch.no_grad():
+        F.conv2d(x[0], first, padding=1)  # a buffer is there
+    got = torch.func.grad(of(first, second))(x)
+    want = torch.func.grad(of(first.dequantize(), second.dequantize()))(x)
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        value, push = torch.func.linearize(lambda x: F.conv2d(x, first, padding=1), x[0])
+        F.conv2d(x[0], second, padding=1)
+        torch.testing.assert_close(push(x[1]), F.conv2d(x[1], first.dequantize(), padding=1))
+        torch.testing.assert_close(value, F.conv2d(x[0], first.dequantize(), padding=1))
+        _, pushed = torch.func.jvp(lambda x: F.conv2d(x, first, padding=1), (x[0],), (x[1],))
+        torch.testing.assert_close(pushed, F.conv2d(x[1], first.dequantize(), padding=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_traces_and_fake_tensors_leave_the_buffer_alone(dtype, way):
+    first, second = two_weights(dtype)
+    x, other = (torch.randn(1, 16, 6, 6).to(dtype) for _ in range(2))
+    workspace.release()
+    with torch.no_grad():
+        with FakeTensorMode() as mode:
+            assert F.conv2d(mode.from_tensor(x), mode.from_tensor(first), padding=1).shape == (1, 16, 6, 6)
+        want = F.conv2d(x, first.dequantize(), padding=1)
+        torch.testing.assert_close(F.conv2d(x, first, padding=1), want)
+        graph = make_fx(lambda x: F.conv2d(x, first, padding=1))(other)
+        traced = torch.jit.trace(lambda x: F.conv2d(x, first, padding=1), other, check_trace=False)
+        F.conv2d(x, second, padding=1)
+        torch.testing.assert_close(graph(x), want)
+        torch.testing.assert_close(traced(x), want)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_is_rounded_once(kind, dtype, way):
+    """Pixels that are rows of the unit matrix read the weight: it is off by half a step at most."""
+    weight = QTensor.quantize(torch.randn(64, 64, 1, 1).to(dtype), kind)
+    with torch.no_grad():
+        got = F.conv2d(torch.eye(64, dtype=dtype).view(64, 64, 1, 1), weight).view(64, 64).t().double()
+    want = weight.dequantize(torch.float32).view(64, 64).double()
+    half = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    assert bool(((got - want).abs() <= 1.0001 * half * want.abs() + 2.0**-20).all())
 
 
 def test_with_a_term_beside_and_rotated(way):
@@ -151,7 +213,7 @@ def test_threads_agree_with_one_thread(way):
 
 
 def test_under_autocast(way):
-    weight, x = QTensor.quantize(torch.randn(16, 32, 3, 3), "int8"), torch.randn(1, 32, 6, 6)
+    weight, x = QTensor.quantize(torch.randn(16, 32, 3, 3), "float8"), torch.randn(1, 32, 6, 6)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         got, want = F.conv2d(x, weight), F.conv2d(x, weight.dequantize())
     assert got.dtype == torch.bfloat16

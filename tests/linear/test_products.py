@@ -238,6 +238,15 @@ def test_an_embedding_dequantizes_the_rows_asked_for(kind, monkeypatch):
     assert seen == [4]
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_an_embedding_s_index_out_of_range(kind):
+    table = QTensor.quantize(torch.randn(10, 64), kind)
+    for tensor in (table, table[::2]):
+        for index in (-1, 10):
+            with pytest.raises(IndexError):
+                F.embedding(torch.tensor([1, index]), tensor)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["float8", "int4", "int2", "nf4"])
 def test_the_workspace_is_bounded(layer, kind, dtype, monkeypatch):

@@ -69,6 +69,33 @@ def test_odd_lengths(kind, length):
     assert bool(((out.double() - want).abs() <= step).all())
 
 
+@pytest.mark.parametrize("length", [2, 6, 22, 34, 66, 1030])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_odd_lengths_of_int4(length, symmetric):
+    """Nothing is written beyond the rows that were asked for."""
+    weight = QTensor.quantize(torch.randn(5, length).bfloat16(), "int4", group_size=None, symmetric=symmetric)
+    around = torch.full((7, length), 77.0, dtype=torch.bfloat16)
+    stored_form.fill(weight, 0, 5, around[1:6])
+    want, step = exact(weight)
+    assert bool(((around[1:6].double() - want).abs() <= step).all())
+    assert bool((around[[0, 6]] == 77).all())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_codes_with_gaps(kind):
+    weight = quantized(kind, 80, 192)[::2]
+    out = torch.empty(40, 192, dtype=torch.bfloat16)
+    stored_form.fill(weight, 0, 40, out)
+    want, step = exact(weight)
+    assert bool(((out.double() - want).abs() <= step).all())
+
+
+def test_experts_count_one_by_one(monkeypatch):
+    monkeypatch.setattr(stored_form, "SMALLEST", 2**16)
+    assert not stored_form.ready(quantized("int8", 8, 128, 256), torch.bfloat16)
+    assert stored_form.ready(quantized("int8", 2, 256, 256), torch.bfloat16)
+
+
 def test_groups_that_share_bytes_are_left_to_operators():
     for length in (15, 33):
         weight = QTensor.quantize(torch.randn(4, length).bfloat16(), "int4", group_size=None)

@@ -149,8 +149,7 @@ def check(kernel: Callable[..., torch.Tensor | None], source: Source, name: str)
     Raises:
         KernelUnavailable: it computes something else.
     """
-    # A model that samples draws the same numbers, whether a kernel was loaded on the way or not.
-    with plain_mode(), torch.random.fork_rng(devices=[]):
+    with plain_mode():
         arguments = source.example()
         again = tuple(t.clone() if place in source.written else t for place, t in enumerate(arguments))
         got, want = kernel(*arguments), source.function(*again)
@@ -246,6 +245,10 @@ def make(paths: dict[str, Path]) -> None:
     start = time.monotonic()
     with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1)) as pool:
         list(pool.map(_make, paths, paths.values()))
+    if why := _failed.get(_NOTHING_MADE):
+        for family in [family for family, known in _failed.items() if known == why]:
+            del _failed[family]  # the others were not even tried
+        choices.changed()
     logger.info("compiled %s in %.0f s", names, time.monotonic() - start)
 
 
@@ -280,16 +283,27 @@ def _run(name: str, path: Path) -> None:
                 command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=work
             )
         except subprocess.TimeoutExpired as error:
-            raise CannotBeMade(f"making the kernel {name!r} took longer than {PATIENCE:.0f} s") from error
+            raise KernelUnavailable(f"making the kernel {name!r} took longer than {PATIENCE:.0f} s") from error
         except OSError as error:
             raise CannotBeMade(f"making the kernel {name!r} failed: {sys.executable} did not start: {error}") from error
         if done.returncode or not fresh.exists():
             last = "\n".join(done.stderr.strip().splitlines()[-15:])
-            raise CannotBeMade(f"making the kernel {name!r} failed (exit status {done.returncode}):\n{last}")
+            why = f"making the kernel {name!r} failed (exit status {done.returncode}):\n{last}"
+            raise KernelUnavailable(why) if _compiles(work) else CannotBeMade(why)
         # Written beside its place first: a process that looks meanwhile sees all of it or nothing.
         part = path.with_name(f"{path.name}.{os.getpid()}")
         shutil.copyfile(fresh, part)
         part.replace(path)
+
+
+def _compiles(work: str) -> bool:
+    """Whether the compiler does at all: then it was this kernel's fault."""
+    source = Path(work) / "nothing.cpp"
+    source.write_text("int main() { return 0; }\n")
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = [compiler() or "", str(source)]
+        return not subprocess.run(command, capture_output=True, timeout=PATIENCE, check=False, cwd=work).returncode
+    return False
 
 
 #: Families of kernels that failed in this process, and why; under the second name, why none is made any more.
@@ -342,4 +356,7 @@ def ready(family: str, wanted: dict[str, Source]) -> bool:
             _failed[family] = str(error)
             choices.changed()
         return False
+    with _LOCK:
+        if _failed.pop(family, None) is not None:  # asked for in particular, it came off this time
+            choices.changed()
     return True

@@ -388,7 +388,6 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
 
 
 def _rows(part: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    if part.is_contiguous() and part.dim() == 2:  # torch copies whole rows then, and knows them as bytes best
-        bytes_ = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
-        return torch.index_select(bytes_, 0, indices).view(part.dtype)
-    return part[indices]
+    # As bytes, which torch copies row by row; an index that is out of range is an error, as in F.embedding.
+    bytes_ = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+    return torch.index_select(bytes_, 0, indices).view(part.dtype)

@@ -86,7 +86,7 @@ def works() -> bool:
     """True where oneDNN's order is the known one: with AVX-512 or AMX, as of torch 2.11 to 2.13."""
     try:
         weight = _made(2 * ROWS, 96)
-        rows = torch.arange(2 * ROWS).remainder(7).sub(3).view(-1, 1) * torch.ones(96)
+        rows = torch.arange(2 * ROWS).remainder(7).sub(3).view(-1, 1) * torch.ones(96, dtype=torch.float32)
         pairs = rows.bfloat16().view(2, ROWS, 48, 2).transpose(1, 2).contiguous()
         weight.words.copy_(pairs.view(torch.int32).squeeze(-1))
         x = torch.arange(5 * 96).remainder(5).view(5, 96).bfloat16()

@@ -15,7 +15,7 @@ import torch
 from requanto.linear.table import Product, choose, problem_of
 from requanto.qtensor import QTensor
 from requanto.settings import choices
-from requanto.tracing import is_tracing
+from requanto.tracing import has_numbers
 
 #: Shapes remembered with a weight; one more, and all are forgotten.
 SHAPES = 16
@@ -34,11 +34,9 @@ class Bound:
 
 def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product | None:
     """The product made ready for an x like this one, if it holds for this call: no gradient, no autocast, no tracing."""
-    if torch.compiler.is_compiling():
-        return None
     held = weight.__dict__
     kept = held.get("_bound")
-    if kept is None:
+    if kept is None or not has_numbers():
         return None
     found = kept.get((x.shape, x.dtype, choices.version))
     if found is None:
@@ -63,7 +61,7 @@ def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product
 
 def remember(x: torch.Tensor, weight: QTensor) -> None:
     """Makes the product ready that the next x like this one will want."""
-    if is_tracing() or weight._packed is None or weight.up is not None or weight.rotation is not None:
+    if not has_numbers() or weight._packed is None or weight.up is not None or weight.rotation is not None:
         return
     if x.device.type != "cpu" or x.dim() < 2 or not x.numel():
         return

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from requanto.linear import ahead
+from requanto.linear import ahead, blocked, onednn
 from requanto.linear.sources import SOURCES, left_shifts, nibble_masks, nibble_units
 from requanto.qtensor import QTensor
 
@@ -41,6 +41,16 @@ _FAMILIES = {
         STORED_FLOAT8: ("stored-e4m3",),
     }.items()
 }
+
+
+def useful() -> dict[str, ahead.Source]:
+    """The kernels that products on this processor may call, by name."""
+    families = {STORED_INT8, STORED_INT4, STORED_FLOAT8}
+    if blocked.works():
+        families |= {NIBBLES, FLOAT8, INT8}
+    if onednn.works():
+        families.add(INT8_INT8)
+    return {name: source for family in _FAMILIES if family in families for name, source in _FAMILIES[family].items()}
 
 
 def _kernel(name: str) -> ahead.Kernel:

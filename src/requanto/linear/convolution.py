@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from requanto.linear.dequantize import rows_rounded_once
 from requanto.qtensor import QTensor
 from requanto.settings import settings
-from requanto.tracing import is_tracing
+from requanto.tracing import has_numbers
 from requanto.workspace import workspace
 
 #: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
@@ -37,9 +37,11 @@ def convolution(
     bias, *rest = args or (kwargs.pop("bias", None),)
     usual = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
     asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    # A backward keeps the weight, and a compiler has no buffers.
-    if x.device.type != "cpu" or weight.device.type != "cpu" or asked or is_tracing() or not usual:
+    # A derivative keeps the weight, and a trace has no buffers.
+    if x.device.type != "cpu" or weight.device.type != "cpu" or asked or not usual or not has_numbers():
         return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
+    if x.is_floating_point() and torch.is_autocast_enabled("cpu"):  # torch would narrow x and all of the weight
+        x = x.to(torch.get_autocast_dtype("cpu"))
     out_channels, row_bytes = weight.shape[0], weight.row_length * x.dtype.itemsize
     groups = kwargs.get("groups", rest[3] if len(rest) > 3 else 1)
     step = max(1, settings.workspace_bytes // PART // max(1, row_bytes))

@@ -140,7 +140,7 @@ class _Rows:
     def __init__(self, rows: int, length: int) -> None:
         with ahead.plain_mode():
             self.codes = torch.zeros(rows, length, dtype=torch.uint8, device="cpu")
-            self.steps = torch.zeros(rows, 1, device="cpu")
+            self.steps = torch.zeros(rows, 1, dtype=torch.float32, device="cpu")
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -108,7 +108,7 @@ def works() -> bool:
         codes[:, ::3] = -128
         packed = OneDnnCodes(codes)
         x = torch.full((5, 80), 255, dtype=torch.uint8)
-        out = product(x, packed, torch.ones(48))
+        out = product(x, packed, torch.ones(48, dtype=torch.float32))
         exact = torch.equal(out.double(), (x.double() - 128) @ codes.double().t())
         if exact and torch.equal(packed.plain(), codes):
             return True

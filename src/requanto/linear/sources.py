@@ -123,14 +123,30 @@ def nibble_masks() -> torch.Tensor:
 @functools.cache
 def nibble_units() -> torch.Tensor:
     with ahead.plain_mode():
-        return torch.tensor([[1.0], [1 / 16]], device="cpu")
+        return torch.tensor([[1.0], [1 / 16]], dtype=torch.float32, device="cpu")
+
+
+#: Of these examples alone: a model that samples draws the same numbers, whether a kernel is loaded on the way or not.
+_GENERATOR = torch.Generator()
+
+
+def _uniform(*shape: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=_GENERATOR, dtype=torch.float32, device="cpu")
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=_GENERATOR, dtype=torch.float32, device="cpu")
+
+
+def _integers(low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=_GENERATOR, dtype=dtype, device="cpu")
 
 
 def _nibbles_example() -> tuple[torch.Tensor, ...]:
     count, pairs = 6, 4
-    scales = torch.randn(count * 2 * _HALF, 2, device="cpu").bfloat16().view(torch.int32)
+    scales = _normal(count * 2 * _HALF, 2).bfloat16().view(torch.int32)
     return (
-        torch.randint(0, 256, (count, pairs, 2, _HALF), dtype=torch.uint8, device="cpu"),
+        _integers(0, 256, (count, pairs, 2, _HALF), torch.uint8),
         nibble_masks(),
         nibble_units(),
         scales.view(count, 1, 2, _HALF),
@@ -141,31 +157,31 @@ def _nibbles_example() -> tuple[torch.Tensor, ...]:
 def _e4m3_example() -> tuple[torch.Tensor, ...]:
     blocks, pairs = 4, 6
     return (
-        torch.randint(0, 127, (blocks, pairs, 2, 2 * _HALF), dtype=torch.uint8, device="cpu"),
-        torch.rand(blocks, 1, 1, 2 * _HALF, device="cpu"),
+        _integers(0, 127, (blocks, pairs, 2, 2 * _HALF), torch.uint8),
+        _uniform(blocks, 1, 1, 2 * _HALF),
         torch.empty(blocks, pairs, 2 * _HALF, dtype=torch.int32, device="cpu"),
     )
 
 
 def _row_example() -> tuple[torch.Tensor, ...]:
-    codes = torch.randint(0, 127, (4, 6, 2 * _HALF), dtype=torch.uint8, device="cpu")
-    return torch.rand(6, 1, device="cpu"), codes, torch.rand(4, 2 * _HALF, device="cpu")
+    codes = _integers(0, 127, (4, 6, 2 * _HALF), torch.uint8)
+    return _uniform(6, 1), codes, _uniform(4, 2 * _HALF)
 
 
 def _int8_example() -> tuple[torch.Tensor, ...]:
     blocks, quads = 4, 6
     return (
-        torch.randint(-(2**31), 2**31, (blocks, quads, 1, 2 * _HALF), dtype=torch.int32, device="cpu"),
+        _integers(-(2**31), 2**31, (blocks, quads, 1, 2 * _HALF), torch.int32),
         *left_shifts(),
-        torch.rand(blocks, 1, 1, 2 * _HALF, device="cpu"),
+        _uniform(blocks, 1, 1, 2 * _HALF),
         torch.empty(blocks, quads, 2, 2 * _HALF, dtype=torch.int32, device="cpu"),
     )
 
 
 def _int8_row_example() -> tuple[torch.Tensor, ...]:
     blocks, quads = 4, 6
-    codes = torch.randint(-(2**31), 2**31, (blocks, quads, 2 * _HALF), dtype=torch.int32, device="cpu")
-    return torch.rand(quads, 4, device="cpu"), codes, torch.rand(blocks, 4, 16, device="cpu")
+    codes = _integers(-(2**31), 2**31, (blocks, quads, 2 * _HALF), torch.int32)
+    return _uniform(quads, 4), codes, _uniform(blocks, 4, 16)
 
 
 def _int8_int8_row_example() -> tuple[torch.Tensor, ...]:
@@ -176,30 +192,30 @@ def _int8_int8_row_example() -> tuple[torch.Tensor, ...]:
 def _rows_to_int8_example() -> tuple[torch.Tensor, ...]:
     rows, length = 6, 96
     codes = torch.empty(rows, length, dtype=torch.uint8, device="cpu")
-    return torch.randn(rows, length, device="cpu").bfloat16(), codes, torch.empty(rows, 1, device="cpu")
+    return _normal(rows, length).bfloat16(), codes, torch.empty(rows, 1, dtype=torch.float32, device="cpu")
 
 
 def _finished_example() -> tuple[torch.Tensor, ...]:
     rows, length = 6, 96
-    sums, bias = torch.randn(rows, length, device="cpu"), torch.rand(length, device="cpu")
-    return sums, torch.rand(rows, 1, device="cpu"), bias, torch.empty(rows, length, dtype=torch.bfloat16, device="cpu")
+    sums, bias = _normal(rows, length), _uniform(length)
+    return sums, _uniform(rows, 1), bias, torch.empty(rows, length, dtype=torch.bfloat16, device="cpu")
 
 
 def _stored_example(codes: torch.Tensor, dtype: torch.dtype, numbers: int) -> tuple[torch.Tensor, ...]:
     rows = len(codes)
-    return codes, *torch.rand(numbers, rows, 1, device="cpu"), torch.empty(codes.shape, dtype=dtype, device="cpu")
+    return codes, *_uniform(numbers, rows, 1), torch.empty(codes.shape, dtype=dtype, device="cpu")
 
 
 def _stored_int8_example() -> tuple[torch.Tensor, ...]:
-    return _stored_example(torch.randint(-127, 128, (6, 96), dtype=torch.int8, device="cpu"), torch.bfloat16, 1)
+    return _stored_example(_integers(-127, 128, (6, 96), torch.int8), torch.bfloat16, 1)
 
 
 def _stored_nibbles_example() -> tuple[torch.Tensor, ...]:
-    return _stored_example(torch.randint(0, 256, (6, 96), dtype=torch.uint8, device="cpu"), torch.int32, 2)
+    return _stored_example(_integers(0, 256, (6, 96), torch.uint8), torch.int32, 2)
 
 
 def _stored_e4m3_example() -> tuple[torch.Tensor, ...]:
-    return _stored_example(torch.randint(0, 127, (6, 96), dtype=torch.uint8, device="cpu"), torch.float32, 1)
+    return _stored_example(_integers(0, 127, (6, 96), torch.uint8), torch.float32, 1)
 
 
 _GROUPS, _PAIRS = {0: "groups"}, {0: "groups", 1: "pairs"}

@@ -2,16 +2,20 @@
 
 Those of convolutions are such, transposed ones, and those whose sizes are no whole blocks of oneDNN's. Eager operators pass
 over a weight three to ten times (`requanto.linear.dequantize`), a kernel once.
+
+(e4m3's two codes of NaN, which quantization never gives, count as 480 here, as in every fast path.)
 """
 
 from __future__ import annotations
 
 import torch
 
+from requanto.layout import is_fake
 from requanto.linear import ahead, compiled
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qint8
 from requanto.settings import settings
+from requanto.tracing import has_numbers
 from requanto.workspace import workspace
 
 #: Numbers of a weight below which kernels do not pay: all of its operators take no longer than a few calls.
@@ -33,7 +37,10 @@ def family(weight: QTensor) -> str | None:
 
 def ready(weight: QTensor, dtype: torch.dtype) -> bool:
     """True where a kernel makes this weight in ``dtype``; it is made or loaded, if need be."""
-    if dtype != torch.bfloat16 or weight.device.type != "cpu" or weight.numel() < SMALLEST:
+    if dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_numbers() or is_fake(weight._qdata):
+        return False
+    experts = weight.shape[0] if weight.axis == 1 else 1  # multiplied one by one
+    if weight.numel() < SMALLEST * experts:
         return False
     found = family(weight)
     return found is not None and ahead.wanted(found) and compiled.ready(found)
