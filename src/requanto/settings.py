@@ -60,9 +60,9 @@ class Settings:
             form replaces the stored one, and the stored one comes back when it is asked for.
             (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` packs all the same.)
         compiled: on a CPU, use kernels that torch's compiler makes where they are faster: for int8, float8 (e4m3), int4,
-            int3 and int2 with many rows, and convolutions, mostly in bfloat16. The first use on a machine takes half a minute
-            and a C++ compiler, then they lie in a file (`requanto.linear.ahead`). None: where there is a compiler, and if they
-            cannot be made, eager operators and a line in the log; True: an error then; False: never.
+            int3 and int2 with many rows, and convolutions, mostly in bfloat16. Their first use on a machine takes half a
+            minute and a C++ compiler, then they lie in a file (`requanto.linear.ahead`). None: where there is a compiler,
+            and if they cannot be made, eager operators and a line in the log; True: an error then; False: never.
             (environment: REQUANTO_COMPILE=1 or 0; None unless set)
     """
 

@@ -22,8 +22,8 @@ def has_numbers() -> bool:
     torch.func's transforms, which keep what a derivative needs without asking for a gradient in the usual way.
     """
     return (
-        torch._C._functorch.peek_interpreter_stack() is None
+        not is_tracing()  # first: a compiler that reads this needs no more
+        and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and not is_tracing()
         and not torch._C._get_tracing_state()
     )
