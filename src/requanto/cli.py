@@ -306,7 +306,7 @@ def kernels(as_json: Json = False) -> None:
             table.add_row(name, "was kept" if name in kept else "made", path.name)
         console.print(f"in {ahead.directory()}", markup=False, highlight=False, soft_wrap=True)
         console.print(table)
-        if left := ", ".join(compiled.SOURCES.keys() - wanted.keys()):
+        if left := ", ".join(name for name in compiled.SOURCES if name not in wanted):
             console.print(f"of no use on this processor: {left}", markup=False, highlight=False, soft_wrap=True)
 
 

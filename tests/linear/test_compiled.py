@@ -382,9 +382,8 @@ def as_unasked(monkeypatch, caplog, why: str) -> None:
 def test_a_kernel_that_computes_something_else_is_refused(nothing_loaded, monkeypatch, caplog):
     monkeypatch.setattr(ahead, "Kernel", _Half)
     monkeypatch.setattr(ahead, "_make", lambda name, path: None)
-    monkeypatch.setattr(
-        stored_form, "SMALLEST", 2**30
-    )  # those kernels would be refused as well, in a line of their own
+    # Kernels for the stored form would be refused as well, in a line of their own.
+    monkeypatch.setattr(stored_form, "SMALLEST", 2**30)
     module = quantized("float8", 64, 64)
     with pytest.raises(ahead.KernelUnavailable, match="computes something else than its source"):
         prepare(module, smallest=0)

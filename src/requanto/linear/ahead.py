@@ -224,7 +224,8 @@ def make(paths: dict[str, Path]) -> None:
     """Has other processes write the packages of kernels, one for each.
 
     Raises:
-        CannotBeMade: no compiler, no place to write, or a process failed.
+        CannotBeMade: no compiler that works, or no place to write.
+        KernelUnavailable: one of these kernels failed, by its own fault or for lack of time.
     """
     if not paths:
         return
@@ -344,16 +345,13 @@ def ready(family: str, wanted: dict[str, Source]) -> bool:
         if settings.compiled:
             raise
         with _LOCK:
-            if isinstance(error, CannotBeMade):
-                if _NOTHING_MADE not in _failed:
-                    others = ", and all others whose kernels have yet to be made,"
-                    logger.warning(
-                        "requanto: %s products%s do without compiled kernels in this process: %s", family, others, error
-                    )
-                _failed[_NOTHING_MADE] = str(error)
-            elif family not in _failed:
-                logger.warning("requanto: %s products do without compiled kernels in this process: %s", family, error)
-            _failed[family] = str(error)
+            key = _NOTHING_MADE if isinstance(error, CannotBeMade) else family
+            if key not in _failed:
+                others = "" if key == family else ", and all others whose kernels have yet to be made,"
+                logger.warning(
+                    "requanto: %s products%s do without compiled kernels in this process: %s", family, others, error
+                )
+            _failed[key] = _failed[family] = str(error)
             choices.changed()
         return False
     with _LOCK:

@@ -100,13 +100,13 @@ def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
         return int4_large.run_large(x, weight, weight.packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
-    at_once = COMPILED_BLOCK_BYTES if stored_form.ready(weight, x.dtype) else BLOCK_BYTES
+    compiled_here = stored_form.ready(weight, x.dtype)
+    at_once = COMPILED_BLOCK_BYTES if compiled_here else BLOCK_BYTES
     step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, at_once // max(1, length * x.dtype.itemsize)))
     if weight.transposed:
         return _product_transposed(x, weight, step)
     # The scale multiplies the weight; or the result, where rows have one each, x has few, and no kernel does all at once.
-    scaled = not row_scaled(weight) or (weight.qtype == qint8 and 2 * x.shape[0] >= length)
-    scaled = scaled or stored_form.ready(weight, x.dtype)
+    scaled = compiled_here or not row_scaled(weight) or (weight.qtype == qint8 and 2 * x.shape[0] >= length)
     if scaled and stored_rows <= step:
         return torch.mm(x, dequantize_rows(weight, 0, stored_rows, workspace((stored_rows, length), x.dtype)).t())
     scale = None if scaled else weight.scale.reshape(-1).to(torch.float32)
