@@ -8,6 +8,7 @@ from pathlib import Path
 import _launched
 import peft
 import pytest
+import ranks
 import torch
 from tiny_models import TINY, output, save_tiny
 
@@ -18,21 +19,28 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    directory = save_tiny("llama", tmp_path_factory.mktemp("llama"))
+    done, directory = launch(tmp_path_factory.mktemp("llama"))
+    if done.returncode and any(f"({signal})" in done.stderr for signal in ranks.CRASHES):
+        ranks.warn_of_crash(done.stderr[-8000:])
+        done, directory = launch(tmp_path_factory.mktemp("llama"))
+    assert done.returncode == 0, done.stderr[-8000:]
+    found = [torch.load(directory / f"launched-{rank}.pt") for rank in range(2)]
+
+    def results(task: str) -> list[dict]:
+        for rank in found:
+            assert "failed" not in rank[task], rank[task]["failed"]
+        return [rank[task] for rank in found]
+
+    return directory, results
+
+
+def launch(directory: Path) -> tuple[subprocess.CompletedProcess, Path]:
+    save_tiny("llama", directory)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
     command += ["--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_cpu_ram_efficient_loading", "true"]
     command += ["--num_processes", "2", "--main_process_port", "0", str(HERE / "_launched.py"), str(directory)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [torch.load(directory / f"launched-{rank}.pt") for rank in range(2)]
-
-    def results(task: str) -> list[dict]:
-        for rank in ranks:
-            assert "failed" not in rank[task], rank[task]["failed"]
-        return [rank[task] for rank in ranks]
-
-    return directory, results
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment), directory
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +71,9 @@ def test_trainer_has_the_losses_of_one_process(launched, one_process, task):
 
 @pytest.mark.parametrize(("task", "weights"), [("every rank loads", "int4"), ("launched", "int8")])
 def test_accelerate_has_the_losses_of_one_process_and_a_quantized_state_dict(launched, one_process, task, weights):
-    ranks = launched[1](task)
-    for found in ranks:
+    results = launched[1](task)
+    for found in results:
         assert found["kind"] == "DistributedType.FSDP"
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
         assert found["held"] == 14
-    assert ranks[0]["full state"] == (14, True, True)
+    assert results[0]["full state"] == (14, True, True)
