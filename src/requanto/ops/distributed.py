@@ -133,6 +133,8 @@ def _collectives() -> None:
         work = None
         for tensor in tensors:
             for part in tensor.inner_tensors().values() if isinstance(tensor, QTensor) else (tensor,):
+                if work is not None:  # the caller waits for the last one only
+                    torch._C._distributed_c10d.Work.unbox(work).wait()
                 _, work = func([part], *rest, **kwargs)
         return tensors, work
 
