@@ -78,11 +78,23 @@ def test_the_caller_s_random_numbers_are_left_alone():
 
 
 @known
-@pytest.mark.parametrize(("rows", "length"), [(96, 64), (64, 48)])
-def test_padded_weights_are_refused(rows, length):
+@pytest.mark.parametrize(("rows", "length"), [(64, 48), (64, 70)])
+def test_other_orders_are_refused(rows, length):
     assert not blocked.fits(rows, length)
     with pytest.raises(RuntimeError, match=r"bytes, expected"):
         blocked.BlockedWeight(rows, length)
+
+
+@known
+@pytest.mark.parametrize("rows", [65, 96, 127, 1000])
+def test_a_last_block_that_is_filled_up(rows):
+    buffer = blocked.BlockedWeight(rows, 192)
+    blocks = blocked.padded(rows) // 64
+    assert buffer.words.shape == (blocks, 96, 64)
+    weight = torch.randn(64 * blocks, 192).bfloat16()  # what stands beyond the rows is not read
+    buffer.words.copy_(weight.view(blocks, 64, 96, 2).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1))
+    x = torch.randn(7, 192).bfloat16()
+    torch.testing.assert_close(buffer.product(x), x @ weight[:rows].t())
 
 
 def test_parts():

@@ -69,7 +69,7 @@ def test_float8_in_other_dtypes(dtype):
     check(quantized("float8", 128, 64), 40, dtype, "cpu-workspace")
 
 
-@pytest.mark.parametrize(("out_features", "in_features"), [(300, 192), (320, 208)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(100, 192), (320, 208)])
 def test_float8_that_is_no_whole_blocks(out_features, in_features):
     check(quantized("float8", out_features, in_features), 40, torch.bfloat16, "cpu-workspace")
 
@@ -156,7 +156,8 @@ def test_where_int8_takes_which_path():
         ((1984, 4096), 2, bfloat16, "cpu-compiled-int8"),
         ((2048, 4160), 256, bfloat16, "cpu-onednn-split"),
         ((2048, 4160), 257, bfloat16, "cpu-compiled-int8"),
-        ((300, 192), 40, bfloat16, "cpu-onednn-split"),
+        ((300, 192), 40, bfloat16, "cpu-compiled-int8"),
+        ((100, 192), 40, bfloat16, "cpu-onednn-split"),
         ((320, 208), 1, bfloat16, "cpu-onednn-split"),
     ):
         check(quantized("int8", *shape), rows, dtype, path)

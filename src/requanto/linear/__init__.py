@@ -1,6 +1,6 @@
 """Products with quantized weights, and the table of the implementations that run them."""
 
-from requanto.linear.api import embedding, grouped_linear, linear
+from requanto.linear.api import embedding, grouped_linear, linear, times
 from requanto.linear.table import Choice, Implementation, Problem, choose, implementations, register
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "implementations",
     "linear",
     "register",
+    "times",
 ]

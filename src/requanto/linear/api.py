@@ -19,9 +19,9 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
 from requanto.rotation import rotate
 from requanto.settings import choices
-from requanto.tracing import is_tracing
+from requanto.tracing import has_numbers, is_tracing
 
-__all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "triton"]
+__all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "times", "triton"]
 
 #: Choices remembered per weight: one for each number of rows it met lately.
 REMEMBERED = 64
@@ -52,7 +52,9 @@ def linear(
         ValueError: shapes or devices that do not fit.
     """
     if type(x) is torch.Tensor:
-        usual = input_scale is None and (activation is None or activation is weight.activation)
+        usual = (
+            input_scale is None and (activation is None or activation is weight.activation) and not weight.transposed
+        )
         product = bound.find(x, weight, bias) if usual else None
         if product is not None:
             return product(x, weight, bias)
@@ -65,6 +67,41 @@ def linear(
     return _checked(x, weight, bias, activation, input_scale)
 
 
+def times(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x @ weight + bias``: that of GPT-2's ``Conv1D``, whose weight ``[K, N]`` is stored as one of ``[N, K]``.
+
+    Args:
+        x: float ``[..., K]``.
+        weight: quantized ``[K, N]``.
+        bias: float ``[N]``.
+
+    Returns, Raises:
+        As `linear` of the transpose. A layer's weight is packed for it, and its products are made ready, as there.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not weight.transposed or not x.is_cpu:
+        return linear(x, weight.t(), bias)
+    product = bound.find(x, weight, bias)
+    if product is not None:
+        return product(x, weight, bias)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    with torch._C.DisableTorchFunctionSubclass():
+        if not has_numbers() or needs_grad:
+            _ = weight.operand  # once for all steps, where it has to be plain
+            return _checked(x, weight.t(), bias, None, None)
+        pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, None)
+        view = weight.t() if weight.packed is None else bound.turned(weight)
+        out = _checked(x, view, bias, None, None)
+        if view.packed is None and weight.packed is not None:
+            weight.qdata = view.qdata  # this product read the stored codes: they are not to be made anew each time
+        if not _autocast(x):
+            bound.remember(x, weight)
+        return out
+
+
+def _autocast(x: torch.Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def _checked(
     x: torch.Tensor,
     weight: QTensor,
@@ -72,7 +109,7 @@ def _checked(
     activation: qtype | None,
     input_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if _autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -135,7 +172,10 @@ def _product(
             weight.scale_bits or 0,
         )
     else:
-        pack_on_first_use(weight, x.dtype, activation)
+        if weight.transposed:
+            _ = weight.operand  # its packed form is for products with its transpose (`times`)
+        else:
+            pack_on_first_use(weight, x.dtype, activation)
         out = _run(rows, weight, bias, activation, input_scale)
     return out.view(*x.shape[:-1], weight.shape[0])
 

@@ -6,6 +6,9 @@ same thread wrote.
 
 The order is oneDNN's business and may differ by processor and version. So each buffer is made by oneDNN itself, from known
 numbers, and is used only if its memory then reads as expected: blocks of 64 rows, in each ``[K / 2, 64, 2]``.
+
+Sizes that are no multiples of 64 are filled up. Rows by oneDNN, whose product leaves them out again; columns by zeros in the
+packed forms, beside which `widened` puts zeros of x.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from requanto.linear import ahead
 from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.settings import settings
-from requanto.workspace import keep
+from requanto.workspace import keep, workspace
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +35,24 @@ BLOCK_BYTES = 8 * 2**20
 HALVED = range(64, 512)
 #: Numbers of a result up to which its parts are put together at the end.
 JOINED = 2**21
+#: Weights are not filled up by more than this part of their numbers.
+FILLING = 1 / 8
 
 #: ``fill(buffer, weight)`` writes blocks of a weight into a buffer.
 Fill = Callable[["BlockedWeight", QTensor], None]
 
 
+def padded(count: int) -> int:
+    """Rows or columns of whole blocks that hold so many."""
+    return -(-count // ROWS) * ROWS
+
+
 class BlockedWeight:
-    """``[rows, K]`` in bfloat16, to be written through `words`.
+    """``[rows, K]`` in bfloat16, K a multiple of 64, to be written through `words`.
 
     Attributes:
-        words: int32 ``[rows / 64, K / 2, 64]``: the lower half holds the bfloat16 of an even k, the upper one that of k + 1.
+        words: int32 ``[ceil(rows / 64), K / 2, 64]``: the lower half holds the bfloat16 of an even k, the upper one that of
+            k + 1. What stands in the last block beyond the rows is not used.
         nbytes: of the buffer.
 
     Raises:
@@ -59,13 +70,15 @@ class BlockedWeight:
             address = torch.ops.mkldnn.data_ptr(self._weight)
         except (AttributeError, NotImplementedError) as error:
             raise RuntimeError(str(error).splitlines()[0]) from error
-        if self.nbytes != probe.nbytes:
-            raise RuntimeError(f"oneDNN stores {tuple(probe.shape)} in {self.nbytes} bytes, expected {probe.nbytes}")
+        whole = padded(rows)
+        if self.nbytes != 2 * whole * length:
+            raise RuntimeError(f"oneDNN stores {(rows, length)} in {self.nbytes} bytes, expected {2 * whole * length}")
         memory = (ctypes.c_char * self.nbytes).from_address(address)
         memory.owner = self._weight  # whoever holds a view of these words holds what they lie in
-        self.words = torch.frombuffer(memory, dtype=torch.int32).view(rows // ROWS, length // 2, ROWS)
+        self.words = torch.frombuffer(memory, dtype=torch.int32).view(whole // ROWS, length // 2, ROWS)
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
-        expected = probe.view(rows // ROWS, ROWS, length // 2, 2).transpose(1, 2).contiguous()
+        filled = probe if whole == rows else torch.cat([probe, probe.new_zeros(whole - rows, length)])
+        expected = filled.view(whole // ROWS, ROWS, length // 2, 2).transpose(1, 2).contiguous()
         if not torch.equal(self.words, expected.view(torch.int32).squeeze(-1)):
             raise RuntimeError("oneDNN's order of a bfloat16 weight is not in blocks of 64 rows and pairs along K")
 
@@ -85,12 +98,8 @@ class BlockedWeight:
 def works() -> bool:
     """True where oneDNN's order is the known one: with AVX-512 or AMX, as of torch 2.11 to 2.13."""
     try:
-        weight = _made(2 * ROWS, 96)
-        rows = torch.arange(2 * ROWS).remainder(7).sub(3).view(-1, 1) * torch.ones(96, dtype=torch.float32)
-        pairs = rows.bfloat16().view(2, ROWS, 48, 2).transpose(1, 2).contiguous()
-        weight.words.copy_(pairs.view(torch.int32).squeeze(-1))
-        x = torch.arange(5 * 96).remainder(5).view(5, 96).bfloat16()
-        if torch.equal(weight.product(x).float(), (x.float() @ rows.t()).bfloat16().float()):
+        # Whole blocks, and a last one that is filled up: each number of its rows in turn is left over.
+        if all(_multiplies(count) for count in (2 * ROWS, ROWS + 1, ROWS + 40, 2 * ROWS - 1)):
             return True
         why = "its product is not the expected one"
     except RuntimeError as error:
@@ -99,14 +108,25 @@ def works() -> bool:
     return False
 
 
+def _multiplies(count: int) -> bool:
+    """True where the product of a weight of so many rows, written in oneDNN's order, is right."""
+    weight = _made(count, 2 * ROWS)
+    rows = torch.arange(2 * ROWS).remainder(7).sub(3).view(-1, 1) * torch.ones(2 * ROWS, dtype=torch.float32)
+    pairs = rows.bfloat16().view(2, ROWS, ROWS, 2).transpose(1, 2).contiguous()
+    weight.words.copy_(pairs.view(torch.int32).squeeze(-1))
+    x = torch.arange(10 * ROWS).remainder(5).view(5, -1).bfloat16()
+    return torch.equal(weight.product(x).float(), (x.float() @ rows[:count].t()).bfloat16().float())
+
+
 def _made(rows: int, length: int) -> BlockedWeight:
     with ahead.plain_mode():
         return BlockedWeight(rows, length)
 
 
 def fits(rows: int, length: int) -> bool:
-    """True for weights that are whole blocks, and that oneDNN does not pad."""
-    return rows % ROWS == 0 and length % 64 == 0 and works()
+    """True for weights that are whole blocks, or nearly."""
+    numbers = rows * length
+    return rows >= ROWS and padded(rows) * padded(length) - numbers <= FILLING * numbers and works()
 
 
 def rows_at_once(rows: int, length: int, many: int = 1) -> int:
@@ -115,7 +135,7 @@ def rows_at_once(rows: int, length: int, many: int = 1) -> int:
     The same for all large weights of one K, so that a model's layers share few buffers; smaller only where the last part,
     which begins in the one before, would repeat more than an eighth of the work.
     """
-    blocks = rows // ROWS
+    blocks = padded(rows) // ROWS
     wanted = BLOCK_BYTES // 2 if many in HALVED else BLOCK_BYTES
     most = max(1, min(wanted, settings.workspace_bytes // 8) // (2 * ROWS * length))
     parts = -(-blocks // most)
@@ -134,21 +154,40 @@ def blocked(rows: int, length: int) -> BlockedWeight:
     return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
 
 
+def widened(product: Product, own: int, length: int) -> Product:
+    """The product for x of ``own`` columns; the one that is given takes ``length``, zeros beside them."""
+    if own == length:
+        return product
+
+    def product_widened(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        shape = (*x.shape[:-1], length)
+        if x.numel() // own * length * x.dtype.itemsize <= settings.workspace_bytes // 4:
+            wide = workspace(shape, x.dtype, slot=10)
+            wide[..., :own] = x
+            wide[..., own:] = 0
+        else:
+            wide = torch.nn.functional.pad(x, (0, length - own))
+        return product(wide, weight, bias)
+
+    return product_widened
+
+
 def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Product:
     """``x @ w.T + bias`` in bfloat16 of a weight ``[rows, length]`` that is made part by part in this thread's buffer.
 
     Args:
+        length: a multiple of 64.
         many: rows of x.
         fill: ``fill(blocks)`` gives the function that makes those blocks of the weight, in oneDNN's order.
     """
-    step = rows_at_once(rows, length, many)
-    first = starts(rows, step)
+    step, total = rows_at_once(rows, length, many), padded(rows)
+    first = starts(total, step)
     fills = [fill(slice(start // ROWS, (start + step) // ROWS)) for start in first]
-    if step == rows:
+    if step == total:
         (whole,) = fills
 
         def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-            buffer = blocked(step, length)
+            buffer = blocked(rows, length)
             whole(buffer, weight)
             out = buffer.product(x)
             return out if bias is None else out.add_(bias)
@@ -167,9 +206,9 @@ def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Pr
             fill_part(buffer, weight)
             part = buffer.product(x)
             if out is None:
-                parts.append(part[..., repeated:])
+                parts.append(part[..., repeated : rows - start])
             else:
-                out[..., start : start + step] = part
+                out[..., start : start + step] = part[..., : rows - start]
         out = torch.cat(parts, -1) if out is None else out
         return out if bias is None else out.add_(bias)
 

@@ -6,6 +6,8 @@ dtype, and is two calls.
 
 It holds the memory of the packed form it reads, so a weight that turns plain forgets it; and whatever else it was made from
 is compared at each use, so that nobody who changes a weight has to know of it.
+
+Of a transposed weight only products with its transpose are kept (`requanto.linear.api.times`): rows of the stored form.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ SHAPES = 16
 class Bound:
     """A product, or None where there is nothing to make ready, and what it was made from."""
 
-    __slots__ = ("activation", "address", "packed", "product", "scale", "shift")
+    __slots__ = ("activation", "address", "packed", "product", "scale", "shift", "version")
 
-    def __init__(self, weight: QTensor, product: Product | None) -> None:
-        self.product = product
+    def __init__(self, weight: QTensor, product: Product | None, version: int | None) -> None:
+        self.product, self.version = product, version
         self.packed, self.scale, self.shift = weight._packed, weight._scale, weight._shift
         self.activation, self.address = weight.activation, weight._scale.data_ptr()
 
@@ -47,6 +49,7 @@ def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product
         found.packed is not held["_packed"]
         or found.scale is not held["_scale"]
         or found.address != found.scale.data_ptr()
+        or (found.version is not None and found.version != found.scale._version)
         or found.shift is not held["_shift"]
         or found.activation is not held["activation"]
         or held["up"] is not None
@@ -72,11 +75,20 @@ def remember(x: torch.Tensor, weight: QTensor) -> None:
     if key in kept:
         return
     rows = x.numel() // x.shape[-1]
-    bind = choose(problem_of(weight, x.dtype, rows, weight.activation)).implementation.bind
-    # Of scales a row in another dtype or order a product would hold a copy, and not see them change in place.
+    stored = weight if not weight.transposed else turned(weight)
+    bind = choose(problem_of(stored, x.dtype, rows, weight.activation)).implementation.bind
+    # Of scales a row in another dtype or order, or filled up, a product holds a copy: their version says when they change.
     scale = weight._scale
-    seen = weight.group_size is not None or (scale.dtype == torch.float32 and scale.is_contiguous())
-    product = bind(weight, rows, x.dtype) if bind is not None and seen else None
+    itself = scale.dtype == torch.float32 and scale.is_contiguous() and stored.shape[0] % 64 == 0
+    copied = weight.group_size is None and not itself
+    product = bind(stored, rows, x.dtype) if bind is not None and not (copied and scale.is_inference()) else None
+    version = scale._version if copied and product is not None else None
     if len(kept) >= SHAPES:
         kept.clear()
-    kept[key] = Bound(weight, product)
+    kept[key] = Bound(weight, product, version)
+
+
+def turned(weight: QTensor) -> QTensor:
+    """The transpose of a packed weight, which shares its packed form."""
+    shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
+    return weight.replace(weight._qdata, shape=shape, transposed=not weight.transposed)

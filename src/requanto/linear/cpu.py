@@ -176,7 +176,9 @@ def _nibbles(problem: Problem) -> bool:
 
 
 def _operator_rows(problem: Problem) -> float:
-    """Rows up to which torch's int4 operator is the fastest."""
+    """Rows up to which torch's int4 operator is the fastest; none, where it does not take the groups."""
+    if problem.group_size not in int4.GROUPS:
+        return 0
     weights = problem.out_features * problem.in_features
     return COMPILED_INT4_ROWS + PER_WEIGHT / weights if _nibbles(problem) else INT4_ROWS
 

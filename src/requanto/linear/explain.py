@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -88,6 +88,13 @@ def explain(
         layout = layout_to_be(parameter, float_type, activation)
         for count in (rows,) if isinstance(rows, int) else rows:
             problem = problem_of(parameter, float_type, count, activation, layout=layout, static=static)
+            if parameter.dim() == 2 and parameter.transposed:  # x @ W, as in Conv1D: rows of the stored form
+                problem = replace(
+                    problem,
+                    out_features=problem.in_features,
+                    in_features=problem.out_features,
+                    transposed=False,
+                )
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation
             found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, chosen.reason))
     return found

@@ -22,18 +22,23 @@ FEW = 2
 
 
 class Float8Codes(Packed):
-    """e4m3 ``[N, K]`` as bytes ``[N / 64, K, 64]``."""
+    """e4m3 ``[N, K]`` as bytes ``[ceil(N / 64), K, 64]``, K filled up with zeros to a multiple of 64."""
 
     layout = LAYOUT
 
     def __init__(self, codes: torch.Tensor) -> None:
         super().__init__()
-        rows, self.length = codes.shape
-        self.dtype = codes.dtype
-        self.blocks = codes.view(torch.uint8).view(rows // blocked.ROWS, blocked.ROWS, -1).transpose(1, 2).contiguous()
+        self.shape, self.dtype = codes.shape, codes.dtype
+        rows, self.length = (blocked.padded(size) for size in codes.shape)
+        codes = codes.view(torch.uint8)
+        if (rows, self.length) != self.shape:
+            codes = torch.nn.functional.pad(codes, (0, self.length - self.shape[1], 0, rows - self.shape[0]))
+        self.blocks = codes.view(rows // blocked.ROWS, blocked.ROWS, -1).transpose(1, 2).contiguous()
 
     def plain(self) -> torch.Tensor:
-        return self.blocks.transpose(1, 2).reshape(-1, self.length).view(self.dtype)
+        rows, length = self.shape
+        codes = self.blocks.transpose(1, 2).reshape(-1, self.length)
+        return codes[:rows, :length].contiguous().view(self.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -41,13 +46,13 @@ class Float8Codes(Packed):
 
 
 def fits(weight: QTensor) -> bool:
-    """True for the weights that the kernels take: e4m3, a scale a row, whole blocks."""
+    """True for the weights that the kernels take: e4m3, a scale a row, whole blocks or nearly."""
     return (
         ahead.wanted(compiled.FLOAT8)
         and weight.qtype == qfloat8_e4m3fn
         and weight.group_size is None
         and not weight.affine
-        and blocked.fits(weight.shape[0], weight.row_length)
+        and blocked.fits(weight.lead.numel(), weight.row_length)
     )
 
 
@@ -75,11 +80,17 @@ def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
 
 
 def _product(packed: Float8Codes, weight: QTensor, rows: int) -> Product:
-    codes, scale = packed.blocks, row_scale(weight)
+    codes, length, (out_features, own) = packed.blocks, packed.length, packed.shape
+    scale = row_scale(weight, blocked.padded(out_features))
     if rows > FEW:
         scales = scale.view(-1, blocked.ROWS)
-        return blocked.bind(*weight.shape, rows, lambda part: compiled.fill_e4m3(codes[part], scales[part]))
+        product = blocked.bind(out_features, length, rows, lambda part: compiled.fill_e4m3(codes[part], scales[part]))
+        return blocked.widened(product, own, length)
     row = compiled.e4m3_row(codes, scale)
     if rows == 1:
-        return by_row(row)
-    return by_row(lambda x: torch.stack([row(one) for one in x.reshape(rows, -1)]))
+        return blocked.widened(by_row(row, out_features), own, length)
+
+    def one_by_one(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row(one).view(-1)[:out_features] for one in x.reshape(rows, length)])
+
+    return blocked.widened(by_row(one_by_one, out_features), own, length)

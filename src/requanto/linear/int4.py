@@ -4,6 +4,9 @@ The form is the stored nibbles in another order: blocks of 64 rows (32 without A
 block in one byte. Codes of 2 and 3 bits are widened to nibbles: twice the bytes, or a third more, while the layer is packed.
 Scales are needed in x's dtype, interleaved with zero points; they are kept per dtype beside the stored ones (an eighth of
 the codes' bytes for groups of 64 in bfloat16).
+
+Rows are filled up to whole blocks, K to a multiple of 64: with weights of zero. Groups of a size that the operator does not
+take are for compiled kernels alone.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import logging
 import torch
 
 from requanto.layout import Packed, packed_as
+from requanto.linear import ahead, blocked, compiled
+from requanto.linear.blocked import FILLING
 from requanto.linear.table import Product
 from requanto.packing import pack as pack_codes
 from requanto.packing import unpack
@@ -39,19 +44,27 @@ class Int4Codes(Packed):
 
     Attributes:
         bits: of the stored codes: 4, 3 or 2.
+        rows, own_length: N and K.
+        length, groups: K and its groups, filled up.
     """
 
     layout = LAYOUT
 
     def __init__(self, weight: QTensor) -> None:
         super().__init__()
-        self.bits, self.length, self.block = weight.qtype.bits, weight.row_length, rows_per_block()
+        self.bits, self.block = weight.qtype.bits, rows_per_block()
+        self.rows, self.own_length = weight.lead.numel(), weight.row_length
+        self.length = _length(self.own_length)
+        self.groups = 1 if weight.group_size is None else self.length // weight.group_size
         # The operator's zero is 8. Codes of 2 and 3 bits are moved there, so that no zero point is large beside its weights.
         self.offset = 8 - 2 ** (self.bits - 1)
         parts, flat = [], []
         for rows in weight.qdata.split(_STEP):
-            codes = unpack(rows, self.bits, self.length)
+            codes = unpack(rows, self.bits, self.own_length)
             flat.append(codes.view(len(rows), weight.groups, -1).amax(2) == 0)
+            beside, below = self.length - self.own_length, -len(rows) % self.block
+            if beside or below:
+                codes = torch.nn.functional.pad(codes, (0, beside, 0, below))
             parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(self.offset), 1))
         self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
         self._scales: dict[torch.dtype, torch.Tensor] = {}
@@ -60,7 +73,11 @@ class Int4Codes(Packed):
         self._made_from: tuple[torch.Tensor | None, ...] = ()
 
     def plain(self) -> torch.Tensor:
-        return torch.cat([pack_codes(self.codes(*part).sub_(self.offset), self.bits) for part in self._parts()])
+        parts = []
+        for start, stop in self._parts():
+            codes = self.codes(start, stop).sub_(self.offset)
+            parts.append(pack_codes(codes[: self.rows - start, : self.own_length].contiguous(), self.bits))
+        return torch.cat(parts)
 
     def _parts(self) -> list[tuple[int, int]]:
         rows = self.blocked.shape[0]
@@ -72,7 +89,7 @@ class Int4Codes(Packed):
         return torch.cat([blocks & 15, blocks >> 4], dim=2).transpose(1, 2).reshape(stop - start, self.length)
 
     def scales(self, weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[K / group, N, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
+        """``[groups, rows of whole blocks, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
         self._forget_old(weight)
         found = self._scales.get(dtype)
         words = self._words
@@ -90,6 +107,9 @@ class Int4Codes(Packed):
                 # A group of equal weights has codes of 0 and any scale (1), beside which its shift would be rounded away.
                 zero = torch.where(self.flat, -weight.shift.float(), zero)
                 scale = scale.masked_fill(self.flat, 0)
+            beside, below = self.groups - scale.shape[1], self.blocked.shape[0] - self.rows
+            if beside or below:
+                scale, zero = (torch.nn.functional.pad(part, (0, beside, 0, below)) for part in (scale, zero))
             found = torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
             self._scales[dtype] = found
         return found
@@ -150,15 +170,33 @@ def works() -> bool:
 
 
 def fits(weight: QTensor) -> bool:
-    """True for the weights that the operator takes: whole blocks of rows, its group sizes."""
+    """True for weights of whole blocks, or nearly, whose groups are the operator's, or the kernels'
+    (`requanto.linear.int4_large`)."""
+    rows, length = weight.lead.numel(), weight.row_length
     return (
         weight.qtype.bits in (2, 3, 4)
         and not weight.qtype.is_codebook
-        and weight.group_size in GROUPS
-        and weight.shape[0] % rows_per_block() == 0
-        and weight.row_length % 16 == 0
+        and length % 16 == 0
+        and (rows + -rows % rows_per_block()) * _length(length) <= (1 + FILLING) * rows * length
+        and (weight.group_size in GROUPS or for_kernels(weight))
         and works()
     )
+
+
+def for_kernels(weight: QTensor) -> bool:
+    """True for weights that compiled kernels read in this form and the operator does not."""
+    rows, length, group = weight.lead.numel(), weight.row_length, weight.group_size
+    if group in GROUPS or not ahead.wanted(compiled.NIBBLES) or not blocked.fits(rows, length):
+        return False
+    # Whole groups in what is filled up, pairs of codes in each; a kernel knows no axis of one.
+    whole = rows > blocked.ROWS if group is None else group % 4 == 0 and blocked.padded(length) % group == 0
+    return whole and rows_per_block() == blocked.ROWS
+
+
+def _length(own: int) -> int:
+    """K filled up to whole blocks of oneDNN's, unless that were too much: the operator does without."""
+    whole = blocked.padded(own)
+    return whole if whole <= (1 + FILLING) * own else own
 
 
 def pack(weight: QTensor) -> Int4Codes:
@@ -186,11 +224,11 @@ def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
 
 def _product(packed: Int4Codes, weight: QTensor, dtype: torch.dtype) -> Product:
     operator, codes = torch.ops.aten._weight_int4pack_mm_for_cpu.default, packed.blocked
-    group, rows, length = weight.group_size, weight.shape[0], packed.length
+    group, rows, length = weight.group_size, packed.rows, packed.length
 
     def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = operator(x.reshape(-1, length).contiguous(), codes, group, packed.scales(weight, dtype))
-        out = out.view(*x.shape[:-1], rows)
+        out = (out if out.shape[1] == rows else out[:, :rows].contiguous()).view(*x.shape[:-1], rows)
         return out if bias is None else out.add_(bias)
 
-    return product
+    return blocked.widened(product, packed.own_length, length)

@@ -30,14 +30,15 @@ _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 
 def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
     """``x @ w.T`` in x's dtype, float32 or bfloat16, ``[rows, N]``."""
-    if ahead.wanted(compiled.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(weight, packed):
+    if ahead.wanted(compiled.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(packed):
         return _compiled(packed, weight, x.shape[0])(x, weight, None)
     half, length, dtype = packed.block // 2, packed.length, x.dtype
     scales = packed.scales(weight, dtype)
     stored = packed.blocked.view(-1, length, half)
     column = length * packed.block * dtype.itemsize
     count = max(1, min(max(LEAST, BLOCK_BYTES // column), settings.workspace_bytes // 4 // column))
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    x = x if packed.length == packed.own_length else torch.nn.functional.pad(x, (0, packed.length - packed.own_length))
+    out = x.new_empty(x.shape[0], packed.blocked.shape[0])
     columns = out.view(len(x), len(stored), 2, half)
     for first in range(0, len(stored), count):
         part = stored[first : first + count]
@@ -46,14 +47,15 @@ def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tens
         scale, zero = _planes_of(chosen, half, affine=weight.shift is not None)
         for side, plane in zip(into.unbind(2), _planes(part, scale, zero, dtype)):
             side.copy_(matmul(x, plane).view(side.shape))
-    return out
+    return out if out.shape[1] == packed.rows else out[:, : packed.rows].contiguous()
 
 
-def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
+def _compilable(packed: Int4Codes) -> bool:
     """True where the operator's blocks of rows are oneDNN's, and the kernels can be had: they are made at the first call."""
     return (
         packed.block == blocked.ROWS
-        and blocked.fits(weight.shape[0], packed.length)
+        and packed.length % 64 == 0
+        and blocked.fits(packed.rows, packed.own_length)
         and compiled.ready(compiled.NIBBLES)
     )
 
@@ -61,14 +63,14 @@ def _compilable(weight: QTensor, packed: Int4Codes) -> bool:
 def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
     """`run_large` by a compiled kernel for one shape of x; None: there is no such kernel."""
     packed = weight.packed
-    if isinstance(packed, Int4Codes) and dtype == torch.bfloat16 and _compilable(weight, packed):
+    if isinstance(packed, Int4Codes) and dtype == torch.bfloat16 and _compilable(packed):
         return _compiled(packed, weight, rows)
     return None
 
 
 def _compiled(packed: Int4Codes, weight: QTensor, rows: int) -> Product:
     codes = packed.blocked.view(-1, packed.length, packed.block // 2)
-    groups = weight.groups
+    groups = packed.groups
 
     def fill(part: slice) -> blocked.Fill:
         if part == slice(0, len(codes)):
@@ -76,7 +78,8 @@ def _compiled(packed: Int4Codes, weight: QTensor, rows: int) -> Product:
         own = slice(part.start * groups, part.stop * groups)
         return compiled.fill_nibbles(codes[part], groups, lambda weight: packed.words(weight)[own])
 
-    return blocked.bind(*weight.shape, rows, fill)
+    product = blocked.bind(packed.rows, packed.length, rows, fill)
+    return blocked.widened(product, packed.own_length, packed.length)
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -62,11 +62,13 @@ def _product(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
     words = packed.words
     if words is None or not compiled.ready(compiled.INT8):
         return None
-    scale = onednn.row_scale(weight)
+    (out_features, own), length = weight.shape, 4 * words.shape[1]
+    scale = onednn.row_scale(weight, blocked.padded(out_features))
     if rows == 1:
-        return by_row(compiled.int8_row(words, scale))
+        return blocked.widened(by_row(compiled.int8_row(words, scale), out_features), own, length)
     scales = scale.view(-1, blocked.ROWS)
-    return blocked.bind(*weight.shape, rows, lambda part: compiled.fill_int8(words[part], scales[part]))
+    product = blocked.bind(out_features, length, rows, lambda part: compiled.fill_int8(words[part], scales[part]))
+    return blocked.widened(product, own, length)
 
 
 def run_quantized(
@@ -94,11 +96,15 @@ def bind_quantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | 
 def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
     if not compiled.ready(compiled.INT8_INT8):
         return None
-    scale = onednn.row_scale(weight)
+    out_features, length = weight.shape
     if rows == 1:
         words = packed.words
-        return None if words is None else by_row(compiled.int8_row(words, scale, quantized=True), wide=False)
-    out_features, length = weight.shape
+        if words is None:
+            return None
+        filled = onednn.row_scale(weight, blocked.padded(out_features))
+        one = by_row(compiled.int8_row(words, filled, quantized=True), out_features, wide=False)
+        return blocked.widened(one, length, 4 * words.shape[1])
+    scale = onednn.row_scale(weight)
     step = min(rows, rows_at_once(length, out_features))
     # Rounded up, so that prompts of all lengths share a few buffers.
     room = 1 << (max(step, onednn.LEAST) - 1).bit_length()
@@ -158,11 +164,16 @@ class _Rows:
         return self.codes.nbytes + self.steps.nbytes
 
 
-def by_row(row: Callable[[torch.Tensor], torch.Tensor], *, wide: bool = True) -> Product:
-    """The product of a kernel for one row of x, which gives float32 in any shape. wide: it takes x in float32."""
+def by_row(row: Callable[[torch.Tensor], torch.Tensor], columns: int, *, wide: bool = True) -> Product:
+    """The product of a kernel for one row of x, which gives float32 in any shape.
+
+    Args:
+        columns: of the result; what the kernel gives beyond is left out.
+        wide: it takes x in float32.
+    """
 
     def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = row(x.float() if wide else x).view(*x.shape[:-1], -1)
+        out = row(x.float() if wide else x).view(*x.shape[:-1], -1)[..., :columns]
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
     return product

@@ -55,8 +55,8 @@ class OneDnnCodes(Packed):
     """int8 ``[N, K]``, blocked.
 
     Attributes:
-        words: int32 ``[N / 64, K / 4, 64]``, four codes along K in each: the blocked form's own memory, to be read. None
-            where it is in another order.
+        words: int32 ``[ceil(N / 64), ceil(K / 64) * 16, 64]``, four codes along K in each: the blocked form's own memory, to
+            be read, with zeros where it is filled up. None where it is in another order.
     """
 
     layout = LAYOUT
@@ -69,20 +69,22 @@ class OneDnnCodes(Packed):
         self.words = self._words(codes)
 
     def _words(self, codes: torch.Tensor) -> torch.Tensor | None:
-        rows, length = codes.shape
-        # Room for a sum a row, or none, beside the codes: what is padded is of another shape.
-        if rows % 64 or length % 64 or self.nbytes not in (codes.nbytes, codes.nbytes + 4 * rows):
+        length, (wide, long) = codes.shape[1], (-(-size // 64) * 64 for size in codes.shape)
+        # Room for a sum a row, or none, beside the codes: small weights are filled up otherwise.
+        if not codes.numel() or self.nbytes not in (wide * long, wide * long + 4 * wide):
             return None
         try:
             address = torch.ops.mkldnn.data_ptr(self.blocked)
         except (AttributeError, RuntimeError) as error:  # this build of torch keeps it to itself
             _tell_once(str(error).splitlines()[0])
             return None
-        memory = (ctypes.c_char * codes.nbytes).from_address(address)
+        memory = (ctypes.c_char * (wide * long)).from_address(address)
         memory.owner = self.blocked  # whoever holds a view of these words holds what they lie in
-        words = torch.frombuffer(memory, dtype=torch.int32).view(rows // 64, length // 4, 64)
+        words = torch.frombuffer(memory, dtype=torch.int32).view(wide // 64, long // 4, 64)
         for block in {0, len(words) - 1}:
-            expected = codes[64 * block : 64 * (block + 1)].view(64, length // 4, 4).transpose(0, 1).contiguous()
+            part = codes[64 * block : 64 * (block + 1)]
+            part = torch.nn.functional.pad(part, (0, long - length, 0, 64 - len(part)))
+            expected = part.view(64, long // 4, 4).transpose(0, 1).contiguous()
             if not torch.equal(words[block], expected.view(torch.int32).squeeze(-1)):
                 _tell_once("oneDNN's order of int8 is not in blocks of 64 rows and four codes along K")
                 return None
@@ -119,9 +121,10 @@ def works() -> bool:
     return False
 
 
-def row_scale(weight: QTensor) -> torch.Tensor:
-    """The scales of the rows as oneDNN and compiled kernels read them, float32 ``[N]``."""
-    return weight.scale.reshape(-1).float().contiguous()
+def row_scale(weight: QTensor, rows: int | None = None) -> torch.Tensor:
+    """The scales of the rows as oneDNN and compiled kernels read them, float32 ``[N]``; up to ``rows`` with zeros."""
+    scale = weight.scale.reshape(-1).float().contiguous()
+    return scale if rows in (None, len(scale)) else torch.nn.functional.pad(scale, (0, rows - len(scale)))
 
 
 def pack(weight: QTensor) -> OneDnnCodes:

@@ -29,10 +29,13 @@ REPACKS = 3
 def packer(
     weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None
 ) -> Callable[[QTensor], Packed] | None:
-    """How the weight would be packed for x of ``dtype``; None: it stays as it is stored."""
+    """How the weight would be packed for x of ``dtype``; None: it stays as it is stored.
+
+    A transposed weight is for products with its transpose, on a CPU (`requanto.linear.api.times`).
+    """
     if triton_layout.fits(weight, activation):
         return triton_layout.pack
-    if weight.device.type != "cpu" or weight.dim() != 2 or weight.transposed:
+    if weight.device.type != "cpu" or weight.dim() != 2:
         return None
     if weight.qtype == qint8:
         right = not weight.affine and weight.group_size is None and weight.row_length <= onednn.LONGEST
@@ -41,7 +44,10 @@ def packer(
         return onednn.pack if right and wanted and onednn.works() else None
     if float8.fits(weight):
         return float8.pack
-    return int4.pack if int4.fits(weight) else None
+    if not int4.fits(weight):
+        return None
+    # The operator takes any x; kernels are for bfloat16.
+    return int4.pack if weight.group_size in int4.GROUPS or (dtype or weight.dtype) == torch.bfloat16 else None
 
 
 def _pays(
@@ -53,7 +59,7 @@ def _pays(
     """Whether the weight is large enough for the packed form that ``make`` gives it."""
     if smallest is None:
         both = make is onednn.pack and (activation or weight.activation) == qint8
-        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*weight.shape)
+        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*weight.canonical_shape)
         smallest = SMALLEST_ON_CPU if make in (int4.pack, float8.pack) or both or read else SMALLEST
     return make is not None and weight.numel() >= smallest
 
@@ -116,6 +122,8 @@ def _pack(
         # The form is of no use without the kernels, which are made now if they have never been.
         if make is float8.pack and not compiled.ready(compiled.FLOAT8):
             return False
+        if make is int4.pack and int4.for_kernels(weight) and not compiled.ready(compiled.NIBBLES):
+            return False
         small = make is onednn.pack and (activation or weight.activation) is None and weight.numel() < SMALLEST
         if small and smallest is None and not compiled.ready(compiled.INT8):
             return False
@@ -138,7 +146,7 @@ def _load_kernels(weight: QTensor) -> None:
     families = {int4.LAYOUT: [compiled.NIBBLES], float8.LAYOUT: [compiled.FLOAT8]}
     families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_INT8]
     for family in families.get(weight.packed.layout, []):
-        fits = family == compiled.INT8_INT8 or blocked.fits(*weight.shape)
+        fits = family == compiled.INT8_INT8 or blocked.fits(*weight.canonical_shape)
         if weight.dtype != torch.float32 and ahead.wanted(family) and fits:
             compiled.ready(family)
 

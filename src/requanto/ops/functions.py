@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from requanto.dispatch import implements_function
-from requanto.linear import embedding, linear
+from requanto.linear import embedding, linear, times
 from requanto.linear.convolution import convolution
 from requanto.qtensor import NO_GRADIENT, QTensor
 
@@ -43,7 +43,7 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("a product of two quantized weights: call .dequantize() on one of them")
     if isinstance(b, QTensor):
         if b.dim() == 2:
-            return linear(a, b.t())
+            return times(a, b)
         return torch.stack([linear(a[i], b[i].t()) for i in range(b.shape[0])])
     if a.dim() == 2 and b.dim() == 2:  # (b^T @ a^T)^T
         return linear(b.t(), a).t()
@@ -76,7 +76,7 @@ def _addmm(
 ) -> torch.Tensor:
     """GPT-2's Conv1D: ``bias + x @ W``."""
     if alpha == 1 and beta == 1 and isinstance(mat2, QTensor) and input.dim() == 1:
-        return linear(mat1, mat2.t(), input)
+        return times(mat1, mat2, input)
     return beta * input + alpha * _matmul(mat1, mat2)
 
 

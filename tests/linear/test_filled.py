@@ -1,0 +1,192 @@
+"""Packed forms of weights that are no whole blocks of 64, and of transposed ones: GPT-2's ``x @ W``."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from requanto import QTensor, explain, prepare, qint8
+from requanto.linear import ahead, blocked, bound, int4, onednn, times
+from requanto.settings import settings
+
+pytestmark = [
+    pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
+    pytest.mark.skipif(not (int4.works() and onednn.works()), reason="this processor has no packed forms"),
+]
+#: Rows left over, columns left over (for int4: half a block), both, a block and a bit, several parts of a buffer.
+SIZES = [(1000, 192), (192, 1000), (1000, 1000), (320, 544), (577, 640), (4200, 1032), (320, 192)]
+#: One row, few, those of a kernel with one part and with many; more than the operators' own limits.
+ROWS = (1, 2, 5, 40, 300)
+LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "operators"])
+def compiled(request, monkeypatch):
+    if request.param and ahead.compiler() is None:
+        pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
+    monkeypatch.setattr(settings, "compiled", request.param)
+    return request.param
+
+
+def made(kind, out_features, in_features, *, transposed=False, activation=None, dtype=torch.bfloat16, **how):
+    """A layer's weight for ``x @ w.T`` or, transposed, ``x @ w``; its float64 values ``[N, K]``, its stored codes."""
+    shape = (in_features, out_features) if transposed else (out_features, in_features)
+    weight = QTensor.quantize(torch.randn(shape).to(dtype), kind, transposed=transposed, **how)
+    weight.activation = activation
+    values, codes = weight.dequantize(torch.float32).double(), weight.qdata.view(torch.uint8).clone()
+    return torch.nn.Parameter(weight, False), values.t() if transposed else values, codes
+
+
+def product(x, weight, bias):
+    return torch.addmm(bias, x, weight) if weight.transposed else F.linear(x, weight, bias)
+
+
+def error(got, x, values, bias, activation=None):
+    wide = x.double()
+    if activation is not None:
+        step = wide.abs().amax(-1, keepdim=True) / 127
+        wide = (wide / step).round() * step
+    want = wide @ values.t() + bias.double()
+    return float((got.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@pytest.mark.parametrize(
+    ("kind", "activation"), [("int8", None), ("int8", qint8), ("int4", None), ("int2", None), ("float8", None)]
+)
+def test_products_are_those_of_the_codes(compiled, kind, activation, transposed):
+    """Three times each: the first may pack, the second makes the product ready, the third uses it."""
+    for out_features, in_features in SIZES:
+        weight, values, codes = made(kind, out_features, in_features, transposed=transposed, activation=activation)
+        bias = torch.randn(out_features).bfloat16()
+        for rows in ROWS:
+            for dtype in LIMITS if rows in (1, 5) and activation is None else (torch.bfloat16,):
+                x = torch.randn(rows, in_features).to(dtype)
+                for _ in range(3):
+                    with torch.no_grad():
+                        got = product(x, weight, bias.to(dtype))
+                    assert got.shape == (rows, out_features)
+                    assert got.is_contiguous()
+                    found = error(got, x, values, bias, activation)
+                    assert found <= LIMITS[dtype], (out_features, in_features, rows, dtype, found)
+        assert torch.equal(weight.qdata.view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("int8", onednn.LAYOUT), ("int4", int4.LAYOUT), ("float8", "float8-blocked")]
+)
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_they_are_packed_and_made_ready(kind, layout, transposed, monkeypatch):
+    if ahead.compiler() is None:
+        pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
+    monkeypatch.setattr(settings, "compiled", True)
+    weight, values, _ = made(kind, 1000, 192, transposed=transposed)
+    x, bias = torch.randn(40, 192).bfloat16(), torch.randn(1000).bfloat16()
+    with torch.no_grad():
+        product(x, weight, bias)
+        assert weight.packed.layout == layout
+        assert bound.find(x, weight, bias) is not None
+        # A scale that is changed, in place or replaced, is seen; in place only where it is not made of others.
+        weight._scale.mul_(2)
+        if weight._shift is not None:
+            weight._shift.mul_(2)
+        assert error(product(x, weight, bias), x, 2 * values, bias) < 1e-2
+        weight.scale = weight.scale / 2
+        if weight.shift is not None:
+            weight.shift = weight.shift / 2
+        for _ in range(2):
+            assert error(product(x, weight, bias), x, values, bias) < 1e-2
+    layer = torch.nn.Module()
+    layer.weight = weight
+    (row,) = explain(layer, rows=40)
+    assert row.layout == layout
+    assert row.implementation.startswith("cpu-compiled")
+
+
+def test_no_more_than_an_eighth_is_filled_up():
+    assert not blocked.fits(70, 1024)
+    assert blocked.fits(577, 640)
+    assert not int4.fits(QTensor.quantize(torch.randn(70, 1024), "int4"))
+    # K alone may stay as it is where filling it up were too much: the operator takes it.
+    odd, values, codes = made("int4", 640, 96)
+    assert odd.group_size == 32
+    assert int4.fits(odd)
+    with torch.no_grad():
+        x, bias = torch.randn(3, 96).bfloat16(), torch.zeros(640).bfloat16()
+        prepare(torch.nn.ParameterList([odd]), smallest=0)
+        assert odd.packed.length == 96
+        assert error(product(x, odd, bias), x, values, bias) < 1e-2
+    assert torch.equal(odd.qdata.view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int3", "int2"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_groups_that_the_operator_does_not_take(compiled, kind, transposed):
+    for out_features, in_features, group in (
+        (1000, 1072, 16),
+        (320, 448, 8),
+        (320, 256, 4),
+        (192, 1536, 512),
+        (192, 1536, 96),
+        (601, 1072, None),
+        (65, 1024, None),
+    ):
+        weight, values, codes = made(kind, out_features, in_features, transposed=transposed, group_size=group)
+        assert weight.group_size == group
+        bias = torch.randn(out_features).bfloat16()
+        for rows in ROWS:
+            x = torch.randn(rows, in_features).bfloat16()
+            for _ in range(3):
+                with torch.no_grad():
+                    found = error(product(x, weight, bias), x, values, bias)
+                assert found < 1e-2, (out_features, in_features, group, rows, found)
+            packs = compiled and weight.numel() >= 2**16 and out_features != 65  # half of its blocks would be filling
+            assert (weight.packed is not None) == packs, (out_features, in_features, group)
+        for dtype in (torch.float32, torch.float16):  # by operators, from the packed form
+            x = torch.randn(5, in_features).to(dtype)
+            with torch.no_grad():
+                assert error(product(x, weight, bias.to(dtype)), x, values, bias) < LIMITS[dtype]
+        assert torch.equal(weight.qdata.view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_both_orientations_of_one_weight(compiled, kind):
+    """A square weight: ``x @ W``, for which it is packed, and ``x @ W.T``, for which it cannot be, in turns."""
+    weight, values, codes = made(kind, 320, 320, transposed=True)
+    x = torch.randn(40, 320).bfloat16()
+    zeros = torch.zeros(320)
+    with torch.no_grad():
+        for _ in range(3):
+            for _ in range(2):
+                assert error(x @ weight, x, values, zeros) < 1e-2
+            assert error(F.linear(x, weight), x, values.t(), zeros) < 1e-2
+            assert error((weight @ x.t()).t(), x, values.t(), zeros) < 1e-2
+    assert torch.equal(weight.qdata.view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+def test_gradients_of_a_transposed_weight(compiled, kind):
+    weight, values, _ = made(kind, 320, 256, transposed=True, dtype=torch.float32)
+    bias = torch.randn(320).bfloat16().requires_grad_()
+    with torch.no_grad():
+        product(torch.randn(40, 256).bfloat16(), weight, bias)  # packs it
+    x = torch.randn(40, 256).bfloat16().requires_grad_()
+    out = product(x, weight, bias)
+    assert error(out.detach(), x.detach(), values, bias.detach()) < 1e-2
+    out.backward(torch.ones_like(out))
+    want = values.sum(0).expand(40, -1)
+    assert (x.grad.double() - want).norm() <= 1e-2 * want.norm()
+    assert torch.equal(bias.grad.float(), torch.full((320,), 40.0))
+
+
+def test_a_transposed_weight_that_lost_its_form_while_it_was_read(monkeypatch):
+    """float32 has no path through float8's packed form with many rows: the codes are made once, not at each product."""
+    if ahead.compiler() is None:
+        pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
+    monkeypatch.setattr(settings, "compiled", True)
+    weight, values, _ = made("float8", 320, 256, transposed=True)
+    with torch.no_grad():
+        x = torch.randn(40, 256)
+        times(x.bfloat16(), weight)
+        assert weight.packed is not None
+        assert error(times(x, weight), x, values, torch.zeros(320)) < 1e-5
+    assert weight.packed is None
