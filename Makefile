@@ -32,8 +32,9 @@ help:
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
+# Threads that wait do so asleep: two workers with two threads each on two cores would spend most of their time spinning.
 test: lint
-	$(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

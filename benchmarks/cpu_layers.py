@@ -74,6 +74,7 @@ CASES = (
     _conv(1280, 1280, 1, (8, 32)),
     _conv(3, 1152, 14, (224,), stride=14),
     _matrix("sizes no multiple of 64", lambda: nn.Linear(1152, 4304, bias=False), 1152, "4304 x 1152"),
+    _matrix("sizes no multiple of 64", lambda: nn.Linear(4304, 1152, bias=False), 4304, "1152 x 4304"),
     _matrix("stored transposed", lambda: Transposed(1280, 5120), 1280, "1280 x 5120"),
     Case(
         "embedding",

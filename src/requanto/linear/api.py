@@ -83,13 +83,17 @@ def times(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) ->
     product = bound.find(x, weight, bias)
     if product is not None:
         return product(x, weight, bias)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    usual = has_numbers() and not asked
     with torch._C.DisableTorchFunctionSubclass():
-        if not has_numbers() or needs_grad:
-            _ = weight.operand  # once for all steps, where it has to be plain
-            return _checked(x, weight.t(), bias, None, None)
-        pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, None)
-        view = weight.t() if weight.packed is None else bound.turned(weight)
+        if usual:
+            pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, None)
+        else:
+            _ = weight.operand  # once for all steps, where the weight has to be plain
+    if not usual or weight.packed is None:
+        return linear(x, weight.t(), bias)
+    with torch._C.DisableTorchFunctionSubclass():
+        view = bound.turned(weight)
         out = _checked(x, view, bias, None, None)
         if view.packed is None and weight.packed is not None:
             weight.qdata = view.qdata  # this product read the stored codes: they are not to be made anew each time
