@@ -54,9 +54,12 @@ class Stored:
         if self._packed is not None:
             with LOCK:
                 if self._packed is not None:
+                    codes = self._packed.plain()
+                    if not self.qtype.is_packed and codes.dim() == 2:  # those of a convolution keep its shape
+                        codes = codes.view(self.canonical_shape)  # type: ignore[attr-defined]
                     if self._packed.pinned:
-                        return self._packed.plain()
-                    self.qdata = self._packed.plain()
+                        return codes
+                    self.qdata = codes
         return self._qdata
 
     @qdata.setter

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from requanto import QTensor, workspace
-from requanto.linear import ahead, stored_form
+from requanto.linear import ahead, blocked, stored_form
 from requanto.settings import settings
 
 KINDS = ("int8", "int4", "uint4", "float8", "float8_e5m2", "nf4", "int6", "int3", "int2")
@@ -225,3 +225,68 @@ def test_compiled_as_one_graph():
     with torch.no_grad():
         product = torch.compile(lambda x: F.conv2d(x, weight).relu(), backend="eager", fullgraph=True)
         torch.testing.assert_close(product(x), F.conv2d(x, weight.dequantize()).relu())
+
+
+#: Of so few output pixels that a product of patches is faster; the last in 1 x 1.
+SMALL = {
+    "padded": ((2, 64, 6, 7), (128, 64, 3, 3), {"padding": 1}),
+    "strided": ((3, 64, 9, 8), (128, 64, 3, 3), {"stride": 2, "padding": (1, 0)}),
+    "dilated": ((1, 64, 6, 6), (128, 64, 3, 3), {"dilation": 2, "padding": 2}),
+    "filled up": ((2, 72, 5, 5), (124, 72, 3, 3), {"padding": (0, 1)}),
+    "one by one": ((2, 256, 8, 8), (320, 256, 1, 1), {}),
+    "one by one, strided": ((2, 256, 8, 8), (320, 256, 1, 1), {"stride": 2}),
+}
+
+
+@pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
+@pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here")
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_images_are_products(name, kind, monkeypatch):
+    """With a packed weight, which a large image, a copy or a file sees in its stored form."""
+    monkeypatch.setattr(settings, "compiled", True)
+    shape, w_shape, how = SMALL[name]
+    weight = torch.nn.Parameter(QTensor.quantize(torch.randn(w_shape).bfloat16(), kind, axis=0), False)
+    codes, wide = weight.qdata.clone(), weight.dequantize(torch.float32).double()
+    bias = torch.randn(w_shape[0]).bfloat16()
+    large = torch.randn(2, w_shape[1], 24, 24).bfloat16()
+
+    def error(x):
+        with torch.inference_mode():
+            got = F.conv2d(x, weight, bias, **how)
+        want = F.conv2d(x.double(), wide, bias.double(), **how)
+        assert got.shape == want.shape
+        assert got.is_contiguous()
+        return (got.double() - want).norm() / want.norm()
+
+    for _ in range(2):
+        for _ in range(3):  # packed, made ready, used
+            assert error(torch.randn(shape).bfloat16()) < LIMITS[torch.bfloat16]
+        assert weight.packed is not None
+        assert error(large) < LIMITS[torch.bfloat16]
+        assert weight.packed is None
+        assert torch.equal(weight.qdata.view(torch.uint8), codes.view(torch.uint8))
+        assert weight.qdata.shape == codes.shape
+    x = torch.randn(shape).bfloat16()
+    with torch.inference_mode():
+        want = F.conv2d(x, weight, bias, **how)
+        assert weight.packed is not None
+        assert torch.allclose(F.conv2d(x, weight.clone(), bias, **how), want, rtol=2e-2, atol=2e-1)
+    x.requires_grad_()
+    F.conv2d(x, weight, bias, **how).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert torch.allclose(F.conv2d(x, weight, bias, **how), want, rtol=2e-2, atol=2e-1)
+
+
+@pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
+def test_small_images_of_other_types_are_convolutions(monkeypatch):
+    monkeypatch.setattr(settings, "compiled", True)
+    for kind, how in (("nf4", {}), ("int8", {"padding": "same"}), ("int8", {"groups": 2})):
+        channels = 64 // how.get("groups", 1)
+        weight = torch.nn.Parameter(QTensor.quantize(torch.randn(128, channels, 3, 3).bfloat16(), kind, axis=0), False)
+        x = torch.randn(1, 64, 5, 5).bfloat16()
+        with torch.inference_mode():
+            got = F.conv2d(x, weight, None, **how)
+        want = F.conv2d(x.double(), weight.dequantize(torch.float32).double(), None, **how)
+        assert weight.packed is None
+        assert (got.double() - want).norm() <= LIMITS[torch.bfloat16] * want.norm()

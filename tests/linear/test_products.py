@@ -235,7 +235,7 @@ def test_an_embedding_dequantizes_the_rows_asked_for(kind, monkeypatch):
     monkeypatch.setattr(QTensor, "dequantize", lambda self, *a: seen.append(self.shape[0]) or dequantize(self, *a))
     rows = torch.tensor([[5, 99], [0, 5]])
     assert torch.equal(F.embedding(rows, table), whole[rows])
-    assert seen == [4]
+    assert seen in ([], [4])  # by the same steps, or as a tensor of these rows; never the whole table
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])

@@ -1,6 +1,7 @@
 """Products with quantized weights, and the table of the implementations that run them."""
 
-from requanto.linear.api import embedding, grouped_linear, linear, times
+from requanto.linear.api import grouped_linear, linear, times
+from requanto.linear.embedding import embedding
 from requanto.linear.table import Choice, Implementation, Problem, choose, implementations, register
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""`linear`, `grouped_linear` and `embedding`: checks, shapes, gradients; the work is done by the table's choice.
+"""`linear`, `times` and `grouped_linear`: checks, shapes, gradients; the work is done by the table's choice.
 
 Under torch.compile, and where a gradient is wanted, the product is the operator ``requanto::linear`` on the plain inner
 tensors: one node without a graph break, one graph for all layers of a shape, and a backward that dequantizes again
@@ -13,7 +13,7 @@ from requanto import lowrank
 
 from requanto.linear import reference  # isort: skip  (closes the table, before the others enter it)
 from requanto.linear import bound, cpu, triton
-from requanto.linear.prepare import keep_plain, pack_on_first_use
+from requanto.linear.prepare import pack_on_first_use
 from requanto.linear.table import choose, problem_of
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
@@ -21,7 +21,7 @@ from requanto.rotation import rotate
 from requanto.settings import choices
 from requanto.tracing import has_numbers, is_tracing
 
-__all__ = ["cpu", "embedding", "grouped_linear", "linear", "reference", "times", "triton"]
+__all__ = ["cpu", "grouped_linear", "linear", "packed_product", "reference", "times", "triton"]
 
 #: Choices remembered per weight: one for each number of rows it met lately.
 REMEMBERED = 64
@@ -80,20 +80,29 @@ def times(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) ->
     """
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not weight.transposed or not x.is_cpu:
         return linear(x, weight.t(), bias)
+    out = packed_product(x, weight, bias)
+    return linear(x, weight.t(), bias) if out is None else out
+
+
+def packed_product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """``x @ w.T + bias`` with w the matrix ``[N, K]`` that a weight of another shape is stored as: a transposed one, or that
+    of a convolution. The parameter itself is packed for it.
+
+    Returns:
+        None where it is not to be packed: a gradient is wanted, or something traces, or it has no such form.
+    """
     product = bound.find(x, weight, bias)
     if product is not None:
         return product(x, weight, bias)
     asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    usual = has_numbers() and not asked
     with torch._C.DisableTorchFunctionSubclass():
-        if usual:
-            pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, None)
-        else:
+        if asked or not has_numbers():
             _ = weight.operand  # once for all steps, where the weight has to be plain
-    if not usual or weight.packed is None:
-        return linear(x, weight.t(), bias)
-    with torch._C.DisableTorchFunctionSubclass():
-        view = bound.turned(weight)
+            return None
+        pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, None)
+        if weight.packed is None:
+            return None
+        view = bound.matrix(weight)
         out = _checked(x, view, bias, None, None)
         if view.packed is None and weight.packed is not None:
             weight.qdata = view.qdata  # this product read the stored codes: they are not to be made anew each time
@@ -406,32 +415,3 @@ def _grouped_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _grouped_op.register_autograd(_grouped_backward, setup_context=_grouped_setup)
-
-
-def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
-    """Rows of a quantized table: only the rows asked for are dequantized.
-
-    Args:
-        indices: integer, any shape.
-        weight: quantized ``[entries, features]``.
-
-    Returns:
-        ``[*indices.shape, features]`` in the table's dtype.
-    """
-    if weight.transposed or weight.axis != 0:
-        raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
-    keep_plain(weight)
-    with torch._C.DisableTorchFunctionSubclass():  # every look at a shape would be a call of its own
-        flat = indices.reshape(-1)
-        shared = weight.shared_along(0)
-        inner = weight.inner_tensors().items()
-        picked = {name: part if name in shared else _rows(part, flat) for name, part in inner}
-        shape = (flat.numel(), *weight.shape[1:])
-        rows: QTensor = weight.with_inner(picked, shape=shape)
-        return rows.dequantize().view(*indices.shape, *shape[1:])
-
-
-def _rows(part: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    # As bytes, which torch copies row by row; an index that is out of range is an error, as in F.embedding.
-    bytes_ = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
-    return torch.index_select(bytes_, 0, indices).view(part.dtype)

@@ -7,13 +7,15 @@ dtype, and is two calls.
 It holds the memory of the packed form it reads, so a weight that turns plain forgets it; and whatever else it was made from
 is compared at each use, so that nobody who changes a weight has to know of it.
 
-Of a transposed weight only products with its transpose are kept (`requanto.linear.api.times`): rows of the stored form.
+Of a weight that is no plain matrix, transposed or that of a convolution, products with the matrix that it is stored as are
+kept (`requanto.linear.api.packed_product`).
 """
 
 from __future__ import annotations
 
 import torch
 
+from requanto.layout import LOCK
 from requanto.linear.table import Product, choose, problem_of
 from requanto.qtensor import QTensor
 from requanto.settings import choices
@@ -75,7 +77,7 @@ def remember(x: torch.Tensor, weight: QTensor) -> None:
     if key in kept:
         return
     rows = x.numel() // x.shape[-1]
-    stored = weight if not weight.transposed else turned(weight)
+    stored = matrix(weight)
     bind = choose(problem_of(stored, x.dtype, rows, weight.activation)).implementation.bind
     # Of scales a row in another dtype or order, or filled up, a product holds a copy: their version says when they change.
     scale = weight._scale
@@ -88,7 +90,11 @@ def remember(x: torch.Tensor, weight: QTensor) -> None:
     kept[key] = Bound(weight, product, version)
 
 
-def turned(weight: QTensor) -> QTensor:
-    """The transpose of a packed weight, which shares its packed form."""
-    shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
-    return weight.replace(weight._qdata, shape=shape, transposed=not weight.transposed)
+def matrix(weight: QTensor) -> QTensor:
+    """A weight as the matrix ``[N, K]`` of its stored form, sharing its packed one; itself, where it is that."""
+    if weight.dim() == 2 and not weight.transposed:
+        return weight
+    rows = weight.lead.numel()
+    with LOCK:  # its codes and their form are not to change in between
+        codes = weight._qdata if weight._packed is not None else weight._qdata.reshape(rows, -1)
+        return weight.replace(codes, shape=(rows, weight.row_length), axis=0, transposed=False)

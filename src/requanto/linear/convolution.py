@@ -3,6 +3,9 @@
 A convolution reads each weight once per output pixel, so its arithmetic is left to torch. On a CPU the float weight lies in
 this thread's buffer, some output channels at a time: fresh pages for all of it would take longer than a small image's
 convolution.
+
+With few output pixels it is the weight that takes the time. Then the image's patches become rows of x, and the convolution
+is a product with the packed weight (`requanto.linear.api.packed_product`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from requanto.linear import ahead, blocked, compiled
+from requanto.linear.api import packed_product
 from requanto.linear.dequantize import rows_rounded_once
+from requanto.linear.prepare import layout_to_be
 from requanto.qtensor import QTensor
 from requanto.settings import settings
 from requanto.tracing import has_numbers
@@ -21,6 +27,9 @@ from requanto.workspace import workspace
 
 #: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
 PART = 2
+#: Output pixels, of all images together, up to which a product of patches is faster; and of kernels of one pixel, whose
+#: patches are the image (benchmarks/results/cpu_layers.json).
+PIXELS, PIXELS_ONE_BY_ONE = 128, 256
 #: Those whose weight begins with the output channels.
 _FORWARD = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -42,6 +51,9 @@ def convolution(
         return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
     if x.is_floating_point() and torch.is_autocast_enabled("cpu"):  # torch would narrow x and all of the weight
         x = x.to(torch.get_autocast_dtype("cpu"))
+    out = _of_patches(x, weight, bias, *rest, **kwargs) if function is F.conv2d else None
+    if out is not None:
+        return out
     out_channels, row_bytes = weight.shape[0], weight.row_length * x.dtype.itemsize
     groups = kwargs.get("groups", rest[3] if len(rest) > 3 else 1)
     step = max(1, settings.workspace_bytes // PART // max(1, row_bytes))
@@ -54,6 +66,43 @@ def convolution(
         own = None if bias is None else bias[start:stop]
         parts.append(function(x, _values(weight, start, stop, x.dtype), own, *rest, **kwargs))
     return torch.cat(parts, x.dim() - weight.dim() + 1)
+
+
+def _of_patches(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> torch.Tensor | None:
+    """`F.conv2d` as a product of patches with the packed weight; None where that does not pay, or cannot be."""
+    if x.dtype != torch.bfloat16 or x.dim() != 4 or groups != 1 or x.shape[1] != weight.shape[1]:
+        return None
+    if weight.activation is not None or isinstance(padding, str) or not ahead.wanted(compiled.NIBBLES):
+        return None
+    kernel = weight.shape[2:]
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    sizes = zip(x.shape[2:], padding, dilation, kernel, stride)
+    height, width = ((size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, pad, gap, taps, step in sizes)
+    pixels = x.shape[0] * height * width
+    itself = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    if height < 1 or width < 1 or not 0 < pixels <= (PIXELS_ONE_BY_ONE if itself else PIXELS):
+        return None
+    if not blocked.fits(weight.shape[0], weight.row_length) or layout_to_be(weight, x.dtype) == "plain":
+        return None
+    patches = x.flatten(2) if itself else F.unfold(x, kernel, dilation, padding, stride)
+    rows = patches.transpose(1, 2).contiguous().view(pixels, -1)
+    out = packed_product(rows, weight, bias)
+    if out is None:
+        return None
+    return out.view(len(x), height * width, -1).transpose(1, 2).contiguous().view(len(x), -1, height, width)
+
+
+def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * 2 if len(sizes) == 1 else sizes
 
 
 def _values(weight: QTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

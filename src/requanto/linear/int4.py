@@ -176,7 +176,7 @@ def fits(weight: QTensor) -> bool:
     return (
         weight.qtype.bits in (2, 3, 4)
         and not weight.qtype.is_codebook
-        and length % 16 == 0
+        and _length(length) % 16 == 0
         and (rows + -rows % rows_per_block()) * _length(length) <= (1 + FILLING) * rows * length
         and (weight.group_size in GROUPS or for_kernels(weight))
         and works()

@@ -10,6 +10,7 @@ from torch import nn
 
 from requanto.layout import LOCK, Packed
 from requanto.linear import ahead, blocked, compiled, float8, int4, onednn, stored_form, triton_layout
+from requanto.linear.bound import matrix
 from requanto.qtensor import QTensor
 from requanto.qtypes import qint8, qtype
 from requanto.settings import choices, settings
@@ -31,11 +32,12 @@ def packer(
 ) -> Callable[[QTensor], Packed] | None:
     """How the weight would be packed for x of ``dtype``; None: it stays as it is stored.
 
-    A transposed weight is for products with its transpose, on a CPU (`requanto.linear.api.times`).
+    On a CPU a transposed weight and that of a convolution are for products with the matrix that they are stored as
+    (`requanto.linear.api.packed_product`).
     """
     if triton_layout.fits(weight, activation):
         return triton_layout.pack
-    if weight.device.type != "cpu" or weight.dim() != 2:
+    if weight.device.type != "cpu" or weight.axis != 0 or weight.dim() not in (2, 4):
         return None
     if weight.qtype == qint8:
         right = not weight.affine and weight.group_size is None and weight.row_length <= onednn.LONGEST
@@ -50,6 +52,11 @@ def packer(
     return int4.pack if weight.group_size in int4.GROUPS or (dtype or weight.dtype) == torch.bfloat16 else None
 
 
+def _sizes(weight: QTensor) -> tuple[int, int]:
+    """N and K of the matrix that a weight is stored as."""
+    return weight.lead.numel(), weight.row_length
+
+
 def _pays(
     weight: QTensor,
     make: Callable[[QTensor], Packed] | None,
@@ -59,7 +66,7 @@ def _pays(
     """Whether the weight is large enough for the packed form that ``make`` gives it."""
     if smallest is None:
         both = make is onednn.pack and (activation or weight.activation) == qint8
-        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*weight.canonical_shape)
+        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*_sizes(weight))
         smallest = SMALLEST_ON_CPU if make in (int4.pack, float8.pack) or both or read else SMALLEST
     return make is not None and weight.numel() >= smallest
 
@@ -128,7 +135,7 @@ def _pack(
         if small and smallest is None and not compiled.ready(compiled.INT8):
             return False
         with torch.inference_mode(False), torch.no_grad():
-            packed = make(weight)
+            packed = make(matrix(weight) if make is not triton_layout.pack else weight)
         weight._times_packed = count + 1
         weight.pack(packed)
     return True
@@ -146,7 +153,7 @@ def _load_kernels(weight: QTensor) -> None:
     families = {int4.LAYOUT: [compiled.NIBBLES], float8.LAYOUT: [compiled.FLOAT8]}
     families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_INT8]
     for family in families.get(weight.packed.layout, []):
-        fits = family == compiled.INT8_INT8 or blocked.fits(*weight.canonical_shape)
+        fits = family == compiled.INT8_INT8 or blocked.fits(*_sizes(weight))
         if weight.dtype != torch.float32 and ahead.wanted(family) and fits:
             compiled.ready(family)
 
@@ -169,7 +176,8 @@ def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, QTensor) or id(parameter) in looked_up:
             continue
-        if _pack(parameter, smallest=smallest) and parameter.packed is not None:
+        # A convolution is packed for small images alone, which nobody knows yet.
+        if parameter.dim() != 4 and _pack(parameter, smallest=smallest) and parameter.packed is not None:
             done[name] = parameter.packed.layout
             _load_kernels(parameter)
         elif parameter.packed is None:
