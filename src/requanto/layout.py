@@ -44,9 +44,27 @@ class Packed:
     travels: bool = False
 
     def __init__(self) -> None:
+        self._scales_of: dict[int, torch.Tensor] = {}
         number = next(_numbers)
         self.handle = torch.tensor([number], dtype=torch.int64)
         _held[number] = self
+
+    def row_scale(self, weight: Any, rows: int) -> torch.Tensor:
+        """The scales of the rows as kernels read them: float32 ``[rows]``, zeros behind the weight's own.
+
+        The weight's own memory where it is that; else a buffer that is kept with this form and written anew at each call, so
+        that whoever holds it sees a changed scale.
+        """
+        scale = weight.scale.reshape(-1)
+        if scale.dtype == torch.float32 and scale.is_contiguous() and len(scale) == rows:
+            return scale
+        held = self._scales_of.get(rows)
+        if held is None:
+            with torch.inference_mode(False):
+                held = self._scales_of[rows] = torch.zeros(rows, dtype=torch.float32, device=scale.device)
+        with torch.no_grad():
+            held[: len(scale)].copy_(scale)
+        return held
 
     def plain(self) -> torch.Tensor:
         """The stored codes, bit for bit."""

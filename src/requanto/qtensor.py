@@ -221,9 +221,10 @@ class QTensor(Stored, torch.Tensor):
 
     def codes(self) -> torch.Tensor:
         """Unpacked codes ``[*lead, K]``: uint8 (0 .. 2^bits-1) below 8 bits, else uint8, int8 or float8."""
+        stored = self.traced_codes()
         if self.qtype.is_packed:
-            return unpack(self.qdata, self.qtype.bits, self.row_length)
-        return self.qdata.reshape(*self.lead, self.row_length)
+            return unpack(stored, self.qtype.bits, self.row_length)
+        return stored.reshape(*self.lead, self.row_length)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight that all stored tensors stand for, in ``dtype`` (default: its own), computed in float32."""

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from requanto.layout import LOCK, Packed
+from requanto.layout import LOCK, Packed, find, is_fake, is_handle
 from requanto.qtypes import qtype, qtypes
 from requanto.scales.compact import expand_scale, expand_shift, pack_codes, unpack_codes
+from requanto.tracing import unwatched
 
 if TYPE_CHECKING:
     from requanto.qtensor import QTensor
@@ -51,21 +52,38 @@ class Stored:
     @property
     def qdata(self) -> torch.Tensor:
         """The stored codes. Reading them makes a packed tensor plain again."""
-        if self._packed is not None:
-            with LOCK:
-                if self._packed is not None:
-                    codes = self._packed.plain()
-                    if not self.qtype.is_packed and codes.dim() == 2:  # those of a convolution keep its shape
-                        codes = codes.view(self.canonical_shape)  # type: ignore[attr-defined]
-                    if self._packed.pinned:
-                        return codes
-                    self.qdata = codes
-        return self._qdata
+        codes = self._qdata
+        if self._packed is None and (not is_handle(codes) or is_fake(codes)):
+            return codes
+        with LOCK:  # another thread may be packing it, or have made it plain
+            packed = self._packed
+            if packed is None:
+                return self._qdata
+            with unwatched():
+                codes = packed.plain().view(self.stored_shape)
+            if not packed.pinned:
+                self.qdata = codes
+            return codes
 
     @qdata.setter
     def qdata(self, value: torch.Tensor) -> None:
-        self._qdata, self._packed = value, None
+        with LOCK:
+            self._qdata, self._packed = value, None
         self.__dict__.pop("_bound", None)  # products made ready hold the packed form's memory
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """The shape of the stored codes: those of 8 bits keep that of a convolution."""
+        if not self.qtype.is_packed:
+            return self.canonical_shape  # type: ignore[attr-defined, no-any-return]
+        return torch.Size([*self.lead, -(-self.row_length * self.qtype.bits // 8)])  # type: ignore[attr-defined]
+
+    def traced_codes(self) -> torch.Tensor:
+        """`qdata`; while torch.compile traces a packed tensor, of which it sees the handle, an operator that gives them."""
+        codes = self.qdata
+        if not is_handle(codes):
+            return codes
+        return torch.ops.requanto.stored_codes(codes, self.qtype.name, list(self.stored_shape))  # type: ignore[no-any-return]
 
     @property
     def operand(self) -> torch.Tensor:
@@ -326,3 +344,14 @@ class Stored:
                 copy._is_param = True
             memo[id(self)] = copy
         return memo[id(self)]
+
+
+@torch.library.custom_op("requanto::stored_codes", mutates_args=())
+def _stored_codes(handle: torch.Tensor, name: str, shape: list[int]) -> torch.Tensor:
+    """The stored codes behind a packed form's handle."""
+    return find(handle, qtypes[name].bits).plain().view(shape)
+
+
+@_stored_codes.register_fake
+def _(handle: torch.Tensor, name: str, shape: list[int]) -> torch.Tensor:
+    return handle.new_empty(shape, dtype=qtypes[name].storage_dtype)

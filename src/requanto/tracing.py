@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
 
 
@@ -27,3 +31,16 @@ def has_numbers() -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
     )
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """For numbers that outlive whatever watches the call they are made in: inference mode, a gradient, fake tensors,
+    torch.func's transforms."""
+    with contextlib.ExitStack() as stack:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C._DisableTorchDispatch())
+        yield

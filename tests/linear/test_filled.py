@@ -1,9 +1,15 @@
 """Packed forms of weights that are no whole blocks of 64, and of transposed ones: GPT-2's ``x @ W``."""
 
+import concurrent.futures
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import requanto
 from requanto import QTensor, explain, prepare, qint8
 from requanto.linear import ahead, blocked, bound, int4, onednn, times
 from requanto.settings import settings
@@ -190,3 +196,111 @@ def test_a_transposed_weight_that_lost_its_form_while_it_was_read(monkeypatch):
         assert weight.packed is not None
         assert error(times(x, weight), x, values, torch.zeros(320)) < 1e-5
     assert weight.packed is None
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_compiled_graphs_of_a_packed_weight_in_both_orientations(compiled, kind, transposed):
+    """A graph has the packed form alone, which is for one of them; a backward wants the other."""
+    torch._dynamo.reset()
+    weight, values, _ = made(kind, 320, 320, transposed=transposed)
+    x, zeros = torch.randn(40, 320).bfloat16(), torch.zeros(320)
+    forward, other = (torch.matmul, F.linear) if transposed else (F.linear, torch.matmul)
+    with torch.no_grad():
+        forward(x, weight)
+        assert (weight.packed is not None) == (compiled or kind == "int4")
+        assert error(torch.compile(lambda a: forward(a, weight), backend="aot_eager")(x), x, values, zeros) < 1e-2
+        assert error(torch.compile(lambda a: other(a, weight), backend="aot_eager")(x), x, values.t(), zeros) < 1e-2
+        forward(x, weight)
+        whole = torch.compile(lambda one: weight.dequantize() * one, backend="aot_eager")(torch.ones(()))
+        torch.testing.assert_close(whole.double(), (values.t() if transposed else values), rtol=1e-2, atol=1e-2)
+    x.requires_grad_()
+    out = torch.compile(lambda a: forward(a, weight), backend="aot_eager")(x)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    assert error(x.grad, gradient, values.t(), zeros) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_transforms_and_traces_of_a_packed_weight(kind, transposed, compiled):
+    weight, values, codes = made(kind, 320, 256, transposed=transposed)
+    x, zeros = torch.randn(4, 256).bfloat16(), torch.zeros(320)
+
+    def run(a):
+        return a @ weight if transposed else F.linear(a, weight)
+
+    def packed():
+        with torch.no_grad():
+            run(x)
+        return weight.packed is not None or kind != "int4"
+
+    assert packed()
+    assert error(torch.vmap(run)(x), x, values, zeros) < 1e-2
+    assert packed()
+    gradient = torch.func.grad(lambda a: run(a).float().sum())(x)
+    assert error(gradient, torch.ones(4, 320), values.t(), torch.zeros(256)) < 1e-2
+    assert packed()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(mode.from_tensor(x)).shape == (4, 320)
+    assert error(make_fx(run)(x)(x), x, values, zeros) < 1e-2
+    assert packed()
+    assert torch.equal(weight.qdata.view(torch.uint8), codes)
+
+
+def test_scales_that_are_changed_behind_torch_s_back(compiled):
+    """Filled up, they are copied: at every product, so that no way to change them is missed."""
+    weight, values, _ = made("int8", 1000, 192)
+    x, zeros = torch.randn(40, 192).bfloat16(), torch.zeros(1000)
+    with torch.no_grad():
+        for factor in (1, 2, 4):
+            for _ in range(3):
+                assert error(F.linear(x, weight), x, factor * values, zeros) < 1e-2
+            weight.detach()._scale.data.mul_(2)
+
+
+def test_threads_that_multiply_while_another_reads_the_codes(compiled):
+    weight, values, codes = made("int8", 320, 256, transposed=True)
+    wrong, stop = [], threading.Event()
+
+    def multiply(rows):
+        with torch.inference_mode():
+            for step in range(60):
+                x = torch.randn(rows + step % 3, 256).bfloat16()
+                if not error(x @ weight, x, values, torch.zeros(320)) < 1e-2:
+                    wrong.append(rows)
+
+    def read():
+        while not stop.is_set():
+            weight._times_packed = 0  # or it would stay plain
+            weight.__dict__.pop("_stays_plain", None)
+            if not torch.equal(weight.qdata.view(torch.uint8), codes):
+                wrong.append("codes")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(multiply, rows) for rows in (1, 40)]
+    stop.set()
+    reader.join()
+    for each in done:
+        each.result()
+    assert not wrong
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_a_module_of_a_transposed_weight_keeps_its_form(activations, monkeypatch):
+    if ahead.compiler() is None:
+        pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(settings, "compiled", True)
+    model = torch.nn.Sequential(transformers.pytorch_utils.Conv1D(512, 256)).bfloat16()
+    x = torch.randn(3, 5, 256).bfloat16()
+    want = model(x)
+    requanto.quantize(model, weights="int8", activations=activations)
+    requanto.freeze(model)
+    assert prepare(model) == {"0.weight": onednn.LAYOUT}
+    with torch.no_grad():
+        for _ in range(2):
+            assert (model(x) - want).norm() < 2e-2 * want.norm()
+            assert model[0].weight.packed.layout == onednn.LAYOUT

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from requanto import lowrank
+from requanto.layout import LOCK
 
 from requanto.linear import reference  # isort: skip  (closes the table, before the others enter it)
 from requanto.linear import bound, cpu, triton
@@ -67,46 +68,68 @@ def linear(
     return _checked(x, weight, bias, activation, input_scale)
 
 
-def times(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def times(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``x @ weight + bias``: that of GPT-2's ``Conv1D``, whose weight ``[K, N]`` is stored as one of ``[N, K]``.
 
     Args:
         x: float ``[..., K]``.
         weight: quantized ``[K, N]``.
-        bias: float ``[N]``.
+        bias, activation, input_scale: as in `linear`.
 
     Returns, Raises:
         As `linear` of the transpose. A layer's weight is packed for it, and its products are made ready, as there.
     """
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or not weight.transposed or not x.is_cpu:
-        return linear(x, weight.t(), bias)
-    out = packed_product(x, weight, bias)
-    return linear(x, weight.t(), bias) if out is None else out
+    out = None
+    plain = not torch.compiler.is_compiling() and type(x) in (torch.Tensor, torch.nn.Parameter)
+    if plain and weight.transposed and x.is_cpu:
+        out = packed_product(x, weight, bias, activation=activation, input_scale=input_scale)
+    return linear(x, weight.t(), bias, activation=activation, input_scale=input_scale) if out is None else out
 
 
-def packed_product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """``x @ w.T + bias`` with w the matrix ``[N, K]`` that a weight of another shape is stored as: a transposed one, or that
-    of a convolution. The parameter itself is packed for it.
+def packed_product(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    *,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """`linear` of the matrix ``[N, K]`` that a weight of another shape is stored as: a transposed one, or that of a
+    convolution. The parameter itself is packed for it.
 
     Returns:
         None where it is not to be packed: a gradient is wanted, or something traces, or it has no such form.
     """
-    product = bound.find(x, weight, bias)
+    usual = input_scale is None and (activation is None or activation is weight.activation)
+    product = bound.find(x, weight, bias) if usual else None
     if product is not None:
         return product(x, weight, bias)
     asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     with torch._C.DisableTorchFunctionSubclass():
         if asked or not has_numbers():
             _ = weight.operand  # once for all steps, where the weight has to be plain
-            return None
-        pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, None)
-        if weight.packed is None:
-            return None
+            if has_numbers() or is_tracing():
+                return None
+            # torch.func takes no transpose of a tensor that has parts; the matrix is made of these.
+            return _checked(x, bound.matrix(weight), bias, activation, input_scale)
+        pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, activation)
         view = bound.matrix(weight)
-        out = _checked(x, view, bias, None, None)
-        if view.packed is None and weight.packed is not None:
-            weight.qdata = view.qdata  # this product read the stored codes: they are not to be made anew each time
-        if not _autocast(x):
+        packed = view.packed
+        if packed is None:
+            return None
+        out = _checked(x, view, bias, activation, input_scale)
+        if view.packed is not packed:
+            with LOCK:  # this product read the stored codes: they are not to be made anew each time
+                if weight.packed is packed:
+                    weight.qdata = view.qdata.view(weight.stored_shape)
+        if usual and not _autocast(x):
             bound.remember(x, weight)
         return out
 
@@ -165,7 +188,11 @@ def _product(
     rows = x.reshape(-1, x.shape[-1])
     compiling = is_tracing()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if needs_grad or compiling:
+    if (
+        not compiling and not has_numbers()
+    ):  # torch.func's transforms, other tracers, fake tensors: operators they all know
+        out = reference.run(rows, weight, bias, activation, input_scale)
+    elif needs_grad or compiling:
         # Rows in, rows out: the result of an operator with a backward of its own must be no view, or users could not
         # change it in place. A backward reads the stored codes; compiled inference takes packed ones by their handle.
         out = torch.ops.requanto.linear(
@@ -203,6 +230,10 @@ def _run(
     """``[rows, K] -> [rows, N]`` by the table's choice."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
+    packed = weight.packed
+    if weight.transposed and packed is not None and not packed.travels:
+        # Compiled code knows a weight by its packed form alone, which is made for products with the stored matrix.
+        weight = weight.replace(packed.plain().view(weight.stored_shape))
     # The choice is remembered with the weight: asking the table anew costs more than a small layer's product.
     known = weight.__dict__.setdefault("_choices", {})
     static = input_scale is not None

@@ -28,10 +28,10 @@ SHAPES = 16
 class Bound:
     """A product, or None where there is nothing to make ready, and what it was made from."""
 
-    __slots__ = ("activation", "address", "packed", "product", "scale", "shift", "version")
+    __slots__ = ("activation", "address", "packed", "product", "scale", "shift")
 
-    def __init__(self, weight: QTensor, product: Product | None, version: int | None) -> None:
-        self.product, self.version = product, version
+    def __init__(self, weight: QTensor, product: Product | None) -> None:
+        self.product = product
         self.packed, self.scale, self.shift = weight._packed, weight._scale, weight._shift
         self.activation, self.address = weight.activation, weight._scale.data_ptr()
 
@@ -51,7 +51,6 @@ def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product
         found.packed is not held["_packed"]
         or found.scale is not held["_scale"]
         or found.address != found.scale.data_ptr()
-        or (found.version is not None and found.version != found.scale._version)
         or found.shift is not held["_shift"]
         or found.activation is not held["activation"]
         or held["up"] is not None
@@ -79,15 +78,25 @@ def remember(x: torch.Tensor, weight: QTensor) -> None:
     rows = x.numel() // x.shape[-1]
     stored = matrix(weight)
     bind = choose(problem_of(stored, x.dtype, rows, weight.activation)).implementation.bind
-    # Of scales a row in another dtype or order, or filled up, a product holds a copy: their version says when they change.
-    scale = weight._scale
-    itself = scale.dtype == torch.float32 and scale.is_contiguous() and stored.shape[0] % 64 == 0
-    copied = weight.group_size is None and not itself
-    product = bind(stored, rows, x.dtype) if bind is not None and not (copied and scale.is_inference()) else None
-    version = scale._version if copied and product is not None else None
+    product = bind(stored, rows, x.dtype) if bind is not None else None
     if len(kept) >= SHAPES:
         kept.clear()
-    kept[key] = Bound(weight, product, version)
+    kept[key] = Bound(weight, None if product is None else _with_its_scales(product, weight, stored.shape[0]))
+
+
+def _with_its_scales(product: Product, weight: QTensor, rows: int) -> Product:
+    """Of scales a row in another dtype or order, or filled up, a product holds a copy (`Packed.row_scale`): written anew."""
+    scale, packed = weight._scale, weight._packed
+    itself = scale.dtype == torch.float32 and scale.is_contiguous() and rows % 64 == 0
+    if weight.group_size is not None or itself or packed is None:
+        return product
+
+    def with_its_scales(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        for held in list(packed._scales_of):
+            packed.row_scale(weight, held)
+        return product(x, weight, bias)
+
+    return with_its_scales
 
 
 def matrix(weight: QTensor) -> QTensor:
@@ -96,5 +105,6 @@ def matrix(weight: QTensor) -> QTensor:
         return weight
     rows = weight.lead.numel()
     with LOCK:  # its codes and their form are not to change in between
-        codes = weight._qdata if weight._packed is not None else weight._qdata.reshape(rows, -1)
-        return weight.replace(codes, shape=(rows, weight.row_length), axis=0, transposed=False)
+        packed = weight._packed  # held here: another thread may make the weight plain meanwhile
+        codes = weight._qdata.reshape(rows, -1) if packed is None else packed.handle
+    return weight.replace(codes, shape=(rows, weight.row_length), axis=0, transposed=False)

@@ -50,7 +50,7 @@ def _simple(weight: QTensor) -> bool:
 def _values(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
     """What `QTensor.dequantize` gives for these rows, by the same steps in float32: the same numbers."""
     kind, length, groups = weight.qtype, weight.row_length, weight.groups
-    codes, scale = _rows(weight.qdata, indices), _rows(weight._scale, indices)
+    codes, scale = _rows(weight.traced_codes(), indices), _rows(weight._scale, indices)
     if kind.is_floating_point and codes.is_cpu:
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         codes_to_float(codes, kind, values)

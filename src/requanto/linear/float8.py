@@ -11,7 +11,6 @@ import torch
 from requanto.layout import Packed, packed_as
 from requanto.linear import ahead, blocked, compiled
 from requanto.linear.int8 import by_row
-from requanto.linear.onednn import row_scale
 from requanto.linear.table import Product
 from requanto.qtensor import QTensor
 from requanto.qtypes import qfloat8_e4m3fn, qtype
@@ -81,7 +80,7 @@ def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
 
 def _product(packed: Float8Codes, weight: QTensor, rows: int) -> Product:
     codes, length, (out_features, own) = packed.blocks, packed.length, packed.shape
-    scale = row_scale(weight, blocked.padded(out_features))
+    scale = packed.row_scale(weight, blocked.padded(out_features))
     if rows > FEW:
         scales = scale.view(-1, blocked.ROWS)
         product = blocked.bind(out_features, length, rows, lambda part: compiled.fill_e4m3(codes[part], scales[part]))

@@ -63,7 +63,7 @@ def _product(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
     if words is None or not compiled.ready(compiled.INT8):
         return None
     (out_features, own), length = weight.shape, 4 * words.shape[1]
-    scale = onednn.row_scale(weight, blocked.padded(out_features))
+    scale = packed.row_scale(weight, blocked.padded(out_features))
     if rows == 1:
         return blocked.widened(by_row(compiled.int8_row(words, scale), out_features), own, length)
     scales = scale.view(-1, blocked.ROWS)
@@ -101,10 +101,10 @@ def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | Non
         words = packed.words
         if words is None:
             return None
-        filled = onednn.row_scale(weight, blocked.padded(out_features))
+        filled = packed.row_scale(weight, blocked.padded(out_features))
         one = by_row(compiled.int8_row(words, filled, quantized=True), out_features, wide=False)
         return blocked.widened(one, length, 4 * words.shape[1])
-    scale = onednn.row_scale(weight)
+    scale = packed.row_scale(weight, out_features)
     step = min(rows, rows_at_once(length, out_features))
     # Rounded up, so that prompts of all lengths share a few buffers.
     room = 1 << (max(step, onednn.LEAST) - 1).bit_length()

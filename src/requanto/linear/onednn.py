@@ -121,12 +121,6 @@ def works() -> bool:
     return False
 
 
-def row_scale(weight: QTensor, rows: int | None = None) -> torch.Tensor:
-    """The scales of the rows as oneDNN and compiled kernels read them, float32 ``[N]``; up to ``rows`` with zeros."""
-    scale = weight.scale.reshape(-1).float().contiguous()
-    return scale if rows in (None, len(scale)) else torch.nn.functional.pad(scale, (0, rows - len(scale)))
-
-
 def pack(weight: QTensor) -> OneDnnCodes:
     """The blocked form of a plain int8 weight."""
     return OneDnnCodes(weight.qdata)
@@ -155,7 +149,8 @@ def run_split(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Float activations: two int8 products."""
-    packed, scale = packed_as(weight, OneDnnCodes, pack), row_scale(weight)
+    packed = packed_as(weight, OneDnnCodes, pack)
+    scale = packed.row_scale(weight, weight.shape[0])
     one = row_step(x, STEPS) if x.shape[0] == 1 else None
     if one is not None:
         sums = product(split_by(x, one, LEAST), packed, scale, one)
@@ -180,7 +175,8 @@ def run_int8(
 ) -> torch.Tensor:
     """int8 activations, per token or static: one int8 product."""
     assert activation is not None
-    packed, scale = packed_as(weight, OneDnnCodes, pack), row_scale(weight)
+    packed = packed_as(weight, OneDnnCodes, pack)
+    scale = packed.row_scale(weight, weight.shape[0])
     step = _rows_at_once(x, weight.shape[0])
     if x.dtype != torch.float16:
         one = single_scale(x, activation, input_scale)

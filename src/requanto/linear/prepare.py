@@ -98,7 +98,7 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
         or weight.__dict__.get("_stays_plain", False)
         or not settings.pack_on_first_use
         or not getattr(weight, "_is_param", False)
-        or weight.__dict__.get("_no_form_at") == choices.version
+        or weight.__dict__.get("_no_form_at") == (choices.version, dtype, activation)
     ):
         return
     if weight.numel() < min(SMALLEST, SMALLEST_ON_CPU):
@@ -120,7 +120,7 @@ def _pack(
             return False  # a graph is being recorded: what it has read must stay where it is
         make = packer(weight, dtype, activation)
         if make is None:  # float8 has a form for compiled kernels only: ask again when something has changed
-            weight._no_form_at = choices.version
+            weight._no_form_at = (choices.version, dtype, activation)
             return False
         count = weight.__dict__.get("_times_packed", 0)
         if not _pays(weight, make, activation, smallest) or count > REPACKS:

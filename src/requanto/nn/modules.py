@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from requanto.linear import linear
+from requanto.linear import linear, times
 from requanto.nn.activation import QActivation
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules
@@ -49,15 +49,18 @@ class QLinear(QModuleMixin, nn.Linear):
 
 
 def _product(module: QModuleMixin, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``input @ weight.T + bias``; a frozen weight takes quantized inputs as codes."""
-    kind, scale = module.activation_qtype, None
-    if kind is None or not isinstance(weight, QTensor):
-        return F.linear(input, weight, module.bias)
+    """``input @ weight.T + bias``, of a weight [in, out] without the transpose; a frozen one takes quantized x as codes."""
+    kind, scale, turned = module.activation_qtype, None, module.transposed_weight
+    if not isinstance(weight, QTensor) or (kind is None and isinstance(input, QActivation)):
+        return F.linear(input, weight.t() if turned else weight, module.bias)
+    if kind is None:
+        return times(input, weight, module.bias) if turned else F.linear(input, weight, module.bias)
     if isinstance(input, QActivation):
         input, scale = input.dequantize(), input._scale
     elif module.calibrated:
         scale = module.input_scale
-    return linear(input, weight, module.bias, activation=kind, input_scale=scale)
+    run = times if turned else linear
+    return run(input, weight, module.bias, activation=kind, input_scale=scale)
 
 
 class _QConvNd(QModuleMixin):
@@ -242,4 +245,4 @@ class QTransposedLinear(QModuleMixin, TransposedLinear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _product(self, input, self.qweight.t())
+        return _product(self, input, self.qweight)
