@@ -122,6 +122,17 @@ def quanto_layers(layer: nn.Module) -> dict[str, nn.Module]:
 LIBRARIES = {"requanto": requanto_layers, "optimum-quanto": quanto_layers}
 
 
+def _runs(call: Callable[[], object], what: str) -> bool:
+    """False, and a line, where a peer fails: its cell stays empty."""
+    try:
+        with torch.inference_mode():
+            call()
+    except Exception as error:
+        print(f"{what} fails: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
 def measured(library: str, seconds: float) -> Iterator[dict[str, Any]]:
     """A result for each layer and input."""
     for case in CASES:
@@ -135,7 +146,9 @@ def measured(library: str, seconds: float) -> Iterator[dict[str, Any]]:
             x = x.bfloat16() if x.is_floating_point() else x
             candidates = {"bf16": [lambda layer=layer, x=x: layer(x) for layer in floats]}
             for kind in built[0]:
-                candidates[kind] = [lambda layer=layers[kind], x=x: layer(x) for layers in built]
+                calls = [lambda layer=layers[kind], x=x: layer(x) for layers in built]
+                if library == "requanto" or _runs(calls[0], f"{library} {kind}, {case.name}, {size}"):
+                    candidates[kind] = calls
             with torch.inference_mode():
                 found = interleaved(candidates, "bf16", seconds)
             yield {"library": library, "kind": case.kind, "layer": case.name, "input": size, "results": found}

@@ -37,6 +37,7 @@ class Packed:
     Attributes:
         layout: name of the form, a field of `requanto.linear.Problem`.
         handle: what operators get in place of the codes.
+        row_scales: buffers of `row_scale`, by length.
         travels: True where forward and backward take the handle outside of torch.compile too; else they take the codes.
     """
 
@@ -44,7 +45,7 @@ class Packed:
     travels: bool = False
 
     def __init__(self) -> None:
-        self._scales_of: dict[int, torch.Tensor] = {}
+        self.row_scales: dict[int, torch.Tensor] = {}
         number = next(_numbers)
         self.handle = torch.tensor([number], dtype=torch.int64)
         _held[number] = self
@@ -58,10 +59,10 @@ class Packed:
         scale = weight.scale.reshape(-1)
         if scale.dtype == torch.float32 and scale.is_contiguous() and len(scale) == rows:
             return scale
-        held = self._scales_of.get(rows)
+        held = self.row_scales.get(rows)
         if held is None:
             with torch.inference_mode(False):
-                held = self._scales_of[rows] = torch.zeros(rows, dtype=torch.float32, device=scale.device)
+                held = self.row_scales[rows] = torch.zeros(rows, dtype=torch.float32, device=scale.device)
         with torch.no_grad():
             held[: len(scale)].copy_(scale)
         return held

@@ -27,10 +27,15 @@ def has_numbers() -> bool:
     """
     return (
         not is_tracing()  # first: a compiler that reads this needs no more
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transformed()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._get_tracing_state()
     )
+
+
+def transformed() -> bool:
+    """True inside torch.func's transforms."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @contextlib.contextmanager
@@ -38,7 +43,7 @@ def unwatched() -> Iterator[None]:
     """For numbers that outlive whatever watches the call they are made in: inference mode, a gradient, fake tensors,
     torch.func's transforms."""
     with contextlib.ExitStack() as stack:
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if transformed():
             stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

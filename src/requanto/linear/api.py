@@ -20,7 +20,7 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
 from requanto.rotation import rotate
 from requanto.settings import choices
-from requanto.tracing import has_numbers, is_tracing
+from requanto.tracing import has_numbers, is_tracing, transformed
 
 __all__ = ["cpu", "grouped_linear", "linear", "packed_product", "reference", "times", "triton"]
 
@@ -188,9 +188,8 @@ def _product(
     rows = x.reshape(-1, x.shape[-1])
     compiling = is_tracing()
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if (
-        not compiling and not has_numbers()
-    ):  # torch.func's transforms, other tracers, fake tensors: operators they all know
+    if not compiling and (transformed() or (rows.is_cpu and not needs_grad and not has_numbers())):
+        # For torch.func, other tracers and fake tensors: operators that all of them know.
         out = reference.run(rows, weight, bias, activation, input_scale)
     elif needs_grad or compiling:
         # Rows in, rows out: the result of an operator with a backward of its own must be no view, or users could not

@@ -92,7 +92,7 @@ def _with_its_scales(product: Product, weight: QTensor, rows: int) -> Product:
         return product
 
     def with_its_scales(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        for held in list(packed._scales_of):
+        for held in list(packed.row_scales):
             packed.row_scale(weight, held)
         return product(x, weight, bias)
 
