@@ -18,6 +18,7 @@ from common import RESULTS, write
 
 from requanto import QTensor, qint8
 from requanto.linear import blocked, compiled, int4, int4_large, int8, onednn
+from requanto.linear import convolution as images
 from requanto.linear.activations import quantize_unsigned
 from requanto.linear.table import Bind
 
@@ -89,18 +90,46 @@ def quantizing() -> dict[str, dict[str, float]]:
     return found
 
 
+def convolutions() -> dict[str, dict[str, dict[str, float]]]:
+    """A convolution by its output pixels: the weight made for torch's operator, and the product of patches."""
+    limits = images.PIXELS, images.PIXELS_ONE_BY_ONE, images.WEIGHTS_A_PIXEL
+
+    def run(weight: torch.Tensor, x: torch.Tensor, patches: bool) -> torch.Tensor:
+        images.PIXELS = images.PIXELS_ONE_BY_ONE = 2**31 if patches else 0
+        images.WEIGHTS_A_PIXEL = 1
+        return F.conv2d(x, weight, padding=weight.shape[2] // 2)
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for channels, kernel in ((1280, 3), (640, 3), (1280, 1)):
+        copies = max(3, min(COPIES, int(READ / (channels * channels * kernel**2))))
+        floats = [torch.randn(channels, channels, kernel, kernel, dtype=torch.bfloat16) for _ in range(copies)]
+        own = found[f"convolution {channels} to {channels}, {kernel} x {kernel}"] = {}
+        for size in (4, 8, 11, 16, 32):
+            x = torch.randn(1, channels, size, size, dtype=torch.bfloat16)
+            paths = {"bf16": (lambda w, x=x, k=kernel: F.conv2d(x, w, padding=k // 2), floats)}
+            for kind in ("int8", "int4", "float8"):
+                for name, patches in (("convolution", False), ("patches", True)):
+                    weights = [torch.nn.Parameter(QTensor.quantize(w, kind, axis=0), False) for w in floats]
+                    paths[f"{kind}, {name}"] = (lambda w, x=x, patches=patches: run(w, x, patches), weights)
+            own[f"{size * size} pixels"] = timed(paths)
+            print(list(found)[-1], size, own[f"{size * size} pixels"], flush=True)
+    images.PIXELS, images.PIXELS_ONE_BY_ONE, images.WEIGHTS_A_PIXEL = limits
+    return found
+
+
 def main() -> None:
     """Measures, prints, writes."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    families = (compiled.NIBBLES, compiled.INT8, compiled.INT8_INT8)
+    families = (compiled.NIBBLES, compiled.INT8, compiled.INT8_INT8, compiled.FLOAT8)
     if not (blocked.works() and onednn.works() and all(compiled.ready(family) for family in families)):
         raise SystemExit("this machine has not all of the paths (see the log): nothing to choose, nothing measured")
     with torch.no_grad():
         results = {f"{n} x {k}": products((n, k)) for n, k in SHAPES}
         results["quantizing x"] = quantizing()
+        results |= convolutions()
     print(results["quantizing x"])
-    write(RESULTS / "cpu_paths.json", {"unit": "microseconds, by rows of x", "results": results})
+    write(RESULTS / "cpu_paths.json", {"unit": "microseconds, by rows of x or output pixels", "results": results})
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from requanto.workspace import workspace
 
 #: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
 PART = 2
-#: Output pixels, of all images together, up to which a product of patches is faster; and of kernels of one pixel, whose
-#: patches are the image (benchmarks/results/cpu_layers.json).
-PIXELS, PIXELS_ONE_BY_ONE = 128, 256
+#: Output pixels, of all images together, up to which a product of patches is faster, and not more than one for so many
+#: weights; and with kernels of one pixel, whose patches are the image (benchmarks/results/cpu_paths.json).
+PIXELS, WEIGHTS_A_PIXEL, PIXELS_ONE_BY_ONE = 128, 10**5, 256
 #: Those whose weight begins with the output channels.
 _FORWARD = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -88,7 +88,8 @@ def _of_patches(
     height, width = ((size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, pad, gap, taps, step in sizes)
     pixels = x.shape[0] * height * width
     itself = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0)
-    if height < 1 or width < 1 or not 0 < pixels <= (PIXELS_ONE_BY_ONE if itself else PIXELS):
+    most = PIXELS_ONE_BY_ONE if itself else min(PIXELS, weight.numel() // WEIGHTS_A_PIXEL)
+    if height < 1 or width < 1 or not 0 < pixels <= most:
         return None
     if not blocked.fits(weight.shape[0], weight.row_length) or layout_to_be(weight, x.dtype) == "plain":
         return None
