@@ -1,7 +1,8 @@
 """Products with quantized weights, and the table of the implementations that run them."""
 
-from requanto.linear.api import grouped_linear, linear, times
+from requanto.linear.api import linear, times
 from requanto.linear.embedding import embedding
+from requanto.linear.grouped import grouped_linear
 from requanto.linear.table import Choice, Implementation, Problem, choose, implementations, register
 
 __all__ = [
