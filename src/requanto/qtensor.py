@@ -241,15 +241,7 @@ class QTensor(Stored, torch.Tensor):
 
     def stored_values(self) -> torch.Tensor:
         """float32 ``[*lead, K]``: what the codes stand for as they are stored, rotated where the weight is."""
-        values = self._code_values()
-        scale, shift = self.scale, self.shift
-        if shift is None and self.qtype.is_packed:
-            values = values - self.qtype.zero_code
-        values = values.unflatten(-1, (scale.shape[-1], -1)) if self.row_length else values.unsqueeze(-1)
-        values = values * scale.to(torch.float32).unsqueeze(-1)
-        if shift is not None:
-            values = values - shift.to(torch.float32).unsqueeze(-1)
-        return values.reshape(*self.lead, self.row_length)
+        return scaled_values(self._code_values(), self.qtype, self.scale, self.shift, self.row_length)
 
     def _code_values(self) -> torch.Tensor:
         """float32 ``[*lead, K]``: codes as numbers, or what they stand for in a codebook."""
@@ -281,6 +273,25 @@ class QTensor(Stored, torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return dispatch.torch_dispatch(func, types, args, kwargs or {})
+
+
+def scaled_values(
+    values: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Tensor | None, length: int
+) -> torch.Tensor:
+    """What codes stand for: float32 ``[..., K]``.
+
+    Args:
+        values: the codes as numbers, float32 ``[..., K]``.
+        scale, shift: ``[..., G]``.
+        length: K, which a tracer would not take for a number from the shape.
+    """
+    if shift is None and kind.is_packed:
+        values = values - kind.zero_code
+    groups = values.unflatten(-1, (scale.shape[-1], -1)) if length else values.unsqueeze(-1)
+    groups = groups * scale.to(torch.float32).unsqueeze(-1)
+    if shift is not None:
+        groups = groups - shift.to(torch.float32).unsqueeze(-1)
+    return groups.reshape(values.shape)
 
 
 NO_GRADIENT = (

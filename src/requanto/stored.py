@@ -72,6 +72,11 @@ class Stored:
         self.__dict__.pop("_bound", None)  # products made ready hold the packed form's memory
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """N and K of the matrix that the codes are stored as."""
+        return self.lead.numel(), self.row_length  # type: ignore[attr-defined]
+
+    @property
     def stored_shape(self) -> torch.Size:
         """The shape of the stored codes: those of 8 bits keep that of a convolution."""
         if not self.qtype.is_packed:

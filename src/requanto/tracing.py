@@ -33,6 +33,11 @@ def has_numbers() -> bool:
     )
 
 
+def wants_gradient(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """True where a product of x, and a bias, is to be differentiated; its quantized weight never is."""
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def transformed() -> bool:
     """True inside torch.func's transforms."""
     return torch._C._functorch.peek_interpreter_stack() is not None

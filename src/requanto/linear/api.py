@@ -20,7 +20,7 @@ from requanto.qtensor import QTensor
 from requanto.qtypes import qtype, qtypes
 from requanto.rotation import rotate
 from requanto.settings import choices
-from requanto.tracing import has_numbers, is_tracing, transformed
+from requanto.tracing import has_numbers, is_tracing, transformed, wants_gradient
 
 __all__ = ["cpu", "linear", "packed_product", "reference", "times", "triton"]
 
@@ -111,7 +111,7 @@ def packed_product(
     product = bound.find(x, weight, bias) if usual else None
     if product is not None:
         return product(x, weight, bias)
-    asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    asked = wants_gradient(x, bias)
     with torch._C.DisableTorchFunctionSubclass():
         if asked or not has_numbers():
             _ = weight.operand  # once for all steps, where the weight has to be plain
@@ -187,7 +187,7 @@ def _product(
     """``x @ codes.T + bias``."""
     rows = x.reshape(-1, x.shape[-1])
     compiling = is_tracing()
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    needs_grad = wants_gradient(x, bias)
     if not compiling and (transformed() or (rows.is_cpu and not needs_grad and not has_numbers())):
         # For torch.func, other tracers and fake tensors: operators that all of them know.
         out = reference.run(rows, weight, bias, activation, input_scale)
@@ -211,9 +211,7 @@ def _product(
             weight.scale_bits or 0,
         )
     else:
-        if weight.transposed:
-            _ = weight.operand  # its packed form is for products with its transpose (`times`)
-        else:
+        if not weight.transposed:
             pack_on_first_use(weight, x.dtype, activation)
         out = _run(rows, weight, bias, activation, input_scale)
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -229,10 +227,10 @@ def _run(
     """``[rows, K] -> [rows, N]`` by the table's choice."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    packed = weight.packed
-    if weight.transposed and packed is not None and not packed.travels:
-        # Compiled code knows a weight by its packed form alone, which is made for products with the stored matrix.
-        weight = weight.replace(packed.plain().view(weight.stored_shape))
+    if weight.transposed:
+        _ = (
+            weight.operand
+        )  # a packed form is for products with the stored matrix (`times`), and compiled code has no other
     # The choice is remembered with the weight: asking the table anew costs more than a small layer's product.
     known = weight.__dict__.setdefault("_choices", {})
     static = input_scale is not None

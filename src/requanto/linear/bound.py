@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import torch
 
-from requanto.layout import LOCK
+from requanto.layout import LOCK, Packed
 from requanto.linear.table import Product, choose, problem_of
 from requanto.qtensor import QTensor
 from requanto.settings import choices
-from requanto.tracing import has_numbers
+from requanto.tracing import has_numbers, wants_gradient
 
 #: Shapes remembered with a weight; one more, and all are forgotten.
 SHAPES = 16
@@ -60,7 +60,7 @@ def find(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Product
         return None
     if not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if wants_gradient(x, bias):
         return None
     return found.product
 
@@ -81,15 +81,13 @@ def remember(x: torch.Tensor, weight: QTensor) -> None:
     product = bind(stored, rows, x.dtype) if bind is not None else None
     if len(kept) >= SHAPES:
         kept.clear()
-    kept[key] = Bound(weight, None if product is None else _with_its_scales(product, weight, stored.shape[0]))
+    packed = stored.packed
+    copied = product is not None and packed is not None and packed.row_scales
+    kept[key] = Bound(weight, _with_its_scales(product, packed) if copied else product)
 
 
-def _with_its_scales(product: Product, weight: QTensor, rows: int) -> Product:
-    """Of scales a row in another dtype or order, or filled up, a product holds a copy (`Packed.row_scale`): written anew."""
-    scale, packed = weight._scale, weight._packed
-    itself = scale.dtype == torch.float32 and scale.is_contiguous() and rows % 64 == 0
-    if weight.group_size is not None or itself or packed is None:
-        return product
+def _with_its_scales(product: Product, packed: Packed) -> Product:
+    """A product that reads copies of scales (`Packed.row_scale`): they are written anew first."""
 
     def with_its_scales(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         for held in list(packed.row_scales):
@@ -103,8 +101,8 @@ def matrix(weight: QTensor) -> QTensor:
     """A weight as the matrix ``[N, K]`` of its stored form, sharing its packed one; itself, where it is that."""
     if weight.dim() == 2 and not weight.transposed:
         return weight
-    rows = weight.lead.numel()
+    shape = weight.matrix_shape
     with LOCK:  # its codes and their form are not to change in between
         packed = weight._packed  # held here: another thread may make the weight plain meanwhile
-        codes = weight._qdata.reshape(rows, -1) if packed is None else packed.handle
-    return weight.replace(codes, shape=(rows, weight.row_length), axis=0, transposed=False)
+        codes = weight._qdata.reshape(shape[0], -1) if packed is None else packed.handle
+    return weight.replace(codes, shape=shape, axis=0, transposed=False)

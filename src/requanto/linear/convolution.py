@@ -22,7 +22,7 @@ from requanto.linear.dequantize import rows_rounded_once
 from requanto.linear.prepare import layout_to_be
 from requanto.qtensor import QTensor
 from requanto.settings import settings
-from requanto.tracing import has_numbers
+from requanto.tracing import has_numbers, wants_gradient
 from requanto.workspace import workspace
 
 #: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
@@ -45,7 +45,7 @@ def convolution(
     """
     bias, *rest = args or (kwargs.pop("bias", None),)
     usual = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
-    asked = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    asked = wants_gradient(x, bias)
     # A derivative keeps the weight, and a trace has no buffers.
     if x.device.type != "cpu" or weight.device.type != "cpu" or asked or not usual or not has_numbers():
         return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
@@ -91,7 +91,7 @@ def _of_patches(
     most = PIXELS_ONE_BY_ONE if itself else min(PIXELS, weight.numel() // WEIGHTS_A_PIXEL)
     if height < 1 or width < 1 or not 0 < pixels <= most:
         return None
-    if not blocked.fits(weight.shape[0], weight.row_length) or layout_to_be(weight, x.dtype) == "plain":
+    if not blocked.fits(*weight.matrix_shape) or layout_to_be(weight, x.dtype) == "plain":
         return None
     patches = x.flatten(2) if itself else F.unfold(x, kernel, dilation, padding, stride)
     rows = patches.transpose(1, 2).contiguous().view(pixels, -1)

@@ -7,7 +7,8 @@ import torch
 from requanto.linear.dequantize import codes_to_float
 from requanto.linear.prepare import keep_plain
 from requanto.packing import unpack
-from requanto.qtensor import QTensor
+from requanto.qtensor import QTensor, scaled_values
+from requanto.tracing import has_numbers
 
 
 def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
@@ -48,21 +49,16 @@ def _simple(weight: QTensor) -> bool:
 
 
 def _values(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
-    """What `QTensor.dequantize` gives for these rows, by the same steps in float32: the same numbers."""
-    kind, length, groups = weight.qtype, weight.row_length, weight.groups
+    """What `QTensor.dequantize` gives for these rows, without a tensor being made of them: the same numbers."""
+    kind = weight.qtype
     codes, scale = _rows(weight.traced_codes(), indices), _rows(weight._scale, indices)
-    if kind.is_floating_point and codes.is_cpu:
+    if kind.is_floating_point and codes.is_cpu and has_numbers():
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         codes_to_float(codes, kind, values)
     else:
-        values = (unpack(codes, kind.bits, length) if kind.is_packed else codes).to(torch.float32)
-    if weight._shift is None and kind.is_packed:
-        values.sub_(kind.zero_code)
-    in_groups = values.view(len(values), groups, length // groups)
-    in_groups.mul_(scale.to(torch.float32).unsqueeze(-1))
-    if weight._shift is not None:
-        in_groups.sub_(_rows(weight._shift, indices).to(torch.float32).unsqueeze(-1))
-    return values.to(weight.dtype)
+        values = (unpack(codes, kind.bits, weight.row_length) if kind.is_packed else codes).to(torch.float32)
+    shift = None if weight._shift is None else _rows(weight._shift, indices)
+    return scaled_values(values, kind, scale, shift, weight.row_length).to(weight.dtype)
 
 
 def _rows(part: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

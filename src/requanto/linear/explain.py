@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from requanto.linear.bound import matrix
 from requanto.linear.prepare import layout_to_be
 from requanto.linear.table import choose, problem_of
 from requanto.qtensor import QTensor
@@ -86,15 +87,9 @@ def explain(
             kind += f", {activation.name.removeprefix('q')} activations{' under a static scale' if static else ''}"
         float_type = dtype or parameter.dtype
         layout = layout_to_be(parameter, float_type, activation)
+        stored = parameter if parameter.dim() == 3 else matrix(parameter)  # of a transposed one: x @ W, as in Conv1D
         for count in (rows,) if isinstance(rows, int) else rows:
-            problem = problem_of(parameter, float_type, count, activation, layout=layout, static=static)
-            if parameter.dim() == 2 and parameter.transposed:  # x @ W, as in Conv1D: rows of the stored form
-                problem = replace(
-                    problem,
-                    out_features=problem.in_features,
-                    in_features=problem.out_features,
-                    transposed=False,
-                )
+            problem = problem_of(stored, float_type, count, activation, layout=layout, static=static)
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation
             found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, chosen.reason))
     return found

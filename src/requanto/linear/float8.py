@@ -51,7 +51,7 @@ def fits(weight: QTensor) -> bool:
         and weight.qtype == qfloat8_e4m3fn
         and weight.group_size is None
         and not weight.affine
-        and blocked.fits(weight.lead.numel(), weight.row_length)
+        and blocked.fits(*weight.matrix_shape)
     )
 
 

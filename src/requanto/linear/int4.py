@@ -53,7 +53,7 @@ class Int4Codes(Packed):
     def __init__(self, weight: QTensor) -> None:
         super().__init__()
         self.bits, self.block = weight.qtype.bits, rows_per_block()
-        self.rows, self.own_length = weight.lead.numel(), weight.row_length
+        self.rows, self.own_length = weight.matrix_shape
         self.length = _length(self.own_length)
         self.groups = 1 if weight.group_size is None else self.length // weight.group_size
         # The operator's zero is 8. Codes of 2 and 3 bits are moved there, so that no zero point is large beside its weights.
@@ -172,7 +172,7 @@ def works() -> bool:
 def fits(weight: QTensor) -> bool:
     """True for weights of whole blocks, or nearly, whose groups are the operator's, or the kernels'
     (`requanto.linear.int4_large`)."""
-    rows, length = weight.lead.numel(), weight.row_length
+    rows, length = weight.matrix_shape
     return (
         weight.qtype.bits in (2, 3, 4)
         and not weight.qtype.is_codebook
@@ -185,7 +185,7 @@ def fits(weight: QTensor) -> bool:
 
 def for_kernels(weight: QTensor) -> bool:
     """True for weights that compiled kernels read in this form and the operator does not."""
-    rows, length, group = weight.lead.numel(), weight.row_length, weight.group_size
+    (rows, length), group = weight.matrix_shape, weight.group_size
     if group in GROUPS or not ahead.wanted(compiled.NIBBLES) or not blocked.fits(rows, length):
         return False
     # Whole groups in what is filled up, pairs of codes in each; a kernel knows no axis of one.

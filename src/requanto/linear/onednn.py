@@ -26,6 +26,7 @@ from requanto.linear.activations import (
     split_16bit,
     split_by,
 )
+from requanto.linear.blocked import padded
 from requanto.qtensor import QTensor
 from requanto.qtypes import qtype
 from requanto.workspace import rows_that_fit
@@ -69,7 +70,7 @@ class OneDnnCodes(Packed):
         self.words = self._words(codes)
 
     def _words(self, codes: torch.Tensor) -> torch.Tensor | None:
-        length, (wide, long) = codes.shape[1], (-(-size // 64) * 64 for size in codes.shape)
+        length, (wide, long) = codes.shape[1], (padded(size) for size in codes.shape)
         # Room for a sum a row, or none, beside the codes: small weights are filled up otherwise.
         if not codes.numel() or self.nbytes not in (wide * long, wide * long + 4 * wide):
             return None

@@ -52,11 +52,6 @@ def packer(
     return int4.pack if weight.group_size in int4.GROUPS or (dtype or weight.dtype) == torch.bfloat16 else None
 
 
-def _sizes(weight: QTensor) -> tuple[int, int]:
-    """N and K of the matrix that a weight is stored as."""
-    return weight.lead.numel(), weight.row_length
-
-
 def _pays(
     weight: QTensor,
     make: Callable[[QTensor], Packed] | None,
@@ -66,7 +61,7 @@ def _pays(
     """Whether the weight is large enough for the packed form that ``make`` gives it."""
     if smallest is None:
         both = make is onednn.pack and (activation or weight.activation) == qint8
-        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*_sizes(weight))
+        read = make is onednn.pack and ahead.wanted(compiled.INT8) and blocked.fits(*weight.matrix_shape)
         smallest = SMALLEST_ON_CPU if make in (int4.pack, float8.pack) or both or read else SMALLEST
     return make is not None and weight.numel() >= smallest
 
@@ -153,7 +148,7 @@ def _load_kernels(weight: QTensor) -> None:
     families = {int4.LAYOUT: [compiled.NIBBLES], float8.LAYOUT: [compiled.FLOAT8]}
     families[onednn.LAYOUT] = [compiled.INT8 if weight.activation is None else compiled.INT8_INT8]
     for family in families.get(weight.packed.layout, []):
-        fits = family == compiled.INT8_INT8 or blocked.fits(*_sizes(weight))
+        fits = family == compiled.INT8_INT8 or blocked.fits(*weight.matrix_shape)
         if weight.dtype != torch.float32 and ahead.wanted(family) and fits:
             compiled.ready(family)
 

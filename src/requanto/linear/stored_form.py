@@ -1,7 +1,7 @@
 """Stored codes -> bfloat16 by kernels of torch's compiler: of weights that have no packed form.
 
-Those of convolutions are such, transposed ones, and those whose sizes are no whole blocks of oneDNN's. Eager operators pass
-over a weight three to ten times (`requanto.linear.dequantize`), a kernel once.
+Those of convolutions are such, and those whose sizes are far from whole blocks of oneDNN's. Eager operators pass over a
+weight three to ten times (`requanto.linear.dequantize`), a kernel once.
 
 (e4m3's two codes of NaN, which quantization never gives, count as 480 here, as in every fast path.)
 """
