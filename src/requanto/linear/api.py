@@ -227,10 +227,6 @@ def _run(
     """``[rows, K] -> [rows, N]`` by the table's choice."""
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
-    if weight.transposed:
-        _ = (
-            weight.operand
-        )  # a packed form is for products with the stored matrix (`times`), and compiled code has no other
     # The choice is remembered with the weight: asking the table anew costs more than a small layer's product.
     known = weight.__dict__.setdefault("_choices", {})
     static = input_scale is not None

@@ -130,7 +130,11 @@ def problem_of(
 ) -> Problem:
     """The problem that ``rows`` rows of ``dtype`` times ``weight`` is; in another layout than its own, if given."""
     if layout is None:
-        layout = "plain" if weight.packed is None else weight.packed.layout
+        packed = weight.packed
+        # A packed form on a CPU is that of the stored matrix. Whoever multiplies with its transpose reads the stored codes,
+        # also in compiled code, which knows a weight by that form alone.
+        other = packed is not None and weight.transposed and not packed.travels
+        layout = "plain" if packed is None or other else packed.layout
     return Problem(
         device=weight.device.type,
         qtype=weight.qtype,
