@@ -26,11 +26,11 @@ import requanto
 from requanto.budget.choose import choose
 from requanto.budget.models import model_bytes
 from requanto.budget.sensitivity import importances
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
+from requanto.config.limit import Limit
+from requanto.config.plan import PlannedWeight, plan
 from requanto.data import calibration_text, eval_text
-from requanto.limit import Limit
 from requanto.methods import quantize_with_samples, text_samples
-from requanto.plan import PlannedWeight, plan
 from requanto.report._inputs import token_ids
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))

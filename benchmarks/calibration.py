@@ -32,9 +32,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.set_num_threads(int(threads))
 if library == "requanto":
-    from requanto.calibrate import Calibration
+    from requanto.model.calibrate import Calibration
     from requanto.checkpoint.format import flatten
-    from requanto.quantize import freeze, quantize
+    from requanto.model.quantize import freeze, quantize
 else:
     from optimum.quanto import Calibration, freeze, quantize
     flatten = dict

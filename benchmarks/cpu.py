@@ -38,7 +38,7 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 def requanto_layers(weight: torch.Tensor) -> dict[str, Layer]:
     import requanto
     from requanto.linear import linear
-    from requanto.settings import settings
+    from requanto.runtime.settings import settings
 
     def quantize(kind: str) -> torch.nn.Parameter:
         return torch.nn.Parameter(requanto.QTensor.quantize(weight, kind), requires_grad=False)

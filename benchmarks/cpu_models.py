@@ -29,7 +29,7 @@ from common import RESULTS, write
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import requanto
-from requanto.settings import settings
+from requanto.runtime.settings import settings
 
 sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
 

@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from common import RESULTS, write
 
 from requanto import QTensor, qint8
-from requanto.linear import ahead, blocked, compiled, float8, int4, int4_large, onednn, stored_form
 from requanto.linear.activations import quantize_unsigned, split_16bit
-from requanto.linear.dequantize import dequantize_rows
-from requanto.linear.kept import scaled_into
+from requanto.linear.cpu import float8, fused_dequantize, int4, int4_gemm, onednn_bf16, onednn_int8
+from requanto.linear.cpu.aot import cache
+from requanto.linear.cpu.aot import calls as compiled
+from requanto.linear.cpu.dequantize import dequantize_rows
+from requanto.linear.cpu.scratch_matmul import scaled_into
 
 ROWS, K, N = 256, 4096, 512
 ROUNDS = 40
@@ -89,17 +91,17 @@ def weights() -> dict[str, float]:
     rows = torch.empty(N, K, dtype=torch.bfloat16)
     calls = {
         "int4, byte by byte": lambda: _plain_nibbles(blocks, scale, zero, out),
-        "int4": lambda: int4_large._planes(blocks, sides, zeros, torch.bfloat16),
+        "int4": lambda: int4_gemm._planes(blocks, sides, zeros, torch.bfloat16),
         "float8": lambda: dequantize_rows(weight, 0, N, rows, scaled=False),
     }
     for kind in ("int8", "int4", "float8"):
         stored = QTensor.quantize(torch.randn(N, K, dtype=torch.bfloat16), kind)
-        if stored_form.ready(stored, torch.bfloat16):
-            calls[f"{kind}, stored form, compiled"] = lambda stored=stored: stored_form.fill(stored, 0, N, rows)
-    if blocked.fits(N, K):
+        if fused_dequantize.ready(stored, torch.bfloat16):
+            calls[f"{kind}, stored form, compiled"] = lambda stored=stored: fused_dequantize.fill(stored, 0, N, rows)
+    if onednn_bf16.fits(N, K):
         if not (compiled.ready(compiled.NIBBLES) and compiled.ready(compiled.FLOAT8)):
             return timed(calls, N * K)
-        buffer = blocked.blocked(N, K)
+        buffer = onednn_bf16.blocked(N, K)
         pairs = torch.rand(count, groups, 2 * half, 2).bfloat16().view(torch.int32).squeeze(-1)
         bytes_, row_scale = float8.pack(weight).blocks, torch.rand(N)
         own = pairs.view(-1, 1, 2, half)
@@ -113,13 +115,13 @@ def weights() -> dict[str, float]:
 def products() -> dict[str, float]:
     """One int8 product of few rows, in microseconds of a weight that the cache does not hold."""
     copies = 6
-    packed = [onednn.OneDnnCodes(torch.randint(-127, 128, (K, K), dtype=torch.int8)) for _ in range(copies)]
+    packed = [onednn_int8.OneDnnCodes(torch.randint(-127, 128, (K, K), dtype=torch.int8)) for _ in range(copies)]
     scale, x = torch.ones(K), torch.randint(0, 256, (8, K), dtype=torch.uint8)
 
     def run(rows: int) -> Callable[[], None]:
         def call() -> None:
             for weight in packed:
-                onednn.product(x[:rows], weight, scale)
+                onednn_int8.product(x[:rows], weight, scale)
 
         return call
 
@@ -128,9 +130,9 @@ def products() -> dict[str, float]:
 
 def orders() -> dict[str, float]:
     """A product with a bfloat16 weight in the cache, as it is and in oneDNN's order, in microseconds."""
-    if not blocked.fits(N, K):
+    if not onednn_bf16.fits(N, K):
         return {}
-    weight, buffer = torch.randn(N, K, dtype=torch.bfloat16), blocked.blocked(N, K)
+    weight, buffer = torch.randn(N, K, dtype=torch.bfloat16), onednn_bf16.blocked(N, K)
     buffer.words.copy_(weight.view(N // 64, 64, K // 2, 2).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1))
     calls: dict[str, Callable[[], object]] = {}
     for rows in (16, 128):
@@ -142,7 +144,7 @@ def orders() -> dict[str, float]:
 
 def kernels() -> dict[str, float]:
     """What a compiled kernel costs: to make (wall time, an empty directory, all processors), to load, to call."""
-    if ahead.compiler() is None:
+    if cache.compiler() is None:
         return {}
     name = "rows-to-int8"
     source = compiled.SOURCES[name]
@@ -150,16 +152,16 @@ def kernels() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as kept:
         os.environ["REQUANTO_CACHE"] = kept
         try:
-            path = ahead.path_of(name, source)
+            path = cache.path_of(name, source)
             start = time.perf_counter()
-            ahead.make({name: path})
+            cache.make({name: path})
             one = time.perf_counter() - start
             start = time.perf_counter()
-            ahead.make({other: ahead.path_of(other, compiled.SOURCES[other]) for other in compiled.SOURCES})
+            cache.make({other: cache.path_of(other, compiled.SOURCES[other]) for other in compiled.SOURCES})
             rest = time.perf_counter() - start
             start = time.perf_counter()
-            kernel = ahead.Kernel(name, path)
-            ahead.check(kernel, source, name)
+            kernel = cache.Kernel(name, path)
+            cache.check(kernel, source, name)
             load = time.perf_counter() - start
         finally:
             os.environ.pop("REQUANTO_CACHE")
@@ -171,7 +173,7 @@ def kernels() -> dict[str, float]:
     return {what: round(value, 2) for what, value in figures.items()} | timed(calls, 1000)
 
 
-def torch_compiled(source: ahead.Source) -> Callable[[], object]:
+def torch_compiled(source: cache.Source) -> Callable[[], object]:
     """The same function through torch.compile."""
     arguments = source.example()
     call = torch.compile(source.function, dynamic=True)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from common import RESULTS, write
 
 from requanto import QTensor, qint8
-from requanto.linear import blocked, compiled, int4, int4_large, int8, onednn
 from requanto.linear import convolution as images
 from requanto.linear.activations import quantize_unsigned
-from requanto.linear.table import Bind
+from requanto.linear.cpu import int4, int4_gemm, int8, onednn_bf16, onednn_int8
+from requanto.linear.cpu.aot import calls
+from requanto.linear.registry import Bind
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (1024, 2048), (2048, 2048), (4096, 4096))
 ROWS = (1, 8, 12, 16, 32, 64, 128, 512)
@@ -57,19 +58,19 @@ def products(shape: tuple[int, int]) -> dict[str, dict[str, float]]:
     for weight in fours + others:
         weight.pack(int4.pack(weight))
     for weight in eights:
-        weight.pack(onednn.pack(weight))
+        weight.pack(onednn_int8.pack(weight))
     found = {}
     for rows in ROWS:
         x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
         paths = {
             "bf16": (lambda w, x=x: F.linear(x, w), floats),
-            "int8, split": (lambda w, x=x: onednn.run_split(x, w, None), eights),
+            "int8, split": (lambda w, x=x: onednn_int8.run_split(x, w, None), eights),
             "int8, compiled": bound(int8.bind, x, eights),
-            "int4, compiled": bound(int4_large.bind, x, fours),
+            "int4, compiled": bound(int4_gemm.bind, x, fours),
         }
         if rows <= 128:
             paths["int4, operator"] = bound(int4.bind, x, others)
-        paths["int8 x int8, oneDNN"] = (lambda w, x=x: onednn.run_int8(x, w, None, qint8), eights)
+        paths["int8 x int8, oneDNN"] = (lambda w, x=x: onednn_int8.run_int8(x, w, None, qint8), eights)
         paths["int8 x int8, compiled"] = bound(int8.bind_quantized, x, eights)
         found[str(rows)] = timed(paths)
         print(shape, rows, found[str(rows)], flush=True)
@@ -83,8 +84,8 @@ def quantizing() -> dict[str, dict[str, float]]:
         xs = [torch.randn(rows, length, dtype=torch.bfloat16) for _ in range(20)]
         codes, steps = torch.empty(rows, length, dtype=torch.uint8), torch.empty(rows, 1)
         paths = {
-            "operators": (lambda x: quantize_unsigned(x, qint8, None, onednn.LEAST), xs),
-            "kernel": (lambda x, codes=codes, steps=steps: compiled.rows_to_int8(x, codes, steps), xs),
+            "operators": (lambda x: quantize_unsigned(x, qint8, None, onednn_int8.LEAST), xs),
+            "kernel": (lambda x, codes=codes, steps=steps: calls.rows_to_int8(x, codes, steps), xs),
         }
         found[f"{rows} x {length}"] = timed(paths)
     return found
@@ -121,8 +122,8 @@ def main() -> None:
     """Measures, prints, writes."""
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    families = (compiled.NIBBLES, compiled.INT8, compiled.INT8_INT8, compiled.FLOAT8)
-    if not (blocked.works() and onednn.works() and all(compiled.ready(family) for family in families)):
+    families = (calls.NIBBLES, calls.INT8, calls.INT8_INT8, calls.FLOAT8)
+    if not (onednn_bf16.works() and onednn_int8.works() and all(calls.ready(family) for family in families)):
         raise SystemExit("this machine has not all of the paths (see the log): nothing to choose, nothing measured")
     with torch.no_grad():
         results = {f"{n} x {k}": products((n, k)) for n, k in SHAPES}

@@ -20,7 +20,7 @@ from common import RESULTS, write
 from transformers import AutoModelForCausalLM
 
 import requanto
-from requanto.lowrank import fold_lowrank
+from requanto.tensor.lowrank import fold_lowrank
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from real_models import smollm2_dir

@@ -32,12 +32,12 @@ from real_models import minilm_dir, smollm2_dir
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from requanto.budget.models import settle_on_samples
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 from requanto.data import calibration_text, eval_text
 from requanto.methods import quantize_with_samples, text_samples
-from requanto.qtensor import QTensor
 from requanto.report.calibrated import planned_for
 from requanto.report.perplexity import perplexity
+from requanto.tensor.qtensor import QTensor
 
 OUT = RESULTS / "methods.json"
 

@@ -31,7 +31,7 @@ from gpu_timing import graph_ms, markdown, plot, synchronize, wall_ms
 from torch import nn
 
 import requanto
-from requanto.qtypes import resolve_qtype
+from requanto.dtypes.qtypes import resolve_qtype
 
 LLAMA_SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "vocab_size": 1024},

@@ -37,8 +37,8 @@ from real_models import minilm_dir, smollm2_dir
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from requanto import QTensor, QuantoConfig
+from requanto.config.plan import PlannedWeight
 from requanto.data import eval_text
-from requanto.plan import PlannedWeight
 from requanto.report.calibrated import planned_for
 from requanto.report.perplexity import perplexity
 

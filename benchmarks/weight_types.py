@@ -28,9 +28,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from requanto import QTensor, QuantoConfig
 from requanto.data import eval_text
-from requanto.linear.dequantize import dequantize_rows
+from requanto.linear.cpu.dequantize import dequantize_rows
 from requanto.report import perplexity
-from requanto.settings import settings
+from requanto.runtime.settings import settings
 
 CASES = (
     "bfloat16",

@@ -19,8 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from requanto.calibrate import Calibration
-from requanto.quantize import freeze, quantize
+from requanto import Calibration, freeze, quantize
 
 #: (weights, activations) of each line of the table
 CASES = [("int8", None), ("int8", "int8"), ("float8", "float8"), ("int4", None), ("int4", "int8"), ("int2", None)]

@@ -6,7 +6,7 @@ import torch
 from tiny_models import TINY, output, save_tiny
 
 from requanto import QTensor, QuantoConfig
-from requanto.lowrank import append
+from requanto.tensor.lowrank import append
 
 DEVICE_MAP = {
     "model.embed_tokens": "cpu",

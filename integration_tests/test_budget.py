@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import requanto
 from requanto import QTensor, QuantoConfig
-from requanto.cli import app
+from requanto.cli.app import app
 
 
 def stored_bytes(directory):

@@ -11,7 +11,7 @@ from tiny_diffusers import run_pipeline, tiny_pipeline
 from typer.testing import CliRunner
 
 import requanto
-from requanto.cli import app
+from requanto.cli.app import app
 from requanto.report import compare
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits_diffusion"

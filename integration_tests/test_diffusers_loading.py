@@ -18,7 +18,7 @@ from tiny_diffusers import TINY, relative_error
 import requanto
 from requanto.checkpoint.format import CheckpointError, table_of
 from requanto.integrations.conversion import true_bytes
-from requanto.quantize import freeze, quantize
+from requanto.model.quantize import freeze, quantize
 from requanto.report.inspect import inspect_directory
 
 TINY_FLUX = TINY["flux"]

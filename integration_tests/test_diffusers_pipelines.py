@@ -12,7 +12,7 @@ from diffusers.quantizers import PipelineQuantizationConfig
 from tiny_diffusers import relative_error, run_pipeline, tiny_pipeline
 
 import requanto
-from requanto.quantize import freeze, quantize
+from requanto.model.quantize import freeze, quantize
 
 MODELS = ("transformer", "text_encoder", "vae")
 

@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from tiny_diffusers import TINY, relative_error, run_pipeline, tiny_pipeline
 
 import requanto
-from requanto.quantize import freeze, quantize
+from requanto.model.quantize import freeze, quantize
 
 DTYPES = ("int8", "float8", "int4", "int2", "codebook4")
 TINY_FLUX = TINY["flux"]

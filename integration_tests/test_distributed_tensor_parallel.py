@@ -10,8 +10,8 @@ from tiny_models import TINY, output, save_tiny
 from transformers.distributed import DistributedConfig
 
 from requanto import QTensor, QuantoConfig
-from requanto.lowrank import append
-from requanto.ops.pieces import cut, join, with_groups
+from requanto.tensor.lowrank import append
+from requanto.tensor.sharding import cut, join, with_groups
 
 ALL = {"embeddings": True, "lm_head": True}
 # Row groups of 64 and, in qwen3's attention, heads of 32: some cuts fall inside a group.

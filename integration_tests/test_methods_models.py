@@ -10,7 +10,7 @@ from torch import nn
 
 import requanto
 from requanto.methods.chains import Chain
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 def left_float(model):

@@ -10,7 +10,7 @@ from tiny_models import TINY, output, save_tiny
 from torch import nn
 
 from requanto import QTensor, QuantoConfig
-from requanto.lowrank import fold_lowrank
+from requanto.tensor.lowrank import fold_lowrank
 
 DTYPES = ["int8", "int4", "int2", "float8", "float8_e5m2", "int3", "nf4", "codebook4"]
 

@@ -7,12 +7,12 @@ import torch
 from tiny_models import TINY, output
 
 import requanto  # noqa: F401  (hooks in)
+from requanto.checkpoint.foreign.quanto_directory import convert_quanto_directory, is_quanto_directory
 from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.quanto_directory import convert_quanto_directory, is_quanto_directory
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
 from requanto.integrations import optimum_quanto as compat
 from requanto.integrations.optimum_quanto import models
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 @pytest.fixture(params=["int8", "int4", "int2", "float8"])

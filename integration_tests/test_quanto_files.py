@@ -7,16 +7,16 @@ import torch
 from quanto_process import run_oracle
 from torch import nn
 
+from requanto.checkpoint.foreign.quanto_files import from_qtensor, to_qtensor
 from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.quanto_files import from_qtensor, to_qtensor
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
+from requanto.dtypes.qtypes import qtypes
 from requanto.integrations.optimum_quanto import MaxOptimizer as CompatMax
 from requanto.integrations.optimum_quanto import quantize_weight
 from requanto.integrations.optimum_quanto.models import core_map, core_state
-from requanto.optimizers import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
-from requanto.qtypes import qtypes
-from requanto.quantize import freeze, quantization_map, quantize
-from requanto.requantize import requantize
+from requanto.model.quantize import freeze, quantization_map, quantize
+from requanto.model.requantize import requantize
+from requanto.scales.optimizers import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
 
 OPTIMIZERS = {"absmax": AbsmaxOptimizer, "max": MaxOptimizer, "hqq": HqqOptimizer}
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

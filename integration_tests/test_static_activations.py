@@ -12,9 +12,9 @@ from transformers import AutoModel
 import requanto
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.shards import SafetensorsFiles
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 from requanto.nn import QActivation, QConv2d, QLayerNorm, QLinear
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 CAUSAL = TINY["llama"].auto
 

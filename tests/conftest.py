@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
     """`tests/linear/test_compiled.py` and the integration tests run the compiled paths."""
-    from requanto.settings import settings as requanto_settings
+    from requanto.runtime.settings import settings as requanto_settings
 
     monkeypatch.setattr(requanto_settings, "compiled", False)
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from requanto import explain
-from requanto.calibrate import Calibration
-from requanto.linear import onednn
+from requanto.dtypes.qtypes import qfloat8, qint8
+from requanto.linear.cpu import onednn_int8
+from requanto.model.calibrate import Calibration
+from requanto.model.quantize import freeze, quantization_map, quantize
+from requanto.model.requantize import requantize
 from requanto.nn import QActivation, QLayerNorm
-from requanto.observers import MseObserver, PercentileObserver, absmax_scale
-from requanto.qtypes import qfloat8, qint8
-from requanto.quantize import freeze, quantization_map, quantize
-from requanto.requantize import requantize
+from requanto.scales.observers import MseObserver, PercentileObserver, absmax_scale
 
 
 class Net(nn.Module):
@@ -251,5 +251,5 @@ def test_explain_knows_static_scales():
     assert explain(model, rows=4) == [static]
     packed = model[0].weight.packed
     assert static.layout == ("plain" if packed is None else packed.layout)
-    if onednn.works():
+    if onednn_int8.works():
         assert static.implementation == "cpu-onednn-int8"

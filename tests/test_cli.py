@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
 
 from tiny_models import TINY, output, save_tiny, tiny_tokenizer
 
-from requanto.cli import app
+from requanto.cli.app import app
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from torch import nn
 import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.checkpoint import CheckpointError, flatten, rebuild, spec_text
-from requanto.config import format_version_of
-from requanto.lowrank import State, scale_rows
-from requanto.ops.pieces import cut, join
-from requanto.packing import unpack
+from requanto.config.config import format_version_of
+from requanto.dtypes.bit_packing import unpack
 from requanto.scales.compact import round_scales
+from requanto.tensor.lowrank import State, scale_rows
+from requanto.tensor.sharding import cut, join
 
 #: (type, symmetric, bits of scales)
 FORMS = [
@@ -134,7 +134,7 @@ def test_equal_weights_are_kept():
 
 def test_a_small_group_beside_a_large_one_has_a_scale():
     scale = torch.tensor([[1.0, 1e-9, 0.0]])
-    codes = round_scales(scale, None, requanto.qtypes["qint4"], 8).scale
+    codes = round_scales(scale, None, requanto.dtypes.qtypes["qint4"], 8).scale
     assert codes.tolist() in ([[255, 1, 0]], [[254, 1, 0]])  # as the rounding of the row's own scale has it
 
 

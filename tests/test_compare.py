@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import requanto
-from requanto.cli import app
+from requanto.cli.app import app
 from requanto.report import compare
 from requanto.report.compare_images import pictures, psnr
 from requanto.report.lockstep import Lockstep

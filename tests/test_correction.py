@@ -8,7 +8,7 @@ from torch import nn
 import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.checkpoint import flatten, rebuild, spec_text
-from requanto.config import format_version_of
+from requanto.config.config import format_version_of
 from requanto.scales import correction
 
 

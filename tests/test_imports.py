@@ -133,7 +133,7 @@ def test_the_wheel_holds_both_packages_their_types_and_their_data(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in ("requanto", "requanto_kernels"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= names
-    assert {"requanto/data/eval_text.txt", "requanto/cli.py"} <= names
+    assert {"requanto/data/eval_text.txt", "requanto/cli/app.py"} <= names
     assert any(name.startswith("requanto_kernels/tables/") and name.endswith(".json") for name in names)
     shipped = {f"{m.replace('.', '/')}" for m in MODULES}
     assert not [m for m in shipped if f"{m}.py" not in names and f"{m}/__init__.py" not in names and tracked(m, listed)]

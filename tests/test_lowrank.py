@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import requanto
 from requanto import QTensor
 from requanto.checkpoint.format import CheckpointError, flatten, rebuild, spec_text
-from requanto.lowrank import add_dense, append, compress, fold, fold_lowrank, product, scale_rows
+from requanto.tensor.lowrank import add_dense, append, compress, fold, fold_lowrank, product, scale_rows
 
 KINDS = ["int8", "int4", "int2", "float8", "int3", "nf4", "codebook3"]
 

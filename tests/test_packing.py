@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from requanto.packing import pack, packed_length, unpack, unpack_pairs
+from requanto.dtypes.bit_packing import pack, packed_length, unpack, unpack_pairs
 
 shapes = st.lists(st.integers(1, 5), min_size=0, max_size=3)
 

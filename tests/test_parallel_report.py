@@ -5,8 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from requanto import QTensor, QuantoConfig
-from requanto.ops.pieces import cut
 from requanto.report.parallel import llama, parallel_report, parse_parallel
+from requanto.tensor.sharding import cut
 
 
 @pytest.fixture(scope="module")

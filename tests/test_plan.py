@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from requanto import QuantoConfig
-from requanto.plan import matches, plan
+from requanto.config.plan import matches, plan
 
 
 class Experts(nn.Module):

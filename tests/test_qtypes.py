@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from requanto import qfloat8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2, qint2, qint4, qint8, qtype, qtypes
-from requanto.qtypes import resolve_qtype, short_name
+from requanto.dtypes.qtypes import resolve_qtype, short_name
 
 # name, float?, bits, dtype of a code, smallest, largest: written out from optimum-quanto 0.2.7 and the OCP fp8 paper
 FIELDS = [

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from requanto.checkpoint.format import CheckpointError, flatten
+from requanto.model.quantize import freeze, quantization_map, quantize
+from requanto.model.requantize import requantize
 from requanto.nn import QLinear
-from requanto.optimizers import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
-from requanto.qtensor import QTensor
-from requanto.quantize import freeze, quantization_map, quantize
-from requanto.requantize import requantize
+from requanto.scales.optimizers import AbsmaxOptimizer, HqqOptimizer, MaxOptimizer
+from requanto.tensor.qtensor import QTensor
 
 
 class Tied(nn.Module):

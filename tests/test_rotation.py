@@ -11,11 +11,11 @@ from torch import nn
 import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.checkpoint import flatten, rebuild, spec_text
-from requanto.config import format_version_of
+from requanto.config.config import format_version_of
+from requanto.dtypes.qtypes import qint8
 from requanto.linear import linear
-from requanto.ops.pieces import cut, join
-from requanto.qtypes import qint8
-from requanto.rotation import fit_rotation, rotate
+from requanto.tensor.rotation import fit_rotation, rotate
+from requanto.tensor.sharding import cut, join
 
 KINDS = ["int4", "int2", "int8", "float8", "nf4", "codebook3"]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

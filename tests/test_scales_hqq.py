@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from requanto.qtypes import qtypes
+from requanto.dtypes.qtypes import qtypes
 from requanto.scales.hqq import BETA, KAPPA, POWER, ROUNDS, hqq
 
 

@@ -1,4 +1,4 @@
-"""`requanto.tune_cli`: what is timed for a model. The timing itself needs a GPU."""
+"""`requanto.cli.tune`: what is timed for a model. The timing itself needs a GPU."""
 
 import json
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from requanto import QTensor, qint8, quantize
-from requanto.linear import triton_rules as rules
-from requanto.tune_cli import Job, jobs_of, tune_model
+from requanto.cli.tune import Job, jobs_of, tune_model
+from requanto.linear.gpu import conditions as rules
 
 
 def weight(kind, *shape, **how):

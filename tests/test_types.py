@@ -9,7 +9,7 @@ import torch
 
 import requanto
 from requanto import QTensor, qtypes
-from requanto.qtypes import resolve_qtype
+from requanto.dtypes.qtypes import resolve_qtype
 from requanto.scales.codebook import fit_codebook, nearest_codes
 
 FIXED = [name for name, kind in qtypes.items() if kind.values is not None]
@@ -312,7 +312,7 @@ def test_rows_are_cut_between_bytes_only(name):
 
 @pytest.mark.parametrize("name", ["int3", "nf3", "codebook3"])
 def test_tensor_parallel_cuts(name):
-    from requanto.ops.pieces import cut, join
+    from requanto.tensor.sharding import cut, join
 
     tensor = QTensor.quantize(randn(4, 96), name, group_size=32)
     assert torch.equal(cut(tensor, 1, 48, 96).dequantize(), tensor.dequantize()[:, 48:])
@@ -366,7 +366,7 @@ def test_all_types_in_one_model(tmp_path):
 
 
 def test_quantos_files_have_no_room_for_them():
-    from requanto.checkpoint.quanto_files import from_qtensor, to_qtensor
+    from requanto.checkpoint.foreign.quanto_files import from_qtensor, to_qtensor
 
     for name in ("int3", "uint8", "nf4", "codebook4"):
         with pytest.raises(requanto.CheckpointError, match=f"optimum-quanto has no type q{name}"):

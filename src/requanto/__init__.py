@@ -6,36 +6,9 @@
 from typing import Any
 
 from requanto import integrations as _integrations
-from requanto import ops as _ops  # noqa: F401  (fills the operator tables of QTensor)
-from requanto.calibrate import Calibration
 from requanto.checkpoint.format import CheckpointError
-from requanto.config import QuantoConfig
-from requanto.integrations.optimum_quanto.install import install_as_optimum_quanto
-from requanto.linear.explain import explain
-from requanto.linear.prepare import prepare
-from requanto.lowrank import fold_lowrank
-from requanto.nn import (
-    QConv1d,
-    QConv2d,
-    QConv3d,
-    QConvTranspose2d,
-    QEmbedding,
-    QLayerNorm,
-    QLinear,
-    QModuleMixin,
-    register_qmodule,
-)
-from requanto.observers import MseObserver, PercentileObserver, absmax_scale
-from requanto.optimizers import (
-    AbsmaxOptimizer,
-    AffineOptimizer,
-    HqqOptimizer,
-    MaxOptimizer,
-    Optimizer,
-    SymmetricOptimizer,
-)
-from requanto.qtensor import QTensor
-from requanto.qtypes import (
+from requanto.config.config import QuantoConfig
+from requanto.dtypes.qtypes import (
     qcodebook2,
     qcodebook3,
     qcodebook4,
@@ -65,10 +38,37 @@ from requanto.qtypes import (
     quint7,
     quint8,
 )
-from requanto.quantize import freeze, quantization_map, quantize, quantize_module
+from requanto.integrations.optimum_quanto.install import install_as_optimum_quanto
+from requanto.linear.explain import explain
+from requanto.linear.prepack import prepare
+from requanto.model.calibrate import Calibration
+from requanto.model.quantize import freeze, quantization_map, quantize, quantize_module
+from requanto.model.requantize import requantize
+from requanto.nn import (
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QConvTranspose2d,
+    QEmbedding,
+    QLayerNorm,
+    QLinear,
+    QModuleMixin,
+    register_qmodule,
+)
 from requanto.report.inspect import inspect_directory, inspect_model
-from requanto.requantize import requantize
-from requanto.settings import settings
+from requanto.runtime.settings import settings
+from requanto.scales.observers import MseObserver, PercentileObserver, absmax_scale
+from requanto.scales.optimizers import (
+    AbsmaxOptimizer,
+    AffineOptimizer,
+    HqqOptimizer,
+    MaxOptimizer,
+    Optimizer,
+    SymmetricOptimizer,
+)
+from requanto.tensor import ops as _ops  # noqa: F401  (fills the operator tables of QTensor)
+from requanto.tensor.lowrank import fold_lowrank
+from requanto.tensor.qtensor import QTensor
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ from requanto import QTensor, QuantoConfig
 from requanto.budget.candidates import FLOAT, candidates_for
 from requanto.budget.models import resolve
 from requanto.budget.sensitivity import importances
-from requanto.limit import Limit, parse_bytes
-from requanto.plan import plan
+from requanto.config.limit import Limit, parse_bytes
+from requanto.config.plan import plan
 
 
 class Net(nn.Module):

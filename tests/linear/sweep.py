@@ -14,8 +14,8 @@ import torch
 from requanto import QTensor, qint8
 from requanto.linear import choose, linear
 from requanto.linear.activations import quantize_activations
-from requanto.linear.prepare import prepare
-from requanto.linear.table import problem_of
+from requanto.linear.prepack import prepare
+from requanto.linear.registry import problem_of
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 KINDS = ("int8", "int4", "int2", "float8", "fp8_e4m3fnuz", "fp8_e5m2")

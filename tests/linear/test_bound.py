@@ -7,14 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from requanto import QTensor, prepare, qint8, workspace
-from requanto.linear import ahead, api, blocked, bound, int4, linear, onednn
-from requanto.settings import choices, settings
+from requanto import QTensor, prepare, qint8
+from requanto.linear import api, linear, plan_cache
+from requanto.linear.cpu import int4, onednn_bf16, onednn_int8
+from requanto.linear.cpu.aot import cache
+from requanto.runtime import buffers
+from requanto.runtime.settings import choices, settings
 
 pytestmark = [
-    pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
-    pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
-    pytest.mark.skipif(not (int4.works() and onednn.works()), reason="this processor has no packed forms"),
+    pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
+    pytest.mark.skipif(not onednn_bf16.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
+    pytest.mark.skipif(not (int4.works() and onednn_int8.works()), reason="this processor has no packed forms"),
 ]
 #: Weight, activations, rows of x: one for each product that can be made ready.
 KINDS = [
@@ -231,9 +234,9 @@ def test_gradients_autocast_and_errors_take_the_usual_way():
 def test_only_so_many_shapes_are_remembered():
     module = layer("int8")
     with torch.no_grad():
-        for rows in range(1, 3 * bound.SHAPES):
+        for rows in range(1, 3 * plan_cache.SHAPES):
             module(torch.randn(rows, 192).bfloat16())
-            assert len(module.weight._bound) <= bound.SHAPES
+            assert len(module.weight._bound) <= plan_cache.SHAPES
 
 
 @pytest.mark.parametrize(("kind", "activation", "rows"), KINDS)
@@ -242,7 +245,7 @@ def test_a_model_s_device_context(kind, activation, rows):
     module = layer(kind, activation)
     x = torch.randn(rows, 192).bfloat16()
     want = expected(module, x)
-    workspace.release()
+    buffers.release()
     with torch.no_grad(), torch.device("meta"):
         for _ in range(2):  # F.linear would take the context away
             assert near(linear(x, module.weight, module.bias), want)
@@ -306,11 +309,11 @@ def test_the_workspace_s_bound_holds_for_sums(monkeypatch):
     monkeypatch.setattr(settings, "workspace_bytes", 2**21)
     x = torch.randn(1500, 192).bfloat16()
     want = expected(module, x)
-    workspace.release()
+    buffers.release()
     with torch.no_grad():
         for _ in range(2):
             assert near(module(x), want)
-    assert workspace.held_bytes() <= 2**21
+    assert buffers.held_bytes() <= 2**21
 
 
 def test_compiled_models_do_without():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from requanto import QTensor
-from requanto.linear.prepare import prepare
+from requanto.linear.prepack import prepare
 
 
 class Stack(nn.Module):

@@ -10,17 +10,19 @@ import pytest
 import torch
 
 from requanto import QTensor
-from requanto.linear import ahead, blocked, compiled, int4, linear, onednn, stored_form
+from requanto.dtypes.qtypes import qint8
+from requanto.linear import linear
 from requanto.linear.activations import quantize_unsigned
+from requanto.linear.cpu import fused_dequantize, int4, onednn_bf16, onednn_int8
+from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.explain import explain
-from requanto.linear.prepare import prepare
-from requanto.linear.table import choose, problem_of
-from requanto.qtypes import qint8
-from requanto.settings import choices, compiled_from, settings
+from requanto.linear.prepack import prepare
+from requanto.linear.registry import choose, problem_of
+from requanto.runtime.settings import choices, compiled_from, settings
 
 pytestmark = [
-    pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
-    pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
+    pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
+    pytest.mark.skipif(not onednn_bf16.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
 ]
 KEPT = os.environ["REQUANTO_CACHE"]
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -136,14 +138,14 @@ def test_one_form_of_the_scales_at_a_time(symmetric):
     assert size == 256 * 128 + 256 * 4 * 4
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 @pytest.mark.parametrize("rows", [1, 2, 5, 40])
 @pytest.mark.parametrize(("out_features", "in_features"), [(320, 192), (64, 64), (64, 128), (128, 64), (704, 1024)])
 def test_int8(rows, out_features, in_features):
     check(quantized("int8", out_features, in_features), rows, torch.bfloat16, "cpu-compiled-int8")
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 def test_where_int8_takes_which_path():
     half, bfloat16 = torch.float16, torch.bfloat16
     for shape, rows, dtype, path in (
@@ -163,7 +165,7 @@ def test_where_int8_takes_which_path():
         check(quantized("int8", *shape), rows, dtype, path)
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 def test_every_int8_number():
     """At every place of a block, a word and a pair."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.int8)
@@ -177,7 +179,7 @@ def test_every_int8_number():
         assert torch.equal(linear(torch.eye(256)[77:78].bfloat16(), module.weight).float(), numbers.t()[77:78])
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [None, 0.03])
 @pytest.mark.parametrize("bias", [True, False])
@@ -211,7 +213,7 @@ def test_rows_to_int8(rows, length):
     x = torch.randn(rows, length).bfloat16()
     x[-1] = 0
     codes, steps = torch.empty(rows, length, dtype=torch.uint8), torch.empty(rows, 1)
-    compiled.rows_to_int8(x, codes, steps)
+    calls.rows_to_int8(x, codes, steps)
     want, own = quantize_unsigned(x, qint8, None)
     assert torch.equal(codes, want)
     assert torch.equal(steps, own)
@@ -222,12 +224,12 @@ def test_rows_to_int8(rows, length):
 def test_sums_are_finished_with_one_rounding(rows, length):
     sums, steps, bias = torch.randn(rows, length) * 1e6, torch.rand(rows, 1), torch.randn(length) * 1e5
     out = torch.empty(rows, length, dtype=torch.bfloat16)
-    compiled.finish(sums, steps, bias, out)
+    calls.finish(sums, steps, bias, out)
     want = sums.double() * steps.double() + bias.double()
     assert ((out.double() - want).abs() <= 2**-8 * want.abs() + 1e-2).all()
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 @pytest.mark.parametrize("activation", [None, qint8])
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), 0.0])
 def test_a_row_of_numbers_that_are_none(activation, number):
@@ -241,10 +243,10 @@ def test_a_row_of_numbers_that_are_none(activation, number):
     assert bool((got == 0).all()) if number == 0 else not bool(torch.isfinite(got).any())
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 def test_int8_in_another_order_than_the_known_one(monkeypatch):
     """oneDNN's own product reads whatever oneDNN stores."""
-    monkeypatch.setattr(onednn.OneDnnCodes, "_words", lambda self, codes: None)
+    monkeypatch.setattr(onednn_int8.OneDnnCodes, "_words", lambda self, codes: None)
     for activation in (None, qint8):
         for rows in (1, 40):
             module = quantized("int8", 320, 192)
@@ -256,7 +258,7 @@ def test_int8_in_another_order_than_the_known_one(monkeypatch):
             assert (got.double() - want).norm() <= 2e-2 * want.norm()
 
 
-@pytest.mark.skipif(not onednn.works(), reason="oneDNN's int8 product is not exact here")
+@pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 def test_small_int8_weights_are_packed_for_kernels_only(monkeypatch):
     x = torch.randn(3, 256).bfloat16()
     for compiled_too, layout in ((True, "onednn"), (False, None)):
@@ -293,9 +295,9 @@ def test_in_parts_as_whole(kind, monkeypatch):
         whole = linear(x, module.weight)
         # four blocks of rows at a time, of ten: the last part begins in the one before
         monkeypatch.setattr(settings, "workspace_bytes", 8 * 4 * 64 * 128 * 2)
-        assert blocked.starts(640, blocked.rows_at_once(640, 128)) == [0, 256, 384]
+        assert onednn_bf16.starts(640, onednn_bf16.rows_at_once(640, 128)) == [0, 256, 384]
         assert torch.equal(linear(x, module.weight), whole)
-        monkeypatch.setattr(blocked, "JOINED", 0)
+        monkeypatch.setattr(onednn_bf16, "JOINED", 0)
         assert torch.equal(linear(x, module.weight), whole)
         monkeypatch.setattr(settings, "workspace_bytes", 1000)
         assert torch.equal(linear(x, module.weight), whole)
@@ -304,16 +306,16 @@ def test_in_parts_as_whole(kind, monkeypatch):
 def test_shapes_share_a_kernel():
     """A model has many shapes, and each kernel takes 20 s to make."""
     check(quantized("float8", 320, 192), 40, torch.bfloat16, "cpu-compiled-float8")
-    made = set(ahead._loaded)
+    made = set(cache._loaded)
     for out_features, in_features in ((128, 64), (512, 128), (192, 1024)):
         check(quantized("float8", out_features, in_features), 40, torch.bfloat16, "cpu-compiled-float8")
-    assert set(ahead._loaded) == made
+    assert set(cache._loaded) == made
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
 def test_another_order_than_the_known_one(monkeypatch):
     """On a machine whose oneDNN stores weights differently, the eager way gives the same."""
-    monkeypatch.setattr(blocked, "works", lambda: False)
+    monkeypatch.setattr(onednn_bf16, "works", lambda: False)
     check(quantized("int4", 320, 192, group_size=64), 70, torch.bfloat16, "cpu-workspace")
     check(quantized("float8", 320, 192), 40, torch.bfloat16, "cpu-workspace")
 
@@ -356,12 +358,12 @@ class _Half:
 @pytest.fixture
 def nothing_loaded(monkeypatch, tmp_path):
     """A process that has loaded nothing, and a machine that keeps nothing."""
-    monkeypatch.setattr(ahead, "_loaded", {})
-    monkeypatch.setattr(ahead, "_failed", {})
+    monkeypatch.setattr(cache, "_loaded", {})
+    monkeypatch.setattr(cache, "_failed", {})
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "kept"))
-    ahead._can_be_made.cache_clear()
+    cache._can_be_made.cache_clear()
     yield tmp_path / "kept"
-    ahead._can_be_made.cache_clear()
+    cache._can_be_made.cache_clear()
 
 
 def as_unasked(monkeypatch, caplog, why: str) -> None:
@@ -381,19 +383,19 @@ def as_unasked(monkeypatch, caplog, why: str) -> None:
 
 
 def test_a_kernel_that_computes_something_else_is_refused(nothing_loaded, monkeypatch, caplog):
-    monkeypatch.setattr(ahead, "Kernel", _Half)
-    monkeypatch.setattr(ahead, "_make", lambda name, path: None)
+    monkeypatch.setattr(cache, "Kernel", _Half)
+    monkeypatch.setattr(cache, "_make", lambda name, path: None)
     # Kernels for the stored form would be refused as well, in a line of their own.
-    monkeypatch.setattr(stored_form, "SMALLEST", 2**30)
+    monkeypatch.setattr(fused_dequantize, "SMALLEST", 2**30)
     module = quantized("float8", 64, 64)
-    with pytest.raises(ahead.KernelUnavailable, match="computes something else than its source"):
+    with pytest.raises(cache.KernelUnavailable, match="computes something else than its source"):
         prepare(module, smallest=0)
     as_unasked(monkeypatch, caplog, "computes something else than its source")
 
 
 def test_without_a_compiler(nothing_loaded, monkeypatch, caplog):
-    monkeypatch.setattr(ahead, "compiler", lambda: None)
-    with pytest.raises(ahead.KernelUnavailable, match=r"no C\+\+ compiler for 'e4m3', 'row'"):
+    monkeypatch.setattr(cache, "compiler", lambda: None)
+    with pytest.raises(cache.KernelUnavailable, match=r"no C\+\+ compiler for 'e4m3', 'row'"):
         prepare(quantized("float8", 64, 64), smallest=0)
     as_unasked(monkeypatch, caplog, "no C++ compiler was found")
 
@@ -413,51 +415,49 @@ def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, t
 
     def fails(name, path):
         tried.append(name)
-        raise ahead.CannotBeMade("no place to write")
+        raise cache.CannotBeMade("no place to write")
 
-    right = ahead._make
-    monkeypatch.setattr(ahead, "_make", fails)
+    right = cache._make
+    monkeypatch.setattr(cache, "_make", fails)
     with caplog.at_level(logging.WARNING, logger="requanto"):
-        assert not any(
-            compiled.ready(family) for family in (compiled.STORED_INT8, compiled.STORED_INT4, compiled.FLOAT8)
-        )
+        assert not any(calls.ready(family) for family in (calls.STORED_INT8, calls.STORED_INT4, calls.FLOAT8))
     assert tried == ["stored-int8"]
     assert [record.getMessage().count("in this process") for record in caplog.records].count(1) == 1
-    assert not ahead.wanted(compiled.STORED_INT8)
+    assert not cache.wanted(calls.STORED_INT8)
 
     def copied(name, path):
         with monkeypatch.context() as context:
             context.setenv("REQUANTO_CACHE", KEPT)
-            usual = ahead.path_of(name, compiled.SOURCES[name])
+            usual = cache.path_of(name, calls.SOURCES[name])
         right(name, usual)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(usual.read_bytes())
 
-    monkeypatch.setattr(ahead, "_make", copied)
+    monkeypatch.setattr(cache, "_make", copied)
     before = choices.version
     monkeypatch.setattr(settings, "compiled", True)
-    assert compiled.ready(compiled.STORED_INT8)
+    assert calls.ready(calls.STORED_INT8)
     monkeypatch.setattr(settings, "compiled", None)
     assert choices.version != before
-    assert ahead.wanted(compiled.STORED_INT8)
-    assert compiled.ready(compiled.STORED_INT4)
+    assert cache.wanted(calls.STORED_INT8)
+    assert calls.ready(calls.STORED_INT4)
 
 
 def test_a_kernel_s_own_failure_leaves_the_others(nothing_loaded, monkeypatch):
     """The compiler works, one source does not."""
     monkeypatch.setattr(settings, "compiled", None)
     monkeypatch.setattr(
-        ahead.subprocess,
+        cache.subprocess,
         "run",
         lambda command, run=subprocess.run, **how: (
             subprocess.CompletedProcess(command, 1, "", "no such node") if "-m" in command else run(command, **how)
         ),
     )
-    assert not compiled.ready(compiled.STORED_INT8)
-    assert not ahead.wanted(compiled.STORED_INT8)
-    with pytest.raises(ahead.KernelUnavailable, match="no such node") as raised:
-        ahead.make({"stored-int4": ahead.path_of("stored-int4", compiled.SOURCES["stored-int4"])})
-    assert not isinstance(raised.value, ahead.CannotBeMade)
+    assert not calls.ready(calls.STORED_INT8)
+    assert not cache.wanted(calls.STORED_INT8)
+    with pytest.raises(cache.KernelUnavailable, match="no such node") as raised:
+        cache.make({"stored-int4": cache.path_of("stored-int4", calls.SOURCES["stored-int4"])})
+    assert not isinstance(raised.value, cache.CannotBeMade)
 
 
 def test_another_default_dtype(nothing_loaded, monkeypatch):
@@ -466,7 +466,7 @@ def test_another_default_dtype(nothing_loaded, monkeypatch):
     torch.set_default_dtype(torch.bfloat16)
     try:
         for family in ("int4", "float8", "int8", "int8 x int8", "stored int8", "stored int4", "stored float8"):
-            assert compiled.ready(family)
+            assert calls.ready(family)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -474,27 +474,27 @@ def test_another_default_dtype(nothing_loaded, monkeypatch):
 def test_nowhere_to_keep_them(nothing_loaded, monkeypatch, caplog, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "file" / "kept"))
-    with pytest.raises(ahead.KernelUnavailable, match="Set REQUANTO_CACHE to a directory that can be written"):
+    with pytest.raises(cache.KernelUnavailable, match="Set REQUANTO_CACHE to a directory that can be written"):
         prepare(quantized("float8", 64, 64), smallest=0)
     as_unasked(monkeypatch, caplog, "Set REQUANTO_CACHE to a directory that can be written")
 
 
 def test_a_file_that_is_no_kernel_is_made_anew(nothing_loaded, monkeypatch):
-    right = ahead._make
+    right = cache._make
     made = []
 
     def take_the_one_of_these_tests(name, path):
         made.append(name)
         with monkeypatch.context() as context:
             context.setenv("REQUANTO_CACHE", KEPT)
-            usual = ahead.path_of(name, compiled.SOURCES[name])
+            usual = cache.path_of(name, calls.SOURCES[name])
             if not usual.exists():
                 right(name, usual)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(usual.read_bytes())
 
-    monkeypatch.setattr(ahead, "_make", take_the_one_of_these_tests)
-    broken = ahead.path_of("e4m3", compiled.SOURCES["e4m3"])
+    monkeypatch.setattr(cache, "_make", take_the_one_of_these_tests)
+    broken = cache.path_of("e4m3", calls.SOURCES["e4m3"])
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"PK: cut off")
     check(quantized("float8", 64, 64), 5, torch.bfloat16, "cpu-compiled-float8")
@@ -531,7 +531,7 @@ ONE_KERNEL = """
 import sys
 import types
 import torch
-from requanto.linear import compiled
+from requanto.linear.cpu.aot import calls
 codes = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
 scale, words = torch.rand(128), torch.empty(2, 32, 64, dtype=torch.int32)
 buffer = types.SimpleNamespace(view=words.view)

@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from requanto import QTensor, workspace
-from requanto.linear import ahead, blocked, convolution, stored_form
-from requanto.settings import settings
+from requanto import QTensor
+from requanto.linear import convolution
+from requanto.linear.cpu import fused_dequantize, onednn_bf16
+from requanto.linear.cpu.aot import cache
+from requanto.runtime import buffers
+from requanto.runtime.settings import settings
 
 KINDS = ("int8", "int4", "uint4", "float8", "float8_e5m2", "nf4", "int6", "int3", "int2")
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -30,10 +33,10 @@ FUNCTIONS = {
 
 @pytest.fixture(params=["operators", "kernels"])
 def way(request, monkeypatch):
-    if request.param == "kernels" and ahead.compiler() is None:
+    if request.param == "kernels" and cache.compiler() is None:
         pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
     monkeypatch.setattr(settings, "compiled", request.param == "kernels")
-    monkeypatch.setattr(stored_form, "SMALLEST", 0)
+    monkeypatch.setattr(fused_dequantize, "SMALLEST", 0)
     return request.param
 
 
@@ -75,11 +78,11 @@ def test_some_output_channels_at_a_time(name, bytes_, way, monkeypatch):
 
 def test_a_buffer_too_small_for_the_weight(way, monkeypatch):
     monkeypatch.setattr(settings, "workspace_bytes", 2**14)
-    workspace.release()
+    buffers.release()
     for name in ("conv2d", "in groups", "conv_transpose2d"):
         for dtype in LIMITS:
             check(name, "int8", dtype)
-    assert workspace.held_bytes() <= 2**14
+    assert buffers.held_bytes() <= 2**14
 
 
 def test_positional_arguments(way):
@@ -156,7 +159,7 @@ def test_derivatives_by_torch_func(dtype, way):
 def test_traces_and_fake_tensors_leave_the_buffer_alone(dtype, way):
     first, second = two_weights(dtype)
     x, other = (torch.randn(1, 16, 6, 6).to(dtype) for _ in range(2))
-    workspace.release()
+    buffers.release()
     with torch.no_grad():
         with FakeTensorMode() as mode:
             assert F.conv2d(mode.from_tensor(x), mode.from_tensor(first), padding=1).shape == (1, 16, 6, 6)
@@ -238,8 +241,8 @@ SMALL = {
 }
 
 
-@pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
-@pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here")
+@pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
+@pytest.mark.skipif(not onednn_bf16.works(), reason="oneDNN's order of bfloat16 weights is another one here")
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_images_are_products(name, kind, monkeypatch):
@@ -279,7 +282,7 @@ def test_small_images_are_products(name, kind, monkeypatch):
     assert (F.conv2d(x, weight, bias, **how) - want).norm() < 1e-2 * want.norm()
 
 
-@pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
+@pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
 def test_small_images_of_other_types_are_convolutions(monkeypatch):
     monkeypatch.setattr(settings, "compiled", True)
     monkeypatch.setattr(convolution, "WEIGHTS_A_PIXEL", 1)

@@ -11,12 +11,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import requanto
 from requanto import QTensor, explain, prepare, qint8
-from requanto.linear import ahead, blocked, bound, int4, onednn, times
-from requanto.settings import settings
+from requanto.linear import plan_cache, times
+from requanto.linear.cpu import int4, onednn_bf16, onednn_int8
+from requanto.linear.cpu.aot import cache
+from requanto.runtime.settings import settings
 
 pytestmark = [
-    pytest.mark.skipif(not blocked.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
-    pytest.mark.skipif(not (int4.works() and onednn.works()), reason="this processor has no packed forms"),
+    pytest.mark.skipif(not onednn_bf16.works(), reason="oneDNN's order of bfloat16 weights is another one here"),
+    pytest.mark.skipif(not (int4.works() and onednn_int8.works()), reason="this processor has no packed forms"),
 ]
 #: Rows left over, columns left over (for int4: half a block), both, a block and a bit, several parts of a buffer.
 SIZES = [(1000, 192), (192, 1000), (1000, 1000), (320, 544), (577, 640), (4200, 1032), (320, 192)]
@@ -27,7 +29,7 @@ LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @pytest.fixture(params=[True, False], ids=["compiled", "operators"])
 def compiled(request, monkeypatch):
-    if request.param and ahead.compiler() is None:
+    if request.param and cache.compiler() is None:
         pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
     monkeypatch.setattr(settings, "compiled", request.param)
     return request.param
@@ -78,11 +80,11 @@ def test_products_are_those_of_the_codes(compiled, kind, activation, transposed)
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("int8", onednn.LAYOUT), ("int4", int4.LAYOUT), ("float8", "float8-blocked")]
+    ("kind", "layout"), [("int8", onednn_int8.LAYOUT), ("int4", int4.LAYOUT), ("float8", "float8-blocked")]
 )
 @pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 def test_they_are_packed_and_made_ready(kind, layout, transposed, monkeypatch):
-    if ahead.compiler() is None:
+    if cache.compiler() is None:
         pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
     monkeypatch.setattr(settings, "compiled", True)
     weight, values, _ = made(kind, 1000, 192, transposed=transposed)
@@ -90,7 +92,7 @@ def test_they_are_packed_and_made_ready(kind, layout, transposed, monkeypatch):
     with torch.no_grad():
         product(x, weight, bias)
         assert weight.packed.layout == layout
-        assert bound.find(x, weight, bias) is not None
+        assert plan_cache.find(x, weight, bias) is not None
         # A scale that is changed, in place or replaced, is seen; in place only where it is not made of others.
         weight._scale.mul_(2)
         if weight._shift is not None:
@@ -109,8 +111,8 @@ def test_they_are_packed_and_made_ready(kind, layout, transposed, monkeypatch):
 
 
 def test_no_more_than_an_eighth_is_filled_up():
-    assert not blocked.fits(70, 1024)
-    assert blocked.fits(577, 640)
+    assert not onednn_bf16.fits(70, 1024)
+    assert onednn_bf16.fits(577, 640)
     assert not int4.fits(QTensor.quantize(torch.randn(70, 1024), "int4"))
     # K alone may stay as it is where filling it up were too much: the operator takes it.
     odd, values, codes = made("int4", 640, 96)
@@ -186,7 +188,7 @@ def test_gradients_of_a_transposed_weight(compiled, kind):
 
 def test_a_transposed_weight_that_lost_its_form_while_it_was_read(monkeypatch):
     """float32 has no path through float8's packed form with many rows: the codes are made once, not at each product."""
-    if ahead.compiler() is None:
+    if cache.compiler() is None:
         pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
     monkeypatch.setattr(settings, "compiled", True)
     weight, values, _ = made("float8", 320, 256, transposed=True)
@@ -290,7 +292,7 @@ def test_threads_that_multiply_while_another_reads_the_codes(compiled):
 
 @pytest.mark.parametrize("activations", [None, "int8"])
 def test_a_module_of_a_transposed_weight_keeps_its_form(activations, monkeypatch):
-    if ahead.compiler() is None:
+    if cache.compiler() is None:
         pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(settings, "compiled", True)
@@ -299,8 +301,8 @@ def test_a_module_of_a_transposed_weight_keeps_its_form(activations, monkeypatch
     want = model(x)
     requanto.quantize(model, weights="int8", activations=activations)
     requanto.freeze(model)
-    assert prepare(model) == {"0.weight": onednn.LAYOUT}
+    assert prepare(model) == {"0.weight": onednn_int8.LAYOUT}
     with torch.no_grad():
         for _ in range(2):
             assert (model(x) - want).norm() < 2e-2 * want.norm()
-            assert model[0].weight.packed.layout == onednn.LAYOUT
+            assert model[0].weight.packed.layout == onednn_int8.LAYOUT

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from requanto import QTensor, qint8
-from requanto.layout import find
-from requanto.linear import int4, onednn
-from requanto.linear.prepare import layout_to_be, prepare
-from requanto.settings import settings
+from requanto.linear.cpu import int4, onednn_int8
+from requanto.linear.prepack import layout_to_be, prepare
+from requanto.runtime.settings import settings
+from requanto.tensor.layout import find
 
-LAYOUTS = {"int8": onednn.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT, "int3": int4.LAYOUT}
+LAYOUTS = {"int8": onednn_int8.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT, "int3": int4.LAYOUT}
 
 
 def can_pack(kind: str) -> bool:
     """Whether this processor has a packed form for a type."""
-    return kind in LAYOUTS and (onednn.works() if kind == "int8" else int4.works())
+    return kind in LAYOUTS and (onednn_int8.works() if kind == "int8" else int4.works())
 
 
 @pytest.fixture(params=list(LAYOUTS))
@@ -111,7 +111,7 @@ def test_layers_are_packed_at_first_use(layer, monkeypatch):
         assert module.weight.packed is None
         monkeypatch.setattr(settings, "pack_on_first_use", True)
         module(x)
-    assert (module.weight.packed is not None) == onednn.works()
+    assert (module.weight.packed is not None) == onednn_int8.works()
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from requanto import QTensor, qint8, workspace
+from requanto import QTensor, qint8
 from requanto.linear import implementations, linear, reference
 from requanto.linear.activations import quantize_activations, quantize_unsigned, row_absmax, split_16bit
-from requanto.linear.dequantize import dequantize_rows
+from requanto.linear.cpu.dequantize import dequantize_rows
+from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
 from requanto.linear.explain import explain
-from requanto.linear.kept import matmul, scaled_into
-from requanto.linear.prepare import prepare
-from requanto.settings import settings
+from requanto.linear.prepack import prepare
+from requanto.runtime import buffers
+from requanto.runtime.settings import settings
 
 KINDS = ["int8", "int4", "int2", "float8", "fp8_e5m2", "int3", "int5", "uint4", "uint8", "nf4", "fp6_e3m2", "codebook4"]
 
@@ -254,15 +255,15 @@ def test_the_workspace_is_bounded(layer, kind, dtype, monkeypatch):
     module = layer(kind, 1024, 512, bias=False)
     weight = module.weight.dequantize(torch.float64)
     prepare(module, smallest=0)
-    workspace.release()
+    buffers.release()
     monkeypatch.setattr(settings, "workspace_bytes", 300_000)
     x = torch.randn(70, 512).to(dtype)
     want = x.double() @ weight.t()
     with torch.no_grad():
         got = linear(x, module.weight)
     assert (got.double() - want).norm() <= {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * want.norm()
-    assert 0 < workspace.held_bytes() <= 300_000
-    workspace.release()
+    assert 0 < buffers.held_bytes() <= 300_000
+    buffers.release()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -275,7 +276,7 @@ def test_unknown_devices_take_the_reference(kind):
     assert (got.double() - want).norm() <= 1e-6 * want.norm()
     from dataclasses import replace
 
-    from requanto.linear.table import choose, problem_of
+    from requanto.linear.registry import choose, problem_of
 
     assert choose(replace(problem_of(weight, x.dtype, 3), device="mps")).implementation.name == "reference"
 
@@ -285,8 +286,8 @@ def test_codes_that_no_gpu_kernel_reads_are_dequantized_in_parts(kind, monkeypat
     """Nothing of that path needs a GPU: torch's own operators, some rows of the weight at a time."""
     from dataclasses import replace
 
-    from requanto.linear import triton
-    from requanto.linear.table import choose, problem_of
+    from requanto.linear.gpu import paths
+    from requanto.linear.registry import choose, problem_of
 
     weight = QTensor.quantize(torch.randn(48, 64), kind)
     x, bias = torch.randn(3, 64), torch.randn(48)
@@ -294,8 +295,8 @@ def test_codes_that_no_gpu_kernel_reads_are_dequantized_in_parts(kind, monkeypat
         chosen = choose(replace(problem_of(weight, x.dtype, 3), device=device)).implementation
         assert chosen.name == "gpu-dequantize"
         assert "no kernel" in chosen.reason
-    monkeypatch.setattr(triton, "PART", 64 * 10)
-    triton._say_undecoded.cache_clear()
+    monkeypatch.setattr(paths, "PART", 64 * 10)
+    paths._say_undecoded.cache_clear()
     want = x.double() @ weight.dequantize(torch.float64).t() + bias.double()
     for _ in range(2):
         got = chosen.run(x, weight, bias)
@@ -324,7 +325,7 @@ def test_explain_names_the_paths(layer):
 def test_buffers_are_real_inside_a_meta_device_context():
     """Models are built in one, and quantized inside it."""
     weight = torch.randn(8, 256)
-    workspace.release()
+    buffers.release()
     with torch.device("meta"):
         found = QTensor.quantize(weight, "int4")
     assert torch.equal(found.dequantize(), QTensor.quantize(weight, "int4").dequantize())

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from requanto import QTensor, workspace
-from requanto.linear import ahead, compiled, linear, stored_form
-from requanto.linear.dequantize import dequantize_rows
-from requanto.settings import settings
+from requanto import QTensor
+from requanto.linear import linear
+from requanto.linear.cpu import fused_dequantize
+from requanto.linear.cpu.aot import cache, calls
+from requanto.linear.cpu.dequantize import dequantize_rows
+from requanto.runtime import buffers
+from requanto.runtime.settings import settings
 
-pytestmark = pytest.mark.skipif(ahead.compiler() is None, reason="no C++ compiler: neither CXX nor torch's is here")
+pytestmark = pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's is here")
 KINDS = {
     "int8": {},
     "int8 in groups": {"group_size": 32},
@@ -24,7 +27,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch):
     monkeypatch.setattr(settings, "compiled", True)
-    monkeypatch.setattr(stored_form, "SMALLEST", 0)
+    monkeypatch.setattr(fused_dequantize, "SMALLEST", 0)
 
 
 def quantized(kind, *shape, **how):
@@ -42,9 +45,9 @@ def exact(weight):
 @pytest.mark.parametrize(("rows", "length"), [(1, 64), (3, 192), (7, 1088), (70, 64)])
 def test_every_number(kind, rows, length):
     weight = quantized(kind, rows, length)
-    assert stored_form.ready(weight, torch.bfloat16)
+    assert fused_dequantize.ready(weight, torch.bfloat16)
     out = torch.full((rows, length), torch.nan, dtype=torch.bfloat16)
-    stored_form.fill(weight, 0, rows, out)
+    fused_dequantize.fill(weight, 0, rows, out)
     want, step = exact(weight)
     assert bool(((out.double() - want).abs() <= step).all())
 
@@ -64,7 +67,7 @@ def test_some_rows(kind):
 def test_odd_lengths(kind, length):
     weight = quantized(kind, 5, length)
     out = torch.empty(5, length, dtype=torch.bfloat16)
-    stored_form.fill(weight, 0, 5, out)
+    fused_dequantize.fill(weight, 0, 5, out)
     want, step = exact(weight)
     assert bool(((out.double() - want).abs() <= step).all())
 
@@ -75,7 +78,7 @@ def test_odd_lengths_of_int4(length, symmetric):
     """Nothing is written beyond the rows that were asked for."""
     weight = QTensor.quantize(torch.randn(5, length).bfloat16(), "int4", group_size=None, symmetric=symmetric)
     around = torch.full((7, length), 77.0, dtype=torch.bfloat16)
-    stored_form.fill(weight, 0, 5, around[1:6])
+    fused_dequantize.fill(weight, 0, 5, around[1:6])
     want, step = exact(weight)
     assert bool(((around[1:6].double() - want).abs() <= step).all())
     assert bool((around[[0, 6]] == 77).all())
@@ -85,21 +88,21 @@ def test_odd_lengths_of_int4(length, symmetric):
 def test_codes_with_gaps(kind):
     weight = quantized(kind, 80, 192)[::2]
     out = torch.empty(40, 192, dtype=torch.bfloat16)
-    stored_form.fill(weight, 0, 40, out)
+    fused_dequantize.fill(weight, 0, 40, out)
     want, step = exact(weight)
     assert bool(((out.double() - want).abs() <= step).all())
 
 
 def test_experts_count_one_by_one(monkeypatch):
-    monkeypatch.setattr(stored_form, "SMALLEST", 2**16)
-    assert not stored_form.ready(quantized("int8", 8, 128, 256), torch.bfloat16)
-    assert stored_form.ready(quantized("int8", 2, 256, 256), torch.bfloat16)
+    monkeypatch.setattr(fused_dequantize, "SMALLEST", 2**16)
+    assert not fused_dequantize.ready(quantized("int8", 8, 128, 256), torch.bfloat16)
+    assert fused_dequantize.ready(quantized("int8", 2, 256, 256), torch.bfloat16)
 
 
 def test_groups_that_share_bytes_are_left_to_operators():
     for length in (15, 33):
         weight = QTensor.quantize(torch.randn(4, length).bfloat16(), "int4", group_size=None)
-        assert not stored_form.ready(weight, torch.bfloat16)
+        assert not fused_dequantize.ready(weight, torch.bfloat16)
         out = torch.empty(4, length, dtype=torch.bfloat16)
         want, step = exact(weight)
         assert bool(((dequantize_rows(weight, 0, 4, out).double() - want).abs() <= 2 * step).all())
@@ -108,12 +111,12 @@ def test_groups_that_share_bytes_are_left_to_operators():
 @pytest.mark.parametrize("kind", ["int3", "int2", "nf4", "int6", "float8_e5m2"])
 def test_types_without_a_kernel(kind):
     weight = QTensor.quantize(torch.randn(4, 64).bfloat16(), kind)
-    assert stored_form.family(weight) is None
+    assert fused_dequantize.family(weight) is None
 
 
 def test_other_dtypes_are_left_to_operators():
     weight = quantized("int8", 4, 64)
-    assert not any(stored_form.ready(weight, dtype) for dtype in (torch.float32, torch.float16))
+    assert not any(fused_dequantize.ready(weight, dtype) for dtype in (torch.float32, torch.float16))
 
 
 def test_every_float8_code():
@@ -121,7 +124,7 @@ def test_every_float8_code():
     weight = quantized("float8", 3, 256)
     weight.qdata, weight.scale = numbers.to(torch.float8_e4m3fn).expand(3, -1).contiguous(), torch.ones(3, 1)
     out = torch.empty(3, 256, dtype=torch.bfloat16)
-    stored_form.fill(weight, 0, 3, out)
+    fused_dequantize.fill(weight, 0, 3, out)
     assert torch.equal(out.float(), numbers.expand(3, -1))
 
 
@@ -131,7 +134,7 @@ def test_a_group_of_equal_weights():
     values[:, :32] = 1e-5
     weight = QTensor.quantize(values.bfloat16(), "int4", group_size=32, symmetric=False)
     out = torch.empty(4, 64, dtype=torch.bfloat16)
-    stored_form.fill(weight, 0, 4, out)
+    fused_dequantize.fill(weight, 0, 4, out)
     want, step = exact(weight)
     assert bool(((out.double() - want).abs() <= step).all())
     assert torch.equal(out[:, :32], values[:, :32].bfloat16())
@@ -158,34 +161,34 @@ def test_products_of_weights_that_are_not_packed(kind, rows, transposed):
 def test_the_workspace_s_bound(kind, monkeypatch):
     """Float8 goes through float32, and a group of rows at a time."""
     monkeypatch.setattr(settings, "workspace_bytes", 2**18)
-    workspace.release()
+    buffers.release()
     weight = quantized(kind, 300, 1088)
     want, step = exact(weight)
     out = torch.empty(300, 1088, dtype=torch.bfloat16)
     dequantize_rows(weight, 0, 300, out)
     assert bool(((out.double() - want).abs() <= step).all())
-    assert workspace.held_bytes() <= 2**18
+    assert buffers.held_bytes() <= 2**18
 
 
 def test_small_weights_wait_for_no_kernel(monkeypatch):
-    monkeypatch.setattr(stored_form, "SMALLEST", 2**16)
-    assert not stored_form.ready(quantized("int8", 255, 256), torch.bfloat16)
-    assert stored_form.ready(quantized("int8", 256, 256), torch.bfloat16)
+    monkeypatch.setattr(fused_dequantize, "SMALLEST", 2**16)
+    assert not fused_dequantize.ready(quantized("int8", 255, 256), torch.bfloat16)
+    assert fused_dequantize.ready(quantized("int8", 256, 256), torch.bfloat16)
 
 
 def test_loading_a_kernel_takes_no_random_numbers(monkeypatch):
-    monkeypatch.setattr(ahead, "_loaded", {})
+    monkeypatch.setattr(cache, "_loaded", {})
     torch.manual_seed(3)
     want = torch.rand(5)
     torch.manual_seed(3)
-    assert compiled.ready(compiled.STORED_INT8)
+    assert calls.ready(calls.STORED_INT8)
     assert torch.equal(torch.rand(5), want)
 
 
 def test_without_a_compiler(monkeypatch):
     """Operators, and nothing is asked of a kernel."""
     monkeypatch.setattr(settings, "compiled", False)
-    monkeypatch.setattr(compiled, "ready", lambda family: pytest.fail("a kernel was asked for"))
+    monkeypatch.setattr(calls, "ready", lambda family: pytest.fail("a kernel was asked for"))
     weight = quantized("int8", 40, 192)
     want, step = exact(weight)
     out = dequantize_rows(weight, 0, 40, torch.empty(40, 192, dtype=torch.bfloat16))

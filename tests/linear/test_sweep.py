@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from requanto.linear import ahead, blocked, onednn
+from requanto.linear.cpu import onednn_bf16, onednn_int8
+from requanto.linear.cpu.aot import cache
 
 #: Types with paths of their own; what others take is the same on every processor.
 OWN = ["int8", "int4", "int3", "int2", "float8", "nf4"]
@@ -41,7 +42,7 @@ def test_every_type_and_shape(limits):
     if not limits:
         assert "FAIL" not in done.stdout
     compiled = [path for path in COMPILED if path in done.stdout]
-    if not limits and ahead.compiler() is not None and blocked.works() and onednn.works():
+    if not limits and cache.compiler() is not None and onednn_bf16.works() and onednn_int8.works():
         assert compiled == COMPILED
     if limits.get("REQUANTO_COMPILE") == "0":
         assert not compiled

@@ -6,9 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from requanto.linear import triton_rules as rules
-from requanto.linear.table import Problem, choose
-from requanto.qtypes import (
+from requanto.dtypes.qtypes import (
     qfloat8_e4m3fn,
     qfloat8_e4m3fnuz,
     qfloat8_e5m2,
@@ -20,6 +18,8 @@ from requanto.qtypes import (
     quint4,
     quint8,
 )
+from requanto.linear.gpu import conditions as rules
+from requanto.linear.registry import Problem, choose
 
 BASE = Problem(
     device="cuda", qtype=qint4, activation=None, dtype=torch.bfloat16, rows=1, out_features=4096, in_features=4096,

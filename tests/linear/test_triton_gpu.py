@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import requanto
+from requanto.dtypes.qtypes import qfloat8_e4m3fn, qint8, resolve_qtype
 from requanto.linear import choose, grouped_linear, linear
-from requanto.linear import prepare as packing
-from requanto.linear import triton_rules as rules
-from requanto.linear.table import problem_of
-from requanto.qtensor import QTensor
-from requanto.qtypes import qfloat8_e4m3fn, qint8, resolve_qtype
+from requanto.linear import prepack as packing
+from requanto.linear.gpu import conditions as rules
+from requanto.linear.registry import problem_of
+from requanto.tensor.qtensor import QTensor
 
 DEVICE = "cuda"
 pytestmark = [

@@ -16,12 +16,12 @@ import tiny_models
 from whole_models import error, logits, nearest, quiet, token_samples, vector_samples
 
 import requanto
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
+from requanto.config.plan import plan
 from requanto.methods import layer_moments, text_samples
 from requanto.methods.chains import Chain, find_lists
 from requanto.methods.samples import Samples
-from requanto.plan import plan
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 class Root(nn.Module):

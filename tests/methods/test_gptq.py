@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from requanto.config import LayerOptions
+from requanto.config.config import LayerOptions
+from requanto.config.plan import PlannedWeight
+from requanto.dtypes.qtypes import qfloat8, qfp4, qint2, qint3, qint4, qint8, qnf4, quint8
 from requanto.methods.gptq import descend, gptq, refit, row_errors
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer
 from requanto.methods.scaling import nearest
-from requanto.plan import PlannedWeight
-from requanto.qtypes import qfloat8, qfp4, qint2, qint3, qint4, qint8, qnf4, quint8
 
 
 def problem(rows=12, columns=64, seed=0, samples=256):

@@ -11,11 +11,11 @@ import tiny_models
 from whole_models import error, logits, nearest, quiet, token_samples
 
 import requanto
-from requanto.config import LayerOptions
+from requanto.config.config import LayerOptions
+from requanto.config.plan import PlannedWeight, weight_kind
 from requanto.methods.fold import find_folds
 from requanto.methods.layers import Layer
-from requanto.plan import PlannedWeight, weight_kind
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 def uneven(name, dtype=torch.float32):

@@ -11,11 +11,11 @@ import torch
 from whole_models import error, logits, nearest, quiet, token_samples
 
 import requanto
-from requanto.config import LayerOptions
+from requanto.config.config import LayerOptions
+from requanto.config.plan import PlannedWeight
 from requanto.methods.layers import Layer
 from requanto.methods.scaling import nearest as round_nearest
 from requanto.methods.tuning import Tuned
-from requanto.plan import PlannedWeight
 
 
 @pytest.mark.parametrize("start", ["nearest", "gptq"])

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from requanto.calibrate import Calibration
+from requanto.model.calibrate import Calibration
+from requanto.model.quantize import freeze, quantize
 from requanto.nn import QConv2d, QLinear, QModuleMixin, register_qmodule
 from requanto.nn.registry import modules as registry
-from requanto.qtensor import QTensor
-from requanto.quantize import freeze, quantize
+from requanto.tensor.qtensor import QTensor
 
 KINDS = ["int8", "int4", "int2", "float8", "int3", "uint8", "nf4", "codebook4"]
 

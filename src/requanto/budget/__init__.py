@@ -9,6 +9,6 @@
 from requanto.budget.allocate import Allocation, Option, allocate
 from requanto.budget.choose import Choice, choose
 from requanto.budget.models import budget_of, resolve
-from requanto.limit import Limit
+from requanto.config.limit import Limit
 
 __all__ = ["Allocation", "Choice", "Limit", "Option", "allocate", "budget_of", "choose", "resolve"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from requanto.limit import parse_candidates
-from requanto.plan import PlannedWeight
-from requanto.qtypes import resolve_qtype
+from requanto.config.limit import parse_candidates
+from requanto.config.plan import PlannedWeight
+from requanto.dtypes.qtypes import resolve_qtype
 from requanto.scales.search import fitting
 
 #: Types and groups that are tried without samples: ``type``, ``type:group`` or ``type:row``. Float is always one more.

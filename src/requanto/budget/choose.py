@@ -16,9 +16,9 @@ from requanto.budget.allocate import Allocation, Option, allocate
 from requanto.budget.candidates import ALL_CANDIDATES, FLOAT, GROUPED_CANDIDATES, Candidate
 from requanto.budget.measure import Importance
 from requanto.budget.tables import Pieces, forms_of, like_the_others, measured, weighed_like_the_others
-from requanto.limit import Limit
-from requanto.plan import PlannedWeight
-from requanto.qtypes import short_name
+from requanto.config.limit import Limit
+from requanto.config.plan import PlannedWeight
+from requanto.dtypes.qtypes import short_name
 
 logger = logging.getLogger(__name__)
 

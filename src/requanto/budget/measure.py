@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from requanto.plan import PlannedWeight
+from requanto.config.plan import PlannedWeight
 
 #: Weights measured of one tensor: of larger ones, rows spread evenly stand for all. With importances, which differ a lot
 #: from row to row, it takes more of them.

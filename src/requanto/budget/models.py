@@ -11,10 +11,10 @@ from requanto.budget.choose import Choice, choose
 from requanto.budget.measure import Importance
 from requanto.budget.sensitivity import importances
 from requanto.budget.tables import Pieces
-from requanto.config import AUTO, QuantoConfig
-from requanto.limit import Limit
-from requanto.plan import PlannedWeight
-from requanto.qtypes import qtype
+from requanto.config.config import AUTO, QuantoConfig
+from requanto.config.limit import Limit
+from requanto.config.plan import PlannedWeight
+from requanto.dtypes.qtypes import qtype
 
 
 def model_bytes(model: nn.Module, names: Iterable[str]) -> int:

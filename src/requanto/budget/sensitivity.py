@@ -25,8 +25,8 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from requanto.budget.measure import Importance
+from requanto.config.plan import PlannedWeight
 from requanto.methods.samples import Samples, Stop, no_cache
-from requanto.plan import PlannedWeight
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from requanto.budget.candidates import Candidate, candidates_for
 from requanto.budget.measure import Importance, Rows, rows_of, squared_errors
-from requanto.plan import PlannedWeight
+from requanto.config.plan import PlannedWeight
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ The words after type and shape: ``group=N`` (else one scale a row), ``affine`` (
 ``transposed``, ``activation=TYPE`` (inputs are quantized on the fly), ``rank=R`` (a merged adapter is kept beside the
 codes: ``W_up`` and ``W_down``, and the weight is ``dequant(W) + up @ down``), ``scales=B`` (``W_scale`` and ``W_shift`` are
 codes of B bits, and ``W_row_scale`` is there: `requanto.scales.compact`), ``rotation=B`` (codes are those of rows rotated in
-blocks of B: `requanto.rotation`).
+blocks of B: `requanto.tensor.rotation`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from requanto.config import FORMAT, FORMAT_VERSION
-from requanto.packing import packed_length
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtypes, resolve_qtype
-from requanto.rotation import check_rotation
+from requanto.config.config import FORMAT, FORMAT_VERSION
+from requanto.dtypes.bit_packing import packed_length
+from requanto.dtypes.qtypes import qtypes, resolve_qtype
 from requanto.scales.compact import check_scale_bits, stored_length
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.rotation import check_rotation
 
 PARTS = QTensor.tensor_data_names
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 
 _MARK = "<!-- Written anew at every save: delete this line to keep a text of your own. -->"
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from requanto.checkpoint.format import expected_parts, flatten, parse_spec, rebuild, spec_text
 from requanto.integrations.patching import replace_everywhere
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 #: key of an index entry that holds the parts of a quantized weight
 _ENTRY = "requanto"

@@ -16,7 +16,7 @@ from torch import nn
 
 from requanto.integrations.patching import replace_everywhere
 from requanto.integrations.shards import broadcast_parts, layout, local_part, local_quantized
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 def register() -> None:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import nn
 
 from requanto.budget.models import resolve
-from requanto.config import QuantoConfig
-from requanto.plan import PlannedWeight
+from requanto.config.config import QuantoConfig
+from requanto.config.plan import PlannedWeight
 
 
 class StoredPieces:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 from requanto.integrations.shards import local_quantized
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.swap import restore_float_class
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 def as_config(config: Any) -> QuantoConfig:

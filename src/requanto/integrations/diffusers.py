@@ -17,16 +17,16 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from requanto.activation_table import activation_table, add_activation_modules, settle
 from requanto.budget.models import budget_of
+from requanto.checkpoint.activation_table import activation_table, add_activation_modules, settle
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
-from requanto.config import QuantizationMethod, QuantoConfig
+from requanto.config.config import QuantizationMethod, QuantoConfig
+from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations.budget import chosen_from_files
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.diffusers_builtin import refuse_other_backends, silence_deprecation
 from requanto.integrations.diffusers_skips import stays_float
-from requanto.plan import PlannedWeight, plan
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from requanto.config import QuantizationMethod, QuantoConfig
+from requanto.config.config import QuantizationMethod, QuantoConfig
 
 
 def silence_deprecation() -> None:

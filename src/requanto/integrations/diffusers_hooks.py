@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from requanto.checkpoint.format import flatten, rebuild, table_of
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from requanto.activation_table import activation_table
+from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.files import stored_keys
+from requanto.checkpoint.foreign.quanto_directory import reading_quanto
 from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 
 

@@ -8,7 +8,7 @@ import importlib
 import logging
 from typing import Any
 
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 from requanto.integrations.conversion import as_config
 
 logger = logging.getLogger(__name__)

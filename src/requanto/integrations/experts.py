@@ -15,9 +15,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from requanto.integrations.shards import local_quantized
-from requanto.linear.prepare import pack_on_first_use
-from requanto.qtensor import QTensor
-from requanto.tracing import is_tracing
+from requanto.linear.prepack import pack_on_first_use
+from requanto.runtime.tracing import is_tracing
+from requanto.tensor.qtensor import QTensor
 
 NAME = "requanto"
 

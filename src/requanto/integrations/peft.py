@@ -1,7 +1,7 @@
 """PEFT on quantized weights: exact merging, DoRA, adapters on fused experts, preparation for training.
 
 PEFT merges with ``weight.data += delta``, which on few bits is rounded away. Layers whose weight is a QTensor merge
-here instead: the adapter's two factors go beside the codes (`requanto.lowrank`), and unmerging puts back what was there,
+here instead: the adapter's two factors go beside the codes (`lowrank`), and unmerging puts back what was there,
 bit for bit. Everything else of PEFT runs unchanged.
 """
 
@@ -21,9 +21,9 @@ from peft.utils import integrations as peft_integrations
 from peft.utils import other as peft_other
 from torch import nn
 
-from requanto import lowrank
 from requanto.integrations.patching import replace_everywhere
-from requanto.qtensor import QTensor
+from requanto.tensor import lowrank
+from requanto.tensor.qtensor import QTensor
 
 _DORA = (variants.DoraLinearVariant, variants._DoraConvNdVariant)
 

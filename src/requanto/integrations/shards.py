@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from requanto.ops.pieces import cut, join, with_groups
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.sharding import cut, join, with_groups
 
 
 class Span(NamedTuple):

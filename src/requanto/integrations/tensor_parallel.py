@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import nn
 
 from requanto.integrations.shards import Span, gathered, local_part, local_quantized, sharding
-from requanto.ops.distributed import same_everywhere
-from requanto.qtensor import QTensor
+from requanto.tensor.distributed import same_everywhere
+from requanto.tensor.qtensor import QTensor
 
 #: attribute that names the quantizer on a model that is being loaded; the library sets its own only afterwards
 LOADING = "_requanto_loading"

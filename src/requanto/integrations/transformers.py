@@ -17,8 +17,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from requanto.activation_table import activation_table, add_activation_modules, settle
 from requanto.budget.models import budget_of
+from requanto.checkpoint.activation_table import activation_table, add_activation_modules, settle
 from requanto.checkpoint.files import check_files
 from requanto.checkpoint.format import (
     PARTS,
@@ -29,16 +29,16 @@ from requanto.checkpoint.format import (
     rebuild,
     table_of,
 )
-from requanto.config import QuantoConfig
-from requanto.dispatch import implements_function
+from requanto.config.config import QuantoConfig
+from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations import experts
 from requanto.integrations.accelerate import materialized
 from requanto.integrations.budget import chosen_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish, place, whole_state_dict
-from requanto.plan import PlannedWeight, plan
-from requanto.qtensor import QTensor
+from requanto.tensor.dispatch import implements_function
+from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from requanto.activation_table import activation_table
+from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.foreign.quanto_directory import reading_quanto
 from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.quanto_directory import reading_quanto
 from requanto.checkpoint.readme import write_readme
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.shards import local_quantized

@@ -3,7 +3,7 @@
 from requanto.linear.api import linear, times
 from requanto.linear.embedding import embedding
 from requanto.linear.grouped import grouped_linear
-from requanto.linear.table import Choice, Implementation, Problem, choose, implementations, register
+from requanto.linear.registry import Choice, Implementation, Problem, choose, implementations, register
 
 __all__ = [
     "Choice",

@@ -7,9 +7,9 @@ from ctypes import c_float
 
 import torch
 
-from requanto.qtypes import qtype
-from requanto.tracing import is_tracing
-from requanto.workspace import workspace
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import workspace
+from requanto.runtime.tracing import is_tracing
 
 #: Smallest row maximum that is divided by: a row of zeros has codes of zero.
 TINY = 1e-30

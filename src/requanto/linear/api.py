@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from requanto import lowrank
-from requanto.layout import LOCK
+from requanto.tensor import lowrank
+from requanto.tensor.layout import LOCK
 
 from requanto.linear import reference  # isort: skip  (closes the table, before the others enter it)
-from requanto.linear import bound, cpu, triton
-from requanto.linear.prepare import pack_on_first_use
-from requanto.linear.table import choose, problem_of
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype, qtypes
-from requanto.rotation import rotate
-from requanto.settings import choices
-from requanto.tracing import has_numbers, is_tracing, transformed, wants_gradient
+from requanto.dtypes.qtypes import qtype, qtypes
+from requanto.linear import plan_cache
+from requanto.linear.cpu import paths as cpu
+from requanto.linear.gpu import paths as triton
+from requanto.linear.prepack import pack_on_first_use
+from requanto.linear.registry import choose, problem_of
+from requanto.runtime.settings import choices
+from requanto.runtime.tracing import has_numbers, is_tracing, transformed, wants_gradient
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.rotation import rotate
 
 __all__ = ["cpu", "linear", "packed_product", "reference", "times", "triton"]
 
@@ -56,14 +58,14 @@ def linear(
         usual = (
             input_scale is None and (activation is None or activation is weight.activation) and not weight.transposed
         )
-        product = bound.find(x, weight, bias) if usual else None
+        product = plan_cache.find(x, weight, bias) if usual else None
         if product is not None:
             return product(x, weight, bias)
         # Every look at a QTensor's shape or device would be a function call of its own: half of a small layer's time.
         with torch._C.DisableTorchFunctionSubclass():
             out = _checked(x, weight, bias, activation, input_scale)
             if usual:
-                bound.remember(x, weight)
+                plan_cache.remember(x, weight)
             return out
     return _checked(x, weight, bias, activation, input_scale)
 
@@ -108,7 +110,7 @@ def packed_product(
         None where it is not to be packed: a gradient is wanted, or something traces, or it has no such form.
     """
     usual = input_scale is None and (activation is None or activation is weight.activation)
-    product = bound.find(x, weight, bias) if usual else None
+    product = plan_cache.find(x, weight, bias) if usual else None
     if product is not None:
         return product(x, weight, bias)
     asked = wants_gradient(x, bias)
@@ -118,9 +120,9 @@ def packed_product(
             if has_numbers() or is_tracing():
                 return None
             # torch.func takes no transpose of a tensor that has parts; the matrix is made of these.
-            return _checked(x, bound.matrix(weight), bias, activation, input_scale)
+            return _checked(x, plan_cache.matrix(weight), bias, activation, input_scale)
         pack_on_first_use(weight, torch.get_autocast_dtype("cpu") if _autocast(x) else x.dtype, activation)
-        view = bound.matrix(weight)
+        view = plan_cache.matrix(weight)
         packed = view.packed
         if packed is None:
             return None
@@ -130,7 +132,7 @@ def packed_product(
                 if weight.packed is packed:
                     weight.qdata = view.qdata.view(weight.stored_shape)
         if usual and not _autocast(x):
-            bound.remember(x, weight)
+            plan_cache.remember(x, weight)
         return out
 
 

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from requanto.linear import ahead, blocked, compiled
 from requanto.linear.api import packed_product
-from requanto.linear.dequantize import rows_rounded_once
-from requanto.linear.prepare import layout_to_be
-from requanto.qtensor import QTensor
-from requanto.settings import settings
-from requanto.tracing import has_numbers, wants_gradient
-from requanto.workspace import workspace
+from requanto.linear.cpu import onednn_bf16
+from requanto.linear.cpu.aot import cache, calls
+from requanto.linear.cpu.dequantize import rows_rounded_once
+from requanto.linear.prepack import layout_to_be
+from requanto.runtime.buffers import workspace
+from requanto.runtime.settings import settings
+from requanto.runtime.tracing import has_numbers, wants_gradient
+from requanto.tensor.qtensor import QTensor
 
 #: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
 PART = 2
@@ -80,7 +81,7 @@ def _of_patches(
     """`F.conv2d` as a product of patches with the packed weight; None where that does not pay, or cannot be."""
     if x.dtype != torch.bfloat16 or x.dim() != 4 or groups != 1 or x.shape[1] != weight.shape[1]:
         return None
-    if weight.activation is not None or isinstance(padding, str) or not ahead.wanted(compiled.NIBBLES):
+    if weight.activation is not None or isinstance(padding, str) or not cache.wanted(calls.NIBBLES):
         return None
     kernel = weight.shape[2:]
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
@@ -91,7 +92,7 @@ def _of_patches(
     most = PIXELS_ONE_BY_ONE if itself else min(PIXELS, weight.numel() // WEIGHTS_A_PIXEL)
     if height < 1 or width < 1 or not 0 < pixels <= most:
         return None
-    if not blocked.fits(*weight.matrix_shape) or layout_to_be(weight, x.dtype) == "plain":
+    if not onednn_bf16.fits(*weight.matrix_shape) or layout_to_be(weight, x.dtype) == "plain":
         return None
     patches = x.flatten(2) if itself else F.unfold(x, kernel, dilation, padding, stride)
     rows = patches.transpose(1, 2).contiguous().view(pixels, -1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from requanto.linear.dequantize import codes_to_float
-from requanto.linear.prepare import keep_plain
-from requanto.packing import unpack
-from requanto.qtensor import QTensor, scaled_values
-from requanto.tracing import has_numbers
+from requanto.dtypes.bit_packing import unpack
+from requanto.linear.cpu.dequantize import codes_to_float
+from requanto.linear.prepack import keep_plain
+from requanto.runtime.tracing import has_numbers
+from requanto.tensor.qtensor import QTensor, scaled_values
 
 
 def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from requanto.linear.bound import matrix
-from requanto.linear.prepare import layout_to_be
-from requanto.linear.table import choose, problem_of
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
+from requanto.linear.plan_cache import matrix
+from requanto.linear.prepack import layout_to_be
+from requanto.linear.registry import choose, problem_of
+from requanto.tensor.qtensor import QTensor
 
 
 @dataclass(frozen=True)

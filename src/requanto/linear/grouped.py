@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from requanto import lowrank
 from requanto.linear.api import weight_of
-from requanto.linear.table import choose, problem_of
-from requanto.qtensor import QTensor
-from requanto.rotation import rotate
+from requanto.linear.registry import choose, problem_of
+from requanto.tensor import lowrank
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.rotation import rotate
 
 
 def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:

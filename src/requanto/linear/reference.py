@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from requanto.dtypes.qtypes import qtype
 from requanto.linear.activations import quantize_activations
-from requanto.linear.table import Implementation, choose, problem_of, register
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype
+from requanto.linear.registry import Implementation, choose, problem_of, register
+from requanto.tensor.qtensor import QTensor
 
 
 def run(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from requanto.config.plan import PlannedWeight
 from requanto.methods.engine import quantize_planned
 from requanto.methods.method import Gptq, Method
 from requanto.methods.resume import Resume, fingerprint
@@ -20,7 +21,6 @@ from requanto.methods.samples import Samples, text_samples
 from requanto.methods.scaling import Awq, SmoothQuant
 from requanto.methods.statistics import layer_moments
 from requanto.methods.tuning import SignRound
-from requanto.plan import PlannedWeight
 
 __all__ = [
     "METHODS",
@@ -53,7 +53,7 @@ def quantize_with_samples(
 
     Args:
         model: any model, float, on the device it is to run on.
-        planned: full parameter name -> how (`requanto.plan.plan`).
+        planned: full parameter name -> how (`requanto.config.plan.plan`).
         calibration: an iterable of inputs, or a function that runs the model (`requanto.methods.samples`).
         method: a name or a `Method`.
         method_options: the method's options, by name.

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from requanto.config.plan import PlannedWeight
 from requanto.methods.block import Block, Carried
 from requanto.methods.chains import Chain, find_lists
 from requanto.methods.gptq import Rounded
@@ -25,7 +26,6 @@ from requanto.methods.method import Method
 from requanto.methods.moments import Inputs, Moments
 from requanto.methods.resume import Resume
 from requanto.methods.samples import Samples
-from requanto.plan import PlannedWeight
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
 from requanto.scales.codebook import nearest_codes, values_of
 from requanto.scales.compact import expand_scale, expand_shift, round_scales
 from requanto.scales.weights import _storable

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from requanto.config.plan import PlannedWeight, parameter_holders
+from requanto.dtypes.bit_packing import pack
 from requanto.methods.gptq import Rounded
 from requanto.methods.grid import Grid
 from requanto.methods.moments import Moments
-from requanto.packing import pack
-from requanto.plan import PlannedWeight, parameter_holders
-from requanto.qtensor import QTensor
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.codebook import fit_codebook
 from requanto.scales.compact import pack_codes, zero_step
 from requanto.scales.weights import encode, scale_dtype
+from requanto.tensor.qtensor import QTensor
 
 if TYPE_CHECKING:
     from requanto.methods.method import Method

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from requanto.checkpoint.format import flatten, rebuild, spec_text
+from requanto.config.plan import PlannedWeight
 from requanto.methods.layers import Layer
 from requanto.methods.method import Method
 from requanto.methods.samples import Samples, tensor_bytes
-from requanto.plan import PlannedWeight
-from requanto.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor
 
 #: Values of each parameter that its hash takes in.
 _SAMPLE = 4096

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from requanto.config.plan import PlannedWeight
 from requanto.methods.layers import find_layers
 from requanto.methods.moments import Inputs, Moments
 from requanto.methods.samples import Samples
-from requanto.plan import PlannedWeight
 
 
 def layer_moments(
@@ -20,7 +20,7 @@ def layer_moments(
 
     Args:
         model: any model, float.
-        planned: full parameter name -> how it will be quantized (`requanto.plan.plan`); other kinds of weights are left out.
+        planned: full parameter name -> how it will be quantized (`plan.plan`); other kinds of weights are left out.
         calibration: samples, or a function that runs the model (`requanto.methods.samples`).
         full: of all pairs of input channels: ``[K, K]`` float32 for every layer, all held at once; else of each channel
             alone.

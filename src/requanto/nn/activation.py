@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype, qtypes
+from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.scales.quanto import symmetric_codes
+from requanto.tensor.qtensor import QTensor
 
 
 class QActivation(torch.Tensor):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.nn.activation import QActivation, quantize_activation
 from requanto.nn.ste import round_per_token, straight_through
-from requanto.optimizers import Optimizer, check_optimizer, quantize_as_quanto
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype, resolve_qtype
+from requanto.runtime.tracing import is_tracing
 from requanto.scales import fit_group_size
+from requanto.scales.optimizers import Optimizer, check_optimizer, quantize_as_quanto
 from requanto.scales.quanto import group_size_rule, symmetric_codes
-from requanto.tracing import is_tracing
+from requanto.tensor.qtensor import QTensor
 
 
 class QModuleMixin:

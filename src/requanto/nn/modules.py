@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from requanto.dtypes.qtypes import qtype
 from requanto.linear import linear, times
 from requanto.nn.activation import QActivation
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules
-from requanto.optimizers import Optimizer
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype
+from requanto.scales.optimizers import Optimizer
+from requanto.tensor.qtensor import QTensor
 
 
 @modules.register(nn.Linear)

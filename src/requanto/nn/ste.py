@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
 
 
 class _Through(torch.autograd.Function):

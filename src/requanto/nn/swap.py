@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
+from requanto.dtypes.qtypes import qtype
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import Registry, modules
-from requanto.optimizers import Optimizer
-from requanto.qtypes import qtype
+from requanto.scales.optimizers import Optimizer
 
 _FLOAT = "_requanto_float"
 

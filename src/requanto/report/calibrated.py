@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from requanto.budget.models import settle_on_samples
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
+from requanto.config.plan import PlannedWeight, plan
 from requanto.data import calibration_text
 from requanto.methods import find_method, quantize_with_samples, text_samples
-from requanto.plan import PlannedWeight, plan
 from requanto.report.convert import checked_source, class_of, copy_companions, load_model
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from requanto.qtensor import QTensor
-from requanto.qtypes import short_name
+from requanto.dtypes.qtypes import short_name
 from requanto.report._inputs import Tokenizer
+from requanto.tensor.qtensor import QTensor
 
 #: Float weights are compared in pieces of so many values: 64 MB of float32 each.
 _PIECE = 16 * 1024 * 1024

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from requanto.config import QuantoConfig
+from requanto.config.config import QuantoConfig
 
 # Files that belong to a model but are neither weights nor written by save_pretrained: tokenizer, processor, templates.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from requanto.budget.models import budget_of
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, expected_parts, parse_spec
-from requanto.config import QuantoConfig
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtypes, short_name
+from requanto.config.config import QuantoConfig
+from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
+from requanto.tensor.qtensor import QTensor
 
 #: types whose savings `inspect` works out for a float model
 COMPARED = ("int8", "float8", "int4", "int2")
@@ -202,7 +202,7 @@ def _of_tensor(name: str, parameter: torch.Tensor) -> WeightReport:
 
 
 def _linear_names(model: torch.nn.Module) -> set[str]:
-    from requanto.plan import plan
+    from requanto.config.plan import plan
 
     try:
         return set(plan(model, QuantoConfig()))
@@ -231,7 +231,7 @@ def _worth(weight: WeightReport, quantizable: set[str] | None) -> bool:
 
 
 def _quantized_bytes(weight: WeightReport, kind_name: str) -> int:
-    from requanto.qtypes import resolve_qtype
+    from requanto.dtypes.qtypes import resolve_qtype
 
     kind = resolve_qtype(kind_name)
     group = fit_group_size(default_group_size(kind), weight.shape[-1], weight.name)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from requanto.config import QuantoConfig
-from requanto.packing import packed_length
-from requanto.plan import PlannedWeight, plan
-from requanto.qtensor import QTensor
+from requanto.config.config import QuantoConfig
+from requanto.config.plan import PlannedWeight, plan
+from requanto.dtypes.bit_packing import packed_length
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.compact import ROW_DTYPE, stored_length
 from requanto.scales.weights import scale_dtype
+from requanto.tensor.qtensor import QTensor
 
 #: shapes of well-known sizes, so that the table needs no download
 LLAMA_SHAPES = {

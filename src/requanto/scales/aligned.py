@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import scratch
 from requanto.scales.least_squares import on_grid, whole_range
-from requanto.workspace import scratch
 
 #: Parts of the range from minimum to maximum that are tried, by bits.
 SHARES = {2: (0.9, 0.8, 0.7), 3: (1.0, 0.95, 0.9), 4: (1.0, 0.95, 0.9)}

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from requanto.layout import is_fake
-from requanto.qtypes import qtype
-from requanto.tracing import is_tracing
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.tracing import is_tracing
+from requanto.tensor.layout import is_fake
 
 #: Cells of the table that finds the nearest value: no type but the small floats with 4 bits of exponent has values so
 #: close that more than one border falls into a cell.

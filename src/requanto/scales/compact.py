@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from requanto.packing import pack, packed_length, unpack
-from requanto.qtypes import qtype
+from requanto.dtypes.bit_packing import pack, packed_length, unpack
+from requanto.dtypes.qtypes import qtype
 
 #: dtype of a row's scale: float32's range in 16 bits. Its own rounding costs nothing, the codes are chosen after it.
 ROW_DTYPE = torch.bfloat16

@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
 
 #: Weights of a row that are looked at, evenly spread over it; a row shorter than twice this is looked at whole. Over more
 #: weights the differences between the candidates average out: they gain little and cost time.

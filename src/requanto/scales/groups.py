@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ variable for the errors that are accepted, e; each is solved for in turn:
 The scale stays that of the whole range: outliers are not cut. The shift starts from a whole number of steps, so that 0 is
 one of the values; the weights near it, most of a group, lie on a value then. That start is worth more than all rounds
 after it (docs/accuracy.md). Errors below 0.17 shrink to nothing, which is all errors of a usual model: what is left is a
-shift with which the errors of a group add up to 0. `requanto.optimizers.HqqOptimizer` is optimum-quanto's, bit for bit.
+shift with which the errors of a group add up to 0. `optimizers.HqqOptimizer` is optimum-quanto's, bit for bit.
 """
 
 from __future__ import annotations
 
 import torch
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import scratch
 from requanto.scales.least_squares import on_grid
-from requanto.workspace import scratch
 
 POWER = 0.7
 BETA = 10.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from requanto.qtypes import qtype
-from requanto.workspace import scratch
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import scratch
 
 #: Part of the range between minimum and maximum to start from, by bits.
 START = {2: 0.7, 3: 0.8, 4: 0.95}

@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 import torch
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import scratch
 from requanto.scales.aligned import aligned as aligned_scale
 from requanto.scales.float8 import float8_scale
 from requanto.scales.hqq import hqq
 from requanto.scales.least_squares import least_squares, whole_range
-from requanto.workspace import scratch
 
 #: ``search(groups, kind, affine) -> (scale, shift or None)`` for float32 ``groups`` of shape ``[rows, G, group]``.
 ScaleSearch = Callable[[torch.Tensor, qtype, bool], tuple[torch.Tensor, torch.Tensor | None]]

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from requanto.packing import pack, packed_length
-from requanto.qtypes import qtype
-from requanto.rotation import rotate
+from requanto.dtypes.bit_packing import pack, packed_length
+from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import release_scratch, scratch
 from requanto.scales.codebook import fit_codebook, nearest_codes
 from requanto.scales.compact import (
     ROW_DTYPE,
@@ -28,7 +28,7 @@ from requanto.scales.compact import (
     stored_length,
 )
 from requanto.scales.search import ScaleSearch, find_search
-from requanto.workspace import release_scratch, scratch
+from requanto.tensor.rotation import rotate
 
 #: Weights quantized at once for each thread of torch, up to four: the float32 temporaries (2 MB each and thread, kept) stay
 #: in the caches of the cores. Smaller ones would leave the operators on groups, a hundredth of the weights, to one thread.
@@ -73,7 +73,7 @@ def quantize_weight_data(
         search: how scale and shift are chosen; a name (`requanto.scales.search`), a function, or None: the type's default.
         name: what to call the weight in an error.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
-        rotation: block in which the rows are rotated first (`requanto.rotation`).
+        rotation: block in which the rows are rotated first (`requanto.tensor.rotation`).
         dtype: of the weight that these values are computed from, whose groups' scales have that dtype; None: its own.
 
     Raises:

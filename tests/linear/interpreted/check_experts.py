@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import requanto
-from requanto.linear import prepare as packing
-from requanto.linear import table, triton
-from requanto.linear import triton_rules as rules
-from requanto.qtensor import QTensor
+from requanto.linear import prepack as packing
+from requanto.linear import registry
+from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu import paths
+from requanto.tensor.qtensor import QTensor
 
 transformers = pytest.importorskip("transformers")
 SHAPE = {
@@ -26,8 +27,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(rules, "capability", lambda kind: 0)
     monkeypatch.setattr(packing, "SMALLEST", 0)
     monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
-    entries = sorted(table._TABLE, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(table, "_TABLE", entries)
+    entries = sorted(registry._TABLE, key=lambda one: not one.name.startswith("triton"))
+    monkeypatch.setattr(registry, "_TABLE", entries)
     torch.manual_seed(0)
 
 
@@ -46,8 +47,8 @@ def test_from_pretrained_to_the_grouped_kernel_and_back(tmp_path, monkeypatch):
             parameter.copy_(ours.dequantize() if isinstance(ours, QTensor) else ours)
 
     calls = []
-    grouped = triton.run_grouped
-    entry = next(one for one in table._TABLE if one.name == "triton-wq")
+    grouped = paths.run_grouped
+    entry = next(one for one in registry._TABLE if one.name == "triton-wq")
 
     def counted(x, weight, offsets):
         calls.append((x.shape[0], weight.packed is not None))

@@ -5,11 +5,12 @@ import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
 import requanto
-from requanto.linear import grouped_linear, linear, table, triton, triton_layout
-from requanto.linear import triton_rules as rules
-from requanto.linear.prepare import prepare
-from requanto.qtensor import QTensor
-from requanto.qtypes import qfloat8_e4m3fn, qfloat8_e5m2, qint2, qint4, qint8, qtypes
+from requanto.dtypes.qtypes import qfloat8_e4m3fn, qfloat8_e5m2, qint2, qint4, qint8, qtypes
+from requanto.linear import grouped_linear, linear, registry
+from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu import layout, paths
+from requanto.linear.prepack import prepare
+from requanto.tensor.qtensor import QTensor
 
 HALF, FULL = torch.float16, torch.float32
 KINDS = {2: qint2, 4: qint4, 8: qint8}
@@ -20,8 +21,8 @@ def on_the_cpu(monkeypatch):
     """The table with the GPU's entries first, which take the CPU for their device."""
     monkeypatch.setattr(rules, "DEVICES", ("cpu",))
     monkeypatch.setattr(rules, "capability", lambda kind: 0)
-    entries = sorted(table._TABLE, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(table, "_TABLE", entries)
+    entries = sorted(registry._TABLE, key=lambda one: not one.name.startswith("triton"))
+    monkeypatch.setattr(registry, "_TABLE", entries)
     torch.manual_seed(0)
 
 
@@ -38,7 +39,7 @@ def tensor(w, transposed=False, dtype=FULL):
 
 
 def chosen(q, x, activation=None):
-    return table.choose(table.problem_of(q, x.dtype, x.shape[0], activation)).implementation.name
+    return registry.choose(registry.problem_of(q, x.dtype, x.shape[0], activation)).implementation.name
 
 
 WEIGHTS = [(2, None, True), (2, 64, False), (4, 32, True), (4, 128, False), (8, None, False), (8, 64, True)]
@@ -55,12 +56,12 @@ def test_weight_only(bits, group, affine, transposed, dtype):
     for packed in (False, True):
         q = tensor(w, transposed, dtype)
         if packed:
-            if not triton_layout.fits(q):
+            if not layout.fits(q):
                 assert bits == 8
                 continue
-            q.pack(triton_layout.pack(q))
+            q.pack(layout.pack(q))
         assert chosen(q, x) == "triton-wq"
-        for run in (triton.run_wq, triton.run_dequantized):
+        for run in (paths.run_wq, paths.run_dequantized):
             got = run(x, q, bias)
             assert got.dtype == dtype
             assert error(got, want) <= TOLERANCE[dtype]
@@ -73,18 +74,18 @@ def test_float8_weights(fp8, transposed):
     w = weight(33, 96, 8, None, fp8=fp8)
     matrix = w.meaning if transposed else w.meaning.T
     x = torch.randn(4, matrix.shape[0])
-    assert error(triton.run_wq(x, tensor(w, transposed), None), x.double() @ matrix) <= TOLERANCE[FULL]
+    assert error(paths.run_wq(x, tensor(w, transposed), None), x.double() @ matrix) <= TOLERANCE[FULL]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_large_weight_is_rebuilt_in_parts(transposed, monkeypatch):
-    monkeypatch.setattr(triton, "SCRATCH_BYTES", 7 * 256 * 4)
+    monkeypatch.setattr(paths, "SCRATCH_BYTES", 7 * 256 * 4)
     w = weight(40, 256, 4, 64, True)
     matrix = w.meaning if transposed else w.meaning.T
     x, bias = torch.randn(5, matrix.shape[0]), torch.randn(matrix.shape[1])
     q = tensor(w, transposed)
-    q.pack(triton_layout.pack(q))
-    assert error(triton.run_dequantized(x, q, bias), x.double() @ matrix + bias.double()) <= TOLERANCE[FULL]
+    q.pack(layout.pack(q))
+    assert error(paths.run_dequantized(x, q, bias), x.double() @ matrix + bias.double()) <= TOLERANCE[FULL]
 
 
 def quantized_rows(x, limit, to_codes):
@@ -114,21 +115,21 @@ def test_int8_activations(bits, group, affine, name, static):
     got = linear(x, q, bias, activation=qint8, input_scale=scale)
     assert chosen(q, x, qint8) == name
     assert error(got, rounded @ w.meaning.T + bias.double()) <= 1e-5  # a tie may fall the other way in float32
-    if triton_layout.fits(q, qint8):
-        q.pack(triton_layout.pack(q))
+    if layout.fits(q, qint8):
+        q.pack(layout.pack(q))
         again = linear(x, q, bias, activation=qint8, input_scale=scale)
         assert q.packed is not None
         assert error(again, got.double()) <= 1e-6
 
 
 def test_int8_activations_keep_small_groups_plain():
-    assert not triton_layout.fits(tensor(weight(40, 256, 4, 64)), qint8)
-    assert triton_layout.fits(tensor(weight(40, 256, 4, 64)))
-    assert triton_layout.fits(tensor(weight(40, 256, 4, 128)), qint8)
+    assert not layout.fits(tensor(weight(40, 256, 4, 64)), qint8)
+    assert layout.fits(tensor(weight(40, 256, 4, 64)))
+    assert layout.fits(tensor(weight(40, 256, 4, 128)), qint8)
     # Packed before the activations were known: right all the same, by another way.
     w = weight(40, 256, 4, 64)
     q, x = tensor(w), torch.randn(2, 256)
-    q.pack(triton_layout.pack(q))
+    q.pack(layout.pack(q))
     assert chosen(q, x, qint8) == "triton-rounded"
     want = quantized_rows(x, 127, torch.round) @ w.meaning.T
     assert error(linear(x, q, activation=qint8), want) <= 1e-5
@@ -154,7 +155,7 @@ def test_experts(transposed, packed):
     w = weight(24, 256, 4, 64, True, experts=4)
     q = tensor(w, transposed)
     if packed:
-        q.pack(triton_layout.pack(q))
+        q.pack(layout.pack(q))
     matrix = w.meaning if transposed else w.meaning.transpose(1, 2)
     ends = torch.tensor([0, 5, 6, 10], dtype=torch.int32)
     owner = torch.tensor([1] * 5 + [2] + [3] * 4)
@@ -178,7 +179,7 @@ def test_gradient_and_operators(bits, packed):
     w = weight(40, 256, bits, 64 if bits == 4 else None)
     q = tensor(w)
     if packed and bits == 4:
-        q.pack(triton_layout.pack(q))
+        q.pack(layout.pack(q))
     x, bias = torch.randn(2, 3, 256, requires_grad=True), torch.randn(40, requires_grad=True)
     out = linear(x, q, bias)
     dy = torch.randn_like(out)
@@ -217,8 +218,8 @@ def test_operators_of_gradients_and_experts_are_well_formed(packed):
     w, stack = weight(40, 256, 4, 64, True), weight(24, 256, 4, 64, True, experts=3)
     q, experts = tensor(w), tensor(stack)
     if packed:
-        q.pack(triton_layout.pack(q))
-        experts.pack(triton_layout.pack(experts))
+        q.pack(layout.pack(q))
+        experts.pack(layout.pack(experts))
     rest = (q.qtype.name, 64, [40, 256], False)
     torch.library.opcheck(torch.ops.requanto.linear_backward, (torch.randn(3, 40), q.operand, q.scale, q.shift, *rest))
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -268,7 +269,7 @@ def test_the_layout_replaces_the_codes_and_comes_back(tmp_path):
 
 
 def test_the_first_product_packs(monkeypatch):
-    from requanto.linear import prepare as module
+    from requanto.linear import prepack as module
 
     monkeypatch.setattr(module, "SMALLEST", 0)
     model, x = layer(), torch.randn(2, 256)
@@ -287,7 +288,7 @@ def test_a_captured_weight_stays_where_it_is(monkeypatch):
     stored = two.weight.qdata.clone()
     words = one.weight.packed.handle
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(triton_layout, "capturing", lambda device: True)
+        patch.setattr(layout, "capturing", lambda device: True)
         one(torch.randn(2, 256))
         two(torch.randn(2, 256))
         assert prepare(two, smallest=0) == {}
@@ -301,7 +302,7 @@ def test_a_captured_weight_stays_where_it_is(monkeypatch):
     assert torch.equal(one.weight.qdata, stored)
     assert not torch.equal(copy, stored)
     address = words.untyped_storage()._cdata
-    assert address in triton_layout._pinned
+    assert address in layout._pinned
 
 
 def test_compiled_graphs_see_the_layout():
@@ -330,7 +331,7 @@ def test_compiled_graphs_see_the_layout():
 def test_lowrank_beside_packed_codes():
     w = weight(40, 256, 4, 64)
     q = tensor(w)
-    q.pack(triton_layout.pack(q))
+    q.pack(layout.pack(q))
     up, down = torch.randn(40, 3), torch.randn(3, 256)
     q.set_lowrank(up, down)
     x = torch.randn(2, 256)

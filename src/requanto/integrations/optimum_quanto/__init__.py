@@ -5,6 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from requanto.dtypes.qtypes import (
+    qfloat8,
+    qfloat8_e4m3fn,
+    qfloat8_e4m3fnuz,
+    qfloat8_e5m2,
+    qint2,
+    qint4,
+    qint8,
+    qtype,
+    qtypes,
+)
 from requanto.integrations.optimum_quanto.activations import ActivationQBytesTensor, quantize_activation
 from requanto.integrations.optimum_quanto.base import PackedTensor, QBitsTensor, QBytesTensor, QTensor, qfallback
 from requanto.integrations.optimum_quanto.library import (
@@ -26,8 +37,8 @@ from requanto.integrations.optimum_quanto.modules import (
 )
 from requanto.integrations.optimum_quanto.quantize import freeze, quantization_map, quantize, requantize
 from requanto.integrations.optimum_quanto.weights import WeightQBitsTensor, WeightQBytesTensor, quantize_weight
-from requanto.observers import absmax_scale
-from requanto.optimizers import (
+from requanto.scales.observers import absmax_scale
+from requanto.scales.optimizers import (
     AbsmaxOptimizer,
     AffineOptimizer,
     HqqOptimizer,
@@ -35,7 +46,6 @@ from requanto.optimizers import (
     Optimizer,
     SymmetricOptimizer,
 )
-from requanto.qtypes import qfloat8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2, qint2, qint4, qint8, qtype, qtypes
 from requanto.scales.quanto import group, grouped_shape, ungroup
 
 #: the version whose names and behaviour these are

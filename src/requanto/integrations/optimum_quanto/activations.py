@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from requanto.dtypes.qtypes import qtype
 from requanto.integrations.optimum_quanto.base import QBytesTensor, QTensor
 from requanto.integrations.optimum_quanto.weight_base import Weight
 from requanto.nn.activation import QActivation
-from requanto.qtypes import qtype
 
 
 class ActivationQBytesTensor(QActivation, QBytesTensor):

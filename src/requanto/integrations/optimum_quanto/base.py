@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from requanto.qtypes import qtype
+from requanto.dtypes.qtypes import qtype
 from requanto.scales.quanto import pack_split, unpack_split
 
 aten = torch.ops.aten

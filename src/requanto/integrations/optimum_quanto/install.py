@@ -11,10 +11,10 @@ from typing import Any
 # Module below optimum.quanto -> our modules whose public names it has. Where a name of a function and of a module is one
 # (optimum.quanto.quantize), the attribute is the function, as there.
 _HERE = "requanto.integrations.optimum_quanto"
-_OPTIMIZERS = ("requanto.optimizers",)
+_OPTIMIZERS = ("requanto.scales.optimizers",)
 _TENSORS = (f"{_HERE}.base", f"{_HERE}.weights", f"{_HERE}.activations")
 _LAYOUT: dict[str, tuple[str, ...]] = {
-    "calibrate": (f"{_HERE}.modules", "requanto.observers"),
+    "calibrate": (f"{_HERE}.modules", "requanto.scales.observers"),
     "quantize": (f"{_HERE}.quantize",),
     "nn": (f"{_HERE}.modules",),
     "nn.qmodule": (f"{_HERE}.modules",),
@@ -29,9 +29,9 @@ _LAYOUT: dict[str, tuple[str, ...]] = {
     "models": (f"{_HERE}.library", f"{_HERE}.wrappers"),
     "models.transformers_models": (f"{_HERE}.wrappers",),
     "models.diffusers_models": (f"{_HERE}.wrappers",),
-    "tensor": (*_TENSORS, *_OPTIMIZERS, f"{_HERE}.library", "requanto.scales.quanto", "requanto.qtypes"),
+    "tensor": (*_TENSORS, *_OPTIMIZERS, f"{_HERE}.library", "requanto.scales.quanto", "requanto.dtypes.qtypes"),
     "tensor.core": (f"{_HERE}.library",),
-    "tensor.qtype": ("requanto.qtypes",),
+    "tensor.qtype": ("requanto.dtypes.qtypes",),
     "tensor.qtensor": (f"{_HERE}.base",),
     "tensor.qbytes": (f"{_HERE}.base",),
     "tensor.qbits": (f"{_HERE}.base",),

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.foreign.quanto_files import from_qtensor
 from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.quanto_files import from_qtensor
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
+from requanto.dtypes.qtypes import qtype, resolve_qtype
+from requanto.model.quantize import freeze, quantization_map
+from requanto.model.quantize import quantize as quantize_native
 from requanto.nn.mixin import QModuleMixin
-from requanto.optimizers import Optimizer, default_optimizer
-from requanto.qtensor import QTensor
-from requanto.qtypes import qtype, resolve_qtype
-from requanto.quantize import freeze, quantization_map
-from requanto.quantize import quantize as quantize_native
+from requanto.scales.optimizers import Optimizer, default_optimizer
+from requanto.tensor.qtensor import QTensor
 
 MAP_NAME = "quanto_qmap.json"
 
@@ -119,7 +119,7 @@ class _Wrapper:
 
     @classmethod
     def _load(cls, model: nn.Module, state: Any, qmap: dict) -> None:
-        from requanto.requantize import requantize
+        from requanto.model.requantize import requantize
 
         requantize(model, state, qmap)
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from requanto import calibrate
+from requanto.dtypes.qtypes import qtype
 from requanto.integrations.optimum_quanto.activations import quantize_activation
 from requanto.integrations.optimum_quanto.base import QTensor
 from requanto.integrations.optimum_quanto.weights import WeightQBitsTensor, WeightQBytesTensor, quantize_weight
+from requanto.model import calibrate
 from requanto.nn import mixin as native
 from requanto.nn import modules as native_modules
 from requanto.nn.activation import QActivation
 from requanto.nn.registry import Registry
-from requanto.optimizers import Optimizer, SymmetricOptimizer, default_optimizer
-from requanto.qtypes import qtype
+from requanto.scales.optimizers import Optimizer, SymmetricOptimizer, default_optimizer
 from requanto.scales.quanto import group_size_rule
 
 #: modules known under optimum-quanto's names

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto.checkpoint.foreign.quanto_files import drop_old_metadata
 from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.quanto_files import drop_old_metadata
+from requanto.config.plan import parameter_holders
+from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.integrations.optimum_quanto.modules import QModuleMixin, registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
-from requanto.optimizers import Optimizer
-from requanto.plan import parameter_holders
-from requanto.qtypes import qtype, resolve_qtype
+from requanto.scales.optimizers import Optimizer
 from requanto.scales.quanto import group_size_rule
 
 

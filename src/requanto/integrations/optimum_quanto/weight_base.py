@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from requanto.integrations.optimum_quanto.base import qfallback
 from requanto.linear import linear
 from requanto.nn.activation import QActivation
-from requanto.qtensor import QTensor as NativeQTensor
+from requanto.tensor.qtensor import QTensor as NativeQTensor
 
 aten = torch.ops.aten
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from requanto.dtypes.qtypes import qint2, qint4, qtype, qtypes
 from requanto.integrations.optimum_quanto.base import PackedTensor, QBitsTensor
 from requanto.integrations.optimum_quanto.library import quantize_affine
 from requanto.integrations.optimum_quanto.weight_base import Quantize, Weight
-from requanto.qtypes import qint2, qint4, qtype, qtypes
 from requanto.scales.quanto import grouped_shape, ungroup
 
 aten = torch.ops.aten

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.integrations.optimum_quanto.base import QBytesTensor
 from requanto.integrations.optimum_quanto.library import quantize_symmetric
 from requanto.integrations.optimum_quanto.weight_base import Quantize, Weight
-from requanto.qtensor import QTensor as NativeQTensor
-from requanto.qtypes import qtype, qtypes
+from requanto.tensor.qtensor import QTensor as NativeQTensor
 
 aten = torch.ops.aten
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from requanto.dtypes.qtypes import qtype
 from requanto.integrations.optimum_quanto.weight_bits import WeightQBitsTensor
 from requanto.integrations.optimum_quanto.weight_bytes import WeightQBytesTensor
-from requanto.qtypes import qtype
 
 __all__ = ["WeightQBitsTensor", "WeightQBytesTensor", "quantize_weight"]
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto.dtypes.qtypes import qtype
 from requanto.integrations.optimum_quanto import models
 from requanto.integrations.optimum_quanto.quantize import freeze, quantization_map, quantize, requantize
-from requanto.qtypes import qtype
 
 
 class _Compat:

@@ -1,0 +1,1 @@
+"""Reading checkpoints that other libraries wrote."""

@@ -1,0 +1,5 @@
+"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune``, ``kernels``."""
+
+from requanto.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,375 @@
+"""QuantoConfig: the one configuration both libraries accept."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+from requanto.config.limit import Limit, parse_candidates
+from requanto.dtypes.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
+from requanto.scales.compact import check_scale_bits
+from requanto.scales.correction import check_low_rank
+from requanto.scales.search import check_method
+from requanto.tensor.rotation import check_rotation
+
+FORMAT = "requanto"
+#: the newest version of the checkpoint format that is read; what version 1 can say is written as version 1
+FORMAT_VERSION = 2
+_VERSION_2_WORDS = frozenset({"scales", "rotation"})
+_VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
+
+
+def format_version_of(tensors: Mapping[str, str]) -> int:
+    """The version that a reader of these stored weights (name -> description) needs."""
+    return max((_needed(*text.split()) for text in tensors.values()), default=1)
+
+
+def _needed(kind: str, _shape: str, *words: str) -> int:
+    later = any(word.partition("=")[0] in _VERSION_2_WORDS for word in words)
+    return 2 if later or kind not in _VERSION_1_TYPES else 1
+
+
+class QuantizationMethod(str, Enum):
+    """The name under which both libraries look the quantizer up; Diffusers asks for its ``.value``."""
+
+    QUANTO = "quanto"
+
+    __hash__ = str.__hash__  # equal to "quanto", so it must find the same place in a dict
+    __str__ = str.__str__
+
+
+#: How one layer is quantized: a type, or a dict of ``_LAYER_KEYS``; None leaves it float.
+LayerChoice = str | dict[str, Any] | None
+
+_BUDGET_KEYS = ("bits", "max_memory", "candidates")
+_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
+#: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
+_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", *_BUDGET_KEYS})
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget")
+
+#: as a type of weights: chosen for each layer, within a budget
+AUTO = "auto"
+
+
+class QuantoConfig:
+    """How a model is quantized.
+
+    Args:
+        weights: type of the weights: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` (e4m3fn) ...: docs/types.md.
+        activations: None, ``"int8"`` or ``"float8"``: inputs of quantized layers are quantized per token on the fly.
+        modules_to_not_convert: modules left float. An entry matches a full dotted name, a parent's name, a leaf name or a
+            glob; one that matches nothing is an error. The library's own skips (lm_head ...) stay.
+        group_size: neighbouring weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale a row
+            for 8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
+        modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
+            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, ``rotation``, ``low_rank``, or None
+            for float. The first match counts. A full name (no glob) also wins over the library's default skips:
+            ``modules={"lm_head": "int8"}``.
+        symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
+        method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"`` or ``"hqq"``;
+            None: what measured best for the type (docs/accuracy.md). Methods that look at samples are `requanto.quantize`'s.
+        embeddings: quantize ``nn.Embedding`` tables too.
+        lm_head: quantize the output embeddings too.
+        convolutions: quantize Conv1d, Conv2d and Conv3d too.
+        scale_bits: 4 to 8: bits in which the scale and the shift of a group are stored (docs/accuracy.md); None or 16: as
+            floats.
+        rotation: True, ``"hadamard"`` or the largest block (a power of two): rows are rotated by a block Hadamard matrix
+            before they are rounded, and so is what is multiplied with them. None: not.
+        low_rank: rank of two thin matrices beside the codes that give back most of what rounding loses; None: none.
+        default_skips: keep what the library or this package leaves float by default. False clears that list.
+        weights_dtype: the name Diffusers gives ``weights``.
+        bits, max_memory: with ``weights="auto"``, one of the two: a budget, within which each layer's type is chosen
+            (docs/accuracy.md). Bits a weight over all weights to quantize, scales counted; or bytes of the whole model,
+            ``"80MB"``.
+        candidates: with ``weights="auto"``, the types to choose from: ``["int4:64", "int8:row"]``; None: all widths.
+
+    Raises:
+        TypeError: an unknown keyword; the message names the nearest known one.
+        ValueError: an unknown type or a value out of range.
+    """
+
+    def __init__(
+        self,
+        weights: str | qtype | None = None,
+        activations: str | qtype | None = None,
+        modules_to_not_convert: list[str] | str | None = None,
+        group_size: int | None = None,
+        modules: dict[str, LayerChoice] | None = None,
+        symmetric: bool | None = None,
+        embeddings: bool = False,
+        lm_head: bool = False,
+        convolutions: bool = False,
+        default_skips: bool = True,
+        scale_bits: int | None = None,
+        rotation: bool | str | int | None = None,
+        low_rank: int | None = None,
+        weights_dtype: str | qtype | None = None,
+        method: str | None = None,
+        bits: float | None = None,
+        max_memory: int | str | None = None,
+        candidates: list[str] | None = None,
+        **unknown: Any,
+    ) -> None:
+        stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
+        _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig")
+        if weights is not None and weights_dtype is not None and _type_name(weights) != _type_name(weights_dtype):
+            raise ValueError(f"weights={weights!r} and weights_dtype={weights_dtype!r} differ; give one of them")
+        chosen = weights if weights is not None else weights_dtype
+        self.quant_method = QuantizationMethod.QUANTO
+        self.weights = _type_name("int8" if chosen is None else chosen)
+        self.activations = _activation_name(activations)
+        if isinstance(modules_to_not_convert, str):
+            modules_to_not_convert = [modules_to_not_convert]
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.group_size = _checked_group_size(group_size, "group_size")
+        self.modules = {pattern: _checked_choice(pattern, choice) for pattern, choice in (modules or {}).items()}
+        self.symmetric = symmetric
+        self.method = method
+        self.embeddings = bool(embeddings)
+        self.lm_head = bool(lm_head)
+        self.convolutions = bool(convolutions)
+        self.default_skips = bool(default_skips)
+        self.scale_bits = check_scale_bits(scale_bits)
+        self.rotation = check_rotation(rotation)
+        self.low_rank = check_low_rank(low_rank)
+        #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
+        self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
+        #: name of a module that holds activation scales -> their type (`requanto.checkpoint.activation_table`)
+        self.activation_modules: dict[str, str] = dict(stored.get("activation_modules") or {})
+        #: one config for several models (components of a pipeline): a name may match in another one. Never stored.
+        self.shared = False
+        #: None: the checkpoint was not written by Requanto
+        self.format: str | None = stored.get("format")
+        self.format_version: int | None = stored.get("format_version")
+        check_method(self.method)
+        for pattern in (None, *self.modules):
+            self.choice_for(pattern)
+        self.bits, self.max_memory = bits, max_memory
+        self.candidates = None if candidates is None else list(candidates)
+        self._check_budget()
+        #: what a budget led to, with each layer's error (`requanto.budget.Choice.record`); None: no budget was given
+        self.budget: dict[str, Any] | None = copy.deepcopy(stored.get("budget"))
+        for flag in ("symmetric",):
+            if getattr(self, flag) not in (None, True, False):
+                raise ValueError(f"{flag} must be True, False or None, found {getattr(self, flag)!r}")
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """The keywords the constructor knows."""
+        return (
+            "weights",
+            "activations",
+            "modules_to_not_convert",
+            "group_size",
+            "modules",
+            "symmetric",
+            "embeddings",
+            "lm_head",
+            "convolutions",
+            "default_skips",
+            "scale_bits",
+            "rotation",
+            "low_rank",
+            "weights_dtype",
+            "method",
+            *_BUDGET_KEYS,
+        )
+
+    @property
+    def weights_dtype(self) -> str:
+        """``weights``, under the name Diffusers gives it."""
+        return self.weights
+
+    def _check_budget(self) -> None:
+        choices = [c if isinstance(c, str) else (c or {}).get("weights") for c in self.modules.values()]
+        if AUTO in (self.weights, *choices):
+            Limit.of(self.bits, self.max_memory)
+            parse_candidates(self.candidates or ())
+        elif self.bits is not None or self.max_memory is not None or self.candidates is not None:
+            raise ValueError(
+                f"bits, max_memory and candidates belong to weights='auto', found weights={self.weights!r} with "
+                f"bits={self.bits!r}, max_memory={self.max_memory!r}, candidates={self.candidates!r}"
+            )
+
+    def settle(self, modules: dict[str, LayerChoice], budget: dict[str, Any]) -> None:
+        """Replaces the budget by what it led to: a choice for every layer, so that reloading needs no budget."""
+        kinds = [c["weights"] for c in modules.values() if isinstance(c, dict)]
+        if self.weights == AUTO:
+            self.weights = max(sorted(set(kinds)), key=kinds.count) if kinds else "int8"
+        self.modules, self.budget = {**modules, **self.modules}, budget
+        for pattern, choice in list(self.modules.items()):
+            if (choice if isinstance(choice, str) else (choice or {}).get("weights")) == AUTO:
+                del self.modules[pattern]
+        self.bits = self.max_memory = self.candidates = None
+
+    def record(self, tensors: dict[str, str]) -> None:
+        """Takes the descriptions of a model's quantized weights (`requanto.checkpoint.format`) as what is stored."""
+        self.tensors, self.format, self.format_version = tensors, FORMAT, format_version_of(tensors)
+
+    def choice_for(self, pattern: str | None) -> LayerOptions:
+        """The options of a layer that ``pattern`` of ``modules`` matched, or of any other layer (None)."""
+        options = {
+            "weights": self.weights,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "activations": self.activations,
+            "scale_bits": self.scale_bits,
+            "method": self.method,
+            "rotation": self.rotation,
+            "low_rank": self.low_rank,
+        }
+        choice = self.modules[pattern] if pattern is not None else options
+        if isinstance(choice, str):
+            choice = {"weights": choice}
+        options.update(choice or {})
+        where = "method" if pattern is None else f"modules[{pattern!r}]['method']"
+        kind = None if options["weights"] == AUTO else resolve_qtype(options["weights"])
+        check_method(options["method"], kind, where)
+        return LayerOptions(**options)
+
+    # ------------------------------------------------------------------ what the libraries call
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; :meth:`from_dict` makes an equal object of them."""
+        values: dict[str, Any] = {"quant_method": self.quant_method.value}
+        for key in self.parameters():
+            if key != "weights_dtype" and (key not in _LATER_KEYS or getattr(self, key) is not None):
+                values[key] = copy.deepcopy(getattr(self, key))
+        if self.budget is not None:
+            values["budget"] = copy.deepcopy(self.budget)
+        if self.format is not None or self.tensors:
+            values |= {
+                "format": self.format or FORMAT,
+                "format_version": self.format_version or format_version_of(self.tensors),
+                "tensors": dict(self.tensors),
+            }
+        if self.activation_modules:
+            values["activation_modules"] = dict(self.activation_modules)
+        return values
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a model's config.json holds: everything, so that a default that changes later changes no checkpoint."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """JSON text of :meth:`to_dict`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str) -> None:
+        """Writes :meth:`to_json_string`."""
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(self.to_json_string())
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The object a dict describes. Keywords that name a known parameter replace the dict's value."""
+        known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.parameters()}
+        config = cls(**{**config_dict, **known})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Sets known attributes; returns the keywords that are none."""
+        known = {key: value for key, value in kwargs.items() if key in self.parameters()}
+        if known:
+            self.__init__(**{**self.to_dict(), **known})  # type: ignore[misc]
+        return {key: value for key, value in kwargs.items() if key not in known}
+
+    def __iter__(self) -> Any:
+        """``dict(config)``, which Transformers does when it prints one."""
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QuantoConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as every configuration of the libraries
+
+    def __repr__(self) -> str:
+        shown = {
+            k: v
+            for k, v in self.to_dict().items()
+            if k not in ("tensors", "quant_method", "budget") and v not in (None, {})
+        }
+        return f"QuantoConfig({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+
+class LayerOptions:
+    """The choices for one layer, as `QTensor.quantize` takes them."""
+
+    def __init__(
+        self,
+        weights: str,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
+        activations: str | None = None,
+        scale_bits: int | None = None,
+        method: str | None = None,
+        rotation: int | None = None,
+        low_rank: int | None = None,
+    ) -> None:
+        #: the type is still to be chosen; int8 stands in for it where one is asked for before that
+        self.auto = weights == AUTO
+        self.qtype = resolve_qtype("int8" if self.auto else weights)
+        self.group_size: int | str | None = (
+            "default" if group_size is None else None if group_size == -1 else group_size
+        )
+        self.symmetric = symmetric
+        self.activations = None if activations is None else resolve_qtype(activations)
+        self.scale_bits, self.rotation, self.low_rank = scale_bits, rotation, low_rank
+        #: name of the search, None: the type's default
+        self.method = method
+
+    def __repr__(self) -> str:
+        return f"LayerOptions({self.qtype.name}, group_size={self.group_size}, symmetric={self.symmetric})"
+
+
+def _refuse_unknown(unknown: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in unknown:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{where} got an unknown keyword {key!r}{hint} Known: {', '.join(known)}")
+
+
+def _type_name(value: str | qtype) -> str:
+    return AUTO if value == AUTO else short_name(resolve_qtype(value))
+
+
+def _activation_name(value: str | qtype | None) -> str | None:
+    if value is None or value == "none":
+        return None
+    kind = resolve_qtype(value)
+    if kind not in (qint8, qfloat8):
+        raise ValueError(f"activations must be None, 'int8' or 'float8', found {value!r}")
+    return short_name(kind)
+
+
+def _checked_group_size(value: Any, name: str) -> int | None:
+    if value is None or value == -1:
+        return value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, -1 (one scale a row) or None (default), found {value!r}")
+    return value
+
+
+def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
+    where = f"modules[{pattern!r}]"
+    if choice is None:
+        return None
+    if isinstance(choice, (str, qtype)):
+        return _type_name(choice)
+    if not isinstance(choice, dict):
+        raise ValueError(f"{where} must be a type, a dict or None, found {choice!r}")
+    _refuse_unknown({k: v for k, v in choice.items() if k not in _LAYER_KEYS}, _LAYER_KEYS, where)
+    checked = dict(choice)
+    if "weights" in checked:
+        checked["weights"] = _type_name(checked["weights"])
+    if "activations" in checked:
+        checked["activations"] = _activation_name(checked["activations"])
+    _checked_group_size(checked.get("group_size"), f"{where}['group_size']")
+    for key, check in (("scale_bits", check_scale_bits), ("rotation", check_rotation), ("low_rank", check_low_rank)):
+        if key in checked:
+            checked[key] = check(checked[key], f"{where}[{key!r}]")
+    return checked

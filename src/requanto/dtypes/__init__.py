@@ -1,0 +1,1 @@
+"""Types of weights, their codebooks, and how codes below 8 bits are packed into bytes."""

@@ -1,0 +1,1 @@
+"""CPU kernels compiled ahead of time by AOTInductor."""

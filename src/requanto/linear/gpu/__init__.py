@@ -1,0 +1,1 @@
+"""Matrix products on GPUs, by the Triton kernels of `requanto_kernels`."""

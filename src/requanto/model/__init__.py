@@ -1,0 +1,1 @@
+"""Whole models, in place: quantize, freeze, calibrate, requantize."""

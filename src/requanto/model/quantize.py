@@ -1,0 +1,334 @@
+"""quantize, freeze and quantization_map: optimum-quanto's three steps, in place on any torch model.
+
+    model = ...                                            # float
+    requanto.quantize(model, weights="int8")               # weights still float, every forward rounds them: train here
+    requanto.freeze(model)                                 # weights become QTensor
+
+Loading back what was saved: `requanto.requantize`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any, TypeVar
+
+from torch import nn
+from tqdm import tqdm
+
+from requanto.budget.models import auto_limit, choose_in_memory
+from requanto.config.plan import parameter_holders
+from requanto.dtypes.qtypes import qint8, qtype, resolve_qtype
+from requanto.methods import quantize_with_samples
+from requanto.model.select import (
+    check_patterns,
+    chosen_modules,
+    listed,
+    nothing_chosen,
+    planned_weights,
+    restore_or_refuse,
+)
+from requanto.nn.mixin import QModuleMixin
+from requanto.nn.registry import modules as qmodules
+from requanto.nn.swap import quantize_in_place, restore_float_class
+from requanto.scales.compact import check_scale_bits
+from requanto.scales.correction import check_low_rank
+from requanto.scales.optimizers import Optimizer, check_optimizer
+from requanto.scales.search import CALIBRATED, SEARCHES, check_method
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.rotation import check_rotation
+
+Module = TypeVar("Module", bound=nn.Module)
+
+#: A progress bar appears from this many weights on: below, the work takes less than a second or two.
+PROGRESS_FROM = 100_000_000
+
+
+def quantize(
+    model: Module,
+    weights: str | qtype | None = None,
+    activations: str | qtype | None = None,
+    optimizer: Optimizer | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    *,
+    group_size: int | str | None = "default",
+    symmetric: bool | None = None,
+    modules: Mapping[str, str | qtype | None] | None = None,
+    bits: float | None = None,
+    max_memory: int | str | None = None,
+    candidates: list[str] | None = None,
+    method: str | None = None,
+    calibration: Any = None,
+    method_options: Mapping[str, Any] | None = None,
+    resume: str | os.PathLike | None = None,
+    progress: bool = True,
+    scale_bits: int | None = None,
+    rotation: bool | str | int | None = None,
+    low_rank: int | None = None,
+) -> Module:
+    """Puts a model's modules under quantization, in place.
+
+    Linear layers, convolutions and GPT-2's Conv1D are quantized; LayerNorm where ``activations`` are; Embedding only
+    where ``modules`` names it or it is the root. Weights stay float until :func:`freeze`: each forward rounds them, with
+    a straight-through gradient.
+
+    Modules change their class and keep their identity, so the root itself may be a single ``nn.Linear``.
+
+    Args:
+        model: any module, also on the meta device.
+        weights: ``"int2"``, ``"int4"``, ``"int8"``, ``"float8"`` ..., a qtype, or None: weights stay float; ``"auto"``:
+            a type for each layer, chosen within ``bits`` or ``max_memory``.
+        activations: ``"int8"``, ``"float8"``, or None. On the fly per token, until `Calibration` finds static scales.
+        optimizer: optimum-quanto's scales, e.g. `HqqOptimizer()`; None: Requanto's own, as ``method`` says.
+        include, exclude: shell patterns on full dotted names; a module must match one of ``include`` where given, and
+            none of ``exclude``.
+        group_size: weights of a row that share a scale (below 8 bits); None: one scale a row. See `QTensor.quantize`.
+        symmetric: codes around zero, without a shift; None: below 8 bits affine, else symmetric.
+        modules: other types for some modules, ``{"*.mlp.*": "int4", "lm_head": None}``; the first pattern that fits
+            counts, before include and exclude.
+        bits, max_memory, candidates: the budget of ``weights="auto"``, as in `QuantoConfig`. With ``calibration``,
+            layers are weighed by what their errors do to the model's answer on samples, else by their weights' errors.
+        method: how scales are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"``, ``"hqq"``, or None: the type's
+            default; or, with ``calibration``, how codes are found on samples: ``"gptq"`` ... (`requanto.methods`). Nothing
+            is left to freeze then.
+        calibration: samples: an iterable of the model's inputs, or a function ``f(model)`` that runs it, or a pipeline.
+        method_options: the method's own options.
+        resume: directory for finished blocks; an interrupted run goes on from there.
+        progress: show a progress bar while samples run.
+        scale_bits, rotation, low_rank: how scales are stored, rows rotated and errors corrected; see `QTensor.quantize`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: a type is unknown; a pattern matches no module; nothing is left to quantize; a weight is quantized
+            already, to another type; ``calibration`` reaches no layer.
+    """
+    limit = auto_limit(weights, bits, max_memory, candidates)
+    kind = qint8 if limit is not None else None if weights is None else resolve_qtype(weights)
+    activation = None if activations is None else resolve_qtype(activations)
+    special = {p: None if v is None else resolve_qtype(v) for p, v in (modules or {}).items()}
+    if kind is None and activation is None and not any(special.values()):
+        raise ValueError("nothing to do: give weights=, activations= or modules= a type, e.g. weights='int8'")
+    if activation is not None and activation.bits != 8:
+        raise ValueError(f"activations are quantized to int8 or float8, found {activation.name}")
+    if optimizer is not None:
+        for asked in {kind, *special.values()} - {None}:
+            check_optimizer(optimizer, asked)
+    if calibration is None:
+        check_method(method)
+        for asked in {kind if limit is None else None, *special.values()} - {None}:
+            check_method(method, asked)
+    elif method in SEARCHES:
+        raise ValueError(
+            f"method={method!r} looks at no samples: leave out calibration=, or name one of {', '.join(CALIBRATED)}"
+        )
+    options = weight_options(
+        scale_bits=scale_bits,
+        search=method if calibration is None else None,
+        rotation=rotation,
+        low_rank=low_rank,
+    )
+    if optimizer is not None and options:
+        raise ValueError(f"an optimizer's codes are optimum-quanto's; {', '.join(options)} cannot be asked of them")
+    include, exclude = listed(include), listed(exclude)
+    named = list(model.named_modules())
+    check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
+
+    if limit is not None or calibration is not None:
+        if optimizer is not None:
+            raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= goes with one type, not with 'auto'")
+        if calibration is not None and (rotation or low_rank):
+            raise ValueError(f"method={method or 'gptq'!r} knows no rotation and no low_rank; leave one of the two out")
+        chosen = list(chosen_modules(model, named, kind, special, include, exclude))
+        planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
+        if not planned:
+            raise nothing_chosen(model, named, include, exclude)
+    if limit is not None:
+        open_ones = {name for name, _, _ in chosen if not any(fnmatch(name, pattern) for pattern in special)}
+        planned = choose_in_memory(model, planned, open_ones, limit, candidates, calibration, options, progress)
+        if calibration is None:
+            for name, module, _ in chosen:
+                choice = planned.get(f"{name}.weight" if name else "weight")
+                if choice is not None:
+                    o = choice.options
+                    more = weight_options(
+                        scale_bits=o.scale_bits, search=o.method, rotation=o.rotation, low_rank=o.low_rank
+                    )
+                    _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
+            return model
+    if calibration is not None:
+        quantize_with_samples(
+            model,
+            planned,
+            calibration,
+            method or "gptq",
+            method_options=method_options,
+            resume=resume,
+            progress=progress,
+        )
+        return model
+    touched = 0
+    for name, module, asked in chosen_modules(model, named, kind, special, include, exclude):
+        if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric, options):
+            touched += 1
+    if not touched:
+        raise nothing_chosen(model, named, include, exclude)
+    return model
+
+
+_SAMPLES_OR_NOT = (
+    "method= and calibration= belong together: give the samples that the method is to look at, and no optimizer=, whose "
+    "scales would not be used"
+)
+
+
+def _quantize_module(
+    module: nn.Module,
+    name: str,
+    kind: qtype | None,
+    activation: qtype | None,
+    optimizer: Optimizer | None,
+    group_size: int | str | None,
+    symmetric: bool | None,
+    options: Mapping[str, Any],
+) -> bool:
+    weight = module._parameters.get("weight")
+    label = name or type(module).__name__
+    if isinstance(weight, QTensor):
+        if kind is None or weight.qtype == kind:
+            if activation is None or getattr(module, "activation_qtype", weight.activation) == activation:
+                return True
+            raise ValueError(
+                f"{label} is frozen already; ask for activations={activation.name} before freeze(), in the same call "
+                f"of quantize() as the weights"
+            )
+        raise ValueError(
+            f"{label} is quantized to {weight.qtype.name} already and cannot become {kind.name}: the float weights are "
+            f"gone. Load the float model again and quantize that."
+        )
+    if isinstance(module, QModuleMixin):  # still float inside: the new choice replaces the old one
+        restore_or_refuse(module, label)
+    return quantize_in_place(module, kind, activation, optimizer, group_size, symmetric, name, options=options)
+
+
+def freeze(model: nn.Module) -> None:
+    """Replaces the float weights under quantization by quantized ones, one at a time, in place.
+
+    A weight that several modules share is quantized once and stays shared. A module that needs no state of its own, that
+    is one without quantized activations, becomes a plain module of its first class again.
+
+    Raises:
+        ValueError: a shared weight is asked for in two types, or a weight holds NaN or Inf.
+    """
+    holders = parameter_holders(model)
+    pending = [m for m in model.modules() if isinstance(m, QModuleMixin) and m.weight_qtype is not None]
+    pending = [m for m in pending if m.weight is not None and not m.frozen]
+    done: dict[int, tuple[QModuleMixin, nn.Parameter]] = {}
+    keep: list[Any] = []  # an id means something only while its object lives
+    for module in progress(pending, "freezing", sum(m.weight.numel() for m in pending)):
+        weight = module.weight
+        if id(weight) in done:
+            first, frozen = done[id(weight)]
+            if _choice(first) != _choice(module):
+                raise ValueError(
+                    f"one weight is shared by {first.name!r} ({_choice(first)}) and {module.name!r} ({_choice(module)}): "
+                    f"quantize both alike, or exclude one"
+                )
+            module.weight = frozen
+        else:
+            module.freeze()
+            if not isinstance(module.weight, QTensor):
+                raise TypeError(f"{type(module).__name__}.freeze left {module.name!r} float")
+            others = [(m, leaf) for m, leaf in holders.get(id(weight), ()) if m is not module]
+            for other, leaf in others:
+                if not isinstance(other, QModuleMixin):
+                    other._parameters[leaf] = module.weight
+            if others:
+                done[id(weight)] = (module, module.weight)
+                keep.append(weight)
+    for module in model.modules():
+        if isinstance(module, QModuleMixin) and module.activation_qtype is None and module.weight_qtype is not None:
+            restore_float_class(module)
+
+
+def _choice(module: QModuleMixin) -> tuple:
+    kind = None if module.weight_qtype is None else module.weight_qtype.name
+    return kind, module.weight_group_size, module.weight_symmetric, module.weight_options
+
+
+def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What is quantized to what, by module name: what :func:`requantize` needs beside the tensors. Plain JSON.
+
+    Each entry has ``weights`` and ``activations`` (a type's name or ``"none"``), as optimum-quanto's; ``group_size`` and
+    ``symmetric`` as well where they matter. A quantized parameter not called ``weight`` stands under its own full name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QModuleMixin):
+            found[name] = _entry(module.weight, module.weight_qtype, module.activation_qtype)
+            if module.weight_qtype is not None and not module.frozen and module.weight_qtype.bits < 8:
+                found[name] |= {"group_size": module.weight_group_size, "symmetric": module.weight_symmetric}
+            if module.weight_qtype is not None and not module.frozen:
+                found[name] |= module.weight_options
+            continue
+        for leaf, parameter in module._parameters.items():
+            if isinstance(parameter, QTensor):
+                key = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
+                found[key] = _entry(parameter, parameter.qtype, parameter.activation)
+    return found
+
+
+def _entry(weight: Any, kind: qtype | None, activation: qtype | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "weights": "none" if kind is None else kind.name,
+        "activations": "none" if activation is None else activation.name,
+    }
+    if isinstance(weight, QTensor) and weight.qtype.bits < 8:
+        entry |= {"group_size": weight.group_size, "symmetric": not weight.affine}
+    if isinstance(weight, QTensor) and weight.scale_bits is not None:
+        entry |= {"group_size": weight.group_size, "scale_bits": weight.scale_bits}
+    if isinstance(weight, QTensor) and weight.rotation is not None:
+        entry["rotation"] = weight.rotation
+    return entry
+
+
+def weight_options(
+    *,
+    scale_bits: int | None = None,
+    search: str | None = None,
+    rotation: bool | str | int | None = None,
+    low_rank: int | None = None,
+) -> dict[str, Any]:
+    """What was asked for, checked, as further keywords of `QTensor.quantize`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    found = {
+        "scale_bits": check_scale_bits(scale_bits),
+        "search": check_method(search, where="search"),
+        "rotation": check_rotation(rotation),
+        "low_rank": check_low_rank(low_rank),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def quantize_module(
+    module: nn.Module,
+    weights: str | qtype | None = None,
+    activations: str | qtype | None = None,
+    optimizer: Optimizer | None = None,
+) -> Any:
+    """The quantized counterpart of one module, sharing its parameters; None where its class has none."""
+    qmodule_cls = qmodules.find(module)
+    if qmodule_cls is None:
+        return None
+    return qmodule_cls.from_module(module, weights=weights, activations=activations, optimizer=optimizer)
+
+
+def progress(items: list, what: str, size: int) -> Iterator[Any]:
+    """Iterates with a progress bar where ``size`` weights are enough to make one wait."""
+    return iter(tqdm(items, desc=what, unit="layer", disable=size < PROGRESS_FROM))

@@ -1,0 +1,300 @@
+"""requantize: a float skeleton, a map and a state dict -> the quantized model, with no second copy in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from requanto.checkpoint.foreign.quanto_files import PARTS, drop_old_metadata, to_qtensor
+from requanto.checkpoint.format import CheckpointError
+from requanto.config.plan import parameter_holders
+from requanto.dtypes.bit_packing import packed_length
+from requanto.dtypes.qtypes import qtype, resolve_qtype
+from requanto.model.quantize import progress, weight_options
+from requanto.nn.mixin import QModuleMixin
+from requanto.nn.registry import modules as registry
+from requanto.nn.swap import quantize_in_place, restore_float_class
+from requanto.scales.compact import check_scale_bits, stored_length
+from requanto.tensor import lowrank
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.rotation import check_rotation
+
+_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale")
+
+
+def requantize(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    quantization_map: Mapping[str, Mapping[str, Any]],
+    device: torch.device | str | None = None,
+    *,
+    fold_lowrank: bool = False,
+) -> nn.Module:
+    """Loads quantized weights into a float model, in place.
+
+    Each tensor is taken from ``state_dict`` once and put where it belongs: the model may be on the meta device, and a
+    lazy mapping (`requanto.quanto_models.SafetensorsFiles`) is read one tensor at a time.
+
+    Args:
+        model: the float model, with weights or on the meta device.
+        state_dict: what a quantized model's ``state_dict()`` gave, by way of torch.save, or flat tensors: Requanto's
+            (``weight_qdata`` ...) or optimum-quanto's (``weight._data`` ...).
+        quantization_map: what :func:`requanto.quantization_map` (or optimum-quanto's) gave.
+        device: where the model goes; None: where it is, the CPU if it is on the meta device.
+        fold_lowrank: round adapters that were merged beside the codes into them (`lowrank.fold_lowrank` does it
+            and says how much of each was lost); otherwise they stay beside them, exactly.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        CheckpointError: map and tensors disagree, or tensors are missing, left over, or of the wrong shape. The model
+            is not usable then.
+    """
+    device = torch.device(device) if device is not None else _device_of(model)
+    source = _Source(state_dict, quantization_map)
+    modules = dict(model.named_modules())
+    holders = parameter_holders(model)
+    placed: dict[int, QTensor] = {}  # by id, kept alive so that an id stays one weight's
+    for name, entry in progress(list(quantization_map.items()), "loading", sum(p.numel() for p in model.parameters())):
+        module, leaf = _find(modules, name)
+        kind = _kind(entry, "weights", name)
+        activation = _kind(entry, "activations", name)
+        parameter = module._parameters.get(leaf)
+        if kind is not None and parameter is None:
+            raise CheckpointError(f"the map quantizes {name!r} ({type(module).__name__}), which has no {leaf}")
+        full = f"{name}.weight".lstrip(".") if leaf == "weight" else name
+        weight = None
+        if kind is not None and id(parameter) in placed:
+            source.same(full, kind, parameter, entry)  # shared with a module that came before
+            weight = parameter
+        elif kind is not None:
+            weight = source.weight(full, kind, parameter, _is_transposed(module), entry)
+        if activation is not None or (kind is not None and weight is None):
+            _make_qmodule(module, name, kind, activation, entry)
+        if weight is not None:
+            new = parameter
+            if weight is not parameter:
+                new = nn.Parameter(weight.to(device), requires_grad=False)
+                for holder, place in holders[id(parameter)]:
+                    holder._parameters[place] = new
+                placed[id(new)] = new
+            if isinstance(module, QModuleMixin):
+                module.sync_activation()
+            elif activation is not None:
+                new.activation = activation
+    _load_rest(model, source, device)
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, QModuleMixin) and module.activation_qtype is not None:
+            module.settle_scales()
+    if fold_lowrank:
+        lowrank.fold_lowrank(model)
+    return model
+
+
+class _Source:
+    """The state dict, each key taken once."""
+
+    def __init__(self, state_dict: Mapping[str, Any], qmap: Mapping[str, Mapping[str, Any]]) -> None:
+        self.state = state_dict
+        old = {key: state_dict[key] for key in state_dict if key.endswith((".qtype", ".axis", ".size", ".stride"))}
+        self.left = dict.fromkeys(state_dict)
+        if old:
+            kept = dict(old)
+            drop_old_metadata(kept, qmap)
+            for key in old.keys() - kept.keys():
+                del self.left[key]
+
+    def take(self, key: str) -> Any:
+        del self.left[key]
+        return self.state[key]
+
+    def same(self, name: str, kind: qtype, placed: QTensor, entry: Mapping[str, Any]) -> None:
+        """Takes the second name of a shared weight, where the state dict has it, and refuses another weight there."""
+        if not any(name + part in self.left for part in ("", *_OWN_PARTS, *PARTS)):
+            return
+        again = self.weight(name, kind, placed, placed.transposed, entry)
+        if again is None or not torch.equal(again.to(placed.device), placed):
+            raise CheckpointError(f"{name} shares its weight with another module, and the checkpoint has two of it")
+
+    def weight(
+        self, name: str, kind: qtype, parameter: torch.Tensor, transposed: bool, entry: Mapping[str, Any]
+    ) -> QTensor | None:
+        """The quantized weight, or None where the state dict holds it float (a model that was not frozen)."""
+        if name in self.left:
+            value = self.state[name]
+            if not isinstance(value, QTensor):
+                return None
+            if value.qtype != kind or value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{name}: the map says {kind.name} and the model {tuple(parameter.shape)}, the state dict holds "
+                    f"{value.qtype.name} {tuple(value.shape)}"
+                )
+            return self.take(name)
+        own = {part: self.take(name + part) for part in _OWN_PARTS if name + part in self.left}
+        if own:
+            return _own(own, kind, parameter, transposed, name, entry)
+        parts = {part: self.take(name + part) for part in PARTS if name + part in self.left}
+        return to_qtensor(parts, kind, parameter.shape, name)
+
+
+def _own(
+    parts: Mapping[str, torch.Tensor],
+    kind: qtype,
+    parameter: torch.Tensor,
+    transposed: bool,
+    name: str,
+    entry: Mapping[str, Any],
+) -> QTensor:
+    shape = list(parameter.shape)
+    if transposed:
+        shape[-1], shape[-2] = shape[-2], shape[-1]
+    axis = 1 if len(shape) == 3 and parts["_scale"].dim() == 3 else 0
+    length = torch.Size(shape[axis + 1 :]).numel()
+    codes = [*shape[: axis + 1], packed_length(length, kind.bits)] if kind.is_packed else shape
+    data, scale = parts.get("_qdata"), parts.get("_scale")
+    if data is None or scale is None or list(data.shape) != codes or data.dtype != kind.storage_dtype:
+        found = "nothing" if data is None else f"{data.dtype} {tuple(data.shape)}"
+        raise CheckpointError(
+            f"{name} is {kind.name} according to the map: expected {kind.storage_dtype} {tuple(codes)} and scales, found "
+            f"{found}; map and tensors disagree"
+        )
+    bits = check_scale_bits(entry.get("scale_bits"), f"scale_bits of {name}")
+    groups = scale.shape[-1] if bits is None else length // (entry.get("group_size") or length)
+    if (bits is None) != ("_row_scale" not in parts) or (bits and scale.shape[-1] != stored_length(groups, bits)):
+        raise CheckpointError(f"{name}: the map says scale_bits={bits}, which its tensors do not fit")
+    if not groups or length % groups:
+        raise CheckpointError(f"{name}: {groups} scales a row do not divide its {length} weights")
+    shift, codebook = parts.get("_shift"), parts.get("_codebook")
+    if kind.is_learned and (codebook is None or codebook.shape != (2**kind.bits,)):
+        found = "none" if codebook is None else tuple(codebook.shape)
+        raise CheckpointError(f"{name} is {kind.name}: expected a codebook of {2**kind.bits} values, found {found}")
+    if shift is None and kind.is_unsigned:
+        raise CheckpointError(f"{name} is {kind.name} and needs shifts; {name}_shift is missing")
+    dtype = parameter.dtype if parameter.is_floating_point() else scale.dtype
+    tensor = QTensor(
+        data,
+        scale,
+        shift,
+        qtype=kind,
+        shape=parameter.shape,
+        dtype=dtype,
+        axis=axis,
+        group_size=None if groups == 1 else length // groups,
+        transposed=transposed,
+        codebook=codebook if kind.is_learned else None,
+        row_scale=parts.get("_row_scale"),
+        scale_bits=bits,
+        rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
+    )
+    try:
+        tensor.set_lowrank(parts.get("_up"), parts.get("_down"))
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    return tensor
+
+
+def _make_qmodule(
+    module: nn.Module, name: str, kind: qtype | None, activation: qtype | None, entry: Mapping[str, Any]
+) -> None:
+    if isinstance(module, QModuleMixin):
+        restore_float_class(module)
+    group, symmetric = entry.get("group_size", "default"), entry.get("symmetric")
+    options = weight_options(**{k: entry.get(k) for k in ("scale_bits", "search", "rotation", "low_rank")})
+    if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry, options):
+        raise CheckpointError(f"the map quantizes {name!r}, and {type(module).__name__} has no quantized counterpart")
+
+
+def _load_rest(model: nn.Module, source: _Source, device: torch.device) -> None:
+    """Float parameters and buffers; refuses what is missing or left over."""
+    holders = parameter_holders(model)
+    missing, done = [], set()
+    placed: set[int] = set()
+    for module_name, module in model.named_modules():
+        for leaf, old in list(module._parameters.items()) + list(module._buffers.items()):
+            key = f"{module_name}.{leaf}" if module_name else leaf
+            if old is None or isinstance(old, QTensor):
+                source.left.pop(key, None)  # the other name of a shared weight
+                continue
+            persistent = leaf not in module._non_persistent_buffers_set
+            if id(old) in placed:  # shared with a module that came before: already there
+                if key in source.left and not torch.equal(source.take(key).to(old.device), old):
+                    raise CheckpointError(f"{key} is shared with another module, and the checkpoint has two of it")
+            elif key in source.left and persistent:
+                done.add(id(old))
+                placed.add(id(_put(module, leaf, old, source.take(key), key, device, holders)))
+            elif persistent and leaf not in ("input_scale", "output_scale"):
+                missing.append((key, id(old)))
+            elif old.is_meta:
+                if leaf not in ("input_scale", "output_scale"):
+                    raise CheckpointError(
+                        f"{key} is computed when the model is made, not saved: a model on the meta device lacks it. "
+                        f"Make the model on the CPU, or give its buffers a device."
+                    )
+                module._buffers[leaf] = torch.ones((), dtype=old.dtype, device=device)
+    absent = [key for key, identity in missing if identity not in done]
+    # optimum-quanto wrote scales for modules whose activations it did not quantize: they are 1 and mean nothing.
+    extra = [key for key in source.left if not key.endswith((".input_scale", ".output_scale"))]
+    if absent or extra:
+        raise CheckpointError(
+            "map, tensors and model disagree: "
+            + (f"missing {', '.join(absent[:8])} ({len(absent)} in all). " if absent else "")
+            + (f"No place in the model for {', '.join(extra[:8])} ({len(extra)} in all)." if extra else "")
+        )
+
+
+def _put(
+    module: nn.Module,
+    leaf: str,
+    old: torch.Tensor,
+    value: torch.Tensor,
+    key: str,
+    device: torch.device,
+    holders: dict[int, list[tuple[nn.Module, str]]],
+) -> torch.Tensor:
+    if value.shape != old.shape:
+        raise CheckpointError(f"{key}: the model has {tuple(old.shape)}, the checkpoint {tuple(value.shape)}")
+    if leaf in module._buffers:
+        module._buffers[leaf] = value.to(device)
+        return module._buffers[leaf]
+    new = nn.Parameter(value.detach().to(device), requires_grad=old.requires_grad and value.is_floating_point())
+    for holder, place in holders[id(old)]:
+        holder._parameters[place] = new
+    return new
+
+
+def _find(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+    if name in modules:
+        return modules[name], "weight"
+    parent, _, leaf = name.rpartition(".")
+    if parent in modules and leaf in modules[parent]._parameters:
+        return modules[parent], leaf
+    raise CheckpointError(f"the map quantizes {name!r}, which the model does not have")
+
+
+def _kind(entry: Mapping[str, Any], key: str, name: str) -> qtype | None:
+    value = entry.get(key, "none")
+    if value in (None, "none"):
+        return None
+    try:
+        return resolve_qtype(value)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the map says {key}={value!r} for {name!r}: {error}") from error
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    if isinstance(module, QModuleMixin):
+        return module.transposed_weight
+    found = registry.find(module)
+    return bool(found is not None and getattr(found, "transposed_weight", False)) or bool(
+        getattr(module, "is_transposed", False)
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,0 +1,222 @@
+"""The low-rank term that a quantized weight may carry beside its codes: ``W = dequant(codes) + up @ down``.
+
+A LoRA adapter changes each weight by far less than a 4-bit step, so rounding the merged weight back to codes would erase
+most of it. Kept as two thin matrices the merged weight is exact, and costs what the adapter cost.
+
+``up`` is ``[*lead, r]`` and ``down`` ``[*lead[:-1], r, K]``, in the stored orientation (see `requanto.tensor.qtensor`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from requanto.tensor.qtensor import QTensor
+
+#: a dense change of a weight is kept as factors up to this share of full rank; above it they would cost more than codes
+MAX_RANK_SHARE = 0.25
+
+#: singular values below this share of the largest are rounding, not rank
+RANK_TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+HALF_TOLERANCE = 1e-2
+
+
+# ---------------------------------------------------------------------- products
+
+
+def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """The term's share of ``x @ weight.T``. x: ``[..., K]`` -> ``[..., N]``, weight ``[N, K]``."""
+    first, second = _factors(weight)
+    return (x @ first.to(x.dtype).mT) @ second.to(x.dtype).mT
+
+
+def grouped_product(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The same for rows sorted by expert, see `requanto.linear.grouped_linear`.
+
+    All experts' thin factors at once: a row keeps the r columns of its own expert and drops the others'. No loop, and no
+    shape that depends on the data.
+    """
+    first, second = _factors(weight)  # [E, r, K], [E, N, r]
+    experts, rank = first.shape[:2]
+    inner = (x @ first.to(x.dtype).flatten(0, 1).mT).view(x.shape[0], experts, rank)
+    rows = torch.arange(x.shape[0], device=x.device)
+    own = torch.searchsorted(offsets, rows, right=True)
+    mask = own[:, None] == torch.arange(experts, device=x.device)
+    inner = torch.where(mask[..., None], inner, 0.0).flatten(1)
+    return inner @ second.to(x.dtype).mT.flatten(0, 1)
+
+
+def _factors(weight: QTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down, up) as ``x @ weight.T`` wants them: the reduction axis of x is the last of the first."""
+    assert weight.up is not None
+    assert weight.down is not None
+    return (weight.up.mT, weight.down.mT) if weight.transposed else (weight.down, weight.up)
+
+
+# ---------------------------------------------------------------------- changing the term
+
+
+def stored_orientation(weight: QTensor, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``left @ right``, a change of the weight as it is seen, as (up, down) of the weight as it is stored."""
+    return (right.mT, left.mT) if weight.transposed else (left, right)
+
+
+def append(weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> None:
+    """Adds ``up @ down`` (stored orientation) to the weight, in place and without rounding.
+
+    The factors keep the more precise dtype of the old and the new ones.
+    """
+    up, down = up.detach().to(weight.device), down.detach().to(weight.device)
+    if weight.up is not None and weight.down is not None:
+        up = torch.cat([weight.up.to(torch.promote_types(up.dtype, weight.up.dtype)), up], -1)
+        down = torch.cat([weight.down.to(torch.promote_types(down.dtype, weight.down.dtype)), down], -2)
+    dtype = torch.promote_types(up.dtype, down.dtype)
+    weight.set_lowrank(up.to(dtype).contiguous(), down.to(dtype).contiguous())
+
+
+def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
+    """Multiplies each stored row by its factor ``[*lead]``, in place: scale, shift and up, never the codes."""
+    factor = factor.detach().to(weight.device, torch.float32).unsqueeze(-1)
+    inner = weight.inner_tensors()
+    if weight.scale_bits is not None:  # a row's scale is the only float of both, and exact in float32
+        assert weight.row_scale is not None
+        inner["row_scale"] = weight.row_scale.float() * factor
+    else:
+        inner |= {n: (inner[n].float() * factor).to(inner[n].dtype) for n in ("scale", "shift") if n in inner}
+    if weight.up is not None:
+        inner["up"] = (weight.up.float() * factor).to(weight.up.dtype)
+    weight.take(inner)
+
+
+@dataclass
+class State:
+    """What a merge changes of a weight; the codes are not among it, so that undoing costs no copy of them."""
+
+    beside: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, weight: QTensor) -> State:
+        """The present one."""
+        return cls(weight.beside())
+
+    def weight(self, now: QTensor) -> QTensor:
+        """The weight that ``now`` was in this state."""
+        return now.with_inner({"qdata": now.qdata, **{name: t.to(now.device) for name, t in self.beside.items()}})
+
+    def restore(self, weight: QTensor) -> None:
+        """Puts the weight back into this state, bit for bit."""
+        weight.take(self.weight(weight).inner_tensors())
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """What `scale_rows` changes."""
+        return self.beside.get("row_scale", self.beside["scale"])
+
+    def is_of(self, weight: QTensor) -> bool:
+        """True while the weight is in this state."""
+        now = weight.beside()
+        return now.keys() == self.beside.keys() and all(
+            t is now[name] or (t.shape == now[name].shape and torch.equal(t.to(now[name].device), now[name]))
+            for name, t in self.beside.items()
+        )
+
+
+def add_dense(weight: QTensor, delta: torch.Tensor, sign: float = 1.0) -> None:
+    """Adds a dense change to the weight, in place, if it is of low rank.
+
+    Args:
+        weight: changed.
+        delta: float, of the weight's shape.
+        sign: -1 subtracts.
+
+    Raises:
+        ValueError: another shape, or NaN or Inf in it.
+        NotImplementedError: its rank is too high to be kept beside the codes.
+    """
+    if delta.shape != weight.shape:
+        raise ValueError(f"a change of shape {tuple(delta.shape)} for a weight of shape {tuple(weight.shape)}")
+    if not bool(torch.isfinite(delta).all()):
+        raise ValueError("the change to add to a quantized weight holds NaN or Inf")
+    canonical = delta.mT if weight.transposed else delta
+    canonical = canonical.detach().to(weight.device).reshape(*weight.lead, weight.row_length)
+    limit = max(1, int(MAX_RANK_SHARE * min(canonical.shape[-2:])))
+    left, values, right = torch.linalg.svd(canonical.float(), full_matrices=False)
+    rank = _rank(values, RANK_TOLERANCE.get(delta.dtype, HALF_TOLERANCE))
+    if rank == 0:
+        return
+    if rank > limit:
+        raise NotImplementedError(
+            f"a change of rank {rank} cannot be added to a {weight.qtype.name} weight of shape {tuple(weight.shape)}: up "
+            f"to rank {limit} it would be kept exactly beside the codes, but above that rounding would erase most of it. "
+            f"Dequantize the model first (model.dequantize()), merge, and quantize again."
+        )
+    up, down = left[..., :rank] * (sign * values[..., None, :rank]), right[..., :rank, :]
+    before = weight.up, weight.down
+    append(weight, up, down)
+    if before[0] is not None:
+        compress(weight)
+
+
+def compress(weight: QTensor) -> None:
+    """Drops the part of the low-rank term that cancels out, in place: a change added and subtracted leaves nothing."""
+    if weight.up is None or weight.down is None:
+        return
+    q_up, r_up = torch.linalg.qr(weight.up.float())
+    q_down, r_down = torch.linalg.qr(weight.down.float().mT)
+    left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
+    # Against the size of what was added, not of what is left: a difference of equals is rounding.
+    size = (r_up.norm(dim=(-2, -1)) * r_down.norm(dim=(-2, -1))).amax()
+    rank = int((values > RANK_TOLERANCE[torch.float32] * size).sum(-1).amax())
+    if rank == 0:
+        weight.set_lowrank(None, None)
+    elif rank < weight.rank:
+        up = (q_up @ left[..., :rank]) * values[..., None, :rank]
+        weight.set_lowrank(up.to(weight.up.dtype), (right[..., :rank, :] @ q_down.mT).to(weight.down.dtype))
+
+
+def _rank(values: torch.Tensor, tolerance: float) -> int:
+    if not values.numel():
+        return 0
+    return int((values > tolerance * values.amax()).sum(-1).amax())
+
+
+# ---------------------------------------------------------------------- the whole model
+
+
+def fold(weight: QTensor) -> QTensor:
+    """The weight with its low-rank term rounded into the codes: same type and groups, smaller, no longer exact."""
+    folded = QTensor.quantize(
+        weight.dequantize(torch.float32),
+        weight.qtype,
+        group_size=weight.group_size,
+        symmetric=not weight.affine,
+        scale_bits=weight.scale_bits,
+        rotation=weight.rotation,
+        axis=weight.axis,
+        transposed=weight.transposed,
+    )
+    scales = folded.scales(lambda t: t.to(weight._scale.dtype))
+    return weight.with_inner({**folded.inner_tensors(), **scales})
+
+
+@torch.no_grad()
+def fold_lowrank(model: nn.Module) -> dict[str, float]:
+    """Rounds every merged adapter into the codes of its weight, in place.
+
+    This is the one lossy step, and never taken unasked: below 8 bits most of an adapter can be lost.
+
+    Returns:
+        Name of each changed weight -> share of the low-rank term that was lost (its relative error, Frobenius).
+    """
+    lost: dict[str, float] = {}
+    for name, weight in model.named_parameters():
+        if not isinstance(weight, QTensor) or not weight.rank:
+            continue
+        exact, plain = weight.dequantize(torch.float32), weight.without_lowrank().dequantize(torch.float32)
+        folded = fold(weight)
+        term = (exact - plain).norm()
+        lost[name] = float((folded.dequantize(torch.float32) - exact).norm() / term) if term else 0.0
+        weight.data = folded
+    return lost

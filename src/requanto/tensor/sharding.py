@@ -1,0 +1,116 @@
+"""Cutting a quantized weight into pieces and joining them: what tensor parallelism does to it.
+
+A cut between rows (or experts) is one between codes. One along the rows' length is too as long as it falls between bytes:
+where it falls inside a group, both sides keep the group's scale. So pieces stand for the same numbers as the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from requanto.scales.compact import pack_codes
+from requanto.tensor.aten import narrow, stored_axis
+from requanto.tensor.qtensor import QTensor
+
+
+def cut(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -> QTensor:
+    """``tensor[start:end]`` along ``dim``, also inside a group; always a copy, so that the rest can be freed.
+
+    Raises:
+        NotImplementedError: the cut falls inside a byte.
+    """
+    group = tensor.group_size or tensor.row_length
+    if stored_axis(tensor, dim) > tensor.axis and (start % group or end % group):
+        finer = math.gcd(math.gcd(start, end - start), group)
+        if (finer * tensor.qtype.bits) % 8:
+            raise NotImplementedError(
+                f"{name}: rows of {tensor.row_length} {tensor.qtype.name} weights in groups of {group} cannot be cut at "
+                f"{start}: it falls inside a byte. Use another number of ranks."
+            )
+        if tensor.group_size is not None:
+            tensor = with_groups(tensor, finer)
+    return narrow(tensor, dim, start, end).clone()
+
+
+def join(pieces: Sequence[QTensor], dim: int) -> QTensor:
+    """The weight whose neighbouring pieces along ``dim`` these are; pieces of unlike groups take the finer one.
+
+    Raises:
+        ValueError: the pieces do not look their codes up in the same values.
+    """
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if first.codebook is not None and not all(torch.equal(first.codebook, piece.codebook) for piece in pieces):
+        raise ValueError("pieces with codebooks of their own are no parts of one weight")
+    axis = stored_axis(first, dim)
+    shape = list(first.shape)
+    shape[dim % first.dim()] = sum(piece.shape[dim] for piece in pieces)
+    if axis <= first.axis:
+        kept = first.shared_along(axis)
+    else:
+        # `up` has no part along a row, and without groups each piece has kept the one scale of its row.
+        kept = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
+        kept |= {"row_scale"}
+        axis = -1
+        known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale"}
+        if unknown := first.inner_tensors().keys() - known:
+            raise NotImplementedError(f"joining pieces of rows with {sorted(unknown)} beside the codes")
+    if first.group_size is not None:
+        group = math.gcd(*(piece.group_size or piece.row_length for piece in pieces))
+        pieces = [with_groups(piece, group) for piece in pieces]
+        first = pieces[0]
+    parts = [piece.inner_tensors() for piece in pieces]
+    inner = {name: t if name in kept else torch.cat([p[name] for p in parts], axis) for name, t in parts[0].items()}
+    if axis == -1 and first.scale_bits is not None:
+        inner |= _joined_scales(pieces)
+    return first.with_inner(inner, shape=shape)
+
+
+def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
+    """Scales in few bits of pieces of the same rows: packed anew, since a piece may end inside a byte."""
+    first, rest = pieces[0], pieces[1:]
+    assert first.row_scale is not None
+    if any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
+        raise NotImplementedError("joining rows whose scales in few bits are multiples of different ones")
+    unpacked = [piece.scale_codes() for piece in pieces]
+    bits = first.scale_bits
+    assert bits is not None
+    return {name: pack_codes(torch.cat([codes[name] for codes in unpacked], -1), bits) for name in unpacked[0]}
+
+
+def with_groups(tensor: QTensor, group: int) -> QTensor:
+    """The same values in groups of another size.
+
+    Finer: each scale is written once for every part of its group. Coarser: only where neighbours share their scale.
+
+    Raises:
+        ValueError: coarser groups would change values, or the sizes do not divide one another.
+    """
+    now = tensor.group_size or tensor.row_length
+    if group == now:
+        return tensor
+    if now % group == 0:
+        change = _repeat(now // group)
+    elif group % now == 0:
+        change = _every(group // now)
+    else:
+        raise ValueError(f"groups of {now} cannot be seen as groups of {group}")
+    return tensor.replace(tensor.qdata, group_size=group, **tensor.scales(change))
+
+
+def _repeat(times: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda scale: scale.repeat_interleave(times, -1)
+
+
+def _every(times: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(scale: torch.Tensor) -> torch.Tensor:
+        parts = scale.unflatten(-1, (-1, times))
+        if not torch.equal(parts, parts[..., :1].expand_as(parts)):
+            raise ValueError(f"{times} neighbouring groups have different scales: they cannot be seen as one")
+        return parts[..., 0].contiguous()
+
+    return change
