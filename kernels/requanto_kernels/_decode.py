@@ -1,7 +1,9 @@
 """Device functions that turn stored codes into numbers; every kernel of the package goes through these.
 
-A tile comes out as `[BLOCK_N, BLOCK_K]` with k in its natural order and sub-byte codes centred (`code - 2**(bits-1)`),
-so that no caller needs to know in which order the bytes lie. Centred codes of 2, 4 and 8 bits are exact in fp16 and bf16.
+A tile comes out as `[BLOCK_N, BLOCK_K]` with k in its natural order, so that no caller needs to know in which order the
+bytes lie. Codes of 2, 4 and 8 bits are exact in fp16 and bf16. `code_form` says what is subtracted from sub-byte ones: for
+symmetric weights the centre `2**(bits-1)`. With a shift that would be wrong: a group of equal weights has codes 0, whatever
+its scale, and `shift - centre * scale` rounded to 16 bits loses a shift that is small beside the scale.
 """
 
 import triton
@@ -9,7 +11,30 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def lop3_asm(field: int, bits: int, bf16: bool) -> str:
+def code_form(bits: int, affine: bool, group: int, dtype, scale_dtype, shift_dtype) -> str:
+    """How a product takes sub-byte codes.
+
+    "centred": minus the centre, for symmetric weights. "plain": as stored, where the product's dtype holds scale and shift
+    exactly, so that `scale * code - shift` rounds once. "magic": with the magic number still on them; whoever knows scale
+    and shift subtracts it together with the code that `from_zero` picks. Rounding a scale or shift from fp32 then costs
+    no more than with centred codes, where the weights lie around zero.
+    """
+    if bits == 8:
+        return "plain"
+    if not affine:
+        return "centred"
+    exact = dtype.is_fp32() or (scale_dtype == dtype and shift_dtype == dtype)
+    return "plain" if group and exact else "magic"
+
+
+@triton.constexpr_function
+def magic_number(dtype) -> int:
+    """What `field_to_float` adds to a code before anything is subtracted."""
+    return 0 if dtype.is_fp32() else 128 if dtype.is_bf16() else 1024
+
+
+@triton.constexpr_function
+def lop3_asm(field: int, bits: int, bf16: bool, form: str) -> str:
     """PTX for two 16-bit words at once: shift, mask and exponent in one lop3, then one fma removes the offset.
 
     `0xEA` is the truth table of `(a & b) | c`. The fma form of the subtraction exists for bf16 from sm_80 on, a plain
@@ -17,7 +42,13 @@ def lop3_asm(field: int, bits: int, bf16: bool) -> str:
     """
     mask = (1 << bits) - 1
     magic, one = (0x4300, 0x3F80) if bf16 else (0x6400, 0x3C00)
-    offset = (0xC300 if bf16 else 0xE400) | (1 << (bits - 1))  # -(128 + centre) or -(1024 + centre)
+    offset = (0xC300 if bf16 else 0xE400) | (1 << (bits - 1) if form == "centred" else 0)  # -(128 + centre), say
+    if form == "magic":
+        return f"""{{
+    .reg .b32 t;
+    shr.u32 t, $1, {field * bits};
+    lop3.b32 $0, t, {mask * 0x10001:#x}, {magic * 0x10001:#x}, 0xEA;
+    }}"""
     kind = "bf16x2" if bf16 else "f16x2"
     return f"""{{
     .reg .b32 t, u, v;
@@ -30,35 +61,39 @@ def lop3_asm(field: int, bits: int, bf16: bool) -> str:
 
 
 @triton.jit
-def field_to_float(words, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Field number FIELD of each int16 word as `code - 2**(BITS-1)` in DTYPE, without an integer-to-float cast.
+def field_to_float(
+    words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Field number FIELD of each int16 word in DTYPE, in the form `code_form` names, without an integer-to-float cast.
 
     `0x6400 | q` is 1024 + q in fp16 and `0x4300 | q` is 128 + q in bf16 (Kim et al. 2022, "Who says elephants can't
     run"): the subtraction that follows is exact.
     """
     MASK: tl.constexpr = (1 << BITS) - 1
-    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    CENTRE: tl.constexpr = 1 << (BITS - 1) if FORM == "centred" else 0
     if tl.float32 == DTYPE:
         return (((words >> (FIELD * BITS)) & MASK) - CENTRE).to(tl.float32)
     elif PTX:
         # The builtin takes a plain dtype only, not a constexpr that holds one.
         if tl.bfloat16 == DTYPE:
-            BF16: tl.constexpr = lop3_asm(FIELD, BITS, True)
+            BF16: tl.constexpr = lop3_asm(FIELD, BITS, True, FORM)
             return tl.inline_asm_elementwise(BF16, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
         else:
-            FP16: tl.constexpr = lop3_asm(FIELD, BITS, False)
+            FP16: tl.constexpr = lop3_asm(FIELD, BITS, False, FORM)
             return tl.inline_asm_elementwise(FP16, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     else:
         MAGIC: tl.constexpr = 0x4300 if tl.bfloat16 == DTYPE else 0x6400
-        OFFSET: tl.constexpr = (128 if tl.bfloat16 == DTYPE else 1024) + CENTRE
+        OFFSET: tl.constexpr = magic_number(DTYPE) + CENTRE
         bits = (((words >> (FIELD * BITS)) & MASK) | MAGIC).to(tl.int16)
-        return bits.to(DTYPE, bitcast=True) - tl.full([1, 1], OFFSET, DTYPE)
+        value = bits.to(DTYPE, bitcast=True)
+        return value if FORM == "magic" else value - tl.full([1, 1], OFFSET, DTYPE)
 
 
 @triton.jit
-def field_to_int8(words, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """Field number FIELD of each int16 word as a centred int8."""
-    return (((words >> (FIELD * BITS)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))).to(tl.int8)
+def field_to_int8(words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr):
+    """Field number FIELD of each int16 word as int8, "centred" or "plain"."""
+    CENTRE: tl.constexpr = 1 << (BITS - 1) if FORM == "centred" else 0
+    return (((words >> (FIELD * BITS)) & ((1 << BITS) - 1)) - CENTRE).to(tl.int8)
 
 
 @triton.jit
@@ -90,27 +125,37 @@ def fp8_to_float(codes, KIND: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _convert_field(words, FIELD: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def _convert_field(
+    words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):
     if tl.int8 == DTYPE:
-        return field_to_int8(words, FIELD, BITS)
+        return field_to_int8(words, FIELD, BITS, FORM)
     else:
-        return field_to_float(words, FIELD, BITS, DTYPE, PTX)
+        return field_to_float(words, FIELD, BITS, FORM, DTYPE, PTX)
 
 
 @triton.jit
-def _interleave(words, FIELDS: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def _interleave(
+    words, FIELDS: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):
     """All fields of the words on new trailing axes of two, which read in row-major order give field 0, 1, 2, ..."""
     if FIELDS == 2:
-        return tl.join(_convert_field(words, 0, BITS, DTYPE, PTX), _convert_field(words, 1, BITS, DTYPE, PTX))
+        return tl.join(
+            _convert_field(words, 0, BITS, FORM, DTYPE, PTX), _convert_field(words, 1, BITS, FORM, DTYPE, PTX)
+        )
     elif FIELDS == 4:
-        even = tl.join(_convert_field(words, 0, BITS, DTYPE, PTX), _convert_field(words, 2, BITS, DTYPE, PTX))
-        odd = tl.join(_convert_field(words, 1, BITS, DTYPE, PTX), _convert_field(words, 3, BITS, DTYPE, PTX))
+        even = tl.join(
+            _convert_field(words, 0, BITS, FORM, DTYPE, PTX), _convert_field(words, 2, BITS, FORM, DTYPE, PTX)
+        )
+        odd = tl.join(
+            _convert_field(words, 1, BITS, FORM, DTYPE, PTX), _convert_field(words, 3, BITS, FORM, DTYPE, PTX)
+        )
         return tl.join(even, odd)
     else:
-        f0 = tl.join(_convert_field(words, 0, BITS, DTYPE, PTX), _convert_field(words, 4, BITS, DTYPE, PTX))
-        f1 = tl.join(_convert_field(words, 1, BITS, DTYPE, PTX), _convert_field(words, 5, BITS, DTYPE, PTX))
-        f2 = tl.join(_convert_field(words, 2, BITS, DTYPE, PTX), _convert_field(words, 6, BITS, DTYPE, PTX))
-        f3 = tl.join(_convert_field(words, 3, BITS, DTYPE, PTX), _convert_field(words, 7, BITS, DTYPE, PTX))
+        f0 = tl.join(_convert_field(words, 0, BITS, FORM, DTYPE, PTX), _convert_field(words, 4, BITS, FORM, DTYPE, PTX))
+        f1 = tl.join(_convert_field(words, 1, BITS, FORM, DTYPE, PTX), _convert_field(words, 5, BITS, FORM, DTYPE, PTX))
+        f2 = tl.join(_convert_field(words, 2, BITS, FORM, DTYPE, PTX), _convert_field(words, 6, BITS, FORM, DTYPE, PTX))
+        f3 = tl.join(_convert_field(words, 3, BITS, FORM, DTYPE, PTX), _convert_field(words, 7, BITS, FORM, DTYPE, PTX))
         return tl.join(tl.join(f0, f2), tl.join(f1, f3))
 
 
@@ -127,12 +172,12 @@ def load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS: tl.constexpr, BLOCK_K: tl
 @triton.jit
 def load_codes(
     q_ptr, rn, k0, N, K, stride_qn,
-    BITS: tl.constexpr, FP8: tl.constexpr, EXEC: tl.constexpr,
+    BITS: tl.constexpr, FP8: tl.constexpr, EXEC: tl.constexpr, FORM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """A `[BLOCK_N, BLOCK_K]` tile of centred codes in DTYPE; rows and columns outside the weight are arbitrary but finite.
+    """A `[BLOCK_N, BLOCK_K]` tile of codes in DTYPE; rows and columns outside the weight are arbitrary but finite.
 
-    FP8 is "" or the float8 kind. EXEC says that q_ptr points to int16 words in execution layout.
+    FP8 is "" or the float8 kind. EXEC says that q_ptr points to int16 words in execution layout. FORM: see `code_form`.
     """
     if BITS == 8:
         raw = load_words(q_ptr, rn, k0, N, stride_qn, K, 1, BLOCK_K, EVEN_K)
@@ -140,13 +185,13 @@ def load_codes(
     elif EXEC:
         FIELDS: tl.constexpr = 16 // BITS
         words = load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS, BLOCK_K, EVEN_K)
-        tile = _interleave(words, FIELDS, BITS, DTYPE, PTX)
+        tile = _interleave(words, FIELDS, BITS, FORM, DTYPE, PTX)
         tile = tl.reshape(tile, [BLOCK_N, BLOCK_K // (32 * FIELDS), 32, FIELDS])
         return tl.reshape(tl.permute(tile, [0, 1, 3, 2]), [BLOCK_N, BLOCK_K])
     else:
         PER_BYTE: tl.constexpr = 8 // BITS
         words = load_words(q_ptr, rn, k0, N, stride_qn, K, PER_BYTE, BLOCK_K, EVEN_K).to(tl.int16)
-        return tl.reshape(_interleave(words, PER_BYTE, BITS, DTYPE, PTX), [BLOCK_N, BLOCK_K])
+        return tl.reshape(_interleave(words, PER_BYTE, BITS, FORM, DTYPE, PTX), [BLOCK_N, BLOCK_K])
 
 
 @triton.jit
@@ -177,20 +222,36 @@ def load_group(
 
 
 @triton.jit
+def from_zero(scale, shift, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """For codes in "magic" form: (what to subtract from them, the shift that then remains).
+
+    They are counted from 0 or from the centre, whichever stands for the smaller value: the shift that remains is small
+    where weights lie around zero, and the stored one where all are equal and small beside the scale.
+    """
+    MAGIC: tl.constexpr = magic_number(DTYPE)
+    CENTRE: tl.constexpr = 1 << (BITS - 1)
+    centred = shift - scale * CENTRE
+    stored = tl.abs(shift) < tl.abs(centred)
+    offset = tl.where(stored, tl.full([1, 1], MAGIC, DTYPE), tl.full([1, 1], MAGIC + CENTRE, DTYPE))
+    return offset, tl.where(stored, shift, centred)
+
+
+@triton.jit
 def scale_codes(
     codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn,
-    BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FORM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`scale * code - shift` of a tile of centred codes, in DTYPE.
+    """`scale * code - shift` of a tile of codes, in DTYPE. FORM: that of the codes.
 
-    The centre is folded into the shift in fp32 before anything is rounded: one fma a weight remains.
+    One fma a weight, written as such: a product rounded before the shift is subtracted would lose twice as much.
     """
     scale = load_group(s_ptr, rn, k0, N, K, stride_sn, GROUP, BLOCK_N, BLOCK_K)
     if AFFINE:
         shift = load_group(z_ptr, rn, k0, N, K, stride_zn, GROUP, BLOCK_N, BLOCK_K)
-        if BITS < 8:
-            shift = shift - scale * (1 << (BITS - 1))
-        return codes * scale.to(DTYPE) - shift.to(DTYPE)
+        if FORM == "magic":
+            offset, shift = from_zero(scale, shift, BITS, DTYPE)
+            codes = codes - offset
+        return tl.fma(codes, scale.to(DTYPE), -shift.to(DTYPE))
     else:
         return codes * scale.to(DTYPE)

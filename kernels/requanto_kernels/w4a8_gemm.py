@@ -2,8 +2,8 @@
 
     y[m, n] = x_scale[m] * sum over groups g of (scale[n, g] * sum_k x[m, k] * c[n, k] - z[n, g] * sum_k x[m, k])
 
-c is the centred code and `z = shift - 2**(bits-1) * scale` (0 if symmetric). Inside a group the sums are exact int32;
-one fp32 fma a group and output joins them. A tile of K therefore never crosses a group.
+c is the code, centred if there is no shift z. Inside a group the sums are exact int32; one fp32 fma a group and output
+joins them. A tile of K therefore never crosses a group.
 """
 
 import torch
@@ -24,6 +24,7 @@ def w4a8_gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One `[BLOCK_M, BLOCK_N]` tile, weight on the left. GROUP 0: one group a row, scaled once at the end."""
+    FORM: tl.constexpr = "plain" if AFFINE else "centred"
     tiles_m = tl.cdiv(M, BLOCK_M)
     rm = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -35,7 +36,7 @@ def w4a8_gemm_kernel(
         rk = k0 + tl.arange(0, BLOCK_K)
         x_mask = (rm < M)[:, None] if EVEN_K else (rm < M)[:, None] & (rk < K)[None, :]
         x = tl.load(x_rows + rk[None, :], mask=x_mask, other=0)
-        c = load_codes(q_ptr, rn, k0, N, K, stride_qn, BITS, "", EXEC, BLOCK_N, BLOCK_K, tl.int8, EVEN_K, False)
+        c = load_codes(q_ptr, rn, k0, N, K, stride_qn, BITS, "", EXEC, FORM, BLOCK_N, BLOCK_K, tl.int8, EVEN_K, False)
         if GROUP == 0:
             total = tl.dot(c, tl.trans(x), total, out_dtype=tl.int32)
             if AFFINE:
@@ -46,14 +47,12 @@ def w4a8_gemm_kernel(
             y += part * scale
             if AFFINE:
                 z = load_group(z_ptr, rn, k0, N, K, stride_zn, GROUP, BLOCK_N, BLOCK_K)
-                z = z - scale * (1 << (BITS - 1)) if BITS < 8 else z
                 y -= z * tl.sum(x.to(tl.int32), axis=1).to(tl.float32)[None, :]
     if GROUP == 0:
         scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
         y = total.to(tl.float32) * scale
         if AFFINE:
             z = load_group(z_ptr, rn, 0, N, K, stride_zn, 0, BLOCK_N, BLOCK_K)
-            z = z - scale * (1 << (BITS - 1)) if BITS < 8 else z
             y -= z * x_total.to(tl.float32)[None, :]
     y = tl.trans(y) * tl.load(xs_ptr + rm, mask=rm < M, other=0).to(tl.float32)[:, None]
     if BIAS:

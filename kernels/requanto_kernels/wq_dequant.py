@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import load_codes, scale_codes
+from ._decode import code_form, load_codes, scale_codes
 from ._device import arch_of, fp8_decoder, on_device
 
 
@@ -22,12 +22,13 @@ def wq_dequant_kernel(
     """One `[BLOCK_N, BLOCK_K]` tile; bound by memory, so the plain integer decode serves everywhere."""
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(1) * BLOCK_K
+    FORM: tl.constexpr = code_form(BITS, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     codes = load_codes(
-        q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
+        q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
     )  # fmt: skip
     w = scale_codes(
         codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn,
-        BITS, GROUP, AFFINE, BLOCK_N, BLOCK_K, tl.float32,
+        BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, tl.float32,
     )  # fmt: skip
     rk = k0 + tl.arange(0, BLOCK_K)
     mask = (rn < N)[:, None] & (rk < K)[None, :]

@@ -3,7 +3,8 @@
     W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]
 
 With one group a row the scale leaves the sum, so the exact codes are multiplied and `y = scale * (x . code) - shift *
-sum(x)` is finished in fp32. With more groups the weight is rebuilt in x's dtype, one fma each, before the dot.
+sum(x)` is finished in fp32, the codes of a row counted as `from_zero` says. With more groups the weight is rebuilt in x's
+dtype, one fma each, before the dot.
 
 Ideas: weight as the left operand so that rebuilt values stay in registers on wgmma; magic numbers for codes (see
 `_decode.py`); split-K through an fp32 workspace that a second kernel sums in a fixed order (the "split-K" of Osama et
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import field_to_float, load_codes, load_group, load_words, scale_codes
+from ._decode import code_form, field_to_float, from_zero, load_codes, load_group, load_words, scale_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from .config import Config, select, split_for
 
@@ -30,6 +31,7 @@ def accumulate(
 ):  # fmt: skip
     """The `[BLOCK_M, BLOCK_N]` tile of `x @ W^T` over k_begin .. k_end, in fp32."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    FORM: tl.constexpr = code_form(BITS, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     if LEFT:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
@@ -40,6 +42,11 @@ def accumulate(
     # One dot for the joined tile, or one for each field of 32 consecutive k: what is faster depends on the hardware.
     FIELDS: tl.constexpr = 16 // BITS if BY_FIELD else 1
     STEP: tl.constexpr = BLOCK_K // FIELDS
+    if GROUP == 0 and AFFINE:
+        scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
+        shift = load_group(z_ptr, rn, 0, N, K, stride_zn, 0, BLOCK_N, BLOCK_K)
+        if FORM == "magic":
+            offset, shift = from_zero(scale, shift, BITS, DTYPE)
     for k0 in range(k_begin, k_end, BLOCK_K):
         if BY_FIELD:
             words = load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS, BLOCK_K, EVEN_K)
@@ -49,16 +56,18 @@ def accumulate(
             x_mask = m_mask if EVEN_K else m_mask & (rk < K)[None, :]
             x = tl.load(x_rows + rk[None, :] * stride_xk, mask=x_mask, other=0)
             if BY_FIELD:
-                w = field_to_float(words, i, BITS, DTYPE, PTX)
+                w = field_to_float(words, i, BITS, FORM, DTYPE, PTX)
             else:
                 w = load_codes(
-                    q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
+                    q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
                 )  # fmt: skip
             if GROUP > 0:
                 w = scale_codes(
-                    w, s_ptr, z_ptr, rn, k, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, BLOCK_N, STEP, DTYPE
+                    w, s_ptr, z_ptr, rn, k, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, FORM, BLOCK_N, STEP, DTYPE
                 )  # fmt: skip
             elif AFFINE:
+                if FORM == "magic":
+                    w = w - offset
                 x_sum += tl.sum(x.to(tl.float32), axis=1)
             if LEFT:
                 acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
@@ -67,13 +76,11 @@ def accumulate(
     if LEFT:
         acc = tl.trans(acc)
     if GROUP == 0:
-        scale = tl.reshape(load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K), [BLOCK_N])
-        acc = acc * scale[None, :]
+        if not AFFINE:
+            scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
+        acc = acc * tl.reshape(scale, [BLOCK_N])[None, :]
         if AFFINE:
-            shift = tl.reshape(load_group(z_ptr, rn, 0, N, K, stride_zn, 0, BLOCK_N, BLOCK_K), [BLOCK_N])
-            if BITS < 8:
-                shift = shift - scale * (1 << (BITS - 1))
-            acc = acc - x_sum[:, None] * shift[None, :]
+            acc = acc - x_sum[:, None] * tl.reshape(shift, [BLOCK_N])[None, :]
     return acc
 
 

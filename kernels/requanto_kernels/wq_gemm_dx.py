@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import load_codes, scale_codes
+from ._decode import code_form, load_codes, scale_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from .config import Config, select
 
@@ -24,6 +24,8 @@ def wq_gemm_dx_kernel(
 ):  # fmt: skip
     """One `[BLOCK_M, BLOCK_K]` tile of dx, computed as its transpose: W^T stays the left operand."""
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    # The weight is rebuilt with one group a row as well: 1 stands for any.
+    FORM: tl.constexpr = code_form(BITS, AFFINE, 1, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     if GROUPED:
         expert, m0, m_end = expert_tile(offsets_ptr, tl.program_id(0), E, E_BLOCK, BLOCK_M)
         q_ptr += expert * stride_qe
@@ -39,9 +41,9 @@ def wq_gemm_dx_kernel(
             rn = n0 + tl.arange(0, BLOCK_N)
             mask = (rm < m_end)[:, None] & (rn < N)[None, :]
             dy = tl.load(dy_ptr + rm.to(tl.int64)[:, None] * stride_ym + rn[None, :] * stride_yn, mask=mask, other=0)
-            w = load_codes(q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX)
+            w = load_codes(q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX)
             w = scale_codes(
-                w, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, BLOCK_N, BLOCK_K, DTYPE
+                w, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE
             )  # fmt: skip
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
     rk = k0 + tl.arange(0, BLOCK_K)

@@ -28,7 +28,7 @@ def decode_fp8(data: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Weight:
-    """A random quantized weight; `meaning` is W[N, K] (or [E, N, K]) in float64."""
+    """A random quantized weight; `meaning` is W[N, K] (or [E, N, K]) in float64, `equal` says which are of equal groups."""
 
     qdata: torch.Tensor
     scale: torch.Tensor
@@ -36,33 +36,55 @@ class Weight:
     meaning: torch.Tensor
     bits: int
     group: int | None
+    equal: torch.Tensor | None = None
 
 
 def weight(
     n: int, k: int, bits: int, group: int | None = None, affine: bool = False, fp8: torch.dtype | None = None,
-    scale_dtype: torch.dtype = torch.float32, experts: int = 0, device: str = "cpu",
+    scale_dtype: torch.dtype = torch.float32, experts: int = 0, device: str = "cpu", equal: float = 0.0,
 ) -> Weight:  # fmt: skip
+    """equal: the share of groups whose weights are all equal, as the quantizer stores them: scale 1 and codes 0."""
     lead = (experts, n) if experts else (n,)
     size = group or k
     groups = -(-k // size)
     scale = (torch.rand(*lead, groups) * 0.05 + 0.01).to(scale_dtype)
     shift = (torch.rand(*lead, groups) * 0.3 - 0.1).to(scale_dtype) if affine else None
+    of = torch.arange(k) // size
+    same = torch.rand(*lead, groups) < equal
+    if affine and equal:
+        value = 10 ** (torch.rand(same.shape) * 5 - 4)  # 0.0001 .. 10, some of them 0
+        value = value * torch.randint(-1, 2, same.shape)
+        scale = scale.masked_fill(same, 1)
+        shift = torch.where(same, value.to(scale_dtype), shift)
     if fp8 is not None:
         qdata = (torch.randn(*lead, k) * 2).to(fp8)
         values = decode_fp8(qdata)
     elif bits == 8:
-        qdata = torch.randint(-128, 128, (*lead, k), dtype=torch.int8)
+        qdata = torch.randint(-128, 128, (*lead, k), dtype=torch.int8).masked_fill(same[..., of], 0)
         values = qdata.double()
     else:
-        codes = torch.randint(0, 1 << bits, (*lead, k))
+        codes = torch.randint(0, 1 << bits, (*lead, k)).masked_fill(same[..., of], 0 if affine else 1 << (bits - 1))
         qdata = pack(codes, bits)
         values = codes.double() - (0 if affine else 1 << (bits - 1))
-    of = torch.arange(k) // size
     meaning = scale.double()[..., of] * values
     if shift is not None:
         meaning = meaning - shift.double()[..., of]
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
-    return Weight(move(qdata), move(scale), move(shift), move(meaning), bits, group)
+    return Weight(move(qdata), move(scale), move(shift), move(meaning), bits, group, move(same[..., of]))
+
+
+def check_equal_groups(rebuilt: torch.Tensor, w: Weight, bound: float) -> None:
+    """What a kernel makes of w's weights (found by a product with ones and zeros): groups of equal weights are `-shift`
+    rounded once, or twice where scale and shift are wider than the result; the others are right as a whole."""
+    assert w.equal.any()
+    found, want = rebuilt[w.equal], w.meaning[w.equal]
+    if rebuilt.dtype in (w.scale.dtype, torch.float32):
+        assert torch.equal(found, want.to(rebuilt.dtype))
+    step = torch.finfo(rebuilt.dtype)
+    far = (found.double() - want).abs() - step.eps * want.abs() - step.eps * step.tiny
+    assert far.amax() <= 0, (want[far.argmax()], found[far.argmax()])
+    if not w.equal.all():
+        assert error(rebuilt[~w.equal], w.meaning[~w.equal]) <= bound
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from reference import FP8, TOLERANCE, decode_fp8, error, weight
+from reference import FP8, TOLERANCE, check_equal_groups, decode_fp8, error, weight
 
 from requanto_kernels import (
     from_exec_layout,
@@ -105,6 +105,28 @@ def test_experts(dtype):
     assert error(got, torch.einsum("tk,tnk->tn", x.double(), w.meaning[owner])) <= BOUND[dtype]
     dx = wq_gemm_dx(got, put(w), w.scale, w.shift, bits=4, layout="exec", offsets=offsets)
     assert error(dx, torch.einsum("tn,tnk->tk", got.double(), w.meaning[owner])) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("scale_dtype", ["its own", torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS)
+def test_groups_of_equal_weights(form, dtype, scale_dtype):
+    """Products with ones and zeros give the weight as each kernel rebuilt it."""
+    bits, group = form
+    scale_dtype = dtype if scale_dtype == "its own" else scale_dtype
+    w = weight(264, 1024, bits, group, True, device="cuda", scale_dtype=scale_dtype, equal=0.5)
+    common = {"bits": bits, "group_size": group, "layout": "exec"}
+    ones = torch.eye(1024, device="cuda", dtype=dtype)
+    for m in (16, 64, 1024):
+        got = torch.cat([wq_gemm(x, put(w), w.scale, w.shift, **common) for x in ones.split(m)])
+        check_equal_groups(got.T, w, BOUND[dtype])
+    dy = torch.eye(264, device="cuda", dtype=dtype)
+    check_equal_groups(wq_gemm_dx(dy, put(w), w.scale, w.shift, **common), w, BOUND[dtype])
+    check_equal_groups(wq_dequant(put(w), w.scale, w.shift, dtype=dtype, **common), w, BOUND[dtype])
+    if group != 32 and (bits, group) != (2, 64):
+        x = torch.eye(1024, device="cuda", dtype=torch.int8)
+        got = w4a8_gemm(x, torch.ones(1024, device="cuda"), put(w), w.scale, w.shift, out_dtype=dtype, **common)
+        check_equal_groups(got.T, w, BOUND[dtype])
 
 
 def test_layout_on_the_device():
