@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from requanto.dtypes.qtypes import qint8
 from requanto.linear import linear
 from requanto.linear.activations import quantize_unsigned
 from requanto.linear.cpu import fused_dequantize, int4, onednn_bf16, onednn_int8
-from requanto.linear.cpu.aot import cache, calls
+from requanto.linear.cpu.aot import cache, calls, processes
+from requanto.linear.cpu.aot.processes import make
+from requanto.linear.cpu.aot.trust import intact, write
 from requanto.linear.explain import explain
 from requanto.linear.prepack import prepare
 from requanto.linear.registry import choose, problem_of
@@ -126,16 +129,16 @@ def test_one_form_of_the_scales_at_a_time(symmetric):
     """torch's operator and the kernel want them in different orders; whichever is asked for, it is right and alone."""
     module = quantized("int4", 256, 256, group_size=64, symmetric=symmetric)
     prepare(module, smallest=0)
-    packed, few, many = module.weight.packed, torch.randn(1, 256).bfloat16(), torch.randn(200, 256).bfloat16()
+    weight, few, many = module.weight, torch.randn(1, 256).bfloat16(), torch.randn(200, 256).bfloat16()
     with torch.no_grad():
         first = linear(few, module.weight), linear(many, module.weight)
-        size = packed.nbytes
+        size = weight.nbytes
         for _ in range(2):
             assert torch.equal(linear(few, module.weight), first[0])
-            assert packed.nbytes == size
+            assert weight.nbytes == size
             assert torch.equal(linear(many, module.weight), first[1])
-            assert packed.nbytes == size
-    assert size == 256 * 128 + 256 * 4 * 4
+            assert weight.nbytes == size
+    assert weight._storage.derived["int4 scales"].nbytes == 256 * 4 * 4
 
 
 @pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
@@ -246,11 +249,15 @@ def test_a_row_of_numbers_that_are_none(activation, number):
 @pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 def test_int8_in_another_order_than_the_known_one(monkeypatch):
     """oneDNN's own product reads whatever oneDNN stores."""
-    monkeypatch.setattr(onednn_int8.OneDnnCodes, "_words", lambda self, codes: None)
+    monkeypatch.setattr(onednn_int8, "_probed", lambda rows, length: None)
     for activation in (None, qint8):
         for rows in (1, 40):
             module = quantized("int8", 320, 192)
+            stored = module.weight.qdata.clone()
             prepare(module, smallest=0)
+            assert module.weight.layout_name.startswith("onednn-int8-")  # a name that other machines do not know
+            assert torch.equal(module.weight.qdata, stored)
+            assert torch.equal(module.weight.clone().qdata, stored)
             x = torch.randn(rows, 192).bfloat16()
             with torch.no_grad():
                 got = linear(x, module.weight, activation=activation)
@@ -261,12 +268,12 @@ def test_int8_in_another_order_than_the_known_one(monkeypatch):
 @pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 def test_small_int8_weights_are_packed_for_kernels_only(monkeypatch):
     x = torch.randn(3, 256).bfloat16()
-    for compiled_too, layout in ((True, "onednn"), (False, None)):
+    for compiled_too, layout in ((True, onednn_int8.BLOCKED.name), (False, "plain")):
         monkeypatch.setattr(settings, "compiled", compiled_too)
         module = quantized("int8", 320, 256)
         with torch.no_grad():
             linear(x, module.weight)
-        assert (module.weight.packed and module.weight.packed.layout) == layout
+        assert module.weight.layout_name == layout
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
@@ -327,10 +334,10 @@ def test_set_after_the_first_product(monkeypatch):
     with torch.no_grad():
         monkeypatch.setattr(settings, "compiled", False)
         eager = linear(x, module.weight)
-        assert module.weight.packed is None
+        assert not module.weight.is_packed
         monkeypatch.setattr(settings, "compiled", True)
         got = linear(x, module.weight)
-        assert module.weight.packed is not None
+        assert module.weight.is_packed
         monkeypatch.setattr(settings, "compiled", False)
         assert torch.equal(linear(x, module.weight), eager)
     assert (got.float() - eager.float()).norm() <= 1e-2 * eager.float().norm()
@@ -360,10 +367,22 @@ def nothing_loaded(monkeypatch, tmp_path):
     """A process that has loaded nothing, and a machine that keeps nothing."""
     monkeypatch.setattr(cache, "_loaded", {})
     monkeypatch.setattr(cache, "_failed", {})
+    monkeypatch.setattr(cache, "_building", {})
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "kept"))
-    cache._can_be_made.cache_clear()
+    for found in (cache._can_be_made, cache._kept, cache._without_compiler):
+        found.cache_clear()
     yield tmp_path / "kept"
-    cache._can_be_made.cache_clear()
+    for found in (cache._can_be_made, cache._kept, cache._without_compiler):
+        found.cache_clear()
+
+
+def copy_kept(paths: dict[str, Path]) -> None:
+    """In place of `cache._make`: the packages that these tests keep, made there if need be."""
+    usual = {name: Path(KEPT).absolute() / path.name for name, path in paths.items()}
+    make({name: path for name, path in usual.items() if not intact(path)})
+    for name, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, usual[name].read_bytes())
 
 
 def as_unasked(monkeypatch, caplog, why: str) -> None:
@@ -373,7 +392,7 @@ def as_unasked(monkeypatch, caplog, why: str) -> None:
     x = torch.randn(3, 1024).bfloat16()
     with torch.no_grad(), caplog.at_level(logging.INFO, logger="requanto"):
         got = [linear(x, module.weight) for _ in range(2)]
-    assert module.weight.packed is None
+    assert not module.weight.is_packed
     assert explain(module, rows=(3,), dtype=torch.bfloat16)[0].implementation == "cpu-workspace"
     monkeypatch.setattr(settings, "compiled", False)
     with torch.no_grad():
@@ -384,7 +403,8 @@ def as_unasked(monkeypatch, caplog, why: str) -> None:
 
 def test_a_kernel_that_computes_something_else_is_refused(nothing_loaded, monkeypatch, caplog):
     monkeypatch.setattr(cache, "Kernel", _Half)
-    monkeypatch.setattr(cache, "_make", lambda name, path: None)
+    monkeypatch.setattr(cache, "_make", lambda paths: None)
+    monkeypatch.setattr(cache, "intact", lambda path: True)
     # Kernels for the stored form would be refused as well, in a line of their own.
     monkeypatch.setattr(fused_dequantize, "SMALLEST", 2**30)
     module = quantized("float8", 64, 64)
@@ -413,11 +433,10 @@ def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, t
     monkeypatch.setattr(settings, "compiled", None)
     tried = []
 
-    def fails(name, path):
-        tried.append(name)
+    def fails(paths):
+        tried.extend(paths)
         raise cache.CannotBeMade("no place to write")
 
-    right = cache._make
     monkeypatch.setattr(cache, "_make", fails)
     with caplog.at_level(logging.WARNING, logger="requanto"):
         assert not any(calls.ready(family) for family in (calls.STORED_INT8, calls.STORED_INT4, calls.FLOAT8))
@@ -425,15 +444,7 @@ def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, t
     assert [record.getMessage().count("in this process") for record in caplog.records].count(1) == 1
     assert not cache.wanted(calls.STORED_INT8)
 
-    def copied(name, path):
-        with monkeypatch.context() as context:
-            context.setenv("REQUANTO_CACHE", KEPT)
-            usual = cache.path_of(name, calls.SOURCES[name])
-        right(name, usual)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(usual.read_bytes())
-
-    monkeypatch.setattr(cache, "_make", copied)
+    monkeypatch.setattr(cache, "_make", copy_kept)
     before = choices.version
     monkeypatch.setattr(settings, "compiled", True)
     assert calls.ready(calls.STORED_INT8)
@@ -446,12 +457,11 @@ def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, t
 def test_a_kernel_s_own_failure_leaves_the_others(nothing_loaded, monkeypatch):
     """The compiler works, one source does not."""
     monkeypatch.setattr(settings, "compiled", None)
+    child = [sys.executable, "-c", "raise SystemExit('no such node')"]
     monkeypatch.setattr(
-        cache.subprocess,
-        "run",
-        lambda command, run=subprocess.run, **how: (
-            subprocess.CompletedProcess(command, 1, "", "no such node") if "-m" in command else run(command, **how)
-        ),
+        processes.subprocess,
+        "Popen",
+        lambda command, popen=subprocess.Popen, **how: popen(child if "-m" in command else command, **how),
     )
     assert not calls.ready(calls.STORED_INT8)
     assert not cache.wanted(calls.STORED_INT8)
@@ -480,18 +490,11 @@ def test_nowhere_to_keep_them(nothing_loaded, monkeypatch, caplog, tmp_path):
 
 
 def test_a_file_that_is_no_kernel_is_made_anew(nothing_loaded, monkeypatch):
-    right = cache._make
     made = []
 
-    def take_the_one_of_these_tests(name, path):
-        made.append(name)
-        with monkeypatch.context() as context:
-            context.setenv("REQUANTO_CACHE", KEPT)
-            usual = cache.path_of(name, calls.SOURCES[name])
-            if not usual.exists():
-                right(name, usual)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(usual.read_bytes())
+    def take_the_one_of_these_tests(paths):
+        made.extend(paths)
+        copy_kept(paths)
 
     monkeypatch.setattr(cache, "_make", take_the_one_of_these_tests)
     broken = cache.path_of("e4m3", calls.SOURCES["e4m3"])
@@ -513,18 +516,18 @@ def test_kept_for_later_processes(tmp_path):
             text=True,
         )
 
-    for processes in ([start("avx512"), start("avx512")], [start("avx2")]):
-        for process in processes:
+    for started in ([start("avx512"), start("avx512")], [start("avx2")]):
+        for process in started:
             _, errors = process.communicate()
             assert process.returncode == 0, errors[-2000:]
-    packages = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt2")}
+    packages = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.so")}
     assert len(packages) == 2
     again = start("avx512")
     _, errors = again.communicate()
     assert again.returncode == 0
     assert "compiling" not in errors
     assert "imported the compiler: False" in errors
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt2")} == packages
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.so")} == packages
 
 
 ONE_KERNEL = """
@@ -535,7 +538,7 @@ from requanto.linear.cpu.aot import calls
 codes = torch.randint(0, 256, (2, 64, 64), dtype=torch.uint8)
 scale, words = torch.rand(128), torch.empty(2, 32, 64, dtype=torch.int32)
 buffer = types.SimpleNamespace(view=words.view)
-compiled.fill_e4m3(codes, scale)(buffer, None)
+calls.fill_e4m3(codes, scale)(buffer, None)
 want = codes.view(torch.float8_e4m3fn).float() * scale.view(2, 1, 64)
 got = words.view(torch.bfloat16).view(2, 32, 64, 2).transpose(2, 3).reshape(2, 64, 64).float()
 known = torch.isfinite(want)

@@ -291,12 +291,12 @@ def tune(
 @app.command()
 def kernels(as_json: Json = False) -> None:
     """Compile this machine's CPU kernels now, as an image is built, and not at the first product that needs one."""
-    from requanto.linear.cpu.aot import cache, calls
+    from requanto.linear.cpu.aot import cache, calls, trust
 
     with reported():
         wanted = calls.useful()
         paths = {name: cache.path_of(name, source) for name, source in wanted.items()}
-        kept = {name for name, path in paths.items() if path.exists()}
+        kept = {name for name, path in paths.items() if trust.intact(path)}
         cache.load(wanted)
         if as_json:
             print(json.dumps({name: str(path) for name, path in paths.items()}))

@@ -1,6 +1,11 @@
-"""One buffer a thread, kept between calls: fresh pages cost more than the dequantization that fills them.
+"""Scratch buffers of each thread, kept between calls: fresh pages cost more than the dequantization that fills them.
 
 (Into a fresh 32 MB tensor 14 to 28 ms go into page faults, into a kept one 2.4 ms into the work: docs/cpu.md.)
+
+All that a thread keeps, buffers and objects, takes ``settings.workspace_bytes`` at most after each request; what was
+asked for longest ago goes first, and what alone is larger is made for each request and not kept. A caller may hold
+several at once: one that goes is forgotten here, and its memory lasts as long as the caller's tensor. So a tensor's
+numbers are the caller's until this thread asks for the same slot again, whatever else it asks for.
 """
 
 from __future__ import annotations
@@ -8,53 +13,113 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import has_numbers
+from requanto.runtime.tracing import has_numbers, unwatched
 
-_local = threading.local()
-T = TypeVar("T", bound="_Sized")
+#: A number or a string names a buffer, a tuple an object.
+Slot: TypeAlias = int | str | tuple[object, ...]
 
 
-def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -> torch.Tensor:
-    """An uninitialized tensor, valid until this thread asks for the same slot again."""
-    if not has_numbers():
-        return torch.empty(shape, dtype=dtype, device="cpu")  # of a trace, perhaps: it must not outlive that
-    wanted = dtype.itemsize
-    for size in shape:
-        wanted *= size
-    buffers = _local.__dict__.setdefault("buffers", {})
-    buffer = buffers.get(slot)
-    if buffer is None or buffer.numel() < wanted:
-        # Never under inference mode's rules: the next call may come from outside it.
-        with torch.inference_mode(False):
-            buffer = buffers[slot] = torch.empty(wanted, dtype=torch.uint8, device="cpu")
-    return buffer[:wanted].view(dtype).view(shape)
+class _Local(threading.local):
+    """What this thread keeps, the last request last, and the bytes of each and of all."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[Slot, Any] = OrderedDict()
+        self.sizes: dict[Slot, int] = {}
+        self.nbytes = 0
+
+
+_local = _Local()
 
 
 class _Sized(Protocol):
     nbytes: int
 
 
-def keep(slot: tuple[object, ...], nbytes: int, make: Callable[[], T]) -> T:
-    """This thread's object of that name, made if it is not there; all of them take half of the bound at most.
+T = TypeVar("T", bound=_Sized)
 
-    Those that were asked for longest ago go first. One that is larger than that alone is kept alone.
+
+def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -> torch.Tensor:
+    """An uninitialized tensor on the CPU, its numbers the caller's until this thread asks for the same slot again."""
+    if not has_numbers():
+        return torch.empty(shape, dtype=dtype, device="cpu")  # of a trace, perhaps: it must not outlive that
+    wanted = dtype.itemsize
+    for size in shape:
+        wanted *= size
+    buffer = _local.kept.get(slot)
+    if buffer is None or buffer.numel() < wanted:
+        buffer = _fresh(slot, wanted)
+    else:
+        _local.kept.move_to_end(slot)
+        if _local.nbytes > settings.workspace_bytes:  # set lower meanwhile
+            _make_room(0)
+    return buffer[:wanted].view(dtype).view(shape)
+
+
+def _fresh(slot: int | str, nbytes: int) -> torch.Tensor:
+    bounded = nbytes <= settings.workspace_bytes
+    if bounded:
+        _drop(slot)  # first, so that both are never there at once
+    _make_room(nbytes if bounded else 0)
+    # Never under the caller's modes (inference, a default device): the next call may come from outside them.
+    with unwatched(), torch._C.DisableTorchFunction():
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    if bounded:
+        _add(slot, buffer, nbytes)
+    return buffer
+
+
+def keep(slot: tuple[object, ...], nbytes: int, make: Callable[[], T]) -> T:
+    """This thread's object of that name, made if it is not there; all objects take half of the bound at most.
+
+    Those that were asked for longest ago go first. One that is larger than that half is the only object, and one that is
+    larger than the bound is not kept.
+
+    Args:
+        nbytes: that it will take.
+        make: makes it, outside the caller's modes; with device and dtype of its own choice.
     """
-    objects: OrderedDict[tuple[object, ...], T] | None = _local.__dict__.get("objects")
-    if objects is None:
-        objects = _local.__dict__["objects"] = OrderedDict()
-    found = objects.get(slot)
+    found: T | None = _local.kept.get(slot)
     if found is not None:
-        objects.move_to_end(slot)
+        _local.kept.move_to_end(slot)
+        if _local.nbytes > settings.workspace_bytes:
+            _make_room(0)
         return found
-    while objects and nbytes + sum(held.nbytes for held in objects.values()) > settings.workspace_bytes // 2:
-        objects.popitem(last=False)
-    objects[slot] = made = make()
+    objects = [held for held in _local.kept if isinstance(held, tuple)]
+    taken = sum(_local.sizes[held] for held in objects)
+    for held in objects:
+        if taken + nbytes <= settings.workspace_bytes // 2:
+            break
+        taken -= _local.sizes[held]
+        _drop(held)
+    _make_room(nbytes if nbytes <= settings.workspace_bytes else 0)
+    with unwatched(), torch._C.DisableTorchFunction():
+        made = make()
+    size = made.nbytes
+    if size <= settings.workspace_bytes:
+        _make_room(size)  # what it took to make it may be kept too
+        _add(slot, made, size)
     return made
+
+
+def _make_room(nbytes: int) -> None:
+    """Forgets what was asked for longest ago, until so many bytes more keep to the bound, or nothing is left."""
+    while _local.kept and _local.nbytes + nbytes > settings.workspace_bytes:
+        _drop(next(iter(_local.kept)))
+
+
+def _add(slot: Slot, made: object, nbytes: int) -> None:
+    _local.kept[slot], _local.sizes[slot] = made, nbytes
+    _local.nbytes += nbytes
+
+
+def _drop(slot: Slot) -> None:
+    if _local.kept.pop(slot, None) is not None:
+        _local.nbytes -= _local.sizes.pop(slot)
 
 
 def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
@@ -70,9 +135,8 @@ def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
 
 def release_scratch() -> None:
     """Gives this thread's named buffers back: between two weights they are not needed."""
-    buffers = _local.__dict__.get("buffers", {})
-    for slot in [slot for slot in buffers if isinstance(slot, str)]:
-        del buffers[slot]
+    for slot in [slot for slot in _local.kept if isinstance(slot, str)]:
+        _drop(slot)
 
 
 def rows_that_fit(row_bytes: int, rows: int) -> int:
@@ -82,11 +146,10 @@ def rows_that_fit(row_bytes: int, rows: int) -> int:
 
 def held_bytes() -> int:
     """Bytes that this thread keeps."""
-    held = (_local.__dict__.get(name, {}).values() for name in ("buffers", "objects"))
-    return sum(buffer.nbytes for buffers in held for buffer in buffers)
+    return sum(held.nbytes for held in _local.kept.values())
 
 
 def release() -> None:
     """Gives this thread's buffers back."""
-    _local.__dict__.pop("buffers", None)
-    _local.__dict__.pop("objects", None)
+    for slot in list(_local.kept):
+        _drop(slot)

@@ -1,18 +1,26 @@
-"""Makes one kernel's package; `requanto.linear.cpu.aot.cache` starts it.
+"""Makes one kernel's package; `requanto.linear.cpu.aot.processes` starts it.
 
-python -m requanto.linear.cpu.aot.build FILE NAME
+python -m requanto.linear.cpu.aot.build FILE NAME [PARENT]
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import shutil
+import signal
 import sys
+import threading
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from requanto.linear.cpu.aot.cache import Kernel, Source, check, vector_options
 from requanto.linear.cpu.aot.kernels import SOURCES
+from requanto.linear.cpu.aot.package import Kernel, check
+from requanto.linear.cpu.aot.source import Source, compile_options
 
 
 class _Module(nn.Module):
@@ -25,8 +33,14 @@ class _Module(nn.Module):
         return () if returned is None else (returned,)
 
 
-def main(file: str, name: str) -> None:
-    """Exports, compiles, writes the package to ``file`` and compares what it computes with its source."""
+def main(file: str, name: str, parent: str = "") -> None:
+    """Exports, compiles, writes the library to ``file`` and compares what it computes with its source.
+
+    Args:
+        parent: the process that waits for it. When that ends, so does this one, and the folder of ``file`` goes.
+    """
+    if parent:
+        threading.Thread(target=_end_with, args=(int(parent), Path(file).parent), daemon=True).start()
     import torch._inductor
 
     source = SOURCES[name]
@@ -40,20 +54,36 @@ def main(file: str, name: str) -> None:
     )
     with torch.no_grad():
         program = torch.export.export(_Module(source), arguments, dynamic_shapes=(dynamic,))
-    options = {
-        **vector_options(),
-        # Headers compiled beforehand serve many kernels, this is one; what calls it is not worth optimizing; and the
-        # processor's instructions need no trial by compiling, since the result is compared with its source.
-        "aot_inductor.precompile_headers": False,
-        "aot_inductor.compile_wrapper_opt_level": "O0",
-        "cpp.vec_isa_ok": True,
-        # The examples are small; what is really computed is worth several threads, as many as the process has then.
-        "cpp.dynamic_threads": True,
-        # A product and the sum after it are one operation, and rounded once.
-        "cpp.enable_floating_point_contract_flag": "fast",
-    }
-    torch._inductor.aoti_compile_and_package(program, package_path=file, inductor_configs=options)
-    check(Kernel(name, Path(file)), source, name)
+    package = f"{file}.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=compile_options())
+    fresh = Path(f"{file}.fresh")
+    fresh.write_bytes(_library(package))
+    check(Kernel(name, fresh), source, name)
+    fresh.replace(file)
+
+
+def _library(package: str) -> bytes:
+    """The one library in a package. Loaded by itself it need not be unpacked into TMPDIR by every process."""
+    with zipfile.ZipFile(package) as parts:
+        names = [name for name in parts.namelist() if name.endswith((".so", ".dylib", ".pyd", ".dll"))]
+        if len(names) != 1:
+            raise RuntimeError(f"torch's package holds {len(names)} libraries, expected 1: {parts.namelist()}")
+        return parts.read(names[0])
+
+
+def _end_with(parent: int, folder: Path) -> None:
+    """Waits until the parent ends: its end of the pipe is closed then, unless a fork of it holds it too."""
+    with contextlib.suppress(OSError):
+        if os.name == "posix":
+            while os.getppid() == parent and not (select.select([0], [], [], 1.0)[0] and os.read(0, 1) == b""):
+                pass
+        else:
+            os.read(0, 1)
+    for _ in range(5):  # compilers may write into it meanwhile
+        shutil.rmtree(folder, ignore_errors=True)
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ _FAMILIES = {
         STORED_FLOAT8: ("stored-e4m3",),
     }.items()
 }
+cache.families.update(_FAMILIES)
 
 
 def useful() -> dict[str, cache.Source]:

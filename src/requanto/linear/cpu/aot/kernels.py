@@ -1,6 +1,7 @@
 """What the compiled kernels compute, written in torch (`requanto.linear.cpu.aot.calls` calls them).
 
-A package is kept under this file's text and that of `make_kernel`: a change of either has every kernel made anew.
+A package is kept under the text of its function, of all it calls and reads, and of how it is compiled
+(`aot.source.digest_of`): a change of any has that kernel made anew.
 
 How they are written follows what inductor does with it (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do
 not; its own float32 -> bfloat16 takes seven times as long as the rest, so halves of 32-bit words are put together by integer
