@@ -1,8 +1,8 @@
 """Convolutions with a quantized weight: dequantized, then torch's own operator.
 
-A convolution reads each weight once per output pixel, so its arithmetic is left to torch. On a CPU the float weight lies in
-this thread's buffer, some output channels at a time: fresh pages for all of it would take longer than a small image's
-convolution.
+A convolution reads each weight once per output pixel, so its arithmetic is left to torch, in x's dtype (autocast's, inside
+autocast) whatever dtype the weight is seen as. On a CPU the float weight lies in this thread's buffer, some output channels
+at a time: fresh pages for all of it would take longer than a small image's convolution.
 
 With few output pixels it is the weight that takes the time. Then the image's patches become rows of x, and the convolution
 is a product with the packed weight (`requanto.linear.api.packed_product`).
@@ -43,15 +43,25 @@ def convolution(
     Args:
         function: ``F.conv1d`` to ``F.conv3d``, ``F.conv_transpose1d`` to ``F.conv_transpose3d``.
         args, kwargs: those of ``function``: bias, stride ...
+
+    Returns:
+        As ``function``, in x's dtype (autocast's, inside autocast).
+
+    Raises:
+        RuntimeError: x is no float tensor: the weight would be cut down to its dtype. And whatever ``function`` raises.
     """
+    if not x.is_floating_point():
+        raise RuntimeError(f"{function.__name__}: expected a float tensor beside a quantized weight, found {x.dtype}")
     bias, *rest = args or (kwargs.pop("bias", None),)
     usual = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
     asked = wants_gradient(x, bias)
     # A derivative keeps the weight, and a trace has no buffers.
     if x.device.type != "cpu" or weight.device.type != "cpu" or asked or not usual or not has_numbers():
         return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
-    if x.is_floating_point() and torch.is_autocast_enabled("cpu"):  # torch would narrow x and all of the weight
-        x = x.to(torch.get_autocast_dtype("cpu"))
+    x = as_autocast(x)  # torch would narrow x and all of the weight
+    if bias is not None and (as_autocast(bias).dtype != x.dtype or not _is_bias(bias, function, weight)):
+        # torch raises. The ways below would broadcast such a bias, or cut it.
+        return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
     out = _of_patches(x, weight, bias, *rest, **kwargs) if function is F.conv2d else None
     if out is not None:
         return out
@@ -85,6 +95,8 @@ def _of_patches(
         return None
     kernel = weight.shape[2:]
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    if any(len(sizes) != 2 for sizes in (stride, padding, dilation)) or min(*stride, *dilation) < 1 or min(padding) < 0:
+        return None  # torch raises
     sizes = zip(x.shape[2:], padding, dilation, kernel, stride)
     height, width = ((size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, pad, gap, taps, step in sizes)
     pixels = x.shape[0] * height * width
@@ -100,6 +112,21 @@ def _of_patches(
     if out is None:
         return None
     return out.view(len(x), height * width, -1).transpose(1, 2).contiguous().view(len(x), -1, height, width)
+
+
+def as_autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as torch.autocast hands it to an operator on its list: float64 and integers stay as they are."""
+    device = tensor.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensor
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _is_bias(bias: torch.Tensor, function: Callable[..., torch.Tensor], weight: QTensor) -> bool:
+    """True for one number for each output channel; those of a transposed convolution are left to torch."""
+    return function not in _FORWARD or bias.shape == weight.shape[:1]
 
 
 def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -1,16 +1,23 @@
-"""torch functions on QTensor: the products, which run on codes through `requanto.linear`."""
+"""torch functions on QTensor: linear, matmul and convolution, which run on codes through `requanto.linear`, and a few more.
+
+Shapes, broadcasting and kinds of errors are those of torch. Two rules are this package's own: a weight is multiplied in x's
+dtype, any float one, where torch wants both alike; and two quantized operands, ``out=`` and ``out_dtype=`` are refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from requanto.linear import embedding, linear, times
-from requanto.linear.convolution import convolution
+from requanto.linear.convolution import as_autocast, convolution
+from requanto.runtime.tracing import is_tracing, transformed
 from requanto.tensor.dispatch import implements_function
-from requanto.tensor.qtensor import NO_GRADIENT, QTensor
+from requanto.tensor.qtensor import QTensor
 
 
 @implements_function(F.linear)
@@ -25,66 +32,231 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 @implements_function(F.embedding)
 def _embedding(
     input: torch.Tensor,
-    weight: QTensor,
+    weight: torch.Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> torch.Tensor:
+    # padding_idx, scale_grad_by_freq and sparse say how the table's gradient is made, and a quantized one has none.
+    if isinstance(input, QTensor) or not isinstance(weight, QTensor):
+        raise NotImplementedError("F.embedding with quantized indices: they are whole numbers, int32 or int64")
     if max_norm is not None:
         raise NotImplementedError("max_norm rewrites the embedding table; a quantized one is not rewritten")
+    if weight.dim() != 2:
+        raise RuntimeError(f"embedding: the table must have two axes, found shape {tuple(weight.shape)}")
+    if input.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"embedding: indices must be int32 or int64, found {input.dtype}")
+    if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
+        raise AssertionError(f"embedding: padding_idx {padding_idx} is no row of a table of {weight.shape[0]}")
     return embedding(input, weight)
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` with the QTensor on either side, 2D or batched (experts)."""
-    if isinstance(a, QTensor) and isinstance(b, QTensor):
-        raise NotImplementedError("a product of two quantized weights: call .dequantize() on one of them")
-    if isinstance(b, QTensor):
-        if b.dim() == 2:
-            return times(a, b)
-        return torch.stack([linear(a[i], b[i].t()) for i in range(b.shape[0])])
-    if a.dim() == 2 and b.dim() == 2:  # (b^T @ a^T)^T
-        return linear(b.t(), a).t()
-    if a.dim() == 3 and b.dim() == 3:
-        return torch.stack([linear(b[i].t(), a[i]).t() for i in range(a.shape[0])])
+@implements_function(F.embedding_bag, torch.embedding_bag)
+def _embedding_bag(*args: Any, **kwargs: Any) -> torch.Tensor:
     raise NotImplementedError(
-        f"product of a quantized {tuple(a.shape)} and a float {tuple(b.shape)}: 2D and batched 3D weights only; call "
-        f".dequantize() first"
+        "embedding_bag on a quantized table: look the rows up with F.embedding and reduce them, e.g. "
+        "F.embedding(indices, table).sum(-2), or call .dequantize() on the table first"
     )
 
 
-@implements_function(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-def _matmul_function(input: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return _matmul(input, other)
+# ---------------------------------------------------------------------- matmul and its relatives
 
 
-@implements_function(torch.bmm, torch.Tensor.bmm)
-def _bmm(input: torch.Tensor, mat2: torch.Tensor) -> torch.Tensor:
-    return _matmul(input, mat2)
+def _multiply(name: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``a @ b`` by the rules of torch.matmul, one of the two quantized.
+
+    Args:
+        name: what the caller is called in messages.
+        bias: float ``[N]``, only with a quantized ``b`` of two axes.
+    """
+    if isinstance(a, QTensor) and isinstance(b, QTensor):
+        raise NotImplementedError("a product of two quantized weights: call .dequantize() on one of them")
+    weight, x = (a, b) if isinstance(a, QTensor) else (b, a)
+    if not isinstance(weight, QTensor):
+        raise NotImplementedError(f"{name}: only the tensor to add is quantized; call .dequantize() on it first")
+    if not x.is_floating_point() or x.dtype.itemsize < 2:
+        raise RuntimeError(f"{name}: expected a float tensor beside a quantized weight, found {x.dtype}")
+    if x.dim() == 0:
+        raise RuntimeError(f"{name}: {_shapes(a, b)}; both need at least one axis")
+    if a.shape[-1] != b.shape[max(0, b.dim() - 2)]:
+        raise RuntimeError(
+            f"{name}: {_shapes(a, b)} do not fit: the last axis of the first, {a.shape[-1]}, must be the "
+            f"{'last but one' if b.dim() > 1 else 'only one'} of the second, {b.shape[max(0, b.dim() - 2)]}"
+        )
+    for one, two in zip(reversed(a.shape[:-2]), reversed(b.shape[:-2])):
+        if one != two and one != 1 and two != 1:
+            raise RuntimeError(f"{name}: {_shapes(a, b)} do not fit: batches of {one} and {two} do not broadcast")
+    if weight.dim() != weight.axis + 2:
+        raise NotImplementedError(
+            f"{name}: a quantized weight of shape {tuple(weight.shape)} has scales for axes 0..{weight.axis} only, as that "
+            f"of a convolution; call .dequantize() first"
+        )
+    if 0 in weight.shape:  # there is nothing to dequantize
+        values = x.new_empty(weight.shape)
+        out = torch.matmul(x, values) if weight is b else torch.matmul(values, x)
+        return out if bias is None else out + bias
+    if weight is b and weight.dim() == 2:
+        # `times` takes a transpose of its own, which torch.func's transforms would wrap.
+        return linear(x, _view(weight, lambda w: w.t()), bias) if transformed() else times(x, weight, bias)
+    rows = x.unsqueeze(0) if x.dim() == 1 else x if weight is b else x.transpose(-1, -2)
+    # W @ x = (x^T @ W^T)^T: in both cases the weight is wanted as [..., N, K].
+    out = _each_matrix(rows, _view(weight, lambda w: w.transpose(-1, -2)) if weight is b else weight)
+    if x.dim() == 1:
+        return out.squeeze(-2)
+    return out if weight is b else out.transpose(-1, -2).contiguous()
+
+
+def _each_matrix(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """``x @ weight.mT`` of x ``[..., M, K]`` and weight ``[..., N, K]``: one GEMM for each matrix of the weight, with all
+    rows of x that belong to it."""
+    if weight.dim() == 2:
+        return linear(x, weight)
+    while x.dim() < weight.dim():
+        x = x.unsqueeze(0)
+    dim, count = x.dim() - weight.dim(), weight.shape[0]
+    if count == 1:  # x keeps its axis: all of its rows meet the one matrix
+        return _each_matrix(x, _view(weight, lambda w: w[0]))
+    shared = x.shape[dim] == 1
+    experts = [_view(weight, lambda w, i=i: w[i]) for i in range(count)]
+    parts = [_each_matrix(x.select(dim, 0 if shared else i), expert) for i, expert in enumerate(experts)]
+    return torch.stack(parts, dim)
+
+
+def _view(weight: QTensor, view: Callable[[QTensor], QTensor]) -> QTensor:
+    """A view of the weight; inside torch.func's transforms, which would wrap it, one that they do not see."""
+    if is_tracing() or not transformed():
+        return view(weight)
+    with temporarily_clear_interpreter_stack():
+        return view(weight)
+
+
+def _shapes(a: torch.Tensor, b: torch.Tensor) -> str:
+    return f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+
+
+def _check_axes(name: str, a: torch.Tensor, b: torch.Tensor, axes: tuple[int, int]) -> None:
+    """Those that do not broadcast take a fixed number of axes, and equal batches."""
+    if (a.dim(), b.dim()) != axes:
+        raise RuntimeError(f"{name}: {_shapes(a, b)}; expected {axes[0]} and {axes[1]} axes")
+    if axes == (3, 3) and a.shape[0] != b.shape[0]:
+        raise RuntimeError(f"{name}: {_shapes(a, b)} do not fit: batches of {a.shape[0]} and {b.shape[0]}")
+
+
+def _refuse(name: str, out: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> None:
+    if out is not None or out_dtype is not None:
+        argument = "out" if out_dtype is None else "out_dtype"
+        raise NotImplementedError(f"{name} with a quantized weight takes no {argument}=; use what it returns")
+
+
+@implements_function(torch.matmul, torch.linalg.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+def _matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    _refuse("matmul", out)
+    return _multiply("matmul", input, other)
 
 
 @implements_function(torch.Tensor.__rmatmul__)
 def _rmatmul(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return _matmul(other, self)
+    return _multiply("matmul", other, self)
+
+
+@implements_function(torch.mm, torch.Tensor.mm)
+def _mm(
+    input: torch.Tensor,
+    mat2: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _refuse("mm", out, out_dtype)
+    _check_axes("mm", input, mat2, (2, 2))
+    return _multiply("mm", input, mat2)
+
+
+@implements_function(torch.bmm, torch.Tensor.bmm)
+def _bmm(
+    input: torch.Tensor,
+    mat2: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    _refuse("bmm", out, out_dtype)
+    _check_axes("bmm", input, mat2, (3, 3))
+    return _multiply("bmm", input, mat2)
+
+
+@implements_function(torch.mv, torch.Tensor.mv)
+def _mv(input: torch.Tensor, vec: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    _refuse("mv", out)
+    _check_axes("mv", input, vec, (2, 1))
+    return _multiply("mv", input, vec)
+
+
+def _add_matmul(
+    name: str,
+    input: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    axes: tuple[int, int],
+    *,
+    batches_add: bool = False,
+    beta: float = 1,
+    alpha: float = 1,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``beta * input + alpha * (a @ b)``.
+
+    Args:
+        axes: how many of them a and b have.
+        batches_add: the matrices of the batch are summed up.
+    """
+    _refuse(name, out, out_dtype)
+    if isinstance(input, QTensor):
+        raise NotImplementedError(f"{name}: the tensor to add is quantized; call .dequantize() on it first")
+    _check_axes(name, a, b, axes)
+    shape = (*a.shape[1 if batches_add else 0 : -1], *b.shape[1:][-1:])
+    if input.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(input.shape), reversed(shape))):
+        raise RuntimeError(f"{name}: a tensor of shape {tuple(input.shape)} does not broadcast to the result's {shape}")
+    if isinstance(b, QTensor):
+        x = a = as_autocast(a)
+    else:
+        x = b = as_autocast(b)
+    input = as_autocast(input)
+    if input.dtype != x.dtype:
+        raise RuntimeError(
+            f"{name}: the tensor to add and the one beside the quantized weight must have the same dtype, found "
+            f"{input.dtype} and {x.dtype}"
+        )
+    if axes == (2, 2) and isinstance(b, QTensor) and alpha == 1 and beta == 1 and input.shape == shape[1:]:
+        return _multiply(name, a, b, input)  # GPT-2's Conv1D: a bias
+    result = _multiply(name, a, b)
+    result = result.sum(0) if batches_add else result
+    result = result if alpha == 1 else result * alpha
+    # For beta=0 torch does not read the input at all: it may hold NaN.
+    return result if beta == 0 else torch.add(result, input, alpha=beta)
 
 
 @implements_function(torch.addmm, torch.Tensor.addmm)
-def _addmm(
-    input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, *, beta: float = 1, alpha: float = 1
-) -> torch.Tensor:
-    """GPT-2's Conv1D: ``bias + x @ W``."""
-    if alpha == 1 and beta == 1 and isinstance(mat2, QTensor) and input.dim() == 1:
-        return times(mat1, mat2, input)
-    return beta * input + alpha * _matmul(mat1, mat2)
+def _addmm(input: torch.Tensor, mat1: torch.Tensor, mat2: torch.Tensor, **how: Any) -> torch.Tensor:
+    return _add_matmul("addmm", input, mat1, mat2, (2, 2), **how)
 
 
 @implements_function(torch.baddbmm, torch.Tensor.baddbmm)
-def _baddbmm(
-    input: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, *, beta: float = 1, alpha: float = 1
-) -> torch.Tensor:
-    return beta * input + alpha * _matmul(batch1, batch2)
+def _baddbmm(input: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, **how: Any) -> torch.Tensor:
+    return _add_matmul("baddbmm", input, batch1, batch2, (3, 3), **how)
+
+
+@implements_function(torch.addbmm, torch.Tensor.addbmm)
+def _addbmm(input: torch.Tensor, batch1: torch.Tensor, batch2: torch.Tensor, **how: Any) -> torch.Tensor:
+    return _add_matmul("addbmm", input, batch1, batch2, (3, 3), batches_add=True, **how)
+
+
+@implements_function(torch.addmv, torch.Tensor.addmv)
+def _addmv(input: torch.Tensor, mat: torch.Tensor, vec: torch.Tensor, **how: Any) -> torch.Tensor:
+    return _add_matmul("addmv", input, mat, vec, (2, 1), **how)
 
 
 def _grouped_mm(
@@ -99,6 +271,12 @@ def _grouped_mm(
         raise NotImplementedError(
             "grouped_mm on a quantized weight needs it as mat2 [E, K, N], with offs, without bias"
         )
+    if input.dim() != 2 or mat2.dim() != 3 or input.shape[1] != mat2.shape[1]:
+        raise RuntimeError(f"grouped_mm: {_shapes(input, mat2)} do not fit: expected [rows, K] and [experts, K, N]")
+    if offs.shape != mat2.shape[:1]:
+        raise RuntimeError(f"grouped_mm: {mat2.shape[0]} experts need as many ends of rows, found {tuple(offs.shape)}")
+    if not input.is_floating_point() or (out_dtype is not None and not out_dtype.is_floating_point):
+        raise RuntimeError(f"grouped_mm: expected float tensors, found {input.dtype} and out_dtype={out_dtype}")
     from requanto.linear import grouped_linear
 
     out = grouped_linear(input, mat2.transpose(-1, -2), offs)
@@ -112,9 +290,10 @@ for _name in ("grouped_mm", "_grouped_mm"):
 
 
 def _convolution(function: Any) -> Any:
-    def run(input: torch.Tensor, weight: QTensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not isinstance(weight, QTensor):
-            raise NotImplementedError("a convolution with a quantized input: call .dequantize() on it first")
+    def run(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if isinstance(input, QTensor) or not isinstance(weight, QTensor):
+            what = "input" if isinstance(input, QTensor) else "bias"
+            raise NotImplementedError(f"a convolution with a quantized {what}: call .dequantize() on it first")
         return convolution(function, input, weight, *args, **kwargs)
 
     return run
@@ -122,55 +301,6 @@ def _convolution(function: Any) -> Any:
 
 for _function in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
     implements_function(_function)(_convolution(_function))
-
-
-@implements_function(torch.Tensor.requires_grad_)
-def _requires_grad_(self: QTensor, requires_grad: bool = True) -> QTensor:
-    if requires_grad:
-        raise RuntimeError(NO_GRADIENT)
-    return self
-
-
-@implements_function(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
-def _set_requires_grad(self: QTensor, requires_grad: bool) -> None:
-    if requires_grad:
-        raise RuntimeError(NO_GRADIENT)
-
-
-@implements_function(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
-def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
-    """``weight.data = other``: what offloading does. Torch alone would change the wrapper and leave the codes."""
-    if not isinstance(self, QTensor) or not isinstance(value, QTensor):
-        raise NotImplementedError(
-            f"`.data = ...` of a {type(self).__name__} with a {type(value).__name__}: a quantized weight takes another "
-            f"quantized weight only. Call .dequantize() on it, or assign module.weight = torch.nn.Parameter(..., "
-            f"requires_grad=False)."
-        )
-    with torch._C.DisableTorchFunctionSubclass():
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-    self.take(value.inner_tensors())
-    self.qtype, self.axis, self.group_size = value.qtype, value.axis, value.group_size
-    self.transposed, self.activation, self.scale_bits = value.transposed, value.activation, value.scale_bits
-    self.rotation = value.rotation
-
-
-@implements_function(torch.Tensor.data_ptr)
-def _data_ptr(self: QTensor) -> int:
-    """Address of the codes. A wrapper has none of its own, and accelerate tells tied weights apart by it."""
-    return self.qdata.data_ptr()
-
-
-@implements_function(torch.Tensor.share_memory_)
-def _share_memory_(self: QTensor) -> QTensor:
-    """For other processes; the wrapper has no memory of its own, and torch would crash looking for it."""
-    for inner in self.inner_tensors().values():
-        inner.share_memory_()
-    return self
-
-
-@implements_function(torch.Tensor.is_shared)
-def _is_shared(self: QTensor) -> bool:
-    return all(inner.is_shared() for inner in self.inner_tensors().values())
 
 
 @implements_function(torch.Tensor.dequantize, torch.dequantize)
