@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from requanto.config.plan import PlannedWeight
+from requanto.runtime.tracing import without_autocast
 
 #: Weights measured of one tensor: of larger ones, rows spread evenly stand for all. With importances, which differ a lot
 #: from row to row, it takes more of them.
@@ -59,7 +60,7 @@ def rows_of(weight: Tensor, planned: PlannedWeight, dtype: torch.dtype, importan
     count = max(1, most // max(1, length))
     if len(rows) <= count or planned.options.low_rank:  # a low rank is easier to find in some rows than in all
         return Rows(rows.to(dtype), 1.0, importance)
-    picked = torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()
+    picked = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64, device=rows.device).round().long()
     if importance is not None:
         parts = (importance.rows, importance.weights)
         taken = [None if p is None else p[picked.to(p.device)] for p in parts]
@@ -79,7 +80,8 @@ def squared_errors(rows: Rows, planned: PlannedWeight, name: str) -> tuple[float
     if found.weights is not None:
         weighted = (error * found.weights.reshape(error.shape).to(error.device)).sum(dtype=torch.float64).item()
     else:
-        by_row = error if found.columns is None else error @ found.columns.to(error.device).unsqueeze(-1)
+        with without_autocast(error.device):
+            by_row = error if found.columns is None else error @ found.columns.to(error.device).unsqueeze(-1)
         by_row = by_row.sum(-1).double()
         weighted = (by_row if found.rows is None else by_row * found.rows.to(error.device)).sum().item()
     return rows.factor * plain, rows.factor * weighted

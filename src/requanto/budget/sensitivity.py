@@ -114,7 +114,7 @@ def _probe(output: Any, generator: torch.Generator) -> tuple[Tensor, float]:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.is_floating_point():
         rows = logits.reshape(-1, logits.shape[-1]).float()
-        drawn = torch.rand(len(rows), 1, generator=generator).to(rows.device)
+        drawn = torch.rand(len(rows), 1, generator=generator, dtype=torch.float32, device="cpu").to(rows.device)
         with torch.no_grad():
             labels = (rows.softmax(-1).cumsum(-1) < drawn).sum(-1).clamp(max=rows.shape[-1] - 1)
         return F.cross_entropy(rows, labels, reduction="sum"), float(len(rows))
@@ -125,7 +125,7 @@ def _probe(output: Any, generator: torch.Generator) -> tuple[Tensor, float]:
         raise ValueError(
             f"the model returned no float tensor ({type(output).__name__}), so no error can be traced to it"
         )
-    direction = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+    direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor.device)
     return (tensor.float() * direction).sum(), tensor.detach().float().square().sum().item()
 
 

@@ -22,6 +22,7 @@ from peft.utils import other as peft_other
 from torch import nn
 
 from requanto.integrations.patching import replace_everywhere
+from requanto.runtime.tracing import without_autocast
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
 
@@ -151,7 +152,8 @@ def _dora_factor(layer: Any, adapter: str, weight: QTensor, up: torch.Tensor, do
     base = earlier[0].before.weight(weight) if earlier else weight
     value = base.dequantize(torch.float32)
     value = (value.mT if weight.transposed else value).reshape(weight.shape[-1 if weight.transposed else 0], -1)
-    norm = (value + up.float() @ down.float()).norm(dim=1)
+    with without_autocast(value.device):
+        norm = (value + up.float() @ down.float()).norm(dim=1)
     return layer.lora_magnitude_vector[adapter].weight.flatten().to(norm.device, torch.float32) / norm
 
 
@@ -212,7 +214,7 @@ def activate(layer: Any, active_adapters: list[str]) -> Iterator[None]:
     if weight.up is not None and weight.down is not None:
         ups.insert(0, weight.up.to(ups[0].dtype))
         downs.insert(0, weight.down.to(downs[0].dtype))
-    adapted = weight.replace(weight.qdata, up=torch.cat(ups, -1), down=torch.cat(downs, -2))
+    adapted = weight.with_inner({**weight.inner_tensors(), "up": torch.cat(ups, -1), "down": torch.cat(downs, -2)})
     base, name = layer.get_base_layer(), layer.parameter_name
     parameter = base._parameters.pop(name)
     base.__dict__[name] = adapted

@@ -122,7 +122,9 @@ def _exact(fold: Fold, before: list[Any], run: Callable[[], list[Any]]) -> bool:
     others = fold.producer.places[0][0] if isinstance(fold.producer, Layer) else fold.producer
     small = [p for p in others._parameters.values() if p is not None and p.dim() == 1]
     saved = [p.detach().clone() for p in small]
-    powers = torch.randint(-1, 2, (fold.consumers[0].columns,), generator=torch.Generator().manual_seed(0))
+    powers = torch.randint(
+        -1, 2, (fold.consumers[0].columns,), generator=torch.Generator().manual_seed(0), device="cpu"
+    )
     try:
         fold.apply(torch.exp2(powers.float()).to(floats[0].device))
         for layer in layers:

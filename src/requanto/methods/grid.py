@@ -95,7 +95,7 @@ class Grid:
         top = torch.maximum(-low, high)
         best = torch.full_like(low, torch.inf)
         scale, shift = torch.ones_like(low), (torch.zeros_like(low) if self.affine else None)
-        for share in torch.linspace(1.0, 0.3, steps).tolist():
+        for share in torch.linspace(1.0, 0.3, steps, dtype=torch.float32, device="cpu").tolist():
             if self.affine:
                 tried: tuple[torch.Tensor, torch.Tensor | None] = ((high - low) * share / self.high, -low * share)
             else:

@@ -16,6 +16,7 @@ from requanto.dtypes.bit_packing import pack
 from requanto.methods.gptq import Rounded
 from requanto.methods.grid import Grid
 from requanto.methods.moments import Moments
+from requanto.runtime.tracing import without_autocast
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.codebook import fit_codebook
 from requanto.scales.compact import pack_codes, zero_step
@@ -99,7 +100,8 @@ class Layer:
             self.quantized = self.planned.quantize(self.parameter, self.name)
             return None
         grid, weight = self.grid(), self.weight()
-        rounded = method.round(weight, moments, grid, self.group_size, self.name)
+        with without_autocast(weight.device):
+            rounded = method.round(weight, moments, grid, self.group_size, self.name)
         self.take(rounded, grid)
         return grid, rounded, weight
 
@@ -163,7 +165,7 @@ class Layer:
             axis=self.planned.axis,
             group_size=self.group_size,
             transposed=self.planned.transposed,
-            codebook=torch.tensor(kind.values, device=codes.device) if kind.is_learned else None,
+            codebook=torch.tensor(kind.values, dtype=torch.float32, device=codes.device) if kind.is_learned else None,
             row_scale=rounded.row_scale,
             scale_bits=grid.scale_bits,
         )

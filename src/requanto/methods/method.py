@@ -13,6 +13,7 @@ from requanto.methods.gptq import Rounded, damped, gptq
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer
 from requanto.methods.moments import Moments
+from requanto.runtime.tracing import without_autocast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,7 @@ def corrected(
     ``V = W + W E[(y - x) x^T] (H + d I)^-1``: least squares with a ridge that holds it near ``W``. (Rounding it with GPTQ
     is what Li et al. 2025, "GPTAQ", arXiv:2504.02692, derive with another expansion.)
     """
-    factor = torch.linalg.cholesky(damped(hessian, damping, name).double())
-    moved = torch.cholesky_solve((weight @ cross).t().double(), factor).t()
+    with without_autocast(weight.device):
+        factor = torch.linalg.cholesky(damped(hessian, damping, name).double())
+        moved = torch.cholesky_solve((weight @ cross).t().double(), factor).t()
     return weight + moved.to(weight.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from requanto.methods.samples import Stop
+from requanto.runtime.tracing import without_autocast
 
 
 class Moments:
@@ -26,9 +27,11 @@ class Moments:
     """
 
     def __init__(self, columns: int, device: torch.device, full: bool, paired: bool) -> None:
-        self.hessian = torch.zeros(columns, columns, device=device) if full else None
-        self.cross = torch.zeros(columns, columns, device=device) if full and paired else None
-        self.square, self.absolute, self.peak = (torch.zeros(columns, device=device) for _ in range(3))
+        self.hessian = torch.zeros(columns, columns, dtype=torch.float32, device=device) if full else None
+        self.cross = torch.zeros(columns, columns, dtype=torch.float32, device=device) if full and paired else None
+        self.square, self.absolute, self.peak = (
+            torch.zeros(columns, dtype=torch.float32, device=device) for _ in range(3)
+        )
         self.rows = 0
 
     def add(self, inputs: torch.Tensor, float_inputs: torch.Tensor | None = None) -> None:
@@ -43,13 +46,15 @@ class Moments:
         self.peak = torch.maximum(self.peak, magnitude.amax(0))
         if self.hessian is None:
             return
-        self.hessian.addmm_(rows.t(), rows)
+        with without_autocast(rows.device):
+            self.hessian.addmm_(rows.t(), rows)
         if self.cross is not None:
             if float_inputs is None or float_inputs.shape != inputs.shape:
                 self.cross = None
             else:
                 wanted = float_inputs.detach().reshape(rows.shape).float()
-                self.cross.addmm_((wanted - rows).t(), rows)
+                with without_autocast(rows.device):
+                    self.cross.addmm_((wanted - rows).t(), rows)
 
     def scaled(self, scales: torch.Tensor) -> Moments:
         """The moments of ``x / scales``."""

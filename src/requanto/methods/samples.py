@@ -122,7 +122,9 @@ def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 51
         )
     last = len(ids) - body
     starts = [round(i * last / max(1, samples - 1)) for i in range(samples)]
-    return [torch.tensor([prefix + ids[start : start + body] + suffix]) for start in starts]
+    return [
+        torch.tensor([prefix + ids[start : start + body] + suffix], dtype=torch.int64, device="cpu") for start in starts
+    ]
 
 
 @contextlib.contextmanager

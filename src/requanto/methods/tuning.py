@@ -207,7 +207,7 @@ class SignRound(Gptq):
         with torch.enable_grad(), in_place(tuned):
             before = _loss(tuned, run, targets, held)
             for iteration in range(self.iterations):
-                picked = torch.randperm(len(targets), generator=generator)[: self.batch].tolist()
+                picked = torch.randperm(len(targets), generator=generator, device="cpu")[: self.batch].tolist()
                 for item in tuned:
                     item.begin()
                 for number in picked:
@@ -222,7 +222,7 @@ class SignRound(Gptq):
 
 def distance(found: list[Any], wanted: dict[int, torch.Tensor]) -> torch.Tensor:
     """Squared error of the leaves of an output, relative to what was wanted."""
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
     for index, target in wanted.items():
         target = target.to(found[index].device).float()
         total = total + (found[index].float() - target).square().sum() / target.square().sum().clamp(min=1e-12)

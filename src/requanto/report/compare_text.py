@@ -78,7 +78,7 @@ def read_both(
     with tqdm(total=len(ids), unit="tok", desc="comparing", disable=not progress, leave=False) as bar:
         for tokens in windows:
             if len(prefix) + len(tokens) > 1:
-                inputs = torch.tensor([prefix + tokens])
+                inputs = torch.tensor([prefix + tokens], dtype=torch.int64, device="cpu")
                 outputs = lockstep.run(*(_call(model, inputs) for model in (a, b)))
                 figures = figures or _figures(a, outputs[0], inputs)
                 figures.add(inputs, *outputs)

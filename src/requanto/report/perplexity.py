@@ -75,7 +75,7 @@ def perplexity(
     try:
         with torch.inference_mode(), tqdm(total=len(ids), unit="tok", desc="perplexity", disable=not progress) as bar:
             for tokens in windows:
-                total += _window_nll(model, torch.tensor([prefix + tokens], device=device))
+                total += _window_nll(model, torch.tensor([prefix + tokens], dtype=torch.int64, device=device))
                 count += len(prefix) + len(tokens) - 1
                 bar.update(len(tokens))
                 bar.set_postfix_str(f"ppl {exponential(total / count):.2f}")

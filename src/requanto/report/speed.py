@@ -91,7 +91,7 @@ def _prompt(tokenizer: Tokenizer, length: int) -> Tensor:
             f"the text that ships with the package holds {len(ids)} tokens of this tokenizer: "
             f"prompt_tokens must be at most that, got {length}"
         )
-    return torch.tensor([ids])
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 @dataclass

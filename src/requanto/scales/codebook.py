@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.runtime.tracing import is_tracing
-from requanto.tensor.layout import is_fake
+from requanto.runtime.tracing import is_fake, is_tracing, neutral
 
 #: Cells of the table that finds the nearest value: no type but the small floats with 4 bits of exponent has values so
 #: close that more than one border falls into a cell.
@@ -68,8 +67,8 @@ def _search(values: tuple[float, ...], device: torch.device) -> _Search:
     for code, value in enumerate(values):
         code_of.setdefault(value, code)  # of two equal values (0 and -0) the first
     ordered = sorted(code_of)
-    with torch.inference_mode(False):
-        exact = torch.tensor(ordered, dtype=torch.float64)
+    with neutral():
+        exact = torch.tensor(ordered, dtype=torch.float64, device="cpu")
         borders = ((exact[1:] + exact[:-1]) / 2).float()
         numbers = [code_of[value] for value in ordered]
         codes = (
@@ -82,9 +81,10 @@ def _search(values: tuple[float, ...], device: torch.device) -> _Search:
         cells = (borders - low).mul_(per_cell).clamp_(0, CELLS - 1).to(torch.int64)
         if cells.unique().numel() < cells.numel():
             return _Search(borders.to(device), codes, None, None, low, per_cell)
-        border = torch.full((CELLS,), math.inf)
+        border = torch.full((CELLS,), math.inf, dtype=torch.float32, device="cpu")
         border[cells] = borders
-        below = torch.searchsorted(cells, torch.arange(CELLS)).to(torch.int32)
+        places = torch.arange(CELLS, dtype=torch.int64, device="cpu")
+        below = torch.searchsorted(cells, places).to(torch.int32)
         return _Search(borders.to(device), codes, below.to(device), border.to(device), low, per_cell)
 
 
@@ -167,5 +167,5 @@ def values_of(kind: qtype, like: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
+    with neutral():
         return torch.tensor(values, dtype=torch.float32, device=device)

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from requanto.runtime.tracing import without_autocast
 
 #: Matrices whose shorter side is at most this are decomposed whole; of larger ones random projections find what is wanted.
 FULL = 2048
@@ -63,9 +66,10 @@ def corrected(rows: torch.Tensor, rank: int, rounded: Callable[[torch.Tensor], W
         found = rounded(left)
         lost = wide - found.own_values()
         up, down = low_rank_factors(lost, rank, rows.dtype)
-        term = up.float() @ down.float()
+        with without_autocast(rows.device):
+            term = up.float() @ down.float()
         found.set_lowrank(up, down)
-        if rows.device.type == "meta":
+        if rows.device.type == "meta" or isinstance(rows, FakeTensor):
             return found
         error = torch.linalg.vector_norm(lost.sub_(term)).item()
         if best is None or error < least:
@@ -80,8 +84,13 @@ def low_rank_factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tupl
     The same matrix gives the same factors whatever torch's global generator holds. r is ``rank``, or the shorter side.
     """
     rank = min(rank, *error.shape[-2:])
+    with without_autocast(error.device):
+        return _factors(error, rank, dtype)
+
+
+def _factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     if error.shape[-2] > error.shape[-1]:
-        down, up = low_rank_factors(error.mT, rank, dtype)
+        down, up = _factors(error.mT, rank, dtype)
         return up.mT.contiguous(), down.mT.contiguous()
     if error.shape[-2] <= FULL:
         # The Gram matrix's eigenvectors are the left singular ones, at a fraction of an SVD's time; in float64, so that
@@ -98,9 +107,10 @@ def low_rank_factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tupl
 
 def _randomized(error: torch.Tensor, rank: int) -> torch.Tensor:
     """The first left singular vectors ``[..., N, rank]``. (Halko, Martinsson and Tropp 2011, arXiv:0909.4061.)"""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     columns = min(rank + OVERSAMPLE, error.shape[-2])
-    start = torch.randn(error.shape[-1], columns, generator=generator).to(error.device)
+    start = torch.randn(error.shape[-1], columns, generator=generator, dtype=torch.float32, device="cpu")
+    start = start.to(error.device)
     basis = torch.linalg.qr(error @ start).Q
     for _ in range(ROUNDS):
         basis = torch.linalg.qr(error @ torch.linalg.qr(error.mT @ basis).Q).Q

@@ -46,7 +46,7 @@ def float8_scale(groups: torch.Tensor, kind: qtype) -> torch.Tensor:
     Subnormal codes count as normal ones here: they stand for weights 2^14 times smaller than the largest.
     """
     absmax = torch.maximum(groups.amax(-1), groups.amin(-1).neg_()).flatten()
-    codes = torch.tensor(top_codes(kind), device=groups.device)
+    codes = torch.tensor(top_codes(kind), dtype=torch.float32, device=groups.device)
     sample = groups[..., :: max(1, groups.shape[-1] // SAMPLE)].flatten(0, 1)
     factors = codes / torch.where(absmax == 0, torch.ones_like(absmax), absmax).unsqueeze(-1)
     # The bits of a float32 below the kept mantissa: adding half of what they can hold, then clearing them, rounds.

@@ -69,7 +69,7 @@ class MseObserver:
         if not bool(top > 0):
             return top.to(values.dtype)
         best, found = None, top
-        for share in torch.linspace(1, 0.2, self.steps).tolist():
+        for share in torch.linspace(1, 0.2, self.steps, dtype=torch.float32, device="cpu").tolist():
             scale = top * share
             codes = (sample / scale).clamp(kind.qmin, kind.qmax)
             codes = codes.to(kind.dtype).float() if kind.is_floating_point else codes.round()

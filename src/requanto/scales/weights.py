@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from requanto.dtypes.bit_packing import pack, packed_length
 from requanto.dtypes.qtypes import qtype
@@ -66,7 +67,8 @@ def quantize_weight_data(
     """Quantizes the rows of ``weight``, a bounded number of them at a time.
 
     Args:
-        weight: float ``[..., K]``; each last-axis row is cut into groups.
+        weight: float ``[..., K]``; each last-axis row is cut into groups. One without numbers (of the meta device, or a
+            fake tensor) gives codes and scales without numbers.
         kind: type of the codes.
         group_size: a divisor of K, or None for one group a row.
         affine: with a shift (integer codes of fewer than 8 bits, unsigned ones), or symmetric around zero.
@@ -100,12 +102,13 @@ def quantize_weight_data(
         row_scale = torch.empty(count, 1, dtype=ROW_DTYPE, device=weight.device)
     shift = torch.empty_like(scale) if affine else None
     codebook = None
+    numbers = weight.device.type != "meta" and not isinstance(weight, FakeTensor)
     if kind.is_learned:
         codebook = torch.empty(2**kind.bits, dtype=torch.float32, device=weight.device)
-        if weight.device.type != "meta":
+        if numbers:
             kind = kind.with_values(fit_codebook(rows if rotation is None else rotate(rows, rotation), kind, group))
-            codebook.copy_(torch.tensor(kind.values))
-    if weight.device.type != "meta" and rows.numel():
+            codebook.copy_(torch.tensor(kind.values, dtype=torch.float32, device="cpu"))
+    if numbers and rows.numel():
         chunk = CHUNK * min(torch.get_num_threads(), 4) if weight.device.type == "cpu" else CHUNK_ACCELERATOR
         step = max(1, chunk // length)
         for start in range(0, count, step):
@@ -115,7 +118,7 @@ def quantize_weight_data(
             if rotation is not None:
                 block = rotate(block, rotation)
             block = block.reshape(-1, groups, group)
-            found, offset = search(block, kind, affine)
+            found, offset = _search(search, block, kind, affine)
             _require_finite(found, name)
             if row_scale is None:
                 found, offset = _storable(found, offset, stored, has_zero=kind.values is None or 0 in kind.values)
@@ -146,6 +149,16 @@ def quantize_weight_data(
         codebook,
         None if row_scale is None else row_scale.view(*lead, 1),
     )
+
+
+def _search(
+    search: ScaleSearch, groups: torch.Tensor, kind: qtype, affine: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if groups.shape[0] * groups.shape[1] != 1:
+        return search(groups, kind, affine)
+    # A single sum torch shares out among its threads, and their number would change its last bits; not so two.
+    scale, shift = search(groups.expand(2, -1, -1).contiguous(), kind, affine)
+    return scale[:1], None if shift is None else shift[:1]
 
 
 def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype) -> torch.Tensor:

@@ -17,8 +17,9 @@ import logging
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from requanto.runtime.tracing import is_tracing
+from requanto.runtime.tracing import is_tracing, neutral, without_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def fit_rotation(wanted: int | None, length: int, name: str = "weight") -> int |
 
 @functools.lru_cache(maxsize=64)
 def _hadamard(size: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        matrix = torch.ones(1, 1, device=device)
+    with neutral():
+        matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
         while matrix.shape[0] < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
         return matrix / size**0.5
@@ -66,8 +67,10 @@ def _hadamard(size: int, device: torch.device) -> torch.Tensor:
 def _rotated(x: torch.Tensor, block: int) -> torch.Tensor:
     power = block.bit_length() - 1
     left, right = 2 ** ((power + 1) // 2), 2 ** (power // 2)
-    wide = x.float().reshape(-1, right) @ _hadamard(right, x.device) if right > 1 else x.float().reshape(-1, 1)
-    wide = wide.view(-1, left, right).transpose(1, 2) @ _hadamard(left, x.device)
+    with without_autocast(x.device):
+        wide = x.float().reshape(-1, right)
+        wide = wide @ _hadamard(right, x.device) if right > 1 else wide
+        wide = wide.view(-1, left, right).transpose(1, 2) @ _hadamard(left, x.device)
     return wide.transpose(1, 2).to(x.dtype).reshape(x.shape)
 
 
@@ -102,6 +105,8 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     Returns:
         A new tensor of x's shape and dtype.
     """
-    if is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
+    # Whoever watches operators (a tracer, fake tensors, a counter of them) sees one, and not the kept matrix.
+    watched = is_tracing() or isinstance(x, FakeTensor) or torch._C._len_torch_dispatch_stack()
+    if watched or (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.requanto.rotate(x, block)
     return _rotated(x, block)

@@ -45,7 +45,7 @@ def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
         state |= {name + part: tensor for part, tensor in from_qtensor(value, name).items()}
         module = name.removesuffix(".weight")
         for scale in ("input_scale", "output_scale"):
-            state.setdefault(f"{module}.{scale}", torch.ones((), dtype=value.dtype))
+            state.setdefault(f"{module}.{scale}", torch.ones((), dtype=value.dtype, device=value.device))
     return state
 
 
