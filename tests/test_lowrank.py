@@ -167,13 +167,16 @@ def test_terms_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="does not fit"):
         weight.set_lowrank(weight.up, weight.down[:, 1:])
     with pytest.raises(ValueError, match="does not fit"):
-        weight.replace(weight.qdata[:8], scale=weight.scale[:8], shift=weight.shift[:8], shape=(8, 128))
+        weight.with_inner(
+            {**weight.inner_tensors(), "qdata": weight.qdata[:8], "scale": weight.scale[:8], "shift": weight.shift[:8]},
+            shape=(8, 128),
+        )
 
 
 def test_gradients_reach_factors_in_training():
     weight, value = make("int4")
     up, down = weight.up.clone().requires_grad_(), weight.down.clone().requires_grad_()
-    trained = weight.replace(weight.qdata, up=up, down=down)
+    trained = weight.with_inner({**weight.inner_tensors(), "up": up, "down": down})
     x = torch.randn(5, 128)
     F.linear(x, trained).square().sum().backward()
     reference = [t.detach().double().requires_grad_() for t in (up, down)]

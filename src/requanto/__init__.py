@@ -40,7 +40,7 @@ from requanto.dtypes.qtypes import (
 )
 from requanto.integrations.optimum_quanto.install import install_as_optimum_quanto
 from requanto.linear.explain import explain
-from requanto.linear.prepack import prepare
+from requanto.linear.prepack import prepare, unpack
 from requanto.model.calibrate import Calibration
 from requanto.model.quantize import freeze, quantization_map, quantize, quantize_module
 from requanto.model.requantize import requantize
@@ -143,6 +143,7 @@ __all__ = [
     "register_qmodule",
     "requantize",
     "settings",
+    "unpack",
 ]
 
 

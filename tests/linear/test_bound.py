@@ -1,14 +1,14 @@
 """Products made ready for a weight and a shape of x: used where they hold, forgotten where they do not."""
 
 import gc
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from requanto import QTensor, prepare, qint8
-from requanto.linear import api, linear, plan_cache
+from requanto.linear import api, linear, registry
 from requanto.linear.cpu import int4, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import cache
 from requanto.runtime import buffers
@@ -114,9 +114,7 @@ def test_other_dtypes(kind, rows, dtype, monkeypatch):
     want = expected(module, x)
     with torch.no_grad():
         assert near(module(x), want, 2e-3)
-        # int8 is packed for 16 bits only, and int4's float16 goes through float32.
-        if (kind, dtype) not in (("int8", torch.float32), ("int4", torch.float16)):
-            only_bound(monkeypatch)
+        only_bound(monkeypatch)
         got = module(x)
     assert got.dtype == dtype
     assert near(got, want, 2e-3)
@@ -151,8 +149,8 @@ def other_codes(weight):
     weight.qdata = weight.qdata.flip(0).contiguous()
 
 
-def scaled_data(weight):
-    weight.scale.data = weight.scale * 3
+def copied(weight):
+    weight.data.copy_(QTensor.quantize(torch.randn(384, 192).bfloat16(), weight.qtype))
 
 
 def halved_scale(weight):
@@ -160,7 +158,7 @@ def halved_scale(weight):
 
 
 @pytest.mark.parametrize(
-    "change", [scaled, scaled_in_place, scaled_data, with_a_term, quantizing, other_codes, halved_scale]
+    "change", [scaled, scaled_in_place, copied, with_a_term, quantizing, other_codes, halved_scale]
 )
 @pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
@@ -183,14 +181,17 @@ def test_whoever_changes_a_weight_changes_its_products(change, rows, kind):
             assert near(module(x), want, 2e-2)
 
 
-def test_a_plain_weight_holds_no_packed_form():
+def test_plans_go_with_the_tensors_they_were_made_from():
     module = layer("int8")
     with torch.no_grad():
         for _ in range(2):
             module(torch.randn(40, 192).bfloat16())
-    assert module.weight._bound
+    assert module.weight._storage.plans
     _ = module.weight.qdata
-    assert "_bound" not in module.weight.__dict__
+    assert module.weight._storage.plans
+    module.weight.unpack()
+    assert not module.weight._storage.plans
+    assert not module.weight._storage.derived
 
 
 def test_settings_are_asked_again():
@@ -204,9 +205,8 @@ def test_settings_are_asked_again():
             assert near(module(x), want)
             versions.append(choices.version)
         assert versions[0] == versions[1] == versions[4] != versions[2] == versions[3]
-        products = {version: kept.product for (*_, version), kept in module.weight._bound.items()}
-        assert products[versions[0]] is not None
-        assert products[versions[2]] is None  # oneDNN's product has nothing to make ready
+        plans = {version: plan.gemm for (*_, version), plan in module.weight._storage.plans.items()}
+        assert plans[versions[0]] is not plans[versions[2]]
 
 
 def test_gradients_autocast_and_errors_take_the_usual_way():
@@ -234,9 +234,9 @@ def test_gradients_autocast_and_errors_take_the_usual_way():
 def test_only_so_many_shapes_are_remembered():
     module = layer("int8")
     with torch.no_grad():
-        for rows in range(1, 3 * plan_cache.SHAPES):
+        for rows in range(1, 3 * registry.PLANS):
             module(torch.randn(rows, 192).bfloat16())
-            assert len(module.weight._bound) <= plan_cache.SHAPES
+            assert len(module.weight._storage.plans) <= registry.PLANS
 
 
 @pytest.mark.parametrize(("kind", "activation", "rows"), KINDS)
@@ -259,17 +259,17 @@ def test_a_product_holds_the_memory_it_reads(kind, activation, rows):
     want = expected(module, x)
     with torch.no_grad():
         module(x)
-        ((kept),) = module.weight._bound.values()
-        product = kept.product
-        del kept
-        packed = weakref.ref(module.weight.packed)
-        _ = module.weight.qdata
+        (plan,) = module.weight._storage.plans.values()
+        product = plan.gemm
+        del plan
+        packed = StorageWeakRef(module.weight._qdata.untyped_storage())
+        module.weight.unpack()
         gc.collect()
         rubbish = [torch.full((384 * 192,), 77, dtype=torch.int8) for _ in range(50)]
         assert near(product(x, module.weight, module.bias), want)
     del product, rubbish
     gc.collect()
-    assert packed() is None
+    assert packed.expired()
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -266,15 +266,15 @@ def test_small_images_are_products(name, kind, monkeypatch):
     for _ in range(2):
         for _ in range(3):  # packed, made ready, used
             assert error(torch.randn(shape).bfloat16()) < LIMITS[torch.bfloat16]
-        assert weight.packed is not None
+        assert weight.is_packed
         assert error(large) < LIMITS[torch.bfloat16]
-        assert weight.packed is None
+        assert weight.is_packed
         assert torch.equal(weight.qdata.view(torch.uint8), codes.view(torch.uint8))
         assert weight.qdata.shape == codes.shape
     x = torch.randn(shape).bfloat16()
     with torch.inference_mode():
         want = F.conv2d(x, weight, bias, **how)
-        assert weight.packed is not None
+        assert weight.is_packed
         assert (F.conv2d(x, weight.clone(), bias, **how) - want).norm() < 1e-2 * want.norm()
     x.requires_grad_()
     F.conv2d(x, weight, bias, **how).sum().backward()
@@ -293,5 +293,5 @@ def test_small_images_of_other_types_are_convolutions(monkeypatch):
         with torch.inference_mode():
             got = F.conv2d(x, weight, None, **how)
         want = F.conv2d(x.double(), weight.dequantize(torch.float32).double(), None, **how)
-        assert weight.packed is None
+        assert not weight.is_packed
         assert (got.double() - want).norm() <= LIMITS[torch.bfloat16] * want.norm()

@@ -13,9 +13,8 @@ from requanto import QTensor, qint8
 from requanto.linear.cpu import int4, onednn_int8
 from requanto.linear.prepack import layout_to_be, prepare
 from requanto.runtime.settings import settings
-from requanto.tensor.layout import find
 
-LAYOUTS = {"int8": onednn_int8.LAYOUT, "int4": int4.LAYOUT, "int2": int4.LAYOUT, "int3": int4.LAYOUT}
+LAYOUTS = {"int8": onednn_int8.BLOCKED.name, **dict.fromkeys(("int4", "int2", "int3"), int4.layout().name)}
 
 
 def can_pack(kind: str) -> bool:
@@ -31,19 +30,18 @@ def packed(request, layer):
     module = layer(request.param)
     stored = module.weight.qdata.clone()
     prepare(module, smallest=0)
-    assert module.weight.packed.layout == LAYOUTS[request.param]
+    assert module.weight.layout_name == LAYOUTS[request.param]
     return module, stored
 
 
-def test_the_form_replaces_the_stored_one(packed):
+def test_the_packed_codes_replace_the_stored_ones(packed):
     module, stored = packed
-    nbytes = module.weight.packed.nbytes
+    parts = module.weight._storage.parts
+    nbytes = parts["qdata"].nbytes
     widening = {2: 2, 3: 4 / 3}.get(module.weight.qtype.bits, 1)
     assert stored.nbytes <= nbytes <= stored.nbytes * widening + 1024
-    assert module.weight._qdata.numel() == 1
-    assert module.weight.nbytes == nbytes + module.weight.scale.nbytes + (
-        0 if module.weight.shift is None else module.weight.shift.nbytes
-    )
+    assert module.weight.nbytes == sum(part.nbytes for part in parts.values())
+    assert all(type(part) is torch.Tensor and part.layout is torch.strided for part in parts.values())
 
 
 @pytest.mark.parametrize(
@@ -73,8 +71,8 @@ def test_saving_and_loading(packed):
     file.seek(0)
     assert torch.equal(torch.load(file)["weight"].qdata, stored)
     other = copy.deepcopy(module)
-    other.weight.qdata.zero_()
-    prepare(other, smallest=0)
+    other.weight.copy_(QTensor.quantize(torch.randn(128, 192).bfloat16(), module.weight.qtype))
+    assert not torch.equal(other.weight.qdata, stored)
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.weight.qdata, stored)
 
@@ -82,24 +80,17 @@ def test_saving_and_loading(packed):
 def test_dequantizing_is_that_of_the_stored_form(packed):
     module, _stored = packed
     plain = module.weight.clone()
+    plain.unpack()
     assert torch.equal(module.weight.dequantize(), plain.dequantize())
 
 
-def test_an_alias_shares_the_form(packed):
+def test_an_alias_shares_the_layout(packed):
     module, stored = packed
     alias = module.weight.detach()
-    assert alias.packed is module.weight.packed
-    _ = module.weight.qdata  # plain again; the alias is not touched
-    assert module.weight.packed is None
+    assert alias.layout_name == module.weight.layout_name != "plain"
+    module.weight.unpack()
+    assert alias.layout_name == module.weight.layout_name == "plain"
     assert torch.equal(alias.qdata, stored)
-
-
-def test_a_handle_of_a_freed_form_is_an_error(packed):
-    module, _ = packed
-    handle = module.weight.packed.handle.clone()
-    _ = module.weight.qdata
-    with pytest.raises(RuntimeError, match="is gone"):
-        find(handle, module.weight.qtype.bits)
 
 
 def test_layers_are_packed_at_first_use(layer, monkeypatch):
@@ -108,10 +99,10 @@ def test_layers_are_packed_at_first_use(layer, monkeypatch):
     monkeypatch.setattr(settings, "pack_on_first_use", False)
     with torch.no_grad():
         module(x)
-        assert module.weight.packed is None
+        assert not module.weight.is_packed
         monkeypatch.setattr(settings, "pack_on_first_use", True)
         module(x)
-    assert (module.weight.packed is not None) == onednn_int8.works()
+    assert module.weight.is_packed == onednn_int8.works()
 
 
 @pytest.mark.parametrize(
@@ -126,30 +117,41 @@ def test_small_layers_are_packed_where_it_pays(layer, kind, activation, small):
         said = layout_to_be(module.weight, torch.bfloat16)
         with torch.no_grad():
             module(torch.randn(2, size, dtype=torch.bfloat16))
-        assert (module.weight.packed is not None) == (expected and can_pack(kind))
+        assert module.weight.is_packed == (expected and can_pack(kind))
         assert layout_to_be(module.weight, torch.bfloat16) == said
 
 
-def test_a_weight_read_again_and_again_stays_plain(layer):
+def test_a_weight_read_again_and_again_stays_packed(layer):
     module = layer("int8", 1024, 1024)
     x = torch.randn(2, 1024, dtype=torch.bfloat16)
     with torch.no_grad():
         for _ in range(8):
             module(x)
             _ = module.weight.qdata
-        module(x)
-    assert module.weight.packed is None
+            assert module.weight.is_packed == onednn_int8.works()
 
 
-def test_embeddings_are_not_packed(layer):
+def test_the_weight_of_an_embedding_is_not_packed_at_its_first_use(layer):
     module = layer("int8", 1024, 1024)
     rows = torch.tensor([3, 1, 3])
-    want = module.weight.dequantize()[rows]
-    prepare(module, smallest=0)
-    assert torch.equal(F.embedding(rows, module.weight), want)
+    assert torch.equal(F.embedding(rows, module.weight), module.weight.dequantize()[rows])
     with torch.no_grad():
         module(torch.randn(2, 1024, dtype=torch.bfloat16))
-    assert module.weight.packed is None
+    assert not module.weight.is_packed
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "float8"])
+def test_rows_of_a_packed_weight(kind, layer):
+    module = layer(kind, 200, 192)
+    want = module.weight.dequantize()
+    prepare(module, smallest=0)
+    before = module.weight.layout_name
+    rows = torch.tensor([[3, 199], [63, 64]])
+    assert torch.equal(F.embedding(rows, module.weight), want[rows])
+    for index in (-1, 200):
+        with pytest.raises(IndexError):
+            F.embedding(torch.tensor([index]), module.weight)
+    assert module.weight.layout_name == before
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])

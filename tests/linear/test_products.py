@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from requanto import QTensor, qint8
-from requanto.linear import implementations, linear, reference
+from requanto.linear import custom_ops, implementations, linear, reference
 from requanto.linear.activations import quantize_activations, quantize_unsigned, row_absmax, split_16bit
 from requanto.linear.cpu.dequantize import dequantize_rows
 from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
@@ -67,9 +67,9 @@ def test_operators_keep_their_promises(layer, kind, packed):
         prepare(module, smallest=0)
     weight = module.weight
     x = torch.randn(3, 96, requires_grad=not packed)
-    arguments = (weight._qdata, weight.scale, weight.shift, module.bias, weight.qtype.name, weight.group_size or 0)
-    torch.library.opcheck(torch.ops.requanto.linear.default, (x, *arguments, [64, 96], False, "", None))
-    torch.library.opcheck(torch.ops.requanto.linear.default, (x, *arguments, [64, 96], False, "qint8", None))
+    linear_op, bias = torch.ops.requanto.linear.default, module.bias.detach()
+    torch.library.opcheck(linear_op, (x, bias, *custom_ops.arguments(weight), None))
+    torch.library.opcheck(linear_op, (x, bias, *custom_ops.arguments(weight, qint8), None))
 
 
 def test_static_scale():

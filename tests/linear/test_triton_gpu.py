@@ -8,7 +8,7 @@ from torch import nn
 
 import requanto
 from requanto.dtypes.qtypes import qfloat8_e4m3fn, qint8, resolve_qtype
-from requanto.linear import choose, grouped_linear, linear
+from requanto.linear import choose, custom_ops, grouped_linear, linear
 from requanto.linear import prepack as packing
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.registry import problem_of
@@ -77,7 +77,7 @@ def test_eager_forward_and_backward(kind, group, dtype):
         out.backward(dy)
         assert error(x.grad, dy.double() @ w) <= BOUND[dtype]
     packs = kind in ("int4", "int2") and rules.multiplies(DEVICE)
-    assert (module.weight.packed is not None) == packs
+    assert module.weight.is_packed == packs
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -154,17 +154,13 @@ def test_operators_are_well_formed():
     requanto.prepare(nn.Sequential(module), smallest=0)
     w = module.weight
     x = torch.randn(5, 1024, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    rest = (w.qtype.name, w.group_size, list(w.canonical_shape), False)
-    torch.library.opcheck(torch.ops.requanto.linear, (x, w.operand, w.scale, w.shift, module.bias, *rest))
-    torch.library.opcheck(
-        torch.ops.requanto.linear_backward,
-        (torch.randn(5, 384, device=DEVICE, dtype=torch.bfloat16), w.operand, w.scale, w.shift, *rest),
-    )
+    torch.library.opcheck(torch.ops.requanto.linear, (x, module.bias, *custom_ops.arguments(w), None))
+    grad = torch.randn(5, 384, device=DEVICE, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.requanto.linear_backward, (grad, *custom_ops.arguments(w)))
     experts = QTensor.quantize(torch.randn(3, 64, 256, device=DEVICE, dtype=torch.bfloat16), "int8")
     ends = torch.tensor([2, 2, 5], dtype=torch.int32, device=DEVICE)
     x = torch.randn(6, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    args = (x, experts.qdata, experts.scale, None, ends, "qint8", 0, [3, 64, 256], False)
-    torch.library.opcheck(torch.ops.requanto.grouped_linear, args)
+    torch.library.opcheck(torch.ops.requanto.grouped_linear, (x, ends, *custom_ops.arguments(experts), False))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -262,7 +258,7 @@ def test_a_mixture_of_experts():
         assert error(on_gpu(ids.to(DEVICE)).logits.cpu(), want) <= 1e-4
         if rules.multiplies(DEVICE):
             assert any("experts" in name for name in requanto.prepare(on_gpu, smallest=0))
-            assert any(p.dim() == 3 and p.packed is not None for p in on_gpu.parameters() if isinstance(p, QTensor))
+            assert any(p.dim() == 3 and p.is_packed for p in on_gpu.parameters() if isinstance(p, QTensor))
         assert error(on_gpu(ids.to(DEVICE)).logits.cpu(), want) <= 1e-4
         half = on_gpu.to(torch.bfloat16)
         assert error(half(ids.to(DEVICE)).logits.cpu(), want) <= 0.3  # a near tie may send a token to another expert
@@ -282,4 +278,4 @@ def test_experts_of_from_pretrained_are_packed_and_decode_on_the_grouped_kernel(
     ids = torch.arange(12, device=DEVICE).reshape(1, 12)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
     assert model.config._experts_implementation == "requanto"
-    assert all((p.packed is not None) == rules.multiplies(DEVICE) for p in experts)
+    assert all(p.is_packed == rules.multiplies(DEVICE) for p in experts)

@@ -21,13 +21,12 @@ from typing import Any
 import torch
 
 from requanto.config.config import FORMAT, FORMAT_VERSION
-from requanto.dtypes.bit_packing import packed_length
-from requanto.dtypes.qtypes import qtypes, resolve_qtype
-from requanto.scales.compact import check_scale_bits, stored_length
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.rotation import check_rotation
+from requanto.tensor.spec import PART_NAMES, WeightSpec, parse_text
 
-PARTS = QTensor.tensor_data_names
+PARTS = PART_NAMES
+#: dtypes of scales and low-rank factors in a file.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CheckpointError(ValueError):
@@ -36,70 +35,39 @@ class CheckpointError(ValueError):
 
 def spec_text(tensor: QTensor) -> str:
     """The line that describes a tensor."""
-    words = [tensor.qtype.name, "x".join(map(str, tensor.shape))]
-    if tensor.group_size is not None:
-        words.append(f"group={tensor.group_size}")
-    if tensor.affine:
-        words.append("affine")
-    if tensor.axis:
-        words.append(f"axis={tensor.axis}")
-    if tensor.transposed:
-        words.append("transposed")
-    if tensor.activation is not None:
-        words.append(f"activation={tensor.activation.name}")
-    if tensor.rank:
-        words.append(f"rank={tensor.rank}")
-    if tensor.scale_bits is not None:
-        words.append(f"scales={tensor.scale_bits}")
-    if tensor.rotation is not None:
-        words.append(f"rotation={tensor.rotation}")
-    return " ".join(words)
+    return tensor._spec.text(tensor.rank)
 
 
-def parse_spec(text: str, name: str) -> dict[str, Any]:
-    """The reverse of :func:`spec_text`: keyword arguments of QTensor, with ``affine`` and ``rank``.
+def read_spec(text: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[WeightSpec, int]:
+    """The reverse of :func:`spec_text`: what a weight is, and the rank of its low-rank term.
+
+    Args:
+        text: the line.
+        name: the weight's, for messages.
+        dtype: float dtype that it is seen as, which the line does not say.
 
     Raises:
         CheckpointError: the line is not of that form.
     """
     try:
-        kind, shape, *words = text.split()
-        spec: dict[str, Any] = {
-            "qtype": qtypes[kind],
-            "shape": torch.Size(int(size) for size in shape.split("x")),
-            "group_size": None,
-            "axis": 0,
-            "affine": False,
-            "transposed": False,
-            "activation": None,
-            "rank": 0,
-            "scale_bits": None,
-            "rotation": None,
-        }
-        for word in words:
-            key, _, value = word.partition("=")
-            if key in ("affine", "transposed") and not value:
-                spec[key] = True
-            elif key == "group":
-                spec["group_size"] = int(value)
-            elif key in ("axis", "rank"):
-                spec[key] = int(value)
-            elif key == "scales":
-                spec["scale_bits"] = check_scale_bits(int(value))
-            elif key == "rotation":
-                spec["rotation"] = check_rotation(int(value))
-            elif key == "activation":
-                spec["activation"] = resolve_qtype(value)
-            else:
-                raise KeyError(word)
-        if spec["qtype"].is_unsigned or spec["qtype"].is_codebook:
-            spec["qtype"].affine(not spec["affine"], name)
-    except (KeyError, ValueError, AttributeError) as error:
+        return parse_text(text, dtype)
+    except (KeyError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"quantization_config.tensors[{name!r}] is {text!r}, which is no description of a quantized weight "
-            f"({error}); expected e.g. 'qint4 1536x576 group=64 affine'"
+            f"({error}); expected e.g. 'qint4 1536x576 group=64 affine'. If it was edited, Config and tensors do not belong "
+            f"together: restore the config.json that was saved with these files."
         ) from error
-    return spec
+
+
+def parse_spec(text: str, name: str) -> dict[str, Any]:
+    """:func:`read_spec` as keyword arguments of QTensor, with ``affine`` and ``rank``.
+
+    Raises:
+        CheckpointError: the line is not of that form.
+    """
+    spec, rank = read_spec(text, name)
+    names = ("qtype", "group_size", "axis", "affine", "transposed", "activation", "scale_bits", "rotation")
+    return {"shape": spec.seen_shape, "rank": rank, **{field: getattr(spec, field) for field in names}}
 
 
 def table_of(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
@@ -118,28 +86,23 @@ def flatten(state_dict: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def expected_parts(spec: dict[str, Any]) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
-    """Shape and possible dtypes of each stored part that a description asks for."""
-    shape = list(spec["shape"])
-    if spec["transposed"]:
-        shape[-1], shape[-2] = shape[-2], shape[-1]
-    lead, length = shape[: spec["axis"] + 1], torch.Size(shape[spec["axis"] + 1 :]).numel()
-    kind, group = spec["qtype"], spec["group_size"] or length
-    codes = [*lead, packed_length(length, kind.bits)] if kind.is_packed else shape
-    count, bits = length // group if group and length else 1, spec.get("scale_bits")
-    groups = [*lead, count if bits is None else stored_length(count, bits)]
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    scales = floats if bits is None else (torch.uint8,)
-    parts = {"qdata": (torch.Size(codes), (kind.storage_dtype,)), "scale": (torch.Size(groups), scales)}
-    if spec["affine"]:
-        parts["shift"] = (torch.Size(groups), scales)
-    if bits is not None:
-        parts["row_scale"] = (torch.Size([*lead, 1]), floats)
-    if kind.is_learned:
-        parts["codebook"] = (torch.Size([2**kind.bits]), floats)
-    if spec["rank"]:
-        parts["up"] = (torch.Size([*lead, spec["rank"]]), floats)
-        parts["down"] = (torch.Size([*lead[:-1], spec["rank"], length]), floats)
+def expected_parts(text: str, name: str) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
+    """Shape and possible dtypes of each stored part that a description asks for.
+
+    Raises:
+        CheckpointError: see :func:`read_spec`.
+    """
+    spec, rank = read_spec(text, name)
+    return _expected(spec, rank)
+
+
+def _expected(spec: WeightSpec, rank: int) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
+    parts = {
+        part: (shape, tuple(dtype for dtype in dtypes if dtype != torch.float64))
+        for part, (shape, dtypes) in spec.expected.items()
+    }
+    if rank:
+        parts |= {part: (shape, _FLOATS) for part, shape in spec.low_rank_shapes(rank).items()}
     return parts
 
 
@@ -159,8 +122,8 @@ def rebuild(
     Raises:
         CheckpointError: parts are missing, of another shape or dtype than described, or not finite.
     """
-    spec = parse_spec(text, name)
-    expected = expected_parts(spec)
+    spec, rank = read_spec(text, name, dtype)
+    expected = _expected(spec, rank)
     if set(parts) != set(expected):
         raise CheckpointError(
             f"{name} is described as {text!r} and needs the tensors {', '.join(f'{name}_{p}' for p in expected)}; "
@@ -183,8 +146,7 @@ def rebuild(
             raise CheckpointError(
                 f"{name}_{part} holds NaN or Inf: the checkpoint is damaged, take it from its source again"
             )
-    del spec["affine"], spec["rank"]
-    return QTensor(**parts, dtype=dtype, **spec)
+    return QTensor._of(spec, parts)
 
 
 def check_version(format_name: str | None, version: int | None, where: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from requanto.checkpoint.format import expected_parts, flatten, parse_spec, rebuild, spec_text
+from requanto.checkpoint.format import expected_parts, flatten, rebuild, spec_text
 from requanto.integrations.patching import replace_everywhere
 from requanto.tensor.qtensor import QTensor
 
@@ -148,7 +148,7 @@ def _dispatch(original: Callable) -> Callable:
 
 def _set_placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     """Puts a QTensor without values where the float parameter without values is: it is counted and moved as what it is."""
-    parts = expected_parts(parse_spec(entry[_ENTRY], name))
+    parts = expected_parts(entry[_ENTRY], name)
     meta = {part: torch.empty(shape, dtype=dtypes[0], device="meta") for part, (shape, dtypes) in parts.items()}
     tensor = rebuild(name, entry[_ENTRY], meta, getattr(torch, entry["dtype"]))
     owner, _, leaf = name.rpartition(".")

@@ -294,7 +294,7 @@ def needed_parts(text: str, name: str) -> tuple[str, ...]:
     """The stored parts that a description asks for."""
     from requanto.checkpoint.format import expected_parts
 
-    return tuple(expected_parts(parse_spec(text, name)))
+    return tuple(expected_parts(text, name))
 
 
 def as_layer_type(config: QuantoConfig) -> Any:

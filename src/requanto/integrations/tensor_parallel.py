@@ -158,9 +158,9 @@ def whole_state_dict(model: nn.Module, shares: dict[str, Share]) -> dict[str, to
             whole = hasattr(tensor, "full_tensor") and not library
             state[name] = tensor.full_tensor().cpu() if whole else tensor  # type: ignore[operator]
             continue
-        if id(local._scale) not in done:  # tied weights are two entries over the same tensors
+        if id(local._storage) not in done:  # tied weights are two entries over the same tensors
             share = shares.get(name)
-            done[id(local._scale)] = gathered(tensor, name, local.group_size if share is None else share.group_size)
-        if (weight := done[id(local._scale)]) is not None:
+            done[id(local._storage)] = gathered(tensor, name, local.group_size if share is None else share.group_size)
+        if (weight := done[id(local._storage)]) is not None:
             state[name] = weight
     return state

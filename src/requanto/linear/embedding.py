@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from requanto.dtypes.bit_packing import unpack
+from requanto.dtypes.bit_packing import pack
 from requanto.linear.cpu.dequantize import codes_to_float
-from requanto.linear.prepack import keep_plain
-from requanto.runtime.tracing import has_numbers
+from requanto.linear.prepack import LOOKED_UP
+from requanto.runtime.tracing import has_numbers, is_recorded, is_tracing
+from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor, scaled_values
 
 
@@ -23,17 +24,33 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """
     if weight.transposed or weight.axis != 0:
         raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
-    keep_plain(weight)
+    storage = weight._storage
+    if storage.layout is PLAIN and storage.stays_plain != LOOKED_UP:
+        storage.stays_plain = LOOKED_UP
     with torch._C.DisableTorchFunctionSubclass():  # every look at a shape would be a call of its own
+        if is_recorded():
+            return torch.nn.functional.embedding(indices, weight.dequantize())
         flat = indices.reshape(-1)
-        if _simple(weight):
+        if weight.is_packed and is_tracing():
+            rows = weight.dequantize()[flat]
+        elif _simple(weight):
             rows = _values(weight, flat)
         else:
-            shared = weight.shared_along(0)
-            inner = weight.inner_tensors().items()
-            picked = {name: part if name in shared else _rows(part, flat) for name, part in inner}
-            rows = weight.with_inner(picked, shape=(flat.numel(), *weight.shape[1:])).dequantize()
+            rows = _picked(weight, flat).dequantize()
         return rows.view(*indices.shape, *weight.shape[1:])
+
+
+def _picked(weight: QTensor, indices: torch.Tensor) -> QTensor:
+    """A weight of these rows alone, in their stored form."""
+    spec, whole = weight._spec, weight.shared_along(0)
+    layout, parts = weight._storage.state
+    picked = {n: p if n in whole else _rows(p, indices) for n, p in parts.items() if n not in ("qdata", *layout.extra)}
+    if layout is PLAIN:
+        picked["qdata"] = _rows(parts["qdata"], indices)
+    else:
+        codes = layout.gather(spec, parts, indices)
+        picked["qdata"] = pack(codes, spec.qtype.bits) if spec.qtype.is_packed else codes
+    return weight.with_inner(picked, shape=(indices.numel(), *weight.shape[1:]))
 
 
 def _simple(weight: QTensor) -> bool:
@@ -51,13 +68,14 @@ def _simple(weight: QTensor) -> bool:
 def _values(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
     """What `QTensor.dequantize` gives for these rows, without a tensor being made of them: the same numbers."""
     kind = weight.qtype
-    codes, scale = _rows(weight.traced_codes(), indices), _rows(weight._scale, indices)
+    layout, parts = weight._storage.state
+    codes, scale = layout.gather(weight._spec, parts, indices), _rows(parts["scale"], indices)
     if kind.is_floating_point and codes.is_cpu and has_numbers():
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         codes_to_float(codes, kind, values)
     else:
-        values = (unpack(codes, kind.bits, weight.row_length) if kind.is_packed else codes).to(torch.float32)
-    shift = None if weight._shift is None else _rows(weight._shift, indices)
+        values = codes.to(torch.float32)
+    shift = _rows(parts["shift"], indices) if "shift" in parts else None
     return scaled_values(values, kind, scale, shift, weight.row_length).to(weight.dtype)
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.plan_cache import matrix
 from requanto.linear.prepack import layout_to_be
 from requanto.linear.registry import choose, problem_of
 from requanto.tensor.qtensor import QTensor
@@ -87,7 +86,9 @@ def explain(
             kind += f", {activation.name.removeprefix('q')} activations{' under a static scale' if static else ''}"
         float_type = dtype or parameter.dtype
         layout = layout_to_be(parameter, float_type, activation)
-        stored = parameter if parameter.dim() == 3 else matrix(parameter)  # of a transposed one: x @ W, as in Conv1D
+        stored = (
+            parameter if parameter.dim() == 3 else parameter.as_matrix()
+        )  # of a transposed one: x @ W, as in Conv1D
         for count in (rows,) if isinstance(rows, int) else rows:
             problem = problem_of(stored, float_type, count, activation, layout=layout, static=static)
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation

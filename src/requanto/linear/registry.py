@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.runtime.settings import choices
+from requanto.runtime.tracing import has_numbers, wants_gradient
+from requanto.tensor.layout import LOCK
 from requanto.tensor.qtensor import QTensor
 
-#: ``product(x, weight, bias) -> y`` with x of any leading axes: a product made ready for one shape and dtype of x.
-Product = Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
-#: ``bind(weight, rows, dtype)`` makes one (`requanto.linear.plan_cache`), or None.
-Bind = Callable[[QTensor, int, torch.dtype], Product | None]
+#: ``gemm(x, weight, bias) -> y`` with x of any leading axes: all that does not depend on x's numbers is done.
+Gemm = Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
+#: ``bind(weight, rows, dtype)`` makes one for a weight ``[N, K]``, or None. It must hold the weight's tensors, never the
+#: weight: plans belong to its storage, which they would keep alive.
+Bind = Callable[[QTensor, int, torch.dtype], Gemm | None]
+
+#: Plans that a weight keeps, one for each shape of x it met lately; one more, and all are dropped.
+PLANS = 32
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ class Implementation:
         run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape [rows, K].
         supports: the problems it is right for.
         reason: why it is there, one line for the reader of `explain`.
-        bind: ``bind(weight, rows, dtype) -> product`` makes what does not depend on x's numbers ready
-            (`requanto.linear.plan_cache`), or None; None: it has no such form.
+        bind: ``bind(weight, rows, dtype) -> gemm`` makes what does not depend on x's numbers ready
+            (`find_plan`), or None; None: it has no such form.
         run_grouped: ``run_grouped(x2d, weight, offsets) -> y2d`` for fused experts, weight ``[E, N, K]`` and offsets the end
             row of each expert; None: it has no such form.
     """
@@ -129,23 +136,78 @@ def problem_of(
     static: bool = False,
 ) -> Problem:
     """The problem that ``rows`` rows of ``dtype`` times ``weight`` is; in another layout than its own, if given."""
-    if layout is None:
-        packed = weight.packed
-        # A packed form on a CPU is that of the stored matrix. Whoever multiplies with its transpose reads the stored codes,
-        # also in compiled code, which knows a weight by that form alone.
-        other = packed is not None and weight.transposed and not packed.travels
-        layout = "plain" if packed is None or other else packed.layout
+    spec = weight._spec
+    *_, out_features, in_features = spec.seen_shape
     return Problem(
         device=weight.device.type,
-        qtype=weight.qtype,
+        qtype=spec.qtype,
         activation=activation,
         dtype=dtype,
         rows=rows,
-        out_features=weight.shape[-2],
-        in_features=weight.shape[-1],
-        group_size=weight.group_size,
-        affine=weight.affine,
-        transposed=weight.transposed,
-        layout=layout,
+        out_features=out_features,
+        in_features=in_features,
+        group_size=spec.group_size,
+        affine=spec.affine,
+        transposed=spec.transposed,
+        layout=layout or weight._storage.layout.name,
         static=static,
     )
+
+
+# ---------------------------------------------------------------------- cached plans
+
+
+class Plan(NamedTuple):
+    """A GEMM made ready for one shape of x, and what else it holds for."""
+
+    gemm: Gemm
+    activation: qtype | None
+    cpu: bool
+
+
+def find_plan(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Gemm | None:
+    """The GEMM that was made ready for an x like this one, if it holds for this call: no gradient, no autocast, no tracing.
+
+    A small layer's GEMM takes 50 us on a CPU, and what Python does before it as long again: this is the way around it. Plans
+    live in the weight's storage, which drops them when its tensors change.
+    """
+    plan = weight._storage.plans.get((x.shape, x.dtype, choices.version))
+    if plan is None or plan.activation is not weight._spec.activation or not has_numbers():
+        return None
+    if x.is_cpu is not plan.cpu or torch.is_autocast_enabled("cpu" if plan.cpu else x.device.type):
+        return None
+    return None if wants_gradient(x, bias) else plan.gemm
+
+
+def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
+    """Makes the GEMM ready that the next x like this one will want, with a weight ``[N, K]`` or its stored matrix.
+
+    Only of weights whose layout is settled: one that may yet be packed is asked at each GEMM.
+    """
+    spec, storage = weight._spec, weight._storage
+    if not has_numbers() or x.dim() < 2 or not x.numel() or spec.rotation is not None or "up" in storage.parts:
+        return
+    version, key = storage.version, (x.shape, x.dtype, choices.version)
+    declined = storage.declined == (choices.version, x.dtype, spec.activation)
+    if key in storage.plans or not (weight.is_packed or storage.stays_plain or declined):
+        return
+    matrix = weight.as_matrix()
+    found = choose(problem_of(matrix, x.dtype, x.numel() // x.shape[-1], spec.activation)).implementation
+    gemm = found.bind(matrix, x.numel() // x.shape[-1], x.dtype) if found.bind is not None else None
+    plan = Plan(gemm or _unbound(found, spec.activation), spec.activation, x.is_cpu)
+    with LOCK:  # another thread may have changed the weight meanwhile
+        if storage.version == version:
+            if len(storage.plans) >= PLANS:
+                storage.plans.clear()
+            storage.plans[key] = plan
+
+
+def _unbound(found: Implementation, activation: qtype | None) -> Gemm:
+    """The plan of an implementation that has nothing to make ready: the choice alone."""
+
+    def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = found.run(x.reshape(-1, x.shape[-1]), weight.as_matrix(), bias, activation, None)
+            return out.view(*x.shape[:-1], out.shape[1])
+
+    return gemm

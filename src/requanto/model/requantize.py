@@ -11,16 +11,16 @@ from torch import nn
 from requanto.checkpoint.foreign.quanto_files import PARTS, drop_old_metadata, to_qtensor
 from requanto.checkpoint.format import CheckpointError
 from requanto.config.plan import parameter_holders
-from requanto.dtypes.bit_packing import packed_length
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.model.quantize import progress, weight_options
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
-from requanto.scales.compact import check_scale_bits, stored_length
+from requanto.scales.compact import check_scale_bits
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.rotation import check_rotation
+from requanto.tensor.spec import WeightSpec
 
 _OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale")
 
@@ -155,47 +155,30 @@ def _own(
         shape[-1], shape[-2] = shape[-2], shape[-1]
     axis = 1 if len(shape) == 3 and parts["_scale"].dim() == 3 else 0
     length = torch.Size(shape[axis + 1 :]).numel()
-    codes = [*shape[: axis + 1], packed_length(length, kind.bits)] if kind.is_packed else shape
-    data, scale = parts.get("_qdata"), parts.get("_scale")
-    if data is None or scale is None or list(data.shape) != codes or data.dtype != kind.storage_dtype:
-        found = "nothing" if data is None else f"{data.dtype} {tuple(data.shape)}"
-        raise CheckpointError(
-            f"{name} is {kind.name} according to the map: expected {kind.storage_dtype} {tuple(codes)} and scales, found "
-            f"{found}; map and tensors disagree"
-        )
     bits = check_scale_bits(entry.get("scale_bits"), f"scale_bits of {name}")
-    groups = scale.shape[-1] if bits is None else length // (entry.get("group_size") or length)
-    if (bits is None) != ("_row_scale" not in parts) or (bits and scale.shape[-1] != stored_length(groups, bits)):
-        raise CheckpointError(f"{name}: the map says scale_bits={bits}, which its tensors do not fit")
+    groups = parts["_scale"].shape[-1] if bits is None else length // (entry.get("group_size") or length)
     if not groups or length % groups:
         raise CheckpointError(f"{name}: {groups} scales a row do not divide its {length} weights")
-    shift, codebook = parts.get("_shift"), parts.get("_codebook")
-    if kind.is_learned and (codebook is None or codebook.shape != (2**kind.bits,)):
-        found = "none" if codebook is None else tuple(codebook.shape)
-        raise CheckpointError(f"{name} is {kind.name}: expected a codebook of {2**kind.bits} values, found {found}")
-    if shift is None and kind.is_unsigned:
-        raise CheckpointError(f"{name} is {kind.name} and needs shifts; {name}_shift is missing")
-    dtype = parameter.dtype if parameter.is_floating_point() else scale.dtype
-    tensor = QTensor(
-        data,
-        scale,
-        shift,
-        qtype=kind,
-        shape=parameter.shape,
-        dtype=dtype,
-        axis=axis,
-        group_size=None if groups == 1 else length // groups,
-        transposed=transposed,
-        codebook=codebook if kind.is_learned else None,
-        row_scale=parts.get("_row_scale"),
-        scale_bits=bits,
-        rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
-    )
+    own = {part[1:]: tensor for part, tensor in parts.items()}
+    if not kind.is_learned:
+        own.pop("codebook", None)
     try:
-        tensor.set_lowrank(parts.get("_up"), parts.get("_down"))
+        spec = WeightSpec(
+            qtype=kind,
+            shape=torch.Size(shape),
+            dtype=parameter.dtype if parameter.is_floating_point() else parts["_scale"].dtype,
+            axis=axis,
+            group_size=None if groups == 1 and bits is None else length // groups,
+            affine="shift" in own,
+            transposed=transposed,
+            scale_bits=bits,
+            rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
+        )
+        return QTensor._of(spec, own)
     except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from error
-    return tensor
+        raise CheckpointError(
+            f"{name} is {kind.name} according to the map (scale_bits={bits}); map and tensors disagree: {error}"
+        ) from error
 
 
 def _make_qmodule(

@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 from requanto.budget.models import budget_of
 from requanto.checkpoint.files import stored_keys
-from requanto.checkpoint.format import CheckpointError, expected_parts, parse_spec
+from requanto.checkpoint.format import CheckpointError, parse_spec
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.spec import WeightSpec
 
 #: types whose savings `inspect` works out for a float model
 COMPARED = ("int8", "float8", "int4", "int2")
@@ -235,15 +236,8 @@ def _quantized_bytes(weight: WeightReport, kind_name: str) -> int:
 
     kind = resolve_qtype(kind_name)
     group = fit_group_size(default_group_size(kind), weight.shape[-1], weight.name)
-    spec = {
-        "qtype": kind,
-        "shape": weight.shape,
-        "group_size": group,
-        "axis": len(weight.shape) - 2,
-        "affine": kind.affine_by_default,
-        "transposed": False,
-        "rank": 0,
-    }
+    shape = torch.Size(weight.shape)
+    spec = WeightSpec(kind, shape, torch.float32, len(shape) - 2, group, affine=kind.affine_by_default)
     scale_bytes = 4 if group is None or weight.bits > 16 else 2
-    sizes = {part: shape.numel() for part, (shape, _dtypes) in expected_parts(spec).items()}
+    sizes = {part: shape.numel() for part, (shape, _dtypes) in spec.expected.items()}
     return sizes["qdata"] + scale_bytes * (sizes["scale"] + sizes.get("shift", 0))

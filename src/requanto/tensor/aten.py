@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from requanto.runtime.tracing import has_numbers, is_tracing
 from requanto.tensor.dispatch import implements_aten
+from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.spec import WeightSpec, swapped
+from requanto.tensor.storage import SlicedStorage
 
 aten = torch.ops.aten
 
@@ -19,31 +23,39 @@ def each(
     tensor: QTensor,
     change: Callable[[torch.Tensor], torch.Tensor],
     keep: Collection[str] = (),
-    **attributes: Any,
+    **changes: Any,
 ) -> QTensor:
-    """The tensor with ``change`` applied to every inner tensor but those to ``keep``."""
+    """A new weight of the stored tensors with ``change`` applied to all but those to ``keep``."""
     inner = {name: t if name in keep else change(t) for name, t in tensor.inner_tensors().items()}
-    return tensor.with_inner(inner, **attributes)
+    return tensor.with_inner(inner, **changes)
 
 
 @implements_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    tensor, packed = args[0], args[0].packed
-    if packed is None:
-        return return_and_correct_aliasing(func, args, kwargs, each(tensor, lambda t: func(t)))
-    # Reading qdata would make the tensor plain; its alias shares the packed form.
-    aliases = {name: func(t) for name, t in tensor.beside().items()}
-    return tensor.replace(packed.handle, **aliases)
+    return return_and_correct_aliasing(func, args, kwargs, args[0].over_same_storage())
 
 
 @implements_aten(aten.clone.default)
 def _clone(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    return each(args[0], torch.clone)
+    """A copy in the same layout."""
+    tensor = args[0]
+    layout, parts = tensor._storage.state
+    if layout is PLAIN:
+        return each(tensor, torch.clone)
+    copied = {n: p.clone() for n, p in parts.items() if n not in ("qdata", *layout.extra)}
+    new = type(tensor)._of(tensor._spec, {**layout.clone(tensor._spec, parts), **copied}, layout)
+    if has_numbers():
+        new._storage.register()
+    return new
 
 
 @implements_aten(aten.contiguous.default)
 def _contiguous(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    return each(args[0], lambda t: t.contiguous())
+    tensor = args[0]
+    parts = tensor._storage.parts.values()
+    return (
+        tensor.over_same_storage() if all(p.is_contiguous() for p in parts) else each(tensor, lambda t: t.contiguous())
+    )
 
 
 @implements_aten(aten._to_copy.default)
@@ -91,30 +103,16 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
             axis=target.axis,
             transposed=target.transposed,
         )
-    if _layout(source) != _layout(target):
-        raise ValueError(f"copy_ between unlike quantized weights: {_layout(source)} into {_layout(target)}")
-    packed = target.packed
-    pinned = packed is not None and packed.pinned
-    if pinned:  # a captured graph reads these very bytes
-        packed.write(source.qdata)
-    parts = source.inner_tensors()
-    for name, inner in target.inner_tensors().items():
-        if not (pinned and name == "qdata"):
-            inner.copy_(parts[name])
+    if _kind(source) != _kind(target):
+        raise ValueError(f"copy_ between unlike quantized weights: {_kind(source)} into {_kind(target)}")
+    if source._storage is not target._storage:
+        target._storage.write(target._spec, source.inner_tensors())
     return target
 
 
-def _layout(tensor: QTensor) -> tuple:
-    return (
-        tensor.qtype.name,
-        tensor.axis,
-        tensor.group_size,
-        tensor.transposed,
-        tensor.affine,
-        tensor.rank,
-        tensor.scale_bits,
-        tensor.rotation,
-    )
+def _kind(tensor: QTensor) -> str:
+    """What two weights have in common whose numbers can be copied: not what they are seen as, nor their activations."""
+    return tensor._spec.replace(dtype=torch.float32, activation=None).text(tensor.rank)
 
 
 @implements_aten(aten.t.default, aten.transpose.int, aten.permute.default)
@@ -128,16 +126,13 @@ def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
         one, two = (0, 1) if func is aten.t.default else (args[1] % count, args[2] % count)
         order[one], order[two] = order[two], order[one]
     if order == list(range(count)):
-        return each(tensor, lambda t: aten.alias.default(t))
+        return _alias(func, args, kwargs)
     if order[:-2] != list(range(count - 2)) or tensor.axis != count - 2:
         raise NotImplementedError(
             f"only the last two axes of a quantized weight of shape {tuple(tensor.shape)} can be swapped, found order "
             f"{order}; call .dequantize() first"
         )
-    shape = [tensor.shape[axis] for axis in order]
-    aliases = {name: aten.alias.default(t) for name, t in tensor.beside().items()}
-    codes = aten.alias.default(tensor.operand)  # a packed form that operators take is shared by its view
-    new = tensor.replace(codes, shape=shape, transposed=not tensor.transposed, **aliases)
+    new = tensor.over_same_storage(transposed=not tensor.transposed)
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
@@ -159,12 +154,12 @@ def _select(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"select along axis {dim} of a quantized weight of shape {tuple(tensor.shape)}: only whole experts (axis 0 "
             f"of a 3D weight) can be selected; call .dequantize() first"
         )
-    new = each(
+    whole = tensor.shared_along(0)
+    shape = tensor._spec.shape[1:]
+    new = part_of(
         tensor,
-        lambda t: aten.select.int(t, 0, index),
-        keep=tensor.shared_along(0),
-        shape=tensor.shape[1:],
-        axis=tensor.axis - 1,
+        tensor._spec.replace(shape=shape, axis=tensor.axis - 1),
+        lambda name, t: t if name in whole else aten.select.int(t, 0, index),
     )
     return return_and_correct_aliasing(func, args, kwargs, new)
 
@@ -208,6 +203,33 @@ def _slice(func: Any, args: tuple, kwargs: dict) -> QTensor:
     return return_and_correct_aliasing(func, args, kwargs, narrow(tensor, dim, start, end, step))
 
 
+def part_of(
+    tensor: QTensor, spec: WeightSpec, cut: Callable[[str, torch.Tensor], torch.Tensor], *, rows: bool = True
+) -> QTensor:
+    """A part of a weight that shares its memory.
+
+    Args:
+        spec: of the part.
+        cut: gives each stored tensor's part as a view.
+        rows: it is whole rows (or experts).
+    """
+
+    def parts_of(parts: Any) -> dict[str, torch.Tensor]:
+        return {name: cut(name, part) for name, part in parts.items()}
+
+    storage = tensor._storage
+    layout, parts = storage.state
+    base = storage.base
+    if base is not None:  # a part of a part of a packed weight
+        first = storage.cut
+        return type(tensor)._over(spec, SlicedStorage(base, storage.spec, lambda parts: parts_of(first(parts))))
+    if layout is PLAIN or (rows and layout.rows_are_views):
+        return type(tensor)._of(spec, parts_of(parts), layout)
+    if is_tracing():
+        return type(tensor)._of(spec, parts_of(tensor.inner_tensors()))
+    return type(tensor)._over(spec, SlicedStorage(storage, tensor._spec, parts_of))
+
+
 def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QTensor:
     """``tensor[start:end:step]`` along ``dim``.
 
@@ -217,32 +239,49 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     axis = stored_axis(tensor, dim)
     shape = list(tensor.shape)
     shape[dim % tensor.dim()] = max(0, -(-(end - start) // step))
-    if axis <= tensor.axis:
-        cut = (slice(None),) * axis + (slice(start, end, step),)
-        return each(tensor, lambda t: t[cut], keep=tensor.shared_along(axis), shape=shape)
-    if (start, end, step) == (0, tensor.shape[dim], 1):
-        return each(tensor, lambda t: aten.alias.default(t))
-    group = tensor.group_size or tensor.row_length
-    first, last = start * tensor.qtype.bits, end * tensor.qtype.bits
-    between_bytes = step == 1 and not first % 8 and not last % 8
-    between_groups = tensor.group_size is None or (not start % group and not end % group)
-    one_axis = tensor.canonical_shape[tensor.axis + 1 :].numel() == tensor.canonical_shape[axis]
-    if not (one_axis and between_bytes and between_groups):
-        raise NotImplementedError(
-            f"a quantized weight can be cut along its rows' length between groups of {group} only, found "
-            f"[{start}:{end}:{step}]; call .dequantize() first"
-        )
-    if tensor.rotation is not None and (start % tensor.rotation or end % tensor.rotation):
-        raise NotImplementedError(
-            f"a weight whose rows are rotated in blocks of {tensor.rotation} can be cut between blocks only, found "
-            f"[{start}:{end}]; quantize with smaller blocks, e.g. rotation={(start | end) & -(start | end)}"
-        )
-    qdata = tensor.qdata[..., first // 8 : last // 8]
-    down = None if tensor.down is None else tensor.down[..., start:end]
-    if tensor.group_size is None:
-        return tensor.replace(qdata, shape=shape, down=down)
-    groups = slice(start // group, end // group)
-    return tensor.replace(qdata, shape=shape, down=down, **tensor.scales(lambda t: t[..., groups]))
+    spec = tensor._spec
+    if axis > spec.axis and (start, end, step) == (0, tensor.shape[dim], 1):
+        return tensor.over_same_storage()
+    group = spec.group_size or spec.row_length
+    if axis > spec.axis:
+        first, last = start * spec.qtype.bits, end * spec.qtype.bits
+        between_bytes = step == 1 and not first % 8 and not last % 8
+        between_groups = spec.group_size is None or (not start % group and not end % group)
+        one_axis = spec.row_length == spec.shape[axis]
+        if not (one_axis and between_bytes and between_groups):
+            raise NotImplementedError(
+                f"a quantized weight can be cut along its rows' length between groups of {group} only, found "
+                f"[{start}:{end}:{step}]; call .dequantize() first"
+            )
+        if spec.rotation is not None and (start % spec.rotation or end % spec.rotation):
+            raise NotImplementedError(
+                f"a weight whose rows are rotated in blocks of {spec.rotation} can be cut between blocks only, found "
+                f"[{start}:{end}]; quantize with smaller blocks, e.g. rotation={(start | end) & -(start | end)}"
+            )
+    new = spec.replace(shape=swapped(shape) if spec.transposed else torch.Size(shape))
+    if axis <= spec.axis:
+        whole = tensor.shared_along(axis)
+        rows = (slice(None),) * axis + (slice(start, end, step),)
+        return part_of(tensor, new, lambda name, t: t if name in whole else t[rows])
+    if spec.scale_bits is not None and spec.scale_bits < 8:
+        # Codes of scales may begin inside a byte: they are packed anew, so that this part is a copy.
+        groups = slice(start // group, end // group)
+        inner = {**tensor.inner_tensors(), **tensor.scales(lambda t: t[..., groups])}
+        inner["qdata"] = inner["qdata"][..., first // 8 : last // 8]
+        if "down" in inner:
+            inner["down"] = inner["down"][..., start:end]
+        return tensor.with_inner(inner, shape=shape)
+
+    def columns(name: str, t: torch.Tensor) -> torch.Tensor:
+        if name == "qdata":
+            return t[..., first // 8 : last // 8]
+        if name == "down":
+            return t[..., start:end]
+        if name in ("scale", "shift") and spec.group_size is not None:
+            return t[..., start // group : end // group]
+        return t
+
+    return part_of(tensor, new, columns, rows=False)
 
 
 @implements_aten(aten.split.Tensor, aten.split_with_sizes.default)
@@ -283,12 +322,12 @@ def _view(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"{func} of a quantized weight from {tuple(tensor.shape)} to {tuple(size)}: only its own shape is possible; "
             f"call .dequantize() first"
         )
-    return return_and_correct_aliasing(func, args, kwargs, each(tensor, lambda t: aten.alias.default(t)))
+    return _alias(func, args, kwargs)
 
 
 @implements_aten(aten.is_pinned.default)
 def _is_pinned(func: Any, args: tuple, kwargs: dict) -> bool:
-    return all(func(t, *args[1:], **kwargs) for t in args[0].inner_tensors().values())
+    return all(func(t, *args[1:], **kwargs) for t in args[0]._storage.parts.values())
 
 
 @implements_aten(aten._pin_memory.default)
@@ -299,8 +338,8 @@ def _pin_memory(func: Any, args: tuple, kwargs: dict) -> QTensor:
 @implements_aten(aten.record_stream.default)
 def _record_stream(func: Any, args: tuple, kwargs: dict) -> None:
     """The memory is that of the inner tensors: all of them wait for the stream."""
-    for inner in args[0].inner_tensors().values():
-        func(inner, *args[1:], **kwargs)
+    for part in args[0]._storage.parts.values():
+        func(part, *args[1:], **kwargs)
 
 
 @implements_aten(aten.equal.default)
@@ -309,7 +348,7 @@ def _equal(func: Any, args: tuple, kwargs: dict) -> bool:
     one, two = args
     if not isinstance(one, QTensor) or not isinstance(two, QTensor):
         raise NotImplementedError("equal() of a quantized and a float tensor: call .dequantize() first")
-    if _layout(one) != _layout(two) or one.shape != two.shape:
+    if _kind(one) != _kind(two):
         return False
     other = two.inner_tensors()
     return all(_same_bytes(inner, other[name]) for name, inner in one.inner_tensors().items())

@@ -46,7 +46,7 @@ def _as_strided(func: Any, args: tuple, kwargs: dict) -> QTensor:
     offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
     if torch.Size(size) != tensor.shape or tuple(stride) != tensor.stride() or offset not in (None, 0):
         raise NotImplementedError(f"{func} of a quantized weight: only its own size and stride are possible")
-    return return_and_correct_aliasing(func, args, kwargs, each(tensor, lambda t: aten.alias.default(t)))
+    return return_and_correct_aliasing(func, args, kwargs, tensor.over_same_storage())
 
 
 def fsdp_pre_all_gather(
@@ -64,7 +64,7 @@ def fsdp_pre_all_gather(
             f"that layer out with fully_shard(..., ignored_params={{weight}}) or choose a number that divides its rows."
         )
     if mesh.size() > 1 and not self.__dict__.get("_same_everywhere"):
-        same_everywhere(mesh.get_group(), [str(self.spec())], "FSDP2")
+        same_everywhere(mesh.get_group(), [self._spec.text(self.rank)], "FSDP2")
         self.__dict__["_same_everywhere"] = True
     inner = self.inner_tensors()
     shared = {name: inner.pop(name) for name in self.shared_along(0) if name in inner}
@@ -83,7 +83,7 @@ def fsdp_post_all_gather(
     parts |= shared
     if out is not None:  # the same memory as the first time, filled again
         local = getattr(out, "_local_tensor", out)
-        local.take(parts)
+        local.set_inner(parts)
         return None
     return self.with_inner(parts, shape=size, dtype=param_dtype), outputs
 
@@ -132,11 +132,24 @@ def _collectives() -> None:
         tensors, *rest = args
         work = None
         for tensor in tensors:
-            for part in tensor.inner_tensors().values() if isinstance(tensor, QTensor) else (tensor,):
+            quantized = isinstance(tensor, QTensor)
+            parts = tensor.inner_tensors() if quantized else {"": tensor}
+            for part in parts.values():
                 if work is not None:  # the caller waits for the last one only
                     torch._C._distributed_c10d.Work.unbox(work).wait()
                 _, work = func([part], *rest, **kwargs)
+            if quantized:
+                torch._C._distributed_c10d.Work.unbox(work).wait()
+                received(tensor, parts)
         return tensors, work
+
+
+def received(tensor: QTensor, parts: dict[str, torch.Tensor]) -> None:
+    """Other processes have written into ``parts``, the stored tensors: what was derived from them is dropped."""
+    if tensor.is_packed:  # the codes were a copy
+        tensor._storage.write(tensor._spec, parts)
+    else:
+        tensor._storage.changed()
 
 
 # ---------------------------------------------------------------------- DDP
@@ -149,13 +162,14 @@ def _sync_inner_tensors() -> None:
     original = utils._sync_params_and_buffers
 
     def _sync_params_and_buffers(process_group: Any, module_states: list, size: int, src: int) -> None:
-        plain = []
-        for state in module_states:
-            plain += list(state.inner_tensors().values()) if isinstance(state, QTensor) else [state]
-        if len(plain) != len(module_states):
-            weights = [str(s.spec()) for s in module_states if isinstance(s, QTensor)]
+        quantized = [(state, state.inner_tensors()) for state in module_states if isinstance(state, QTensor)]
+        plain = [state for state in module_states if not isinstance(state, QTensor)]
+        if quantized:
+            weights = [weight._spec.text(weight.rank) for weight, _ in quantized]
             same_everywhere(process_group, weights, "DistributedDataParallel")
-        original(process_group, plain, size, src)
+        original(process_group, plain + [part for _, parts in quantized for part in parts.values()], size, src)
+        for weight, parts in quantized:
+            received(weight, parts)
 
     utils._sync_params_and_buffers = _sync_params_and_buffers
 

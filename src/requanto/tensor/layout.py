@@ -1,124 +1,156 @@
-"""The form a kernel runs on, held *in place of* the stored codes: memory is paid once.
+"""Layouts: the orders in which a weight's codes can lie in memory.
 
-A QTensor is plain (its codes are a tensor) or packed (a `Packed` holds them, reordered for one kernel). A packed tensor
-turns plain again, bit for bit, as soon as anyone reads ``qdata``: whatever saves, copies, moves, slices or dequantizes sees
-the stored form and knows nothing of packing. Products, which would only lose by that, ask for ``packed`` first.
+``"plain"`` is the stored form that files hold. A kernel may want another order (oneDNN's blocks, the GPU kernels' words);
+each is a `Layout` with a name that converts both ways, bit for bit. The codes of a packed weight are ordinary tensors under
+the same name, ``qdata``, and take the place of the stored ones: memory is paid once.
 
-Operators take tensors, and a packed form may be none that torch.compile can trace. So a packed QTensor shows operators a
-*handle*: an int64 tensor with one number, under which `find` knows the packed form. Handles are never used twice. A form
-that is one tensor needs no number: it is its own handle, known by a dtype that codes never have (`register_form`).
+Back ends register their layouts here; this module knows none of them.
 """
 
 from __future__ import annotations
 
-import itertools
+import os
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
-from weakref import WeakValueDictionary
+from collections.abc import Mapping
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-#: Packing and unpacking happen under this lock: threads may meet in one layer.
+from requanto.dtypes.bit_packing import unpack
+from requanto.runtime.tracing import is_fake
+from requanto.tensor.spec import WeightSpec
+
+__all__ = ["LOCK", "PLAIN", "Layout", "is_fake", "layout_named", "register_layout"]
+
+#: Held while a weight's parts are replaced: threads may meet in one layer. Never held while a kernel is compiled.
 LOCK = threading.RLock()
 
-_numbers = itertools.count(1)
-_held: WeakValueDictionary[int, Packed] = WeakValueDictionary()
-_forms: dict[torch.dtype, Callable[[torch.Tensor, int], Packed]] = {}
+
+def _new_lock_in_child() -> None:
+    # The thread that held it does not exist in a forked child, which would wait for it for ever.
+    global LOCK
+    LOCK._at_fork_reinit()  # type: ignore[attr-defined]
 
 
-P = TypeVar("P", bound="Packed")
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock_in_child)
+
+Parts = Mapping[str, torch.Tensor]
 
 
-class Packed:
-    """Codes in the form of one kernel.
+class Layout:
+    """The stored form, and the base of all others.
 
     Attributes:
-        layout: name of the form, a field of `requanto.linear.Problem`.
-        handle: what operators get in place of the codes.
-        row_scales: buffers of `row_scale`, by length.
-        travels: True where forward and backward take the handle outside of torch.compile too; else they take the codes.
+        name: as ``QTensor.layout`` and `requanto.explain` show it.
+        extra: names of parts that this layout has beside those of the stored form.
+        rows_are_views: rows (and experts) of the codes can be cut out as views.
     """
 
-    layout: str
-    travels: bool = False
+    name = "plain"
+    extra: tuple[str, ...] = ()
+    rows_are_views = True
 
-    def __init__(self) -> None:
-        self.row_scales: dict[int, torch.Tensor] = {}
-        number = next(_numbers)
-        self.handle = torch.tensor([number], dtype=torch.int64)
-        _held[number] = self
+    def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
+        """``qdata`` and `extra` in this layout, from a plain weight's parts."""
+        return {"qdata": parts["qdata"]}
 
-    def row_scale(self, weight: Any, rows: int) -> torch.Tensor:
-        """The scales of the rows as kernels read them: float32 ``[rows]``, zeros behind the weight's own.
+    def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
+        """The stored codes, bit for bit: the very tensor of a plain weight, else a new one."""
+        return parts["qdata"]
 
-        The weight's own memory where it is that; else a buffer that is kept with this form and written anew at each call, so
-        that whoever holds it sees a changed scale.
+    def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
+        """Codes of rows ``start .. stop`` of the stored matrix, one an element: ``[stop - start, K]``."""
+        rows = self._rows(spec, parts)[start:stop]
+        return unpack(rows, spec.qtype.bits, spec.row_length) if spec.qtype.is_packed else rows
+
+    def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
+        """Codes of some rows of the stored matrix, one an element: ``[len(index), K]``.
+
+        Raises:
+            IndexError: an index is out of range.
         """
-        scale = weight.scale.reshape(-1)
-        if scale.dtype == torch.float32 and scale.is_contiguous() and len(scale) == rows:
-            return scale
-        held = self.row_scales.get(rows)
-        if held is None:
-            with torch.inference_mode(False):
-                held = self.row_scales[rows] = torch.zeros(rows, dtype=torch.float32, device=scale.device)
-        with torch.no_grad():
-            held[: len(scale)].copy_(scale)
-        return held
+        stored = self._rows(spec, parts)
+        if stored.dtype.itemsize == 1:  # torch copies bytes row by row, and knows no index_select of float8
+            rows = torch.index_select(stored.view(torch.uint8), 0, index).view(stored.dtype)
+        else:
+            rows = torch.index_select(stored, 0, index)
+        return unpack(rows, spec.qtype.bits, spec.row_length) if spec.qtype.is_packed else rows
 
-    def plain(self) -> torch.Tensor:
-        """The stored codes, bit for bit."""
-        raise NotImplementedError
+    @staticmethod
+    def _rows(spec: WeightSpec, parts: Parts) -> torch.Tensor:
+        codes = parts["qdata"]
+        return codes.reshape(spec.matrix_shape[0], codes.shape[spec.axis + 1 :].numel())
 
-    @property
-    def pinned(self) -> bool:
-        """True where the memory must stay as it is (a captured graph reads it): readers of the codes get a copy."""
-        return False
+    def write(self, spec: WeightSpec, parts: Parts, stored: Parts) -> None:
+        """Takes other codes, given as a plain weight's parts, into the same memory."""
+        for name, part in self.pack(spec, stored).items():
+            parts[name].copy_(part)
 
-    def write(self, codes: torch.Tensor) -> None:
-        """Takes new stored codes, in place; only forms that can be `pinned` need it."""
-        raise NotImplementedError
+    def check_unpack(self, parts: Parts) -> None:
+        """Raises RuntimeError where the memory must stay as it is."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the packed codes take."""
-        raise NotImplementedError
+    def clone(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
+        """A copy of ``qdata`` and `extra`."""
+        return {name: parts[name].clone() for name in ("qdata", *self.extra)}
+
+    def codes_form(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of ``qdata`` in this layout."""
+        return spec.codes_shape, spec.qtype.storage_dtype
+
+    def extra_forms(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each part of `extra`."""
+        return {}
+
+    def check(self, spec: WeightSpec, parts: Parts) -> None:
+        """Refuses parts that are not those of the record in this layout.
+
+        Raises:
+            ValueError: see `WeightSpec.check`.
+        """
+        if not self.extra:
+            spec.check(parts, self.codes_form(spec))
+            return
+        spec.check({name: part for name, part in parts.items() if name not in self.extra}, self.codes_form(spec))
+        for name, (shape, dtype) in self.extra_forms(spec).items():
+            part = parts.get(name)
+            if part is None or part.shape != shape or part.dtype != dtype or part.device != parts["qdata"].device:
+                found = "none" if part is None else f"{part.dtype} {tuple(part.shape)} on {part.device}"
+                raise ValueError(
+                    f"{spec.text()} in layout {self.name!r}: {name} is {found}, expected {dtype} {tuple(shape)}"
+                )
+
+    def names(self, spec: WeightSpec) -> list[str]:
+        """Names, in order, of the parts that operators are given: all but the low-rank factors."""
+        return [*spec.expected, *self.extra]
 
 
-def packed_as(weight: Any, form: type[P], pack: Callable[[Any], P]) -> P:
-    """The weight's packed form; packed anew where another thread has read the stored codes since the table was asked."""
-    packed = weight.packed
-    return packed if isinstance(packed, form) else pack(weight)
+PLAIN = Layout()
+_layouts: dict[str, Layout] = {PLAIN.name: PLAIN}
 
 
-def is_handle(qdata: torch.Tensor) -> bool:
-    """True for the handle of a packed form; codes are never int64."""
-    return qdata.dtype == torch.int64 or qdata.dtype in _forms
-
-
-def register_form(dtype: torch.dtype, make: Callable[[torch.Tensor, int], Packed]) -> None:
-    """Names the dtype by which a form that is its own handle is known; ``make(handle, bits)`` wraps one."""
-    _forms[dtype] = make
-
-
-def is_fake(tensor: torch.Tensor) -> bool:
-    """True while torch.compile traces: such a tensor has no numbers to read."""
-    return is_traceable_wrapper_subclass(tensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-
-
-def find(handle: torch.Tensor, bits: int = 8) -> Packed:
-    """The packed form behind a handle. bits: of the codes; forms that are their own handle need it.
+def register_layout(layout: Layout) -> Layout:
+    """Makes a layout known by its name.
 
     Raises:
-        RuntimeError: it is gone: the weight was freed, or made plain, after the handle was read.
+        ValueError: the name is taken.
     """
-    if handle.dtype in _forms:
-        return _forms[handle.dtype](handle, bits)
-    packed = _held.get(int(handle))
-    if packed is None:
-        raise RuntimeError(
-            "the packed form of a quantized weight is gone: its layer was freed, moved or changed after the model was "
-            "compiled. Compile the model again."
+    if layout.name in _layouts:
+        raise ValueError(f"a layout named {layout.name!r} is registered already")
+    _layouts[layout.name] = layout
+    return layout
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        ValueError: this machine does not know it.
+    """
+    found = _layouts.get(name)
+    if found is None:
+        raise ValueError(
+            f"a quantized weight lies in layout {name!r}, which this machine does not know (it knows "
+            f"{', '.join(_layouts)}): it was packed for another kind of processor. Save, export or copy the model before it "
+            f"is packed, or after requanto.unpack(model)."
         )
-    return packed
+    return found

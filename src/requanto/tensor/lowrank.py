@@ -8,11 +8,13 @@ most of it. Kept as two thin matrices the merged weight is exact, and costs what
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from requanto.runtime.tracing import without_autocast
 from requanto.tensor.qtensor import QTensor
 
 #: a dense change of a weight is kept as factors up to this share of full rank; above it they would cost more than codes
@@ -79,47 +81,61 @@ def append(weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> None:
 def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
     """Multiplies each stored row by its factor ``[*lead]``, in place: scale, shift and up, never the codes."""
     factor = factor.detach().to(weight.device, torch.float32).unsqueeze(-1)
-    inner = weight.inner_tensors()
+    inner, changed = _without_codes(weight), {}
     if weight.scale_bits is not None:  # a row's scale is the only float of both, and exact in float32
         assert weight.row_scale is not None
-        inner["row_scale"] = weight.row_scale.float() * factor
+        changed["row_scale"] = weight.row_scale.float() * factor
     else:
-        inner |= {n: (inner[n].float() * factor).to(inner[n].dtype) for n in ("scale", "shift") if n in inner}
+        changed |= {n: (inner[n].float() * factor).to(inner[n].dtype) for n in ("scale", "shift") if n in inner}
     if weight.up is not None:
-        inner["up"] = (weight.up.float() * factor).to(weight.up.dtype)
-    weight.take(inner)
+        changed["up"] = (weight.up.float() * factor).to(weight.up.dtype)
+    set_parts(weight, changed)
+
+
+def set_parts(weight: QTensor, changed: Mapping[str, torch.Tensor | None]) -> None:
+    """Replaces some tensors of a weight, for all its aliases; its codes stay where they are, packed or not."""
+    layout, parts = weight._storage.state
+    parts = {name: part for name, part in {**parts, **changed}.items() if part is not None}
+    layout.check(weight._spec, parts)
+    weight._storage.set(parts, layout)
+
+
+def _without_codes(weight: QTensor) -> dict[str, torch.Tensor]:
+    layout, parts = weight._storage.state
+    return {name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}
 
 
 @dataclass
 class State:
     """What a merge changes of a weight; the codes are not among it, so that undoing costs no copy of them."""
 
-    beside: dict[str, torch.Tensor]
+    parts: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, weight: QTensor) -> State:
         """The present one."""
-        return cls(weight.beside())
+        return cls(_without_codes(weight))
 
     def weight(self, now: QTensor) -> QTensor:
         """The weight that ``now`` was in this state."""
-        return now.with_inner({"qdata": now.qdata, **{name: t.to(now.device) for name, t in self.beside.items()}})
+        parts = {name: part.to(now.device) for name, part in self.parts.items()}
+        return now.with_inner({"qdata": now.inner_tensors()["qdata"], **parts})
 
     def restore(self, weight: QTensor) -> None:
         """Puts the weight back into this state, bit for bit."""
-        weight.take(self.weight(weight).inner_tensors())
+        set_parts(weight, {"up": None, "down": None, **{n: part.to(weight.device) for n, part in self.parts.items()}})
 
     @property
     def rows(self) -> torch.Tensor:
         """What `scale_rows` changes."""
-        return self.beside.get("row_scale", self.beside["scale"])
+        return self.parts.get("row_scale", self.parts["scale"])
 
     def is_of(self, weight: QTensor) -> bool:
         """True while the weight is in this state."""
-        now = weight.beside()
-        return now.keys() == self.beside.keys() and all(
+        now = _without_codes(weight)
+        return now.keys() == self.parts.keys() and all(
             t is now[name] or (t.shape == now[name].shape and torch.equal(t.to(now[name].device), now[name]))
-            for name, t in self.beside.items()
+            for name, t in self.parts.items()
         )
 
 
@@ -142,7 +158,8 @@ def add_dense(weight: QTensor, delta: torch.Tensor, sign: float = 1.0) -> None:
     canonical = delta.mT if weight.transposed else delta
     canonical = canonical.detach().to(weight.device).reshape(*weight.lead, weight.row_length)
     limit = max(1, int(MAX_RANK_SHARE * min(canonical.shape[-2:])))
-    left, values, right = torch.linalg.svd(canonical.float(), full_matrices=False)
+    with without_autocast(canonical.device):
+        left, values, right = torch.linalg.svd(canonical.float(), full_matrices=False)
     rank = _rank(values, RANK_TOLERANCE.get(delta.dtype, HALF_TOLERANCE))
     if rank == 0:
         return
@@ -163,6 +180,11 @@ def compress(weight: QTensor) -> None:
     """Drops the part of the low-rank term that cancels out, in place: a change added and subtracted leaves nothing."""
     if weight.up is None or weight.down is None:
         return
+    with without_autocast(weight.device):
+        _compress(weight)
+
+
+def _compress(weight: QTensor) -> None:
     q_up, r_up = torch.linalg.qr(weight.up.float())
     q_down, r_down = torch.linalg.qr(weight.down.float().mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
@@ -197,7 +219,7 @@ def fold(weight: QTensor) -> QTensor:
         axis=weight.axis,
         transposed=weight.transposed,
     )
-    scales = folded.scales(lambda t: t.to(weight._scale.dtype))
+    scales = folded.scales(lambda t: t.to(weight.inner_tensors()["scale"].dtype))
     return weight.with_inner({**folded.inner_tensors(), **scales})
 
 

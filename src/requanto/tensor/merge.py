@@ -63,9 +63,7 @@ def _swap(tensor: QTensor, one: int = -1, two: int = -2) -> QTensor:
     last = {tensor.dim() - 1, tensor.dim() - 2}
     if {one % tensor.dim(), two % tensor.dim()} != last:
         raise NotImplementedError(f"only the last two axes of a quantized weight can be swapped, found {one} and {two}")
-    shape = list(tensor.shape)
-    shape[-1], shape[-2] = shape[-2], shape[-1]
-    return tensor.replace(tensor.qdata, shape=shape, transposed=not tensor.transposed)
+    return tensor.over_same_storage(transposed=not tensor.transposed)
 
 
 def _getitem(tensor: QTensor, index: Any) -> Any:
@@ -77,11 +75,7 @@ def _getitem(tensor: QTensor, index: Any) -> Any:
         return each(tensor, lambda t: t[index], keep=tensor.shared_along(0), shape=tensor.shape[1:], axis=0)
     if isinstance(index, torch.Tensor) and index.dim() == 1 and tensor.axis == 1:
         plain = ATEN[aten.index.Tensor](aten.index.Tensor, (tensor.without_lowrank(), [index]), {})
-        return plain.replace(
-            plain.qdata,
-            up=tensor.up[index],
-            down=tensor.down[index],  # type: ignore[index]
-        )
+        return plain.with_inner({**plain.inner_tensors(), "up": tensor.up[index], "down": tensor.down[index]})  # type: ignore[index]
     raise NotImplementedError(
         f"a quantized weight of shape {tuple(tensor.shape)} whose adapter is in training can be indexed by one expert or "
         f"a 1D tensor of experts only, found {index!r}"

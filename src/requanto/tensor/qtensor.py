@@ -1,60 +1,68 @@
 """QTensor: a quantized weight that is a tensor.
 
 It sits where the float weight sat, in an unmodified ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` or fused-expert
-parameter, and answers to shape, dtype and device as that weight did. Inside are plain tensors:
+parameter, and answers to shape, dtype and device as that weight did. What it is stands in one record
+(`requanto.tensor.spec.WeightSpec`); its numbers are plain tensors (`requanto.tensor.storage`):
 
     qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
     scale  ``[*lead, K / group]``
-    shift  as scale, or None
+    shift  as scale, only of affine weights
     row_scale  ``[*lead, 1]``, only with ``scale_bits``: scale and shift are codes of so many bits then, packed along the
         groups, and the attributes of those names compute the floats (`requanto.scales.compact`)
-    codebook  what each code stands for, ``[2^bits]``; only of learned types (``codebook4``), else None
-    up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``, or both None: a low-rank term beside the codes
+    codebook  what each code stands for, ``[2^bits]``; only of learned types (``codebook4``)
+    up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``: a low-rank term beside the codes
 
 ``W = dequant(qdata, scale, shift) + up @ down``: an adapter merged into a quantized weight is kept as it is, since
-rounding the sum back to few bits would erase most of it (`lowrank`). With ``rotation`` the codes are those of
-rotated rows (`requanto.tensor.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
+rounding the sum back to few bits would erase most of it (`requanto.tensor.lowrank`). With ``rotation`` the codes are those
+of rotated rows (`requanto.tensor.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
 
 ``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the rest. A
 ``transposed`` tensor is seen with its last two axes swapped, the stored form being the same; GPT-2's ``Conv1D``, whose
 weight is [in, out], is stored so.
 
-How it is kept, copied and pickled is `requanto.tensor.stored`. What may be done with a QTensor is what `requanto.tensor.ops`
-implements; any other aten operator raises and names itself.
+What may be done with a QTensor is what `requanto.tensor.ops` lists; any other aten operator raises and names itself.
+Reading changes nothing. A change through one alias (``.data``, ``.detach()``, ``.t()``, an entry of a state dict) is a
+change of all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
+from requanto.runtime.tracing import has_numbers, is_recorded, is_tracing, unrecorded, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
-from requanto.scales.compact import check_scale_bits
+from requanto.scales.compact import check_scale_bits, expand_scale, expand_shift, pack_codes, unpack_codes
 from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.search import ScaleSearch
 from requanto.tensor import dispatch
-from requanto.tensor.layout import find, is_fake, is_handle
+from requanto.tensor.layout import PLAIN, Layout, layout_named
 from requanto.tensor.rotation import check_rotation, fit_rotation, rotate
-from requanto.tensor.stored import Stored
+from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
+from requanto.tensor.storage import WeightStorage
 
 
-class QTensor(Stored, torch.Tensor):
+class QTensor(torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
-    Attributes:
-        qdata, scale, shift, up, down, codebook: the stored tensors (see the module's text).
-        qtype: type of the codes.
-        axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
-        group_size: weights that share a scale; None: one scale a row.
-        transposed: the last two axes are seen swapped.
-        rotation: block in which rows were rotated before they were rounded, a power of two; None: they were not.
-        scale_bits: bits in which scales and shifts are stored; None: they are stored as floats.
-        activation: type that inputs are quantized to, per token, on the way into a product; None: they stay float.
+    Args:
+        qdata, scale, shift, up, down, codebook, row_scale: the stored tensors (see the module's text).
+        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation: see `WeightSpec`; shape as the
+            tensor shows it.
+
+    Raises:
+        ValueError: the tensors are not those of the description: shapes, dtypes, devices. All ways to a QTensor pass here.
     """
+
+    #: Parts of the stored form, in the order of the constructor.
+    tensor_data_names = PART_NAMES
+
+    _spec: WeightSpec
+    _storage: WeightStorage
 
     @staticmethod
     def __new__(
@@ -85,40 +93,51 @@ class QTensor(Stored, torch.Tensor):
             raise TypeError(
                 "QTensor(qdata, scale, shift, qtype=, shape=, dtype=) needs all of them; see QTensor.quantize"
             )
-        shape = torch.Size(shape)
-        strides = _strides(shape, transposed)
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=dtype, device=qdata.device, requires_grad=False
-        )
         if requires_grad:
             raise RuntimeError(NO_GRADIENT)
-        if is_handle(qdata):
-            self._qdata, self._packed = qdata, None if is_fake(qdata) else find(qdata, qtype.bits)
-        else:
-            self.qdata = qdata
-        if (scale_bits is None) != (row_scale is None):
-            raise ValueError(
-                f"scales in few bits need scale_bits and row_scale; found scale_bits={scale_bits} and "
-                f"{'no' if row_scale is None else 'a'} row_scale"
-            )
-        self._scale, self._shift, self.row_scale, self.scale_bits = scale, shift, row_scale, scale_bits
-        self.qtype, self.axis, self.group_size, self.transposed = qtype, axis, group_size, transposed
-        self.activation, self.rotation = activation, rotation
-        if (codebook is not None) != qtype.is_learned:
-            raise ValueError(
-                f"a {qtype.name} weight {'needs its' if qtype.is_learned else 'has no'} codebook of its own; found "
-                f"{None if codebook is None else tuple(codebook.shape)}"
-            )
-        if qtype.is_unsigned or qtype.is_codebook:
-            qtype.affine(shift is None)
-        self.codebook = codebook
-        self.set_lowrank(up, down)
-        return self
+        spec = WeightSpec(
+            qtype=qtype,
+            shape=swapped(shape) if transposed else torch.Size(shape),
+            dtype=dtype,
+            axis=axis,
+            group_size=group_size,
+            affine=shift is not None,
+            transposed=transposed,
+            activation=activation,
+            scale_bits=scale_bits,
+            rotation=rotation,
+        )
+        given = zip(PART_NAMES, (qdata, scale, shift, up, down, codebook, row_scale))
+        return cls._of(spec, {name: part for name, part in given if part is not None})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """All is done in ``__new__``; torch.Tensor's own initializer takes no arguments."""
 
-    # ------------------------------------------------------------------ making and reading
+    @classmethod
+    def _of(cls, spec: WeightSpec, parts: dict[str, torch.Tensor], layout: Layout = PLAIN) -> QTensor:
+        """The weight that these tensors are by this record.
+
+        Raises:
+            ValueError: they are not.
+        """
+        layout.check(spec, parts)
+        return cls._over(spec, WeightStorage(parts, layout))
+
+    @classmethod
+    def _over(cls, spec: WeightSpec, storage: WeightStorage) -> QTensor:
+        """A view of a storage that has been checked."""
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            spec.seen_shape,
+            strides=spec.strides,
+            dtype=spec.dtype,
+            device=storage.parts["qdata"].device,
+            requires_grad=False,
+        )
+        self._spec, self._storage = spec, storage
+        return self
+
+    # ------------------------------------------------------------------ making
 
     @classmethod
     def quantize(
@@ -151,7 +170,7 @@ class QTensor(Stored, torch.Tensor):
                 function of one's own (`requanto.scales.search`); None: the type's default.
             scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
                 floats. Without effect on a weight with one scale a row, which stays float32.
-            rotation: True, ``"hadamard"`` or the largest block: codes are those of the rotated rows (`rotation`).
+            rotation: True, ``"hadamard"`` or the largest block: codes are those of the rotated rows (`tensor.rotation`).
             low_rank: rank of a correction beside the codes, found in turns with them (`scales.correction`).
             name: what to call the weight in messages.
 
@@ -164,6 +183,8 @@ class QTensor(Stored, torch.Tensor):
             raise ValueError(f"{name} is quantized already ({weight.qtype.name}); call .dequantize() on it first")
         if weight.dim() < 2:
             raise ValueError(f"{name}: a weight to quantize has two axes or more, found shape {tuple(weight.shape)}")
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise ValueError(f"{name}: only float weights can be quantized, found {weight.dtype}")
         weight = weight.detach()
         canonical = weight.transpose(-1, -2) if transposed else weight
         if axis is None:
@@ -180,57 +201,340 @@ class QTensor(Stored, torch.Tensor):
         block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)
         rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
+        spec = WeightSpec(
+            qtype=kind,
+            shape=canonical.shape,
+            dtype=weight.dtype,
+            axis=axis,
+            group_size=group,
+            affine=affine,
+            transposed=transposed,
+            scale_bits=scale_bits,
+            rotation=block,
+        )
 
         def rounded(values: torch.Tensor) -> QTensor:
             data = quantize_weight_data(values, kind, group, affine, search, name, scale_bits, block, weight.dtype)
-            return cls(
-                data.qdata if kind.is_packed else data.qdata.view(canonical.shape),
-                data.scale,
-                data.shift,
-                qtype=kind,
-                shape=weight.shape,
-                dtype=weight.dtype,
-                axis=axis,
-                group_size=group,
-                transposed=transposed,
-                codebook=data.codebook,
-                row_scale=data.row_scale,
-                scale_bits=scale_bits,
-                rotation=block,
-            )
+            parts = {
+                "qdata": data.qdata.view(spec.codes_shape),
+                "scale": data.scale,
+                "shift": data.shift,
+                "codebook": data.codebook,
+                "row_scale": data.row_scale,
+            }
+            return cls._of(spec, {part: tensor for part, tensor in parts.items() if tensor is not None})
 
         return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
+
+    # ------------------------------------------------------------------ the record
+
+    @property
+    def qtype(self) -> qtype:
+        """Type of the codes."""
+        return self._spec.qtype
+
+    @property
+    def axis(self) -> int:
+        """Last of the leading axes that keep their own scales."""
+        return self._spec.axis
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale; None: one scale a row."""
+        return self._spec.group_size
+
+    @property
+    def affine(self) -> bool:
+        """True where the weight has a shift."""
+        return self._spec.affine
+
+    @property
+    def transposed(self) -> bool:
+        """The last two axes are seen swapped."""
+        return self._spec.transposed
+
+    @property
+    def scale_bits(self) -> int | None:
+        """Bits in which scales and shifts are stored; None: they are floats."""
+        return self._spec.scale_bits
+
+    @property
+    def rotation(self) -> int | None:
+        """Block in which rows were rotated before they were rounded; None: they were not."""
+        return self._spec.rotation
+
+    @property
+    def activation(self) -> qtype | None:
+        """Type that inputs are quantized to, per token, on the way into a GEMM; None: they stay float."""
+        return self._spec.activation
+
+    @activation.setter
+    def activation(self, value: qtype | None) -> None:
+        self._spec = self._spec.replace(activation=value)
 
     @property
     def canonical_shape(self) -> torch.Size:
         """The shape of the stored form: that of the tensor, last two axes swapped back where ``transposed``."""
-        shape = list(self.shape)
-        if self.transposed:
-            shape[-1], shape[-2] = shape[-2], shape[-1]
-        return torch.Size(shape)
+        return self._spec.shape
 
     @property
     def lead(self) -> torch.Size:
         """Leading axes with scales of their own."""
-        return self.canonical_shape[: self.axis + 1]
+        return self._spec.lead
 
     @property
     def row_length(self) -> int:
         """K: weights in a row."""
-        return self.canonical_shape[self.axis + 1 :].numel()
+        return self._spec.row_length
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """N and K of the matrix that the codes are stored as."""
+        return self._spec.matrix_shape
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row."""
+        return self._spec.groups
+
+    def spec(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON holds it."""
+        spec = self._spec
+        return {
+            "qtype": spec.qtype.name,
+            "shape": list(spec.seen_shape),
+            "axis": spec.axis,
+            "group_size": spec.group_size,
+            "affine": spec.affine,
+            "transposed": spec.transposed,
+            "activation": None if spec.activation is None else spec.activation.name,
+            "rank": self.rank,
+            "scale_bits": spec.scale_bits,
+            "rotation": spec.rotation,
+        }
+
+    # ------------------------------------------------------------------ layout
+
+    @property
+    def layout_name(self) -> str:
+        """The order in which the codes lie: ``"plain"``, as they are stored, or the name of a kernel's own."""
+        return self._storage.layout.name
+
+    @property
+    def is_packed(self) -> bool:
+        """True where the codes lie in the order of a kernel."""
+        return self._storage.layout is not PLAIN
+
+    def pack(self, layout: Layout) -> None:
+        """Puts the codes into a layout, for this weight and all its aliases; `requanto.prepare` chooses one."""
+        self._storage.pack(self._spec, layout)
+
+    def unpack(self) -> None:
+        """Puts the codes back into the stored form, for this weight and all its aliases."""
+        self._storage.unpack(self._spec)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are really held, copies of scales for a kernel included."""
+        return self._storage.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight costs, scales and shifts counted."""
+        return self.nbytes * 8 / max(1, self.shape.numel())
+
+    # ------------------------------------------------------------------ the stored tensors
+
+    @property
+    def qdata(self) -> torch.Tensor:
+        """The stored codes. Of a packed weight a copy for reading only: torch refuses to change it in place."""
+        layout, parts = self._storage.state
+        if layout is PLAIN:
+            # A tensor of its own over the same memory: whoever holds it keeps the weight from being packed.
+            return parts["qdata"].detach()
+        if not has_numbers():
+            return self.inner_tensors()["qdata"]
+        with torch.inference_mode():
+            return layout.unpack(self._spec, parts)
+
+    @qdata.setter
+    def qdata(self, value: torch.Tensor) -> None:
+        self.set_inner({**self.inner_tensors(), "qdata": value})
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Scales ``[*lead, G]``, float; computed from their codes where they are stored in few bits."""
+        parts, bits = self._storage.parts, self._spec.scale_bits
+        if bits is None:
+            return parts["scale"]
+        return expand_scale(unpack_codes(parts["scale"], bits, self._spec.groups), parts["row_scale"])
+
+    @scale.setter
+    def scale(self, value: torch.Tensor) -> None:
+        self._set_float("scale", value)
+
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """Shifts as ``scale``, or None."""
+        parts, bits = self._storage.parts, self._spec.scale_bits
+        if bits is None or "shift" not in parts:
+            return parts.get("shift")
+        zeros = unpack_codes(parts["shift"], bits, self._spec.groups)
+        return expand_shift(zeros, self.scale, self.qtype, bits)
+
+    @shift.setter
+    def shift(self, value: torch.Tensor) -> None:
+        self._set_float("shift", value)
+
+    def _set_float(self, name: str, value: torch.Tensor) -> None:
+        if self.scale_bits is not None:
+            raise AttributeError(
+                f"a {name} that is stored in {self.scale_bits} bits cannot be set; set_inner() sets its parts"
+            )
+        layout, parts = self._storage.state
+        parts = {**parts, name: value}
+        layout.check(self._spec, parts)
+        self._storage.set(parts, layout)
+
+    @property
+    def row_scale(self) -> torch.Tensor | None:
+        """One scale a row, of weights whose groups' scales are stored in few bits; else None."""
+        return self._storage.parts.get("row_scale")
+
+    @property
+    def codebook(self) -> torch.Tensor | None:
+        """What each code stands for, of learned types; else None."""
+        return self._storage.parts.get("codebook")
+
+    def inner_tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors by name; the codes of a packed weight are a copy."""
+        layout, parts = self._storage.state
+        if layout is PLAIN:
+            return dict(parts)
+        if is_tracing():
+            beside = {name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}
+            return {"qdata": self._traced_codes(), **beside}
+        return self._storage.stored(self._spec)
+
+    def _traced_codes(self) -> torch.Tensor:
+        layout, parts = self._storage.state
+        named = [parts[name] for name in layout.names(self._spec)]
+        words = f"{self._spec.words} layout={layout.name}"
+        return torch.ops.requanto.stored_codes(named, words, list(self._spec.shape))  # type: ignore[no-any-return]
+
+    def set_inner(self, inner: Mapping[str, torch.Tensor | None]) -> None:
+        """Puts these stored tensors, and no others, in the place of the weight's own, for all its aliases.
+
+        Raises:
+            ValueError: they are not those of this weight's record.
+        """
+        parts = {name: part for name, part in inner.items() if part is not None}
+        PLAIN.check(self._spec, parts)
+        self._storage.set(parts)
+
+    def with_inner(self, inner: Mapping[str, torch.Tensor | None], **changes: Any) -> QTensor:
+        """The same kind of weight around these stored tensors, and no others.
+
+        Args:
+            changes: fields of the record that are other ones; ``shape`` as the tensor shows it.
+        """
+        transposed = changes.get("transposed", self._spec.transposed)
+        if "shape" in changes:
+            changes["shape"] = swapped(changes["shape"]) if transposed else torch.Size(changes["shape"])
+        parts = {name: part for name, part in inner.items() if part is not None}
+        spec = self._spec.replace(**changes, affine="shift" in parts)
+        return type(self)._of(spec, parts)
+
+    def over_same_storage(self, **changes: Any) -> QTensor:
+        """Another view of the same storage: a change through one is there for the other.
+
+        Args:
+            changes: fields of the record that say how the weight is seen: dtype, activation, shape, axis and transposed, the
+                last three only where the stored rows stay the same.
+        """
+        spec = self._spec.replace(**changes) if changes else self._spec
+        return type(self)._over(spec, self._storage)
+
+    def as_matrix(self) -> QTensor:
+        """The matrix ``[N, K]`` that the codes are stored as, over the same storage; itself, where it is that."""
+        if len(self._spec.shape) == 2 and not self._spec.transposed:
+            return self
+        return self.over_same_storage(shape=torch.Size(self._spec.matrix_shape), axis=0, transposed=False)
+
+    def shared_along(self, axis: int) -> frozenset[str]:
+        """Parts that do not grow with the stored form's ``axis``: cutting or joining along it leaves them whole."""
+        return frozenset(("codebook", "down") if axis == self.axis else ("codebook",))
+
+    def scale_codes(self) -> dict[str, torch.Tensor]:
+        """The stored scale and, if there is one, shift: as they are, or, in few bits, as one code a byte ``[*lead, G]``."""
+        parts, bits = self._storage.parts, self._spec.scale_bits
+        stored = {name: parts[name] for name in ("scale", "shift") if name in parts}
+        if bits is None:
+            return stored
+        return {name: unpack_codes(part, bits, self._spec.groups) for name, part in stored.items()}
+
+    def scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The stored scale and shift with ``change`` applied along their groups, the last axis of what it is given."""
+        bits, codes = self.scale_bits, self.scale_codes()
+        if bits is None:
+            return {name: change(part) for name, part in codes.items()}
+        return {name: pack_codes(change(part).contiguous(), bits) for name, part in codes.items()}
+
+    # ------------------------------------------------------------------ the low-rank term
+
+    @property
+    def up(self) -> torch.Tensor | None:
+        """``[*lead, r]``, the left factor of the low-rank term, or None."""
+        return self._storage.parts.get("up")
+
+    @property
+    def down(self) -> torch.Tensor | None:
+        """``[*lead[:-1], r, K]``, the right factor of the low-rank term, or None."""
+        return self._storage.parts.get("down")
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank term; 0: there is none."""
+        up = self.up
+        return 0 if up is None else up.shape[-1]
+
+    def set_lowrank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
+        """Replaces the low-rank term, in place: every alias, and every module that shares the weight, sees it.
+
+        Raises:
+            ValueError: one of the two is missing, or their shapes do not fit the weight.
+        """
+        if up is not None or down is not None:
+            self._spec.check_low_rank(up, down)
+        layout, parts = self._storage.state
+        self._storage.set({**parts, "up": up, "down": down}, layout)  # type: ignore[dict-item]
+
+    def without_lowrank(self) -> QTensor:
+        """The same codes without the low-rank term."""
+        if not self.rank:
+            return self
+        layout, parts = self._storage.state
+        return type(self)._of(self._spec, {n: part for n, part in parts.items() if n not in ("up", "down")}, layout)
+
+    # ------------------------------------------------------------------ reading
 
     def codes(self) -> torch.Tensor:
         """Unpacked codes ``[*lead, K]``: uint8 (0 .. 2^bits-1) below 8 bits, else uint8, int8 or float8."""
-        stored = self.traced_codes()
-        if self.qtype.is_packed:
-            return unpack(stored, self.qtype.bits, self.row_length)
-        return stored.reshape(*self.lead, self.row_length)
+        spec = self._spec
+        layout, parts = self._storage.state
+        if layout is not PLAIN and is_tracing():
+            layout, parts = PLAIN, {"qdata": self._traced_codes()}
+        return layout.codes(spec, parts, 0, spec.matrix_shape[0]).reshape(*spec.lead, spec.row_length)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The float weight that all stored tensors stand for, in ``dtype`` (default: its own), computed in float32."""
-        values = self.own_values()
-        if self.up is not None and self.down is not None:
-            values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
+        if is_recorded():
+            with unrecorded():
+                return self.dequantize(dtype)
+        with without_autocast(self.device):  # it would round the factors of the low-rank term
+            values = self.own_values()
+            if self.up is not None and self.down is not None:
+                values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
         values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
         return values.transpose(-1, -2) if self.transposed else values
 
@@ -241,6 +545,9 @@ class QTensor(Stored, torch.Tensor):
 
     def stored_values(self) -> torch.Tensor:
         """float32 ``[*lead, K]``: what the codes stand for as they are stored, rotated where the weight is."""
+        if is_recorded():
+            with unrecorded():
+                return self.stored_values()
         return scaled_values(self._code_values(), self.qtype, self.scale, self.shift, self.row_length)
 
     def _code_values(self) -> torch.Tensor:
@@ -258,11 +565,48 @@ class QTensor(Stored, torch.Tensor):
             kind += f", scales in {self.scale_bits} bits"
         if self.rotation is not None:
             kind += f", rotated in blocks of {self.rotation}"
+        packed = f", packed for {self.layout_name}" if self.is_packed else ""
         return (
-            f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}, "
+            f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}{packed}, "
             f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, "
             f"{self.bits_per_weight:.2f} bits a weight)"
         )
+
+    # ------------------------------------------------------------------ taking apart and putting together
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple]:
+        layout, parts = self._storage.state
+        return [f"_{name}" for name in parts], (self._spec.words, self._spec.dtype, layout.name)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, torch.Tensor], context: tuple, outer_size: Any, _stride: Any
+    ) -> QTensor:
+        words, dtype, layout = context
+        shape = swapped(outer_size) if "transposed" in words.split() else torch.Size(outer_size)
+        parts = {name[1:]: part for name, part in inner.items()}
+        return cls._of(WeightSpec.from_words(words, shape, dtype), parts, layout_named(layout))
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph depends on: torch keeps graphs on disk under it. Weights are inputs of the graph."""
+        parts = self._storage.parts.items()
+        inner = [(name, tuple(part.shape), part.stride(), part.dtype, part.device) for name, part in parts]
+        return repr((self.__tensor_flatten__()[1], tuple(self.shape), inner, self.requires_grad))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        parts = dict(self.inner_tensors())
+        if self.qtype.is_floating_point:  # torch cannot pickle float8 (only torch.save can): its bytes go
+            parts["qdata"] = parts["qdata"].view(torch.uint8)
+        is_parameter = bool(getattr(self, "_is_param", False))
+        return _rebuild, (self._spec.words, tuple(self._spec.shape), self.dtype, parts, is_parameter)
+
+    def __deepcopy__(self, memo: dict) -> QTensor:
+        if id(self) not in memo:
+            copy = self.clone()
+            if getattr(self, "_is_param", False):
+                copy._is_param = True
+            memo[id(self)] = copy
+        return memo[id(self)]
 
     # ------------------------------------------------------------------ dispatch
 
@@ -273,6 +617,17 @@ class QTensor(Stored, torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return dispatch.torch_dispatch(func, types, args, kwargs or {})
+
+
+def _part(name: str) -> property:
+    return property(
+        lambda self: self._storage.parts.get(name), doc=f"The tensor {name!r} as it lies in memory, or None."
+    )
+
+
+# The names that `__tensor_flatten__` gives to torch: the parts as they lie in memory, whatever their layout.
+for _name in (*PART_NAMES, "flat"):
+    setattr(QTensor, f"_{_name}", _part(_name))
 
 
 def scaled_values(
@@ -300,18 +655,50 @@ NO_GRADIENT = (
 )
 
 
-def _strides(shape: torch.Size, transposed: bool) -> tuple[int, ...]:
-    """Strides that a float tensor of this shape and orientation would have."""
-    sizes = list(shape)
-    if transposed:
-        sizes[-1], sizes[-2] = sizes[-2], sizes[-1]
-    strides, step = [], 1
-    for size in reversed(sizes):
-        strides.insert(0, step)
-        step *= max(size, 1)
-    if transposed:
-        strides[-1], strides[-2] = strides[-2], strides[-1]
-    return tuple(strides)
+@torch.library.custom_op("requanto::stored_codes", mutates_args=())
+def _stored_codes(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
+    """The stored codes of a packed weight, for graphs that a compiler traces."""
+    spec, layout, named = described(parts, words, shape, torch.float32)
+    return layout.unpack(spec, named).view(spec.codes_shape)
+
+
+@_stored_codes.register_fake
+def _(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
+    spec = WeightSpec.from_words(words.partition(" layout=")[0], shape, torch.float32)
+    return parts[0].new_empty(spec.codes_shape, dtype=spec.qtype.storage_dtype)
+
+
+def described(
+    parts: list[torch.Tensor], words: str, shape: Any, dtype: torch.dtype
+) -> tuple[WeightSpec, Layout, dict[str, torch.Tensor]]:
+    """The weight that an operator was given: its record, layout and parts by name, not checked yet.
+
+    Args:
+        parts: in the order of `Layout.names`.
+        words: `WeightSpec.words`, and ``layout=NAME`` behind them.
+        shape: of the weight as it is stored.
+
+    Raises:
+        ValueError: another number of parts than the record asks for.
+    """
+    plain, _, name = words.partition(" layout=")
+    spec, layout = WeightSpec.from_words(plain, shape, dtype), layout_named(name or PLAIN.name)
+    names = layout.names(spec)
+    if len(names) != len(parts):
+        raise ValueError(f"{spec.text()}: found {len(parts)} tensors, expected {', '.join(names)}")
+    return spec, layout, dict(zip(names, parts))
+
+
+def _rebuild(
+    words: str, shape: tuple[int, ...], dtype: torch.dtype, parts: dict[str, torch.Tensor], is_parameter: bool
+) -> QTensor:
+    """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
+    spec = WeightSpec.from_words(words, shape, dtype)
+    codes = parts["qdata"]
+    tensor = QTensor._of(spec, {**parts, "qdata": codes.view(spec.qtype.storage_dtype)})
+    if is_parameter:
+        tensor._is_param = True
+    return tensor
 
 
 def _rebuild_qtensor(
@@ -330,7 +717,7 @@ def _rebuild_qtensor(
     down: torch.Tensor | None = None,
     later: dict[str, Any] | None = None,
 ) -> QTensor:
-    """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
+    """Unpickles a QTensor that version 0.1 before November 2026 wrote."""
     tensor = QTensor(
         qdata.view(qtypes[name].storage_dtype),
         scale,
@@ -351,5 +738,7 @@ def _rebuild_qtensor(
     return tensor
 
 
-# torch.load(weights_only=True) runs only what is listed; these two build tensors and nothing else.
-torch.serialization.add_safe_globals([_rebuild_qtensor, QTensor])
+# Pickles name what rebuilds them by this address, which stays where it is when files move.
+_rebuild.__module__ = _rebuild_qtensor.__module__ = "requanto.qtensor"
+# torch.load(weights_only=True) runs only what is listed; these build tensors and nothing else.
+torch.serialization.add_safe_globals([_rebuild, _rebuild_qtensor, (QTensor, "requanto.qtensor.QTensor"), QTensor])

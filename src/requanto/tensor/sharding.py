@@ -99,7 +99,7 @@ def with_groups(tensor: QTensor, group: int) -> QTensor:
         change = _every(group // now)
     else:
         raise ValueError(f"groups of {now} cannot be seen as groups of {group}")
-    return tensor.replace(tensor.qdata, group_size=group, **tensor.scales(change))
+    return tensor.with_inner({**tensor.inner_tensors(), **tensor.scales(change)}, group_size=group)
 
 
 def _repeat(times: int) -> Callable[[torch.Tensor], torch.Tensor]:

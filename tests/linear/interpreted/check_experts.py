@@ -39,7 +39,7 @@ def test_from_pretrained_to_the_grouped_kernel_and_back(tmp_path, monkeypatch):
     model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config).eval()
     experts = {name: p for name, p in model.named_parameters() if p.dim() == 3}
     assert len(experts) == 2
-    assert all(isinstance(p, QTensor) and p.packed is None for p in experts.values())
+    assert all(isinstance(p, QTensor) and not p.is_packed for p in experts.values())
     stored = {name: p.qdata.clone() for name, p in experts.items()}
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -51,7 +51,7 @@ def test_from_pretrained_to_the_grouped_kernel_and_back(tmp_path, monkeypatch):
     entry = next(one for one in registry._TABLE if one.name == "triton-wq")
 
     def counted(x, weight, offsets):
-        calls.append((x.shape[0], weight.packed is not None))
+        calls.append((x.shape[0], weight.is_packed))
         return grouped(x, weight, offsets)
 
     object.__setattr__(entry, "run_grouped", counted)
@@ -61,7 +61,7 @@ def test_from_pretrained_to_the_grouped_kernel_and_back(tmp_path, monkeypatch):
             got = model(ids, use_cache=False).logits
             torch.testing.assert_close(got, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
         assert calls == [(12, True), (12, True)]  # both products, packed before the first
-        assert all(p.packed is not None and p.packed.layout == "exec" for p in experts.values())
+        assert all(p.is_packed and p.layout_name == "exec" for p in experts.values())
         assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 8)
         assert len(calls) == 6  # decoding stays on the grouped kernel
     finally:
@@ -95,4 +95,4 @@ def test_training_leaves_the_experts_as_stored():
         grads.append(x.grad.clone())
         x.grad = None
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
-    assert all(p.packed is None for p in module.parameters())
+    assert all(not p.is_packed for p in module.parameters())

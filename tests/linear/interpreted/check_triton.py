@@ -6,7 +6,7 @@ from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
 import requanto
 from requanto.dtypes.qtypes import qfloat8_e4m3fn, qfloat8_e5m2, qint2, qint4, qint8, qtypes
-from requanto.linear import grouped_linear, linear, registry
+from requanto.linear import custom_ops, grouped_linear, linear, registry
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import layout, paths
 from requanto.linear.prepack import prepare
@@ -59,13 +59,13 @@ def test_weight_only(bits, group, affine, transposed, dtype):
             if not layout.fits(q):
                 assert bits == 8
                 continue
-            q.pack(layout.pack(q))
+            q.pack(layout.EXEC)
         assert chosen(q, x) == "triton-wq"
         for run in (paths.run_wq, paths.run_dequantized):
             got = run(x, q, bias)
             assert got.dtype == dtype
             assert error(got, want) <= TOLERANCE[dtype]
-        assert (q.packed is not None) == packed
+        assert q.is_packed == packed
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -84,7 +84,7 @@ def test_a_large_weight_is_rebuilt_in_parts(transposed, monkeypatch):
     matrix = w.meaning if transposed else w.meaning.T
     x, bias = torch.randn(5, matrix.shape[0]), torch.randn(matrix.shape[1])
     q = tensor(w, transposed)
-    q.pack(layout.pack(q))
+    q.pack(layout.EXEC)
     assert error(paths.run_dequantized(x, q, bias), x.double() @ matrix + bias.double()) <= TOLERANCE[FULL]
 
 
@@ -116,9 +116,9 @@ def test_int8_activations(bits, group, affine, name, static):
     assert chosen(q, x, qint8) == name
     assert error(got, rounded @ w.meaning.T + bias.double()) <= 1e-5  # a tie may fall the other way in float32
     if layout.fits(q, qint8):
-        q.pack(layout.pack(q))
+        q.pack(layout.EXEC)
         again = linear(x, q, bias, activation=qint8, input_scale=scale)
-        assert q.packed is not None
+        assert q.is_packed
         assert error(again, got.double()) <= 1e-6
 
 
@@ -129,7 +129,7 @@ def test_int8_activations_keep_small_groups_plain():
     # Packed before the activations were known: right all the same, by another way.
     w = weight(40, 256, 4, 64)
     q, x = tensor(w), torch.randn(2, 256)
-    q.pack(layout.pack(q))
+    q.pack(layout.EXEC)
     assert chosen(q, x, qint8) == "triton-rounded"
     want = quantized_rows(x, 127, torch.round) @ w.meaning.T
     assert error(linear(x, q, activation=qint8), want) <= 1e-5
@@ -155,7 +155,7 @@ def test_experts(transposed, packed):
     w = weight(24, 256, 4, 64, True, experts=4)
     q = tensor(w, transposed)
     if packed:
-        q.pack(layout.pack(q))
+        q.pack(layout.EXEC)
     matrix = w.meaning if transposed else w.meaning.transpose(1, 2)
     ends = torch.tensor([0, 5, 6, 10], dtype=torch.int32)
     owner = torch.tensor([1] * 5 + [2] + [3] * 4)
@@ -169,7 +169,7 @@ def test_experts(transposed, packed):
     want = torch.einsum("tn,tkn->tk", dy[:10].double(), matrix[owner])
     assert error(x.grad[:10], want) <= TOLERANCE[FULL]
     assert not x.grad[10:].any()
-    assert (q.packed is not None) == packed
+    assert q.is_packed == packed
     assert grouped_linear(x[:0], q, torch.zeros(4, dtype=torch.int32)).shape == (0, matrix.shape[2])
 
 
@@ -179,17 +179,16 @@ def test_gradient_and_operators(bits, packed):
     w = weight(40, 256, bits, 64 if bits == 4 else None)
     q = tensor(w)
     if packed and bits == 4:
-        q.pack(layout.pack(q))
+        q.pack(layout.EXEC)
     x, bias = torch.randn(2, 3, 256, requires_grad=True), torch.randn(40, requires_grad=True)
     out = linear(x, q, bias)
     dy = torch.randn_like(out)
     out.backward(dy)
     assert error(x.grad, dy.double() @ w.meaning) <= TOLERANCE[FULL]
     assert error(bias.grad, dy.double().sum((0, 1))) <= TOLERANCE[FULL]
-    assert (q.packed is not None) == (packed and bits == 4)  # training neither packs nor unpacks
-    rest = (q.qtype.name, q.group_size or 0, list(q.canonical_shape), False)
+    assert q.is_packed == (packed and bits == 4)  # training neither packs nor unpacks
     rows = x.detach().reshape(-1, 256).requires_grad_()
-    torch.library.opcheck(torch.ops.requanto.linear, (rows, q.operand, q.scale, None, bias, *rest))
+    torch.library.opcheck(torch.ops.requanto.linear, (rows, bias, *custom_ops.arguments(q), None))
 
 
 @pytest.mark.parametrize(
@@ -206,11 +205,11 @@ def test_adapters_train_through_quantized_activations(bits, group, fp8, activati
     dy = torch.randn_like(out)
     out.backward(dy)
     assert error(x.grad, dy.double() @ w.meaning) <= TOLERANCE[FULL]
-    rest = (q.qtype.name, q.group_size or 0, list(q.canonical_shape), False, activation.name)
     # (On a CPU torch cannot compare float8 tensors, as its check of the schema would.)
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     checks += [] if fp8 else ["test_schema"]
-    torch.library.opcheck(torch.ops.requanto.linear, (x, q.operand, q.scale, None, None, *rest), test_utils=checks)
+    arguments = (x, None, *custom_ops.arguments(q, activation), None)
+    torch.library.opcheck(torch.ops.requanto.linear, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -218,15 +217,12 @@ def test_operators_of_gradients_and_experts_are_well_formed(packed):
     w, stack = weight(40, 256, 4, 64, True), weight(24, 256, 4, 64, True, experts=3)
     q, experts = tensor(w), tensor(stack)
     if packed:
-        q.pack(layout.pack(q))
-        experts.pack(layout.pack(experts))
-    rest = (q.qtype.name, 64, [40, 256], False)
-    torch.library.opcheck(torch.ops.requanto.linear_backward, (torch.randn(3, 40), q.operand, q.scale, q.shift, *rest))
+        q.pack(layout.EXEC)
+        experts.pack(layout.EXEC)
+    torch.library.opcheck(torch.ops.requanto.linear_backward, (torch.randn(3, 40), *custom_ops.arguments(q)))
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     x = torch.randn(6, 256, requires_grad=True)
-    rest = (q.qtype.name, 64, [3, 24, 256], False)
-    arguments = (x, experts.operand, experts.scale, experts.shift, ends, *rest)
-    torch.library.opcheck(torch.ops.requanto.grouped_linear, arguments)
+    torch.library.opcheck(torch.ops.requanto.grouped_linear, (x, ends, *custom_ops.arguments(experts), False))
 
 
 def layer(k=256, n=48):
@@ -245,21 +241,21 @@ def test_the_layout_replaces_the_codes_and_comes_back(tmp_path):
     before = model(x)
     assert prepare(model, smallest=0) == {"0.weight": "exec"}  # K = 48 has no such form
     assert model[0].weight.nbytes == nbytes
-    assert model[0].weight.packed.handle.dtype == torch.int16
+    assert model[0].weight._qdata.dtype == torch.uint8
     with torch.no_grad():
         after = model(x)
-    assert model[0].weight.packed is not None
+    assert model[0].weight.is_packed
     assert error(after, before.double()) <= 1e-5
     shared = model[0].weight.detach()
-    # Moved views keep the form; a transposed product reads it too.
-    assert model[0].weight.t().packed is not None
+    # Views keep the layout; a transposed GEMM reads it too.
+    assert model[0].weight.t().is_packed
     state = model.state_dict()
     torch.save(state, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)
     for i, codes in zip((0, 2), stored):
         assert torch.equal(loaded[f"{i}.weight"].qdata, codes)
         assert torch.equal(model[i].weight.qdata, codes)
-    assert model[0].weight.packed is None
+    assert model[0].weight.is_packed
     assert torch.equal(shared.qdata, stored[0])
     other = torch.nn.Sequential(layer(), torch.nn.ReLU(), layer(48, 16))
     prepare(other, smallest=0)
@@ -274,35 +270,38 @@ def test_the_first_product_packs(monkeypatch):
     monkeypatch.setattr(module, "SMALLEST", 0)
     model, x = layer(), torch.randn(2, 256)
     want = x.double() @ model.weight.dequantize(torch.float32).double().T + model.bias.double()
-    assert error(model(x), want) <= TOLERANCE[FULL]  # training leaves the form alone
-    assert model.weight.packed is None
+    assert not model.weight.is_packed
+    assert error(model(x), want) <= TOLERANCE[FULL]
+    assert model.weight.layout_name == "exec"
     with torch.inference_mode():
         assert error(model(x), want) <= TOLERANCE[FULL]
-    assert model.weight.packed.layout == "exec"
-    model(x).sum()
+    model(x).sum().backward()
+    assert model.weight.layout_name == "exec"
 
 
 def test_a_captured_weight_stays_where_it_is(monkeypatch):
     one, two = layer(), layer()
     prepare(one, smallest=0)
     stored = two.weight.qdata.clone()
-    words = one.weight.packed.handle
+    words = one.weight._qdata
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(layout, "capturing", lambda device: True)
         one(torch.randn(2, 256))
         two(torch.randn(2, 256))
         assert prepare(two, smallest=0) == {}
     copy = one.weight.qdata
-    assert one.weight.packed.handle is words
+    assert one.weight._qdata is words
     assert prepare(two, smallest=0) == {}
     assert torch.equal(two.weight.qdata, stored)
     # What is loaded into a captured layer reaches the memory that the graph reads.
     one.weight.copy_(two.weight)
-    assert one.weight.packed.handle is words
+    assert one.weight._qdata is words
     assert torch.equal(one.weight.qdata, stored)
     assert not torch.equal(copy, stored)
     address = words.untyped_storage()._cdata
     assert address in layout._pinned
+    with pytest.raises(RuntimeError, match="captured CUDA graph"):
+        one.weight.unpack()
 
 
 def test_compiled_graphs_see_the_layout():
@@ -321,9 +320,9 @@ def test_compiled_graphs_see_the_layout():
         plain = compiled(x)
         prepare(module, smallest=0)
         packed = compiled(x)
-        assert module.weight.packed is not None
+        assert module.weight.is_packed
         again = torch.nn.functional.linear(x, module.weight.detach().dequantize(), module.bias)
-    assert calls == [[torch.uint8], [torch.int16]]  # another form is another graph
+    assert calls == [[torch.uint8], [torch.uint8]]  # another layout is another graph
     assert error(packed, plain.double()) <= 1e-5
     assert error(packed, again.double()) <= 1e-5
 
@@ -331,13 +330,13 @@ def test_compiled_graphs_see_the_layout():
 def test_lowrank_beside_packed_codes():
     w = weight(40, 256, 4, 64)
     q = tensor(w)
-    q.pack(layout.pack(q))
+    q.pack(layout.EXEC)
     up, down = torch.randn(40, 3), torch.randn(3, 256)
     q.set_lowrank(up, down)
     x = torch.randn(2, 256)
     want = x.double() @ (w.meaning + up.double() @ down.double()).T
     assert error(linear(x, q), want) <= TOLERANCE[FULL]
-    assert q.packed is not None
+    assert q.is_packed
 
 
 def test_explain_names_the_kernel():

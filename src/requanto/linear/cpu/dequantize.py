@@ -17,6 +17,8 @@ from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import fused_dequantize
 from requanto.runtime.buffers import workspace
 from requanto.runtime.settings import settings
+from requanto.runtime.tracing import neutral
+from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
 
 #: Bytes of one block's result, more than a core's own cache: the start of an operator on all threads costs more than that.
@@ -38,7 +40,9 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         fused_dequantize.fill(weight, start, stop, out)
         return out
     rows, length = weight.lead.numel(), weight.row_length
-    qdata = weight.qdata.reshape(rows, -1)
+    layout, parts = weight._storage.state
+    plain = layout is PLAIN
+    qdata = parts["qdata"].reshape(rows, -1) if plain else None
     scale, shift = weight.scale.reshape(rows, -1), weight.shift
     shift = None if shift is None else shift.reshape(rows, -1)
     pairs = _pairs_of(weight) if weight.qtype.is_codebook else None
@@ -47,15 +51,19 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
         part = out[begin - start : end - start]
+        if qdata is None:
+            stored = layout.codes(weight._spec, parts, begin, end)
+        else:
+            stored = qdata[begin:end]
         if pairs is not None:
-            _from_codebook(qdata[begin:end], weight.qtype.bits, pairs, scale[begin:end] if scaled else None, part)
+            _from_codebook(stored, weight.qtype.bits, pairs, scale[begin:end] if scaled else None, part)
             continue
         if scaled and weight.qtype.dtype == torch.int8 and row_scaled(weight) and part.dtype != torch.float32:
             # In float32, rounded once, which takes no longer than in bfloat16.
-            wide = workspace(tuple(part.shape), torch.float32, slot=2).copy_(qdata[begin:end])
+            wide = workspace(tuple(part.shape), torch.float32, slot=2).copy_(stored)
             part.copy_(wide.mul_(scale[begin:end].float()))
             continue
-        codes_to_float(qdata[begin:end], weight.qtype, part)
+        codes_to_float(stored, weight.qtype, part, unpacked=not plain)
         if scaled:
             _scale(part, weight.qtype, scale[begin:end], None if shift is None else shift[begin:end])
     return out
@@ -95,10 +103,15 @@ def _scale(part: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Te
         groups.copy_(wide)
 
 
-def codes_to_float(qdata: torch.Tensor, kind: qtype, out: torch.Tensor) -> None:
-    """``[rows, bytes]`` -> the codes' values in ``out`` ``[rows, K]``; those of unsigned codes around zero."""
+def codes_to_float(qdata: torch.Tensor, kind: qtype, out: torch.Tensor, *, unpacked: bool = False) -> None:
+    """``[rows, bytes]`` -> the codes' values in ``out`` ``[rows, K]``; those of unsigned codes around zero.
+
+    Args:
+        unpacked: codes below 8 bits come one a byte, and may be overwritten.
+    """
     if kind.is_packed:
-        out.copy_(unpack(qdata, kind.bits, out.shape[1]).view(torch.int8).sub_(kind.zero_code))
+        codes = qdata if unpacked else unpack(qdata, kind.bits, out.shape[1])
+        out.copy_(codes.view(torch.int8).sub_(kind.zero_code))
     elif kind.is_unsigned:  # the same numbers modulo 256
         out.copy_((qdata - kind.zero_code).view(torch.int8))
     elif kind.dtype == torch.float8_e4m3fn:
@@ -116,8 +129,8 @@ def _pairs_of(weight: QTensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _fixed_pairs(kind: qtype) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return _pairs(torch.tensor(kind.values, dtype=torch.float32))
+    with neutral():
+        return _pairs(torch.tensor(kind.values, dtype=torch.float32, device="cpu"))
 
 
 def _pairs(values: torch.Tensor) -> torch.Tensor:

@@ -12,37 +12,52 @@ from requanto.dtypes.qtypes import qfloat8_e4m3fn, qtype
 from requanto.linear.cpu import onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.cpu.int8 import by_row
-from requanto.linear.registry import Product
-from requanto.tensor.layout import Packed, packed_as
+from requanto.linear.cpu.onednn_int8 import checked_index
+from requanto.linear.cpu.scales import refreshed, row_scale
+from requanto.linear.registry import Gemm
+from requanto.tensor.layout import Layout, Parts, register_layout
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.spec import WeightSpec
 
-LAYOUT = "float8-blocked"
 #: Rows of x that are multiplied with the codes one by one; beyond, dequantization is shared by enough rows.
 FEW = 2
 
 
-class Float8Codes(Packed):
+class Float8Layout(Layout):
     """e4m3 ``[N, K]`` as bytes ``[ceil(N / 64), K, 64]``, K filled up with zeros to a multiple of 64."""
 
-    layout = LAYOUT
+    name = "float8-64"
+    rows_are_views = False
 
-    def __init__(self, codes: torch.Tensor) -> None:
-        super().__init__()
-        self.shape, self.dtype = codes.shape, codes.dtype
-        rows, self.length = (onednn_bf16.padded(size) for size in codes.shape)
-        codes = codes.view(torch.uint8)
-        if (rows, self.length) != self.shape:
-            codes = torch.nn.functional.pad(codes, (0, self.length - self.shape[1], 0, rows - self.shape[0]))
-        self.blocks = codes.view(rows // onednn_bf16.ROWS, onednn_bf16.ROWS, -1).transpose(1, 2).contiguous()
+    def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
+        rows, length = spec.matrix_shape
+        blocks, long, block = self.codes_form(spec)[0]
+        codes = parts["qdata"].view(torch.uint8).reshape(rows, length)
+        if (blocks * block, long) != (rows, length):
+            codes = torch.nn.functional.pad(codes, (0, long - length, 0, blocks * block - rows))
+        return {"qdata": codes.view(blocks, block, long).transpose(1, 2).contiguous()}
 
-    def plain(self) -> torch.Tensor:
-        rows, length = self.shape
-        codes = self.blocks.transpose(1, 2).reshape(-1, self.length)
-        return codes[:rows, :length].contiguous().view(self.dtype)
+    def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
+        return self.codes(spec, parts, 0, spec.matrix_shape[0]).view(spec.codes_shape)
 
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.nbytes
+    def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
+        first = start // onednn_bf16.ROWS
+        blocks = parts["qdata"][first : -(-stop // onednn_bf16.ROWS)]
+        codes = blocks.transpose(1, 2).reshape(-1, blocks.shape[1])
+        begin = first * onednn_bf16.ROWS
+        return codes[start - begin : stop - begin, : spec.row_length].contiguous().view(spec.qtype.dtype)
+
+    def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
+        index = checked_index(index, spec.matrix_shape[0])
+        found = parts["qdata"][index // onednn_bf16.ROWS, :, index % onednn_bf16.ROWS]
+        return found[:, : spec.row_length].contiguous().view(spec.qtype.dtype)
+
+    def codes_form(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
+        rows, length = (onednn_bf16.padded(size) for size in spec.matrix_shape)
+        return torch.Size([rows // onednn_bf16.ROWS, length, onednn_bf16.ROWS]), torch.uint8
+
+
+LAYOUT = register_layout(Float8Layout())
 
 
 def fits(weight: QTensor) -> bool:
@@ -56,11 +71,6 @@ def fits(weight: QTensor) -> bool:
     )
 
 
-def pack(weight: QTensor) -> Float8Codes:
-    """The packed form of a plain weight that `fits`, once the kernels are `compiled.ready`."""
-    return Float8Codes(weight.qdata)
-
-
 def run(
     x: torch.Tensor,
     weight: QTensor,
@@ -69,28 +79,27 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ w.T + bias``; x in bfloat16, or few rows of any dtype."""
-    product = _product(packed_as(weight, Float8Codes, pack), weight, x.shape[0])
-    return product(x, weight, bias)
+    gemm = bind(weight, x.shape[0], x.dtype)
+    assert gemm is not None
+    return gemm(x, weight, bias)
 
 
-def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """`run` for one shape of x."""
-    packed = weight.packed
-    return _product(packed, weight, rows) if isinstance(packed, Float8Codes) else None
-
-
-def _product(packed: Float8Codes, weight: QTensor, rows: int) -> Product:
-    codes, length, (out_features, own) = packed.blocks, packed.length, packed.shape
-    scale = packed.row_scale(weight, onednn_bf16.padded(out_features))
+    layout, parts = weight._storage.state
+    if layout is not LAYOUT:
+        return None
+    codes, (out_features, own) = parts["qdata"], weight.matrix_shape
+    length, filled = codes.shape[1], onednn_bf16.padded(out_features)
+    scale = row_scale(weight, filled)
     if rows > FEW:
         scales = scale.view(-1, onednn_bf16.ROWS)
-        product = onednn_bf16.bind(out_features, length, rows, lambda part: calls.fill_e4m3(codes[part], scales[part]))
-        return onednn_bf16.widened(product, own, length)
+        gemm = onednn_bf16.bind(out_features, length, rows, lambda part: calls.fill_e4m3(codes[part], scales[part]))
+        return refreshed(onednn_bf16.widened(gemm, own, length), weight, filled)
     row = calls.e4m3_row(codes, scale)
-    if rows == 1:
-        return onednn_bf16.widened(by_row(row, out_features), own, length)
 
     def one_by_one(x: torch.Tensor) -> torch.Tensor:
         return torch.stack([row(one).view(-1)[:out_features] for one in x.reshape(rows, length)])
 
-    return onednn_bf16.widened(by_row(one_by_one, out_features), own, length)
+    gemm = by_row(row if rows == 1 else one_by_one, out_features)
+    return refreshed(onednn_bf16.widened(gemm, own, length), weight, filled)

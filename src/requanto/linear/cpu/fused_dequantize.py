@@ -14,8 +14,7 @@ from requanto.dtypes.qtypes import qfloat8_e4m3fn, qint8
 from requanto.linear.cpu.aot import cache, calls
 from requanto.runtime.buffers import workspace
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import has_numbers
-from requanto.tensor.layout import is_fake
+from requanto.runtime.tracing import has_numbers, is_fake
 from requanto.tensor.qtensor import QTensor
 
 #: Numbers of a weight below which kernels do not pay: all of its operators take no longer than a few calls.
@@ -37,7 +36,13 @@ def family(weight: QTensor) -> str | None:
 
 def ready(weight: QTensor, dtype: torch.dtype) -> bool:
     """True where a kernel makes this weight in ``dtype``; it is made or loaded, if need be."""
-    if dtype != torch.bfloat16 or weight.device.type != "cpu" or not has_numbers() or is_fake(weight._qdata):
+    if (
+        dtype != torch.bfloat16
+        or weight.is_packed
+        or weight.device.type != "cpu"
+        or not has_numbers()
+        or is_fake(weight._qdata)
+    ):
         return False
     experts = weight.shape[0] if weight.axis == 1 else 1  # multiplied one by one
     if weight.numel() < SMALLEST * experts:
@@ -52,7 +57,7 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> None:
     rows, groups = stop - start, weight.groups
     if not out.numel():
         return
-    codes = weight.qdata.reshape(weight.lead.numel(), -1)[start:stop].reshape(rows * groups, -1).contiguous()
+    codes = weight._qdata.reshape(weight.lead.numel(), -1)[start:stop].reshape(rows * groups, -1).contiguous()
     scale = _column(weight.scale, weight, start, stop)
     values = out.view(rows * groups, -1)
     kind = family(weight)

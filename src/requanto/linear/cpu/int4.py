@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import NamedTuple
 
 import torch
 
 from requanto.dtypes.bit_packing import pack as pack_codes
 from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.cpu import onednn_bf16 as blocked
+from requanto.linear.cpu import onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.cpu.onednn_bf16 import FILLING
-from requanto.linear.registry import Product
-from requanto.tensor.layout import Packed, packed_as
+from requanto.linear.cpu.onednn_int8 import checked_index
+from requanto.linear.registry import Gemm
+from requanto.runtime.tracing import neutral
+from requanto.tensor.layout import Layout, Parts, register_layout
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.spec import WeightSpec
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = "int4"
 #: Group sizes that the operator takes.
 GROUPS = (32, 64, 128, 256)
 #: Rows of codes that are widened to int32 at a time while packing.
@@ -40,111 +43,205 @@ def rows_per_block() -> int:
     return 64 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 32
 
 
-class Int4Codes(Packed):
-    """4-bit ``[N, K]`` in blocks of rows.
+class Int4Layout(Layout):
+    """4-bit ``[N, K]`` in blocks of rows, uint8 ``[N filled up, K filled up / 2]``.
 
-    Attributes:
-        bits: of the stored codes: 4, 3 or 2.
-        rows, own_length: N and K.
-        length, groups: K and its groups, filled up.
+    Beside the codes lies ``flat``, bool ``[N, groups]``: groups whose codes are all 0 (`Scales`).
     """
 
-    layout = LAYOUT
+    extra = ("flat",)
+    rows_are_views = False
 
-    def __init__(self, weight: QTensor) -> None:
-        super().__init__()
-        self.bits, self.block = weight.qtype.bits, rows_per_block()
-        self.rows, self.own_length = weight.matrix_shape
-        self.length = _length(self.own_length)
-        self.groups = 1 if weight.group_size is None else self.length // weight.group_size
-        # The operator's zero is 8. Codes of 2 and 3 bits are moved there, so that no zero point is large beside its weights.
-        self.offset = 8 - 2 ** (self.bits - 1)
-        parts, flat = [], []
-        for rows in weight.qdata.split(_STEP):
-            codes = unpack(rows, self.bits, self.own_length)
-            flat.append(codes.view(len(rows), weight.groups, -1).amax(2) == 0)
-            beside, below = self.length - self.own_length, -len(rows) % self.block
+    def __init__(self, block: int) -> None:
+        self.block = block
+        self.name = f"int4-{block}"
+
+    def sizes(self, spec: WeightSpec) -> tuple[int, int]:
+        """N and K, filled up."""
+        rows, length = spec.matrix_shape
+        return rows + -rows % self.block, _length(length)
+
+    def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
+        rows, length = spec.matrix_shape
+        beside, offset = _length(length) - length, _offset(spec)
+        packed, flat = [], []
+        for part in parts["qdata"].reshape(rows, -1).split(_STEP):
+            codes = unpack(part, spec.qtype.bits, length)
+            flat.append(codes.view(len(part), spec.groups, -1).amax(2) == 0)
+            below = -len(part) % self.block
             if beside or below:
                 codes = torch.nn.functional.pad(codes, (0, beside, 0, below))
-            parts.append(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).add_(self.offset), 1))
-        self.blocked, self.flat = torch.cat(parts), torch.cat(flat)
-        self._scales: dict[torch.dtype, torch.Tensor] = {}
+            packed.append(self._packed(codes.add_(offset)))
+        return {"qdata": torch.cat(packed), "flat": torch.cat(flat)}
+
+    def _packed(self, codes: torch.Tensor) -> torch.Tensor:
+        if self.block == rows_per_block():
+            return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        half = self.block // 2  # another machine's blocks
+        low, high = codes.view(-1, 2, half, codes.shape[1]).transpose(2, 3).unbind(1)
+        return (low | (high << 4)).reshape(codes.shape[0], -1)
+
+    def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
+        rows = spec.matrix_shape[0]
+        spans = [(start, min(start + _STEP, rows)) for start in range(0, rows, _STEP)]
+        packed = [pack_codes(self.codes(spec, parts, *span), spec.qtype.bits) for span in spans]
+        return torch.cat(packed).view(spec.codes_shape)
+
+    def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
+        first, last = start // self.block, -(-stop // self.block)
+        blocks = self.blocks(spec, parts)[first:last]
+        codes = torch.cat([blocks & 15, blocks >> 4], dim=2).transpose(1, 2).reshape(-1, blocks.shape[1])
+        begin = first * self.block
+        return codes[start - begin : stop - begin, : spec.row_length].contiguous().sub_(_offset(spec))
+
+    def blocks(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
+        """uint8 ``[blocks, K filled up, block / 2]``: row r of a block and row r + half a block in one byte."""
+        return parts["qdata"].view(-1, self.sizes(spec)[1], self.block // 2)
+
+    def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
+        index, half = checked_index(index, spec.matrix_shape[0]), self.block // 2
+        lane = index % self.block
+        found = self.blocks(spec, parts)[index // self.block, :, lane % half]
+        codes = torch.where((lane < half).unsqueeze(1), found & 15, found >> 4)
+        return codes[:, : spec.row_length].contiguous().sub_(_offset(spec))
+
+    def codes_form(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
+        rows, length = self.sizes(spec)
+        return torch.Size([rows, length // 2]), torch.uint8
+
+    def extra_forms(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {"flat": (torch.Size([spec.matrix_shape[0], spec.groups]), torch.bool)}
+
+
+_OF_BLOCK = {block: register_layout(Int4Layout(block)) for block in (32, 64)}
+
+
+def layout() -> Int4Layout:
+    """The layout of this processor's operator."""
+    return _OF_BLOCK[rows_per_block()]
+
+
+def _offset(spec: WeightSpec) -> int:
+    """The operator's zero is 8. Codes of 2 and 3 bits are moved there, so that no zero point is large beside its weights."""
+    return 8 - 2 ** (spec.qtype.bits - 1)
+
+
+class Packed(NamedTuple):
+    """A weight in this processor's layout, as GEMMs read it. It holds tensors, not the weight.
+
+    Attributes:
+        codes: uint8 ``[N filled up, K filled up / 2]``.
+        flat: bool ``[N, groups]``, see `Int4Layout`.
+        blocks: the same, block by block.
+        rows, own_length: N and K.
+        length, groups: K and its groups, filled up.
+        group_size: of the weight.
+        affine: it has shifts.
+    """
+
+    codes: torch.Tensor
+    flat: torch.Tensor
+    blocks: torch.Tensor
+    rows: int
+    own_length: int
+    length: int
+    groups: int
+    group_size: int | None
+    affine: bool
+
+    @property
+    def block(self) -> int:
+        """Rows of one block."""
+        return 2 * self.blocks.shape[2]
+
+
+def packed(weight: QTensor) -> Packed | None:
+    """The weight's tensors, where they are in this processor's layout."""
+    found, parts = weight._storage.state
+    if found is not layout():
+        return None
+    spec = weight._spec
+    length = found.sizes(spec)[1]
+    groups = 1 if spec.group_size is None else length // spec.group_size
+    blocks = found.blocks(spec, parts)
+    return Packed(
+        parts["qdata"], parts["flat"], blocks, *spec.matrix_shape, length, groups, spec.group_size, spec.affine
+    )
+
+
+class Scales:
+    """Scales and zero points as kernels read them, made from a weight's own and kept with its storage.
+
+    Made anew when those were changed in place. (A change behind torch's back, through ``scale.data``, is not seen; assign
+    ``weight.scale`` instead.)
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[torch.dtype, torch.Tensor] = {}
         self._words: torch.Tensor | None = None
         self._state: tuple[object, ...] = ()
-        self._made_from: tuple[torch.Tensor | None, ...] = ()
 
-    def plain(self) -> torch.Tensor:
-        parts = []
-        for start, stop in self._parts():
-            codes = self.codes(start, stop).sub_(self.offset)
-            parts.append(pack_codes(codes[: self.rows - start, : self.own_length].contiguous(), self.bits))
-        return torch.cat(parts)
-
-    def _parts(self) -> list[tuple[int, int]]:
-        rows = self.blocked.shape[0]
-        return [(start, min(start + _STEP, rows)) for start in range(0, rows, _STEP)]
-
-    def codes(self, start: int, stop: int) -> torch.Tensor:
-        """Nibbles of whole blocks of rows (codes + offset), uint8 ``[stop - start, K]``."""
-        blocks = self.blocked[start:stop].view(-1, self.length, self.block // 2)
-        return torch.cat([blocks & 15, blocks >> 4], dim=2).transpose(1, 2).reshape(stop - start, self.length)
-
-    def scales(self, weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[groups, rows of whole blocks, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
-        self._forget_old(weight)
-        found = self._scales.get(dtype)
-        words = self._words
-        if found is None and dtype == torch.bfloat16 and words is not None:
-            blocks = words.view(self.blocked.shape[0] // self.block, -1, self.block)
-            pairs = blocks.transpose(0, 1).reshape(blocks.shape[1], -1, 1)
-            found = pairs.view(torch.bfloat16)
-            self._scales[dtype], self._words = found, None
+    @classmethod
+    def of(cls, weight: QTensor) -> Scales:
+        """The weight's."""
+        derived = weight._storage.derived
+        found = derived.get("int4 scales")
         if found is None:
-            scale = weight.scale.float()
-            if weight.shift is None:
-                zero = torch.zeros_like(scale)
-            else:
-                zero = weight.qtype.zero_code * scale - weight.shift.float()
-                # A group of equal weights has codes of 0 and any scale (1), beside which its shift would be rounded away.
-                zero = torch.where(self.flat, -weight.shift.float(), zero)
-                scale = scale.masked_fill(self.flat, 0)
-            beside, below = self.groups - scale.shape[1], self.blocked.shape[0] - self.rows
-            if beside or below:
-                scale, zero = (torch.nn.functional.pad(part, (0, beside, 0, below)) for part in (scale, zero))
-            found = torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
-            self._scales[dtype] = found
-        return found
-
-    def _forget_old(self, weight: QTensor) -> None:
-        """What was made from scales and shifts that are other ones now, or were changed in place, is made anew (changes
-        behind torch's back, through ``.data`` or in inference mode, are not seen)."""
-        parts = weight._scale, weight._shift, weight.row_scale
-        state = _state(parts[0]), _state(parts[1]), _state(parts[2])
-        if state != self._state:
-            self._scales, self._words, self._state = {}, None, state
-            self._made_from = parts  # held: their addresses are not given to others
-
-    def words(self, weight: QTensor) -> torch.Tensor:
-        """The same in bfloat16, block by block: int32 ``[N / block * K / group, 1, 2, block / 2]``, the zero point in the
-        upper half.
-
-        For many rows (`cpu.aot.calls`). Whichever form was asked for last is kept, and the other one is made of
-        it: to keep both would add an eighth to the codes, and they change places once a prompt.
-        """
-        self._forget_old(weight)
-        found = self._words
-        if found is None:
-            pairs = self.scales(weight, torch.bfloat16).view(torch.int32)
-            blocks = pairs.view(len(pairs), -1, self.block).transpose(0, 1).contiguous()
-            found = self._words = blocks.view(-1, 1, 2, self.block // 2)
-            self._scales.pop(torch.bfloat16, None)
+            found = derived["int4 scales"] = cls()
+        parts = weight._storage.parts
+        state = _state(parts["scale"]), _state(parts.get("shift")), _state(parts.get("row_scale"))
+        if state != found._state:
+            found._pairs, found._words, found._state = {}, None, state
         return found
 
     @property
     def nbytes(self) -> int:
-        words = self._words
-        scales = sum(scales.nbytes for scales in list(self._scales.values()))
-        return self.blocked.nbytes + scales + (0 if words is None else words.nbytes)
+        """Bytes that are held."""
+        words = 0 if self._words is None else self._words.nbytes
+        return words + sum(pairs.nbytes for pairs in list(self._pairs.values()))
+
+    def pairs(self, weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
+        """``[groups, rows of whole blocks, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
+        found, words = self._pairs.get(dtype), self._words
+        if found is None and dtype == torch.bfloat16 and words is not None:
+            blocks = words.view(len(codes.blocks), -1, codes.block)
+            found = blocks.transpose(0, 1).reshape(blocks.shape[1], -1, 1).view(torch.bfloat16)
+            self._pairs[dtype], self._words = found, None
+        if found is None:
+            found = self._pairs[dtype] = _made(weight, codes, dtype)
+        return found
+
+    def words(self, weight: QTensor, codes: Packed) -> torch.Tensor:
+        """The same in bfloat16, block by block: int32 ``[N / block * K / group, 1, 2, block / 2]``, the zero point in the
+        upper half.
+
+        For many rows (`cpu.aot.calls`). Whichever form was asked for last is kept, and the other one is made of it: to keep
+        both would add an eighth to the codes, and they change places once a prompt.
+        """
+        found = self._words
+        if found is None:
+            pairs = self.pairs(weight, codes, torch.bfloat16).view(torch.int32)
+            blocks = pairs.view(len(pairs), -1, codes.block).transpose(0, 1).contiguous()
+            found = self._words = blocks.view(-1, 1, 2, codes.block // 2)
+            self._pairs.pop(torch.bfloat16, None)
+        return found
+
+
+def _made(weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
+    with neutral():
+        scale = weight.scale.float().reshape(codes.rows, -1)
+        if weight.shift is None:
+            zero = torch.zeros_like(scale)
+        else:
+            shift = weight.shift.float().reshape(codes.rows, -1)
+            zero = weight.qtype.zero_code * scale - shift
+            # A group of equal weights has codes of 0 and any scale (1), beside which its shift would be rounded away.
+            zero = torch.where(codes.flat, -shift, zero)
+            scale = scale.masked_fill(codes.flat, 0)
+        beside, below = codes.groups - scale.shape[1], len(codes.codes) - codes.rows
+        if beside or below:
+            scale, zero = (torch.nn.functional.pad(part, (0, beside, 0, below)) for part in (scale, zero))
+        return torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
 
 
 def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
@@ -156,14 +253,15 @@ def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
 def works() -> bool:
     """True where torch's operator exists and its form is the one described above, which this module can reverse."""
     try:
-        rows = 2 * rows_per_block()
-        codes = torch.arange(rows * 32, dtype=torch.int64)
-        codes = (codes * codes * 2654435761 // 65536 % 16).int().view(rows, 32)  # no two rows alike
-        blocked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).view(2, 32, rows // 4)
-        back = torch.cat([blocked & 15, blocked >> 4], dim=2).transpose(1, 2).reshape(rows, 32)
-        if torch.equal(back.int(), codes):
-            return True
-        why = "its packed form is not the known one"
+        with neutral():
+            rows = 2 * rows_per_block()
+            codes = torch.arange(rows * 32, dtype=torch.int64, device="cpu")
+            codes = (codes * codes * 2654435761 // 65536 % 16).int().view(rows, 32)  # no two rows alike
+            blocked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).view(2, 32, rows // 4)
+            back = torch.cat([blocked & 15, blocked >> 4], dim=2).transpose(1, 2).reshape(rows, 32)
+            if torch.equal(back.int(), codes):
+                return True
+        why = "its order is not the known one"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
     logger.info("torch's int4 operator is not used on this machine: %s", why)
@@ -187,22 +285,17 @@ def fits(weight: QTensor) -> bool:
 def for_kernels(weight: QTensor) -> bool:
     """True for weights that compiled kernels read in this form and the operator does not."""
     (rows, length), group = weight.matrix_shape, weight.group_size
-    if group in GROUPS or not cache.wanted(calls.NIBBLES) or not blocked.fits(rows, length):
+    if group in GROUPS or not cache.wanted(calls.NIBBLES) or not onednn_bf16.fits(rows, length):
         return False
     # Whole groups in what is filled up, pairs of codes in each; a kernel knows no axis of one.
-    whole = rows > blocked.ROWS if group is None else group % 4 == 0 and blocked.padded(length) % group == 0
-    return whole and rows_per_block() == blocked.ROWS
+    whole = rows > onednn_bf16.ROWS if group is None else group % 4 == 0 and onednn_bf16.padded(length) % group == 0
+    return whole and rows_per_block() == onednn_bf16.ROWS
 
 
 def _length(own: int) -> int:
     """K filled up to whole blocks of oneDNN's, unless that were too much: the operator does without."""
-    whole = blocked.padded(own)
+    whole = onednn_bf16.padded(own)
     return whole if whole <= (1 + FILLING) * own else own
-
-
-def pack(weight: QTensor) -> Int4Codes:
-    """The packed form of a plain weight that `fits`."""
-    return Int4Codes(weight)
 
 
 def run(
@@ -213,23 +306,25 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Few rows: the nibbles are read once, dequantized in registers."""
-    packed = packed_as(weight, Int4Codes, pack)
-    return _product(packed, weight, x.dtype)(x, weight, bias)
+    found = packed(weight)
+    assert found is not None
+    return _gemm(found, x.dtype)(x, weight, bias)
 
 
-def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """`run` for one shape of x; None: float16, which goes through float32."""
-    packed = weight.packed
-    return _product(packed, weight, dtype) if isinstance(packed, Int4Codes) and dtype != torch.float16 else None
+    found = packed(weight)
+    return _gemm(found, dtype) if found is not None and dtype != torch.float16 else None
 
 
-def _product(packed: Int4Codes, weight: QTensor, dtype: torch.dtype) -> Product:
-    operator, codes = torch.ops.aten._weight_int4pack_mm_for_cpu.default, packed.blocked
-    group, rows, length = weight.group_size, packed.rows, packed.length
+def _gemm(found: Packed, dtype: torch.dtype) -> Gemm:
+    operator, codes = torch.ops.aten._weight_int4pack_mm_for_cpu.default, found.codes
+    group, rows, length = found.group_size, found.rows, found.length
 
-    def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = operator(x.reshape(-1, length).contiguous(), codes, group, packed.scales(weight, dtype))
+    def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        pairs = Scales.of(weight).pairs(weight, found, dtype)
+        out = operator(x.reshape(-1, length).contiguous(), codes, group, pairs)
         out = (out if out.shape[1] == rows else out[:, :rows].contiguous()).view(*x.shape[:-1], rows)
         return out if bias is None else out.add_(bias)
 
-    return blocked.widened(product, packed.own_length, length)
+    return onednn_bf16.widened(gemm, found.own_length, length)

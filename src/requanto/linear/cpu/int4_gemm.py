@@ -6,13 +6,15 @@ contiguous memory. Slices are large, since an operator's start on all threads co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from requanto.linear.cpu import onednn_bf16
+from requanto.linear.cpu import int4, onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
-from requanto.linear.cpu.int4 import Int4Codes
+from requanto.linear.cpu.int4 import Packed, Scales
 from requanto.linear.cpu.scratch_matmul import matmul
-from requanto.linear.registry import Product
+from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import workspace
 from requanto.runtime.settings import settings
 from requanto.tensor.qtensor import QTensor
@@ -29,29 +31,45 @@ _NIBBLES_OF_8 = -0x7777777777777778
 _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 
 
-def run_large(x: torch.Tensor, weight: QTensor, packed: Int4Codes) -> torch.Tensor:
+def run_large(x: torch.Tensor, weight: QTensor, packed: Packed) -> torch.Tensor:
     """``x @ w.T`` in x's dtype, float32 or bfloat16, ``[rows, N]``."""
     if cache.wanted(calls.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(packed):
-        return _compiled(packed, weight, x.shape[0])(x, weight, None)
-    half, length, dtype = packed.block // 2, packed.length, x.dtype
-    scales = packed.scales(weight, dtype)
-    stored = packed.blocked.view(-1, length, half)
-    column = length * packed.block * dtype.itemsize
-    count = max(1, min(max(LEAST, BLOCK_BYTES // column), settings.workspace_bytes // 4 // column))
+        return _compiled(packed, x.shape[0])(x, weight, None)
     x = x if packed.length == packed.own_length else torch.nn.functional.pad(x, (0, packed.length - packed.own_length))
-    out = x.new_empty(x.shape[0], packed.blocked.shape[0])
-    columns = out.view(len(x), len(stored), 2, half)
-    for first in range(0, len(stored), count):
-        part = stored[first : first + count]
-        into = columns[:, first : first + len(part)]
-        chosen = scales[:, first * packed.block : (first + len(part)) * packed.block]
-        scale, zero = _planes_of(chosen, half, affine=weight.shift is not None)
-        for side, plane in zip(into.unbind(2), _planes(part, scale, zero, dtype)):
+    out = x.new_empty(x.shape[0], packed.codes.shape[0])
+    columns = out.view(len(x), len(packed.blocks), 2, packed.block // 2)
+    for blocks, planes in _dequantized(weight, packed, x.dtype):
+        for side, plane in zip(columns[:, blocks].unbind(2), planes):
             side.copy_(matmul(x, plane).view(side.shape))
     return out if out.shape[1] == packed.rows else out[:, : packed.rows].contiguous()
 
 
-def _compilable(packed: Int4Codes) -> bool:
+def run_large_transposed(x: torch.Tensor, weight: QTensor, packed: Packed) -> torch.Tensor:
+    """``x @ w`` in x's dtype, float32 or bfloat16, ``[rows, K]``: what a gradient is."""
+    below = packed.codes.shape[0] - packed.rows
+    x = torch.nn.functional.pad(x, (0, below)) if below else x
+    columns = x.view(len(x), len(packed.blocks), 2, packed.block // 2)
+    total = torch.zeros(len(x), packed.length, dtype=torch.float32, device="cpu")
+    for blocks, planes in _dequantized(weight, packed, x.dtype):
+        for side, plane in zip(columns[:, blocks].unbind(2), planes):
+            total.add_(torch.mm(side.reshape(len(x), -1), plane.t()))  # added in float32: rounded once
+    return total[:, : packed.own_length].to(x.dtype)
+
+
+def _dequantized(weight: QTensor, packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Some blocks at a time: which, and their weights ``[2, K, blocks * half]``, valid until the next ones."""
+    half, length = packed.block // 2, packed.length
+    scales = Scales.of(weight).pairs(weight, packed, dtype)
+    column = length * packed.block * dtype.itemsize
+    count = max(1, min(max(LEAST, BLOCK_BYTES // column), settings.workspace_bytes // 4 // column))
+    for first in range(0, len(packed.blocks), count):
+        part = packed.blocks[first : first + count]
+        chosen = scales[:, first * packed.block : (first + len(part)) * packed.block]
+        scale, zero = _planes_of(chosen, half, affine=packed.affine)
+        yield slice(first, first + len(part)), _planes(part, scale, zero, dtype)
+
+
+def _compilable(packed: Packed) -> bool:
     """True where the operator's blocks of rows are oneDNN's, and the kernels can be had: they are made at the first call."""
     return (
         packed.block == onednn_bf16.ROWS
@@ -61,26 +79,23 @@ def _compilable(packed: Int4Codes) -> bool:
     )
 
 
-def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """`run_large` by a compiled kernel for one shape of x; None: there is no such kernel."""
-    packed = weight.packed
-    if isinstance(packed, Int4Codes) and dtype == torch.bfloat16 and _compilable(packed):
-        return _compiled(packed, weight, rows)
-    return None
+    found = int4.packed(weight)
+    return _compiled(found, rows) if found is not None and dtype == torch.bfloat16 and _compilable(found) else None
 
 
-def _compiled(packed: Int4Codes, weight: QTensor, rows: int) -> Product:
-    codes = packed.blocked.view(-1, packed.length, packed.block // 2)
-    groups = packed.groups
+def _compiled(packed: Packed, rows: int) -> Gemm:
+    codes, groups = packed.blocks, packed.groups
 
     def fill(part: slice) -> onednn_bf16.Fill:
         if part == slice(0, len(codes)):
-            return calls.fill_nibbles(codes, groups, packed.words)
+            return calls.fill_nibbles(codes, groups, lambda weight: Scales.of(weight).words(weight, packed))
         own = slice(part.start * groups, part.stop * groups)
-        return calls.fill_nibbles(codes[part], groups, lambda weight: packed.words(weight)[own])
+        return calls.fill_nibbles(codes[part], groups, lambda weight: Scales.of(weight).words(weight, packed)[own])
 
-    product = onednn_bf16.bind(packed.rows, packed.length, rows, fill)
-    return onednn_bf16.widened(product, packed.own_length, packed.length)
+    gemm = onednn_bf16.bind(packed.rows, packed.length, rows, fill)
+    return onednn_bf16.widened(gemm, packed.own_length, packed.length)
 
 
 def _planes_of(scales: torch.Tensor, half: int, *, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -15,12 +15,12 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import onednn_bf16, onednn_int8
-from requanto.linear.cpu.aot import cache, calls
-from requanto.linear.cpu.onednn_int8 import OneDnnCodes
-from requanto.linear.registry import Product
+from requanto.linear.cpu.aot import calls
+from requanto.linear.cpu.scales import refreshed, row_scale
+from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import keep, workspace
 from requanto.runtime.settings import settings
-from requanto.tensor.layout import packed_as
+from requanto.runtime.tracing import neutral
 from requanto.tensor.qtensor import QTensor
 
 #: Weights below which these kernels beat two int8 products with any number of rows, and the rows from which they always do,
@@ -47,29 +47,26 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``x @ w.T + bias`` in x's dtype."""
-    product = _product(packed_as(weight, OneDnnCodes, onednn_int8.pack), weight, x.shape[0])
-    if product is None:
+    gemm = bind(weight, x.shape[0], x.dtype)
+    if gemm is None:
         return onednn_int8.run_split(x, weight, bias, activation, input_scale)
-    return product(x, weight, bias)
+    return gemm(x, weight, bias)
 
 
-def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
-    """`run` for one shape of x; None: oneDNN's product does it."""
-    packed = weight.packed
-    return _product(packed, weight, rows) if isinstance(packed, OneDnnCodes) else None
-
-
-def _product(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
-    words = packed.words
+def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """`run` for one shape of x; None: oneDNN's GEMM does it."""
+    words = onednn_int8.words_of(weight)
     if words is None or not calls.ready(calls.INT8):
         return None
     (out_features, own), length = weight.shape, 4 * words.shape[1]
-    scale = packed.row_scale(weight, onednn_bf16.padded(out_features))
+    filled = onednn_bf16.padded(out_features)
+    scale = row_scale(weight, filled)
     if rows == 1:
-        return onednn_bf16.widened(by_row(calls.int8_row(words, scale), out_features), own, length)
-    scales = scale.view(-1, onednn_bf16.ROWS)
-    product = onednn_bf16.bind(out_features, length, rows, lambda part: calls.fill_int8(words[part], scales[part]))
-    return onednn_bf16.widened(product, own, length)
+        gemm = by_row(calls.int8_row(words, scale), out_features)
+    else:
+        scales = scale.view(-1, onednn_bf16.ROWS)
+        gemm = onednn_bf16.bind(out_features, length, rows, lambda part: calls.fill_int8(words[part], scales[part]))
+    return refreshed(onednn_bf16.widened(gemm, own, length), weight, filled)
 
 
 def run_quantized(
@@ -81,38 +78,33 @@ def run_quantized(
 ) -> torch.Tensor:
     """The same of x in bfloat16, quantized to int8 under a scale for each row; one row's sums are float32, those of more
     are exact."""
-    packed = packed_as(weight, OneDnnCodes, onednn_int8.pack)
-    product = _quantized(packed, weight, x.shape[0]) if input_scale is None else None
-    if product is None:
+    gemm = bind_quantized(weight, x.shape[0], x.dtype) if input_scale is None else None
+    if gemm is None:
         return onednn_int8.run_int8(x, weight, bias, activation, input_scale)
-    return product(x, weight, bias)
+    return gemm(x, weight, bias)
 
 
-def bind_quantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Product | None:
-    """`run_quantized` made ready; None: oneDNN's product does it."""
-    packed = weight.packed
-    return _quantized(packed, weight, rows) if isinstance(packed, OneDnnCodes) else None
-
-
-def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | None:
+def bind_quantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """`run_quantized` made ready; None: oneDNN's GEMM does it."""
     if not calls.ready(calls.INT8_INT8):
         return None
     out_features, length = weight.shape
     if rows == 1:
-        words = packed.words
+        words = onednn_int8.words_of(weight)
         if words is None:
             return None
-        filled = packed.row_scale(weight, onednn_bf16.padded(out_features))
-        one = by_row(calls.int8_row(words, filled, quantized=True), out_features, wide=False)
-        return onednn_bf16.widened(one, length, 4 * words.shape[1])
-    scale = packed.row_scale(weight, out_features)
+        filled = onednn_bf16.padded(out_features)
+        row = calls.int8_row(words, row_scale(weight, filled), quantized=True)
+        one = onednn_bf16.widened(by_row(row, out_features, wide=False), length, 4 * words.shape[1])
+        return refreshed(one, weight, filled)
+    packed, scale = onednn_int8.gemm_of(weight), row_scale(weight, out_features)
     step = min(rows, rows_at_once(length, out_features))
     # Rounded up, so that prompts of all lengths share a few buffers.
     room = 1 << (max(step, onednn_int8.LEAST) - 1).bit_length()
     slot = ("int8 rows", room, length)
     no_bias = packed.zeros.view(torch.float32)
 
-    def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         # Kernels read plain memory: a bias that is to be spread, or lies elsewhere, is torch's business.
         simple = bias is not None and bias.shape == no_bias.shape and bias.is_cpu
         added = bias.detach().float().contiguous() if bias is not None and simple else no_bias
@@ -132,7 +124,7 @@ def _quantized(packed: OneDnnCodes, weight: QTensor, rows: int) -> Product | Non
             calls.finish(sums[: len(part)], steps, added, into)
         return out if simple or bias is None else out.add_(bias)
 
-    return product
+    return refreshed(gemm, weight, out_features)
 
 
 def rows_at_once(length: int, sums: int) -> int:
@@ -145,7 +137,7 @@ class _Rows:
     """Codes of some rows of x, and their scales."""
 
     def __init__(self, rows: int, length: int) -> None:
-        with cache.plain_mode():
+        with neutral():
             self.codes = torch.zeros(rows, length, dtype=torch.uint8, device="cpu")
             self.steps = torch.zeros(rows, 1, dtype=torch.float32, device="cpu")
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -165,7 +157,7 @@ class _Rows:
         return self.codes.nbytes + self.steps.nbytes
 
 
-def by_row(row: Callable[[torch.Tensor], torch.Tensor], columns: int, *, wide: bool = True) -> Product:
+def by_row(row: Callable[[torch.Tensor], torch.Tensor], columns: int, *, wide: bool = True) -> Gemm:
     """The product of a kernel for one row of x, which gives float32 in any shape.
 
     Args:

@@ -20,10 +20,10 @@ from collections.abc import Callable
 
 import torch
 
-from requanto.linear.cpu.aot import cache
-from requanto.linear.registry import Product
+from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import keep, workspace
 from requanto.runtime.settings import settings
+from requanto.runtime.tracing import neutral
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,9 @@ class BlockedWeight:
 
     def __init__(self, rows: int, length: int) -> None:
         # No two rows, and no two columns of a row, begin alike.
-        probe = torch.randint(-(2**15), 2**15, (rows, length), dtype=torch.int16, generator=torch.Generator())
+        probe = torch.randint(
+            -(2**15), 2**15, (rows, length), dtype=torch.int16, generator=torch.Generator(), device="cpu"
+        )
         probe = probe.bitwise_and_(-0x4001).bitwise_or_(0x2000).view(torch.bfloat16)  # neither infinite nor denormal
         try:
             self._multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -98,9 +100,10 @@ class BlockedWeight:
 def works() -> bool:
     """True where oneDNN's order is the known one: with AVX-512 or AMX, as of torch 2.11 to 2.13."""
     try:
-        # Whole blocks, and a last one that is filled up: each number of its rows in turn is left over.
-        if all(_multiplies(count) for count in (2 * ROWS, ROWS + 1, ROWS + 40, 2 * ROWS - 1)):
-            return True
+        with neutral():
+            # Whole blocks, and a last one that is filled up: each number of its rows in turn is left over.
+            if all(_multiplies(count) for count in (2 * ROWS, ROWS + 1, ROWS + 40, 2 * ROWS - 1)):
+                return True
         why = "its product is not the expected one"
     except RuntimeError as error:
         why = str(error).splitlines()[0]
@@ -111,15 +114,15 @@ def works() -> bool:
 def _multiplies(count: int) -> bool:
     """True where the product of a weight of so many rows, written in oneDNN's order, is right."""
     weight = _made(count, 2 * ROWS)
-    rows = torch.arange(2 * ROWS).remainder(7).sub(3).view(-1, 1) * torch.ones(2 * ROWS, dtype=torch.float32)
+    rows = torch.arange(2 * ROWS, device="cpu").remainder(7).sub(3).view(-1, 1).float().expand(-1, 2 * ROWS)
     pairs = rows.bfloat16().view(2, ROWS, ROWS, 2).transpose(1, 2).contiguous()
     weight.words.copy_(pairs.view(torch.int32).squeeze(-1))
-    x = torch.arange(10 * ROWS).remainder(5).view(5, -1).bfloat16()
+    x = torch.arange(10 * ROWS, device="cpu").remainder(5).view(5, -1).bfloat16()
     return torch.equal(weight.product(x).float(), (x.float() @ rows[:count].t()).bfloat16().float())
 
 
 def _made(rows: int, length: int) -> BlockedWeight:
-    with cache.plain_mode():
+    with neutral():
         return BlockedWeight(rows, length)
 
 
@@ -154,7 +157,7 @@ def blocked(rows: int, length: int) -> BlockedWeight:
     return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
 
 
-def widened(product: Product, own: int, length: int) -> Product:
+def widened(product: Gemm, own: int, length: int) -> Gemm:
     """The product for x of ``own`` columns; the one that is given takes ``length``, zeros beside them."""
     if own == length:
         return product
@@ -172,7 +175,7 @@ def widened(product: Product, own: int, length: int) -> Product:
     return product_widened
 
 
-def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Product:
+def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Gemm:
     """``x @ w.T + bias`` in bfloat16 of a weight ``[rows, length]`` that is made part by part in this thread's buffer.
 
     Args:

@@ -47,10 +47,10 @@ def run_int8pack(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One row times int8 codes."""
-    codes = weight.qdata
+    codes = weight._storage.parts["qdata"]
     # The operator reads both with aligned loads: other pointers end the process.
     if codes.data_ptr() % 64 or not codes.is_contiguous():
-        codes = _realign(weight, codes)
+        codes = aligned(codes)
     x = aligned(x)
     scale = weight.scale.reshape(-1)
     if x.dtype == torch.float32:
@@ -64,13 +64,6 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, contiguous, its first element at a multiple of 64 bytes; copied where it is not."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 64 else tensor
-
-
-def _realign(weight: QTensor, codes: torch.Tensor) -> torch.Tensor:
-    codes = codes.clone(memory_format=torch.contiguous_format)
-    if getattr(weight, "_is_param", False) and not codes.is_inference():
-        weight.qdata = codes  # once for good: the copy replaces what came unaligned out of a file
-    return codes
 
 
 def run_workspace(
@@ -98,8 +91,9 @@ def run_workspace(
 
 def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """``x @ w.T``, or ``x @ w`` of a transposed weight, in x's dtype."""
-    if isinstance(weight.packed, int4.Int4Codes) and not weight.transposed:
-        return int4_gemm.run_large(x, weight, weight.packed)
+    packed = int4.packed(weight)
+    if packed is not None:
+        return (int4_gemm.run_large_transposed if weight.transposed else int4_gemm.run_large)(x, weight, packed)
     stored_rows, length = weight.lead.numel(), weight.row_length
     compiled_here = fused_dequantize.ready(weight, x.dtype)
     at_once = COMPILED_BLOCK_BYTES if compiled_here else BLOCK_BYTES
@@ -167,6 +161,14 @@ def _int8(problem: Problem) -> bool:
     return _cpu(problem) and problem.qtype == qint8 and not problem.affine and problem.group_size is None
 
 
+def _onednn_layout(problem: Problem) -> bool:
+    return problem.layout.startswith(onednn_int8.BLOCKED.name) and not problem.transposed and onednn_int8.works()
+
+
+def _int4_layout(problem: Problem) -> bool:
+    return problem.layout == int4.layout().name and not problem.transposed and int4.works()
+
+
 def _nibbles(problem: Problem) -> bool:
     """True where a compiled kernel is to be had for many rows of int4, int3 or int2."""
     return (
@@ -188,7 +190,8 @@ def _readable(problem: Problem) -> bool:
     """True where oneDNN's blocked form is in the order that the kernels read, and they are to be had."""
     return (
         _int8(problem)
-        and problem.layout == onednn_int8.LAYOUT
+        and not problem.transposed
+        and problem.layout == onednn_int8.BLOCKED.name
         and cache.wanted(calls.INT8)
         and onednn_bf16.fits(problem.out_features, problem.in_features)
     )
@@ -216,7 +219,7 @@ register(
         bind=int8.bind_quantized,
         supports=lambda p: (
             _int8(p)
-            and p.layout == onednn_int8.LAYOUT
+            and _onednn_layout(p)
             and p.activation == qint8
             and not p.static
             and p.dtype == torch.bfloat16
@@ -231,7 +234,7 @@ register(
     Implementation(
         name="cpu-onednn-int8",
         run=onednn_int8.run_int8,
-        supports=lambda p: _int8(p) and p.layout == onednn_int8.LAYOUT and p.activation == qint8,
+        supports=lambda p: _int8(p) and _onednn_layout(p) and p.activation == qint8,
         reason="int8 times int8 in oneDNN's blocked form, exact int32 sums",
     ),
     before="reference",
@@ -240,7 +243,7 @@ register(
     Implementation(
         name="cpu-onednn-split",
         run=onednn_int8.run_split,
-        supports=lambda p: _int8(p) and p.layout == onednn_int8.LAYOUT and p.activation is None and p.dtype in _HALVES,
+        supports=lambda p: _int8(p) and _onednn_layout(p) and p.activation is None and p.dtype in _HALVES,
         reason="x as 16-bit integers: two int8 products read the weight as 8 bits, nothing is dequantized",
     ),
     before="reference",
@@ -267,7 +270,7 @@ register(
         name="cpu-compiled-int4",
         run=run_workspace,
         bind=_floats(int4_gemm.bind),
-        supports=lambda p: _cpu(p) and p.layout == int4.LAYOUT and _nibbles(p) and p.rows > _operator_rows(p),
+        supports=lambda p: _cpu(p) and _int4_layout(p) and _nibbles(p) and p.rows > _operator_rows(p),
         reason="dequantized block by block by a kernel of torch's compiler, in oneDNN's order, then a product",
     ),
     before="reference",
@@ -279,7 +282,7 @@ register(
         bind=_floats(int4.bind),
         supports=lambda p: (
             _cpu(p)
-            and p.layout == int4.LAYOUT
+            and _int4_layout(p)
             and (p.activation is None or p.activation == qint8)
             and p.rows <= _operator_rows(p)
         ),
@@ -294,7 +297,8 @@ register(
         bind=float8.bind,
         supports=lambda p: (
             _cpu(p)
-            and p.layout == float8.LAYOUT
+            and p.layout == float8.LAYOUT.name
+            and not p.transposed
             and p.activation is None
             and (p.rows <= float8.FEW or p.dtype == torch.bfloat16)
             and cache.wanted(calls.FLOAT8)

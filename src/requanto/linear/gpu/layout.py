@@ -1,10 +1,9 @@
-"""The execution layout of the GPU kernels in place of the stored codes, and what CUDA graphs mean for it.
+"""The execution layout of the GPU kernels, and what CUDA graphs mean for it.
 
-The layout is the stored bytes permuted, seen as 16-bit words. That dtype says which form it is (codes are never int16), so
-operators take the words themselves: forward, backward and compiled graphs read them, and nothing crosses to the host.
+The layout is the stored bytes permuted within blocks along K: rows and experts can still be cut out as views.
 
-A captured CUDA graph knows addresses only. Codes that were read during a capture are *pinned*: they are neither packed nor
-unpacked any more, and whoever asks for the stored form gets a copy.
+A captured CUDA graph knows addresses only. Codes that were read during a capture are *pinned*: they are not packed any more,
+and new numbers are written into the same memory.
 """
 
 from __future__ import annotations
@@ -12,57 +11,51 @@ from __future__ import annotations
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.gpu import conditions as rules
-from requanto.tensor.layout import Packed, register_form
+from requanto.tensor.layout import Layout, Parts, register_layout
 from requanto.tensor.qtensor import QTensor
-
-LAYOUT = "exec"
+from requanto.tensor.spec import WeightSpec
 
 _pinned: dict[int, StorageWeakRef] = {}
 
 
-class Words(Packed):
-    """Codes of 2 or 4 bits in execution layout: int16 ``[..., N, K * bits / 16]``."""
+class ExecLayout(Layout):
+    """Codes of 2 or 4 bits in execution layout: uint8 of the stored form's shape."""
 
-    layout = LAYOUT
-    travels = True
+    name = "exec"
 
-    def __init__(self, words: torch.Tensor, bits: int) -> None:
-        self.handle, self.bits = words, bits
-
-    @property
-    def bytes(self) -> torch.Tensor:
-        """The same memory as the kernels take it."""
-        return self.handle.view(torch.uint8)
-
-    def plain(self) -> torch.Tensor:
-        from requanto_kernels import from_exec_layout
-
-        return from_exec_layout(self.bytes, self.bits)
-
-    def write(self, codes: torch.Tensor) -> None:
+    def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         from requanto_kernels import to_exec_layout
 
-        self.bytes.copy_(to_exec_layout(codes.to(self.handle.device), self.bits))
+        return {"qdata": to_exec_layout(parts["qdata"], spec.qtype.bits)}
 
-    @property
-    def pinned(self) -> bool:
-        return is_pinned(self.handle)
+    def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
+        from requanto_kernels import from_exec_layout
 
-    @property
-    def nbytes(self) -> int:
-        return self.handle.nbytes
+        return from_exec_layout(parts["qdata"], spec.qtype.bits)
+
+    def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
+        return self._unpacked(spec, parts["qdata"].reshape(spec.matrix_shape[0], -1)[start:stop])
+
+    def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
+        return self._unpacked(spec, torch.index_select(parts["qdata"].reshape(spec.matrix_shape[0], -1), 0, index))
+
+    def check_unpack(self, parts: Parts) -> None:
+        if is_pinned(parts["qdata"]):
+            raise RuntimeError(
+                "a captured CUDA graph reads this packed weight by its address: drop the graph before unpacking it, or "
+                "write other numbers with copy_"
+            )
+
+    def _unpacked(self, spec: WeightSpec, rows: torch.Tensor) -> torch.Tensor:
+        from requanto_kernels import from_exec_layout
+
+        return unpack(from_exec_layout(rows.contiguous(), spec.qtype.bits), spec.qtype.bits, spec.row_length)
 
 
-register_form(torch.int16, Words)
-
-
-def pack(weight: QTensor) -> Words:
-    """The execution form of a plain weight; one temporary tensor as large as its codes."""
-    from requanto_kernels import to_exec_layout
-
-    return Words(to_exec_layout(weight.qdata, weight.qtype.bits).view(torch.int16), weight.qtype.bits)
+EXEC = register_layout(ExecLayout())
 
 
 def fits(weight: QTensor, activation: qtype | None = None) -> bool:
@@ -78,17 +71,16 @@ def fits(weight: QTensor, activation: qtype | None = None) -> bool:
     grouped_int8 = (activation or weight.activation) == qint8 and weight.group_size not in (None, length)
     if grouped_int8 and weight.group_size % block:
         return False  # integer sums end with each group: that kernel cannot read blocks that span several
-    return not is_pinned(weight.qdata)
+    return not is_pinned(weight._qdata)
 
 
 def codes_of(weight: QTensor) -> tuple[torch.Tensor, str]:
     """(codes, layout) as the kernels take them; pins them during a capture."""
-    packed = weight.packed
-    # Looked at once: another thread may read the stored form at any time.
-    codes, layout = (packed.bytes, LAYOUT) if isinstance(packed, Words) else (weight.qdata, "plain")
+    layout, parts = weight._storage.state
+    codes = parts["qdata"]
     if capturing(codes.device):
         pin(codes)
-    return codes, layout
+    return codes, layout.name
 
 
 def capturing(device: torch.device) -> bool:

@@ -1,0 +1,137 @@
+"""The operators that graphs and autograd see: a GEMM with a quantized weight is one node, on the weight's plain tensors.
+
+All of them describe the weight alike: ``parts``, its tensors in the order of `Layout.names`; ``words``, what it is
+(`WeightSpec.words`, the layout behind it); ``shape``, as it is stored. So one graph serves all layers of a shape, and a new
+property of a weight changes no signature. The low-rank term stays outside: its factors may be in training. (No argument has
+a default: autograd would be handed fewer of them then.)
+
+The backward multiplies with the same codes again, seen transposed; no float weight is kept for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from requanto.dtypes.qtypes import qtype
+from requanto.linear.registry import choose, problem_of
+from requanto.tensor.layout import PLAIN
+from requanto.tensor.qtensor import QTensor, described
+from requanto.tensor.spec import swapped
+from requanto.tensor.storage import storage_of
+
+
+def run(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``[rows, K] -> [rows, N]`` by the registry's choice."""
+    if not x.shape[0] or not x.shape[1]:
+        out = x.new_zeros(x.shape[0], weight.shape[0])
+        return out if bias is None else out.add_(bias)
+    found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
+    return found.implementation.run(x, weight, bias, activation, input_scale)
+
+
+def arguments(weight: QTensor, activation: qtype | None = None) -> tuple[list[torch.Tensor], str, list[int]]:
+    """``parts, words, shape`` of a weight."""
+    spec = weight._spec
+    if activation is not spec.activation:
+        spec = spec.replace(activation=activation)
+    layout, parts = weight._storage.state
+    return [parts[name] for name in layout.names(spec)], f"{spec.words} layout={layout.name}", list(spec.shape)
+
+
+def _weight(
+    parts: list[torch.Tensor], words: str, shape: list[int], dtype: torch.dtype, *, flip: bool = False
+) -> QTensor:
+    spec, layout, named = described(parts, words, shape, dtype)
+    if flip:
+        spec = spec.replace(transposed=not spec.transposed)
+    found = storage_of(named, layout) if layout is not PLAIN else None
+    return QTensor._of(spec, named, layout) if found is None else QTensor._over(spec, found)
+
+
+def _seen(words: str, shape: Any) -> Any:
+    return swapped(shape) if "transposed" in words.split() else shape
+
+
+@torch.library.custom_op("requanto::linear", mutates_args=())
+def _linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    parts: list[torch.Tensor],
+    words: str,
+    shape: list[int],
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    weight = _weight(parts, words, shape, x.dtype)
+    return run(x, weight, bias, weight.activation, input_scale)
+
+
+@_linear.register_fake
+def _(x, bias, parts, words, shape, input_scale):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], _seen(words, shape)[-2])
+
+
+@torch.library.custom_op("requanto::linear_backward", mutates_args=())
+def _linear_backward(grad: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
+    # The gradient with respect to x is grad @ W. (Quantized activations pass it straight through.)
+    return run(grad, _weight(parts, words, shape, grad.dtype, flip=True), None)
+
+
+@_linear_backward.register_fake
+def _(grad, parts, words, shape):  # type: ignore[no-untyped-def]
+    return grad.new_empty(*grad.shape[:-1], _seen(words, shape)[-1])
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _x, bias, parts, ctx.words, ctx.shape, _input_scale = inputs
+    ctx.save_for_backward(*parts)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    grad_x = grad_bias = None
+    parts = list(ctx.saved_tensors)
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.requanto.linear_backward(grad, parts, ctx.words, ctx.shape)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_bias, [None] * len(parts), None, None, None
+
+
+_linear.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("requanto::grouped_linear", mutates_args=())
+def _grouped(
+    x: torch.Tensor, offsets: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int], flip: bool
+) -> torch.Tensor:
+    weight = _weight(parts, words, shape, x.dtype, flip=flip)
+    found = choose(problem_of(weight, x.dtype, x.shape[0]), grouped=True).implementation
+    assert found.run_grouped is not None
+    return found.run_grouped(x, weight, offsets)
+
+
+@_grouped.register_fake
+def _(x, offsets, parts, words, shape, flip):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], _seen(words, shape)[-1 if flip else -2])
+
+
+def _grouped_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _x, offsets, parts, ctx.words, ctx.shape, ctx.flip = inputs
+    ctx.save_for_backward(offsets, *parts)
+
+
+def _grouped_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    offsets, *parts = ctx.saved_tensors
+    grad_x = torch.ops.requanto.grouped_linear(grad.contiguous(), offsets, parts, ctx.words, ctx.shape, not ctx.flip)
+    return grad_x, None, [None] * len(parts), None, None, None
+
+
+_grouped.register_autograd(_grouped_backward, setup_context=_grouped_setup)

@@ -1,0 +1,56 @@
+"""torch functions on a quantized weight's memory: ``.data``, addresses, sharing with other processes, gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.tensor.dispatch import implements_function
+from requanto.tensor.qtensor import NO_GRADIENT, QTensor
+
+
+@implements_function(torch.Tensor.requires_grad_)
+def _requires_grad_(self: QTensor, requires_grad: bool = True) -> QTensor:
+    if requires_grad:
+        raise RuntimeError(NO_GRADIENT)
+    return self
+
+
+@implements_function(torch.Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _set_requires_grad(self: QTensor, requires_grad: bool) -> None:
+    if requires_grad:
+        raise RuntimeError(NO_GRADIENT)
+
+
+@implements_function(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
+    """``weight.data = other``: what offloading does. Torch alone would change the wrapper and leave the codes."""
+    if not isinstance(self, QTensor) or not isinstance(value, QTensor):
+        raise NotImplementedError(
+            f"`.data = ...` of a {type(self).__name__} with a {type(value).__name__}: a quantized weight takes another "
+            f"quantized weight only. Call .dequantize() on it, or assign module.weight = torch.nn.Parameter(..., "
+            f"requires_grad=False)."
+        )
+    with torch._C.DisableTorchFunctionSubclass():
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+    self._spec, self._storage = value._spec, value._storage
+
+
+@implements_function(torch.Tensor.data_ptr)
+def _data_ptr(self: QTensor) -> int:
+    """Address of the codes. A wrapper has none of its own, and accelerate tells tied weights apart by it."""
+    return self._storage.parts["qdata"].data_ptr()
+
+
+@implements_function(torch.Tensor.share_memory_)
+def _share_memory_(self: QTensor) -> QTensor:
+    """For other processes, in the stored form. The wrapper has no memory of its own, and torch would crash on it."""
+    self.unpack()
+    for inner in self._storage.parts.values():
+        inner.share_memory_()
+    self._storage.changed()
+    return self
+
+
+@implements_function(torch.Tensor.is_shared)
+def _is_shared(self: QTensor) -> bool:
+    return all(inner.is_shared() for inner in self._storage.parts.values())

@@ -1,0 +1,305 @@
+"""WeightSpec: the one record of what a quantized weight is. Everything but its numbers.
+
+A constructor, a checkpoint's line, a pickle, a compiled graph and an operator all describe a weight by this record, and all
+of them have its parts checked against it (`WeightSpec.check`). A new property of a weight is a new field here, with its word
+in `words` and `parse_words`.
+
+The text form, e.g. ``"qint4 1536x576 group=64 affine"``, is that of checkpoints (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from requanto.dtypes.bit_packing import packed_length
+from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
+from requanto.scales.compact import check_scale_bits, stored_length
+from requanto.tensor.rotation import check_rotation
+
+#: What a scale or a low-rank factor may be stored in.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Every part of the stored form. A part that a weight does not have is absent.
+PART_NAMES = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale")
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What a quantized weight is.
+
+    Attributes:
+        qtype: type of the codes.
+        shape: of the weight as it is stored (see ``transposed``).
+        dtype: float dtype that the weight is seen as.
+        axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
+        group_size: weights that share a scale; None: one scale a row.
+        affine: there is a shift beside the scale.
+        transposed: the weight is seen with its last two axes swapped.
+        activation: type that inputs are quantized to, per token; None: they stay float.
+        scale_bits: bits in which scale and shift are stored; None: they are floats.
+        rotation: block in which rows were rotated before rounding; None: they were not.
+    """
+
+    qtype: qtype
+    shape: torch.Size
+    dtype: torch.dtype
+    axis: int = 0
+    group_size: int | None = None
+    affine: bool = False
+    transposed: bool = False
+    activation: qtype | None = None
+    scale_bits: int | None = None
+    rotation: int | None = None
+
+    # ------------------------------------------------------------------ shapes
+
+    @property
+    def seen_shape(self) -> torch.Size:
+        """The shape that the tensor shows."""
+        return swapped(self.shape) if self.transposed else self.shape
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides that a float tensor of this shape and orientation would have."""
+        strides, step = [], 1
+        for size in reversed(self.shape):
+            strides.insert(0, step)
+            step *= max(size, 1)
+        if self.transposed:
+            strides[-1], strides[-2] = strides[-2], strides[-1]
+        return tuple(strides)
+
+    @functools.cached_property
+    def lead(self) -> torch.Size:
+        """Leading axes with scales of their own."""
+        return self.shape[: self.axis + 1]
+
+    @functools.cached_property
+    def row_length(self) -> int:
+        """K: weights in a row."""
+        return self.shape[self.axis + 1 :].numel()
+
+    @property
+    def groups(self) -> int:
+        """Scales in a row; one for an empty row."""
+        return self.row_length // self.group_size if self.group_size and self.row_length else 1
+
+    @functools.cached_property
+    def matrix_shape(self) -> tuple[int, int]:
+        """N and K of the matrix that the codes are stored as."""
+        return self.lead.numel(), self.row_length
+
+    @functools.cached_property
+    def codes_shape(self) -> torch.Size:
+        """Shape of the stored codes; those of 8 bits keep that of a convolution."""
+        if not self.qtype.is_packed:
+            return self.shape
+        return torch.Size([*self.lead, packed_length(self.row_length, self.qtype.bits)])
+
+    def replace(self, **changes: Any) -> WeightSpec:
+        """The record with other values for some fields."""
+        return dataclasses.replace(self, **changes)
+
+    # ------------------------------------------------------------------ parts
+
+    @functools.cached_property
+    def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
+        """Shape and possible dtypes of each part that the operators need; the low-rank factors are not among them."""
+        groups = [*self.lead, self.groups if self.scale_bits is None else stored_length(self.groups, self.scale_bits)]
+        scales = torch.Size(groups), FLOATS if self.scale_bits is None else (torch.uint8,)
+        parts = {"qdata": (self.codes_shape, (self.qtype.storage_dtype,)), "scale": scales}
+        if self.affine:
+            parts["shift"] = scales
+        if self.qtype.is_learned:
+            parts["codebook"] = (torch.Size([2**self.qtype.bits]), FLOATS)
+        if self.scale_bits is not None:
+            parts["row_scale"] = (torch.Size([*self.lead, 1]), FLOATS)
+        return parts
+
+    def low_rank_shapes(self, rank: int) -> dict[str, torch.Size]:
+        """Shapes of the factors of a low-rank term."""
+        return {
+            "up": torch.Size([*self.lead, rank]),
+            "down": torch.Size([*self.lead[:-1], rank, self.row_length]),
+        }
+
+    def check(self, parts: Mapping[str, torch.Tensor], codes: tuple[torch.Size, torch.dtype] | None = None) -> None:
+        """Refuses parts that are not those of this record.
+
+        Kernels read memory by the record alone, so nothing may reach them that has not passed here.
+
+        Args:
+            parts: by name.
+            codes: shape and dtype of ``qdata`` where its layout is another one than the stored form.
+
+        Raises:
+            ValueError: a part is missing, left over, of another shape, dtype or device.
+        """
+        device = parts["qdata"].device if "qdata" in parts else None
+        for name, (shape, dtypes) in self.expected.items():
+            part = parts.get(name)
+            if part is None:
+                raise ValueError(
+                    f"a {self.qtype.name} weight needs its {name}; found {', '.join(parts) or 'nothing'} for {self.text()}"
+                )
+            if name == "qdata" and codes is not None:
+                shape, dtypes = codes[0], (codes[1],)
+            if part.shape != shape or part.dtype not in dtypes:
+                raise ValueError(
+                    f"{self.text()}: {name} is {part.dtype} {tuple(part.shape)}, expected "
+                    f"{' or '.join(map(str, dtypes))} {tuple(shape)}"
+                )
+            if part.device != device:
+                raise ValueError(f"{self.text()}: {name} is on {part.device}, the codes on {device}; move one of them")
+        up, down = parts.get("up"), parts.get("down")
+        if up is not None or down is not None:
+            self.check_low_rank(up, down)
+            if up.device != device or down.device != device:  # type: ignore[union-attr]
+                raise ValueError(f"{self.text()}: the low-rank factors are not on {device} as the codes are")
+        for name in parts:
+            if name not in self.expected and name not in ("up", "down") and parts[name] is not None:
+                raise ValueError(
+                    f"a {self.qtype.name} weight has no {name} here ({self.text()}); found one of shape "
+                    f"{tuple(parts[name].shape)}"
+                )
+
+    def check_low_rank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
+        """Refuses factors of a low-rank term that do not fit.
+
+        Raises:
+            ValueError: one of the two is missing, or their shapes do not fit the weight.
+        """
+        if up is None or down is None:
+            raise ValueError("a low-rank term is up and down together; one of them is None")
+        wanted = self.low_rank_shapes(up.shape[-1] if up.dim() else 0)
+        if (up.shape, down.shape) != (wanted["up"], wanted["down"]):
+            raise ValueError(
+                f"a low-rank term of up {tuple(up.shape)} and down {tuple(down.shape)} does not fit a quantized "
+                f"weight of shape {tuple(self.seen_shape)}; expected up {tuple(wanted['up'])}, down "
+                f"{tuple(wanted['down'])}"
+            )
+        if not (up.is_floating_point() and down.is_floating_point()):
+            raise ValueError(f"a low-rank term is float, found up {up.dtype} and down {down.dtype}")
+
+    def __post_init__(self) -> None:
+        # A field that does not fit the others would send a kernel to the wrong place in memory.
+        count = len(self.shape)
+        if count < 2 or not 0 <= self.axis < count - 1:
+            raise ValueError(
+                f"a quantized weight of shape {tuple(self.shape)} has an axis in 0..{count - 2}, found {self.axis}"
+            )
+        if self.transposed and self.axis != count - 2:
+            raise ValueError(f"a weight of shape {tuple(self.shape)} with axis={self.axis} cannot be seen transposed")
+        if not (self.dtype.is_floating_point and self.dtype.itemsize > 1):
+            raise ValueError(f"a quantized weight is seen as a float tensor, found {self.dtype}")
+        length, group = self.row_length, self.group_size
+        if group is not None and (group < 1 or (length and length % group)):
+            raise ValueError(f"groups of {group} do not divide rows of {length} weights")
+        if self.scale_bits is not None and check_scale_bits(self.scale_bits) is None:
+            raise ValueError(f"scale_bits must be 4 to 8 or None, found {self.scale_bits}")
+        block = self.rotation
+        if block is not None and (block < 2 or block & (block - 1) or length % block):
+            raise ValueError(f"rotation must be a power of two that divides rows of {length} weights, found {block}")
+        if self.activation is not None and self.activation.bits != 8:
+            raise ValueError(f"activations are quantized to int8 or float8, found {self.activation.name}")
+        if self.qtype.is_unsigned or self.qtype.is_codebook:
+            self.qtype.affine(not self.affine)
+
+    # ------------------------------------------------------------------ text
+
+    @functools.cached_property
+    def words(self) -> str:
+        """The text form without shape and dtype: what operators and compiled graphs are given beside a shape."""
+        words = [self.qtype.name]
+        if self.group_size is not None:
+            words.append(f"group={self.group_size}")
+        if self.affine:
+            words.append("affine")
+        if self.axis:
+            words.append(f"axis={self.axis}")
+        if self.transposed:
+            words.append("transposed")
+        if self.activation is not None:
+            words.append(f"activation={self.activation.name}")
+        if self.scale_bits is not None:
+            words.append(f"scales={self.scale_bits}")
+        if self.rotation is not None:
+            words.append(f"rotation={self.rotation}")
+        return " ".join(words)
+
+    def text(self, rank: int = 0) -> str:
+        """The text form, of the shape that the tensor shows: ``"qint4 1536x576 group=64 affine"``."""
+        name, *rest = self.words.split()
+        words = [name, "x".join(map(str, self.seen_shape)), *rest]
+        if rank:
+            place = next((i for i, word in enumerate(words) if word.startswith(("scales=", "rotation="))), len(words))
+            words.insert(place, f"rank={rank}")
+        return " ".join(words)
+
+    @classmethod
+    def from_words(cls, words: str, shape: Any, dtype: torch.dtype) -> WeightSpec:
+        """The reverse of `words`. shape: of the weight as it is stored."""
+        if all(type(size) is int for size in shape):
+            return _from_words(words, tuple(shape), dtype)
+        return cls(shape=torch.Size(shape), dtype=dtype, **parse_words(words))  # sizes that a compiler keeps open
+
+
+@functools.lru_cache(maxsize=4096)
+def _from_words(words: str, shape: tuple[int, ...], dtype: torch.dtype) -> WeightSpec:
+    return WeightSpec(shape=torch.Size(shape), dtype=dtype, **parse_words(words))
+
+
+def swapped(shape: Any) -> torch.Size:
+    """A shape with its last two axes swapped."""
+    return torch.Size([*shape[:-2], shape[-1], shape[-2]])
+
+
+def parse_words(text: str) -> dict[str, Any]:
+    """Fields of `WeightSpec` that a text without shape names; with ``rank`` where that stands in it.
+
+    Raises:
+        KeyError, ValueError: a word is unknown, stands there twice, or has a value that it cannot have.
+    """
+    kind, *words = text.split()
+    fields: dict[str, Any] = {"qtype": qtypes[kind]}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("affine", "transposed") and not value:
+            found: dict[str, Any] = {key: True}
+        elif key == "group":
+            found = {"group_size": int(value)}
+        elif key in ("axis", "rank"):
+            found = {key: int(value)}
+        elif key == "scales":
+            found = {"scale_bits": check_scale_bits(int(value))}
+        elif key == "rotation":
+            found = {"rotation": check_rotation(int(value))}
+        elif key == "activation":
+            found = {"activation": resolve_qtype(value)}
+        else:
+            raise KeyError(word)
+        if found.keys() & fields.keys():
+            raise ValueError(f"{word!r} stands there twice")
+        fields |= found
+    return fields
+
+
+def parse_text(text: str, dtype: torch.dtype) -> tuple[WeightSpec, int]:
+    """The reverse of `WeightSpec.text`: the record and the rank of the low-rank term.
+
+    Raises:
+        KeyError, ValueError, IndexError: the text is not of that form.
+    """
+    kind, shape, *words = text.split()
+    fields = parse_words(" ".join([kind, *words]))
+    rank = fields.pop("rank", 0)
+    sizes = torch.Size(int(size) for size in shape.split("x"))
+    if rank < 0 or any(size < 0 for size in sizes):
+        raise ValueError("a size or rank is negative")
+    stored = swapped(sizes) if fields.get("transposed") and len(sizes) > 1 else sizes
+    return WeightSpec(shape=stored, dtype=dtype, **fields), rank
