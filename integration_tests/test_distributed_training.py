@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from tiny_models import TINY, save_tiny, token_ids
 
+import requanto
 from requanto import QTensor, QuantoConfig
 
 WORLD = 2
@@ -49,6 +50,32 @@ def sharded(directory: Path, weights: str):
 def ddp(directory: Path, weights: str, rank: int) -> dict:
     model = torch.nn.parallel.DistributedDataParallel(make(directory, weights))
     return {"losses": train(model, token_ids(4)[rank * 2 : rank * 2 + 2])}
+
+
+def packed(directory: Path, weights: str, rank: int) -> dict:
+    """Every rank starts with other numbers, and in another layout, after a forward: DDP gives all of them rank 0's."""
+    torch.manual_seed(rank)
+    layer = torch.nn.Linear(256, 320).bfloat16()
+    layer.weight = torch.nn.Parameter(QTensor.quantize(layer.weight.data, weights), requires_grad=False)
+    x = torch.arange(512).reshape(2, 256).remainder(7).sub(3).bfloat16()
+    if rank == 0:
+        requanto.prepare(layer, smallest=0)
+    layouts = layer.weight.layout_name
+    with torch.no_grad():
+        layer(x)
+    model = torch.nn.parallel.DistributedDataParallel(layer)
+    model(x).float().sum().backward()
+    with torch.no_grad():
+        out = model(x)
+    values = layer.weight.dequantize(torch.float64)
+    error = (out.double() - x.double() @ values.t() - layer.bias.double()).norm() / out.double().norm()
+    # And by hand, as trainers do: rank 1's weight for all.
+    torch.manual_seed(10 + rank)
+    layer.weight.data.copy_(torch.randn(320, 256).bfloat16())
+    torch.distributed.broadcast(layer.weight.data, 1)
+    with torch.no_grad():
+        again = layer(x)
+    return {"layout": layouts, "out": out, "error": float(error), "again": again}
 
 
 def fsdp(directory: Path, weights: str, rank: int) -> dict:
@@ -126,6 +153,7 @@ def saved_by_all(directory: Path, weights: str, rank: int) -> dict:
 
 
 TASKS = [("ddp", "int4"), ("ddp", "int8"), ("fsdp", "int4"), ("fsdp", "int8"), ("fsdp", "codebook3")]
+TASKS += [("packed", "int4"), ("packed", "int8")]
 TASKS += [("unlike", "both"), ("unlike_fsdp", "both"), ("uneven", "int4"), ("saved_by_all", "int4")]
 
 
@@ -166,6 +194,16 @@ def one_process(directory):
 def test_ddp_trains_as_one_process(run, one_process, weights):
     for found in run("ddp", weights):
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["int4", "int8"])
+def test_ddp_after_a_forward_gives_all_ranks_the_same_weight(run, weights):
+    one, two = run("packed", weights)
+    assert two["layout"] == "plain"
+    assert torch.equal(one["out"].isfinite(), two["out"].isfinite())
+    for what in ("out", "again"):
+        assert (one[what].float() - two[what].float()).norm() <= 1e-2 * one[what].float().norm(), what
+    assert max(one["error"], two["error"]) < 1e-2
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8", "codebook3"])
