@@ -1,21 +1,21 @@
-# make quickstart   a quantized model end to end, in a virtual environment of its own (.venv)
+# make quickstart   a quantized model end to end, in its own virtual environment (.venv)
 # make test         lint and every test that needs no GPU
-# make gpu-check    gpu-test, gpu-matmul and gpu-model, with the Python that is active: no installation
-# make gpu-test     tests on a GPU        } each ends within ten minutes; benchmarks name what they left out, and write
-# make gpu-matmul   products beside peers } figures (JSON), a table and a plot to benchmarks/results
-# make gpu-model    whole models          }
+# make gpu-check    gpu-test, gpu-matmul and gpu-model, with the active Python: nothing is installed
+# make gpu-test     tests on a GPU                } each ends within ten minutes; benchmarks list what they left out, and
+# make gpu-matmul   kernels compared with peers   } write figures (JSON), a table and a plot to benchmarks/results
+# make gpu-model    whole models                  }
 # make lint, wheel, clean
 #
 # Variables:
-#   PYTHON  the interpreter that makes .venv (at least 3.11)
+#   PYTHON  the interpreter that creates .venv (at least 3.11)
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
 #   PY      the interpreter of gpu-check and its parts
-#   WORKERS processes that share the tests of `make test`, a file at a time; 0: this one
-#   ARGS    further arguments, to pytest in `make test` and `gpu-test`, to the program in `make quickstart`, `gpu-matmul` ...
+#   WORKERS processes among which `make test` distributes the test files; 0: no additional process
+#   ARGS    further arguments: for pytest in `make test` and `gpu-test`, for the program in `make quickstart`, `gpu-matmul` ...
 
 PYTHON ?= python3
 PY ?= python3
-# The CPU build of exactly this version is what the tests were run with; where pip finds it is up to pip's configuration.
+# The tests were run with the CPU build of exactly this version; pip's configuration decides from where it is installed.
 TORCH ?= torch==2.13.0
 ARGS ?=
 WORKERS ?= 2
@@ -32,7 +32,7 @@ help:
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-# Threads that wait do so asleep: two workers with two threads each on two cores would spend most of their time spinning.
+# OMP_WAIT_POLICY=passive: idle threads sleep. Two workers with two threads each would otherwise spin most of the time on two cores.
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
@@ -40,12 +40,12 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# All three run, whatever becomes of one.
+# All three run, even if one fails.
 gpu-check:
 	@failed=; for part in gpu-test gpu-matmul gpu-model; do $(MAKE) $$part || failed="$$failed $$part"; done; \
 		test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
-# Most of the time goes into compiling kernels: processes share it where pytest-xdist is there.
+# Most of the time is spent compiling kernels: with pytest-xdist it is distributed among processes.
 gpu-test:
 	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels/test_gpu.py tests/linear/test_triton_gpu.py \
 		$$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) $(ARGS)
@@ -56,7 +56,7 @@ gpu-matmul:
 gpu-model:
 	PYTHONPATH=src:kernels $(PY) benchmarks/model.py $(ARGS)
 
-# build/ goes first: setuptools packs what an earlier build left there, also files that are gone from the checkout.
+# build/ is removed first: setuptools packs what an earlier build left there, also files that were deleted from the checkout.
 wheel: $(VENV)/.torch
 	rm -rf build
 	$(PIP) wheel . --no-deps --wheel-dir dist
@@ -65,7 +65,7 @@ clean:
 	rm -rf build dist quickstart-out src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
-# Each step of the installation leaves a stamp, so that a second call does nothing.
+# Each step of the installation creates a stamp file, so that a second call does nothing.
 
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -73,7 +73,7 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-# Torch comes first and alone: any other package's "torch" would let pip choose the newest build with CUDA libraries.
+# Torch is installed first and alone: as another package's dependency pip would choose the newest build with CUDA libraries.
 $(VENV)/.torch: $(VENV)/.python
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$(TORCH)"
 	touch $@
@@ -82,8 +82,8 @@ $(VENV)/.quickstart: pyproject.toml $(VENV)/.torch
 	$(PIP) install -e ".[quickstart]"
 	touch $@
 
-# optimum-quanto is what the tests compare with. It asks for nothing that is not there, but for ninja, which compiles its
-# C++ code at first use.
+# The tests compare with optimum-quanto. Of its dependencies only ninja is missing, which compiles its C++ code at first
+# use.
 $(VENV)/.test: pyproject.toml $(VENV)/.torch
 	$(PIP) install -e ".[test]"
 	$(PIP) install ninja

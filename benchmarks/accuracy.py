@@ -1,20 +1,21 @@
-"""Accuracy for the bits, beside other libraries: one run, one table, the same layers, tokens and sentences for all.
+"""Accuracy at given bits, compared with other libraries: the same layers, tokens and sentences for all.
 
     python benchmarks/accuracy.py --peer-python hqq=/envs/hqq/bin/python torchao=/envs/torchao/bin/python ...
     python benchmarks/accuracy.py --only requanto/int4 hqq --texts eval heldout --resume
-    python benchmarks/accuracy.py --table --plot docs/images/accuracy.png             # of what was measured
+    python benchmarks/accuracy.py --table --plot docs/images/accuracy.png             # of the stored results
 
-Each row runs in a process of its own, in the Python that ``--peer-python`` names for its library (this one, where none is
-named), which needs torch, transformers, safetensors and the library. A library that is missing or fails has a row
-that says why. Measured are the dequantized weights in the float model, not the library's kernels:
+Each row runs in its own process, in the Python that ``--peer-python`` names for its library (default: this one), which needs
+torch, transformers, safetensors and the library. If a library is missing or fails, its row contains the reason. The
+dequantized weights are measured in the float model, not the library's kernels:
 
-- SmolLM2-135M-Instruct in bfloat16: perplexity on 10,240 tokens of `requanto.data.eval_text()` in windows of 1,024; with
-  ``--texts heldout`` also on 8,192 tokens of NumPy's docstrings, on which nothing in this package was chosen. Its weights
-  come from a Q4_1 file (affine, groups of 32), which flatters affine 4-bit results, most of all with groups of 32.
+- SmolLM2-135M-Instruct in bfloat16: perplexity on 10,240 tokens of `requanto.data.eval_text()` in windows of 1,024;
+  with ``--texts heldout`` also on 8,192 tokens of NumPy's docstrings, which was not used to choose anything in this
+  package. Its weights come from a Q4_1 file (affine, groups of 32), which flatters affine 4-bit results, most of all
+  with groups of 32.
 - all-MiniLM-L6-v2, never quantized before: mean cosine of the embeddings of 128 sentences to the float32 model's.
 
-Rows with samples (``--samples``) get pieces of fiction from `requanto.data.calibration_text()`: slow, so on demand.
-Every finished row is kept in benchmarks/results/accuracy.json. One thread.
+Rows with samples (``--samples``) use pieces of fiction from `requanto.data.calibration_text()`; they are slow and run
+only on request. Every finished row is stored in benchmarks/results/accuracy.json. One thread.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def heldout_text() -> str:
 
 
 def prepare(path: Path, samples: int, length: int) -> dict[str, Any]:
-    """Writes the tokens that all libraries get; returns what they are."""
+    """Writes the tokens that all libraries get; returns a description of them."""
     import numpy
     from accuracy_child import embeddings
     from transformers import AutoModel, AutoTokenizer
@@ -92,20 +93,20 @@ def prepare(path: Path, samples: int, length: int) -> dict[str, Any]:
 
 
 def measure(row: Row, job: dict[str, Any], python: str, minutes: float) -> dict[str, Any]:
-    """Runs a row in its own process; returns its figures, or why there are none."""
+    """Runs a row in its own process; returns its figures, or the reason why it failed."""
     job = job | {"library": row.library, "setting": row.setting}
     with tempfile.TemporaryDirectory() as folder:
-        asked, answered = Path(folder) / "job.json", Path(folder) / "row.json"
-        asked.write_text(json.dumps(job), encoding="utf-8")
+        job_file, row_file = Path(folder) / "job.json", Path(folder) / "row.json"
+        job_file.write_text(json.dumps(job), encoding="utf-8")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment["PATH"] = os.pathsep.join([str(Path(python).parent), os.environ.get("PATH", "")])
-        # The process starts elsewhere; and Requanto's sources are of no use to another library's Python.
+        # Absolute, since the process starts in another directory; another library's Python must not see Requanto's sources.
         paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         environment["PYTHONPATH"] = os.pathsep.join(paths if python == sys.executable else [])
         start = time.perf_counter()
         try:
             ended = subprocess.run(
-                [python, str(CHILD), str(asked), str(answered)],
+                [python, str(CHILD), str(job_file), str(row_file)],
                 env=environment,
                 cwd=folder,
                 timeout=60 * minutes,
@@ -116,22 +117,22 @@ def measure(row: Row, job: dict[str, Any], python: str, minutes: float) -> dict[
             return {"failed": f"not done after {minutes:g} minutes on one thread"}
         except OSError as error:
             return {"failed": f"no such Python: {error.strerror}"}
-        if not answered.exists():
+        if not row_file.exists():
             lines = ended.stderr.strip().splitlines() or ["no message"]
             return {"failed": f"ended with {ended.returncode}: {lines[-1][:300]}"}
-        return json.loads(answered.read_text(encoding="utf-8")) | {
+        return json.loads(row_file.read_text(encoding="utf-8")) | {
             "row_seconds": round(time.perf_counter() - start, 1),
             "machine": machine(),
         }
 
 
 def stored() -> dict[str, Any]:
-    """What earlier runs found."""
+    """The results of earlier runs."""
     return json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {"texts": {}, "rows": {}}
 
 
 def keep(row: Row, found: dict[str, Any], texts: dict[str, Any]) -> dict[str, Any]:
-    """Adds a row; figures of another text that it had stay. Another process may have written meanwhile: read again."""
+    """Adds a row to the results, which are read again, and keeps its older figures of other texts."""
     everything = stored()
     old = everything["rows"].get(row.name, {})
     if "failed" in found and "bits" in old:
@@ -141,7 +142,7 @@ def keep(row: Row, found: dict[str, Any], texts: dict[str, Any]) -> dict[str, An
     everything["texts"] = texts
     everything["rows"][row.name] = {"library": row.library, "label": row.label, "setting": row.setting, **new}
     order = [one.name for one in ROWS if one.name in everything["rows"]]
-    everything["rows"] = {name: everything["rows"][name] for name in order}  # rows of an older list go
+    everything["rows"] = {name: everything["rows"][name] for name in order}  # drops rows that are no longer in ROWS
     base = everything["rows"].get("float/bfloat16", {})
     for one in everything["rows"].values():
         for text in TOKENS:
@@ -154,38 +155,38 @@ def keep(row: Row, found: dict[str, Any], texts: dict[str, Any]) -> dict[str, An
 
 
 def wanted_texts(row: Row, texts: list[str]) -> list[str]:
-    """The held-out text is for the main rows."""
+    """The texts to measure for this row: the held-out text only for the main rows."""
     return [text for text in texts if text != "heldout" or row.heldout]
 
 
 def main() -> None:
-    """Runs the rows that were asked for."""
+    """Runs the selected rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", nargs="*", default=[], metavar="LIBRARY=PYTHON")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="beginnings of names")
-    parser.add_argument("--texts", nargs="*", default=["eval"], choices=list(TOKENS), help="none: MiniLM alone")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="prefixes of names")
+    parser.add_argument("--texts", nargs="*", default=["eval"], choices=list(TOKENS), help="empty: only MiniLM")
     parser.add_argument("--no-minilm", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="leave out rows that have all figures, or failed")
-    parser.add_argument("--samples", type=int, default=0, help="rows that look at data, on so many samples")
+    parser.add_argument("--resume", action="store_true", help="skip rows that have all figures, or failed")
+    parser.add_argument("--samples", type=int, default=0, help="run the rows with samples, on this many samples")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
-    parser.add_argument("--minutes", type=float, default=20, help="a row is given up after them")
+    parser.add_argument("--minutes", type=float, default=20, help="time limit for one row")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--table", action="store_true", help="print what was measured and stop")
-    parser.add_argument("--plot", type=Path, help="draw what was measured and stop")
-    asked = parser.parse_args()
-    if asked.table or asked.plot:
+    parser.add_argument("--table", action="store_true", help="print the stored results and stop")
+    parser.add_argument("--plot", type=Path, help="draw the stored results and stop")
+    options = parser.parse_args()
+    if options.table or options.plot:
         import accuracy_report
 
-        if asked.table:
+        if options.table:
             print(accuracy_report.table(stored()))
-        if asked.plot:
-            accuracy_report.draw(stored(), asked.plot)
+        if options.plot:
+            accuracy_report.draw(stored(), options.plot)
         return
-    pythons = dict(pair.split("=", 1) for pair in asked.peer_python)
-    rows = [row for row in ROWS if any(row.name.startswith(beginning) for beginning in asked.only)]
-    rows = [row for row in rows if row.samples == bool(asked.samples)]
+    pythons = dict(pair.split("=", 1) for pair in options.peer_python)
+    rows = [row for row in ROWS if any(row.name.startswith(beginning) for beginning in options.only)]
+    rows = [row for row in rows if row.samples == bool(options.samples)]
     unknown = set(pythons) - {row.library for row in ROWS}
-    if asked.list or not rows or unknown:
+    if options.list or not rows or unknown:
         print("\n".join(row.name for row in ROWS))
         raise SystemExit(
             f"no library is called {', '.join(sorted(unknown))}" if unknown else not rows and "no such row"
@@ -193,27 +194,30 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         material = Path(folder) / "material.safetensors"
-        texts = prepare(material, asked.samples or 1, asked.length)
+        texts = prepare(material, options.samples or 1, options.length)
         for number, row in enumerate(rows, 1):
             known = stored()["rows"].get(row.name, {})
-            needed = [*wanted_texts(row, asked.texts), *([] if asked.no_minilm or row.samples else ["minilm_cosine"])]
-            if asked.resume and ("failed" in known or all(figure in known for figure in needed)):
+            needed = [
+                *wanted_texts(row, options.texts),
+                *([] if options.no_minilm or row.samples else ["minilm_cosine"]),
+            ]
+            if options.resume and ("failed" in known or all(figure in known for figure in needed)):
                 continue
             job = {
                 "material": str(material),
                 "threads": 1,
                 "smollm2": str(smollm2_dir()),
                 "minilm": str(minilm_dir()) if "minilm_cosine" in needed else None,
-                "texts": wanted_texts(row, asked.texts),
+                "texts": wanted_texts(row, options.texts),
             }
             print(f"[{number}/{len(rows)}] {row.name}", file=sys.stderr, flush=True)
-            found = measure(row, job, pythons.get(row.library, sys.executable), asked.minutes)
+            found = measure(row, job, pythons.get(row.library, sys.executable), options.minutes)
             found["command"] = re.sub(r"=/\S+", "=PYTHON", command())
             if row.samples:
-                found |= {"samples": asked.samples, "length": asked.length}
-            kept = keep(row, found, texts)
+                found |= {"samples": options.samples, "length": options.length}
+            stored_row = keep(row, found, texts)
             shown = ("bits", "eval_percent", "heldout_percent", "minilm_cosine", "failed", "row_seconds")
-            print("  " + json.dumps({key: kept[key] for key in shown if key in kept}), flush=True)
+            print("  " + json.dumps({key: stored_row[key] for key in shown if key in stored_row}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Runs in a library's own Python, started by accuracy.py: quantizes two models with one setting of it, and measures them.
+"""Quantizes two models with one setting of a library and measures them; accuracy.py starts it in that library's Python.
 
     python benchmarks/accuracy_child.py JOB.json OUT.json
 
-Every library quantizes the same layers, each by its own public call; the weights that it gives back when asked to
-dequantize go into the float model, which is measured. So what is compared is what a library does to the weights, not its
-kernels. Needs torch, transformers and safetensors, and Requanto only for its own rows.
+Every library quantizes the same layers by its own public call. The dequantized weights are put into the float model,
+which is measured: this compares the libraries' weights, not their kernels. Needs torch, transformers and safetensors,
+and Requanto only for its own rows.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 
 def layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """What is quantized: every Linear layer but the output layer, which shares its weight with the embedding."""
+    """The layers to quantize: every Linear layer but the output layer, which shares its weight with the embedding."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
     }
 
 
 def quantize(library: str, setting: dict[str, Any], model: nn.Module, material: dict[str, Tensor]) -> dict[str, float]:
-    """Puts dequantized weights into the model; returns the bits a weight and the seconds it took."""
+    """Puts dequantized weights into the model; returns bits a weight and seconds."""
     chosen = layers(model)
     float_weights = {name: module.weight.detach() for name, module in chosen.items()}
     start = time.perf_counter()
@@ -75,15 +75,15 @@ def perplexity(model: Any, windows: Tensor) -> float:
 def embeddings(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Mean-pooled embeddings, ``[batches * sentences, features]`` of ``[batches, sentences, tokens]``."""
     found = []
-    for batch, kept in zip(ids, mask, strict=True):
-        hidden = model(input_ids=batch, attention_mask=kept).last_hidden_state
-        weights = kept.unsqueeze(-1).to(hidden.dtype)
+    for batch, own_mask in zip(ids, mask, strict=True):
+        hidden = model(input_ids=batch, attention_mask=own_mask).last_hidden_state
+        weights = own_mask.unsqueeze(-1).to(hidden.dtype)
         found.append((hidden * weights).sum(1) / weights.sum(1))
     return torch.cat(found)
 
 
 def language_model(job: dict[str, Any], material: dict[str, Tensor]) -> dict[str, Any]:
-    """Perplexity of SmolLM2 on each of the texts asked for."""
+    """Perplexity of SmolLM2 on each of the job's texts."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(job["smollm2"], dtype=torch.bfloat16).eval()
@@ -98,7 +98,7 @@ def language_model(job: dict[str, Any], material: dict[str, Tensor]) -> dict[str
 
 def encoder(job: dict[str, Any], material: dict[str, Tensor]) -> dict[str, Any]:
     """Mean cosine of MiniLM's embeddings to the float32 model's. Weights are rounded to bfloat16 before, so that scales
-    take as many bits as in SmolLM2; what runs is float32."""
+    take as many bits as in SmolLM2; the model runs in float32."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(job["minilm"], dtype=torch.bfloat16).eval()
@@ -110,7 +110,7 @@ def encoder(job: dict[str, Any], material: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Reads the job, writes the row; what fails is a row with the reason."""
+    """Reads the job and writes the row; a failure is a row with the reason."""
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
@@ -122,7 +122,7 @@ def main() -> None:
             row |= encoder(job, material)
         if job["texts"]:
             row |= language_model(job, material)
-    except Exception as error:  # whatever a library raises is what its row says
+    except Exception as error:  # the row contains whatever the library raises
         message = " ".join(str(error).split())
         row["failed"] = f"{type(error).__name__}: {message[:300]}"
         print(f"  {row['failed']}", file=sys.stderr, flush=True)

@@ -1,12 +1,12 @@
-"""The same order of types and methods on images: the digits diffusion model, without samples and with.
+"""Accuracy of types and methods on images, with and without samples: the digits diffusion model.
 
     python benchmarks/accuracy_digits.py                # minutes on one core; writes results/accuracy_digits.json
 
 The model is the diffusion transformer of examples/digits_diffusion (1 M parameters, in float16, trained in minutes, never
 quantized before). Every Linear layer is quantized; the dequantized weights draw digits in float32 from the same noise as the
 float model. PSNR is taken against the float model's images over their range of 2; accuracy is how often a classifier trained
-on the real digits reads the digit that was asked for. ``gptq`` looks at runs of the pipeline with other noise.
-Bits a weight count scales and shifts of 16 bits each.
+on the real digits reads the requested digit. The samples of ``gptq`` are runs of the pipeline with other noise.
+Bits a weight include scales and shifts of 16 bits each.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "int2 g16, scales in 4 bits": {"weights": "int2", "group_size": 16, "scale_bits": 4},
     "int2 g16, scales in 4 bits, gptq": {"weights": "int2", "group_size": 16, "scale_bits": 4, "method": "gptq"},
 }
-#: what gptq looks at: digits and noise that are not measured
+#: samples of gptq: digits and noise that are not measured
 CALIBRATION = {"digits": 40, "seed": 1000}
 
 
 def calibrate(model: nn.Module) -> None:
-    """Draws digits: what a pipeline does with the model."""
+    """Draws digits, as a pipeline would."""
     sample.draw(Float32Ends(model), torch.arange(CALIBRATION["digits"]) % 10, seed=CALIBRATION["seed"])
 
 
 class Float32Ends:
-    """Calls a float16 model with float32 images and gives float32 back, as `sample.draw` wants it."""
+    """Calls a float16 model with float32 images and returns float32, as `sample.draw` expects."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -81,7 +81,7 @@ def quantized(setting: dict[str, Any]) -> tuple[nn.Module, float, float]:
     requanto.freeze(model)
     seconds = time.perf_counter() - start
     found = {name: p for name, p in model.named_parameters() if isinstance(p, QTensor)}
-    # What a checkpoint holds: after a run, int4 weights may be in the form that the CPU's products want.
+    # As in a checkpoint: after a run, int4 weights may be prepacked.
     stored = sum(part.nbytes for p in found.values() for part in p.inner_tensors().values())
     bits = 8 * stored / sum(p.numel() for p in found.values())
     plain = DiTTransformer2DModel.from_pretrained(sample.MODEL, torch_dtype=torch.float32)
@@ -92,7 +92,7 @@ def quantized(setting: dict[str, Any]) -> tuple[nn.Module, float, float]:
 
 
 def main() -> None:
-    """Measures all rows and writes them down."""
+    """Measures all rows and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy_digits.json")

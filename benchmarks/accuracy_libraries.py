@@ -1,7 +1,7 @@
-"""How each library of accuracy.py quantizes Linear layers: one short function a library, by its own public names.
+"""Quantizes Linear layers with each library of accuracy.py: one function for each library, using its public API.
 
-A function takes the model, the layers by name, the material (``samples`` of token ids for methods that look at data) and
-the library's settings, and yields for each layer the weight that the library dequantizes, and what it stores.
+A function takes the model, the layers by name, the material (``samples`` of token ids for methods with samples) and
+the library's settings, and yields for each layer the dequantized weight and the bytes that the library stores.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of a layer.
+    """A quantized layer.
 
     Attributes:
         weight: dequantized, ``[N, K]``.
-        stored: bytes of all tensors that the library keeps for it.
-        counted: bytes with codes at their own width (libraries that keep 4-bit codes in a byte each), scales and zero
-            points as stored.
+        stored: bytes of all tensors that the library stores for it.
+        counted: the same with codes at their own width, for libraries that store a 4-bit code in a whole byte.
     """
 
     weight: Tensor
@@ -34,28 +33,28 @@ class LayerResult:
 
 Results = Iterator[tuple[str, LayerResult]]
 Layers = Mapping[str, nn.Linear]
-#: the packages behind the names
+#: package names of the libraries
 PACKAGES = {"requanto": "requanto", "autoround": "auto-round", "gptqmodel": "gptqmodel"}
 
 
 def version_of(library: str) -> str:
-    """Of the installed package; torch's for the float row."""
+    """The version of the installed package; torch's for the float row."""
     if library == "float":
         return f"torch {torch.__version__}"
     try:
         return version(PACKAGES.get(library, library))
     except PackageNotFoundError:
-        module = __import__(PACKAGES.get(library, library).replace("-", "_"))  # some wheels hold no metadata
+        module = __import__(PACKAGES.get(library, library).replace("-", "_"))  # some wheels have no metadata
         return str(getattr(module, "__version__", "unknown"))
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Of all of them together."""
+    """The bytes of all tensors together."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def alone(layer: nn.Linear) -> nn.Sequential:
-    """A copy of a layer in a model of its own, for libraries that quantize models."""
+    """A model that consists of a copy of the layer, for libraries that quantize models."""
     return nn.Sequential(copy.deepcopy(layer))
 
 
@@ -66,7 +65,7 @@ def float_weights(model: nn.Module, layers: Layers, material: Any) -> Results:
 
 
 def requanto(model: Any, layers: Layers, material: Any, method: str | None = None, **setting: Any) -> Results:
-    """As ``from_pretrained(quantization_config=QuantoConfig(...))`` gives it; gptq on the samples."""
+    """As ``from_pretrained(quantization_config=QuantoConfig(...))`` quantizes; gptq on the samples."""
     from requanto import QuantoConfig
     from requanto.methods import quantize_with_samples
     from requanto.report.calibrated import planned_for
@@ -79,13 +78,13 @@ def requanto(model: Any, layers: Layers, material: Any, method: str | None = Non
         weight = (
             layer.weight if sampled else planned[f"{name}.weight"].quantize(layer.weight.detach(), f"{name}.weight")
         )
-        # What a checkpoint holds: after a run, int4 weights may be in the form that the CPU's products want.
+        # As in a checkpoint: after a run, int4 weights may be prepacked.
         stored = nbytes(*weight.inner_tensors().values())
         yield name, LayerResult(weight.dequantize(), stored, stored)
 
 
 def optimum_quanto(model: nn.Module, layers: Layers, material: Any, **setting: Any) -> Results:
-    """``quantize`` and ``freeze``. Groups of 128, or what divides a row below it, as the library chooses."""
+    """``quantize`` and ``freeze``. The library chooses groups of 128, or smaller ones that divide a row."""
     from optimum.quanto import freeze, quantize
 
     for name, layer in layers.items():
@@ -94,12 +93,12 @@ def optimum_quanto(model: nn.Module, layers: Layers, material: Any, **setting: A
         freeze(own)
         weight: Any = own[0].weight
         parts = [getattr(weight, part) for part in weight.__tensor_flatten__()[0]]
-        parts = [getattr(part, "_data", part) for part in parts]  # a packed tensor holds another one
+        parts = [getattr(part, "_data", part) for part in parts]  # a packed tensor contains another tensor
         yield name, LayerResult(weight.dequantize(), nbytes(*parts), nbytes(*parts))
 
 
 def torchao(model: nn.Module, layers: Layers, material: Any, config: str, **setting: Any) -> Results:
-    """``quantize_``. Few-bit codes are kept in a byte each on a CPU; zero points of symmetric mappings are kept, all 0."""
+    """``quantize_``. On a CPU few-bit codes take a byte each; symmetric mappings store zero points that are all 0."""
     from torchao import quantization
     from torchao.quantization.granularity import PerGroup
     from torchao.quantization.quant_primitives import MappingType
@@ -158,13 +157,13 @@ def sdnq(model: nn.Module, layers: Layers, material: Any, **setting: Any) -> Res
     for name, layer in layers.items():
         config = SDNQConfig(add_skip_keys=False, minimum_allowed_numel=0, **setting)
         own: Any = sdnq_post_load_quant(alone(layer), quantization_config=config)[0]
-        # The bias is not the weight's.
+        # Without the bias.
         stored = nbytes(*(t for part, t in own.named_parameters() if part != "bias"))
         yield name, LayerResult(own.dequantize().weight, stored, stored)
 
 
 def gptqmodel(model: Any, layers: Layers, material: Any, **setting: Any) -> Results:
-    """GPTQ on the samples, on a CPU; of decoders only."""
+    """GPTQ on the samples, on a CPU; only decoders."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
     loaded = GPTQModel.load(material["path"], QuantizeConfig(device="cpu", **setting))
@@ -178,7 +177,7 @@ def gptqmodel(model: Any, layers: Layers, material: Any, **setting: Any) -> Resu
 
 
 def autoround(model: Any, layers: Layers, material: Any, **setting: Any) -> Results:
-    """AutoRound on the samples; it leaves the rounded weights in the model, and groups of scales beside them."""
+    """AutoRound on the samples; it puts the rounded weights into the model, and the scales into each layer's ``scale``."""
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""What accuracy.py measured, as a Markdown table and as a plot."""
+"""The results of accuracy.py as a Markdown table and as a plot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-#: colour and mark of a library in the plot
+#: colour and marker of a library in the plot
 STYLES = {
     "requanto": ("tab:red", "o"),
     "hqq": ("tab:blue", "s"),
@@ -20,7 +20,7 @@ STYLES = {
 
 
 def percent(row: dict[str, Any], text: str) -> str:
-    """Perplexity as a cell: percent of bfloat16's."""
+    """A cell of the table: perplexity in percent of bfloat16's."""
     if f"{text}_percent" not in row:
         return "-"
     value = row[f"{text}_percent"]
@@ -40,7 +40,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """All rows by bits, whole numbers of them apart, best first."""
+    """All rows, grouped by whole numbers of bits, in each group the best first."""
 
     def order(row: dict[str, Any]) -> tuple[float, float, float]:
         bits = row.get("bits", row.get("minilm_bits", 0.0))
@@ -52,7 +52,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Bits over what is lost, both models; rows without a figure are left out."""
+    """Draws loss of accuracy over bits for both models; rows without figures are left out."""
     import matplotlib
 
     matplotlib.use("Agg")

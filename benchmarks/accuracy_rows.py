@@ -1,4 +1,4 @@
-"""The rows of accuracy.py: a library, a setting, and what is worth measuring with it. At about equal bits, side by side."""
+"""The rows of accuracy.py: a library, a setting, and on which texts it is measured."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Row:
         library: of accuracy_libraries.
         label: the setting in words, unique within the library.
         setting: arguments for the library's function.
-        heldout: measured on the held-out text too, where that is asked for.
-        samples: looks at samples: not applied to MiniLM (the other libraries' are for decoders), and much slower.
+        heldout: measured on the held-out text too, if ``--texts`` names it.
+        samples: the method needs samples: much slower, and not measured on MiniLM (other libraries support only decoders).
     """
 
     library: str
@@ -26,14 +26,14 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What ``--only`` takes the beginning of."""
+        """The name; ``--only`` takes prefixes of it."""
         return f"{self.library}/{self.label}"
 
 
 def ours(
     weights: str, group: int | None = None, scale_bits: int | None = None, heldout: bool = False, **more: Any
 ) -> Row:
-    """A row of Requanto's."""
+    """A row for Requanto."""
     label = weights + ("" if group is None else f" g{group}")
     label += "" if scale_bits is None else f" scales {scale_bits} bit"
     label += "".join(f" {value}" for value in more.values())
@@ -48,19 +48,19 @@ def intx(bits: int, label: str = "", **more: Any) -> Row:
 
 
 def half_quadratic(bits: int, group: int | None, axis: int = 1) -> Row:
-    """hqq; ``axis=1`` (its default) groups along rows."""
+    """A row for hqq; ``axis=1`` (its default) groups along rows."""
     label = f"{bits} bit" + ("" if group is None else f" g{group}") + ("" if axis else " axis 0")
     return Row("hqq", label, {"nbits": bits, "group_size": group, "axis": axis}, heldout=bits == 4 and group == 64)
 
 
 def of_sdnq(weights: str, label: str = "", heldout: bool = False, **more: Any) -> Row:
-    """sdnq; groups are its own choice where none is given."""
+    """A row for sdnq; without a group size it chooses one itself."""
     return Row("sdnq", weights + label, {"weights_dtype": weights, **more}, heldout)
 
 
 BF16 = {"dequantize_fp32": False}  # sdnq's scales in the model's dtype
 
-#: data-free rows first; a run may be stopped
+#: rows without samples first: a run may be stopped early
 ROWS = (
     Row("float", "bfloat16", heldout=True),
     ours("int4", 64, heldout=True),

@@ -1,12 +1,13 @@
-"""A budget instead of a dtype: mixed types chosen within the bytes of one type for all layers, against that one type.
+"""A budget instead of a dtype: mixed types compared with one type for all layers, at the same bytes.
 
     python benchmarks/budget.py --tokens 10240 --gptq int3:64 int4:128
 
-For each uniform type: its bits a weight, and the accuracy of three models of exactly these bytes at most: uniform; "auto"
-by weight errors alone; "auto" by what errors do to the answer on samples (16 pieces of fiction; types only, the weights are
-rounded alike). ``--gptq``: uniform and "auto" on samples once more, rounded by GPTQ on the same samples. SmolLM2: perplexity
-on technical prose. MiniLM: cosine to the float embeddings. Weights are dequantized into the float model to measure.
-SmolLM2's weights were 4-bit codes in groups of 32 before (Q4_1): int4:32 gives them back almost unchanged.
+For each uniform type: its bits a weight, and the accuracy of three models of at most these bytes: uniform; "auto" by
+weight errors alone; "auto" by the effect of errors on the output for samples (16 pieces of fiction; they only determine
+the types, all weights are rounded in the same way). ``--gptq``: also uniform and "auto" on samples, rounded by GPTQ on
+the same samples. SmolLM2: perplexity on technical prose. MiniLM: cosine to the float embeddings. Weights are measured
+dequantized, in the float model. SmolLM2's weights were 4-bit codes in groups of 32 before (Q4_1): int4:32 restores them
+almost unchanged.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ UNIFORM = (
 
 
 def config_of(text: str) -> QuantoConfig:
-    """The configuration of one type for all: ``int4:64``."""
+    """The configuration of one type for all layers, from a text such as ``int4:64``."""
     kind, _, group = text.partition(":")
     return QuantoConfig(weights=kind, group_size=-1 if group == "row" else int(group))
 
 
 class Bench:
-    """One model and how good it is.
+    """One model and its accuracy.
 
     Args:
-        model: float.
-        score: function of the model, a figure.
-        head: kept float.
+        model: float model.
+        score: function of the model that returns its accuracy.
+        head: output layer, which stays float.
         samples: for sensitivities and GPTQ.
     """
 
@@ -74,7 +75,7 @@ class Bench:
         self.seconds = time.perf_counter() - start
 
     def measure(self, planned: dict[str, PlannedWeight]) -> dict[str, float]:
-        """Score and bits a weight of a plan; weights that it lacks are float."""
+        """Score and bits a weight of a plan; weights that are not in it stay float."""
         size = 0
         with torch.no_grad():
             for name, values in self.floats.items():
@@ -89,19 +90,19 @@ class Bench:
         return {"bits": size * 8 / sum(v.numel() for v in self.floats.values()), "bytes": size, "score": found}
 
     def gptq(self, planned: dict[str, PlannedWeight]) -> float:
-        """Score of a plan that GPTQ carries out."""
+        """Score of a plan with weights rounded by GPTQ."""
         model = copy.deepcopy(self.model)
         quantize_with_samples(model, planned, self.samples, "gptq")
         return self.score(model)
 
     def restore(self) -> None:
-        """Float weights again."""
+        """Puts the float weights back."""
         with torch.no_grad():
             for name, values in self.floats.items():
                 self.model.get_parameter(name).copy_(values)
 
     def auto(self, limit: Limit, samples: bool) -> Any:
-        """What is chosen within a budget."""
+        """The types that are chosen within a budget."""
         shapes = {name: self.model.get_parameter(name) for name in self.planned}
         return choose(
             self.planned,
@@ -141,7 +142,7 @@ class Bench:
 
 
 def counted(labels: dict[str, str]) -> dict[str, int]:
-    """How many layers have each type."""
+    """Number of layers for each type."""
     kinds = sorted(set(labels.values()))
     return {kind: sum(label == kind for label in labels.values()) for kind in kinds}
 

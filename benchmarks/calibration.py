@@ -1,10 +1,10 @@
-"""Calibrating, freezing and saving: seconds, peak memory and size on disk, beside optimum-quanto.
+"""Calibrating, freezing and saving: seconds, peak memory and size on disk, compared with optimum-quanto.
 
     python benchmarks/calibration.py                              # Requanto alone
-    python benchmarks/calibration.py --peer-python /path/python   # beside optimum-quanto, installed for that interpreter
+    python benchmarks/calibration.py --peer-python /path/python   # and optimum-quanto, in that interpreter
 
-The same seeded model (a Llama-shaped stack of 80 million float32 weights), the same samples, each run in a process of its
-own that samples its anonymous memory; the libraries alternate and the median of the repeats is reported. Each library
+The same seeded model (a Llama-shaped stack of 80 million float32 weights), the same samples; each run is a process of its
+own that measures its anonymous memory. The libraries alternate and the median of the repeats is reported. Each library
 writes its own format. Writes benchmarks/results/calibration.json.
 """
 

@@ -1,4 +1,4 @@
-"""Timing for the benchmarks: interleaved, rotated, paired with a baseline, written down with command and machine."""
+"""Timing for the benchmarks: interleaved, on rotating buffers, paired with a baseline; results with command and machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """What ran, in words."""
+    """A description of this machine."""
     model, flags = platform.processor(), ""
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -39,12 +39,12 @@ def machine() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line, to be repeated."""
+    """The command line that repeats this run."""
     return "python " + shlex.join([os.path.relpath(sys.argv[0], RESULTS.parent.parent), *map(_anywhere, sys.argv[1:])])
 
 
 def _anywhere(word: str) -> str:
-    """An argument without the folders of this machine: other interpreters are PYTHON, other files their names."""
+    """An argument without absolute paths: an interpreter becomes PYTHON, another file its name."""
     path = Path(word)
     return word if not path.is_absolute() else "PYTHON" if path.name.startswith("python") else path.name
 
@@ -52,12 +52,12 @@ def _anywhere(word: str) -> str:
 def interleaved(
     candidates: dict[str, Sequence[Callable[[], object]]], baseline: str, seconds: float = 1.0, least: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Times callables in turns: every round runs each on all of its buffers, one after the other like layers of a model.
+    """Times callables alternately: every round runs each of them on all of its buffers, like the layers of a model.
 
     Args:
-        candidates: by name, the same work on different buffers: rotated, so that a cache holds none of them.
-        baseline: the one that the others are compared with, in the same round.
-        seconds: for each candidate, about.
+        candidates: by name, the same work on different buffers, so many that no cache holds them.
+        baseline: name of the candidate that the others are compared with, in the same round.
+        seconds: approximate time for each candidate.
 
     Returns:
         By name: ``ms`` (median), ``best_ms`` (the fastest tenth: what a quiet machine gives), ``ratio`` (median over the
@@ -90,7 +90,7 @@ def interleaved(
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """JSON with command and machine."""
+    """Writes results as JSON, with command and machine."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"command": command(), "machine": machine(), **results}, indent=1) + "\n")
     print(f"wrote {path}", file=sys.stderr)

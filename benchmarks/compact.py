@@ -1,9 +1,10 @@
-"""Scales in few bits, rotation and low-rank correction: perplexity and nearness of embeddings for the bits.
+"""Scales in few bits, rotation and low-rank correction: perplexity and cosine of embeddings at given bits.
 
     python benchmarks/compact.py            # both models, about 10 minutes on one idle core
 
-Data-free, as `from_pretrained(quantization_config=...)` gives it. SmolLM2's weights come from a Q4_1 file (groups of 32
-along the rows): affine groups of 32, unrotated, are flattered there. all-MiniLM-L6-v2 was never quantized before.
+Without samples, as `from_pretrained(quantization_config=...)` quantizes. SmolLM2's weights come from a Q4_1 file
+(groups of 32 along the rows), which flatters affine groups of 32 without rotation. all-MiniLM-L6-v2 was never quantized
+before.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ CORRECTION = [
 
 
 def bits(model: nn.Module) -> float:
-    """Bits a quantized weight, everything stored for it counted."""
+    """Bits for each quantized weight, including scales and low-rank factors."""
     found = [p for p in model.parameters() if isinstance(p, QTensor)]
     return sum(p.nbytes for p in found) * 8 / sum(p.numel() for p in found)
 
@@ -72,7 +73,7 @@ def smollm2(options: dict[str, Any] | None, tokens: int) -> dict[str, float]:
 
 
 class Embeddings:
-    """Sentence embeddings of all-MiniLM-L6-v2, and the float model's to compare with."""
+    """Compares sentence embeddings of all-MiniLM-L6-v2 with the float model's."""
 
     def __init__(self, sentences: int) -> None:
         texts = [line for line in eval_text().splitlines() if 60 < len(line) < 400][:sentences]
@@ -87,7 +88,7 @@ class Embeddings:
         return (hidden * mask).sum(1) / mask.sum(1)
 
     def near(self, options: dict[str, Any]) -> dict[str, float]:
-        """Mean cosine to the float embeddings. In bfloat16 as far as what is stored goes, computed in float32."""
+        """Mean cosine to the float embeddings. The weights are stored as in a bfloat16 model and computed in float32."""
         model = tf.AutoModel.from_pretrained(
             minilm_dir(), dtype=torch.bfloat16, quantization_config=QuantoConfig(**options)
         )

@@ -1,11 +1,11 @@
-"""Quantized products on a CPU, as ratios to bf16 ``F.linear`` of the same run, beside peers; goals judged.
+"""Quantized GEMMs on a CPU: speed relative to bf16 ``F.linear`` of the same run, compared with peers and goals.
 
     python benchmarks/cpu.py                                         # Requanto
     python benchmarks/cpu.py --peers --peers-python VENV/bin/python  # and optimum-quanto, torchao, bitsandbytes
-    python benchmarks/cpu.py --table                                 # the markdown of docs/cpu.md, from the results
+    python benchmarks/cpu.py --table                                 # the tables of docs/cpu.md, from the results
 
-Each library runs in a process of its own, with the same baseline inside: a crash is a result like any other, and so is one
-that takes longer than --timeout: what it had by then is kept, the rest stays empty.
+Each library runs in its own process, which also runs the baseline. If it crashes or takes longer than --timeout, the results
+so far are stored and the rest stays empty.
 Writes benchmarks/results/cpu_<threads>threads.json; `--plot` draws docs/images/cpu_speed.png from it. Whole models:
 benchmarks/cpu_models.py.
 """
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from common import RESULTS, interleaved, write
 from cpu_tables import GOALS, ROWS, SHAPES, markdown, plot, show
 
-COPIES = 3  # with the baseline's own buffers several times the last cache
-#: Rows of x from which one copy will do, since a product is no longer bound by memory, and a few rounds must.
+COPIES = 3  # together with the baseline's buffers several times the last-level cache
+#: Rows of x from which one copy and fewer rounds are enough, since a GEMM is no longer bound by memory.
 MANY = 512
-#: Types whose layers run without compiled kernels as well, as on a machine without a C++ compiler.
+#: Types that are also measured without compiled kernels, as on a machine without a C++ compiler.
 EAGER = ("int4", "int2", "float8")
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,7 +56,7 @@ def requanto_layers(weight: torch.Tensor) -> dict[str, Layer]:
     both.activation = requanto.qint8
     layers["int8 x int8"] = lambda x: linear(x, both)
     for kind in EAGER:
-        other = quantize(kind)  # of its own: packed, or its scales ordered, in another way
+        other = quantize(kind)  # a separate weight: it is packed, or its scales are ordered, in another way
         layers[f"{kind} eager"] = lambda x, w=other: eager(x, w)
     return layers
 
@@ -113,18 +113,18 @@ LIBRARIES = {
 def calls(
     x: torch.Tensor, weights: list[torch.Tensor], built: list[dict[str, Layer]]
 ) -> dict[str, list[Callable[[], object]]]:
-    """What is timed for this x, by name; one call for each copy of the weights."""
+    """The calls to time for this x, by name; one for each copy of the weights."""
     copies = 1 if x.shape[0] >= MANY else COPIES
     found: dict[str, list[Callable[[], object]]] = {"bf16": [lambda w=w: F.linear(x, w) for w in weights[:copies]]}
     for name in built[0]:
-        # Few rows of int4 take torch's operator either way.
+        # Few rows of int4 use torch's operator with and without compiled kernels.
         if not (name.startswith("int") and name.endswith("eager")) or x.shape[0] >= 16:
             found[name] = [lambda layer=layers[name]: layer(x) for layers in built[:copies]]
     return found
 
 
 def worker(library: str, shape: tuple[int, int], seconds: float) -> None:
-    """One library, one shape: a line of JSON for each number of rows."""
+    """Measures one library and shape; prints a line of JSON for each number of rows."""
     torch.manual_seed(0)
     weights = [torch.randn(shape, dtype=torch.bfloat16) / 64 for _ in range(COPIES)]
     built = [LIBRARIES[library](weight) for weight in weights]
@@ -137,7 +137,7 @@ def worker(library: str, shape: tuple[int, int], seconds: float) -> None:
 
 
 def run(python: str, library: str, shape: tuple[int, int], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One library and shape in a process of its own: a result for each number of rows, as far as time allowed."""
+    """Runs `worker` in its own process; returns a result for each number of rows that was measured in time."""
     arguments = ["--worker", library, "--shape", *map(str, shape), "--seconds", str(options.seconds)]
     arguments += ["--threads", str(options.threads)]
     rows, start = [], time.monotonic()
@@ -165,7 +165,7 @@ def run(python: str, library: str, shape: tuple[int, int], options: argparse.Nam
 
 
 def results(threads: int) -> Any:
-    """Where the results for a number of threads are kept."""
+    """File with the results for a number of threads."""
     return RESULTS / f"cpu_{threads}threads.json"
 
 
@@ -173,11 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.4, help="for each candidate and number of rows")
-    parser.add_argument("--timeout", type=float, default=150, help="seconds a library may take for a shape")
-    parser.add_argument("--peers", action="store_true", help="optimum-quanto, torchao and bitsandbytes as well")
+    parser.add_argument("--timeout", type=float, default=150, help="time limit in seconds for one library and shape")
+    parser.add_argument("--peers", action="store_true", help="also measure optimum-quanto, torchao and bitsandbytes")
     parser.add_argument("--peers-python", default=sys.executable, help="an interpreter that can import them")
     parser.add_argument("--plot", action="store_true", help="draw docs/images/cpu_speed.png")
-    parser.add_argument("--table", action="store_true", help="print the results as markdown, and measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the stored results as markdown and stop")
     parser.add_argument("--worker", choices=list(LIBRARIES), help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -197,7 +197,7 @@ def main() -> None:
         for shape in SHAPES:
             python = sys.executable if library == "requanto" else options.peers_python
             rows += run(python, library, shape, options)
-            # After each, so that an interrupted run keeps what it has.
+            # Written after each, so that an interrupted run loses little.
             write(results(options.threads), {"goals": GOALS, "rows_of_x": ROWS, "results": rows})
     show(rows)
     if options.plot:

@@ -1,11 +1,11 @@
-"""Layers on a CPU that are no plain matrices in whole blocks: ratios to bf16 of the same run, beside optimum-quanto.
+"""Layers on a CPU other than matrices of whole blocks: speed relative to bf16 of the same run, and optimum-quanto's.
 
     python benchmarks/cpu_layers.py                                 # Requanto
-    python benchmarks/cpu_layers.py --peers-python VENV/bin/python  # and optimum-quanto, in a process of its own
-    python benchmarks/cpu_layers.py --table                         # the markdown of docs/cpu.md
+    python benchmarks/cpu_layers.py --peers-python VENV/bin/python  # and optimum-quanto, in its own process
+    python benchmarks/cpu_layers.py --table                         # the table of docs/cpu.md
 
-Convolutions of an image model (by image size), embeddings (by tokens), matrices whose sizes are no multiples of 64 and those
-that are stored transposed. Writes benchmarks/results/cpu_layers.json.
+Convolutions of an image model (by image size), embeddings (by tokens), matrices whose sizes are no multiples of 64, and
+matrices that are stored transposed. Writes benchmarks/results/cpu_layers.json.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common import RESULTS, interleaved, write
 from torch import nn
 
 FILE = RESULTS / "cpu_layers.json"
-#: Bytes of bf16 weights that are read in a row, about, and copies of a layer at most.
+#: Approximate bytes of bf16 weights that one round reads, and the maximum number of copies of a layer.
 READ, COPIES = 100e6, 12
 TYPES = ("int8", "int4", "float8")
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -43,7 +43,7 @@ class Transposed(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, and what it is given."""
+    """A layer and its inputs."""
 
     kind: str
     name: str
@@ -112,7 +112,7 @@ def quanto_layers(layer: nn.Module) -> dict[str, nn.Module]:
         try:
             quanto.quantize(model, weights=kind)
             quanto.freeze(model)
-        except Exception as error:  # a peer may not take a size: its row stays empty
+        except Exception as error:  # a peer may not support a size: its cell stays empty
             print(f"optimum-quanto {name}, {layer}: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             found[name] = model
@@ -123,7 +123,7 @@ LIBRARIES = {"requanto": requanto_layers, "optimum-quanto": quanto_layers}
 
 
 def _runs(call: Callable[[], object], what: str) -> bool:
-    """False, and a line, where a peer fails: its cell stays empty."""
+    """False if a peer fails, which is printed; its cell stays empty."""
     try:
         with torch.inference_mode():
             call()
@@ -160,7 +160,7 @@ def worker(library: str, seconds: float) -> None:
 
 
 def run(python: str, library: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One library in a process of its own: what it gave until it ended, or its time was over."""
+    """Runs one library in its own process; returns its results up to the end or a failure."""
     command = [python, __file__, "--worker", library, "--seconds", str(options.seconds)]
     command += ["--threads", str(options.threads)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -177,7 +177,7 @@ def run(python: str, library: str, options: argparse.Namespace) -> list[dict[str
 
 
 def table(document: dict[str, Any]) -> str:
-    """The markdown of docs/cpu.md."""
+    """The table of docs/cpu.md as markdown."""
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     columns: list[str] = []
     for row in document["results"]:
@@ -200,9 +200,9 @@ def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.7, help="for each layer, input and type, about")
+    parser.add_argument("--seconds", type=float, default=0.7, help="approximate time for each layer, input and type")
     parser.add_argument("--peers-python", help="an interpreter that has optimum-quanto")
-    parser.add_argument("--table", action="store_true", help="print the results that are there as markdown")
+    parser.add_argument("--table", action="store_true", help="print the stored results as markdown and stop")
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -13,9 +13,9 @@ import torch
 
 
 def write_gguf(config: Any, kind: str, path: Path) -> None:
-    """A Llama of random weights in one of GGUF's types (``Q8_0``, ``Q4_0``): all layers share their numbers.
+    """Writes a Llama of random weights in one of GGUF's types (``Q8_0``, ``Q4_0``); equal shapes have equal values.
 
-    The last layer's type is the same, embedding included; norms are float32.
+    Embedding and output layer have the same type; norms are float32.
     """
     import gguf
 
@@ -65,7 +65,7 @@ def write_gguf(config: Any, kind: str, path: Path) -> None:
 
 
 def _add_vocabulary(writer: Any, size: int) -> None:
-    # The loader wants a vocabulary; its words are never read.
+    # The loader needs a vocabulary; its words are never used.
     writer.add_tokenizer_model("llama")
     words = [b"<unk>", b"<s>", b"</s>"] + [f"word{number}".encode() for number in range(size - 3)]
     writer.add_token_list(words)
@@ -76,7 +76,7 @@ def _add_vocabulary(writer: Any, size: int) -> None:
 
 
 class LlamaRunner:
-    """Looks like `cpu_models.Runner`; the seconds are the child's own."""
+    """The interface of `cpu_models.Runner`; seconds are measured by the child."""
 
     def __init__(self, python: str, path: Path, threads: int) -> None:
         self.times: dict[str, list[float]] = {}
@@ -115,7 +115,7 @@ class LlamaRunner:
         self._step("decode", keep, [5], fresh=False)
 
     def about(self, plain_bytes: int) -> dict[str, str]:
-        """The version that ran."""
+        """The version of llama-cpp-python."""
         return {"version": self.version}
 
     def close(self) -> None:

@@ -1,13 +1,14 @@
-"""Whole models on a CPU: decode and prefill of quantized models as ratios to bf16, step by step in turns.
+"""Whole models on a CPU: speed of decode and prefill of quantized models relative to bf16, alternating step by step.
 
     PYTHONPATH=src:kernels python benchmarks/cpu_models.py --threads 2
-    PYTHONPATH=src:kernels python benchmarks/cpu_models.py --table             # the markdown of docs/cpu.md
+    PYTHONPATH=src:kernels python benchmarks/cpu_models.py --table             # the tables of docs/cpu.md
 
-A Llama of 1.2 billion random weights, and SmolLM2-135M-Instruct. bf16 and one quantized model at a time stand in memory;
-each prefill and each decoding step of one is followed by the same of the other, so that both meet the same machine.
-torchao and bitsandbytes run beside them with --peers, where they can be imported, llama.cpp with --llama-python, an
-interpreter that has llama-cpp-python (the random model as GGUF Q8_0 and Q4_0, SmolLM2 as the GGUF file it comes in). Writes
-benchmarks/results/cpu_models_<threads>threads.json after each model; what does not fit into --limit stays empty.
+A Llama of 1.2 billion random weights, and SmolLM2-135M-Instruct. The bf16 model and one quantized model at a time are
+in memory; each prefill and each decoding step of one is followed by the same of the other, so that both run under the
+same load. --peers also measures torchao and bitsandbytes, if they can be imported, --llama-python llama.cpp, by an
+interpreter that has llama-cpp-python (the random model as GGUF Q8_0 and Q4_0, SmolLM2 as its original GGUF file).
+Writes benchmarks/results/cpu_models_<threads>threads.json after each model; models that --limit leaves no time for stay
+empty.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ OURS: dict[str, dict[str, Any]] = {
     "int8 x int8": {"weights": "int8", "activations": "int8"},
 }
 LAYERS = 16
-#: Again without compiled kernels, as on a machine without a C++ compiler, as models of their own.
+#: Types that are also measured without compiled kernels, as on a machine without a C++ compiler.
 EAGER = ("int4", "float8")
 PROMPTS = (32, 512)
-#: Bytes of a bf16 model from which a round takes seconds; smaller ones get so many times as many.
+#: Bytes of a bf16 model below which a round is short, and by how much the number of rounds is multiplied then.
 SMALL, SMALL_MORE = 2**30, 6
 #: Ratio to bf16 of the 1.2B model.
 GOALS = {"int8": {"decode": 1.6, "512": 0.85}, "int4": {"decode": 2.0, "512": 0.85}}
@@ -73,7 +74,7 @@ def write_checkpoint(directory: Path) -> None:
 
 
 def peers() -> dict[str, Callable[[], Any]]:
-    """Name -> maker of the quantization config, for each peer that can be imported."""
+    """Functions that make the quantization config of each peer that can be imported, by name."""
     found: dict[str, Callable[[], Any]] = {}
     try:
         from torchao.quantization import Int8WeightOnlyConfig
@@ -93,7 +94,7 @@ def peers() -> dict[str, Callable[[], Any]]:
 
 
 def load(directory: Path, config: Any) -> tuple[Any, float]:
-    """(the model, seconds)."""
+    """Loads a model; returns it and the seconds this took."""
     start = time.perf_counter()
     options = {} if config is None else {"quantization_config": config}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, device_map="cpu", **options).eval()
@@ -132,7 +133,7 @@ class Runner:
 
 @torch.inference_mode()
 def rounds(runners: dict[str, Any], vocabulary: int, new: int, repeats: int) -> dict[str, dict[str, Any]]:
-    """One warming round, then ``repeats`` that count; by runner the medians, and the medians of the ratios to bf16."""
+    """Medians of times and of ratios to bf16 by runner, over ``repeats`` rounds after one warm-up round."""
     for repeat in range(repeats + 1):
         for prompt in PROMPTS:
             ids = torch.randint(0, vocabulary, (1, prompt))
@@ -158,7 +159,7 @@ def rounds(runners: dict[str, Any], vocabulary: int, new: int, repeats: int) -> 
 
 
 def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], save: Any, deadline: float) -> None:
-    """Every kind beside the same bf16 model; ``results`` grows by name."""
+    """Measures every kind against the same bf16 model; adds to ``results`` by name."""
     plain, _ = load(source, None)
     vocabulary, plain_bytes = plain.config.vocab_size, plain.get_memory_footprint()
     repeats = options.repeats * (SMALL_MORE if plain_bytes < SMALL else 1)
@@ -190,7 +191,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
             line = ", ".join(f"{what} {figures[what]['ratio']:.2f}" for what in ("decode", *map(str, PROMPTS)))
             print(f"  {name:18} {line}   ({time.monotonic() - begin:.0f} s)", flush=True)
             del runner
-        except Exception as error:  # one peer that fails must not take the other figures along
+        except Exception as error:  # one peer that fails must not lose the other figures
             results[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
             print(f"  {name}: {results[name]['error']}", flush=True)
         finally:
@@ -201,7 +202,7 @@ def measure(source: Path, options: argparse.Namespace, results: dict[str, Any], 
 
 
 def llama_jobs(config: Any, source: Path, options: argparse.Namespace) -> dict[str, Callable[[], LlamaRunner]]:
-    """Name -> maker of llama.cpp's runner for a model."""
+    """Functions that make llama.cpp's runners for a model, by name."""
 
     def random(kind: str) -> LlamaRunner:
         path = source / f"{kind}.gguf"
@@ -227,7 +228,7 @@ def _short(number: float) -> str:
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """The table of docs/cpu.md."""
+    """The tables of docs/cpu.md as markdown."""
     threads = document["machine"]["threads"]
     lines = []
     for model, results in document["models"].items():
@@ -246,18 +247,20 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measures, prints a line a model, keeps the figures."""
+    """Measures, prints a line for each model, writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="*", choices=["1b", "smollm2"], default=["1b", "smollm2"])
     parser.add_argument("--only", nargs="*", help="names of quantized models to run")
     parser.add_argument("--new", type=int, default=8, help="tokens decoded after each prefill")
-    parser.add_argument("--repeats", type=int, default=2, help=f"rounds; {SMALL_MORE} times as many of the small model")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help=f"rounds; {SMALL_MORE} times as many for the small model"
+    )
     parser.add_argument("--limit", type=float, default=330, help="seconds in all")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
-    parser.add_argument("--no-eager", action="store_true", help="nothing without compiled kernels")
-    parser.add_argument("--table", action="store_true", help="print the results' table and measure nothing")
+    parser.add_argument("--no-eager", action="store_true", help="do not measure without compiled kernels")
+    parser.add_argument("--table", action="store_true", help="print the stored results as tables and stop")
     options = parser.parse_args()
     path = RESULTS / f"cpu_models_{options.threads}threads.json"
     if options.table:
@@ -274,7 +277,7 @@ def main() -> int:
             if which == "1b":
                 write_checkpoint(Path(scratch))
             source = Path(scratch) if which == "1b" else Path(real_models.smollm2_dir())
-            # Of what is left, three quarters for the first of two models.
+            # The first of two models gets three quarters of the remaining time.
             left = options.limit - (time.monotonic() - start)
             share = 1.0 if number == len(options.models) - 1 else 0.75
             name = "Llama, 1.2 billion random weights" if which == "1b" else "SmolLM2-135M-Instruct"

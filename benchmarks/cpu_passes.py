@@ -1,8 +1,8 @@
-"""The passes of a CPU's products one by one: why `requanto.linear` is written as it is. CPU time, one thread.
+"""Times the single passes of GEMMs on a CPU: reasons for how `requanto.linear` is written. CPU time, one thread.
 
     PYTHONPATH=src:kernels python benchmarks/cpu_passes.py              # with compiled kernels: needs a C++ compiler
 
-Time that other processes take does not count, so the figures hold on a busy machine too. In ns for each number of x, or each
+Time of other processes does not count, so the figures hold on a busy machine too. In ns for each element of x or of a
 weight. Writes benchmarks/results/cpu_passes.json.
 """
 
@@ -31,7 +31,7 @@ ROUNDS = 40
 
 
 def timed(calls: dict[str, Callable[[], object]], count: int) -> dict[str, float]:
-    """Median ns of CPU time for each of ``count`` numbers, the calls in turns."""
+    """Median ns of CPU time for each of ``count`` elements; the calls alternate."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -67,7 +67,7 @@ def activations() -> dict[str, float]:
 
 
 def _plain_nibbles(blocks: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, out: torch.Tensor) -> None:
-    """What `int4_large._planes` improves on: one byte at a time, in the result's dtype."""
+    """The simple version of `int4_gemm._planes`: one byte at a time, in the result's dtype."""
     count, length, half = blocks.shape
     codes = torch.empty(length, count, 2, half, dtype=torch.int8)
     bytes_ = blocks.transpose(0, 1)
@@ -103,25 +103,26 @@ def weights() -> dict[str, float]:
             return timed(calls, N * K)
         buffer = onednn_bf16.blocked(N, K)
         pairs = torch.rand(count, groups, 2 * half, 2).bfloat16().view(torch.int32).squeeze(-1)
-        bytes_, row_scale = float8.pack(weight).blocks, torch.rand(N)
+        bytes_ = float8.LAYOUT.pack(weight._spec, weight._storage.parts)["qdata"]
         own = pairs.view(-1, 1, 2, half)
         nibbles = compiled.fill_nibbles(blocks, groups, lambda weight: own)
-        e4m3 = compiled.fill_e4m3(bytes_, row_scale)
+        e4m3 = compiled.fill_e4m3(bytes_, torch.rand(N))
         calls["int4, compiled"] = lambda: nibbles(buffer, weight)
         calls["float8, compiled"] = lambda: e4m3(buffer, weight)
     return timed(calls, N * K)
 
 
-def products() -> dict[str, float]:
-    """One int8 product of few rows, in microseconds of a weight that the cache does not hold."""
+def gemms() -> dict[str, float]:
+    """An int8 GEMM with few rows, in microseconds, of weights that do not fit into the cache."""
     copies = 6
-    packed = [onednn_int8.OneDnnCodes(torch.randint(-127, 128, (K, K), dtype=torch.int8)) for _ in range(copies)]
+    codes = [torch.randint(-127, 128, (K, K), dtype=torch.int8) for _ in range(copies)]
+    packed = [onednn_int8.QLinearWeight(torch.ops.onednn.qlinear_prepack(one, None), K) for one in codes]
     scale, x = torch.ones(K), torch.randint(0, 256, (8, K), dtype=torch.uint8)
 
     def run(rows: int) -> Callable[[], None]:
         def call() -> None:
             for weight in packed:
-                onednn_int8.product(x[:rows], weight, scale)
+                onednn_int8.int8_gemm(x[:rows], weight, scale)
 
         return call
 
@@ -129,7 +130,7 @@ def products() -> dict[str, float]:
 
 
 def orders() -> dict[str, float]:
-    """A product with a bfloat16 weight in the cache, as it is and in oneDNN's order, in microseconds."""
+    """A GEMM with a bfloat16 weight in the cache, plain and in oneDNN's order, in microseconds."""
     if not onednn_bf16.fits(N, K):
         return {}
     weight, buffer = torch.randn(N, K, dtype=torch.bfloat16), onednn_bf16.blocked(N, K)
@@ -138,19 +139,19 @@ def orders() -> dict[str, float]:
     for rows in (16, 128):
         x = torch.randn(rows, K, dtype=torch.bfloat16)
         calls[f"{rows} rows, plain"] = lambda x=x: F.linear(x, weight)
-        calls[f"{rows} rows, oneDNN's order"] = lambda x=x: buffer.product(x)
+        calls[f"{rows} rows, oneDNN's order"] = lambda x=x: buffer.matmul(x)
     return timed(calls, 1000)
 
 
 def kernels() -> dict[str, float]:
-    """What a compiled kernel costs: to make (wall time, an empty directory, all processors), to load, to call."""
+    """Times of building a compiled kernel (wall time, empty directory, all processors), of loading and of calling it."""
     if cache.compiler() is None:
         return {}
     name = "rows-to-int8"
     source = compiled.SOURCES[name]
     before = os.environ.get("REQUANTO_CACHE")
-    with tempfile.TemporaryDirectory() as kept:
-        os.environ["REQUANTO_CACHE"] = kept
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["REQUANTO_CACHE"] = scratch
         try:
             path = cache.path_of(name, source)
             start = time.perf_counter()
@@ -174,7 +175,7 @@ def kernels() -> dict[str, float]:
 
 
 def torch_compiled(source: cache.Source) -> Callable[[], object]:
-    """The same function through torch.compile."""
+    """A call of the same function through torch.compile."""
     arguments = source.example()
     call = torch.compile(source.function, dynamic=True)
     call(*arguments)
@@ -186,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.no_grad():
-        found = {"x": activations(), "weights": weights(), "int8 products, us": products()}
+        found = {"x": activations(), "weights": weights(), "int8 products, us": gemms()}
         found["bfloat16 products, us"] = orders()
         found["compiled kernels"] = kernels()
     for what, figures in found.items():

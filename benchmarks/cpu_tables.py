@@ -1,4 +1,4 @@
-"""What benchmarks/cpu.py shows: a table with goals, the markdown of docs/cpu.md, a plot."""
+"""Output of benchmarks/cpu.py: a table with goals, the tables of docs/cpu.md, a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def _cells(rows: list[Row], shape: tuple[int, int]) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Figures by library and type, then by rows of x."""
+    """Results by library and type, then by rows of x."""
     table: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for row in rows:
         if tuple(row["shape"]) == shape and "results" in row:
@@ -30,7 +30,7 @@ def _cells(rows: list[Row], shape: tuple[int, int]) -> dict[tuple[str, str], dic
 
 
 def show(rows: list[Row]) -> None:
-    """Every figure with its goal."""
+    """Prints every result with its goal."""
     for shape in SHAPES:
         print(f"\n{shape[0]} x {shape[1]}: ratio to bf16 (of the fastest tenth), goal in brackets")
         for row in rows:
@@ -47,7 +47,7 @@ def show(rows: list[Row]) -> None:
 
 
 def markdown(documents: dict[int, dict[str, Any]]) -> str:
-    """The tables of docs/cpu.md, of the documents by number of threads."""
+    """The tables of docs/cpu.md as markdown, from the results by number of threads."""
     lines = []
     for shape in SHAPES:
         lines += [f"Ratio to bf16 `F.linear`, {shape[0]} x {shape[1]} (above 1 is faster):", ""]
@@ -61,7 +61,7 @@ def markdown(documents: dict[int, dict[str, Any]]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Speed over rows of x, a panel a shape."""
+    """Draws speed over rows of x, one panel for each shape."""
     import matplotlib
 
     matplotlib.use("Agg")

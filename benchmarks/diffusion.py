@@ -3,8 +3,8 @@
     python benchmarks/diffusion.py                            # 0.2 B parameters, on a CPU
     python benchmarks/diffusion.py --size full --device cuda  # FLUX.1's own 12 B, 1024x1024 pixels: needs 24 GB of disk
 
-Each dtype runs in a process of its own, which samples its anonymous memory (RssAnon). The weights are random, the
-shapes those of FLUX.1. Writes benchmarks/results/diffusion.json. (Not diffusers.py: that would hide the library.)
+Each dtype runs in its own process, which measures its anonymous memory (RssAnon). The weights are random, the
+shapes those of FLUX.1. Writes benchmarks/results/diffusion.json. (A file named diffusers.py would hide the library.)
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ print("RESULT" + json.dumps(result))
 
 
 def write_checkpoint(directory: Path, shape: dict[str, Any]) -> dict[str, float]:
-    """Random weights in bf16 shards; returns their number and bytes."""
+    """Writes random weights in bf16 shards; returns their number and bytes."""
     import diffusers
     import torch
 
@@ -148,7 +148,7 @@ def write_checkpoint(directory: Path, shape: dict[str, Any]) -> dict[str, float]
 
 
 def run_worker(options: dict[str, Any]) -> dict[str, float]:
-    """One dtype in a process of its own."""
+    """Measures one dtype in its own process."""
     command = [sys.executable, "-c", WORKER, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -158,7 +158,7 @@ def run_worker(options: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Writes the checkpoint, runs each dtype, prints and keeps the figures."""
+    """Writes the checkpoint, measures each dtype, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--device", default="cpu")

@@ -1,7 +1,7 @@
 """A transformer of FLUX.1's shape in plain torch: the same linear layers, attention and sizes, no diffusers needed.
 
-Double blocks keep image and text apart but for a joint attention; single blocks run both as one sequence, attention and
-MLP side by side (Black Forest Labs 2024, https://github.com/black-forest-labs/flux). Random weights.
+Double blocks process image and text separately except for a joint attention; single blocks process both as one sequence,
+attention and MLP in parallel (Black Forest Labs 2024, https://github.com/black-forest-labs/flux). Random weights.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ SHAPES = {
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """``[batch, tokens, width]`` each; queries and keys normalized, as the model does before its rotary embedding."""
+    """Attention of q, k, v ``[batch, tokens, width]``; queries and keys are normalized, as in the model."""
     q, k, v = (t.unflatten(-1, (heads, 128)).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(F.rms_norm(q, (128,)), F.rms_norm(k, (128,)), v)
     return out.transpose(1, 2).flatten(2)
 
 
 def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm, then the shift and scale that the timestep gives."""
+    """Layer norm, then shift and scale, which depend on the timestep."""
     return F.layer_norm(x, (x.shape[-1],)) * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -67,7 +67,7 @@ class DoubleBlock(nn.Module):
         self.image, self.text = Stream(shape.width), Stream(shape.width)
 
     def forward(self, image: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both streams, changed."""
+        """Updates both streams."""
         streams = [(self.text, text), (self.image, image)]
         parts = [one.modulation(F.silu(time)).chunk(6, dim=-1) for one, _ in streams]
         normed = [modulated(x, p[0], p[1]) for (_, x), p in zip(streams, parts)]
@@ -93,7 +93,7 @@ class SingleBlock(nn.Module):
         self.up, self.out = nn.Linear(width, 4 * width), nn.Linear(5 * width, width)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """The sequence, changed."""
+        """Updates the sequence."""
         shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=-1)
         y = modulated(x, shift, scale)
         both = [attention(self.q(y), self.k(y), self.v(y), self.heads), F.gelu(self.up(y), approximate="tanh")]

@@ -1,6 +1,6 @@
-"""Timing on a GPU, and tables and plots of what was found, for `matmul.py` and `model.py`.
+"""Timing on a GPU, and tables and plots of the results, for `matmul.py` and `model.py`.
 
-Work is timed inside a CUDA graph, so that the device's time is seen and not Python's; on a CPU (dry runs) by the clock.
+Work is timed inside a CUDA graph, which excludes the time of Python; on a CPU (dry runs) with a wall clock.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WARM_UP = 3
 def graph_ms(calls: Sequence[Callable[[], object]], replays: int, device: str = "cuda") -> float:
     """Median milliseconds of one call, all of them captured in one graph and replayed.
 
-    The calls run once before the capture, on the side stream that torch asks for: they compile their kernels then.
+    The calls run once before the capture, on a side stream as torch requires: this compiles their kernels.
     """
     if device == "cpu":
         return wall_ms(calls, replays)
@@ -46,7 +46,7 @@ def graph_ms(calls: Sequence[Callable[[], object]], replays: int, device: str = 
 
 
 def wall_ms(calls: Sequence[Callable[[], object]], repeats: int, device: str = "cpu") -> float:
-    """Median milliseconds of one call by the clock, launches included."""
+    """Median milliseconds of one call in wall time, including launches."""
     times = []
     for call in calls:
         call()
@@ -61,7 +61,7 @@ def wall_ms(calls: Sequence[Callable[[], object]], repeats: int, device: str = "
 
 
 def synchronize(device: str) -> None:
-    """Waits for the device, so that the clock sees the work and not its launch."""
+    """Waits for the device, so that the work is timed and not only its launch."""
     if device != "cpu":
         torch.accelerator.synchronize()
 
@@ -74,7 +74,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def plot(path: Path, panels: dict[str, dict[str, dict[Any, float]]], ylabel: str, xlabel: str = "") -> str:
-    """A panel a title, a line a name, x -> y; x are numbers (log scale) or words. Returns what was done, in words."""
+    """Draws one panel for each title and one line for each name; x are numbers (log scale) or words. Returns a message."""
     try:
         import matplotlib
     except ImportError:

@@ -1,13 +1,13 @@
-"""Compile every shipped kernel family for every architecture, without a GPU, and count what the machine code holds.
+"""Compiles every shipped kernel family for every architecture, without a GPU, and counts the instructions.
 
     python benchmarks/kernel_aot.py            # all cases; writes benchmarks/results/kernel_aot.json
     python benchmarks/kernel_aot.py --quick    # the selection that the tests compile; writes nothing
-    python benchmarks/kernel_aot.py --stale    # only what changed since the kept table was made, into that table
-    python benchmarks/kernel_aot.py --check    # compiles nothing: does the kept table hold every case, as it is now?
+    python benchmarks/kernel_aot.py --stale    # only what changed since the stored table; updates that table
+    python benchmarks/kernel_aot.py --check    # compiles nothing: is every case in the stored table up to date?
 
-A case passes if the matrix instruction is there, no local memory is touched (STL/LDL: register spills), the body is not
-a lone trap, and shared memory fits the device. `loop` is the number of instructions in the innermost loop that holds a
-matrix instruction; kernels without one (`quant_rows`, `wq_dequant`) need none.
+A case passes if there is a matrix instruction, no access to local memory (STL/LDL: register spills), more than a
+single trap, and shared memory fits the device. `loop` is the number of instructions in the innermost loop with a
+matrix instruction; `quant_rows` and `wq_dequant` need no matrix instruction.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def _storage(weight: check.Weight) -> str:
 
 
 def _rows(arch: str, op: str, bits: int, dtype: str):
-    """The families that serve this architecture, each once, with the greatest M each serves."""
+    """The families for this architecture, each once, with the greatest M that it is used for."""
     served, seen = nearest_arch(arch), 0
     for row in families():
         fits = row["op"] == op and ("arch" not in row or served in row["arch"])
@@ -94,7 +94,7 @@ def _rows(arch: str, op: str, bits: int, dtype: str):
 def _gemm_cases(
     arch: str, bits: int, fp8: str, group: int, affine: bool, is_exec: bool, dtype: str, full: bool = True
 ):  # fmt: skip
-    """wq_gemm's tiles; full: also the split, grouped and gradient forms, which share the decode."""
+    """wq_gemm's tiles; full: also the split, grouped and gradient kernels, which decode in the same way."""
     weight = _weight(bits, fp8, group, affine, is_exec)
     label = (
         f"{fp8 or f'w{bits}'} g{group or 'K'} {'affine' if affine else 'sym'} {'exec' if is_exec else 'plain'} {dtype}"
@@ -111,7 +111,7 @@ def _gemm_cases(
             yield Case(name, arch, wq_gemm_kernel, pointers | out, const | more, config)
         if not full:
             continue
-        if smallest:  # decoding: Triton makes another program where M is 1
+        if smallest:  # decoding: Triton compiles another program for M = 1
             more = {"BIAS": False, "SPLIT": True, "GROUP_M": config.group_m, "stride_xk": 1, "M": 1}
             one = f"wq_gemm {label} M=1 split"
             yield Case(one, arch, wq_gemm_kernel, pointers | {"out_ptr": "*fp32"}, const | more, config)
@@ -181,10 +181,10 @@ def _small_cases(arch: str):
 
 
 def cases(quick: bool = False, archs=ARCHS):
-    """All cases; quick: on each architecture the int4 family in bf16, one float8 and one int8 product."""
+    """All cases; quick: on each architecture the int4 family in bf16, one float8 and one int8 GEMM."""
     for arch in archs:
         if arch == "sm_75":
-            # Triton emits no matrix instruction there: what decodes and quantizes is used, the products are not.
+            # Triton emits no matrix instruction there: only the kernels that decode and quantize are used.
             yield from (case for case in _small_cases(arch) if not case.matrix)
             continue
         if quick:
@@ -210,7 +210,7 @@ def cases(quick: bool = False, archs=ARCHS):
                 (8, "e5m2", 0, False, False, "bfloat16"),
             )
         ):
-            # One variant of each number of bits shows the other forms; all of them would take a quarter of an hour.
+            # The other kernels for one variant of each number of bits; all of them would take a quarter of an hour.
             yield from _gemm_cases(arch, bits, fp8, group, affine, is_exec, dtype, full=i in (0, 6, 7, 8))
         for kind in ("int8", "e4m3fnuz" if arch == "gfx942" else "e4m3fn"):
             yield from _scaled_cases(arch, kind)
@@ -218,7 +218,7 @@ def cases(quick: bool = False, archs=ARCHS):
 
 
 def disassemble(compiled, arch: str) -> list[str]:
-    """Instruction lines, with labels kept (they end in a colon)."""
+    """Instruction lines, and labels (they end in a colon)."""
     if arch.startswith("gfx"):
         lines = (line.split(";")[0].strip() for line in compiled.asm["amdgcn"].splitlines())
         return [line for line in lines if line and (not line.startswith(".") or line.endswith(":"))]
@@ -250,7 +250,7 @@ def innermost_loop(lines: list[str]) -> int:
 
 
 def compile_case(case: Case) -> dict:
-    """Compile and judge one case; `problems` is empty where it passes."""
+    """Compiles and checks one case; `problems` is empty if it passes."""
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(case.kernel.arg_names):
         if name in case.constants:
@@ -260,7 +260,7 @@ def compile_case(case: Case) -> dict:
             signature[name] = case.descriptors[name]
         else:
             signature[name] = case.pointers.get(name, "i32")
-            # Rows of scales need not be multiples of 16; everything else is in the shapes that matter.
+            # Rows of scales need not be multiples of 16; everything else is, in the shapes of real models.
             if name not in ("stride_sn", "stride_zn", "E", "total"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     row = {"case": case.name, "arch": case.arch, "key": key_of(case), "problems": []}
@@ -281,7 +281,7 @@ def compile_case(case: Case) -> dict:
     row["matrix"] = kinds
     spills = sum(bool(re.search(r"\b(STL|LDL|scratch_(store|load)\w*)\b", line)) for line in code)
     row["spills"] = spills
-    fp32 = "float32" in case.name  # exact fp32 products run on the ordinary units
+    fp32 = "float32" in case.name  # exact fp32 GEMMs run on the ordinary units
     if case.matrix and not kinds and not fp32:
         row["problems"].append("no matrix instruction")
     if spills:
@@ -295,7 +295,7 @@ def compile_case(case: Case) -> dict:
 
 @functools.cache
 def sources_of(path: Path) -> str:
-    """The device functions of a file and of the files it takes some from; without comments and docstrings."""
+    """Source of the device functions of a file and of those it imports, without comments and docstrings."""
     tree = ast.parse(path.read_text())
     found = []
     for node in tree.body:
@@ -309,37 +309,37 @@ def sources_of(path: Path) -> str:
 
 
 def key_of(case: Case) -> str:
-    """What the case's machine code depends on, but for Triton's version."""
+    """A digest of everything that the machine code depends on, except Triton's version."""
     config = {name: getattr(case.config, name) for name in ("num_warps", "num_stages")}
     parts = (sources_of(Path(inspect.getfile(case.kernel.fn))), case.pointers, case.constants, case.descriptors, config)
     text = "\n".join(part if isinstance(part, str) else repr(sorted(part.items())) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def kept() -> dict[tuple[str, str], dict]:
+def stored_rows() -> dict[tuple[str, str], dict]:
     """Rows of the table on disk."""
     return {(row["arch"], row["case"]): row for row in json.loads(TABLE.read_text())["rows"]} if TABLE.exists() else {}
 
 
 def stale() -> list[Case]:
-    """Cases that the kept table lacks, or holds as they were before a change."""
-    table = kept()
+    """Cases that are missing in the stored table or have changed since."""
+    table = stored_rows()
     return [case for case in cases() if table.get((case.arch, case.name), {}).get("key") != key_of(case)]
 
 
-def check_kept() -> int:
-    """Prints what is wrong with the kept table; 1 if anything is."""
+def check_stored() -> int:
+    """Prints all problems of the stored table; returns 1 if there are any."""
     bad = [f"not compiled as it is now: {case.arch} {case.name}" for case in stale()]
     known = {(case.arch, case.name) for case in cases()}
-    bad += [f"no longer a case: {arch} {name}" for arch, name in kept() if (arch, name) not in known]
-    bad += [f"{row['arch']} {row['case']}: {problem}" for row in kept().values() for problem in row["problems"]]
+    bad += [f"no longer a case: {arch} {name}" for arch, name in stored_rows() if (arch, name) not in known]
+    bad += [f"{row['arch']} {row['case']}: {problem}" for row in stored_rows().values() for problem in row["problems"]]
     print("\n".join([*bad, f"{len(known)} cases, {len(bad)} with problems in {TABLE.name}"]))
     return bool(bad)
 
 
 def write(rows: list[dict], keep: bool) -> None:
-    """The table on disk, one row a line so that a change shows in a diff; keep: rows not compiled now stay."""
-    table = kept() if keep else {}
+    """Writes the table, one row on each line for readable diffs; keep: rows that were not compiled now stay."""
+    table = stored_rows() if keep else {}
     table |= {(row["arch"], row["case"]): row for row in rows}
     order = {(case.arch, case.name): i for i, case in enumerate(cases())}
     ordered = [table[place] for place in sorted(table.keys() & order.keys(), key=order.__getitem__)]
@@ -352,14 +352,18 @@ def write(rows: list[dict], keep: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only what the tests compile; writes nothing")
-    parser.add_argument("--only", default="", help="only cases whose 'arch name' holds this text")
+    parser.add_argument("--only", default="", help="only cases whose 'arch name' contains this text")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture; may be repeated")
-    parser.add_argument("--merge", action="store_true", help="put the rows of --only or --arch into the kept table")
-    parser.add_argument("--stale", action="store_true", help="only what the kept table lacks or holds as it was before")
-    parser.add_argument("--check", action="store_true", help="compile nothing, compare the kept table with the sources")
+    parser.add_argument("--merge", action="store_true", help="put the rows of --only or --arch into the stored table")
+    parser.add_argument(
+        "--stale", action="store_true", help="only cases that are missing in the stored table or have changed since"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compile nothing, compare the stored table with the sources"
+    )
     args = parser.parse_args()
     if args.check:
-        return check_kept()
+        return check_stored()
     rows = []
     for case in stale() if args.stale else cases(args.quick, args.arch or ARCHS):
         if args.only in f"{case.arch} {case.name}":

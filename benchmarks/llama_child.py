@@ -1,7 +1,7 @@
-"""llama.cpp's side of benchmarks/cpu_models.py, in an interpreter that has llama-cpp-python: steps on request, seconds back.
+"""Runs llama.cpp for benchmarks/cpu_models.py, in an interpreter that has llama-cpp-python.
 
 Reads lines of JSON, ``{"tokens": [...], "fresh": true}``: evaluates the tokens, after emptying the cache if ``fresh``, and
-answers ``{"seconds": ...}``. The first answer says which version runs.
+prints ``{"seconds": ...}``. The first line that it prints contains the version.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Loading a sharded 1.2-billion-parameter checkpoint quantized: seconds per GB read, peak memory, size on disk.
+"""Quantizing a sharded checkpoint of 1.2 billion parameters while loading: seconds per GB read, peak memory, size on disk.
 
     python benchmarks/load.py                              # Requanto and bf16
-    python benchmarks/load.py --peer-python /path/python   # beside optimum-quanto, installed for that interpreter
+    python benchmarks/load.py --peer-python /path/python   # and optimum-quanto, in that interpreter
 
-Each load runs in a process of its own, which samples its anonymous memory (RssAnon) every few milliseconds; the loads of
-the different libraries alternate. Writes benchmarks/results/load.json.
+Each load runs in its own process, which measures its anonymous memory (RssAnon) every few milliseconds; the libraries
+alternate. Writes benchmarks/results/load.json.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ print("RESULT" + json.dumps(result))
 
 
 def write_checkpoint(directory: Path, layers: int) -> tuple[int, int]:
-    """A Llama-shaped checkpoint of random weights in 500 MB shards; returns (bytes, bytes of the largest tensor)."""
+    """Writes a Llama-shaped checkpoint of random weights in 500 MB shards; returns (bytes, bytes of the largest tensor)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,7 +120,7 @@ def write_checkpoint(directory: Path, layers: int) -> tuple[int, int]:
 def run_worker(
     python: str, library: str, kind: str, directory: Path, save_to: str, method: str | None = None
 ) -> dict[str, float]:
-    """One load in a process of its own."""
+    """Measures one load in its own process."""
     words = [python, "-c", WORKER, library, kind, str(directory), save_to, method or ""]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -130,12 +130,14 @@ def run_worker(
 
 
 def main() -> None:
-    """Writes the checkpoint, loads it in turns, prints and keeps the figures."""
+    """Writes the checkpoint, loads it alternately with each library, prints and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer-python", help="interpreter that has optimum-quanto and transformers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="types, e.g. int4")
-    parser.add_argument("--method", help="load by this method, e.g. minmax, as well as by each type's own")
+    parser.add_argument(
+        "--method", help="also load with this method, e.g. minmax, in addition to the default of each type"
+    )
     parser.add_argument("--layers", type=int, default=16, help="16 layers are 1.24 billion parameters")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "load.json")
     options = parser.parse_args()
@@ -150,9 +152,7 @@ def main() -> None:
                 jobs.append((f"requanto {options.method}", kind, sys.executable))
             if options.peer_python:
                 jobs.append(("optimum-quanto", kind, options.peer_python))
-        run_worker(
-            sys.executable, "bf16", "none", directory, ""
-        )  # the first reading of the file is the disk's, not ours
+        run_worker(sys.executable, "bf16", "none", directory, "")  # not measured: the first read comes from the disk
         for repeat in range(options.repeats):
             for library, kind, python in jobs:
                 save_to = str(Path(scratch) / "saved" / kind) if library == "requanto" and repeat == 0 else ""

@@ -1,9 +1,9 @@
-"""Merging an adapter into quantized weights: how far the merged model's logits are from the unmerged one's.
+"""Merging an adapter into quantized weights: difference of the merged model's logits from the unmerged one's.
 
     python benchmarks/lora_merge.py
 
-SmolLM2-135M in float32 with random adapters on all linear layers; `effect_of_the_adapter` is how far they move the logits.
-Beside the merge, what rounding the adapter into the codes loses (`fold_lowrank`). Relative errors, Frobenius.
+SmolLM2-135M in float32 with random adapters on all linear layers; `effect_of_the_adapter` is how much they change the
+logits. Also measures the loss of rounding the adapter into the codes (`fold_lowrank`). Relative errors, Frobenius norm.
 Writes benchmarks/results/lora_merge.json.
 """
 
@@ -27,12 +27,12 @@ from real_models import smollm2_dir
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Error of logits, Frobenius norms in float64."""
+    """Relative error of logits, by Frobenius norms in float64."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def with_adapter(directory: Path, weights: str, dora: bool) -> peft.PeftModel:
-    """The quantized model with an adapter that does something."""
+    """The quantized model with a random adapter."""
     config = requanto.QuantoConfig(weights=weights)
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32).eval()
     torch.manual_seed(0)

@@ -1,15 +1,15 @@
-"""Time every kernel beside cuBLAS bf16 and each peer that is importable, on a CUDA machine.
+"""Times every kernel, cuBLAS bf16 and each peer that can be imported, on a CUDA machine.
 
     PYTHONPATH=src:kernels python benchmarks/matmul.py
     PYTHONPATH=src:kernels python benchmarks/matmul.py --shapes 4096x14336 --rows 1 16
     PYTHONPATH=src:kernels TRITON_INTERPRET=1 python benchmarks/matmul.py --dry    # without a GPU: does it run?
 
-Writes benchmarks/results/matmul.json, after every shape, then a table (matmul.md) and a plot (matmul.png) beside it.
+Writes benchmarks/results/matmul.json after every shape, then a table (matmul.md) and a plot (matmul.png).
 
-Each op runs inside a CUDA graph over enough copies of its weight to overflow L2 twice, so that no weight is found there;
-the figure is the median over replays, a call. `share` is the part of the roofline reached: the larger of bytes over the
-measured copy bandwidth and operations over the measured bf16 cuBLAS rate (doubled for 8-bit operands), over the time. At
-the end each goal is printed: reached, not reached, or not measured.
+Each op runs inside a CUDA graph over copies of its weight with twice the size of L2, so that no weight is cached there;
+the result is the median over replays, for each call. `share` is the part of the roofline reached: the larger of bytes
+over the measured copy bandwidth and operations over the measured bf16 cuBLAS rate (doubled for 8-bit operands), over
+the time. At the end each goal is printed as reached, not reached, or not measured.
 """
 
 import argparse
@@ -44,7 +44,7 @@ GOALS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how much; DRY is for a machine without a GPU."""
+    """Device and amount of work; DRY is for a machine without a GPU."""
 
     device: str = "cuda"
     dtype: torch.dtype = torch.bfloat16
@@ -54,13 +54,13 @@ class Setting:
     fallback_l2: int = 64 << 20
 
 
-#: The interpreter's bf16 is wrong, and it takes a second for what a GPU does in a microsecond.
+#: float16, since the interpreter computes bf16 wrongly; tiny, since it is a million times slower than a GPU.
 DRY = Setting("cpu", torch.float16, 1 << 16, 64, 1, 1)
 PEERS = ("torchao", "gemlite", "bitsandbytes", "optimum.quanto", "sdnq")
 
 
 def roofline(at: Setting) -> tuple[float, float]:
-    """(bytes a second of a device copy, operations a second of a large 16-bit product)."""
+    """Measures (bytes a second of a device copy, operations a second of a large 16-bit GEMM)."""
     a = torch.empty(at.copy_bytes, dtype=torch.uint8, device=at.device)
     b = torch.empty_like(a)
     bandwidth = 2 * a.numel() / graph_ms([lambda: b.copy_(a)] * 4, 10, at.device) * 1e3
@@ -70,7 +70,7 @@ def roofline(at: Setting) -> tuple[float, float]:
 
 
 def own_ops(n: int, k: int, copies: int, at: Setting) -> dict[str, tuple[Callable, float, int]]:
-    """name: (function of (x, copy number), weight bytes, rate factor of the operands)."""
+    """By name: (function of (x, copy number), weight bytes, rate factor of the operands)."""
     import requanto_kernels as rk
 
     scale = torch.rand(n, k // 128, device=at.device, dtype=at.dtype) * 0.01
@@ -109,7 +109,7 @@ def own_ops(n: int, k: int, copies: int, at: Setting) -> dict[str, tuple[Callabl
 
 
 def peer_ops(name: str, n: int, k: int) -> dict[str, Callable]:
-    """The peer's layers, quantized from the same kind of weight; an API it lacks is reported by the caller."""
+    """The peer's layers, quantized from a weight of the same shape; the caller reports a missing API."""
     layer = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
     if name == "torchao":
         from torchao.quantization import (
@@ -158,11 +158,11 @@ def peer_ops(name: str, n: int, k: int) -> dict[str, Callable]:
 
 
 def all_ops(n: int, k: int, at: Setting, skipped: list[str]) -> tuple[dict[str, tuple[Callable, float, int]], int]:
-    """(the float product, ours and the peers', how many copies of each weight they turn through)."""
+    """(the float GEMM and all quantized ones by name, the number of copies of each weight)."""
     l2 = at.fallback_l2
     if at.device == "cuda":
         l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or l2
-    copies = max(2, -(-2 * l2 // (n * k // 4)))  # of the smallest form, 2 bits a weight
+    copies = max(2, -(-2 * l2 // (n * k // 4)))  # of the smallest weight, 2 bits an element
     dense = [torch.randn(n, k, device=at.device, dtype=at.dtype) for _ in range(copies)]
     ops = {"bf16": (lambda x, i: torch.nn.functional.linear(x, dense[i]), 2 * n * k, 1)}
     ops |= own_ops(n, k, copies, at)
@@ -171,7 +171,7 @@ def all_ops(n: int, k: int, at: Setting, skipped: list[str]) -> tuple[dict[str, 
             continue
         try:
             for op, module in peer_ops(peer, n, k).items():
-                # One weight only: a peer's small layers may profit from L2. That errs in its favour.
+                # One weight only: a peer's small layers may profit from L2, in its favour.
                 ops[f"{peer}: {op}"] = (lambda x, i, f=module: f(x), 0, 1)
         except Exception as error:
             skipped.append(f"{peer} {n}x{k}: {type(error).__name__}: {str(error)[:200]}")
@@ -179,7 +179,7 @@ def all_ops(n: int, k: int, at: Setting, skipped: list[str]) -> tuple[dict[str, 
 
 
 def measure(shapes, rows, at: Setting, deadline: float, keep: Callable[[dict], None]) -> dict:
-    """Times everything; `keep` gets what there is after every shape. Past the deadline the rest is named as skipped."""
+    """Times everything; calls `keep` with the results after every shape. What the deadline cuts off is listed as skipped."""
     bandwidth, rate = roofline(at)
     result = {
         "command": "PYTHONPATH=src:kernels " + command(),
@@ -218,7 +218,7 @@ def measure(shapes, rows, at: Setting, deadline: float, keep: Callable[[dict], N
 
 
 def judge(rows: list[dict]) -> list[str]:
-    """One line for each goal."""
+    """One line for each goal: reached or not."""
     lines = []
     for text, op, m, shape, quantity, bound in GOALS:
         found = [r[quantity] for r in rows if r["op"] == op and r["m"] == m and shape in (None, (r["n"], r["k"]))]
@@ -241,14 +241,14 @@ def judge(rows: list[dict]) -> list[str]:
 
 
 def write(result: dict, out: Path) -> None:
-    """The figures, and what became of each goal."""
+    """Writes the results, and whether each goal was reached."""
     result["goals"] = judge(result["rows"])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def present(result: dict, out: Path) -> str:
-    """The table and the plot beside the figures; returns what was written, in words."""
+    """Writes table and plot; returns a message about the plot."""
     rows = result["rows"]
     ms = list(dict.fromkeys(row["m"] for row in rows))
     text = [f"Ratios to cuBLAS bf16 (share of the roofline) on {result['gpu']}. `{result['command']}`\n"]
@@ -266,14 +266,14 @@ def present(result: dict, out: Path) -> str:
 
 
 def main() -> int:
-    """Measures, prints a line an op, keeps the figures."""
+    """Measures, prints a line for each op, writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "matmul.json")
     parser.add_argument("--shapes", nargs="+", default=[f"{n}x{k}" for n, k in SHAPES], help="NxK")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--replays", type=int, default=50)
-    parser.add_argument("--minutes", type=float, default=9.0, help="after so many, what is left is skipped, and named")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, no graphs, no peers: proves that it runs")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit; what is left then is listed as skipped")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, no graphs, no peers: checks that it runs")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
         print("benchmarks/matmul.py needs a CUDA device and found none: nothing was measured.", file=sys.stderr)

@@ -3,13 +3,13 @@
     python benchmarks/methods.py                                   # everything; hours on two cores
     python benchmarks/methods.py --only smollm2/int4-g64/gptq --samples 32 --keep DIR
 
-Samples are cut from `requanto.data.calibration_text()` (fiction), measured is `requanto.data.eval_text()` (technical prose
-with code): 10,240 tokens in windows of 1,024, in bfloat16, weights dequantized. MiniLM is measured on 64 pieces of 128
-tokens, mean-pooled, in float32. SmolLM2's weights come from a Q4_1 file (groups of 32), which flatters 4-bit results at
-group 32 and below; MiniLM's were never quantized.
+Samples are parts of `requanto.data.calibration_text()` (fiction). Perplexity is measured on `requanto.data.eval_text()`
+(technical prose with code): 10,240 tokens in windows of 1,024, in bfloat16, weights dequantized. MiniLM is measured on
+64 pieces of 128 tokens, mean-pooled, in float32. SmolLM2's weights come from a Q4_1 file (groups of 32), which flatters
+4-bit results at group 32 and below; MiniLM's were never quantized.
 
-Each case is added to benchmarks/results/methods.json when it is done. ``--keep`` names a directory for finished blocks: an
-interrupted case goes on from there.
+Each case is added to benchmarks/results/methods.json when it is done. ``--keep`` names a directory for finished blocks, from
+which an interrupted case continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
 from real_models import minilm_dir, smollm2_dir
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from requanto.budget.models import settle_on_samples
+from requanto.budget.models import resolve_on_samples
 from requanto.config.config import QuantoConfig
 from requanto.data import calibration_text, eval_text
 from requanto.methods import quantize_with_samples, text_samples
@@ -44,7 +44,7 @@ OUT = RESULTS / "methods.json"
 
 @dataclass(frozen=True)
 class Case:
-    """A model, what its weights become, and how; with ``weights="auto"`` the types are chosen on 16 of the samples."""
+    """A model, a type and a method; with ``weights="auto"`` the types are chosen on 16 of the samples."""
 
     model: str
     weights: str
@@ -55,14 +55,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What ``--only`` takes."""
+        """The name; ``--only`` takes it."""
         choices = "".join(f"+{k}={v}" for k, v in self.options.items())
         extra = "".join(f"-{k}={v}" for k, v in self.config.items())
         kind = self.weights if self.group is None else f"{self.weights}-g{self.group}"
         return f"{self.model}/{kind}{extra}/{self.method or 'nearest'}{choices}"
 
     def quanto_config(self) -> QuantoConfig:
-        """What the case asks for."""
+        """The configuration of the case."""
         group = {} if self.group is None else {"group_size": self.group}
         return QuantoConfig(weights=self.weights, **group, **self.config)
 
@@ -88,7 +88,7 @@ CASES = [
         ("signround", TUNED),
     )
 ]
-# A budget instead of a type: the bytes of uniform cases above (the rows' own scales included).
+# A budget instead of a type: the bytes of uniform cases above (including the scales of rows).
 CASES += [
     Case(model, "auto", None, "gptq", {}, {"bits": bits, "scale_bits": scale_bits})
     for model, more in (("smollm2", 0.0234), ("minilm", 0.0314))
@@ -97,7 +97,7 @@ CASES += [
 
 
 def float_model(case: Case) -> tuple[Any, Any]:
-    """(model, tokenizer)"""
+    """Loads the float model; returns (model, tokenizer)."""
     if case.model == "smollm2":
         directory, auto, dtype = smollm2_dir(), AutoModelForCausalLM, torch.bfloat16
     else:
@@ -121,7 +121,7 @@ def measure(case: Case, model: Any, tokenizer: Any, wanted: torch.Tensor | None)
 
 
 def run(case: Case, samples: int, length: int, keep: Path | None) -> dict[str, Any]:
-    """One case, from loading to the measurement."""
+    """Runs one case, from loading to the measurement."""
     model, tokenizer = float_model(case)
     wanted = embeddings(model, tokenizer) if case.model == "minilm" else None
     config = case.quanto_config()
@@ -129,7 +129,7 @@ def run(case: Case, samples: int, length: int, keep: Path | None) -> dict[str, A
     pieces = text_samples(tokenizer, calibration_text(), samples, length)
     start = time.perf_counter()
     if case.weights == "auto":
-        planned = settle_on_samples(model, config, planned, pieces, progress=True)
+        planned = resolve_on_samples(model, config, planned, pieces, progress=True)
     if case.method is None:
         for name, choice in planned.items():
             module = model.get_submodule(name.rpartition(".")[0])
@@ -140,7 +140,7 @@ def run(case: Case, samples: int, length: int, keep: Path | None) -> dict[str, A
         quantize_with_samples(model, planned, pieces, case.method, **options)
     seconds = time.perf_counter() - start
     quantized = [p for p in model.parameters() if isinstance(p, QTensor)]
-    # What a checkpoint holds: after a run, int4 weights may be in the form that the CPU's products want.
+    # As in a checkpoint: after a run, int4 weights may be prepacked.
     stored = sum(part.nbytes for p in quantized for part in p.inner_tensors().values())
     bits = 8 * stored / sum(p.numel() for p in quantized)
     for module in model.modules():
@@ -161,26 +161,26 @@ def run(case: Case, samples: int, length: int, keep: Path | None) -> dict[str, A
 
 
 def main() -> None:
-    """Runs the cases that were asked for."""
+    """Runs the selected cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a case's name, or the beginning of several")
+    parser.add_argument("--only", help="name of a case, or prefix of several")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--keep", type=Path, help="directory for finished blocks")
-    asked = parser.parse_args()
-    cases = [case for case in CASES if asked.only is None or case.name == asked.only]
-    cases = cases or [case for case in CASES if case.name.startswith(asked.only or "")]
-    if asked.list or not cases:
+    options = parser.parse_args()
+    cases = [case for case in CASES if options.only is None or case.name == options.only]
+    cases = cases or [case for case in CASES if case.name.startswith(options.only or "")]
+    if options.list or not cases:
         print("\n".join(case.name for case in (cases or CASES)))
-        raise SystemExit(0 if cases else f"no case is called {asked.only!r}")
+        raise SystemExit(0 if cases else f"no case is called {options.only!r}")
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.name}", flush=True)
         stored = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
         if case.model == "smollm2" and "smollm2/bf16" not in stored:
             model, tokenizer = float_model(case)
             stored["smollm2/bf16"] = {**measure(case, model, tokenizer, None), "command": command()}
-        found = run(case, asked.samples, asked.length, asked.keep)
+        found = run(case, options.samples, options.length, options.keep)
         if case.model == "smollm2":
             found["percent"] = round(100 * found["perplexity"] / stored["smollm2/bf16"]["perplexity"], 1)
         print(json.dumps(found), flush=True)

@@ -4,11 +4,11 @@
     PYTHONPATH=src:kernels python benchmarks/model.py --shapes 8b --only int4
     PYTHONPATH=src:kernels python benchmarks/model.py --shapes tiny flux-tiny --repeats 1    # seconds, on any machine
 
-The weights are random: speed and size do not depend on them. Each model is made on the device and its linear layers are
-quantized there, as `from_pretrained` would. bf16 runs first and last; ratios are to the mean of the two, `bf16_drift` is
-their quotient. On a GPU a prefill, a decoding step and a denoising step are CUDA graphs, so that the device is timed and
-not Python; `eager_ms` is the same step without one. Peers that can be imported take the same layers. Writes
-benchmarks/results/models_<device>.json, after every model, and a table (.md) and a plot (.png) beside it.
+The weights are random: speed and size do not depend on them. Each model is created on the device and its linear layers are
+quantized there, as by `from_pretrained`. bf16 runs first and last; ratios are to the mean of the two, `bf16_drift` is
+their quotient. On a GPU a prefill, a decoding step and a denoising step are CUDA graphs, which excludes the time of
+Python; `eager_ms` is the same step without a graph. Peers that can be imported quantize the same layers. Writes
+benchmarks/results/models_<device>.json after every model, a table (.md) and a plot (.png).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SKIPPED = ("lm_head", "image_in", "text_in", "image_out")
 
 
 def build(shape: str, device: str) -> nn.Module:
-    """The float model, bf16, made on the device."""
+    """The float model in bf16, created on the device."""
     torch.manual_seed(0)
     with torch.device(device):
         if shape in FLUX_SHAPES:
@@ -69,7 +69,7 @@ def build(shape: str, device: str) -> nn.Module:
 
 
 def linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """(parent, name, layer) of what is quantized."""
+    """(parent, name, layer) of each layer to quantize."""
     found = []
     for _path, module in model.named_modules():
         for name, child in module.named_children():
@@ -79,7 +79,7 @@ def linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def quantize(model: nn.Module, kind: str, group_size: int | str = "default", activation: str | None = None) -> None:
-    """Ours: each weight on its device, in place."""
+    """Quantizes each weight with Requanto, on its device, in place."""
     for _, _, layer in linears(model):
         weight = requanto.QTensor.quantize(layer.weight, kind, group_size=group_size)
         weight.activation = None if activation is None else resolve_qtype(activation)
@@ -87,7 +87,7 @@ def quantize(model: nn.Module, kind: str, group_size: int | str = "default", act
 
 
 def quantize_torchao(model: nn.Module, config: Any) -> None:
-    """torchao's own function, on the same layers."""
+    """Quantizes the same layers with torchao."""
     from torchao.quantization import quantize_
 
     chosen = {id(layer) for _, _, layer in linears(model)}
@@ -95,7 +95,7 @@ def quantize_torchao(model: nn.Module, config: Any) -> None:
 
 
 def quantize_bitsandbytes(model: nn.Module, four: bool) -> None:
-    """Its layers in place of ours."""
+    """Replaces the same layers by bitsandbytes' layers."""
     import bitsandbytes as bnb
 
     for parent, name, layer in linears(model):
@@ -112,7 +112,7 @@ def quantize_bitsandbytes(model: nn.Module, four: bool) -> None:
 
 
 def peers() -> dict[str, Callable[[nn.Module], None]]:
-    """Name -> function that quantizes a model in place, for each peer that can be imported."""
+    """Functions that quantize a model in place, for each peer that can be imported, by name."""
     found: dict[str, Callable[[nn.Module], None]] = {}
     try:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
@@ -132,7 +132,7 @@ def peers() -> dict[str, Callable[[nn.Module], None]]:
 
 
 def steps_of(model: nn.Module, shape: str, prompt: int, device: str) -> dict[str, Callable[[], object]]:
-    """What is timed: name -> a call that does the same each time."""
+    """The calls to time, by name; each does the same every time."""
     if isinstance(model, FluxShaped):
         inputs = model.inputs(device)
         return {"step": lambda: model(*inputs)}
@@ -140,10 +140,10 @@ def steps_of(model: nn.Module, shape: str, prompt: int, device: str) -> dict[str
 
     cache = StaticCache(config=model.config, max_cache_len=prompt + 8)
     ids = torch.randint(0, LLAMA_SHAPES[shape]["vocab_size"], (1, prompt), device=device)
-    model(ids[:, :1], past_key_values=cache, use_cache=True)  # makes the cache's tensors
+    model(ids[:, :1], past_key_values=cache, use_cache=True)  # allocates the cache's tensors
 
     def run(tokens: torch.Tensor, past: int) -> torch.Tensor:
-        for layer in cache.layers:  # on the device, as part of the graph: each replay starts at the same place
+        for layer in cache.layers:  # on the device, as part of the graph: each replay starts at the same position
             layer.cumulative_length.fill_(past)
         return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
@@ -159,7 +159,7 @@ def measure(model: nn.Module, shape: str, options: argparse.Namespace, device: s
         result[f"{name}_eager_ms"] = wall_ms([call], options.repeats, device)
         try:
             result[f"{name}_ms"] = graph_ms([call], options.repeats, device)
-        except Exception as error:  # a peer that synchronizes cannot be captured: its eager time stands for it
+        except Exception as error:  # a peer that synchronizes cannot be captured: its eager time is used
             result[f"{name}_ms"] = result[f"{name}_eager_ms"]
             result[f"{name}_not_captured"] = f"{type(error).__name__}: {str(error)[:200]}"
     result["peak_bytes"] = None
@@ -173,7 +173,7 @@ def measure(model: nn.Module, shape: str, options: argparse.Namespace, device: s
 
 
 def one(shape: str, change: Callable[[nn.Module], None] | None, options: argparse.Namespace, device: str) -> dict:
-    """Makes a model, quantizes it, measures it, and lets it go."""
+    """Creates a model, quantizes it, measures it, and frees it."""
     model = build(shape, device)
     synchronize(device)
     start = time.perf_counter()
@@ -182,7 +182,7 @@ def one(shape: str, change: Callable[[nn.Module], None] | None, options: argpars
     synchronize(device)
     seconds = time.perf_counter() - start
     start = time.perf_counter()
-    requanto.prepare(model)  # what the first product of each layer would do: ours into the kernels' layout
+    requanto.prepare(model)  # as the first GEMM of each layer would: prepacks Requanto's weights
     synchronize(device)
     milliseconds = (time.perf_counter() - start) * 1e3
     figures = measure(model, shape, options, device) | {"quantize_s": seconds, "layout_ms": milliseconds}
@@ -194,7 +194,7 @@ def one(shape: str, change: Callable[[nn.Module], None] | None, options: argpars
 
 
 def compare(shape: str, jobs: dict[str, Any], options: argparse.Namespace, device: str, deadline: float) -> dict:
-    """All jobs between two runs in bf16."""
+    """Runs all jobs between two runs in bf16."""
     found = {"bf16": one(shape, None, options, device)}
     for name, job in jobs.items():
         if time.monotonic() > deadline:
@@ -202,7 +202,7 @@ def compare(shape: str, jobs: dict[str, Any], options: argparse.Namespace, devic
             continue
         try:
             found[name] = one(shape, job, options, device)
-        except Exception as error:  # one that fails must not take the other figures along
+        except Exception as error:  # one that fails must not lose the other figures
             found[name] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
             gc.collect()
         print(f"{shape} {name:18} {found[name]}", flush=True)
@@ -217,7 +217,7 @@ def compare(shape: str, jobs: dict[str, Any], options: argparse.Namespace, devic
 
 
 def present(document: dict[str, Any], out: Path) -> str:
-    """The table and the plot beside the figures; returns what was written, in words."""
+    """Writes table and plot; returns a message about the plot."""
     text, panels = [f"Whole models on {document['device']}. `{document['command']}`\n"], {}
     for shape, found in document["models"].items():
         steps = [key.removesuffix("_vs_bf16") for key in found["bf16"] if key.endswith("_vs_bf16")]
@@ -247,15 +247,15 @@ def present(document: dict[str, Any], out: Path) -> str:
 
 
 def main() -> int:
-    """Measures, prints a line a model, keeps the figures."""
+    """Measures, prints a line for each model, writes the results."""
     device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=[*LLAMA_SHAPES, *FLUX_SHAPES])
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--minutes", type=float, default=9.0, help="after so many, what is left is skipped, and named")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit; what is left then is listed as skipped")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--only", nargs="*", help="names of quantized models to run, besides bf16")
+    parser.add_argument("--only", nargs="*", help="names of quantized models to run in addition to bf16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.threads:

@@ -1,8 +1,9 @@
-"""What a rank needs for 8B, 70B and 405B in each type, as docs/parallel.md prints it. Computed, nothing is loaded.
+"""Memory that a rank needs for 8B, 70B and 405B in each type: the table of docs/parallel.md. Computed, nothing is loaded.
 
     python benchmarks/parallel.py
 
-Prints the table and writes benchmarks/results/parallel.json. `requanto inspect 8B --parallel tp=8` gives one line of it.
+Prints the table and writes benchmarks/results/parallel.json. `requanto inspect 8B --parallel tp=8` computes one of its
+cells for each type.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""optimum-quanto's own tests of its public names, run on Requanto through `install_as_optimum_quanto`.
+"""Runs optimum-quanto's own tests of its public names on Requanto, through `install_as_optimum_quanto`.
 
-    python benchmarks/quanto_suite.py                    # fetches the source archive of 0.2.7 with pip
-    python benchmarks/quanto_suite.py --sdist FILE       # takes this one
+    python benchmarks/quanto_suite.py                    # downloads the source archive of 0.2.7 with pip
+    python benchmarks/quanto_suite.py --sdist FILE       # uses this source archive
 
-The tests are unpacked into a temporary folder and never kept. Left out: tests of tensors packed for CUDA kernels, which no
-public name makes, tests that download models, and the one of `optimum-cli`, whose package is not needed here. Writes
+The tests are unpacked into a temporary folder. Left out: tests of tensors packed for CUDA kernels, which no
+public name creates, tests that download models, and the test of `optimum-cli`, whose package is not required here. Writes
 benchmarks/results/quanto_suite.json; exit code 1 if any test fails. Needs pytest, transformers and diffusers.
 """
 
@@ -29,7 +29,7 @@ PLUGIN = "import requanto\nrequanto.install_as_optimum_quanto()\n"
 
 
 def fetch(folder: Path) -> Path:
-    """The source archive, by pip."""
+    """Downloads the source archive with pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
     subprocess.run([*command, f"optimum-quanto=={VERSION}"], check=True)
     (archive,) = folder.glob("optimum_quanto-*.tar.gz")
@@ -51,7 +51,7 @@ def run(archive: Path, folder: Path, arguments: list[str]) -> Path:
 
 
 def count(report: Path) -> tuple[Counter, list[str]]:
-    """How many tests ended how, and the names of those that failed."""
+    """Number of tests for each outcome, and the names of those that failed."""
     found: Counter = Counter()
     failed = []
     for case in tree.parse(report).iter("testcase"):
@@ -65,7 +65,7 @@ def count(report: Path) -> tuple[Counter, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sdist", type=Path, help="the source archive, where it is on this machine")
+    parser.add_argument("--sdist", type=Path, help="path of the source archive, to download nothing")
     arguments, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as scratch:
         archive = arguments.sdist.resolve() if arguments.sdist else fetch(Path(scratch))

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                      # CPU, gloo, one thread a process
     python benchmarks/scaling.py --device cuda --ranks 1 2 4 8
 
-The numbers of processes take turns, each measuring all modes, for several rounds: a busy machine is busy for all. The
+The numbers of processes alternate, each measuring all modes, for several rounds, so that other load affects all of them. The
 fastest step counts. Writes benchmarks/results/scaling.json.
 """
 
@@ -30,7 +30,7 @@ BATCH, LENGTH = 2, 128
 
 
 def worker(rank: int, world: int, meeting: str, arguments: argparse.Namespace, out: str) -> None:
-    """One rank: trains a few steps in every mode, rank 0 writes what it measured."""
+    """Runs one rank: trains a few steps in every mode; rank 0 writes its results."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     device = torch.device(arguments.device, rank) if arguments.device != "cpu" else torch.device("cpu")

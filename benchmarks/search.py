@@ -1,7 +1,7 @@
-"""How scales are chosen without data: accuracy, bits a weight and time of each search.
+"""Methods of choosing scales without samples: accuracy, bits a weight and time of each.
 
     OMP_NUM_THREADS=1 python benchmarks/search.py                          # everything: half an hour on one core
-    OMP_NUM_THREADS=1 python benchmarks/search.py --only int4-g64 nf4      # cases whose names begin so; others stay
+    OMP_NUM_THREADS=1 python benchmarks/search.py --only int4-g64 nf4      # cases by name prefix; other results stay
 
 Every linear layer is quantized (embeddings and the output layer stay float), then dequantized and measured:
 
@@ -11,8 +11,8 @@ Every linear layer is quantized (embeddings and the output layer stay float), th
 - all-MiniLM-L6-v2, never quantized before: 1 - cosine of mean-pooled embeddings to the float model's, mean of 128
   sentences of the same text. Its weights are rounded to bfloat16 first, so that scales take as many bits as in SmolLM2.
 
-Time: each of SmolLM2's weights is quantized by the case's method and by minmax, with the same type, group and scale_bits, in
-turns; the faster of two rounds counts. Writes benchmarks/results/search.json after each case, beside those of earlier runs.
+Time: each of SmolLM2's weights is quantized by the case's method and by minmax, with the same type, group and
+scale_bits, alternating; the faster of two rounds counts. Adds to benchmarks/results/search.json after each case.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TOKENS, WINDOW, SENTENCES = 10_240, 1024, 128
 
 @dataclass(frozen=True)
 class Case:
-    """What weights become; ``weights=None``: they stay bfloat16."""
+    """A type and a method; ``weights=None``: the weights stay bfloat16."""
 
     weights: str | None
     method: str | None = None
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What ``--only`` takes, e.g. ``int4-g64-s8/weighted``."""
+        """The name, e.g. ``int4-g64-s8/weighted``; ``--only`` takes prefixes of it."""
         if self.weights is None:
             return "bfloat16"
         group = "" if self.group is None else f"-g{self.group}"
@@ -68,7 +68,7 @@ class Case:
         return QuantoConfig(weights=self.weights, group_size=self.group, scale_bits=self.scale_bits, method=method)
 
 
-#: the most important first: a run may be stopped
+#: the most important first: a run may be stopped early
 CASES = (
     Case(None),
     Case("int4", "aligned", 64),
@@ -109,7 +109,7 @@ CASES = (
 
 
 def sentences() -> list[str]:
-    """Lines of the text, long enough to mean something."""
+    """Lines of the text of more than 60 characters."""
     lines = [line.strip() for line in eval_text().split("\n")]
     return [line for line in lines if 60 < len(line) < 400][:SENTENCES]
 
@@ -128,7 +128,7 @@ def embeddings(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 
 class Subject:
-    """A model whose weights can be quantized again and again: the float ones are kept."""
+    """A model whose weights can be quantized repeatedly: it stores the float weights."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
@@ -140,7 +140,7 @@ class Subject:
 
     @torch.no_grad()
     def quantize(self, case: Case) -> float:
-        """Puts the dequantized weights in place, in the model's dtype; returns the bits a weight they take."""
+        """Puts the dequantized weights into the model, in its dtype; returns the bits a weight."""
         planned = self.planned(case)
         size = count = 0
         for name, float_weight in self.floats.items():
@@ -152,7 +152,7 @@ class Subject:
         return 8 * size / count if count else 16.0
 
     def seconds(self, case: Case) -> tuple[float, float]:
-        """Seconds that quantization takes, by the case's method and by minmax, in turns for each weight."""
+        """Seconds of quantization by the case's method and by minmax, alternating for each weight."""
         own, plain = self.planned(case), self.planned(case, "minmax")
         totals = [0.0, 0.0]
         for name in own:
@@ -187,41 +187,41 @@ def language_figures(chat: Subject, case: Case) -> dict[str, Any]:
 
 
 def stored() -> dict[str, Any]:
-    """What earlier runs found."""
+    """The results of earlier runs."""
     return json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
 
 
 def keep(name: str, row: dict[str, Any]) -> None:
-    """Adds a case. Another process may have added one meanwhile: the file is read again, and replaced whole."""
+    """Adds a case: reads the file again, since another process may have written it, and replaces it as a whole."""
     latest = stored() | {name: row}
     order = [case.name for case in CASES if case.name in latest]
-    order += [known for known in latest if known not in order]  # of another version of this list
+    order += [known for known in latest if known not in order]  # cases of another version of this list
     part = OUT.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps({known: latest[known] for known in order}, indent=1) + "\n", encoding="utf-8")
     part.replace(OUT)
 
 
 def main() -> None:
-    """Runs the cases that were asked for."""
+    """Runs the selected cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="beginnings of names; default: all")
-    parser.add_argument("--missing", action="store_true", help="leave out cases that have figures")
-    parser.add_argument("--minilm-only", action="store_true", help="MiniLM alone, of cases without figures: a minute")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="prefixes of names; default: all")
+    parser.add_argument("--missing", action="store_true", help="skip cases that have results")
+    parser.add_argument("--minilm-only", action="store_true", help="only MiniLM, for cases without results: a minute")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    asked = parser.parse_args()
-    cases = [case for case in CASES if any(case.name.startswith(beginning) for beginning in asked.only)]
-    if asked.list or not cases:
+    options = parser.parse_args()
+    cases = [case for case in CASES if any(case.name.startswith(beginning) for beginning in options.only)]
+    if options.list or not cases:
         print("\n".join(case.name for case in (cases or CASES)))
-        raise SystemExit(0 if cases else f"no case begins with {' or '.join(asked.only)}")
+        raise SystemExit(0 if cases else f"no case begins with {' or '.join(options.only)}")
     transformers.utils.logging.disable_progress_bar()
-    bert_dir, chat = minilm_dir(), None if asked.minilm_only else smollm2()
+    bert_dir, chat = minilm_dir(), None if options.minilm_only else smollm2()
     bert = Subject(AutoModel.from_pretrained(bert_dir, dtype=torch.float32), AutoTokenizer.from_pretrained(bert_dir))
     texts = sentences()
     wanted = embeddings(bert.model, bert.tokenizer, texts)
     bar = tqdm(cases, desc="cases", unit="case")
     for case in bar:
         known = stored().get(case.name, {})
-        if "perplexity" in known and (asked.missing or asked.minilm_only):
+        if "perplexity" in known and (options.missing or options.minilm_only):
             continue
         bar.set_postfix_str(case.name)
         row: dict[str, Any] = {} if chat is None else language_figures(chat, case)

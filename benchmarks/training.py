@@ -1,10 +1,10 @@
-"""LoRA on frozen quantized weights: seconds a step and peak memory, beside the float model and peers.
+"""LoRA on frozen quantized weights: seconds a step and peak memory, compared with the float model and peers.
 
     python benchmarks/training.py                              # Requanto and float32
-    python benchmarks/training.py --peer-python /path/python   # also optimum-quanto and bitsandbytes, where that has them
+    python benchmarks/training.py --peer-python /path/python   # also optimum-quanto and bitsandbytes, if it has them
     python benchmarks/training.py --device cuda --dtype bfloat16
 
-Every case runs in a process of its own, in turn: each round runs all of them, so that a busy machine is busy for all.
+Every case runs in its own process; each round runs all cases, so that other load affects all of them.
 `step_s` is the median of the rounds' medians, `best_step_s` the fastest round's. Writes benchmarks/results/training.json.
 """
 
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def make_model(directory: str, hidden: int, layers: int) -> None:
-    """A random Llama, saved."""
+    """Saves a random Llama."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

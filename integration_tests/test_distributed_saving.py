@@ -28,13 +28,13 @@ def dies_while_putting_weights_together(rank: int, directory: Path) -> str:
 
     config = QuantoConfig(weights="int8")
     model = TINY["llama"].auto.from_pretrained(directory / "llama", quantization_config=config, tp_plan="auto")
-    gathered, seen = tensor_parallel.gathered, []
+    gathered, seen = tensor_parallel.gather_weight, []
 
     def dying(*args):
         seen.append(args)
         return kill() if rank == 1 and len(seen) == 7 else gathered(*args)
 
-    tensor_parallel.gathered = dying
+    tensor_parallel.gather_weight = dying
     try:
         model.save_pretrained(directory / "saved")
     except RuntimeError as error:

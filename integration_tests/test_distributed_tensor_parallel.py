@@ -11,7 +11,7 @@ from transformers.distributed import DistributedConfig
 
 from requanto import QTensor, QuantoConfig
 from requanto.tensor.lowrank import append
-from requanto.tensor.sharding import cut, join, with_groups
+from requanto.tensor.sharding import join_weights, slice_weight, with_groups
 
 ALL = {"embeddings": True, "lm_head": True}
 # Row groups of 64 and, in qwen3's attention, heads of 32: some cuts fall inside a group.
@@ -45,7 +45,7 @@ def one(directory: Path, case: str, how: str, plan: str) -> dict:
         "footprint": model.get_memory_footprint(),
     }
     model.save_pretrained(directory / f"{case}-{how}-{plan}")
-    with pytest.raises(NotImplementedError, match="spread over ranks"):
+    with pytest.raises(NotImplementedError, match="sharded over ranks"):
         model.dequantize()
     with pytest.raises(NotImplementedError, match="refuses to load"):
         model.save_pretrained(directory / "sharded", distributed_checkpoint=True)
@@ -145,9 +145,9 @@ def test_pieces_are_the_whole(kind, pieces):
     append(weight, torch.randn(24, 2), torch.randn(2, 192))
     for dim in (0, 1):
         size = weight.shape[dim] // pieces
-        found = [cut(weight, dim, i * size, (i + 1) * size) for i in range(pieces)]
+        found = [slice_weight(weight, dim, i * size, (i + 1) * size) for i in range(pieces)]
         assert torch.allclose(torch.cat([f.dequantize() for f in found], dim), weight.dequantize(), atol=1e-6)
-        whole = join(found, dim)
+        whole = join_weights(found, dim)
         assert torch.equal(whole if weight.group_size is None else with_groups(whole, weight.group_size), weight)
 
 
@@ -157,9 +157,9 @@ def test_experts_in_pieces(transposed):
     append(weight, torch.randn(*weight.lead, 2), torch.randn(4, 2, weight.row_length))
     for dim in (0, 1, 2):
         cuts = [0, weight.shape[dim] // 4, weight.shape[dim]]
-        found = [cut(weight, dim, start, end) for start, end in pairwise(cuts)]
+        found = [slice_weight(weight, dim, start, end) for start, end in pairwise(cuts)]
         assert torch.allclose(torch.cat([f.dequantize() for f in found], dim), weight.dequantize(), atol=1e-6)
-        assert torch.equal(with_groups(join(found, dim), 32), weight)
+        assert torch.equal(with_groups(join_weights(found, dim), 32), weight)
 
 
 def test_unlike_scales_are_not_seen_as_one():
@@ -171,4 +171,4 @@ def test_unlike_scales_are_not_seen_as_one():
 def test_a_cut_inside_a_byte_is_refused():
     weight = QTensor.quantize(torch.randn(8, 66), "int4")
     with pytest.raises(NotImplementedError, match="inside a byte"):
-        cut(weight, 1, 0, 33)
+        slice_weight(weight, 1, 0, 33)

@@ -172,7 +172,7 @@ def test_calibrating_a_weight_only_model_is_an_error():
 def test_samples_with_nan_and_batches_of_zeros():
     layer = quantize(nn.Linear(8, 8, bias=False), weights="int8", activations="int8")
     layer.name = "up"
-    with pytest.raises(ValueError, match="the input of up holds NaN"), Calibration():
+    with pytest.raises(ValueError, match="the input of up contains NaN"), Calibration():
         layer(torch.full((1, 8), float("nan")))
     layer = quantize(nn.Linear(8, 8, bias=False), weights="int8", activations="int8")
     with Calibration():
@@ -245,7 +245,7 @@ def test_explain_knows_static_scales():
     with Calibration():
         model(x)
     (static,) = explain(model, rows=4)
-    assert static.weight == "int8, int8 activations under a static scale"
+    assert static.weight == "int8, int8 activations with a static scale"
     with torch.no_grad():
         model(x)
     assert explain(model, rows=4) == [static]

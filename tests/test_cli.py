@@ -129,17 +129,17 @@ def test_eval_measures(int4_dir, float_dir, tmp_path):
     ("arguments", "message"),
     [
         (["quantize", "{float}", "{new}", "--weights", "int9"], "unknown quantized type 'int9'"),
-        (["quantize", "./nowhere", "{new}"], "./nowhere is no directory"),
+        (["quantize", "./nowhere", "{new}"], "./nowhere is not a directory"),
         (["quantize", "{float}", "{float}"], "OUT is the model's own directory"),
-        (["quantize", "{int4}", "{new}"], "is quantized already (quanto)"),
+        (["quantize", "{int4}", "{new}"], "is already quantized (quanto)"),
         (["quantize", "{float}", "{new}", "--module", "int4"], "--module takes PATTERN=TYPE, found 'int4'"),
-        (["quantize", "{float}", "{new}", "--dtype", "int8"], "dtype 'int8' is none of auto"),
+        (["quantize", "{float}", "{new}", "--dtype", "int8"], "or float32, found 'int8'"),
         (["quantize", "{float}", "{new}", "--modules-to-not-convert", "q_prok"], "Close names: q_proj"),
         (["inspect", "./nowhere"], "nowhere is not a directory"),
         (["inspect", "{empty}"], "holds no .safetensors file; found nothing"),
         (["eval", "{int4}", "--text", "./nothing.txt"], "nothing.txt"),
         (["eval", "{int4}", "--window", "4096"], "takes at most 128"),
-        (["eval", "./nowhere"], "./nowhere is no directory"),
+        (["eval", "./nowhere"], "./nowhere is not a directory"),
     ],
 )
 def test_what_cannot_be_done_is_said_on_stderr_with_exit_code_1(float_dir, int4_dir, tmp_path, arguments, message):

@@ -15,7 +15,7 @@ from requanto.config.config import format_version_of
 from requanto.dtypes.bit_packing import unpack
 from requanto.scales.compact import round_scales
 from requanto.tensor.lowrank import State, scale_rows
-from requanto.tensor.sharding import cut, join
+from requanto.tensor.sharding import join_weights, slice_weight
 
 #: (type, symmetric, bits of scales)
 FORMS = [
@@ -216,12 +216,12 @@ def test_experts_and_embeddings(form):
 def test_a_cut_inside_a_group(form):
     """Tensor parallelism: both halves keep the group's scale and the row's."""
     tensor = make(form, 6, 96)
-    left, right = cut(tensor, 1, 0, 48), cut(tensor, 1, 48, 96)
+    left, right = slice_weight(tensor, 1, 0, 48), slice_weight(tensor, 1, 48, 96)
     assert torch.equal(torch.cat([left.dequantize(), right.dequantize()], 1), tensor.dequantize())
-    joined = join([left, right], 1)
+    joined = join_weights([left, right], 1)
     assert torch.equal(joined.dequantize(), tensor.dequantize())
-    assert torch.equal(join([cut(tensor, 1, 0, 32), cut(tensor, 1, 32, 96)], 1), tensor)
-    assert torch.equal(join([tensor[:2], tensor[2:]], 0), tensor)
+    assert torch.equal(join_weights([slice_weight(tensor, 1, 0, 32), slice_weight(tensor, 1, 32, 96)], 1), tensor)
+    assert torch.equal(join_weights([tensor[:2], tensor[2:]], 0), tensor)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -319,5 +319,5 @@ def test_quantize_map_and_requantize(weights_type):
 
 
 def test_an_optimizer_has_its_own_scales():
-    with pytest.raises(ValueError, match="optimum-quanto's; scale_bits cannot be asked of them"):
+    with pytest.raises(ValueError, match="optimum-quanto's, which does not support scale_bits"):
         requanto.quantize(network(), weights="int4", optimizer=requanto.MaxOptimizer(), scale_bits=8)

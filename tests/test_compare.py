@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import requanto
 from requanto.cli.app import app
 from requanto.report import compare
-from requanto.report.compare_images import pictures, psnr
+from requanto.report.compare_images import as_arrays, psnr
 from requanto.report.lockstep import Lockstep
 
 pytest.importorskip("transformers")
@@ -146,7 +146,7 @@ class Differing:
             {},
             r"different architectures \(Other and Other\): A holds layer.weight of shape \[4, 8\], B",
         ),
-        (Other(4), nn.Linear(8, 4), {}, "different architectures .*: A holds layer.weight .* has no such weight"),
+        (Other(4), nn.Linear(8, 4), {}, "different architectures .*: A holds layer.weight .* does not"),
         (Other(4), Other(4), {}, "neither A nor B has a tokenizer"),
         (Other(4), 3, {}, "expected a model or a Diffusers pipeline to compare, found builtins.int"),
         (Other(4), Other(4), {"run": noise, "seeds": 0}, "seeds must be at least 1"),
@@ -159,7 +159,7 @@ def test_refusals(a, b, options, message):
 
 def test_one_model_twice_no_text_and_tokenizers_that_differ(pair, monkeypatch):
     model = Other(4)
-    with pytest.raises(ValueError, match="one and the same model"):
+    with pytest.raises(ValueError, match="the same model object"):
         compare(model, model)
     with pytest.raises(ValueError, match="a text of at least 2 tokens, found 0"):
         compare(*pair, text="", progress=False)
@@ -185,9 +185,9 @@ def test_lockstep_holds_one_output_of_each_and_passes_errors_on():
         lockstep.run(failing, lambda: b(x))
     with pytest.raises(OSError, match="disk is gone"):
         lockstep.run(lambda: a(x), failing)
-    with pytest.raises(ValueError, match="the second one went on to its layer 0"):
+    with pytest.raises(ValueError, match="the first one has finished, but the second one is at 0"):
         lockstep.run(lambda: a(x), lambda: [b(x), b(x)])
-    with pytest.raises(ValueError, match="the first model went on to its layer 0"):
+    with pytest.raises(ValueError, match="the first one is at 0, but the second one has finished"):
         lockstep.run(lambda: [a(x), a(x)], lambda: b(x))
     with pytest.raises(ValueError, match="do not run the same layers"):
         lockstep.run(lambda: a(x), lambda: b[2](b[1](b[0](x.repeat(2, 1)))))
@@ -198,11 +198,11 @@ def test_lockstep_holds_one_output_of_each_and_passes_errors_on():
 
 def test_psnr_and_what_counts_as_pictures():
     assert psnr(np.zeros((2, 2)), np.full((2, 2), 0.1), 1.0) == pytest.approx(20)
-    assert pictures(torch.zeros(2, 3, 4, 5))[0].shape == (4, 5, 3)
-    assert pictures(SimpleNamespace(images=np.zeros((2, 4, 5, 3))))[1].shape == (4, 5, 3)
-    assert len(pictures([torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)])) == 2
+    assert as_arrays(torch.zeros(2, 3, 4, 5))[0].shape == (4, 5, 3)
+    assert as_arrays(SimpleNamespace(images=np.zeros((2, 4, 5, 3))))[1].shape == (4, 5, 3)
+    assert len(as_arrays([torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)])) == 2
     with pytest.raises(ValueError, match="found NoneType"):
-        pictures(None)
+        as_arrays(None)
 
 
 def run(*arguments):
@@ -221,16 +221,16 @@ def test_command_line_writes_picture_table_and_json(pair, tmp_path):
     assert found == json.loads((tmp_path / "out" / "compare.json").read_text())
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     shown = run("compare", *pair, "--weights-only", "--layers", 3)
-    assert "The 3 weights with the largest errors of 16" in " ".join(shown.stdout.split())
+    assert "Shown: the 3 of 16 weights with the largest errors" in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{float}", "./nowhere"], "./nowhere is no directory"),
+        (["{float}", "./nowhere"], "./nowhere is not a directory"),
         (["{float}", "{int4}", "--text", "./no.txt"], "no.txt"),
         (["{float}", "{int4}", "--run", "file.py"], "--run takes FILE.py:FUNCTION"),
-        (["{float}", "{int4}", "--run", "file.py:f"], "file.py is no file"),
+        (["{float}", "{int4}", "--run", "file.py:f"], "file.py does not exist"),
         (["{float}", "{int4}", "--max-tokens", "1"], "a text of at least 2 tokens"),
     ],
 )

@@ -58,7 +58,7 @@ def test_the_best_turn_is_kept(monkeypatch):
         def __init__(self, values, step):
             self.values, self.step = (values / step).round() * step, step
 
-        def own_values(self):
+        def values_without_lowrank(self):
             return self.values
 
         def set_lowrank(self, up, down):

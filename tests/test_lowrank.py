@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import requanto
 from requanto import QTensor
 from requanto.checkpoint.format import CheckpointError, flatten, rebuild, spec_text
-from requanto.tensor.lowrank import add_dense, append, compress, fold, fold_lowrank, product, scale_rows
+from requanto.tensor.lowrank import add_dense, append, compress, fold, fold_lowrank, lowrank_matmul, scale_rows
 
 KINDS = ["int8", "int4", "int2", "float8", "int3", "nf4", "codebook3"]
 
@@ -184,7 +184,7 @@ def test_gradients_reach_factors_in_training():
     (x.double() @ (base + reference[0] @ reference[1]).T).square().sum().backward()
     assert relative(up.grad, reference[0].grad) < 1e-5
     assert relative(down.grad, reference[1].grad) < 1e-5
-    assert product(x, weight).shape == (5, 96)
+    assert lowrank_matmul(x, weight).shape == (5, 96)
 
 
 @pytest.mark.parametrize("kind", KINDS)

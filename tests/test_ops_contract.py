@@ -169,7 +169,7 @@ def test_a_quantized_weight_on_the_wrong_side():
         F.linear(tensor, random(3, 64))
     with pytest.raises(NotImplementedError, match=r"quantized bias: call \.dequantize\(\)"):
         F.linear(random(3, 64), random(5, 64), tensor)
-    with pytest.raises(NotImplementedError, match=r"product of two quantized weights: call \.dequantize\(\)"):
+    with pytest.raises(NotImplementedError, match=r"matmul of two quantized weights: call \.dequantize\(\)"):
         tensor @ tensor.t()
     with pytest.raises(NotImplementedError, match=r"into a float tensor: call \.dequantize\(\)"):
         torch.empty(5, 64).copy_(tensor)

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from requanto import QTensor, QuantoConfig
 from requanto.report.parallel import llama, parallel_report, parse_parallel
-from requanto.tensor.sharding import cut
+from requanto.tensor.sharding import slice_weight
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_bytes_are_those_of_the_cut_weights(model, weights, tp):
         if "proj" in name:
             whole = QTensor.quantize(parameter.data, weights)
             dim = 1 if "o_proj" in name or "down_proj" in name else 0
-            held += cut(whole, dim, 0, whole.shape[dim] // tp).nbytes
+            held += slice_weight(whole, dim, 0, whole.shape[dim] // tp).nbytes
     report = parallel_report(model, QuantoConfig(weights=weights), tp=tp)
     # A group cut in two costs a scale on both sides; the report counts one, the cut may need finer groups.
     assert report.quantized <= held

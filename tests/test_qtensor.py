@@ -156,7 +156,7 @@ def test_repr_says_what_it_is_and_prints_no_weights():
 
 
 def test_what_cannot_be_made_says_why():
-    with pytest.raises(ValueError, match=r"q_proj: a weight to quantize has two axes or more, found shape \(8,\)"):
+    with pytest.raises(ValueError, match=r"q_proj: a weight to quantize needs two axes or more, found shape \(8,\)"):
         QTensor.quantize(torch.ones(8), "int8", name="q_proj")
     with pytest.raises(ValueError, match=r"quantized already \(qint8\); call \.dequantize\(\)"):
         QTensor.quantize(make("int8"), "int4")

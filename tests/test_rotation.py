@@ -15,7 +15,7 @@ from requanto.config.config import format_version_of
 from requanto.dtypes.qtypes import qint8
 from requanto.linear import linear
 from requanto.tensor.rotation import fit_rotation, rotate
-from requanto.tensor.sharding import cut, join
+from requanto.tensor.sharding import join_weights, slice_weight
 
 KINDS = ["int4", "int2", "int8", "float8", "nf4", "codebook3"]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -140,10 +140,10 @@ def test_views_copies_and_files(kind):
     whole = tensor.dequantize()
     assert torch.equal(tensor[2:7].dequantize(), whole[2:7])
     assert torch.equal(tensor[:, 64:192].dequantize(), whole[:, 64:192])
-    pieces = [cut(tensor, 1, 0, 128), cut(tensor, 1, 128, 256)]
-    assert torch.equal(join(pieces, 1), tensor)
+    pieces = [slice_weight(tensor, 1, 0, 128), slice_weight(tensor, 1, 128, 256)]
+    assert torch.equal(join_weights(pieces, 1), tensor)
     with pytest.raises(
-        NotImplementedError, match=r"rotated in blocks of 64 can be cut between blocks only.*rotation=32"
+        NotImplementedError, match=r"rotated in blocks of 64 can be sliced between blocks only.*rotation=32"
     ):
         tensor[:, 32:64]
     buffer = io.BytesIO()

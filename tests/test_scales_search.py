@@ -9,7 +9,7 @@ from torch import nn
 import requanto
 from requanto import QTensor, QuantoConfig, qtypes
 from requanto.scales import CALIBRATED, SEARCHES, check_method
-from requanto.scales.search import default_method, fitting
+from requanto.scales.search import default_method, valid_methods
 
 INTEGERS = ["int2", "int3", "int4", "int5"]
 
@@ -129,8 +129,8 @@ def test_a_function_of_ones_own_is_a_search():
 
 def test_every_type_has_a_default_that_fits_it():
     for kind in qtypes.values():
-        assert default_method(kind) in fitting(kind)
-        assert set(fitting(kind)) <= set(SEARCHES)
+        assert default_method(kind) in valid_methods(kind)
+        assert set(valid_methods(kind)) <= set(SEARCHES)
     assert default_method(qtypes["qfloat8"]) == "mse"
     assert default_method(qtypes["qint8"]) == "minmax"
 
@@ -144,9 +144,9 @@ def test_the_default_is_the_search_of_that_name():
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_a_method_that_needs_samples_points_to_where_they_are_given(name):
-    with pytest.raises(ValueError, match=rf"looks at samples: requanto.quantize\(.*calibration=samples.*{name}"):
+    with pytest.raises(ValueError, match=rf"needs samples: requanto.quantize\(.*calibration=samples.*{name}"):
         QuantoConfig(weights="int4", method=name)
-    with pytest.raises(ValueError, match="looks at samples"):
+    with pytest.raises(ValueError, match="needs samples"):
         requanto.quantize(nn.Linear(8, 8), weights="int4", method=name)
 
 
@@ -162,9 +162,9 @@ def test_a_wrong_name_is_refused_with_the_known_ones():
         QuantoConfig(weights="float8", method="hqq")
     with pytest.raises(ValueError, match=r"modules\['\*\.mlp'\]\['method'\]='hqq' does not fit"):
         QuantoConfig(weights="int4", method="hqq", modules={"*.mlp": "float8"})
-    with pytest.raises(ValueError, match="looks at no samples"):
+    with pytest.raises(ValueError, match="uses no samples"):
         requanto.quantize(nn.Linear(8, 8), weights="int4", method="hqq", calibration=[torch.ones(1, 8)])
-    with pytest.raises(ValueError, match="search cannot be asked of them"):
+    with pytest.raises(ValueError, match="does not support search"):
         requanto.quantize(nn.Linear(8, 8), weights="int4", method="hqq", optimizer=requanto.HqqOptimizer())
     assert check_method(None) is None
 

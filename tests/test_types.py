@@ -267,7 +267,7 @@ def test_unsigned_codes_have_a_shift(bits):
     torch.testing.assert_close(tensor.dequantize(torch.float64), want, rtol=1e-6, atol=1e-6)
     step = tensor.scale.double().amax()
     assert (want - weight).abs().max() <= (step / 2 * 1.001 if bits > 1 else 2 * step)
-    with pytest.raises(ValueError, match=f"quint{bits} codes are unsigned and need a shift; symmetric=True goes with"):
+    with pytest.raises(ValueError, match=f"quint{bits} codes are unsigned and need a shift; symmetric=True needs"):
         QTensor.quantize(weight, f"uint{bits}", symmetric=True)
 
 
@@ -306,25 +306,25 @@ def test_rows_are_cut_between_bytes_only(name):
     assert torch.equal(tensor[1:3].dequantize(), whole[1:3])
     byte = 4 * tensor.qtype.bits % 8
     if byte:
-        with pytest.raises(NotImplementedError, match="can be cut along its rows' length between groups"):
+        with pytest.raises(NotImplementedError, match="can be sliced along its rows between groups"):
             tensor[:, 4:64]
 
 
 @pytest.mark.parametrize("name", ["int3", "nf3", "codebook3"])
 def test_tensor_parallel_cuts(name):
-    from requanto.tensor.sharding import cut, join
+    from requanto.tensor.sharding import join_weights, slice_weight
 
     tensor = QTensor.quantize(randn(4, 96), name, group_size=32)
-    assert torch.equal(cut(tensor, 1, 48, 96).dequantize(), tensor.dequantize()[:, 48:])
-    assert torch.equal(cut(tensor, 0, 2, 4).dequantize(), tensor.dequantize()[2:])
+    assert torch.equal(slice_weight(tensor, 1, 48, 96).dequantize(), tensor.dequantize()[:, 48:])
+    assert torch.equal(slice_weight(tensor, 0, 2, 4).dequantize(), tensor.dequantize()[2:])
     for dim, at in ((0, 2), (1, 48)):
-        pieces = [cut(tensor, dim, 0, at), cut(tensor, dim, at, tensor.shape[dim])]
-        assert torch.equal(join(pieces, dim).dequantize(), tensor.dequantize())
+        pieces = [slice_weight(tensor, dim, 0, at), slice_weight(tensor, dim, at, tensor.shape[dim])]
+        assert torch.equal(join_weights(pieces, dim).dequantize(), tensor.dequantize())
     if tensor.codebook is not None:
         with pytest.raises(ValueError, match="codebooks of their own"):
-            join([tensor, QTensor.quantize(randn(4, 96, seed=1).exp(), name, group_size=32)], 0)
+            join_weights([tensor, QTensor.quantize(randn(4, 96, seed=1).exp(), name, group_size=32)], 0)
     with pytest.raises(NotImplementedError, match="falls inside a byte"):
-        cut(tensor, 1, 36, 96)
+        slice_weight(tensor, 1, 36, 96)
 
 
 def test_all_types_in_one_model(tmp_path):

@@ -1,9 +1,9 @@
-"""Draws digits with the float and the quantized models from the same noise, in one picture, and measures both.
+"""Draws digits with the float and the quantized models from the same noise, in one picture, and measures them.
 
     python examples/digits_diffusion/sample.py --out docs/images/digits_dtypes.png
 
-PSNR is taken against the float model's images over their range of 2 (-1 .. 1). Accuracy is how often a classifier,
-trained on the real digits, reads the digit that was asked for.
+PSNR is taken against the float model's images over their range of 2 (-1 .. 1). Accuracy is how often a classifier
+that was trained on the real digits reads the requested digit.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def draw(model: DiTTransformer2DModel, labels: torch.Tensor, steps: int = 20, se
 
 
 def digits(model: DiTTransformer2DModel, seed: int) -> torch.Tensor:
-    """Ten digits of one seed: what `requanto compare --run examples/digits_diffusion/sample.py:digits` compares."""
+    """Ten digits of one seed, for `requanto compare --run examples/digits_diffusion/sample.py:digits`."""
     return draw(model, torch.arange(10), seed=seed)
 
 
@@ -55,13 +55,13 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def classifier() -> SVC:
-    """Reads digits; trained on the real ones (99 % right on held-out digits)."""
+    """A classifier that is trained on the real digits (99 % correct on held-out digits)."""
     digits = load_digits()
     return SVC(gamma=0.001).fit(digits.images.reshape(len(digits.images), -1), digits.target)
 
 
 def accuracy(reader: SVC, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of images that are read as the digit asked for."""
+    """Share of images that are read as the requested digit."""
     pixels = ((images + 1) * 8).reshape(len(images), -1).numpy()
     return float((reader.predict(pixels) == labels.numpy()).mean())
 
@@ -84,7 +84,7 @@ def measure(count: int = 400, dtypes: tuple[str, ...] = DTYPES) -> tuple[dict[st
 
 
 def picture(rows: dict[str, dict], images: dict[str, torch.Tensor], path: Path) -> None:
-    """One row a type, the same digit and noise in each column."""
+    """Draws one row for each type, with the same digit and noise in each column."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,7 +108,7 @@ def picture(rows: dict[str, dict], images: dict[str, torch.Tensor], path: Path) 
 
 
 def main() -> None:
-    """Prints the table, and draws it where --out says so."""
+    """Prints the results, and draws the picture if --out is given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--count", type=int, default=400)

@@ -1,9 +1,9 @@
 """Trains a small diffusion transformer on scikit-learn's handwritten digits, in minutes on one CPU core.
 
-    python examples/digits_diffusion/train.py            # writes model/ and train.log beside this file
+    python examples/digits_diffusion/train.py            # writes model/ and train.log next to this file
 
 The model is Diffusers' own DiT (class-conditional, 8x8 pixels, one channel), the noise schedule its flow-matching Euler
-scheduler. The saved weights (float16, about 2 MB) are what Requanto's image tests and docs quantize.
+scheduler. Requanto's image tests and docs quantize the saved weights (float16, about 2 MB).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def new_model() -> DiTTransformer2DModel:
 
 
 def main() -> None:
-    """Trains until the steps or the minutes are used up."""
+    """Trains for the given steps or minutes, whichever ends first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--minutes", type=float, default=6.0)
@@ -70,11 +70,11 @@ def main() -> None:
     say(f"{sum(p.numel() for p in model.parameters())} parameters, batch {arguments.batch}")
     while step < arguments.steps and time.time() - start < schedule_end:
         progress = max(step / arguments.steps, (time.time() - start) / schedule_end)
-        for group in optimizer.param_groups:  # warm up, then down to zero at the end
+        for group in optimizer.param_groups:  # warm-up, then linearly to zero
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 100) * (1 - progress)
         picked = torch.randint(len(images), (arguments.batch,))
         clean, noise = images[picked], torch.randn(arguments.batch, 1, 8, 8)
-        # The scheduler's own noising: sigma * noise + (1 - sigma) * image, at random timesteps of its table.
+        # The scheduler's own noise: sigma * noise + (1 - sigma) * image, at random timesteps of the schedule.
         timesteps = scheduler.timesteps[torch.randint(len(scheduler.timesteps), (arguments.batch,))]
         noisy = scheduler.scale_noise(clean, timesteps, noise)
         velocity = model(noisy, timestep=timesteps, class_labels=labels[picked]).sample

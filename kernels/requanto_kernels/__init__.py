@@ -1,4 +1,4 @@
-"""Triton kernels for low-bit matrix multiplication. Plain tensors in and out; imports torch and triton only."""
+"""Triton kernels for low-bit matrix multiplication. Arguments and results are plain tensors; needs only torch and triton."""
 
 from .config import Config
 from .layout import from_exec_layout, has_exec_layout, to_exec_layout

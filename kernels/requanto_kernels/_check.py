@@ -1,4 +1,4 @@
-"""Validation before any launch: each error names the argument, what was found and what is expected."""
+"""Validation of arguments before a launch. Each error names the argument, what was found and what is expected."""
 
 from dataclasses import dataclass
 
@@ -30,13 +30,13 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None
 
 
 def check_rows(name: str, tensor: torch.Tensor) -> None:
-    """No launch has an empty grid: who calls with no rows has the (empty) result already."""
+    """Checks that there are rows: a launch cannot have an empty grid."""
     if 0 in tensor.shape[:-1]:
         fail(f"{name}.shape", tuple(tensor.shape), "at least one row")
 
 
 def check_devices(**tensors: torch.Tensor | None) -> torch.device:
-    """All on one device, and on one that Triton serves."""
+    """The common device of the tensors; it must be one that Triton supports."""
     present = {name: t for name, t in tensors.items() if t is not None}
     first, anchor = next(iter(present.items()))
     for name, tensor in present.items():
@@ -49,7 +49,7 @@ def check_devices(**tensors: torch.Tensor | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Weight:
-    """A checked quantized weight in the form the launchers pass on. `group` 0 stands for one group as long as K."""
+    """A checked quantized weight, as the launchers pass it to kernels. `group` 0 means one group as long as K."""
 
     q: torch.Tensor
     scale: torch.Tensor
@@ -88,7 +88,7 @@ def check_weight(
     layout: str,
     experts: bool = False,
 ) -> Weight:
-    """Check qdata, scale and shift against each other and against K."""
+    """Checks qdata, scale and shift against each other and against K."""
     if bits not in (2, 4, 8):
         fail("bits", bits, "2, 4 or 8")
     if layout not in LAYOUTS:
@@ -119,7 +119,7 @@ def check_weight(
     if q.dtype in FP8_KINDS:
         q = q.view(torch.uint8)
     elif is_exec:
-        # 16-bit words need even addresses; a slice of a file mapped into memory may start anywhere.
+        # 16-bit words need even addresses; a tensor in a memory-mapped file may start at any address.
         if q.data_ptr() % 2 or q.storage_offset() % 2 or any(s % 2 for s in q.stride()[:-1]):
             q = q.clone(memory_format=torch.contiguous_format)
         q = q.view(torch.int16)
@@ -146,7 +146,7 @@ def check_bias(bias: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tenso
 
 
 def check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device) -> torch.Tensor:
-    """The result's buffer: the caller's after a check, else a fresh one."""
+    """The output tensor: the caller's, after a check, or a new one."""
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     check_shape("out", out, shape)

@@ -1,9 +1,9 @@
-"""Device functions that turn stored codes into numbers; every kernel of the package goes through these.
+"""Device functions that convert stored codes to numbers; all kernels of the package use them.
 
-A tile comes out as `[BLOCK_N, BLOCK_K]` with k in its natural order, so that no caller needs to know in which order the
-bytes lie. Codes of 2, 4 and 8 bits are exact in fp16 and bf16. `code_form` says what is subtracted from sub-byte ones: for
-symmetric weights the centre `2**(bits-1)`. With a shift that would be wrong: a group of equal weights has codes 0, whatever
-its scale, and `shift - centre * scale` rounded to 16 bits loses a shift that is small beside the scale.
+A tile is `[BLOCK_N, BLOCK_K]` with k in natural order, independent of the layout. Codes of 2, 4 and 8 bits are exact in
+fp16 and bf16. `code_form` selects the offset that is subtracted from sub-byte codes: for symmetric weights the centre
+`2**(bits-1)`. With a shift that would be inaccurate: a group of equal weights has codes 0 and any scale, and rounding
+`shift - centre * scale` to 16 bits loses a shift that is small compared to the scale.
 """
 
 import triton
@@ -12,12 +12,12 @@ import triton.language as tl
 
 @triton.constexpr_function
 def code_form(bits: int, affine: bool, group: int, dtype, scale_dtype, shift_dtype) -> str:
-    """How a product takes sub-byte codes.
+    """The offset of the sub-byte codes that a kernel computes with.
 
-    "centred": minus the centre, for symmetric weights. "plain": as stored, where the product's dtype holds scale and shift
-    exactly, so that `scale * code - shift` rounds once. "magic": with the magic number still on them; whoever knows scale
-    and shift subtracts it together with the code that `from_zero` picks. Rounding a scale or shift from fp32 then costs
-    no more than with centred codes, where the weights lie around zero.
+    "centred": the centre is subtracted, for symmetric weights. "plain": as stored, if dtype holds scale and shift exactly,
+    so that `scale * code - shift` rounds once. "magic": the magic number is still added; the code that applies scale and
+    shift subtracts it together with the offset of `from_zero`. Rounding scale or shift from fp32 then costs no more
+    accuracy than with centred codes, if the weights are around zero.
     """
     if bits == 8:
         return "plain"
@@ -29,16 +29,16 @@ def code_form(bits: int, affine: bool, group: int, dtype, scale_dtype, shift_dty
 
 @triton.constexpr_function
 def magic_number(dtype) -> int:
-    """What `field_to_float` adds to a code before anything is subtracted."""
+    """The number that `field_to_float` adds to a code."""
     return 0 if dtype.is_fp32() else 128 if dtype.is_bf16() else 1024
 
 
 @triton.constexpr_function
 def lop3_asm(field: int, bits: int, bf16: bool, form: str) -> str:
-    """PTX for two 16-bit words at once: shift, mask and exponent in one lop3, then one fma removes the offset.
+    """PTX for two 16-bit words at once: a shift, one lop3 for mask and exponent, one fma to subtract the offset.
 
-    `0xEA` is the truth table of `(a & b) | c`. The fma form of the subtraction exists for bf16 from sm_80 on, a plain
-    subtraction only from sm_90 on.
+    `0xEA` is the truth table of `(a & b) | c`. The subtraction is an fma since bf16 has fma from sm_80 on, but a subtraction
+    only from sm_90 on.
     """
     mask = (1 << bits) - 1
     magic, one = (0x4300, 0x3F80) if bf16 else (0x6400, 0x3C00)
@@ -64,17 +64,17 @@ def lop3_asm(field: int, bits: int, bf16: bool, form: str) -> str:
 def field_to_float(
     words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
-    """Field number FIELD of each int16 word in DTYPE, in the form `code_form` names, without an integer-to-float cast.
+    """Field number FIELD of each int16 word in DTYPE, without an integer-to-float cast. FORM: see `code_form`.
 
     `0x6400 | q` is 1024 + q in fp16 and `0x4300 | q` is 128 + q in bf16 (Kim et al. 2022, "Who says elephants can't
-    run"): the subtraction that follows is exact.
+    run"), so the subtraction that follows is exact.
     """
     MASK: tl.constexpr = (1 << BITS) - 1
     CENTRE: tl.constexpr = 1 << (BITS - 1) if FORM == "centred" else 0
     if tl.float32 == DTYPE:
         return (((words >> (FIELD * BITS)) & MASK) - CENTRE).to(tl.float32)
     elif PTX:
-        # The builtin takes a plain dtype only, not a constexpr that holds one.
+        # The builtin accepts a dtype, but not a constexpr of one.
         if tl.bfloat16 == DTYPE:
             BF16: tl.constexpr = lop3_asm(FIELD, BITS, True, FORM)
             return tl.inline_asm_elementwise(BF16, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
@@ -98,11 +98,10 @@ def field_to_int8(words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.const
 
 @triton.jit
 def fp8_to_float(codes, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """uint8 bit patterns of a float8 kind as DTYPE, exactly, NaN kept.
+    """uint8 bit patterns of a float8 kind as DTYPE, exactly, including NaN.
 
-    "native e4m3fn" leaves it to the hardware (sm_89 and newer). The others need none: the bits are moved into the
-    wider format's fields and the exponent bias is repaired by one multiplication with a power of two, which also
-    normalizes the subnormal codes.
+    "native e4m3fn" uses the hardware conversion (sm_89 and newer). The others shift the bits into the fields of the wider
+    format and correct the exponent bias by multiplying with a power of two, which also normalizes subnormal codes.
     """
     u = codes.to(tl.int16)
     if KIND == "native e4m3fn":
@@ -138,7 +137,7 @@ def _convert_field(
 def _interleave(
     words, FIELDS: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
 ):
-    """All fields of the words on new trailing axes of two, which read in row-major order give field 0, 1, 2, ..."""
+    """All fields of the words, on new last axes of size 2 that are in row-major order of the fields 0, 1, 2, ..."""
     if FIELDS == 2:
         return tl.join(
             _convert_field(words, 0, BITS, FORM, DTYPE, PTX), _convert_field(words, 1, BITS, FORM, DTYPE, PTX)
@@ -161,7 +160,7 @@ def _interleave(
 
 @triton.jit
 def load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """The `[BLOCK_N, BLOCK_K / FIELDS]` storage elements that hold k0 .. k0 + BLOCK_K."""
+    """The `[BLOCK_N, BLOCK_K / FIELDS]` stored words of k0 .. k0 + BLOCK_K."""
     rw = k0 // FIELDS + tl.arange(0, BLOCK_K // FIELDS)
     mask = (rn < N)[:, None]
     if not EVEN_K:
@@ -177,7 +176,7 @@ def load_codes(
 ):  # fmt: skip
     """A `[BLOCK_N, BLOCK_K]` tile of codes in DTYPE; rows and columns outside the weight are arbitrary but finite.
 
-    FP8 is "" or the float8 kind. EXEC says that q_ptr points to int16 words in execution layout. FORM: see `code_form`.
+    FP8 is "" or the float8 kind. EXEC: q_ptr points to int16 words in execution layout. FORM: see `code_form`.
     """
     if BITS == 8:
         raw = load_words(q_ptr, rn, k0, N, stride_qn, K, 1, BLOCK_K, EVEN_K)
@@ -199,7 +198,7 @@ def load_group(
     ptr, rn, k0, N, K, stride_n,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Scale or shift of the tile at k0 in fp32: `[BLOCK_N, 1]` if it lies in one group, else `[BLOCK_N, BLOCK_K]`.
+    """Scale or shift of the tile at k0 in fp32: `[BLOCK_N, 1]` if the tile is in one group, else `[BLOCK_N, BLOCK_K]`.
 
     GROUP 0 means one group as long as K.
     """
@@ -216,17 +215,17 @@ def load_group(
         wide = tl.broadcast_to(few[:, :, None], [BLOCK_N, BLOCK_K // GROUP, GROUP])
         return tl.reshape(wide, [BLOCK_N, BLOCK_K])
     else:
-        # A group that is no power of two: right, and slower by one cached load per element.
+        # The group size is not a power of two: one (cached) load per element, which is slower.
         rk = k0 + tl.arange(0, BLOCK_K)
         return tl.load(rows + (rk // GROUP)[None, :], mask=n_mask & (rk < K)[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
 def from_zero(scale, shift, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """For codes in "magic" form: (what to subtract from them, the shift that then remains).
+    """For codes in "magic" form: (offset to subtract from the codes, remaining shift).
 
-    They are counted from 0 or from the centre, whichever stands for the smaller value: the shift that remains is small
-    where weights lie around zero, and the stored one where all are equal and small beside the scale.
+    Besides the magic number, the offset contains 0 or the centre, whichever leaves the smaller shift. So the remaining shift
+    is small if the weights are around zero, and is the stored one if all are equal and small compared to the scale.
     """
     MAGIC: tl.constexpr = magic_number(DTYPE)
     CENTRE: tl.constexpr = 1 << (BITS - 1)
@@ -244,7 +243,7 @@ def scale_codes(
 ):  # fmt: skip
     """`scale * code - shift` of a tile of codes, in DTYPE. FORM: that of the codes.
 
-    One fma a weight, written as such: a product rounded before the shift is subtracted would lose twice as much.
+    An explicit fma: rounding the product before the subtraction would double the error.
     """
     scale = load_group(s_ptr, rn, k0, N, K, stride_sn, GROUP, BLOCK_N, BLOCK_K)
     if AFFINE:

@@ -1,4 +1,4 @@
-"""What the launchers need to know about a device, asked once and remembered."""
+"""Cached properties of devices that the launchers need."""
 
 from contextlib import nullcontext
 from functools import cache
@@ -8,7 +8,7 @@ import triton
 
 
 def is_interpreted() -> bool:
-    """True where the kernels of this process run in Triton's interpreter, on CPU tensors."""
+    """True if the kernels of this process run in Triton's interpreter, on CPU tensors."""
     from ._decode import load_codes
 
     return not isinstance(load_codes, triton.runtime.JITFunction)
@@ -34,7 +34,7 @@ def is_cuda(arch: str) -> bool:
 
 
 def capability(arch: str) -> int:
-    """90 for `sm_90`; 0 for anything that is not an NVIDIA GPU."""
+    """Compute capability, 90 for `sm_90`; 0 for devices that are not NVIDIA GPUs."""
     return int(arch[3:]) if is_cuda(arch) else 0
 
 
@@ -48,17 +48,17 @@ def _processors(kind: str, index: int | None) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs run side by side; decides how far K is split."""
+    """Number of multiprocessors, i.e. of programs that run in parallel."""
     return _processors(device.type, device.index)
 
 
 def on_device(tensor: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Context that makes the tensor's device current, since Triton launches on the current device."""
     if tensor.device.type in ("cuda", "xpu"):
         return getattr(torch, tensor.device.type).device(tensor.device)
     return nullcontext()
 
 
 def fp8_decoder(kind: str, arch: str) -> str:
-    """How the kernels decode a float8 kind on this architecture: by hardware where that is cheaper."""
+    """KIND argument of `fp8_to_float` for a float8 kind: the hardware conversion where it exists and is faster."""
     return "native e4m3fn" if kind == "e4m3fn" and capability(arch) >= 89 else kind

@@ -1,8 +1,7 @@
-"""Which tile a launch uses: a user's tuned entry, else a shipped one for the shape, else the shipped family's.
+"""Selects the tile of a launch: a user's tuned entry, else a shipped one for the shape, else that of a shipped family.
 
-Nothing here times anything: `tune.py` does, when it is called. Tables are JSON: `tables/families.json` holds, per
-architecture and op, tiles by number of rows; any further file in `tables/` holds entries for exact shapes. The user's
-own entries lie in the file that `cache_path` names.
+Nothing here measures times; only `tune.py` does. Tables are JSON: `tables/families.json` has tiles per architecture, op and
+number of rows; any other file in `tables/` has entries for exact shapes. The user's entries are in the file `cache_path()`.
 """
 
 import json
@@ -21,7 +20,7 @@ BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
 @dataclass(frozen=True)
 class Config:
     """One tile. `left`: the weight is the left operand of the matrix instruction; `fields`: one dot per bit field
-    of the words instead of one for the joined tile; `persistent`: the descriptor form of `scaled_mm`."""
+    of the words instead of one for the joined tile; `persistent`: the persistent kernel of `scaled_mm`."""
 
     block_m: int = 16
     block_n: int = 64
@@ -36,7 +35,7 @@ class Config:
 
 
 def bucket(m: int) -> int:
-    """M rounded up to a bucket: entries must not depend on every single M."""
+    """M rounded up to a bucket, so that there is not one entry per M."""
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
@@ -69,7 +68,7 @@ _user: tuple[Path, dict[str, Config]] | None = None
 
 
 def user_entries() -> dict[str, Config]:
-    """Read once a process and path; a file that cannot be read is an error, not a silent loss of tuning."""
+    """The user's table, cached per process and path; an invalid file raises, so that tuning is not lost silently."""
     global _user
     path = cache_path()
     if _user is None or _user[0] != path:
@@ -84,7 +83,7 @@ def user_entries() -> dict[str, Config]:
 
 
 def store(entries: dict[str, Config]) -> Path:
-    """Merge entries into the user's table; a reader sees the old file or the new one, never half of one."""
+    """Merges entries into the user's table, which is replaced atomically."""
     global _user
     path = cache_path()
     _user = None
@@ -104,7 +103,7 @@ def store(entries: dict[str, Config]) -> Path:
 
 
 def family(arch: str, op: str, bits: int, m: int, dtype: str) -> Config:
-    """The first shipped family that serves this case; a family without a key serves every value of it."""
+    """The config of the first shipped family that matches; a key that a family lacks matches every value."""
     for row in families():
         if (
             row["op"] == op
@@ -118,7 +117,7 @@ def family(arch: str, op: str, bits: int, m: int, dtype: str) -> Config:
 
 
 def nearest_arch(arch: str) -> str:
-    """The architecture whose families serve: the next lower one that has any."""
+    """The architecture whose families are used: the highest one with families that is not newer."""
     known = sorted({a for row in families() for a in row.get("arch", ()) if a.startswith("sm_")}, key=capability)
     lower = [a for a in known if capability(a) <= capability(arch)]
     return lower[-1] if lower and capability(arch) else arch
@@ -134,7 +133,7 @@ def select(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dt
 
 
 def split_for(config: Config, m: int, n: int, k: int, programs: int) -> int:
-    """How many programs share one tile's K: enough to fill the device once or twice, each with four steps or more."""
+    """Number of programs that share one tile's K: enough to fill the device once or twice, each with four steps or more."""
     if config.split_k:
         return config.split_k
     tiles = -(-m // config.block_m) * -(-n // config.block_n)

@@ -1,17 +1,17 @@
-"""The execution layout of sub-byte weights: the stored bytes, permuted inside blocks, and back.
+"""Conversion of sub-byte weights between the plain and the execution layout, which permutes bytes within blocks.
 
-Stored form: codes adjacent along K, low bits first. Execution form: a block of 32 little-endian 16-bit words holds
-`32 * F` consecutive k, where F = 16 / bits; field i of word j is `k = 32 * i + j`. One shift and mask of a run of words
-then gives 32 consecutive k, so fields need no shuffling between lanes and a group of 32 or more never splits a field.
-Shape, dtype and memory are those of the stored form. Where K is no multiple of the block (128 for 4 bit, 256 for 2 bit),
-and for 8-bit weights, the execution layout is defined to be the stored form itself, and the kernels read it as such.
+Plain layout: codes adjacent along K, low bits first. Execution layout: a block of 32 little-endian 16-bit words has `32 * F`
+consecutive k, where F = 16 / bits; field i of word j is `k = 32 * i + j`. So one shift and mask of 32 words gives 32
+consecutive k: fields need no shuffle between lanes, and a group of 32 or more never ends inside a field. Shape, dtype and
+memory are the same in both. If K is not a multiple of the block (128 for 4 bits, 256 for 2 bits), and for 8-bit weights, the
+execution layout is defined to be the plain one.
 """
 
 import torch
 
 from ._check import check_dtype, exec_block, fail
 
-#: Codes that are unpacked at once: bounds the temporary memory to about three times as many bytes.
+#: Codes that are unpacked at once; temporary memory is about three times as many bytes.
 CHUNK_CODES = 1 << 24
 
 
@@ -21,7 +21,7 @@ def has_exec_layout(bits: int, k: int) -> bool:
 
 
 def _unpack(data: torch.Tensor, bits: int, width: int) -> torch.Tensor:
-    """Fields of `width`-bit elements on a new last axis."""
+    """The `bits`-bit fields of `width`-bit elements, on a new last axis."""
     mask = (1 << bits) - 1
     return torch.stack([(data >> shift) & mask for shift in range(0, width, bits)], dim=-1)
 
@@ -36,7 +36,7 @@ def _pack(fields: torch.Tensor, bits: int) -> torch.Tensor:
 def _forward(chunk: torch.Tensor, bits: int) -> torch.Tensor:
     fields, per_byte = 16 // bits, 8 // bits
     codes = _unpack(chunk, bits, 8).reshape(-1, fields, 32)
-    # Byte b of word j holds the fields b * per_byte and on.
+    # Byte b of word j has the fields from b * per_byte on.
     halves = codes.reshape(-1, 2, per_byte, 32).permute(0, 3, 1, 2)
     return _pack(halves, bits).reshape(chunk.shape)
 
@@ -69,9 +69,9 @@ def _convert(qdata: torch.Tensor, bits: int, k: int | None, inplace: bool, step)
 
 
 def to_exec_layout(qdata: torch.Tensor, bits: int, k: int | None = None, *, inplace: bool = False) -> torch.Tensor:
-    """Stored form to execution form, on any device, by chunks; `inplace=True` reuses the tensor's own memory.
+    """Converts the plain to the execution layout, on any device, in chunks; `inplace=True` reuses the tensor's memory.
 
-    qdata: uint8 `[..., N, ceil(K * bits / 8)]`; k: the logical K where the last byte is not full.
+    qdata: uint8 `[..., N, ceil(K * bits / 8)]`; k: K, needed if the last byte is not full.
     """
     return _convert(qdata, bits, k, inplace, _forward)
 

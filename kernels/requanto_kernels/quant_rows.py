@@ -1,8 +1,8 @@
-"""Per-token quantization: each row gets `scale = max|x| / limit`, `code = round(x / scale)`, in one pass over memory.
+"""Per-token quantization: for each row `scale = max|x| / limit`, `code = round(x / scale)`, in one pass over memory.
 
 int8 rounds half to even within -127..127; float8 is encoded in integer arithmetic (round to nearest even, saturating),
-so the result is the same on devices with and without fp8 conversion. A row of zeros has scale 1 and codes 0. A row that
-holds NaN or an infinity has scale NaN and codes 0: the product's row is NaN rather than a plausible number.
+so the result is the same on devices with and without fp8 conversion. A row of zeros has scale 1 and codes 0. A row with
+NaN or infinity has scale NaN and codes 0, so that its row of the GEMM is NaN rather than a plausible number.
 """
 
 import torch
@@ -12,35 +12,35 @@ import triton.language as tl
 from . import _check as check
 from ._device import on_device
 
-#: The greatest finite value of each code type.
+#: The largest finite value of each code type.
 LIMITS = {
     torch.int8: 127.0,
     torch.float8_e4m3fn: 448.0,
     torch.float8_e4m3fnuz: 240.0,
     torch.float8_e5m2: 57344.0,
 }
-#: Columns that a program holds in registers; longer rows are read a second time, which L2 serves.
+#: Most columns that a program holds in registers; longer rows are read a second time, from L2.
 MAX_BLOCK = 8192
 
 
 @triton.jit
 def round_even(x):
-    """Nearest integer, ties to even, for |x| < 2**22: the fp32 adder does the rounding."""
+    """Nearest integer, ties to even, for |x| < 2**22, by rounding of an fp32 addition."""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def encode_fp8(x, KIND: tl.constexpr):
-    """fp32 within the kind's range to float8 bit patterns (uint8), to nearest even."""
+    """Rounds fp32 within the kind's range to float8 bit patterns (uint8), ties to even."""
     MANTISSA: tl.constexpr = 2 if KIND == "e5m2" else 3
     BIAS: tl.constexpr = 15 if KIND == "e5m2" else (8 if KIND == "e4m3fnuz" else 7)
     DROP: tl.constexpr = 23 - MANTISSA
     magnitude = tl.abs(x)
     bits = magnitude.to(tl.int32, bitcast=True)
-    # A carry out of the mantissa moves into the exponent, which is the right code.
+    # A carry out of the mantissa increments the exponent, which is correct.
     rounded = (bits + ((1 << (DROP - 1)) - 1) + ((bits >> DROP) & 1)) >> DROP
     normal = rounded - ((127 - BIAS) << MANTISSA)
-    # Below the least normal number the step is constant.
+    # Below the smallest normal number the step is constant.
     SMALL: tl.constexpr = 2.0 ** (1 - BIAS)
     STEPS: tl.constexpr = 2.0 ** (BIAS - 1 + MANTISSA)
     code = tl.where(magnitude < SMALL, round_even(magnitude * STEPS).to(tl.int32), normal)
@@ -55,7 +55,7 @@ def quant_rows_kernel(
     x_ptr, q_ptr, s_ptr, K, stride_xm, stride_xk,
     KIND: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, ONE_PASS: tl.constexpr,
 ):  # fmt: skip
-    """One row a program."""
+    """One row per program."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     peak = tl.zeros((), tl.float32)
@@ -64,9 +64,9 @@ def quant_rows_kernel(
     for k0 in range(0, K, BLOCK):
         x = tl.load(x_ptr + row * stride_xm + (k0 + cols) * stride_xk, mask=k0 + cols < K, other=0).to(tl.float32)
         peak = tl.maximum(peak, tl.max(tl.abs(x), axis=0))
-        # NaN compares false, so this counts NaN and infinities, whatever max does with NaN.
+        # NaN compares false, so this is nonzero for NaN and infinity, whatever max does with NaN.
         bad += tl.sum((tl.abs(x) <= 3.4028234e38).to(tl.int32), axis=0) - BLOCK
-    # The least normal fp32 as a floor keeps the division defined for rows of subnormal numbers.
+    # At least the smallest normal fp32, so that the division is defined for rows of subnormal numbers.
     scale = tl.where(peak == 0, 1.0, tl.maximum(peak / LIMIT, 1.1754944e-38))
     for k0 in range(0, K, BLOCK):
         if not ONE_PASS:

@@ -1,8 +1,8 @@
-"""Matrix product of two quantized operands: `y[m, n] = x_scale[m] * w_scale[n] * (x[m] . w[n]) + bias[n]`.
+"""GEMM of two quantized operands: `y[m, n] = x_scale[m] * w_scale[n] * (x[m] . w[n]) + bias[n]`.
 
-int8 x int8 sums in int32, exactly; float8 x float8 in fp32. A scale is one number or one a row. The pointer form runs
-everywhere. On sm_90 large products take the persistent form: tiles come through tensor descriptors (the bulk copy
-engine), one program a multiprocessor walks over them, so that one tile's stores overlap the next one's loads.
+int8 x int8 accumulates in int32, exactly; float8 x float8 in fp32. A scale is one number or one per row. The kernel with
+pointers runs everywhere. Large GEMMs on sm_90 use the persistent kernel: it loads tiles through tensor descriptors (bulk
+copies), with one program per multiprocessor that loops over tiles, so that a tile's stores overlap the next one's loads.
 """
 
 import torch
@@ -29,7 +29,7 @@ def _finish(
     acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N,
     X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scales, bias and store of a finished `[BLOCK_M, BLOCK_N]` tile."""
+    """Applies scales and bias to a `[BLOCK_M, BLOCK_N]` tile of sums, and stores it."""
     y = acc.to(tl.float32)
     if X_ROWS:
         y *= tl.load(xs_ptr + rm, mask=rm < M, other=0).to(tl.float32)[:, None]
@@ -52,7 +52,7 @@ def scaled_mm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     LEFT: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
-    """Pointer form. DECODE: float8 comes as uint8 and is multiplied as fp16 (sm_80 and older have no fp8)."""
+    """One tile, loaded through pointers. DECODE: float8 as uint8, converted to fp16 (sm_80 and older have no fp8)."""
     INT8: tl.constexpr = X_KIND == "int8"
     m0, n0 = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
@@ -90,7 +90,7 @@ def scaled_mm_persistent_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Descriptor form: program p takes the tiles p, p + PROGRAMS, ... The descriptors fill with zeros past the edge."""
+    """Program p computes the tiles p, p + PROGRAMS, ... Descriptors load zeros past the edge."""
     ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
@@ -103,7 +103,7 @@ def scaled_mm_persistent_kernel(
 
 
 def _scale(name: str, scale: torch.Tensor, rows: int) -> tuple[torch.Tensor, bool]:
-    """A flat scale and whether it holds one number a row."""
+    """The flat scale, and whether it has one number per row."""
     check.check_dtype(name, scale, check.FLOATS)
     if scale.numel() not in (1, rows):
         check.fail(f"{name}.shape", tuple(scale.shape), f"1 or {rows} elements")
@@ -111,7 +111,7 @@ def _scale(name: str, scale: torch.Tensor, rows: int) -> tuple[torch.Tensor, boo
 
 
 def _multiplies(arch: str, *kinds: torch.dtype) -> bool:
-    """Whether the architecture's matrix unit takes these float8 kinds as they are; gfx94x knows the fnuz kind only."""
+    """Whether the matrix units of the architecture support these float8 kinds; gfx94x supports only fnuz."""
     fnuz = [kind == torch.float8_e4m3fnuz for kind in kinds]
     if arch.startswith("gfx94"):
         return all(fnuz)
@@ -119,7 +119,7 @@ def _multiplies(arch: str, *kinds: torch.dtype) -> bool:
 
 
 def _persistent(config: Config, arch: str, *operands: torch.Tensor) -> bool:
-    """Descriptors need sm_90 or newer, 16-byte aligned bases and rows."""
+    """Whether to use the persistent kernel; descriptors need sm_90 or newer, and 16-byte aligned base and rows."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in operands)
     return config.persistent and aligned and (capability(arch) >= 90 or arch == "interpreter")
 
@@ -138,7 +138,7 @@ def scaled_mm(
     """`(x * x_scale) @ (w * w_scale)^T + bias` in out_dtype.
 
     x: `[..., K]`, w: `[N, K]`, both int8 or both float8 (e4m3fn, e4m3fnuz or e5m2). x_scale: one number or one for each
-    row of x; w_scale: one number or `[N]` (any shape with so many elements). bias: `[N]`.
+    row of x; w_scale: one number or `[N]` (any shape with that many elements). bias: `[N]`.
     """
     kinds = (torch.int8, *check.FP8_KINDS)
     check.check_dtype("x", x, kinds)

@@ -1,6 +1,6 @@
-"""Find the fastest tile for given shapes on the present GPU and keep it in the user's table.
+"""Finds the fastest tile for given shapes on the present GPU, and stores it in the user's table.
 
-The only place of the package that times anything, and only when it is called.
+Nothing else in the package measures times.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ OPS = ("wq_gemm", "scaled_mm", "w4a8_gemm")
 
 
 def candidates(op: str, bits: int, m: int, arch: str) -> list[Config]:
-    """The tiles that ship for the architecture or for any, without duplicates, each splitting K as the heuristic does."""
+    """The shipped tiles for the architecture or for any, without duplicates; the heuristic splits K."""
     served = nearest_arch(arch)
     found: dict[Config, None] = {}
     for row in families():
@@ -34,7 +34,7 @@ def candidates(op: str, bits: int, m: int, arch: str) -> list[Config]:
 
 
 def neighbours(config: Config, op: str, bits: int, m: int) -> list[Config]:
-    """Configs that differ in one thing that the op looks at."""
+    """Configs that differ in one field that the op uses."""
     found = [replace(config, num_stages=stages) for stages in (config.num_stages - 1, config.num_stages + 1) if stages]
     found.append(replace(config, num_warps=12 - config.num_warps))  # 4 or 8
     found += [replace(config, block_n=n) for n in (config.block_n // 2, config.block_n * 2) if 32 <= n <= 256]
@@ -53,7 +53,7 @@ def neighbours(config: Config, op: str, bits: int, m: int) -> list[Config]:
 
 
 def _median_ms(launch: Callable[[int], object], copies: int, repeats: int) -> float:
-    """Median milliseconds of a launch, all copies in one CUDA graph: Python launches slower than short kernels run."""
+    """Median milliseconds of a launch. All copies are in one CUDA graph, since Python launches take longer than kernels."""
     launch(0)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -73,7 +73,7 @@ def _median_ms(launch: Callable[[int], object], copies: int, repeats: int) -> fl
 
 
 def _launcher(op, bits, group, m, n, k, dtype, device) -> tuple[Callable[[Config, int], object], int]:
-    """A call of the op on random operands with copy i of the weight, and how many there are: enough to overflow L2."""
+    """(launch, copies): launch(config, i) runs the op with copy i of a random weight; the copies exceed the L2 cache."""
     copies = max(1, min(64, int(256e6 / (n * k * bits / 8))))
     groups = k // group if group else 1
     scale = torch.rand((n, groups), device=device) * 0.01 + 0.01
@@ -97,10 +97,10 @@ def _launcher(op, bits, group, m, n, k, dtype, device) -> tuple[Callable[[Config
 
 
 def _time(launch, copies: int, repeats: int, report: Callable[[str], object], config: Config) -> float | None:
-    """Milliseconds, or None where the tile does not run."""
+    """Milliseconds, or None if the tile does not run."""
     try:
         return _median_ms(partial(launch, config), copies, repeats)
-    except Exception as error:  # a tile may not fit this device: that is what is being found out
+    except Exception as error:  # the tile may not fit this device
         report(f"{config} does not run ({type(error).__name__})")
         return None
 
@@ -108,7 +108,7 @@ def _time(launch, copies: int, repeats: int, report: Callable[[str], object], co
 def _best(
     tiles: list[Config], op: str, bits: int, m: int, clock: Callable[[Config], float | None]
 ) -> tuple[float, Config] | None:
-    """(milliseconds, config): the fastest tile, then from neighbour to neighbour while one is faster by 1 % or more."""
+    """(milliseconds, config) of the fastest tile, improved by neighbours as long as one is faster by 1 % or more."""
     known = {config: ms for config in tiles if (ms := clock(config)) is not None}
     if not known:
         return None
@@ -136,10 +136,10 @@ def tune(
     repeats: int = 20,
     report: Callable[[str], object] = print,
 ) -> dict[str, Config]:
-    """Time tiles for each `(N, K)` and number of rows; store the winners; return them by table key.
+    """Times tiles for each `(N, K)` and number of rows, stores the fastest ones, and returns them by table key.
 
-    Every shipped tile of the architecture, then the neighbours of the fastest: some twenty to fifty programs a shape and
-    number of rows, most of them compiled once for all shapes.
+    Tries every shipped tile of the architecture, then neighbours of the fastest: about twenty to fifty programs per shape
+    and number of rows, most of which are compiled once for all shapes.
     """
     if op not in OPS:
         check.fail("op", repr(op), "one of " + ", ".join(OPS))

@@ -1,9 +1,9 @@
-"""Sub-byte weights times int8 activations: the codes are widened to int8 in registers and meet the int8 tensor cores.
+"""GEMM of sub-byte weights and int8 activations: codes are converted to int8 in registers, for the int8 tensor cores.
 
     y[m, n] = x_scale[m] * sum over groups g of (scale[n, g] * sum_k x[m, k] * c[n, k] - z[n, g] * sum_k x[m, k])
 
-c is the code, centred if there is no shift z. Inside a group the sums are exact int32; one fp32 fma a group and output
-joins them. A tile of K therefore never crosses a group.
+c is the code, centred if there is no shift z. Sums within a group are exact int32; one fp32 fma per group and output adds
+them. So a tile of K must not extend over several groups.
 """
 
 import torch
@@ -23,7 +23,7 @@ def w4a8_gemm_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """One `[BLOCK_M, BLOCK_N]` tile, weight on the left. GROUP 0: one group a row, scaled once at the end."""
+    """One `[BLOCK_M, BLOCK_N]` tile, weight as left operand. GROUP 0: one group per row, scaled once at the end."""
     FORM: tl.constexpr = "plain" if AFFINE else "centred"
     tiles_m = tl.cdiv(M, BLOCK_M)
     rm = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -62,7 +62,7 @@ def w4a8_gemm_kernel(
 
 
 def tile_k(weight: check.Weight, block_k: int) -> tuple[int, bool]:
-    """(block_k, whether to read the execution layout). Raises where no tile of 32 or more fits into a group."""
+    """(block_k, whether to read the execution layout). Raises if no tile of 32 or more fits into a group."""
     group = weight.group
     if group:
         if group < 32 or group & (group - 1):
@@ -95,7 +95,7 @@ def w4a8_gemm(
 ) -> torch.Tensor:
     """`(x * x_scale) @ W^T + bias` in out_dtype, x int8 `[..., K]` from `quant_rows`, x_scale one for each row.
 
-    The weight is given as in `wq_gemm`, of 2, 4 or 8 bits; groups must be powers of two of at least 32, or all of K.
+    The weight is passed as in `wq_gemm`, of 2, 4 or 8 bits; groups must be powers of two of at least 32, or all of K.
     """
     check.check_dtype("x", x, (torch.int8,))
     device = check.check_devices(x=x, x_scale=x_scale, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)

@@ -1,6 +1,6 @@
-"""Rebuild a quantized weight: `W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]`.
+"""Dequantizes a weight: `W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]`.
 
-The large-M path (rebuild into a scratch buffer, then the vendor's matmul) and the reference of every other path. The
+Used for large M (dequantize into a scratch buffer, then the vendor's matmul) and as reference for the other kernels. The
 arithmetic is in fp32 and rounds once, so the result is the correctly rounded fp16 or bf16 weight up to one fp32 ulp.
 """
 
@@ -19,7 +19,7 @@ def wq_dequant_kernel(
     BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """One `[BLOCK_N, BLOCK_K]` tile; bound by memory, so the plain integer decode serves everywhere."""
+    """One `[BLOCK_N, BLOCK_K]` tile. It is memory bound, so the conversion without PTX is fast enough."""
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(1) * BLOCK_K
     FORM: tl.constexpr = code_form(BITS, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
@@ -49,7 +49,7 @@ def wq_dequant(
 ) -> torch.Tensor:
     """The weight `[N, K]` in dtype (fp16, bf16 or fp32), into `out` if given.
 
-    k: the logical K, needed only where the last byte of a row is not full. Other arguments as in `wq_gemm`.
+    k: K, needed only if the last byte of a row is not full. Other arguments as in `wq_gemm`.
     """
     device = check.check_devices(qdata=qdata, scale=scale, shift=shift, out=out)
     if dtype not in check.FLOATS:

@@ -2,13 +2,13 @@
 
     W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]
 
-With one group a row the scale leaves the sum, so the exact codes are multiplied and `y = scale * (x . code) - shift *
-sum(x)` is finished in fp32, the codes of a row counted as `from_zero` says. With more groups the weight is rebuilt in x's
-dtype, one fma each, before the dot.
+With one group per row the exact codes are multiplied, and `y = scale * (x . code) - shift * sum(x)` is computed in fp32; the
+offset of the codes is that of `from_zero`. With more groups the weight is dequantized in x's dtype, one fma each, before the
+dot.
 
-Ideas: weight as the left operand so that rebuilt values stay in registers on wgmma; magic numbers for codes (see
-`_decode.py`); split-K through an fp32 workspace that a second kernel sums in a fixed order (the "split-K" of Osama et
-al. 2023, "Stream-K", without its atomics), so that the same input gives the same bits each time.
+Ideas: weight as the left operand so that dequantized values stay in registers on wgmma; magic numbers for codes (see
+`_decode.py`); split-K through an fp32 scratch buffer that a second kernel sums in a fixed order (the "split-K" of Osama et
+al. 2023, "Stream-K", without atomics), so that the same input always gives the same bits.
 """
 
 import torch
@@ -39,7 +39,7 @@ def accumulate(
     x_sum = tl.zeros((BLOCK_M,), tl.float32)
     x_rows = x_ptr + rm.to(tl.int64)[:, None] * stride_xm
     m_mask = (rm < m_end)[:, None]
-    # One dot for the joined tile, or one for each field of 32 consecutive k: what is faster depends on the hardware.
+    # One dot for the joined tile, or one for each field of 32 consecutive k; which is faster depends on the hardware.
     FIELDS: tl.constexpr = 16 // BITS if BY_FIELD else 1
     STEP: tl.constexpr = BLOCK_K // FIELDS
     if GROUP == 0 and AFFINE:
@@ -92,9 +92,9 @@ def wq_gemm_kernel(
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; with SPLIT, one tile of the fp32 workspace `[splits, M, N]` for the K slice of this program."""
+    """One tile of y; with SPLIT, one tile of the fp32 scratch buffer `[splits, M, N]` for the K slice of this program."""
     pid, split = tl.program_id(0), tl.program_id(1)
-    # Tiles run down GROUP_M rows before the next column: what L2 holds is used by all of them.
+    # GROUP_M tiles down a column before the next column, so that they share the weight in L2.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = pid // (GROUP_M * tiles_n) * GROUP_M
     height = min(tiles_m - first, GROUP_M)
@@ -133,10 +133,10 @@ def reduce_kernel(work_ptr, bias_ptr, out_ptr, total, N, SPLITS: tl.constexpr, B
 
 
 def fit(config: Config, weight: check.Weight) -> tuple[int, bool]:
-    """The config's (block_k, fields) made right for this weight: an execution-layout tile is made of whole blocks."""
+    """The config's (block_k, fields), adjusted to this weight: execution-layout tiles must consist of whole blocks."""
     block_k, fields = config.block_k, config.fields
     if not weight.exec:
-        # Joining bytes holds a tile's codes in registers twice: half the depth avoids spills.
+        # Joining bytes needs a tile's codes in registers twice; half the depth avoids spills.
         return (min(block_k, 64) if weight.bits < 8 else block_k), False
     block = check.exec_block(weight.bits)
     if fields and (weight.group == 0 or weight.group % 32 == 0 or weight.group in (16, 8)):
@@ -187,7 +187,7 @@ def wq_gemm(
 
     x: `[..., K]` fp16, bf16 or fp32, any strides. qdata: `[N, ceil(K * bits / 8)]` uint8 codes, or `[N, K]` int8 or
     float8. scale, shift: `[N, ceil(K / group_size)]`, fp32, bf16 or fp16. bias: `[N]`. layout: "plain", or "exec" for
-    what `to_exec_layout` returns. group_size: K over the number of scales if it is not given.
+    the result of `to_exec_layout`. group_size: None for K divided by the number of scales.
     """
     check.check_dtype("x", x, check.FLOATS)
     device = check.check_devices(x=x, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)

@@ -1,7 +1,7 @@
-"""Gradient for the activations of a quantized layer: `dx[M, K] = dy[M, N] @ W[N, K]`, W as in `wq_gemm`.
+"""Gradient of the activations of a quantized layer: `dx[M, K] = dy[M, N] @ W[N, K]`, W as in `wq_gemm`.
 
-The sum runs over N, along which the scale varies, so the weight is rebuilt in dy's dtype, tile by tile, and never
-stored. Codes, scale and shift are frozen: there is no gradient for them.
+The sum is over N, along which the scale varies, so the weight is dequantized in dy's dtype, tile by tile, and not stored.
+There is no gradient of codes, scale and shift.
 """
 
 import torch
@@ -22,9 +22,9 @@ def wq_gemm_dx_kernel(
     GROUPED: tl.constexpr, E_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One `[BLOCK_M, BLOCK_K]` tile of dx, computed as its transpose: W^T stays the left operand."""
+    """One `[BLOCK_M, BLOCK_K]` tile of dx, computed transposed, so that W^T is the left operand."""
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    # The weight is rebuilt with one group a row as well: 1 stands for any.
+    # The weight is dequantized even with one group per row: group=1 selects the form for that.
     FORM: tl.constexpr = code_form(BITS, AFFINE, 1, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     if GROUPED:
         expert, m0, m_end = expert_tile(offsets_ptr, tl.program_id(0), E, E_BLOCK, BLOCK_M)
@@ -56,7 +56,7 @@ def wq_gemm_dx_kernel(
 def expert_tile(offsets_ptr, tile, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
     """(expert, first row, end row) of a tile among tokens sorted by expert; an empty range past the last tile.
 
-    offsets holds E + 1 row numbers. All programs search at once on the device: the host never waits for the routing.
+    offsets has E + 1 row numbers. Each program searches them on the device, so the host does not wait for the routing.
     """
     e = tl.arange(0, E_BLOCK)
     begin = tl.load(offsets_ptr + e, mask=e < E, other=0).to(tl.int32)
@@ -85,7 +85,7 @@ def wq_gemm_dx(
 ) -> torch.Tensor:
     """`dy @ W` for dy `[..., N]`; with `offsets` (int32 or int64 `[E + 1]`), the backward of `wq_gemm_grouped`.
 
-    The weight is given as in the forward; k is needed only where the last byte of a row is not full.
+    The weight is passed as in the forward; k is needed only if the last byte of a row is not full.
     """
     check.check_dtype("dy", dy, check.FLOATS)
     device = check.check_devices(dy=dy, qdata=qdata, scale=scale, shift=shift, offsets=offsets, out=out)

@@ -1,8 +1,8 @@
 """`wq_gemm` for the fused experts of a mixture: `y[t] = x[t] @ W[expert of t]^T + bias[expert of t]`.
 
-Tokens come sorted by expert; `offsets[e] .. offsets[e + 1]` are expert e's rows. The grid has one tile more an expert
-than the tokens need, and each program finds its expert on the device, so nothing is copied to the host and the launch
-can be captured whatever the routing.
+Tokens must be sorted by expert; `offsets[e] .. offsets[e + 1]` are expert e's rows. The grid has one more tile per expert
+than the tokens need, and each program finds its expert on the device. So nothing is copied to the host, and one captured
+graph works for any routing.
 """
 
 import torch
@@ -57,9 +57,9 @@ def wq_gemm_grouped(
 ) -> torch.Tensor:
     """`[tokens, N]` from x `[tokens, K]` sorted by expert and a weight of `[E, N, ...]`.
 
-    offsets: int32 or int64 `[E + 1]`, from 0 to the number of tokens, ascending (its values stay on the device and are
-    the caller's word). bias: `[E, N]`. Other arguments as in `wq_gemm`, with a leading E. Rows that no expert owns are
-    left as `out` had them.
+    offsets: int32 or int64 `[E + 1]`, ascending from 0 to the number of tokens (not checked, since that would copy them to
+    the host). bias: `[E, N]`. Other arguments as in `wq_gemm`, with a leading E. Rows of `out` without an expert are not
+    written.
     """
     check.check_dtype("x", x, check.FLOATS)
     device = check.check_devices(x=x, offsets=offsets, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)

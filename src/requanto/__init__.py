@@ -66,13 +66,13 @@ from requanto.scales.optimizers import (
     Optimizer,
     SymmetricOptimizer,
 )
-from requanto.tensor import ops as _ops  # noqa: F401  (fills the operator tables of QTensor)
+from requanto.tensor import ops as _ops  # noqa: F401  (registers the operators of QTensor)
 from requanto.tensor.lowrank import fold_lowrank
 from requanto.tensor.qtensor import QTensor
 
 __version__ = "0.1.0"
 
-# These load Transformers or Diffusers, so they are looked up when they are first asked for.
+# Importing these imports Transformers or Diffusers, so `__getattr__` does it on first use.
 _WRAPPERS = (
     "QuantizedDiffusersModel",
     "QuantizedModelForCausalLM",
@@ -153,7 +153,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(models, name)
     if not name.startswith("_"):
-        # What is left of optimum-quanto's public names: tensor classes and helpers.
+        # The other public names of optimum-quanto: tensor classes and helpers.
         from requanto.integrations import optimum_quanto
 
         if name in optimum_quanto.__all__:

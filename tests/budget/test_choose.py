@@ -153,15 +153,15 @@ def test_candidates_take_the_bytes_that_their_tensors_take(dtype, item):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"bits": 1.0}, r"bits=1 is too small: the smallest forms of the 3 layers \(int2, int2 g64\) need bits=(3)\. "),
+        ({"bits": 1.0}, r"bits=1 is too small: the smallest types of the 3 layers \(int2, int2 g64\) need bits=(3)\. "),
         (
             {"max_memory": "5kB"},
             r"max_memory=5000 is too small.*need max_memory=(\d+) .*640 bytes of it are not quantized",
         ),
-        ({"bits": 33}, r"bits=33 is more than the float model takes: bits=(32) keeps every weight"),
-        ({"max_memory": 10**9}, r"more than the float model takes: max_memory=(\d+) "),
-        ({}, "one of them: found bits=None and max_memory=None"),
-        ({"bits": 4, "max_memory": "1MB"}, "one of them"),
+        ({"bits": 33}, r"bits=33 is more than the float model takes: with bits=(32) every weight stays float"),
+        ({"max_memory": 10**9}, r"more than the float model takes: with max_memory=(\d+) "),
+        ({}, "exactly one budget, bits= or max_memory=: found bits=None and max_memory=None"),
+        ({"bits": 4, "max_memory": "1MB"}, "exactly one budget"),
         ({"bits": -1}, "positive number of bits"),
         ({"bits": True}, "positive number of bits"),
         ({"max_memory": "much"}, "such as '80MB'"),
@@ -183,7 +183,7 @@ def test_a_budget_without_auto_is_refused():
     for call in (QuantoConfig, lambda **k: requanto.quantize(Net(), **k)):
         with pytest.raises(ValueError, match="belong to weights='auto'"):
             call(weights="int8", bits=4)
-    with pytest.raises(ValueError, match="one of them"):
+    with pytest.raises(ValueError, match="exactly one budget"):
         QuantoConfig(weights="auto")
 
 

@@ -17,11 +17,11 @@ from requanto.linear.activations import (
     quantize_activations,
     quantize_unsigned,
     row_absmax,
-    row_step,
+    scale_of_row,
     single_scale,
     split_16bit,
     split_32bit,
-    split_row,
+    split_row_32bit,
 )
 from requanto.linear.cpu import onednn_int8
 
@@ -132,7 +132,7 @@ def test_activations_in_32_bits(dtype):
         (codes(bytes_[:20]) * scale.double() - x.double()).abs() <= 1.01 * scale.double() + 2e-7 * x.double().abs()
     ).all()
     for row in range(5):
-        one, step = split_row(x[row : row + 1], 4)
+        one, step = split_row_32bit(x[row : row + 1], 4)
         assert torch.equal(one, split_32bit(x[row : row + 1], 4)[0])
         assert step == pytest.approx(split_32bit(x[row : row + 1])[1].item())
 
@@ -235,7 +235,7 @@ def test_nothing_to_round(shape, dtype):
             assert codes.shape == shape
             assert step.isfinite().all()
     assert quantize_unsigned(x, qint8, None)[0].shape[1] == shape[1]
-    assert math.isfinite(row_step(x, 127))
+    assert math.isfinite(scale_of_row(x, 127))
     assert nan_rows(x) is None
 
 

@@ -28,7 +28,7 @@ def test_product(rows, out_features, in_features):
     x = torch.randn(rows, in_features).bfloat16()
     want = x.double() @ weight.double().t()
     for _ in range(2):  # nothing of the first product is kept
-        assert (buffer.product(x).double() - want).norm() <= 5e-3 * want.norm()
+        assert (buffer.matmul(x).double() - want).norm() <= 5e-3 * want.norm()
         buffer, weight = written(out_features, in_features)
         want = x.double() @ weight.double().t()
 
@@ -38,7 +38,7 @@ def test_unaligned_x():
     buffer, weight = written(128, 64)
     x = torch.randn(5 * 64 + 1).bfloat16()[1:].view(5, 64)
     want = x.double() @ weight.double().t()
-    assert (buffer.product(x).double() - want).norm() <= 5e-3 * want.norm()
+    assert (buffer.matmul(x).double() - want).norm() <= 5e-3 * want.norm()
 
 
 @known
@@ -94,12 +94,12 @@ def test_a_last_block_that_is_filled_up(rows):
     weight = torch.randn(64 * blocks, 192).bfloat16()  # what stands beyond the rows is not read
     buffer.words.copy_(weight.view(blocks, 64, 96, 2).transpose(1, 2).contiguous().view(torch.int32).squeeze(-1))
     x = torch.randn(7, 192).bfloat16()
-    torch.testing.assert_close(buffer.product(x), x @ weight[:rows].t())
+    torch.testing.assert_close(buffer.matmul(x), x @ weight[:rows].t())
 
 
 def test_parts():
-    assert onednn_bf16.starts(640, 640) == [0]
-    assert onednn_bf16.starts(640, 256) == [0, 256, 384]
+    assert onednn_bf16.first_rows(640, 640) == [0]
+    assert onednn_bf16.first_rows(640, 256) == [0, 256, 384]
     for rows, length, wanted in (
         (14336, 4096, 1024),  # 8 MB
         (1024, 4096, 1024),
@@ -126,13 +126,13 @@ def test_the_layers_of_a_model_share_buffers():
 
 
 def test_an_unknown_order_is_logged(monkeypatch, caplog):
-    monkeypatch.setattr(onednn_bf16.BlockedWeight, "product", lambda self, x: x @ x.t())
+    monkeypatch.setattr(onednn_bf16.BlockedWeight, "matmul", lambda self, x: x @ x.t())
     buffers.release()
     onednn_bf16.works.cache_clear()
     try:
         with caplog.at_level("INFO", logger="requanto.linear.cpu.onednn_bf16"):
             assert not onednn_bf16.works()
-        assert "not written in oneDNN's order on this machine" in caplog.text
+        assert "not written in oneDNN's layout on this machine" in caplog.text
     finally:
         onednn_bf16.works.cache_clear()
         buffers.release()

@@ -12,7 +12,7 @@ from requanto.linear import api, linear, registry
 from requanto.linear.cpu import int4, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import cache
 from requanto.runtime import buffers
-from requanto.runtime.settings import choices, settings
+from requanto.runtime.settings import registry_state, settings
 
 pytestmark = [
     pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
@@ -203,7 +203,7 @@ def test_settings_are_asked_again():
         for compiled in (True, True, False, False, True):
             settings.compiled = compiled
             assert near(module(x), want)
-            versions.append(choices.version)
+            versions.append(registry_state.version)
         assert versions[0] == versions[1] == versions[4] != versions[2] == versions[3]
         plans = {version: plan.gemm for (*_, version), plan in module.weight._storage.plans.items()}
         assert plans[versions[0]] is not plans[versions[2]]
@@ -234,9 +234,9 @@ def test_gradients_autocast_and_errors_take_the_usual_way():
 def test_only_so_many_shapes_are_remembered():
     module = layer("int8")
     with torch.no_grad():
-        for rows in range(1, 3 * registry.PLANS):
+        for rows in range(1, 3 * registry.MAX_PLANS):
             module(torch.randn(rows, 192).bfloat16())
-            assert len(module.weight._storage.plans) <= registry.PLANS
+            assert len(module.weight._storage.plans) <= registry.MAX_PLANS
 
 
 @pytest.mark.parametrize(("kind", "activation", "rows"), KINDS)

@@ -21,7 +21,7 @@ from requanto.linear.cpu.aot.trust import intact, write
 from requanto.linear.explain import explain
 from requanto.linear.prepack import prepare
 from requanto.linear.registry import choose, problem_of
-from requanto.runtime.settings import choices, compiled_from, settings
+from requanto.runtime.settings import parse_compiled, registry_state, settings
 
 pytestmark = [
     pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"),
@@ -71,12 +71,12 @@ def test_float8(rows, out_features, in_features):
 def test_float8_in_other_dtypes(dtype):
     """In bfloat16 only are many rows as exact as they should be."""
     check(quantized("float8", 128, 64), 2, dtype, "cpu-compiled-float8")
-    check(quantized("float8", 128, 64), 40, dtype, "cpu-workspace")
+    check(quantized("float8", 128, 64), 40, dtype, "cpu-dequantize")
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(100, 192), (320, 208)])
 def test_float8_that_is_no_whole_blocks(out_features, in_features):
-    check(quantized("float8", out_features, in_features), 40, torch.bfloat16, "cpu-workspace")
+    check(quantized("float8", out_features, in_features), 40, torch.bfloat16, "cpu-dequantize")
 
 
 def test_every_float8_number():
@@ -106,7 +106,7 @@ def test_nibbles(kind, symmetric, group_size):
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_nibbles_in_other_dtypes(dtype):
-    check(quantized("int4", 320, 192, group_size=64), 70, dtype, "cpu-workspace")
+    check(quantized("int4", 320, 192, group_size=64), 70, dtype, "cpu-dequantize")
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
@@ -302,9 +302,9 @@ def test_in_parts_as_whole(kind, monkeypatch):
         whole = linear(x, module.weight)
         # four blocks of rows at a time, of ten: the last part begins in the one before
         monkeypatch.setattr(settings, "workspace_bytes", 8 * 4 * 64 * 128 * 2)
-        assert onednn_bf16.starts(640, onednn_bf16.rows_at_once(640, 128)) == [0, 256, 384]
+        assert onednn_bf16.first_rows(640, onednn_bf16.rows_at_once(640, 128)) == [0, 256, 384]
         assert torch.equal(linear(x, module.weight), whole)
-        monkeypatch.setattr(onednn_bf16, "JOINED", 0)
+        monkeypatch.setattr(onednn_bf16, "MAX_CAT_NUMEL", 0)
         assert torch.equal(linear(x, module.weight), whole)
         monkeypatch.setattr(settings, "workspace_bytes", 1000)
         assert torch.equal(linear(x, module.weight), whole)
@@ -323,8 +323,8 @@ def test_shapes_share_a_kernel():
 def test_another_order_than_the_known_one(monkeypatch):
     """On a machine whose oneDNN stores weights differently, the eager way gives the same."""
     monkeypatch.setattr(onednn_bf16, "works", lambda: False)
-    check(quantized("int4", 320, 192, group_size=64), 70, torch.bfloat16, "cpu-workspace")
-    check(quantized("float8", 320, 192), 40, torch.bfloat16, "cpu-workspace")
+    check(quantized("int4", 320, 192, group_size=64), 70, torch.bfloat16, "cpu-dequantize")
+    check(quantized("float8", 320, 192), 40, torch.bfloat16, "cpu-dequantize")
 
 
 def test_set_after_the_first_product(monkeypatch):
@@ -369,10 +369,10 @@ def nothing_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "_failed", {})
     monkeypatch.setattr(cache, "_building", {})
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "kept"))
-    for found in (cache._can_be_made, cache._kept, cache._without_compiler):
+    for found in (cache._can_be_made, cache._all_cached, cache._log_missing_compiler):
         found.cache_clear()
     yield tmp_path / "kept"
-    for found in (cache._can_be_made, cache._kept, cache._without_compiler):
+    for found in (cache._can_be_made, cache._all_cached, cache._log_missing_compiler):
         found.cache_clear()
 
 
@@ -393,7 +393,7 @@ def as_unasked(monkeypatch, caplog, why: str) -> None:
     with torch.no_grad(), caplog.at_level(logging.INFO, logger="requanto"):
         got = [linear(x, module.weight) for _ in range(2)]
     assert not module.weight.is_packed
-    assert explain(module, rows=(3,), dtype=torch.bfloat16)[0].implementation == "cpu-workspace"
+    assert explain(module, rows=(3,), dtype=torch.bfloat16)[0].implementation == "cpu-dequantize"
     monkeypatch.setattr(settings, "compiled", False)
     with torch.no_grad():
         want = linear(x, module.weight)
@@ -408,9 +408,9 @@ def test_a_kernel_that_computes_something_else_is_refused(nothing_loaded, monkey
     # Kernels for the stored form would be refused as well, in a line of their own.
     monkeypatch.setattr(fused_dequantize, "SMALLEST", 2**30)
     module = quantized("float8", 64, 64)
-    with pytest.raises(cache.KernelUnavailable, match="computes something else than its source"):
+    with pytest.raises(cache.KernelUnavailable, match="computes other values than its source"):
         prepare(module, smallest=0)
-    as_unasked(monkeypatch, caplog, "computes something else than its source")
+    as_unasked(monkeypatch, caplog, "computes other values than its source")
 
 
 def test_without_a_compiler(nothing_loaded, monkeypatch, caplog):
@@ -425,7 +425,7 @@ def test_with_a_compiler_that_fails(nothing_loaded, monkeypatch, caplog, tmp_pat
     broken.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
-    as_unasked(monkeypatch, caplog, "do without compiled kernels in this process: making the kernel")
+    as_unasked(monkeypatch, caplog, "do not use compiled kernels in this process: compiling the kernel")
 
 
 def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, tmp_path):
@@ -445,11 +445,11 @@ def test_one_failure_to_compile_is_enough(nothing_loaded, monkeypatch, caplog, t
     assert not cache.wanted(calls.STORED_INT8)
 
     monkeypatch.setattr(cache, "_make", copy_kept)
-    before = choices.version
+    before = registry_state.version
     monkeypatch.setattr(settings, "compiled", True)
     assert calls.ready(calls.STORED_INT8)
     monkeypatch.setattr(settings, "compiled", None)
-    assert choices.version != before
+    assert registry_state.version != before
     assert cache.wanted(calls.STORED_INT8)
     assert calls.ready(calls.STORED_INT4)
 
@@ -484,9 +484,9 @@ def test_another_default_dtype(nothing_loaded, monkeypatch):
 def test_nowhere_to_keep_them(nothing_loaded, monkeypatch, caplog, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "file" / "kept"))
-    with pytest.raises(cache.KernelUnavailable, match="Set REQUANTO_CACHE to a directory that can be written"):
+    with pytest.raises(cache.KernelUnavailable, match="Set REQUANTO_CACHE to a writable directory"):
         prepare(quantized("float8", 64, 64), smallest=0)
-    as_unasked(monkeypatch, caplog, "Set REQUANTO_CACHE to a directory that can be written")
+    as_unasked(monkeypatch, caplog, "Set REQUANTO_CACHE to a writable directory")
 
 
 def test_a_file_that_is_no_kernel_is_made_anew(nothing_loaded, monkeypatch):
@@ -577,14 +577,14 @@ def test_unasked(monkeypatch):
 
 
 def test_what_the_environment_says():
-    assert [compiled_from(text) for text in ("", "0", "1")] == [None, False, True]
+    assert [parse_compiled(text) for text in ("", "0", "1")] == [None, False, True]
     with pytest.raises(ValueError, match="REQUANTO_COMPILE is 'yes', expected 1"):
-        compiled_from("yes")
+        parse_compiled("yes")
 
 
 def test_forbidden(monkeypatch):
     monkeypatch.setattr(settings, "compiled", False)
     module = quantized("float8", 128, 64)
     assert {choice.implementation for choice in explain(module, rows=(1, 40), dtype=torch.bfloat16)} == {
-        "cpu-workspace"
+        "cpu-dequantize"
     }

@@ -248,7 +248,7 @@ SMALL = {
 def test_small_images_are_products(name, kind, monkeypatch):
     """With a packed weight, which a large image, a copy or a file sees in its stored form."""
     monkeypatch.setattr(settings, "compiled", True)
-    monkeypatch.setattr(convolution, "WEIGHTS_A_PIXEL", 1)
+    monkeypatch.setattr(convolution, "WEIGHTS_PER_PIXEL", 1)
     shape, w_shape, how = SMALL[name]
     weight = torch.nn.Parameter(QTensor.quantize(torch.randn(w_shape).bfloat16(), kind, axis=0), False)
     codes, wide = weight.qdata.clone(), weight.dequantize(torch.float32).double()
@@ -285,7 +285,7 @@ def test_small_images_are_products(name, kind, monkeypatch):
 @pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
 def test_small_images_of_other_types_are_convolutions(monkeypatch):
     monkeypatch.setattr(settings, "compiled", True)
-    monkeypatch.setattr(convolution, "WEIGHTS_A_PIXEL", 1)
+    monkeypatch.setattr(convolution, "WEIGHTS_PER_PIXEL", 1)
     for kind, how in (("nf4", {}), ("int8", {"padding": "same"}), ("int8", {"groups": 2})):
         channels = 64 // how.get("groups", 1)
         weight = torch.nn.Parameter(QTensor.quantize(torch.randn(128, channels, 3, 3).bfloat16(), kind, axis=0), False)

@@ -24,7 +24,7 @@ import torch
 from requanto import QTensor
 from requanto.linear import linear
 from requanto.linear.cpu.aot import cache, calls, kernels, package, processes, source, trust
-from requanto.runtime.settings import choices, settings
+from requanto.runtime.settings import registry_state, settings
 
 pytestmark = pytest.mark.skipif(
     cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here"
@@ -43,10 +43,10 @@ def fresh(monkeypatch, tmp_path):
     for name in ("_loaded", "_failed", "_building"):
         monkeypatch.setattr(cache, name, {})
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "kept"))
-    for found in (cache._can_be_made, cache._kept, cache._without_compiler):
+    for found in (cache._can_be_made, cache._all_cached, cache._log_missing_compiler):
         found.cache_clear()
     yield
-    for found in (cache._can_be_made, cache._kept, cache._without_compiler):
+    for found in (cache._can_be_made, cache._all_cached, cache._log_missing_compiler):
         found.cache_clear()
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_file_in_a_read_only_cache(damage, monkeypatch, caplog):
         try:
             if me == 0:
                 os.seteuid(65534)
-            eager_and_one_line(caplog, "cannot be kept in")
+            eager_and_one_line(caplog, "cannot be written to")
         finally:
             if me == 0:
                 os.seteuid(0)
@@ -248,7 +248,7 @@ def test_a_file_that_computes_something_else_stays(monkeypatch, caplog):
     monkeypatch.setattr(cache, "Kernel", Wrong)
     monkeypatch.setattr(cache, "_make", never)
     assert not calls.ready(FAMILY)
-    assert "computes something else than its source" in caplog.text
+    assert "computes other values than its source" in caplog.text
     assert trust.intact(path)
 
 
@@ -350,7 +350,7 @@ def test_a_folder_that_others_may_write(mode, monkeypatch, caplog):
     path.parent.chmod(mode)
     refused(monkeypatch, caplog, f"chmod go-w {path.parent}")
     monkeypatch.setattr(settings, "compiled", True)
-    with pytest.raises(cache.CannotBeLoaded, match="may be written by others"):
+    with pytest.raises(cache.CannotBeLoaded, match="is writable by other users"):
         calls.ready(FAMILY)
 
 
@@ -358,7 +358,7 @@ def test_a_folder_that_others_may_write(mode, monkeypatch, caplog):
 def test_nothing_is_made_where_others_may_write(monkeypatch, caplog, tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept").chmod(0o777)
-    refused(monkeypatch, caplog, "may be written by others (mode 777)")
+    refused(monkeypatch, caplog, "is writable by other users (mode 777)")
 
 
 @unix
@@ -404,12 +404,12 @@ def test_links_are_followed(monkeypatch, tmp_path, caplog):
     (tmp_path / "link").symlink_to(path.parent)
     assert trust.intact(tmp_path / "link" / path.name)
     real.chmod(0o777)
-    with pytest.raises(cache.CannotBeLoaded, match="store may be written by others"):
+    with pytest.raises(cache.CannotBeLoaded, match="store is writable by other users"):
         trust.intact(path)
     real.chmod(0o755)
     path.parent.chmod(0o777)
     for one in (path, tmp_path / "link" / path.name):
-        with pytest.raises(cache.CannotBeLoaded, match="may be written by others"):
+        with pytest.raises(cache.CannotBeLoaded, match="is writable by other users"):
             trust.intact(one)
     (tmp_path / "kept" / "loop").symlink_to(tmp_path / "kept" / "loop")
     path.parent.chmod(0o700)
@@ -538,18 +538,18 @@ def test_a_file_system_that_runs_no_code(monkeypatch, caplog):
 
     monkeypatch.setattr(trust.os, "statvfs", Flags)
     monkeypatch.setattr(processes.subprocess, "Popen", never)
-    eager_and_one_line(caplog, "mounted noexec: no code is loaded from there. Set REQUANTO_CACHE")
+    eager_and_one_line(caplog, "mounted noexec: no code can be loaded from it. Set REQUANTO_CACHE")
 
 
 def test_a_line_of_a_compiler_s_log(monkeypatch, caplog):
     """One line says which error it was; all of it is in the error."""
     log = "warning\nx.cpp:1: fatal error: no such header\ncompilation terminated.\nbye"
-    assert processes._telling(log).splitlines()[0] == "x.cpp:1: fatal error: no such header"
-    assert processes._telling(log).endswith(log)
-    assert processes._telling("").splitlines()[0] == "it said nothing"
+    assert processes._error_text(log).splitlines()[0] == "x.cpp:1: fatal error: no such header"
+    assert processes._error_text(log).endswith(log)
+    assert processes._error_text("").splitlines()[0] == "no output"
 
     def fails(paths):
-        raise cache.CannotBeMade(f"it failed: {processes._telling(log)}")
+        raise cache.CannotBeMade(f"it failed: {processes._error_text(log)}")
 
     monkeypatch.setattr(cache, "_make", fails)
     eager_and_one_line(caplog, "it failed: x.cpp:1: fatal error: no such header")
@@ -705,7 +705,7 @@ def test_old_folders_are_swept(tmp_path):
         folder.mkdir()
         (folder / "kernel.cpp").write_text("")
     os.utime(old, (0, 0))
-    processes._sweep(tmp_path)
+    processes._remove_stale_folders(tmp_path)
     assert not old.exists()
     assert new.exists()
 
@@ -769,17 +769,17 @@ def test_other_threads_go_on_while_a_kernel_is_made(building, monkeypatch):
         torch.randn(3, 272).bfloat16(),
     )
     assert within(10, lambda: linear(x, weight)).shape == (3, 272)
-    version = choices.version
+    version = registry_state.version
     assert building() == [True]
-    assert choices.version != version  # choices that were made without it are made again
+    assert registry_state.version != version  # choices that were made without it are made again
     assert cache.wanted(FAMILY)
     assert calls.ready(FAMILY)
 
 
 def test_nothing_changes_where_nobody_was_passed_by(building):
-    version = choices.version
+    version = registry_state.version
     assert building() == [True]
-    assert choices.version == version
+    assert registry_state.version == version
 
 
 def test_whoever_asked_for_kernels_waits_for_them(building, monkeypatch):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from requanto import QTensor, qint8
 from requanto.linear.cpu import int4, onednn_int8
-from requanto.linear.prepack import layout_to_be, prepare
+from requanto.linear.prepack import expected_layout, prepare
 from requanto.runtime.settings import settings
 
 LAYOUTS = {"int8": onednn_int8.BLOCKED.name, **dict.fromkeys(("int4", "int2", "int3"), int4.layout().name)}
@@ -114,11 +114,11 @@ def test_small_layers_are_packed_where_it_pays(layer, kind, activation, small):
     for size, expected in ((2**10, True), (2**8, small), (2**7, False)):
         module = layer(kind, size, size)
         module.weight.activation = activation
-        said = layout_to_be(module.weight, torch.bfloat16)
+        said = expected_layout(module.weight, torch.bfloat16)
         with torch.no_grad():
             module(torch.randn(2, size, dtype=torch.bfloat16))
         assert module.weight.is_packed == (expected and can_pack(kind))
-        assert layout_to_be(module.weight, torch.bfloat16) == said
+        assert expected_layout(module.weight, torch.bfloat16) == said
 
 
 def test_a_weight_read_again_and_again_stays_packed(layer):

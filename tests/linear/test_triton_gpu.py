@@ -76,7 +76,7 @@ def test_eager_forward_and_backward(kind, group, dtype):
         dy = torch.randn_like(out)
         out.backward(dy)
         assert error(x.grad, dy.double() @ w) <= BOUND[dtype]
-    packs = kind in ("int4", "int2") and rules.multiplies(DEVICE)
+    packs = kind in ("int4", "int2") and rules.has_matrix_instructions(DEVICE)
     assert module.weight.is_packed == packs
 
 
@@ -172,7 +172,7 @@ def test_a_captured_graph_outlives_a_save(rows, packed):
     if packed:
         requanto.prepare(nn.Sequential(module), smallest=0)
     else:
-        module.weight._stays_plain = True
+        module.weight._storage.stays_plain = "this test compares with it"
     with torch.no_grad():
         want = module(x)  # compiles
         torch.cuda.synchronize()
@@ -181,7 +181,7 @@ def test_a_captured_graph_outlives_a_save(rows, packed):
             got = module(x)
         state = module.state_dict()
         assert torch.equal(state["weight"].qdata, stored)
-        module.weight._stays_plain = False
+        module.weight._storage.stays_plain = None
         assert (packing.prepare(nn.Sequential(module), smallest=0) == {}) == (not packed)
         torch.empty(2**22, device=DEVICE).fill_(float("nan"))  # would land in memory that was given back
         for _ in range(2):
@@ -221,7 +221,7 @@ def test_save_and_reload_in_execution_layout(tmp_path):
     plain = {name: t.qdata.clone() for name, t in model.state_dict().items() if isinstance(t, QTensor)}
     held = torch.cuda.memory_allocated()
     x = torch.randn(7, 1024, device=DEVICE, dtype=torch.bfloat16)
-    packs = rules.multiplies(DEVICE)
+    packs = rules.has_matrix_instructions(DEVICE)
     assert requanto.prepare(model, smallest=0) == ({"0.weight": "exec", "2.weight": "exec"} if packs else {})
     assert torch.cuda.memory_allocated() <= held  # never both forms
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_a_mixture_of_experts():
         want = model(ids).logits
         on_gpu = copy.deepcopy(model).to(DEVICE)
         assert error(on_gpu(ids.to(DEVICE)).logits.cpu(), want) <= 1e-4
-        if rules.multiplies(DEVICE):
+        if rules.has_matrix_instructions(DEVICE):
             assert any("experts" in name for name in requanto.prepare(on_gpu, smallest=0))
             assert any(p.dim() == 3 and p.is_packed for p in on_gpu.parameters() if isinstance(p, QTensor))
         assert error(on_gpu(ids.to(DEVICE)).logits.cpu(), want) <= 1e-4
@@ -278,4 +278,4 @@ def test_experts_of_from_pretrained_are_packed_and_decode_on_the_grouped_kernel(
     ids = torch.arange(12, device=DEVICE).reshape(1, 12)
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
     assert model.config._experts_implementation == "requanto"
-    assert all(p.is_packed == rules.multiplies(DEVICE) for p in experts)
+    assert all(p.is_packed == rules.has_matrix_instructions(DEVICE) for p in experts)

@@ -94,7 +94,7 @@ def test_folds_are_found_where_they_are_exact(options, expected, dtype):
             if fold is not None:
                 fold.apply(torch.rand(fold.consumers[0].columns) * 3 + 0.3)
         for layer in layers.values():
-            layer.show(layer.weight())
+            layer.set_values(layer.weight())
     after = block(x)
     assert not torch.equal(block.state_dict()["down.weight"], state["down.weight"])
     torch.testing.assert_close(after, before, **({"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}))
@@ -134,7 +134,7 @@ def test_smoothquant_asks_for_activations():
     [
         ("awq", {"trials": 1}, "trials must be 2 or more"),
         ("awq", {"rounding": "up"}, "rounding must be"),
-        ("smoothquant", {"alpha": 2}, "alpha must lie"),
+        ("smoothquant", {"alpha": 2}, "alpha must be between"),
         ("signround", {"iterations": 0}, "iterations and batch"),
         ("signround", {"start": "zero"}, "start must be"),
     ],

@@ -42,7 +42,7 @@ def test_it_beats_what_it_starts_from(start):
 
 
 def test_float_codes_are_refused():
-    with pytest.raises(ValueError, match="signround learns integer codes, and weight is asked for in qfloat8"):
+    with pytest.raises(ValueError, match="signround needs a type with integer codes, but weight is to be qfloat8"):
         requanto.quantize(torch.nn.Linear(8, 8), "float8", calibration=[torch.ones(2, 8)], method="signround")
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from requanto.runtime import buffers
-from requanto.runtime.buffers import held_bytes, keep, scratch, workspace
+from requanto.runtime.buffers import cached_object, held_bytes, scratch_buffer, scratch_like
 from requanto.runtime.settings import settings
 
 BOUND = 4096
@@ -29,12 +29,12 @@ class Held:
 
 
 def buffer(nbytes: int, slot: int | str = 0) -> torch.Tensor:
-    return workspace((nbytes,), torch.uint8, slot)
+    return scratch_buffer((nbytes,), torch.uint8, slot)
 
 
 def test_the_same_memory_for_the_same_slot():
-    first = workspace((4, 16), torch.float32)
-    second = workspace((2, 16), torch.bfloat16)
+    first = scratch_buffer((4, 16), torch.float32)
+    second = scratch_buffer((2, 16), torch.bfloat16)
     assert first.data_ptr() == second.data_ptr()
     assert second.shape == (2, 16)
     assert second.dtype == torch.bfloat16
@@ -53,7 +53,7 @@ def test_the_oldest_request_goes_first():
         buffer(BOUND // 4, slot)
     kept = {slot: buffer(BOUND // 4, slot).data_ptr() for slot in (1, 0, 2)}
     buffer(BOUND // 2, 3)  # slot 1 is the one to go
-    assert list(buffers._local.kept) == [0, 2, 3]
+    assert list(buffers._local.cached) == [0, 2, 3]
     assert buffer(BOUND // 4, 0).data_ptr() == kept[0]
     assert held_bytes() == BOUND
 
@@ -63,8 +63,8 @@ def test_numbers_last_until_the_same_slot_is_asked_for():
     mine = buffer(BOUND, 0).fill_(7)
     for slot in (1, 2, 3):
         buffer(BOUND, slot).fill_(slot)
-    keep(("object",), BOUND, lambda: Held(BOUND))
-    assert 0 not in buffers._local.kept
+    cached_object(("object",), BOUND, lambda: Held(BOUND))
+    assert 0 not in buffers._local.cached
     others = [torch.zeros(BOUND, dtype=torch.uint8) for _ in range(20)]
     assert bool((mine == 7).all())
     del others
@@ -76,20 +76,20 @@ def test_one_larger_than_the_bound_is_not_kept():
     assert large.numel() == BOUND + 1
     assert held_bytes() == 64
     assert buffer(64, 0).data_ptr() == small
-    assert keep(("object",), BOUND + 1, lambda: Held(BOUND + 1)).nbytes == BOUND + 1
+    assert cached_object(("object",), BOUND + 1, lambda: Held(BOUND + 1)).nbytes == BOUND + 1
     assert held_bytes() == 64
 
 
 def test_a_bound_set_lower_holds_at_the_next_request(monkeypatch):
     for slot in (0, 1):
         buffer(BOUND // 4, slot)
-    keep(("object",), BOUND // 4, lambda: Held(BOUND // 4))
+    cached_object(("object",), BOUND // 4, lambda: Held(BOUND // 4))
     monkeypatch.setattr(settings, "workspace_bytes", BOUND // 4)
     buffer(8, 1)  # there already
-    assert list(buffers._local.kept) == [1]
-    keep(("object",), BOUND // 4, lambda: Held(BOUND // 4))
+    assert list(buffers._local.cached) == [1]
+    cached_object(("object",), BOUND // 4, lambda: Held(BOUND // 4))
     monkeypatch.setattr(settings, "workspace_bytes", 100)
-    keep(("object",), BOUND // 4, lambda: Held(BOUND // 4))
+    cached_object(("object",), BOUND // 4, lambda: Held(BOUND // 4))
     assert held_bytes() == 0
     monkeypatch.setattr(settings, "workspace_bytes", 0)
     buffer(8, 1)
@@ -100,41 +100,41 @@ def test_a_buffer_that_grows_counts_once():
     for size in (100, 200, 400, BOUND):
         buffer(size)
         assert held_bytes() == size
-    assert list(buffers._local.kept) == [0]
+    assert list(buffers._local.cached) == [0]
 
 
 def test_objects_and_buffers_share_the_bound():
-    first = keep(("a",), BOUND // 2, lambda: Held(BOUND // 2))
-    assert keep(("a",), BOUND // 2, lambda: pytest.fail("it is kept")) is first
+    first = cached_object(("a",), BOUND // 2, lambda: Held(BOUND // 2))
+    assert cached_object(("a",), BOUND // 2, lambda: pytest.fail("it is kept")) is first
     buffer(BOUND // 2)
     assert held_bytes() == BOUND
-    keep(("b",), 16, lambda: Held(16))  # objects take half at most
-    assert list(buffers._local.kept) == [0, ("b",)]
-    keep(("c",), BOUND, lambda: Held(BOUND))
-    assert list(buffers._local.kept) == [("c",)]
+    cached_object(("b",), 16, lambda: Held(16))  # objects take half at most
+    assert list(buffers._local.cached) == [0, ("b",)]
+    cached_object(("c",), BOUND, lambda: Held(BOUND))
+    assert list(buffers._local.cached) == [("c",)]
 
 
 def test_objects_leave_half_to_buffers():
-    keep(("a",), BOUND // 2, lambda: Held(BOUND // 2))
-    keep(("b",), 16, lambda: Held(16))
-    assert list(buffers._local.kept) == [("b",)]
+    cached_object(("a",), BOUND // 2, lambda: Held(BOUND // 2))
+    cached_object(("b",), 16, lambda: Held(16))
+    assert list(buffers._local.cached) == [("b",)]
 
 
 def test_room_is_made_before_an_object_is():
     """Both at once would be more than the bound."""
     seen = []
     buffer(BOUND)
-    keep(("a",), BOUND // 2, lambda: (seen.append(held_bytes()), Held(BOUND // 2))[1])
+    cached_object(("a",), BOUND // 2, lambda: (seen.append(held_bytes()), Held(BOUND // 2))[1])
     assert seen == [0]
 
 
 def test_what_an_object_really_takes_is_counted():
-    keep(("a",), 10, lambda: Held(BOUND - 10))
+    cached_object(("a",), 10, lambda: Held(BOUND - 10))
     buffer(10)
-    keep(("b",), 10, lambda: Held(3 * BOUND))
+    cached_object(("b",), 10, lambda: Held(3 * BOUND))
     assert held_bytes() <= BOUND
-    keep(("c",), 10, lambda: (buffer(BOUND, 5), Held(BOUND))[1])  # a buffer is asked for meanwhile
-    assert list(buffers._local.kept) == [("c",)]
+    cached_object(("c",), 10, lambda: (buffer(BOUND, 5), Held(BOUND))[1])  # a buffer is asked for meanwhile
+    assert list(buffers._local.cached) == [("c",)]
 
 
 def test_any_sequence_of_requests():
@@ -145,10 +145,10 @@ def test_any_sequence_of_requests():
             got = buffer(size, choose.choice([0, 1, 2, "a", "b"]))
             assert got.numel() == size
         else:
-            keep((choose.randrange(4),), size, lambda size=size: Held(size))
+            cached_object((choose.randrange(4),), size, lambda size=size: Held(size))
         if choose.random() < 0.05:
             buffers.release_scratch()
-            assert not {"a", "b"} & buffers._local.kept.keys()
+            assert not {"a", "b"} & buffers._local.cached.keys()
         assert held_bytes() <= BOUND
         assert held_bytes() == buffers._local.nbytes == sum(buffers._local.sizes.values())
     buffers.release()
@@ -181,8 +181,8 @@ class _Elsewhere(TorchFunctionMode):
 def test_made_outside_the_caller_s_modes(mode):
     with mode():
         buffer(64)
-        made = keep(("tensor",), 64, lambda: torch.zeros(16, dtype=torch.float32, device="cpu"))
-    for tensor in (made, buffers._local.kept[0]):
+        made = cached_object(("tensor",), 64, lambda: torch.zeros(16, dtype=torch.float32, device="cpu"))
+    for tensor in (made, buffers._local.cached[0]):
         assert tensor.device.type == "cpu"
         assert not tensor.is_inference()
         assert not tensor.requires_grad
@@ -193,8 +193,8 @@ def test_made_outside_the_caller_s_modes(mode):
 def test_another_default_dtype():
     torch.set_default_dtype(torch.float64)
     try:
-        assert scratch(torch.zeros(4), "units").dtype == torch.float32
-        assert buffers._local.kept["units"].dtype == torch.uint8
+        assert scratch_like(torch.zeros(4), "units").dtype == torch.float32
+        assert buffers._local.cached["units"].dtype == torch.uint8
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -202,18 +202,18 @@ def test_another_default_dtype():
 def test_fake_tensors_are_not_kept():
     with FakeTensorMode():
         fake = buffer(64)
-        made = keep(("tensor",), 64, lambda: torch.ones(16, dtype=torch.float32, device="cpu"))
+        made = cached_object(("tensor",), 64, lambda: torch.ones(16, dtype=torch.float32, device="cpu"))
     assert type(fake).__name__ == "FakeTensor"
-    assert 0 not in buffers._local.kept
+    assert 0 not in buffers._local.cached
     assert type(made) is torch.Tensor
     assert float(made.sum()) == 16
 
 
 def test_what_torch_func_watches_is_not_kept():
     def work(x: torch.Tensor) -> torch.Tensor:
-        made = keep(("tensor",), 64, lambda: torch.ones(16, dtype=torch.float32, device="cpu"))
-        return (workspace((16,), torch.float32).copy_(x) * made).sum()
+        made = cached_object(("tensor",), 64, lambda: torch.ones(16, dtype=torch.float32, device="cpu"))
+        return (scratch_buffer((16,), torch.float32).copy_(x) * made).sum()
 
     torch.func.grad(work)(torch.rand(16))
-    assert 0 not in buffers._local.kept
-    assert not torch._C._functorch.is_gradtrackingtensor(buffers._local.kept["tensor",])
+    assert 0 not in buffers._local.cached
+    assert not torch._C._functorch.is_gradtrackingtensor(buffers._local.cached["tensor",])

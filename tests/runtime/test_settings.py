@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from requanto.runtime.settings import Settings, choices, packing_from, settings, workspace_from
+from requanto.runtime.settings import Settings, parse_packing, parse_workspace, registry_state, settings
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def test_a_name_like_no_other(own):
 
 @pytest.mark.parametrize("value", ["64MB", "64", 64e6, None, True, False, [1]])
 def test_bytes_of_another_type(own, value):
-    version = choices.version
+    version = registry_state.version
     with pytest.raises(
         TypeError, match=r"workspace_bytes is .*expected a whole number of bytes, such as 64 \* 2\*\*20"
     ):
         own.workspace_bytes = value
     assert own.workspace_bytes == 2**20
-    assert choices.version == version
+    assert registry_state.version == version
 
 
 @pytest.mark.parametrize("value", [-1, 2**63])
@@ -106,15 +106,15 @@ def test_choices_follow_what_is_set(own):
     versions = []
     for compiled in (True, False, True):
         own.compiled = compiled
-        versions.append(choices.version)
+        versions.append(registry_state.version)
     assert versions[0] == versions[2] != versions[1]
-    choices.changed()
-    assert choices.version not in versions
+    registry_state.changed()
+    assert registry_state.version not in versions
 
 
 @pytest.mark.parametrize(("text", "megabytes"), [("", 64), ("64", 64), ("0.5", 0.5), ("0", 0), ("1e3", 1000)])
 def test_megabytes_of_the_environment(text, megabytes):
-    assert workspace_from(text) == megabytes * 2**20
+    assert parse_workspace(text) == megabytes * 2**20
 
 
 @pytest.mark.parametrize("text", ["64MB", "-1", "nan", "inf", "1e300", "a lot"])
@@ -122,14 +122,14 @@ def test_megabytes_that_are_none(text):
     with pytest.raises(
         ValueError, match=f"REQUANTO_WORKSPACE_MB is '{text}', expected a number of megabytes without a unit"
     ):
-        workspace_from(text)
+        parse_workspace(text)
 
 
 def test_packing_of_the_environment():
-    assert [packing_from(text) for text in ("", "1", "0")] == [True, True, False]
+    assert [parse_packing(text) for text in ("", "1", "0")] == [True, True, False]
     for text in ("no", "false", "2"):
         with pytest.raises(ValueError, match=f"REQUANTO_PACK is '{text}', expected 1 or nothing"):
-            packing_from(text)
+            parse_packing(text)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ STATES = {
 def cases():
     """name -> (kind, dtype, shape, options)."""
     from requanto.dtypes.qtypes import qtypes
-    from requanto.scales.search import fitting
+    from requanto.scales.search import valid_methods
 
     found = {}
 
@@ -74,7 +74,7 @@ def cases():
         add(kind.name)
         add(kind.name, torch.bfloat16, rotation=True)
     for name in ("qint2", "qint4", "quint3", "qint8", "qfloat8_e4m3fn", "qnf4", "qfp6_e2m3", "qcodebook4"):
-        for search in fitting(qtypes[name]):
+        for search in valid_methods(qtypes[name]):
             add(name, search=search)
             add(name, torch.float16, group_size=16, search=search)
         add(name, group_size=32, scale_bits=6, rotation=32)

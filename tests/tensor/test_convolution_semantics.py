@@ -78,7 +78,7 @@ def way(request, monkeypatch):
         if cache.compiler() is None:
             pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
         monkeypatch.setattr(settings, "compiled", True)
-        monkeypatch.setattr(convolution, "WEIGHTS_A_PIXEL", 1)
+        monkeypatch.setattr(convolution, "WEIGHTS_PER_PIXEL", 1)
         monkeypatch.setattr(settings, "workspace_bytes", 4096)
 
 
@@ -238,8 +238,8 @@ def test_what_else_is_quantized_is_refused():
 def test_a_gemm_of_patches_is_among_them(way, monkeypatch):
     """The ways above are really gone: with kernels, an image of few pixels is one GEMM with the packed weight."""
     calls = []
-    gemm = convolution.packed_product
-    monkeypatch.setattr(convolution, "packed_product", lambda *args: calls.append(1) or gemm(*args))
+    gemm = convolution.packed_gemm
+    monkeypatch.setattr(convolution, "packed_gemm", lambda *args: calls.append(1) or gemm(*args))
     weight = quantized(128, 64, 3, 3, dtype=torch.bfloat16)
     check(F.conv2d, random(1, 64, 6, 6, dtype=torch.bfloat16), weight, random(128, dtype=torch.bfloat16))
     assert bool(calls) == (settings.compiled and onednn_bf16.works())

@@ -154,7 +154,10 @@ def test_training_and_evaluating_in_turns(kind):
     made.weight = nn.Parameter(quantized(kind), requires_grad=False)
     values = made.weight.dequantize(torch.float32)
     train(made)
+    assert not made.weight.is_packed  # training packs nothing
+    evaluate(made)
     after = made.weight.layout_name
+    assert made.weight.is_packed == has_layout(kind)
     for _ in range(4):
         evaluate(made)
         x = x_of().requires_grad_()

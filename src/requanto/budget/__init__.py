@@ -1,9 +1,10 @@
-"""A budget instead of a dtype: each layer's type is chosen so that the measured error is least under a limit of bytes.
+"""``weights="auto"``: chooses a type for each layer so that the measured error is least within a memory budget.
 
     requanto.quantize(model, weights="auto", bits=4.5, calibration=samples)
     AutoModel.from_pretrained(path, quantization_config=QuantoConfig(weights="auto", max_memory="80MB"))
 
-`measure` and `sensitivity` say what each type would cost each layer, `allocate` solves the knapsack, `choose` joins them.
+`measure` and `sensitivity` estimate the error of each type in each layer, `allocate` solves the knapsack, `choose` combines
+them.
 """
 
 from requanto.budget.allocate import Allocation, Option, allocate

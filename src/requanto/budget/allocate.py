@@ -1,10 +1,11 @@
 """The multiple-choice knapsack: one option for each item, least total error within a capacity of bytes.
 
-First the Lagrange relaxation: with a price a byte, every item takes its best option by itself, and the price at which the
-capacity is just met gives a lower bound and a good solution. Then dynamic programming over the items, whose states are
-(bytes used, error so far): a state is dropped when another uses no more bytes at no more error, or when even its bound is no
-better than the best solution known. What is left is exact; where the states grow past a limit, the most promising are kept
-and the gap to the lower bound is reported. (Kellerer, Pferschy and Pisinger 2004, Knapsack Problems, chapters 3 and 11.)
+First the Lagrange relaxation: with a price per byte, every item independently takes its best option, and the price at which
+the capacity is just met gives a lower bound and a good solution. Then dynamic programming over the items, whose states are
+(bytes used, error so far): a state is removed if another one uses no more bytes and has no more error, or if its lower bound
+is not below the best known solution. This is exact. If there are more states than a limit, those with the lowest bounds
+remain, and the gap to the lower bound is reported. (Kellerer, Pferschy and Pisinger 2004,
+Knapsack Problems, chapters 3 and 11.)
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from itertools import pairwise
 
 import numpy as np
 
-#: States kept after each item. 2 ** 16 of them take 1 MB an item.
+#: Maximum number of states after each item; 2 ** 16 take 1 MB per item.
 MOST_STATES = 2**16
 
-#: Relative differences below this are rounding errors of sums.
+#: Relative differences below this are treated as rounding errors.
 ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Option:
-    """What an item may be.
+    """One option of an item.
 
     Attributes:
-        bytes: what it takes.
-        error: what it costs; any unit, not negative, summed over items.
+        bytes: its size.
+        error: its error in any unit, not negative; errors are summed over items.
     """
 
     bytes: int
@@ -38,13 +39,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Allocation:
-    """The solution.
+    """Result of `allocate`.
 
     Attributes:
-        picks: the number of each item's option.
-        bytes, error: their sums.
-        bound: no allocation has less error than this.
-        exact: no allocation has less error than this one.
+        picks: the index of each item's chosen option.
+        bytes, error: sums over the chosen options.
+        bound: lower bound of the error of any allocation.
+        exact: whether this allocation is optimal.
     """
 
     picks: list[int]
@@ -55,26 +56,26 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How far above the least possible error this may be at most, relative to it; 0: optimal."""
+        """Upper bound of the relative excess over the least possible error; 0: optimal."""
         if self.exact or self.error <= self.bound:
             return 0.0
         return self.error / self.bound - 1 if self.bound > 0 else math.inf
 
 
 def allocate(items: Sequence[Sequence[Option]], capacity: int, most_states: int = MOST_STATES) -> Allocation:
-    """Chooses one option of each item so that the bytes fit and the error is least.
+    """Chooses one option per item with the least total error within a capacity of bytes.
 
     Args:
         items: each item's options, at least one.
-        capacity: bytes in all.
-        most_states: limit of the search's memory; beyond it the result may not be exact, and says so.
+        capacity: limit of the total bytes.
+        most_states: limit of the search's memory; if it is reached, the result may not be exact (see `Allocation.exact`).
 
     Raises:
-        ValueError: the smallest options of all items together do not fit, or an error is negative or not finite.
+        ValueError: the smallest options exceed the capacity, or an error is negative or not finite.
     """
     for index, options in enumerate(items):
         if not options or not all(math.isfinite(o.error) and o.error >= 0 and o.bytes >= 0 for o in options):
-            raise ValueError(f"item {index} needs options of finite errors and bytes that are not negative")
+            raise ValueError(f"item {index} needs options with finite errors, and errors and bytes of at least 0")
     smallest = sum(min(o.bytes for o in options) for options in items)
     if smallest > capacity:
         raise ValueError(f"the smallest options take {smallest} bytes, more than the capacity of {capacity}")
@@ -92,12 +93,12 @@ def allocate(items: Sequence[Sequence[Option]], capacity: int, most_states: int 
 
 
 def _front(options: Sequence[Option]) -> list[int]:
-    """Options that no other one beats in both, by bytes: errors fall."""
-    kept: list[int] = []
+    """Returns the Pareto-optimal options by ascending bytes (and descending error)."""
+    front: list[int] = []
     for index in sorted(range(len(options)), key=lambda i: (options[i].bytes, options[i].error)):
-        if not kept or options[index].error < options[kept[-1]].error:
-            kept.append(index)
-    return kept
+        if not front or options[index].error < options[front[-1]].error:
+            front.append(index)
+    return front
 
 
 class _Search:
@@ -105,17 +106,17 @@ class _Search:
         self.fronts, self.capacity, self.most_states = fronts, capacity, most_states
         self.sizes = [np.array([items[i][o].bytes for o in f], dtype=np.int64) for i, f in enumerate(fronts)]
         self.errors = [np.array([items[i][o].error for o in f]) for i, f in enumerate(fronts)]
-        #: the least bound of a state that was given up for want of room; infinite: none was
+        #: lowest bound of the states removed because of ``most_states``; infinite: none was removed
         self.dropped = math.inf
         self.price = self._price()
-        #: a bound of any solution's error
+        #: lower bound of the error of any solution
         self.relaxed = max(0.0, sum(self._reduced(i).min() for i in range(len(fronts))) - self.price * capacity)
 
     def _reduced(self, item: int) -> np.ndarray:
         return self.errors[item] + self.price * self.sizes[item]
 
     def _price(self) -> float:
-        """The price of a byte at which every item's own choice just fits: one of the slopes of the convex hulls."""
+        """Returns the lowest price per byte at which the items' independent choices fit: a slope of the convex hulls."""
         slopes = sorted({s for sizes, errors in zip(self.sizes, self.errors) for s in _hull_slopes(sizes, errors)})
         low, high = 0, len(slopes)  # the smallest price that fits
         while low < high:
@@ -129,15 +130,15 @@ class _Search:
         return slopes[min(low, len(slopes) - 1)]
 
     def _taken(self, price: float) -> int:
-        # Ties go to the smaller option, which comes first.
+        # argmin returns the first of equal options, which is the smaller one.
         return int(sum(s[np.argmin(e + price * s)] for s, e in zip(self.sizes, self.errors)))
 
     def run(self) -> list[int]:
-        """The option of each item."""
+        """Returns the chosen option of each item."""
         count = len(self.fronts)
         reduced = [self._reduced(i) for i in range(count)]
         best_at = [int(np.argmin(r)) for r in reduced]
-        # From item i on: the bound's part, and what taking each item's own choice gives.
+        # Sums over the items from i on: of the lower bound, and of the independent choices.
         tail_bound = _tails([r.min() for r in reduced])
         tail_error = _tails([e[b] for e, b in zip(self.errors, best_at)])
         tail_bytes = _tails([s[b] for s, b in zip(self.sizes, best_at)])
@@ -161,19 +162,19 @@ class _Search:
             keep = (used + smallest[item + 1] <= self.capacity) & (bound < incumbent * (1 - ROUNDING))
             if math.isinf(incumbent):
                 keep = used + smallest[item + 1] <= self.capacity
-            kept = np.flatnonzero(keep)
-            kept = kept[_undominated(used[kept], error[kept])]
-            if len(kept) > self.most_states:
-                ranked = kept[np.argsort(bound[kept], kind="stable")]
-                # The smallest state can always be completed, so that a solution is found whatever is given up.
-                rest = np.setdiff1d(ranked[self.most_states :], [kept[0]])
+            states = np.flatnonzero(keep)
+            states = states[_undominated(used[states], error[states])]
+            if len(states) > self.most_states:
+                ranked = states[np.argsort(bound[states], kind="stable")]
+                # Always keep the smallest state: it can be completed, so a solution is found in any case.
+                rest = np.setdiff1d(ranked[self.most_states :], [states[0]])
                 if len(rest):
                     self.dropped = min(self.dropped, float(bound[rest].min()))
-                kept = np.sort(np.append(np.setdiff1d(ranked[: self.most_states], [kept[0]]), kept[0]))
-            if not len(kept):
+                states = np.sort(np.append(np.setdiff1d(ranked[: self.most_states], [states[0]]), states[0]))
+            if not len(states):
                 break
-            used, error = used[kept], error[kept]
-            history.append((parents[kept].astype(np.int32), picks[kept].astype(np.int16)))
+            used, error = used[states], error[states]
+            history.append((parents[states].astype(np.int32), picks[states].astype(np.int16)))
         item, state = end
         chosen = best_at[item:]
         for parents, picks in reversed(history[:item]):
@@ -183,7 +184,7 @@ class _Search:
 
 
 def _tails(values: Sequence) -> list:
-    """Sums from each place to the end; one more 0."""
+    """Returns the sums of ``values[i:]`` for i = 0 .. len(values); the last one is 0."""
     sums = [values[0] * 0 if len(values) else 0]
     for value in reversed(values):
         sums.append(sums[-1] + value)
@@ -191,7 +192,7 @@ def _tails(values: Sequence) -> list:
 
 
 def _hull_slopes(sizes: np.ndarray, errors: np.ndarray) -> list[float]:
-    """Error saved a byte along the lower convex hull of (bytes, error)."""
+    """Returns the decrease of error per byte along the lower convex hull of (bytes, error)."""
     hull: list[int] = []
     for index in range(len(sizes)):
         while len(hull) > 1:
@@ -207,7 +208,7 @@ def _hull_slopes(sizes: np.ndarray, errors: np.ndarray) -> list[float]:
 
 
 def _undominated(used: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Indices, by bytes, of states that no state of no more bytes has at most the error of."""
+    """Returns the indices of the Pareto-optimal states (bytes, error), by ascending bytes."""
     order = np.lexsort((error, used))
     least = np.minimum.accumulate(error[order]) if len(order) else error
     better = np.ones(len(order), dtype=bool)

@@ -1,4 +1,4 @@
-"""What a layer may become under a budget, and how many bytes that takes."""
+"""The types that a budget may choose for a layer, and their sizes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from requanto.config.limit import parse_candidates
 from requanto.config.plan import PlannedWeight
 from requanto.dtypes.qtypes import resolve_qtype
-from requanto.scales.search import fitting
+from requanto.scales.search import valid_methods
 
-#: Types and groups that are tried without samples: ``type``, ``type:group`` or ``type:row``. Float is always one more.
-#: Below 8 bits every type has groups: with one scale a row, errors gather in the rows that have outliers, and weights
-#: alone do not show what that does (all-MiniLM-L6-v2 loses most of its accuracy in some such layers).
+#: Types and group sizes that are tried without samples: ``type``, ``type:group`` or ``type:row``; float is always added.
+#: Types below 8 bits have groups: with one scale per row, errors concentrate in rows with outliers, whose effect cannot be
+#: estimated from weights only (all-MiniLM-L6-v2 loses most of its accuracy in some such layers).
 GROUPED_CANDIDATES = (
     *("int2:16", "int2:32", "int2:64"),
     *("int3:32", "int3:64", "int3:128"),
@@ -26,7 +26,7 @@ GROUPED_CANDIDATES = (
     *("int8:row", "float8:row"),
 )
 
-#: With samples, which do show it, rows as well.
+#: Types that are tried with samples, which show that effect.
 ALL_CANDIDATES = (*GROUPED_CANDIDATES, "int3:row", "int4:row", "int5:row", "int6:row")
 
 FLOAT = "float"
@@ -34,12 +34,12 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form that a weight may take.
+    """One type (and group size) for a weight.
 
     Attributes:
-        label: ``"int4 g64"``, ``"int8"`` (one scale a row), ``"float"``.
-        planned: how to make it; None: it stays float.
-        bytes: what it takes, all stored parts counted.
+        label: ``"int4 g64"``, ``"int8"`` (one scale per row), ``"float"``.
+        planned: how to quantize it; None: it stays float.
+        bytes: size of all stored parts.
     """
 
     label: str
@@ -48,10 +48,10 @@ class Candidate:
 
 
 def candidates_for(planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[str]) -> list[Candidate]:
-    """The forms a weight may take, each once, float last.
+    """Returns the distinct candidates for a weight, float last.
 
     Args:
-        planned: its plan, whose type is open (``options.auto``); a group size that the user fixed stays.
+        planned: its plan with ``options.auto``; a group size given by the user is used for all types.
         shape: the weight, or a meta tensor of its shape and dtype.
         texts: see ``GROUPED_CANDIDATES``.
     """
@@ -64,9 +64,9 @@ def candidates_for(planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[
         if options.group_size == "default":
             options.group_size = group
         if options.symmetric is not None and (kind.is_codebook or kind.bits == 8 or kind.is_unsigned):
-            options.symmetric = None  # these have one form only; the choice was meant for integers
-        if options.method is not None and options.method not in fitting(kind):
-            options.method = None  # how scales are searched for was meant for types of fewer bits
+            options.symmetric = None  # the option does not apply to these types
+        if options.method is not None and options.method not in valid_methods(kind):
+            options.method = None  # the scale search does not support this type
         choice = replace(planned, options=options)
         tensor = choice.quantize(meta, "a candidate")
         fitted = "" if tensor.group_size is None else f" g{tensor.group_size}"

@@ -1,4 +1,4 @@
-"""From a budget to a type for each layer."""
+"""Chooses a type for each layer within a budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from requanto.budget.allocate import Allocation, Option, allocate
 from requanto.budget.candidates import ALL_CANDIDATES, FLOAT, GROUPED_CANDIDATES, Candidate
 from requanto.budget.measure import Importance
-from requanto.budget.tables import Pieces, forms_of, like_the_others, measured, weighed_like_the_others
+from requanto.budget.tables import Pieces, candidates_by_label, mean_costs, measure_module, scaled_costs
 from requanto.config.limit import Limit
 from requanto.config.plan import PlannedWeight
 from requanto.dtypes.qtypes import short_name
@@ -25,19 +25,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """Result of `choose`.
 
     Attributes:
-        planned: the plan with every type settled; weights that stay float are not in it.
-        labels: module -> ``"int4 g64"`` ... or ``"float"``, of the modules that were chosen for.
+        planned: the plan with a type for every weight; weights that stay float are left out.
+        labels: module -> ``"int4 g64"`` ... or ``"float"``, for the modules whose type was chosen.
         errors: module -> relative error of its weights, ``|W - W_q| / |W|``.
-        costs: module -> what was minimized: squared relative errors, weighted, or the expected change of the answer.
-        tables: module -> label -> (bytes, cost): everything that was weighed.
-        allocation: the solution.
-        weights, bytes: how many weights the plan names, and what they take.
+        costs: module -> the minimized cost: weighted squared relative error, or expected change of the model's output.
+        tables: module -> label -> (bytes, cost) of all candidates.
+        allocation: the solution of the knapsack problem.
+        weights, bytes: number of elements of all planned weights, and their total size.
         measured: ``"weights"`` or ``"samples"``.
-        limit: what was asked for.
-        asked: the plan before.
+        limit: the budget.
+        asked: the original plan.
     """
 
     planned: dict[str, PlannedWeight]
@@ -54,11 +54,11 @@ class Choice:
 
     @property
     def bits(self) -> float:
-        """Bits a weight, of all that the plan named."""
+        """Mean bits per weight over all planned weights."""
         return self.bytes * 8 / max(1, self.weights)
 
     def modules(self) -> dict[str, Any]:
-        """The choice in the words of ``QuantoConfig(modules=)``."""
+        """Returns the choice as ``modules`` argument of QuantoConfig."""
         found: dict[str, Any] = {}
         for name, planned in self.planned.items():
             module = name.rpartition(".")[0]
@@ -68,17 +68,17 @@ class Choice:
                     "weights": short_name(planned.options.qtype),
                     "group_size": -1 if group is None else group,
                 }
-                # Where a type could not take what the whole config says, its entry says so.
+                # Options of the config that do not apply to the chosen type are overridden here.
                 asked = self.asked[name].options
                 for key in ("symmetric", "method"):
                     if getattr(asked, key) != getattr(planned.options, key):
                         found[module][key] = getattr(planned.options, key)
         found |= {module: None for module, label in self.labels.items() if label == FLOAT}
-        # Deeper names first: "fc" alone would match "block.fc" too, and the first match counts.
+        # Longer names first: "fc" also matches "block.fc", and the first match is used.
         return dict(sorted(found.items(), key=lambda item: -item[0].count(".")))
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps to explain itself. Plain JSON."""
+        """Returns the record of the choice that a checkpoint stores, as plain JSON."""
         asked = {"bits": self.limit.bits} if self.limit.bits is not None else {"max_memory": self.limit.max_memory}
         return {
             "asked": asked,
@@ -103,24 +103,23 @@ def choose(
     importance: Mapping[str, Importance] | None = None,
     progress: bool = True,
 ) -> Choice:
-    """Chooses a form for every planned weight whose type is open, so that all of them keep within the budget.
+    """Chooses a type for every planned weight with ``options.auto``, so that all planned weights fit the budget.
 
-    Weights of one module get the same form. A module's cost is its squared relative weight error times the square root of
-    its number of weights, or what ``importance`` makes of its errors.
+    All weights of a module get the same type. The cost of a module is its squared relative weight error times the square
+    root of its number of elements, or with ``importance`` the expected change of the model's output.
 
     Args:
-        planned: full parameter name -> plan; of those with ``options.auto`` the type is chosen, the others count as planned.
+        planned: full parameter name -> plan; weights without ``options.auto`` count with their planned size.
         shapes: the parameters, or meta tensors of their shapes and dtypes.
         pieces: their values.
         limit: the budget.
         rest: bytes of everything in the model that is not planned.
         candidates: see `requanto.budget.candidates`.
-        importance: of weights, by name (`requanto.budget.sensitivity`).
+        importance: importance of each weight, by name (`requanto.budget.sensitivity`).
         progress: show a progress bar.
 
     Raises:
-        ValueError: the budget is smaller than the smallest forms together, or larger than the float weights; the message
-            holds the nearest possible one.
+        ValueError: the budget is below the smallest or above the largest possible size; the message gives that size.
     """
     texts = tuple(candidates or (ALL_CANDIDATES if importance else GROUPED_CANDIDATES))
     groups: dict[str, list[str]] = {}
@@ -131,9 +130,9 @@ def choose(
         else:
             fixed += choice.quantize(torch.empty_like(shapes[name], device="meta"), name).nbytes
     weights = sum(shapes[name].numel() for name in planned)
-    forms = {module: forms_of(names, planned, shapes, texts) for module, names in groups.items()}
+    options = {module: candidates_by_label(names, planned, shapes, texts) for module, names in groups.items()}
     capacity = limit.capacity(weights, rest) - fixed
-    check_limit(forms, capacity, limit, weights, rest, fixed)
+    check_limit(options, capacity, limit, weights, rest, fixed)
 
     tables: dict[str, dict[str, tuple[int, float, float]]] = {}
     unknown: list[str] = []
@@ -141,7 +140,7 @@ def choose(
     importance = importance or {}
     bar = tqdm(groups.items(), desc="measuring", unit="layer", disable=not progress)
     for module, names in bar:
-        table = measured(names, forms[module], pieces, shapes, importance)
+        table = measure_module(names, options[module], pieces, shapes, importance)
         if table is None:
             unknown.append(module)
         else:
@@ -149,9 +148,9 @@ def choose(
             if importance and not all(name in importance for name in names):
                 unseen.append(module)
     for module in unseen:
-        tables[module] = weighed_like_the_others(tables[module], [t for m, t in tables.items() if m not in unseen])
+        tables[module] = scaled_costs(tables[module], [t for m, t in tables.items() if m not in unseen])
     for module in unknown:
-        tables[module] = like_the_others(module, forms[module], tables, unknown)
+        tables[module] = mean_costs(module, options[module], tables, unknown)
     items = [[Option(size, cost) for size, cost, _ in tables[module].values()] for module in groups]
     allocation = allocate(items, capacity)
     result = dict(planned)
@@ -161,9 +160,9 @@ def choose(
         labels[module] = label
         for name in names:
             del result[name]
-            form = forms[module][label][names.index(name)].planned
-            if form is not None:
-                result[name] = form
+            new_plan = options[module][label][names.index(name)].planned
+            if new_plan is not None:
+                result[name] = new_plan
     result = {name: result[name] for name in planned if name in result}
     chosen = Choice(
         result,
@@ -179,7 +178,7 @@ def choose(
         planned,
     )
     logger.info(
-        "%s: %d layers take %d bytes, %.4f bits a weight (%s)",
+        "%s: %d layers, %d bytes, %.4f bits per weight (%s)",
         *(limit, len(groups), chosen.bytes, chosen.bits),
         ", ".join(f"{count} {label}" for label, count in Counter(labels.values()).most_common()),
     )
@@ -187,25 +186,31 @@ def choose(
 
 
 def check_limit(
-    forms: Mapping[str, Mapping[str, list[Candidate]]], capacity: int, limit: Limit, weights: int, rest: int, fixed: int
+    options: Mapping[str, Mapping[str, list[Candidate]]],
+    capacity: int,
+    limit: Limit,
+    weights: int,
+    rest: int,
+    fixed: int,
 ) -> None:
-    """Refuses a budget that nothing fits, or that everything fits.
+    """Raises for a budget below the smallest or above the largest possible size.
 
     Raises:
-        ValueError: it holds the nearest budget that is possible.
+        ValueError: see above; the message gives the nearest possible budget.
     """
-    sizes = [{label: sum(c.bytes for c in row) for label, row in table.items()} for table in forms.values()]
+    sizes = [{label: sum(c.bytes for c in row) for label, row in table.items()} for table in options.values()]
     smallest, largest = sum(min(s.values()) for s in sizes), sum(s[FLOAT] for s in sizes)
     if capacity < smallest:
         kinds = ", ".join(sorted({min(s, key=s.__getitem__) for s in sizes}))
         raise ValueError(
-            f"{limit} is too small: the smallest forms of the {len(sizes)} layers ({kinds}) need "
-            f"{limit.in_words(smallest + fixed, weights, rest, up=True)}. Ask for that or more"
+            f"{limit} is too small: the smallest types of the {len(sizes)} layers ({kinds}) need "
+            f"{limit.as_argument(smallest + fixed, weights, rest, up=True)}. Use that or more"
             + ("" if limit.bits is not None else f"; {rest} bytes of it are not quantized")
             + "."
         )
     if capacity > largest:
         raise ValueError(
-            f"{limit} is more than the float model takes: {limit.in_words(largest + fixed, weights, rest, up=False)} keeps "
-            f"every weight as it is, so there is nothing to quantize. Ask for less, or load without a quantization_config."
+            f"{limit} is more than the float model takes: with "
+            f"{limit.as_argument(largest + fixed, weights, rest, up=False)} every weight stays float, so there is nothing "
+            f"to quantize. Use less, or load without a quantization_config."
         )

@@ -1,4 +1,4 @@
-"""What a type costs a weight: squared errors, plain or weighted by what samples say about inputs and outputs."""
+"""Squared errors of a quantized weight, plain or weighted by an importance computed from samples."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from requanto.config.plan import PlannedWeight
 from requanto.runtime.tracing import without_autocast
 
-#: Weights measured of one tensor: of larger ones, rows spread evenly stand for all. With importances, which differ a lot
-#: from row to row, it takes more of them.
+#: Maximum number of elements measured of one tensor; of larger ones, evenly spaced rows are measured. With importances,
+#: which differ a lot between rows, more rows are needed.
 MOST_WEIGHTS = 2**18
 MOST_WEIGHTS_IMPORTANCE = 2**20
 
 
 @dataclass(frozen=True)
 class Importance:
-    """How much an error of each weight of a layer matters to the model's answer.
+    """How much an error in each element of a weight changes the model's output.
 
     Attributes:
         rows: ``[N]``, sum of squared gradients of each output, or None.
         columns: ``[K]``, mean square of each input, or None.
-        weights: ``[N, K]``, squared gradient of each weight, where the product of the two is not to be had.
+        weights: ``[N, K]``, squared gradient of each element, if rows * columns is not available.
     """
 
     rows: Tensor | None = None
@@ -33,7 +33,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``[n, K]`` of a weight that are measured, and how many times as many there are."""
+    """Rows ``[n, K]`` of a weight that are measured; the weight has ``factor * n`` rows."""
 
     values: Tensor
     factor: float
@@ -41,24 +41,26 @@ class Rows:
 
     @property
     def norm(self) -> float:
-        """Squared norm of the whole weight, as far as these rows tell."""
+        """Estimate of the squared norm of the whole weight."""
         return self.factor * self.values.float().square().sum(dtype=torch.float64).item()
 
 
 def rows_of(weight: Tensor, planned: PlannedWeight, dtype: torch.dtype, importance: Importance | None = None) -> Rows:
-    """The rows of a weight to measure, in the dtype that it is quantized from.
+    """Returns the rows of a weight to measure, in the dtype that it is quantized from.
 
     Args:
-        weight: ``[..., K]``, or ``[..., K, N]`` where the plan says transposed.
-        planned: where the rows run.
+        weight: ``[..., K]``, or ``[..., K, N]`` if ``planned.transposed``.
+        planned: its axis and whether it is transposed.
+        dtype: the dtype of the rows.
+        importance: of the weight.
     """
     canonical = weight.detach().transpose(-1, -2) if planned.transposed else weight.detach()
-    # Experts ([E, N, K]) have rows of their own; of a convolution the row is all that one output channel takes.
+    # Experts [E, N, K] have rows of length K; a row of a convolution is all inputs of one output channel.
     length = canonical.shape[planned.axis + 1 :].numel() if planned.axis + 1 < canonical.dim() else canonical.shape[-1]
     rows = canonical.reshape(-1, length)
     most = MOST_WEIGHTS if importance is None else MOST_WEIGHTS_IMPORTANCE
     count = max(1, most // max(1, length))
-    if len(rows) <= count or planned.options.low_rank:  # a low rank is easier to find in some rows than in all
+    if len(rows) <= count or planned.options.low_rank:  # a low-rank term fits few rows better than all rows
         return Rows(rows.to(dtype), 1.0, importance)
     picked = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64, device=rows.device).round().long()
     if importance is not None:
@@ -70,7 +72,7 @@ def rows_of(weight: Tensor, planned: PlannedWeight, dtype: torch.dtype, importan
 
 @torch.no_grad()
 def squared_errors(rows: Rows, planned: PlannedWeight, name: str) -> tuple[float, float]:
-    """(plain, weighted) squared error of the whole weight in the form that is planned; equal without importance."""
+    """Returns (plain, weighted) squared error of the whole weight if quantized as planned; equal without importance."""
     quantized = replace(planned, axis=0, transposed=False).quantize(rows.values, name)
     error = (quantized.dequantize(torch.float32) - rows.values.float()).square_()
     plain = error.sum(dtype=torch.float64).item()

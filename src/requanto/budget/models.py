@@ -1,4 +1,4 @@
-"""Budgets of whole models: what a budget leaves for the weights, and plans that are settled on a model in memory."""
+"""Budgets of models: size of the parts that are not quantized, and choosing the types of a model's plan."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from requanto.dtypes.qtypes import qtype
 
 
 def model_bytes(model: nn.Module, names: Iterable[str]) -> int:
-    """Bytes of all parameters and buffers of a model (or of its shapes, on meta) but the named parameters.
+    """Returns the bytes of all parameters and buffers of a model (also on meta) except the named parameters.
 
-    Tied ones count once, also where a library has not made them one tensor yet.
+    Tied weights count once, also if the library has not tied them yet.
     """
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -31,17 +31,17 @@ def model_bytes(model: nn.Module, names: Iterable[str]) -> int:
     return sum(t.nelement() * t.element_size() for t in others.values())
 
 
-#: where a model quantized in memory keeps the record of its choice
+#: attribute of a model quantized in memory: the record of its choice
 _RECORD = "_requanto_budget"
 
 
 def budget_of(model: nn.Module) -> dict[str, Any] | None:
-    """What a budget led to in a model that `requanto.quantize` made (`Choice.record`); None: there was none."""
+    """Returns the record (`Choice.record`) of a model quantized in place with a budget; None for any other model."""
     return model.__dict__.get(_RECORD)
 
 
-def keep(model: nn.Module, chosen: Choice) -> None:
-    """Leaves the record of a choice with its model."""
+def attach_record(model: nn.Module, chosen: Choice) -> None:
+    """Stores the record of a choice on its model."""
     model.__dict__[_RECORD] = chosen.record()
 
 
@@ -54,12 +54,12 @@ def resolve(
     importance: Mapping[str, Importance] | None = None,
     progress: bool = True,
 ) -> Choice | None:
-    """Settles a plan and writes the choice into its config; None where nothing was left open.
+    """Chooses the types of a plan and records them in the config; returns None if no weight has ``options.auto``.
 
     Args:
-        model: the model the plan is for, on any device, also meta.
-        config: whose ``bits`` or ``max_memory`` is the budget; from here on it holds a type for every layer.
-        planned: its plan.
+        model: the model of the plan, on any device, also meta.
+        config: its ``bits`` or ``max_memory`` is the budget; afterwards it holds a type for every layer.
+        planned: the model's plan.
         pieces: the weights' values; None: those of the model's parameters.
         importance, progress: see `choose`.
     """
@@ -76,14 +76,14 @@ def resolve(
         importance=importance,
         progress=progress,
     )
-    config.settle(chosen.modules(), chosen.record())
+    config.resolve_budget(chosen.modules(), chosen.record())
     return chosen
 
 
 def auto_limit(
     weights: str | qtype | None, bits: float | None, max_memory: int | str | None, candidates: Sequence[str] | None
 ) -> Limit | None:
-    """The budget where ``weights`` is ``"auto"``; None where it is a type.
+    """Returns the budget if ``weights`` is ``"auto"``; None if it is a type.
 
     Raises:
         ValueError: a budget without ``"auto"``, or the reverse.
@@ -95,14 +95,14 @@ def auto_limit(
     return None
 
 
-def settle_on_samples(
+def resolve_on_samples(
     model: nn.Module,
     config: QuantoConfig,
     planned: dict[str, PlannedWeight],
     calibration: Any,
     progress: bool = True,
 ) -> dict[str, PlannedWeight]:
-    """A plan with every open type settled on samples; ``config`` then holds a choice for each layer."""
+    """Returns the plan with types chosen with samples, and records them in ``config``."""
     if not any(choice.options.auto for choice in planned.values()):
         return planned
     found = importances(model, planned, calibration, progress)
@@ -113,16 +113,19 @@ def settle_on_samples(
 def choose_in_memory(
     model: nn.Module,
     planned: Mapping[str, PlannedWeight],
-    open_ones: Collection[str],
+    auto_modules: Collection[str],
     limit: Limit,
     candidates: Sequence[str] | None,
     calibration: Any,
     options: Mapping[str, Any],
     progress: bool,
 ) -> dict[str, PlannedWeight]:
-    """The plan with a type for every module in ``open_ones``; float ones are left out. See `choose`."""
+    """Returns the plan with a type for every module in ``auto_modules``; weights that stay float are left out.
+
+    See `choose`.
+    """
     for name, choice in planned.items():
-        choice.options.auto = name.rpartition(".")[0] in open_ones
+        choice.options.auto = name.rpartition(".")[0] in auto_modules
         for key, value in options.items():
             setattr(choice.options, "method" if key == "search" else key, value)
     found = None if calibration is None else importances(model, planned, calibration, progress)
@@ -137,5 +140,5 @@ def choose_in_memory(
         importance=found,
         progress=progress,
     )
-    keep(model, chosen)
+    attach_record(model, chosen)
     return chosen.planned

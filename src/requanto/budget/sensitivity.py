@@ -1,14 +1,14 @@
-"""How much each layer's errors change a model's answer, measured on samples with one backward pass each.
+"""Importance of weights: how much their errors change the model's output, from one backward pass per sample.
 
-An error ``E`` of a Linear layer's weight changes its outputs by ``E x`` and the model's answer, to second order, by
-``1/2 sum_t (g_t^T E x_t)^2``: ``g_t`` is the gradient at the layer's output for token t. Taken as independent, outputs
-and inputs give ``1/2 sum_ij E_ij^2 s_i h_j`` with ``s_i = sum_t g_ti^2`` and ``h_j = mean_t x_tj^2``: two vectors a
-layer, whatever its size (the diagonal of K-FAC, Martens and Grosse 2015, arXiv:1503.05671). Weights that are used in
-other ways (convolutions, experts, tables) keep the squares of their own gradients.
+An error ``E`` of a Linear layer's weight changes its outputs by ``E x`` and the model's output, to second order, by
+``1/2 sum_t (g_t^T E x_t)^2``, where ``g_t`` is the gradient at the layer's output for token t. If gradients and inputs are
+independent, this is ``1/2 sum_ij E_ij^2 s_i h_j`` with ``s_i = sum_t g_ti^2`` and ``h_j = mean_t x_tj^2``: two vectors per
+layer (the diagonal of K-FAC, Martens and Grosse 2015, arXiv:1503.05671). For other weights (convolutions, experts,
+embeddings) the squared gradients of all elements are stored.
 
-Of a model with logits the gradient is that of the log-likelihood of tokens drawn from its own predictions, whose mean
-square is the Fisher information: the sum above is then the expected Kullback-Leibler divergence in nats. Of any other
-model it is that of the output along a random direction, and the sum is the expected squared change of the output,
+For a model with logits, the gradient is that of the log-likelihood of tokens sampled from its own predictions, whose mean
+square is the Fisher information; the sum above is then the expected Kullback-Leibler divergence in nats. For any other
+model it is the gradient of the output along a random direction, and the sum is the expected squared change of the output,
 relative to the output.
 """
 
@@ -30,7 +30,7 @@ from requanto.methods.samples import Samples, Stop, no_cache
 
 logger = logging.getLogger(__name__)
 
-#: Samples that are run; of more, those spread evenly. Importances need far fewer than rounding does.
+#: Maximum number of samples that are run, evenly spaced. Importances need far fewer samples than rounding.
 MOST_SAMPLES = 16
 
 _HOOKED = ("linear", "conv1d")
@@ -39,19 +39,19 @@ _HOOKED = ("linear", "conv1d")
 def importances(
     model: nn.Module, planned: Mapping[str, PlannedWeight], calibration: Any, progress: bool = True, seed: int = 0
 ) -> dict[str, Importance]:
-    """The importance of each planned weight, by its name.
+    """Computes the importance of each planned weight, by name.
 
-    Memory: the activations of one sample for its backward pass, two vectors a Linear layer, and for other kinds of weights
-    their gradients and as much again.
+    Memory: the activations of one sample for its backward pass, two vectors per Linear layer, and twice the gradients of
+    other weights.
 
     Args:
-        model: float, on the device it is to run on.
+        model: the float model, on the device to run on.
         planned: full parameter name -> how it is to be quantized.
-        calibration: samples, as `requanto.methods.samples.Samples` takes them.
-        seed: of the random directions.
+        calibration: samples (`requanto.methods.samples.Samples`).
+        seed: seed of the random directions.
 
     Raises:
-        ValueError: no sample reaches a layer, or nothing that the model returns can be differentiated.
+        ValueError: no sample reaches a layer, or the model's output cannot be differentiated.
     """
     samples = Samples(calibration)
     calls = _calls(model, samples)
@@ -68,8 +68,8 @@ def importances(
                 loss, size = _probe(model(*args, **kwargs), generator)
                 if not loss.requires_grad:
                     raise ValueError(
-                        f"the answer of {type(model).__name__} does not depend on the {len(planned)} weights to quantize "
-                        f"(e.g. {next(iter(planned))}): do the samples reach them?"
+                        f"the output of {type(model).__name__} does not depend on the {len(planned)} weights to quantize "
+                        f"(e.g. {next(iter(planned))}): the samples must reach them"
                     )
                 loss.backward()
                 gatherer.after_backward()
@@ -84,16 +84,16 @@ def importances(
 
 
 def _calls(model: nn.Module, samples: Samples) -> list[tuple[tuple, dict[str, Any]]]:
-    """The arguments of the model's own calls: given, or caught while a function runs it."""
+    """Returns the arguments of the model's calls: the samples, or those captured while a function runs the model."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = samples.inputs
     if samples.function is not None:
         found = []
 
-        def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def capture(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             found.append(pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (args, dict(kwargs))))
 
-        hook = model.register_forward_pre_hook(catch, with_kwargs=True)
+        hook = model.register_forward_pre_hook(capture, with_kwargs=True)
         try:
             with torch.no_grad():
                 samples.function(model)
@@ -104,13 +104,13 @@ def _calls(model: nn.Module, samples: Samples) -> list[tuple[tuple, dict[str, An
         if not found:
             raise ValueError(f"the calibration function never called the {type(model).__name__}")
     if len(found) > MOST_SAMPLES:
-        logger.info("of %d samples, %d spread evenly are used to choose types", len(found), MOST_SAMPLES)
+        logger.info("%d evenly spaced ones of %d samples are used to choose types", MOST_SAMPLES, len(found))
         found = [found[round(i * (len(found) - 1) / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
     return [pytree.tree_map_only(Tensor, lambda t: t.to(device), call) for call in found]
 
 
 def _probe(output: Any, generator: torch.Generator) -> tuple[Tensor, float]:
-    """(what to differentiate, what its squares are measured in): see the module's text."""
+    """Returns (scalar to differentiate, normalization of its squared gradients); see the module's docstring."""
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.is_floating_point():
         rows = logits.reshape(-1, logits.shape[-1]).float()
@@ -123,7 +123,7 @@ def _probe(output: Any, generator: torch.Generator) -> tuple[Tensor, float]:
         tensor = next((t for t in _tensors(output) if t.is_floating_point()), None)
     if tensor is None:
         raise ValueError(
-            f"the model returned no float tensor ({type(output).__name__}), so no error can be traced to it"
+            f"the model returned no float tensor (found {type(output).__name__}), so the effect of errors cannot be measured"
         )
     direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor.device)
     return (tensor.float() * direction).sum(), tensor.detach().float().square().sum().item()
@@ -135,7 +135,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 class _Gatherer:
-    """Hooks that sum squares of inputs and of output gradients, for the length of a ``with`` block."""
+    """Context manager with hooks that sum the squares of inputs and of output gradients."""
 
     def __init__(self, model: nn.Module, planned: Mapping[str, PlannedWeight]) -> None:
         modules = dict(model.named_modules())
@@ -167,12 +167,12 @@ class _Gatherer:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
             given = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not output.requires_grad:
-                # Nothing before this layer needs a gradient: the graph begins here.
+                # No earlier layer needs a gradient: the graph starts here.
                 output = output.detach().requires_grad_()
             columns = given.detach().reshape(-1, given.shape[-1]).float().square().sum(0)
 
             def gradient(value: Tensor) -> None:
-                # Once for each use: inputs count only where errors matter.
+                # Called once per use of the layer; inputs are added only if a gradient reaches the output.
                 rows = value.detach().reshape(-1, value.shape[-1]).float().square().sum(0)
                 _add(self.rows, name, rows)
                 _add(self.columns, name, columns)
@@ -184,14 +184,14 @@ class _Gatherer:
         return hook
 
     def after_backward(self) -> None:
-        """Takes the gradients of one sample."""
+        """Adds the squared parameter gradients of one sample and resets the gradients."""
         for name, parameter in self.others.items():
             if parameter.grad is not None:
                 _add(self.weights, name, parameter.grad.detach().float().square())
                 parameter.grad = None
 
     def found(self, scale: float) -> dict[str, Importance]:
-        """What was gathered.
+        """Returns the importances by name, multiplied by ``scale``.
 
         Raises:
             ValueError: no layer was reached.
@@ -209,7 +209,7 @@ class _Gatherer:
             result[name] = Importance(weights=canonical.reshape(-1, length) * scale)
         for name in self._planned:
             if name not in result:
-                logger.warning("%s was reached by no sample: it counts by its weights alone", name)
+                logger.warning("no sample reached %s: its importance is estimated from its weights only", name)
         return result
 
 

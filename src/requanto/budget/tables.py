@@ -1,4 +1,4 @@
-"""What every form of every layer takes and costs."""
+"""Size and cost of every candidate type of every layer."""
 
 from __future__ import annotations
 
@@ -16,44 +16,45 @@ from requanto.config.plan import PlannedWeight
 
 logger = logging.getLogger(__name__)
 
-#: ``pieces(name)``: float tensors that together are a parameter: itself, or the parts a checkpoint keeps it in.
+#: ``pieces(name)``: the float tensors that make up a parameter: itself, or the tensors that a checkpoint stores for it.
 Pieces = Callable[[str], Iterable[Tensor]]
 
 
-def forms_of(
+def candidates_by_label(
     names: Sequence[str], planned: Mapping[str, PlannedWeight], shapes: Mapping[str, Tensor], texts: Sequence[str]
 ) -> dict[str, list[Candidate]]:
-    """Label -> a candidate for each of a module's weights. (A module with several has experts: one row length or few.)"""
+    """Maps labels to the candidates of a module's weights, one per weight; only labels that all its weights have."""
     each = [{c.label: c for c in candidates_for(planned[name], shapes[name], texts)} for name in names]
     return {label: [table[label] for table in each] for label in each[0] if all(label in table for table in each)}
 
 
-def measured(
+def measure_module(
     names: Sequence[str],
-    forms: Mapping[str, list[Candidate]],
+    candidates: Mapping[str, list[Candidate]],
     pieces: Pieces,
     shapes: Mapping[str, Tensor],
     importance: Mapping[str, Importance],
 ) -> dict[str, tuple[int, float, float]] | None:
-    """Label -> (bytes, cost, relative error) of a module; None where its values are not to be had."""
-    cost = dict.fromkeys(forms, 0.0)
-    plain = dict.fromkeys(forms, 0.0)
+    """Maps labels to (bytes, cost, relative error) of a module; None if its values are not available."""
+    cost = dict.fromkeys(candidates, 0.0)
+    plain = dict.fromkeys(candidates, 0.0)
     norm = 0.0
     weighted = all(name in importance for name in names)
     for position, name in enumerate(names):
-        found = [_rows(piece, shapes[name], forms, position, importance.get(name)) for piece in pieces(name)]
+        found = [_rows(piece, shapes[name], candidates, position, importance.get(name)) for piece in pieces(name)]
         if not found or any(rows is None for rows in found):
             return None
         for rows in found:
             norm += rows.norm  # type: ignore[union-attr]
-            for label, row in forms.items():
+            for label, row in candidates.items():
                 choice = row[position].planned
                 if choice is not None:
                     one, other = squared_errors(rows, choice, name)  # type: ignore[arg-type]
                     plain[label] += one
                     cost[label] += other
     norm = norm or 1.0
-    # Between every layer alike and every weight alike: measured, better than both on SmolLM2 and MiniLM.
+    # The weight of a layer is the square root of its number of elements. Measured on SmolLM2 and MiniLM, this is better than
+    # equal weights for all layers, and than the number of elements itself.
     share = math.sqrt(sum(shapes[name].numel() for name in names))
     return {
         label: (
@@ -61,15 +62,19 @@ def measured(
             cost[label] if weighted else share * plain[label] / norm,
             (plain[label] / norm) ** 0.5,
         )
-        for label, row in forms.items()
+        for label, row in candidates.items()
     }
 
 
 def _rows(
-    piece: Tensor, shape: Tensor, forms: Mapping[str, list[Candidate]], position: int, importance: Importance | None
+    piece: Tensor,
+    shape: Tensor,
+    candidates: Mapping[str, list[Candidate]],
+    position: int,
+    importance: Importance | None,
 ) -> Rows | None:
-    """The rows of a piece, which has the parameter's shape or, in a checkpoint, may be one expert of many."""
-    planned = next((row[position].planned for row in forms.values() if row[position].planned is not None), None)
+    """Returns the rows of a piece: the whole parameter, or (in a checkpoint) one of several experts; None for others."""
+    planned = next((row[position].planned for row in candidates.values() if row[position].planned is not None), None)
     if planned is None:
         return None
     if piece.shape == shape.shape:
@@ -81,31 +86,31 @@ def _rows(
     return None
 
 
-def weighed_like_the_others(
+def scaled_costs(
     table: Mapping[str, tuple[int, float, float]], others: Sequence[Mapping[str, tuple[int, float, float]]]
 ) -> dict[str, tuple[int, float, float]]:
-    """Costs of a layer that no sample reached: a squared relative error counts as much as it does in the others."""
+    """Returns the costs of a layer that no sample reached: its squared errors times the other layers' mean sensitivity."""
     rows = [row for other in others for row in other.values() if row[1] > 0 and row[2] > 0]
-    # The geometric mean: sensitivities of layers lie powers of two apart.
+    # Geometric mean, because sensitivities of layers differ by orders of magnitude.
     factor = math.exp(sum(math.log(cost / error**2) for _, cost, error in rows) / len(rows)) if rows else 1.0
     return {label: (size, factor * error**2, error) for label, (size, _, error) in table.items()}
 
 
-def like_the_others(
-    module: str, forms: Mapping[str, list[Candidate]], tables: Mapping[str, Any], unknown: Sequence[str]
+def mean_costs(
+    module: str, candidates: Mapping[str, list[Candidate]], tables: Mapping[str, Any], unknown: Sequence[str]
 ) -> dict[str, tuple[int, float, float]]:
-    """Costs of a layer that cannot be measured: the mean of the others'."""
+    """Returns the costs of a layer that cannot be measured: the mean over the other layers."""
     known = [tables[m] for m in tables if m not in unknown]
     if not known:
         raise ValueError(
-            f"no weight could be found in the checkpoint's files to measure (e.g. {module}). Load the float model and call "
+            f"found none of the weights to measure in the checkpoint's files (e.g. {module}). Load the float model and call "
             f"requanto.quantize(model, weights='auto', ...) on it"
         )
     logger.warning(
-        "%s is stored in another form than the model's: its errors are taken to be those of the others", module
+        "%s is stored in another layout than in the model: its errors are estimated by those of other layers", module
     )
     result = {}
-    for label, row in forms.items():
+    for label, row in candidates.items():
         same = [table[label] for table in known if label in table] or [next(iter(table.values())) for table in known]
         result[label] = (
             sum(c.bytes for c in row),

@@ -1,4 +1,4 @@
-"""Our checkpoint format, and how a directory is written so that an interruption loses nothing."""
+"""Requanto's checkpoint format, and writing checkpoint directories so that an interrupted save loses nothing."""
 
 from requanto.checkpoint.format import CheckpointError, flatten, parse_spec, rebuild, spec_text, table_of
 

@@ -1,8 +1,8 @@
-"""Modules that hold activation scales, written into a checkpoint's config and made again from it.
+"""Saving and restoring modules that hold static activation scales.
 
-Their scales are tensors of the checkpoint (``M.input_scale``, ``M.output_scale``); what they are scales of stands in
-config.json, ``quantization_config.activation_modules``: module name -> type. A module there becomes its quantized
-counterpart (QLinear, QLayerNorm ...) before weights are loaded.
+The scales are tensors of the checkpoint (``M.input_scale``, ``M.output_scale``). The type of the activations is in
+config.json, ``quantization_config.activation_modules``: module name -> type. Before weights are loaded, each module listed
+there is replaced by its quantized counterpart (QLinear, QLayerNorm ...).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SCALES = ("input_scale", "output_scale")
 
 
 def activation_table(model: nn.Module) -> dict[str, str]:
-    """Module name -> type of its activations, for every module that holds activation scales.
+    """Maps the name of every module that holds activation scales to the type of its activations.
 
     Raises:
-        ValueError: a weight is under quantization but still float; or the model itself is such a module, without a name.
+        ValueError: a module was prepared for quantization, but its weight is still float.
     """
     table = {}
     for name, module in model.named_modules():
@@ -50,23 +50,23 @@ def add_activation_modules(
     files: Iterable[str | Path] = (),
     local: Callable[[str], Iterable[str]] = lambda name: (name,),
 ) -> None:
-    """Makes the modules of a table, on the device of the model (meta, before weights are loaded).
+    """Replaces the modules of ``table`` by their quantized counterparts, on the model's device (meta before loading).
 
     Args:
         model: the float model.
-        table: what :func:`activation_table` gave.
+        table: the result of :func:`activation_table` for the saved model.
         tensors: name -> description of the quantized weights.
         files: safetensors files that the scales will be read from; they are checked against the table.
-        local: names under which this model may know a module of the checkpoint.
+        local: maps a module name of the checkpoint to the names it may have in this model.
 
     Raises:
-        CheckpointError: table, model and files do not belong together.
+        CheckpointError: table, model and files do not match.
     """
     found = dict(model.named_modules())
     for name, kind in table.items():
         here = next((candidate for candidate in local(name) if candidate in found), None)
         if here is None:
-            continue  # a part that this model does not have, such as the head of the model that was saved
+            continue  # this model lacks the module, e.g. the head of the saved model
         text = tensors.get(f"{name}.weight")
         weights = None if text is None else parse_spec(text, f"{name}.weight")["qtype"]
         try:
@@ -80,17 +80,20 @@ def add_activation_modules(
             )
     if table and not any(candidate in found for name in table for candidate in local(name)):
         raise CheckpointError(
-            f"quantization_config.activation_modules names {next(iter(table))!r} ..., no module of it is here"
+            f"the model has none of the {len(table)} modules of quantization_config.activation_modules, e.g. "
+            f"{next(iter(table))!r}"
         )
     _check_files(model, table, [file for file in files if str(file).endswith(".safetensors")])
 
 
 def _check_files(model: nn.Module, table: Mapping[str, str], files: list[str | Path]) -> None:
-    """Refuses files with fewer scales than the table describes, or more. A library may rename what it loads: where names
-    differ, their number decides."""
+    """Raises CheckpointError if the files hold fewer or more scales than the table describes.
+
+    The library may rename tensors on loading, so differing names alone are accepted; only their number is compared.
+    """
     if not files:
         return
-    own = set(model.state_dict())  # a model may have something of that name which is none of ours
+    own = set(model.state_dict())  # the model may have tensors of its own with such a name
     wanted = {f"{name}.{scale}" for name in table for scale in SCALES}
     stored = {key for key in stored_keys(files) if key.rpartition(".")[2] in SCALES}
     lost, extra = sorted(wanted - stored), sorted(stored - wanted - own)
@@ -106,8 +109,8 @@ def _check_files(model: nn.Module, table: Mapping[str, str], files: list[str | P
         )
 
 
-def settle(model: nn.Module) -> None:
-    """Reads off loaded scales which modules are calibrated, and which outputs stay float."""
+def apply_loaded_scales(model: nn.Module) -> None:
+    """Checks the loaded activation scales, then sets from them which modules are calibrated and which outputs stay float."""
     for name, module in model.named_modules():
         if isinstance(module, QModuleMixin) and module.activation_qtype is not None:
             for scale in (module.input_scale, module.output_scale):
@@ -115,7 +118,7 @@ def settle(model: nn.Module) -> None:
                     raise CheckpointError(f"the activation scales of {name} were not loaded: they are not in the files")
                 if not bool(torch.isfinite(scale) & (scale > 0)):
                     raise CheckpointError(
-                        f"an activation scale of {name} is {float(scale)}: the checkpoint is damaged, take it from its "
-                        f"source again"
+                        f"an activation scale of {name} is {float(scale)}: the checkpoint is damaged, download or save "
+                        f"it again"
                     )
-            module.settle_scales()
+            module.refresh_calibrated()

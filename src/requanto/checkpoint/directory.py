@@ -1,4 +1,4 @@
-"""Writing a checkpoint directory so that it is the old one or the new one, never half of each."""
+"""Atomic replacement of a checkpoint directory: it holds the old checkpoint or the new one, never a mix."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# What a save writes anew; such a file of an earlier save, no longer written, must not stay beside the new ones.
+# Weight files. Those of an earlier save are deleted, or a loader could read old shards together with new ones.
 _WEIGHTS = re.compile(r".*(\.safetensors|\.safetensors\.index\.json|\.bin|\.bin\.index\.json|\.distcp|\.metadata)$")
 
 
 @contextlib.contextmanager
 def replaced_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """A scratch directory beside ``target`` that takes its place when the block ends well.
+    """Yields a scratch directory next to ``target`` that replaces ``target`` when the block ends without an exception.
 
-    Files of the old directory that the block did not write (a tokenizer, say) are carried over, old weights are not. If
-    the block raises (disk full, interrupted), the scratch directory is deleted and the old one is as it was.
+    Files of the old directory that the block did not write (e.g. a tokenizer) are moved to the new one, except weights.
+    If the block raises (disk full, interrupted), the scratch directory is deleted and the old one is unchanged.
 
     Raises:
         NotADirectoryError: ``target`` is a file.
@@ -46,16 +46,16 @@ def replaced_directory(target: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_by_all_ranks(target: str | os.PathLike) -> Iterator[Path]:
-    """:func:`replaced_directory` for a directory that every process of torch.distributed writes into.
+    """:func:`replaced_directory` for a directory that every rank of torch.distributed writes into.
 
-    All of them must enter it, on a file system that they share. Rank 0 puts the new directory in its place when all have
-    left the block; if one of them raises or dies, the old directory stays as it was::
+    All ranks must enter the block, on a shared file system. Rank 0 replaces the old directory after all ranks have left
+    the block; if a rank raises or dies, the old directory is unchanged::
 
         with replaced_by_all_ranks("checkpoint") as scratch:
             torch.distributed.checkpoint.save({"model": model.state_dict()}, checkpoint_id=scratch)
 
     Raises:
-        OSError: on every rank, if rank 0 cannot make the new directory.
+        OSError: on every rank, if rank 0 cannot create the new directory.
     """
     with contextlib.ExitStack() as stack:
         place: list[Any] = [None]
@@ -68,21 +68,21 @@ def replaced_by_all_ranks(target: str | os.PathLike) -> Iterator[Path]:
         if isinstance(place[0], OSError):
             raise place[0]
         yield place[0]
-        dist.barrier()  # all have written
-    dist.barrier()  # it is in its place
+        dist.barrier()  # all ranks have written
+    dist.barrier()  # rank 0 has replaced the directory
 
 
 def _swap(scratch: Path, target: Path) -> None:
     if not target.exists():
         os.rename(scratch, target)
         return
-    kept = [p for p in target.iterdir() if not (scratch / p.name).exists() and not _WEIGHTS.fullmatch(p.name)]
+    carried_over = [p for p in target.iterdir() if not (scratch / p.name).exists() and not _WEIGHTS.fullmatch(p.name)]
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
     try:
         os.rename(target, old / "dir")
     except OSError as error:  # a mount point, or a directory another process holds
         old.rmdir()
-        logger.warning("%s cannot be replaced at once (%s); its files are replaced one by one", target, error)
+        logger.warning("%s cannot be renamed (%s); its files are replaced one by one", target, error)
         _replace_files(scratch, target)
         return
     try:
@@ -91,14 +91,14 @@ def _swap(scratch: Path, target: Path) -> None:
         os.rename(old / "dir", target)
         old.rmdir()
         raise
-    for path in kept:
+    for path in carried_over:
         os.rename(old / "dir" / path.name, target / path.name)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace_files(scratch: Path, target: Path) -> None:
     written = {p.name for p in scratch.iterdir()}
-    # Without its config a directory does not load: it goes first and comes back last.
+    # The config is deleted first and written last: a half-replaced directory then has none and does not load.
     for name in ("config.json", "model_index.json"):
         (target / name).unlink(missing_ok=True)
     for path in list(target.iterdir()):
@@ -109,7 +109,7 @@ def _replace_files(scratch: Path, target: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Asks the disk to hold what was written before the rename makes it visible."""
+    """Flushes all files to disk (fsync), so that the rename does not publish unwritten data."""
     for path in directory.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

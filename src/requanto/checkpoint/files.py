@@ -1,4 +1,4 @@
-"""Looking at checkpoint files before they are read: what is missing or damaged is said before memory is spent."""
+"""Checks of safetensors headers, so that missing or damaged files are reported before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from requanto.checkpoint.format import CheckpointError
 
 
 def stored_keys(files: Iterable[str | Path]) -> set[str]:
-    """Names of all tensors in safetensors files; only headers are read.
+    """Returns the names of all tensors in the safetensors files; only headers are read.
 
     Raises:
-        CheckpointError: a file is missing, truncated or no safetensors file.
+        CheckpointError: a file is missing, truncated or not a safetensors file.
     """
     keys: set[str] = set()
     for file in files:
@@ -22,18 +22,18 @@ def stored_keys(files: Iterable[str | Path]) -> set[str]:
             with safe_open(str(file), framework="pt") as opened:
                 keys.update(opened.keys())
         except FileNotFoundError as error:
-            raise CheckpointError(f"{file} is missing: the checkpoint is not complete") from error
+            raise CheckpointError(f"{file} is missing: the checkpoint is incomplete") from error
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{file} cannot be read as safetensors ({error}): it is truncated or damaged, take it from its source again"
+                f"{file} cannot be read as safetensors ({error}): it is truncated or damaged, download or save it again"
             ) from error
     return keys
 
 
 def check_files(tensors: dict[str, str], files: Iterable[str | Path]) -> None:
-    """Refuses files that hold fewer quantized weights than the config describes, or more.
+    """Raises CheckpointError if the files hold fewer or more quantized weights than the config describes.
 
-    Names may differ by a library's renamings, so their number decides when they do.
+    The library may rename tensors on loading, so differing names alone are accepted; only their number is compared.
 
     Raises:
         CheckpointError: a file is damaged, or weights are missing or not described.
@@ -46,8 +46,8 @@ def check_files(tensors: dict[str, str], files: Iterable[str | Path]) -> None:
     unknown = sorted(name for name in stored if name not in tensors)
     if unknown and len(stored) > len(tensors):
         raise CheckpointError(
-            f"the files hold {len(stored)} quantized weights, of which quantization_config.tensors does not describe "
-            f"{len(stored) - len(tensors)}, e.g. {unknown[0]}; restore the config.json that was saved with these files"
+            f"the files hold {len(stored)} quantized weights; quantization_config.tensors does not describe "
+            f"{len(stored) - len(tensors)} of them, e.g. {unknown[0]}; restore the config.json saved with these files"
         )
     if missing and len(stored) < len(tensors):
         raise CheckpointError(

@@ -1,16 +1,21 @@
-"""The stored form of a quantized weight, versions 1 and 2 (docs/format.md).
+"""The checkpoint format of a quantized weight, versions 1 and 2 (docs/format.md).
 
-A weight ``W`` is stored as ``W_qdata``, ``W_scale``, when affine ``W_shift``, and of learned types ``W_codebook``; never
-under its own name, so that a loader without the plugin finds it missing instead of taking codes for weights. What the
-tensors cannot say stands in config.json, ``quantization_config.tensors``, a line a weight:
+A weight ``W`` is stored as ``W_qdata``, ``W_scale``, ``W_shift`` if affine, and ``W_codebook`` for learned types. No tensor
+is named ``W``: a loader without Requanto then reports a missing weight instead of loading codes as values. The rest of the
+description is in config.json, ``quantization_config.tensors``, one line per weight:
 
     "model.layers.0.mlp.up_proj.weight": "qint4 1536x576 group=64 affine"
 
-The words after type and shape: ``group=N`` (else one scale a row), ``affine`` (else symmetric), ``axis=N`` (else 0),
-``transposed``, ``activation=TYPE`` (inputs are quantized on the fly), ``rank=R`` (a merged adapter is kept beside the
-codes: ``W_up`` and ``W_down``, and the weight is ``dequant(W) + up @ down``), ``scales=B`` (``W_scale`` and ``W_shift`` are
-codes of B bits, and ``W_row_scale`` is there: `requanto.scales.compact`), ``rotation=B`` (codes are those of rows rotated in
-blocks of B: `requanto.tensor.rotation`).
+The words after type and shape:
+
+    group=N          group size; without it one scale per row
+    affine           scale and shift; without it symmetric
+    axis=N           without it 0
+    transposed       stored ``[in_features, out_features]``
+    activation=TYPE  inputs are quantized on the fly
+    rank=R           low-rank term ``W_up``, ``W_down`` (e.g. a merged adapter): the weight is ``dequant(W) + up @ down``
+    scales=B         ``W_scale`` and ``W_shift`` are codes of B bits, with ``W_row_scale`` (`requanto.scales.compact`)
+    rotation=B       rows were rotated in blocks of B before quantization (`requanto.tensor.rotation`)
 """
 
 from __future__ import annotations
@@ -30,24 +35,24 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CheckpointError(ValueError):
-    """A quantized checkpoint that cannot be read as what it says it is."""
+    """A quantized checkpoint is damaged, incomplete, or does not match its config."""
 
 
 def spec_text(tensor: QTensor) -> str:
-    """The line that describes a tensor."""
+    """Returns the line of ``quantization_config.tensors`` that describes a tensor."""
     return tensor._spec.text(tensor.rank)
 
 
 def read_spec(text: str, name: str, dtype: torch.dtype = torch.float32) -> tuple[WeightSpec, int]:
-    """The reverse of :func:`spec_text`: what a weight is, and the rank of its low-rank term.
+    """Parses the line that :func:`spec_text` wrote into (spec, rank of the low-rank term).
 
     Args:
         text: the line.
-        name: the weight's, for messages.
-        dtype: float dtype that it is seen as, which the line does not say.
+        name: name of the weight, for messages.
+        dtype: ``tensor.dtype`` of the weight; the line does not hold it.
 
     Raises:
-        CheckpointError: the line is not of that form.
+        CheckpointError: the line cannot be parsed.
     """
     try:
         return parse_text(text, dtype)
@@ -60,10 +65,10 @@ def read_spec(text: str, name: str, dtype: torch.dtype = torch.float32) -> tuple
 
 
 def parse_spec(text: str, name: str) -> dict[str, Any]:
-    """:func:`read_spec` as keyword arguments of QTensor, with ``affine`` and ``rank``.
+    """Parses a line into keyword arguments of QTensor, plus ``affine`` and ``rank``.
 
     Raises:
-        CheckpointError: the line is not of that form.
+        CheckpointError: the line cannot be parsed.
     """
     spec, rank = read_spec(text, name)
     names = ("qtype", "group_size", "axis", "affine", "transposed", "activation", "scale_bits", "rotation")
@@ -71,12 +76,12 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
 
 
 def table_of(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """Name -> description of every quantized tensor."""
+    """Maps the name of every quantized tensor to its line."""
     return {name: spec_text(tensor) for name, tensor in named if isinstance(tensor, QTensor)}
 
 
 def flatten(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict with every QTensor replaced by its stored parts, in place of the weight's own name."""
+    """Returns the state dict with every QTensor ``W`` replaced by its parts ``W_qdata``, ``W_scale`` ..."""
     flat: dict[str, Any] = {}
     for name, value in state_dict.items():
         if isinstance(value, QTensor):
@@ -87,7 +92,7 @@ def flatten(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_parts(text: str, name: str) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
-    """Shape and possible dtypes of each stored part that a description asks for.
+    """Returns shape and possible dtypes of each stored part of a weight.
 
     Raises:
         CheckpointError: see :func:`read_spec`.
@@ -109,18 +114,18 @@ def _expected(spec: WeightSpec, rank: int) -> dict[str, tuple[torch.Size, tuple[
 def rebuild(
     name: str, text: str, parts: dict[str, torch.Tensor], dtype: torch.dtype, check_values: bool = True
 ) -> QTensor:
-    """The QTensor that stored parts and a description make.
+    """Builds a QTensor from its stored parts and its line.
 
     Args:
         name: the weight's name, for messages.
         text: its line in ``quantization_config.tensors``.
-        parts: ``qdata``, ``scale``, when affine ``shift``, of learned types ``codebook``, with a low-rank term ``up`` and
-            ``down``.
-        dtype: float dtype the weight is seen as.
-        check_values: refuse scales and shifts that hold NaN or Inf.
+        parts: ``qdata``, ``scale``, ``shift`` if affine, ``codebook`` for learned types, ``up`` and ``down`` if it has a
+            low-rank term.
+        dtype: ``tensor.dtype`` of the result.
+        check_values: raise if scales or shifts hold NaN or Inf.
 
     Raises:
-        CheckpointError: parts are missing, of another shape or dtype than described, or not finite.
+        CheckpointError: parts are missing, differ in shape or dtype from the description, or are not finite.
     """
     spec, rank = read_spec(text, name, dtype)
     expected = _expected(spec, rank)
@@ -144,16 +149,16 @@ def rebuild(
             and not bool(torch.isfinite(found).all())
         ):
             raise CheckpointError(
-                f"{name}_{part} holds NaN or Inf: the checkpoint is damaged, take it from its source again"
+                f"{name}_{part} holds NaN or Inf: the checkpoint is damaged, download or save it again"
             )
     return QTensor._of(spec, parts)
 
 
 def check_version(format_name: str | None, version: int | None, where: str) -> None:
-    """Refuses a format that this version cannot read.
+    """Raises unless this version of Requanto can read the format.
 
     Raises:
-        CheckpointError: an unknown format, or a version newer than known.
+        CheckpointError: an unknown format, or a newer version of it.
     """
     if format_name != FORMAT:
         raise CheckpointError(f"{where}: format {format_name!r} is unknown, expected {FORMAT!r}")

@@ -1,4 +1,4 @@
-"""The README of a saved directory: what it is and how to load it."""
+"""The README.md of a saved model: what was quantized and how to load it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from requanto.config.config import QuantoConfig
 
+#: README files with this line are overwritten. The text must not change: existing files are recognized by it.
 _MARK = "<!-- Written anew at every save: delete this line to keep a text of your own. -->"
 
 _TEXT = """\
@@ -40,7 +41,7 @@ back, which saves and loads without Requanto.
 def write_readme(
     directory: Path, model: Any, config: QuantoConfig, library: str = "transformers", replaces: Path | None = None
 ) -> None:
-    """Writes ``README.md``, unless the directory, or the one it ``replaces``, has one that is not ours."""
+    """Writes ``README.md``, unless ``directory`` has one or the directory it ``replaces`` has one that a user wrote."""
     path = directory / "README.md"
     earlier = path if replaces is None else replaces / "README.md"
     if path.exists() or (earlier.is_file() and _MARK not in earlier.read_text(encoding="utf-8", errors="replace")):

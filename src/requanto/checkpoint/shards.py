@@ -1,4 +1,4 @@
-"""Tensors of a directory, read one at a time and written in shards."""
+"""Reading the tensors of a directory one at a time, and writing tensors in shards."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from requanto.checkpoint.format import CheckpointError
 
 
 class SafetensorsFiles(Mapping):
-    """The tensors of a directory's safetensors file or shards, each read when it is asked for.
+    """Read-only mapping from tensor name to tensor of a directory's safetensors files; each access reads the tensor.
 
     Args:
-        directory: where the files are.
-        stem: name without suffix: ``"model"`` (Transformers) or ``"diffusion_pytorch_model"``.
+        directory: directory of the files.
+        stem: file name without suffix: ``"model"`` (Transformers) or ``"diffusion_pytorch_model"`` (Diffusers).
 
     Raises:
-        CheckpointError: no such file, or one that cannot be read.
+        CheckpointError: no such file, or it cannot be read.
     """
 
     def __init__(self, directory: str | os.PathLike, stem: str = "model") -> None:
@@ -63,15 +63,15 @@ class SafetensorsFiles(Mapping):
 def save_shards(
     state: Mapping[str, torch.Tensor], directory: str | os.PathLike, stem: str = "model", max_shard_size: str = "5GB"
 ) -> list[Path]:
-    """Writes tensors to ``<stem>.safetensors``, in shards with an index where they are many.
+    """Writes tensors to ``<stem>.safetensors``, or to shards with an index if they exceed ``max_shard_size``.
 
-    Each file is written beside its place and moved there when it is whole. A tensor that appears under several names
-    is written under the first.
+    Each file is written under a temporary name and renamed when it is complete. A tensor that appears under several names
+    is written once, under the first name.
 
     Returns:
         The files written.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards  # there wherever models are saved
+    from huggingface_hub import split_torch_state_dict_into_shards  # a dependency of Transformers and of Diffusers
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def save_shards(
     for file, names in split.filename_to_tensors.items():
         partial = directory / f"{file}.partial"
         save_file({name: unique[name].cpu() for name in names}, partial, metadata={"format": "pt"})
-        os.chmod(partial, 0o666 & ~_umask())  # the writer makes it readable for its owner only
+        os.chmod(partial, 0o666 & ~_umask())  # save_file makes it readable for the owner only
         os.replace(partial, directory / file)
         written.append(directory / file)
     if split.is_sharded:

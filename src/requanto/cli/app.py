@@ -1,6 +1,6 @@
 """The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune``, ``kernels`` ...
 
-Exit codes: 0 done, 1 it could not be done (the reason is on standard error), 2 wrong use.
+Exit codes: 0 success, 1 failure (the reason is on standard error), 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -18,67 +18,88 @@ from rich.table import Table
 from requanto.cli.common import Json, Model, console, reported, size_text
 from requanto.cli.compare import compare
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantize models, look into them, measure them.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantize, inspect and evaluate models.")
 app.command()(compare)
 
 
 @app.callback()
 def _options(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done to each layer.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens to each layer.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(name)s: %(message)s")
 
 
 _METHOD_HELP = (
-    "minmax, mse, weighted, aligned, hqq (default: the type's best); with samples: gptq, awq, smoothquant, signround."
+    "How to quantize. Without samples: minmax, mse, weighted, aligned, hqq (default: the best for the type). With samples: "
+    "gptq, awq, smoothquant, signround."
 )
 
 
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Directory to write; replaced as a whole when the save is complete.")],
+    out: Annotated[Path, typer.Argument(help="Output directory; an existing one is replaced after a complete save.")],
     weights: Annotated[
-        str, typer.Option(help="int8, int4, nf4, float8 ...: docs/types.md; auto: within a budget.")
+        str,
+        typer.Option(
+            help="Type of the weights: int8, int4, nf4, float8 ... (see docs/types.md); auto: a type per layer within "
+            "--bits or --max-memory."
+        ),
     ] = "int8",
-    bits: Annotated[float | None, typer.Option(help="With auto: bits a weight, scales counted, e.g. 4.5.")] = None,
-    max_memory: Annotated[str | None, typer.Option(help="With auto: size of the whole model, e.g. 80MB.")] = None,
-    activations: Annotated[str | None, typer.Option(help="int8 or float8; default: not quantized.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale; -1: one scale a row.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="With --weights auto: mean bits per weight including scales, e.g. 4.5.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="With --weights auto: size of the whole model, e.g. 80MB.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Type of the activations: int8 or float8; default: not quantized.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Number of weights that share a scale; -1: one scale per row.")
+    ] = None,
     scale_bits: Annotated[
-        int | None, typer.Option(help="Bits of a group's scale and shift: 4 to 8; default: floats.")
+        int | None, typer.Option(help="Bits of each group's scale and shift, 4 to 8; default: float.")
     ] = None,
     rotation: Annotated[
-        int | None, typer.Option(help="Rotate rows in Hadamard blocks of up to this size, e.g. 1024.")
+        int | None, typer.Option(help="Rotate rows with Hadamard blocks of up to this size, e.g. 1024.")
     ] = None,
-    low_rank: Annotated[int | None, typer.Option(help="Rank of a correction beside the codes.")] = None,
+    low_rank: Annotated[
+        int | None, typer.Option(help="Rank of a low-rank correction stored with the codes; default: none.")
+    ] = None,
     modules_to_not_convert: Annotated[
-        list[str] | None, typer.Option(help="Leave float: a name, a parent, a leaf or a glob. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Module to leave float: its full name, a parent's name, the last part of its name, or a glob. Repeatable."
+        ),
     ] = None,
     module: Annotated[
-        list[str] | None, typer.Option(help="PATTERN=TYPE for single modules, e.g. '*.mlp.*=int4'. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Type for matching modules as PATTERN=TYPE, e.g. '*.mlp.*=int4'. Repeatable."),
     ] = None,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="Quantize embedding tables too.")] = False,
-    lm_head: Annotated[bool, typer.Option("--lm-head", help="Quantize the output embeddings too.")] = False,
-    convolutions: Annotated[bool, typer.Option("--convolutions", help="Quantize convolutions too.")] = False,
-    dtype: Annotated[str, typer.Option(help="Float dtype of the rest: auto, bfloat16, float16, float32.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where to quantize, e.g. cuda; default: the CPU.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Also quantize embedding tables.")] = False,
+    lm_head: Annotated[bool, typer.Option("--lm-head", help="Also quantize the output embeddings.")] = False,
+    convolutions: Annotated[bool, typer.Option("--convolutions", help="Also quantize convolutions.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="dtype of everything that is not quantized: auto, bfloat16, float16, float32.")
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="Device to quantize on, e.g. cuda; default: CPU.")] = None,
     method: Annotated[str | None, typer.Option(help=_METHOD_HELP)] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Text file that samples are cut from; default: fiction that ships with requanto."),
+        typer.Option(help="Text file to take samples from; default: a text that ships with requanto."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Samples for --method.")] = 128,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a sample.")] = 512,
+    samples: Annotated[int, typer.Option(help="Number of samples for --method.")] = 128,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 512,
     option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the method, e.g. iterations=100. Repeatable.")
+        list[str] | None, typer.Option(help="Option of the method as NAME=VALUE, e.g. iterations=100. Repeatable.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Directory that keeps finished blocks, to go on after an interruption.")
+        Path | None, typer.Option(help="Directory that stores finished blocks; an interrupted run continues from them.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL and save it to OUT, with its tokenizer."""
+    """Quantize MODEL and save it to OUT together with its tokenizer."""
     from requanto.config.config import QuantoConfig
     from requanto.report.convert import quantize_directory
     from requanto.report.inspect import inspect_directory
@@ -103,7 +124,9 @@ def quantize(
         )
         if method not in CALIBRATED:
             if calibration or option or resume:
-                raise ValueError("--calibration, --option and --resume belong to a --method that looks at samples")
+                raise ValueError(
+                    f"--calibration, --option and --resume belong to a --method that uses samples: {', '.join(CALIBRATED)}"
+                )
             quantize_directory(model, out, config, dtype=dtype, device=device)
         else:
             from requanto.report.calibrated import calibrate_directory
@@ -126,9 +149,7 @@ def quantize(
         if as_json:
             print(json.dumps({"out": str(out), "total_bytes": report.total_bytes, "config": config.to_dict()}))
         else:
-            console.print(
-                f"Saved {out}: {size_text(report.total_bytes)}, of which {size_text(report.float_bytes)} float."
-            )
+            console.print(f"Saved {out}: {size_text(report.total_bytes)}, {size_text(report.float_bytes)} of it float.")
 
 
 def _pairs(items: list[str]) -> dict[str, str | None]:
@@ -142,7 +163,7 @@ def _pairs(items: list[str]) -> dict[str, str | None]:
 
 
 def _values(items: list[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs; values are numbers, true, false, or text."""
+    """Parses NAME=VALUE pairs; values are JSON (numbers, true, false ...), anything else is a string."""
     found: dict[str, Any] = {}
     for item in items:
         name, equals, value = item.partition("=")
@@ -157,18 +178,24 @@ def _values(items: list[str]) -> dict[str, Any]:
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A directory that save_pretrained wrote, quantized or float.")],
-    all_layers: Annotated[bool, typer.Option("--all", help="A line for every weight, norms and biases too.")] = False,
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of a quantized or float model, as written by save_pretrained.")
+    ],
+    all_layers: Annotated[bool, typer.Option("--all", help="List every weight, also norms and biases.")] = False,
     parallel: Annotated[
         str | None,
-        typer.Option(help="What a rank holds and sends instead, e.g. tp=8 or tp=8,fsdp=2. Also for 8B, 70B, 405B."),
+        typer.Option(
+            help="Show instead what each rank of a distributed run stores and sends, e.g. tp=8 or tp=8,fsdp=2. "
+            "The model may also be 8B, 70B or 405B (Llama shapes)."
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="PNG to draw: error and size of each layer, of a model made within a budget.")
+        Path | None,
+        typer.Option(help="Write a PNG with error and size of each layer; for models quantized with --weights auto."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show type, shape and bytes of each weight; for a float model, what each type would save. Reads headers only."""
+    """Show type, shape and size of each weight; for a float model, its size in each type. Reads only file headers."""
     from requanto.report.inspect import inspect_directory
 
     with reported():
@@ -199,8 +226,8 @@ def inspect(
         if report.budget:
             console.print(report.why(), highlight=False)
         console.print(
-            f"Total {size_text(report.total_bytes)}: quantized {size_text(report.quantized_bytes)}, float "
-            f"{size_text(report.float_bytes)}."
+            f"Total {size_text(report.total_bytes)}: {size_text(report.quantized_bytes)} quantized, "
+            f"{size_text(report.float_bytes)} float."
         )
         for kind, size in report.would_take.items():
             console.print(f"  in {kind:<7} it would take {size_text(size)} ({size / report.total_bytes:.0%})")
@@ -221,8 +248,8 @@ def _inspect_parallel(model: str, parallel: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps({kind: {**asdict(report), "total": report.total} for kind, report in reports.items()}))
         return
-    table = Table(title=f"{model}, {parallel}: one rank")
-    for column in ("type", "weights", "of which float", "gathered", "cache / token", "sends / token", "sends / step"):
+    table = Table(title=f"{model}, {parallel}: per rank")
+    for column in ("type", "weights", "float weights", "gathered", "KV cache / token", "sent / token", "sent / step"):
         table.add_column(column, justify="left" if column == "type" else "right")
     for kind, r in reports.items():
         sizes = (r.total, r.floats, r.gathered, r.cache_per_token, r.sent_per_token, r.sent_per_step)
@@ -234,15 +261,17 @@ def _inspect_parallel(model: str, parallel: str, as_json: bool) -> None:
 def evaluate(
     directory: Model,
     text: Annotated[
-        Path | None, typer.Option(help="Text file to measure on; default: the one that ships here.")
+        Path | None, typer.Option(help="Text file to measure on; default: a text that ships with requanto.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Stop after so many tokens.")] = None,
-    dtype: Annotated[str, typer.Option(help="Float dtype: auto, bfloat16, float16, float32.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda; default: the CPU.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens; default: the whole text.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="dtype to load in: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Device to run on, e.g. cuda; default: CPU.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity on a text, and tokens a second, of a causal language model."""
+    """Measure perplexity on a text and tokens per second of a causal language model."""
     from requanto.report import perplexity
     from requanto.report.convert import load_causal_lm
     from requanto.report.inspect import inspect_model
@@ -266,13 +295,15 @@ def evaluate(
 @app.command()
 def tune(
     model: Model,
-    rows: Annotated[list[int] | None, typer.Option(help="Tokens in one product to tune for. Repeatable.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16, float16, float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="The GPU, e.g. cuda or xpu.")] = "cuda",
-    repeats: Annotated[int, typer.Option(help="Launches timed for each tile.")] = 20,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Number of tokens (rows of a GEMM) to tune for. Repeatable.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="dtype of the activations: bfloat16, float16, float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="GPU to tune on, e.g. cuda (also for ROCm).")] = "cuda",
+    repeats: Annotated[int, typer.Option(help="Timed launches per tile.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Time the kernels' tiles for MODEL's quantized layers on the present GPU and keep the best on disk."""
+    """Find the fastest kernel tiles for MODEL's quantized layers on this GPU and store them on disk."""
     import torch
 
     from requanto.cli.tune import ROWS, tune_model
@@ -280,7 +311,7 @@ def tune(
     with reported():
         chosen = getattr(torch, dtype, None)
         if chosen not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"dtype {dtype!r} is none of bfloat16, float16, float32")
+            raise ValueError(f"--dtype must be bfloat16, float16 or float32, found {dtype!r}")
         tuned = tune_model(model, rows=rows or ROWS, dtype=chosen, device=device, repeats=repeats, progress=not as_json)
         if as_json:
             print(json.dumps(asdict(tuned), default=str))
@@ -290,31 +321,31 @@ def tune(
 
 @app.command()
 def kernels(as_json: Json = False) -> None:
-    """Compile this machine's CPU kernels now, as an image is built, and not at the first product that needs one."""
+    """Compile the CPU kernels for this machine now (e.g. in an image build) instead of at their first use."""
     from requanto.linear.cpu.aot import cache, calls, trust
 
     with reported():
-        wanted = calls.useful()
+        wanted = calls.kernels_for_this_cpu()
         paths = {name: cache.path_of(name, source) for name, source in wanted.items()}
-        kept = {name for name, path in paths.items() if trust.intact(path)}
+        cached = {name for name, path in paths.items() if trust.intact(path)}
         cache.load(wanted)
         if as_json:
             print(json.dumps({name: str(path) for name, path in paths.items()}))
             return
         table = Table("kernel", "", "file")
         for name, path in paths.items():
-            table.add_row(name, "was kept" if name in kept else "made", path.name)
-        console.print(f"in {cache.directory()}", markup=False, highlight=False, soft_wrap=True)
+            table.add_row(name, "in the cache" if name in cached else "compiled", path.name)
+        console.print(f"Kernel cache: {cache.directory()}", markup=False, highlight=False, soft_wrap=True)
         console.print(table)
-        if left := ", ".join(name for name in calls.SOURCES if name not in wanted):
-            console.print(f"of no use on this processor: {left}", markup=False, highlight=False, soft_wrap=True)
+        if unused := ", ".join(name for name in calls.SOURCES if name not in wanted):
+            console.print(f"Not used on this processor: {unused}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def register_optimum_cli(
-    remove: Annotated[bool, typer.Option("--remove", help="Take it away again.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete the file again.")] = False,
 ) -> None:
-    """Make `optimum-cli quanto quantize` run on Requanto: writes one file into the installed optimum."""
+    """Make `optimum-cli quanto quantize` use Requanto: writes one file into the installed optimum."""
     from requanto.integrations.optimum_quanto import register
 
     with reported():

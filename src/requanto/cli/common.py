@@ -1,4 +1,4 @@
-"""What the commands share: consoles, argument types, errors as one line, sizes in words."""
+"""Helpers of all commands: consoles, argument types, one-line errors, sizes as text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.console import Console
 console = Console()
 errors = Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help="A directory that save_pretrained wrote, or a name on the hub.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines, nothing else, on standard output.")]
+Model = Annotated[str, typer.Argument(help="Model directory written by save_pretrained, or a name on the hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output.")]
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turns what users can cause into one line on standard error and exit code 1."""
+    """Reports errors that users can cause as one line on standard error, with exit code 1."""
     try:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
@@ -28,7 +28,7 @@ def reported() -> Iterator[None]:
 
 
 def size_text(count: int) -> str:
-    """Bytes in words: ``1.5 MB``."""
+    """Formats a number of bytes, e.g. ``1.5 MB``."""
     value = float(count)
     for unit in ("B", "KB", "MB"):
         if value < 1000:

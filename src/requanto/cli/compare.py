@@ -12,29 +12,34 @@ from rich.table import Table
 
 from requanto.cli.common import Json, console, reported
 
-Compared = Annotated[str, typer.Argument(help="A model's or a pipeline's directory, or a name on the hub.")]
+Compared = Annotated[str, typer.Argument(help="Directory of a model or a pipeline, or a name on the hub.")]
 
 
 def compare(
     a: Compared,
     b: Compared,
-    text: Annotated[Path | None, typer.Option(help="Text file to read; default: the one that ships here.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What a pipeline draws. Repeatable.")] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ... that pipelines and --run are called with.")] = 4,
+    text: Annotated[Path | None, typer.Option(help="Text file; default: a text that ships with requanto.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt for a pipeline. Repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) for pipelines and --run.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; default: the pipeline's.")] = None,
     run: Annotated[
-        str | None, typer.Option(help="FILE.py:FUNCTION, called with (model, seed), returns images: for other models.")
+        str | None,
+        typer.Option(
+            help="For other models: FILE.py:FUNCTION, a function that takes (model, seed) and returns output or images."
+        ),
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to read at most.")] = 4096,
-    weights_only: Annotated[bool, typer.Option("--weights-only", help="Compare weights, run nothing.")] = False,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to read.")] = 4096,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Compare only weights; do not run the models.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Directory for compare.png and compare.json.")] = None,
-    layers: Annotated[int, typer.Option(help="Layers in the table, the worst first; 0: all.")] = 12,
-    dtype: Annotated[str, typer.Option(help="Float dtype: auto, bfloat16, float16, float32.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Where to run, e.g. cuda; default: the CPU.")] = None,
+    layers: Annotated[int, typer.Option(help="Layers in the table, largest error first; 0: all.")] = 12,
+    dtype: Annotated[str, typer.Option(help="dtype to load in: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Device to run on, e.g. cuda; default: CPU.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare B with A: error of each layer, and of what the whole model answers or draws."""
+    """Compare model B with model A: error of each layer and of the output (text, embeddings or images)."""
     from requanto.report import compare as compare_models
 
     with reported():
@@ -63,20 +68,20 @@ def compare(
 
 
 def imported(place: str) -> Callable[[Any, int], Any]:
-    """The function that ``FILE.py:FUNCTION`` names.
+    """Imports the function that ``FILE.py:FUNCTION`` names.
 
     Raises:
-        ValueError: not of that form, or no such function.
+        ValueError: the argument has another form, or the file has no such function.
         FileNotFoundError: no such file.
     """
     file, colon, name = place.rpartition(":")
     if not colon or not name.isidentifier():
         raise ValueError(f"--run takes FILE.py:FUNCTION, found {place!r}")
     if not Path(file).is_file():
-        raise FileNotFoundError(f"--run: {file} is no file")
+        raise FileNotFoundError(f"--run: file {file} does not exist")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"--run: {file} is no Python file")
+        raise ValueError(f"--run: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
@@ -85,7 +90,7 @@ def imported(place: str) -> Callable[[Any, int], Any]:
 
 
 def show(result: Any, count: int) -> None:
-    """Prints the worst layers and the figures of the whole model."""
+    """Prints the layers with the largest errors and the results of the whole model."""
     from requanto.report.compare_plot import summary_lines
 
     ranked = sorted(result.layers, key=lambda x: (x.weight_error, x.output_error or 0.0), reverse=True)
@@ -97,6 +102,6 @@ def show(result: Any, count: int) -> None:
         table.add_row(layer.name, layer.type_a, layer.type_b, f"{layer.weight_error:.3%}", output)
     console.print(table)
     if count and len(ranked) > count:
-        console.print(f"The {count} weights with the largest errors of {len(ranked)}; --layers 0 shows all.")
+        console.print(f"Shown: the {count} of {len(ranked)} weights with the largest errors; --layers 0 shows all.")
     for name, value in summary_lines(result):
         console.print(f"{name}: {value}", highlight=False)

@@ -1,6 +1,6 @@
-"""``requanto tune MODEL``: finds the fastest tiles for a model's layers on the present GPU and keeps them on disk.
+"""``requanto tune MODEL``: finds the fastest kernel tiles for a model's layers on this GPU and stores them on disk.
 
-Kernels never time anything by themselves. Without this, they use the tiles that ship with them.
+Kernels never time anything themselves. Without tuning, they use the tiles that ship with them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from requanto.linear.gpu import conditions as rules
 from requanto.linear.registry import Problem
 from requanto.tensor.qtensor import QTensor
 
-#: Numbers of rows that are timed: decoding, small batches, prompts.
+#: Numbers of rows (tokens) to time: decoding, small batches, prompts.
 ROWS = (1, 16, 64, 256, 1024, 4096)
 
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """Layers that share one table entry a number of rows."""
+    """One shape to tune: all layers of this shape use the same tiles for a given number of rows."""
 
     op: str
     bits: int
@@ -40,14 +40,14 @@ class Job:
 
 @dataclass
 class Tuned:
-    """What a run found.
+    """Result of `tune_model`.
 
     Attributes:
-        path: the table, which every later process reads.
+        path: the file of tiles, which every later process reads.
         entries: number of entries written.
-        jobs: what was timed.
-        skipped: parameter -> why nothing is timed for it.
-        seconds: how long it took.
+        jobs: the shapes that were timed.
+        skipped: parameter -> why it is not tuned.
+        seconds: duration of the run.
     """
 
     path: Path
@@ -69,20 +69,20 @@ def tune_model(
 ) -> Tuned:
     """Times tiles for each shape of the model's quantized layers (`requanto_kernels.tune`).
 
-    Each shape's winners are on disk before the next is begun: an interrupted run loses one shape.
+    The results of each shape are written before the next shape starts: an interrupted run loses one shape.
 
     Args:
-        model: a quantized model, or a directory (or name on the hub) of one; of a directory only config.json is read.
-        rows: numbers of rows (tokens in one product) to tune for.
+        model: a quantized model, its directory or its name on the hub; of a directory only config.json is read.
+        rows: numbers of rows (tokens) of a GEMM to tune for.
         dtype: of the activations.
         device: the GPU, ``"cuda"`` also for ROCm.
-        repeats: launches timed for each tile.
-        progress: show a bar.
-        report: called with a line for each winner; None: nobody.
+        repeats: timed launches per tile.
+        progress: show a progress bar.
+        report: called with a line of text for each result; None: not called.
 
     Raises:
-        RuntimeError: no GPU, or no Triton that works on it.
-        ValueError: nothing in the model is quantized.
+        RuntimeError: no GPU, or Triton does not work on it.
+        ValueError: no weight of the model is quantized.
     """
     jobs, skipped = jobs_of(model)
     if not jobs and not skipped:
@@ -114,7 +114,7 @@ def tune_model(
 
 
 def jobs_of(model: nn.Module | str | Path) -> tuple[list[Job], dict[str, str]]:
-    """(what to time, each once; parameter -> why nothing is timed for it)."""
+    """Returns (distinct shapes to time, {parameter: why it is not tuned})."""
     jobs: set[Job] = set()
     skipped: dict[str, str] = {}
     for name, problem in _problems(model):
@@ -129,7 +129,7 @@ def jobs_of(model: nn.Module | str | Path) -> tuple[list[Job], dict[str, str]]:
 
 
 def _problems(model: nn.Module | str | Path) -> Iterator[tuple[str, Problem]]:
-    """Every quantized matrix, or stack of experts, of the model as a problem of one row."""
+    """Yields (name, problem with one row) for every quantized matrix or stack of experts."""
     if isinstance(model, nn.Module):
         for prefix, module in model.named_modules():
             own = getattr(module, "activation_qtype", None)
@@ -173,10 +173,10 @@ def _stored(model: str | Path) -> dict[str, str]:
 
 
 def _job(problem: Problem) -> Job | str:
-    """What serves the problem, as the table would choose it on a GPU with matrix instructions; or why it is not tuned."""
+    """Returns the job for the kernel that the registry selects on a GPU with matrix instructions, or why it is not tuned."""
     kind, group = problem.qtype, problem.group_size
     if problem.transposed:
-        return "stored transposed: the kernel of those products has fixed tiles"
+        return "stored transposed: the kernel for transposed weights has fixed tiles"
     if kind not in rules.KINDS:
         return f"{kind.name} has no kernel"
     group = None if group == problem.in_features else group
@@ -189,11 +189,11 @@ def _job_8_bit(problem: Problem, kind: qtype, group: int | None) -> Job | str:
     assert problem.activation is not None
     shape = problem.out_features, problem.in_features
     if kind.is_floating_point or problem.activation.is_floating_point:
-        return "products of float8 codes use the shipped tiles"
+        return "GEMMs of float8 codes use the shipped tiles"
     if kind.bits == 8 and group is None and not problem.affine:
         return Job("scaled_mm", 8, None, *shape)
     if group is not None and (group < 32 or group & (group - 1)):
-        return f"groups of {group} with int8 activations are multiplied as floats"
+        return f"groups of {group} with int8 activations use a float GEMM"
     if group is not None and kind.is_packed and group % rules.exec_block(kind.bits):
         return f"groups of {group} with int8 activations use the shipped tiles"
     return Job("w4a8_gemm", kind.bits, group, *shape)
@@ -204,11 +204,11 @@ def _require_gpu(device: torch.device) -> None:
         raise RuntimeError(f"tuning needs a CUDA or ROCm device, found {device}")
     if not torch.cuda.is_available():
         raise RuntimeError(
-            f"tuning needs a GPU: this PyTorch ({torch.__version__}) finds none. Kernels work without tuning; run this on "
-            "the machine that will run the model."
+            f"tuning needs a GPU, but this PyTorch ({torch.__version__}) finds none. Kernels work without tuning; run this "
+            "command on the machine that will run the model."
         )
     if not rules.available():
-        raise RuntimeError("tuning needs a Triton that works on this GPU; the log says what is missing")
+        raise RuntimeError("tuning needs Triton, which does not work on this GPU; see the log for the reason")
 
 
 def _name(model: nn.Module | str | Path) -> str:

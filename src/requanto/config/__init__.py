@@ -1,1 +1,1 @@
-"""What a user asks for: the configuration, budgets, and the plan that follows for a model."""
+"""The configuration, budgets, and the plan of which weights of a model are quantized."""

@@ -1,4 +1,4 @@
-"""QuantoConfig: the one configuration both libraries accept."""
+"""QuantoConfig: the configuration class for both Transformers and Diffusers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from requanto.scales.search import check_method
 from requanto.tensor.rotation import check_rotation
 
 FORMAT = "requanto"
-#: the newest version of the checkpoint format that is read; what version 1 can say is written as version 1
+#: newest checkpoint format version that can be read; a checkpoint that needs no feature of version 2 is written as version 1
 FORMAT_VERSION = 2
 _VERSION_2_WORDS = frozenset({"scales", "rotation"})
 _VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
 
 
 def format_version_of(tensors: Mapping[str, str]) -> int:
-    """The version that a reader of these stored weights (name -> description) needs."""
-    return max((_needed(*text.split()) for text in tensors.values()), default=1)
+    """The format version that stored weights (name -> `WeightSpec.text`) need."""
+    return max((_version_of(*text.split()) for text in tensors.values()), default=1)
 
 
-def _needed(kind: str, _shape: str, *words: str) -> int:
+def _version_of(kind: str, _shape: str, *words: str) -> int:
     later = any(word.partition("=")[0] in _VERSION_2_WORDS for word in words)
     return 2 if later or kind not in _VERSION_1_TYPES else 1
 
 
 class QuantizationMethod(str, Enum):
-    """The name under which both libraries look the quantizer up; Diffusers asks for its ``.value``."""
+    """The name under which both libraries look up the quantizer; Diffusers reads its ``.value``."""
 
     QUANTO = "quanto"
 
-    __hash__ = str.__hash__  # equal to "quanto", so it must find the same place in a dict
+    __hash__ = str.__hash__  # it is equal to "quanto", so its hash must be the same
     __str__ = str.__str__
 
 
@@ -47,11 +47,11 @@ LayerChoice = str | dict[str, Any] | None
 
 _BUDGET_KEYS = ("bits", "max_memory", "candidates")
 _LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
-#: keys that are stored only where they say something: a config without them is what earlier versions wrote and read
+#: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
 _LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", *_BUDGET_KEYS})
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget")
 
-#: as a type of weights: chosen for each layer, within a budget
+#: value of ``weights``: a type is chosen for each layer within a budget
 AUTO = "auto"
 
 
@@ -59,37 +59,39 @@ class QuantoConfig:
     """How a model is quantized.
 
     Args:
-        weights: type of the weights: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` (e4m3fn) ...: docs/types.md.
+        weights: type of the weights: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` (e4m3fn) ... (docs/types.md).
         activations: None, ``"int8"`` or ``"float8"``: inputs of quantized layers are quantized per token on the fly.
         modules_to_not_convert: modules left float. An entry matches a full dotted name, a parent's name, a leaf name or a
-            glob; one that matches nothing is an error. The library's own skips (lm_head ...) stay.
-        group_size: neighbouring weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale a row
-            for 8 bits; -1: one scale a row. A size that does not divide a row is halved until it does.
-        modules: choices for single modules, glob on the dotted name -> type or dict with the keys ``weights``,
-            ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, ``rotation``, ``low_rank``, or None
-            for float. The first match counts. A full name (no glob) also wins over the library's default skips:
+            glob; one that matches no module is an error. The library's default skips (lm_head ...) apply as well.
+        group_size: number of adjacent weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale
+            per row for 8 bits; -1: one scale per row. A size that does not divide a row is halved until it does.
+        modules: options for single modules: glob on the dotted name -> type, None for float, or a dict with the keys
+            ``weights``, ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, ``rotation``,
+            ``low_rank``. The first match is used. A full name (no glob) also overrides the library's default skips:
             ``modules={"lm_head": "int8"}``.
         symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
         method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"`` or ``"hqq"``;
-            None: what measured best for the type (docs/accuracy.md). Methods that look at samples are `requanto.quantize`'s.
+            None: the most accurate one for the type as measured (docs/accuracy.md). Methods that need calibration samples
+            are options of `requanto.quantize`.
         embeddings: quantize ``nn.Embedding`` tables too.
         lm_head: quantize the output embeddings too.
         convolutions: quantize Conv1d, Conv2d and Conv3d too.
         scale_bits: 4 to 8: bits in which the scale and the shift of a group are stored (docs/accuracy.md); None or 16: as
             floats.
         rotation: True, ``"hadamard"`` or the largest block (a power of two): rows are rotated by a block Hadamard matrix
-            before they are rounded, and so is what is multiplied with them. None: not.
-        low_rank: rank of two thin matrices beside the codes that give back most of what rounding loses; None: none.
-        default_skips: keep what the library or this package leaves float by default. False clears that list.
-        weights_dtype: the name Diffusers gives ``weights``.
-        bits, max_memory: with ``weights="auto"``, one of the two: a budget, within which each layer's type is chosen
-            (docs/accuracy.md). Bits a weight over all weights to quantize, scales counted; or bytes of the whole model,
+            before rounding, and inputs are rotated alike. None: no rotation.
+        low_rank: rank of a low-rank term, two thin matrices in addition to the codes, that corrects most of the rounding
+            error; None: no term.
+        default_skips: leave float what the library or this package skips by default. False clears that list.
+        weights_dtype: Diffusers' name for ``weights``.
+        bits, max_memory: with ``weights="auto"``, one of the two: a budget within which each layer's type is chosen
+            (docs/accuracy.md). Bits per weight over all weights to quantize, including scales; or bytes of the whole model,
             ``"80MB"``.
         candidates: with ``weights="auto"``, the types to choose from: ``["int4:64", "int8:row"]``; None: all widths.
 
     Raises:
-        TypeError: an unknown keyword; the message names the nearest known one.
-        ValueError: an unknown type or a value out of range.
+        TypeError: a keyword is unknown; the message names the nearest known one.
+        ValueError: a type is unknown or a value is out of range.
     """
 
     def __init__(
@@ -136,13 +138,13 @@ class QuantoConfig:
         self.scale_bits = check_scale_bits(scale_bits)
         self.rotation = check_rotation(rotation)
         self.low_rank = check_low_rank(low_rank)
-        #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty before anything was quantized
+        #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty until a model was quantized
         self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
         #: name of a module that holds activation scales -> their type (`requanto.checkpoint.activation_table`)
         self.activation_modules: dict[str, str] = dict(stored.get("activation_modules") or {})
-        #: one config for several models (components of a pipeline): a name may match in another one. Never stored.
+        #: True if several models (components of a pipeline) use this config: patterns may match in another. Not stored.
         self.shared = False
-        #: None: the checkpoint was not written by Requanto
+        #: None if the checkpoint was not written by Requanto
         self.format: str | None = stored.get("format")
         self.format_version: int | None = stored.get("format_version")
         check_method(self.method)
@@ -151,7 +153,7 @@ class QuantoConfig:
         self.bits, self.max_memory = bits, max_memory
         self.candidates = None if candidates is None else list(candidates)
         self._check_budget()
-        #: what a budget led to, with each layer's error (`requanto.budget.Choice.record`); None: no budget was given
+        #: result of a budget, with each layer's error (`requanto.budget.Choice.record`); None: no budget was given
         self.budget: dict[str, Any] | None = copy.deepcopy(stored.get("budget"))
         for flag in ("symmetric",):
             if getattr(self, flag) not in (None, True, False):
@@ -159,7 +161,7 @@ class QuantoConfig:
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
-        """The keywords the constructor knows."""
+        """Keywords of the constructor."""
         return (
             "weights",
             "activations",
@@ -181,7 +183,7 @@ class QuantoConfig:
 
     @property
     def weights_dtype(self) -> str:
-        """``weights``, under the name Diffusers gives it."""
+        """``weights``, under Diffusers' name."""
         return self.weights
 
     def _check_budget(self) -> None:
@@ -195,8 +197,8 @@ class QuantoConfig:
                 f"bits={self.bits!r}, max_memory={self.max_memory!r}, candidates={self.candidates!r}"
             )
 
-    def settle(self, modules: dict[str, LayerChoice], budget: dict[str, Any]) -> None:
-        """Replaces the budget by what it led to: a choice for every layer, so that reloading needs no budget."""
+    def resolve_budget(self, modules: dict[str, LayerChoice], budget: dict[str, Any]) -> None:
+        """Replaces the budget by its result, a choice for every layer, so that reloading needs no budget."""
         kinds = [c["weights"] for c in modules.values() if isinstance(c, dict)]
         if self.weights == AUTO:
             self.weights = max(sorted(set(kinds)), key=kinds.count) if kinds else "int8"
@@ -207,11 +209,11 @@ class QuantoConfig:
         self.bits = self.max_memory = self.candidates = None
 
     def record(self, tensors: dict[str, str]) -> None:
-        """Takes the descriptions of a model's quantized weights (`requanto.checkpoint.format`) as what is stored."""
+        """Records the specs of a model's quantized weights (`requanto.checkpoint.format`) in the config."""
         self.tensors, self.format, self.format_version = tensors, FORMAT, format_version_of(tensors)
 
     def choice_for(self, pattern: str | None) -> LayerOptions:
-        """The options of a layer that ``pattern`` of ``modules`` matched, or of any other layer (None)."""
+        """The options of layers that match ``pattern`` of ``modules``; None: of layers without a match."""
         options = {
             "weights": self.weights,
             "group_size": self.group_size,
@@ -231,10 +233,10 @@ class QuantoConfig:
         check_method(options["method"], kind, where)
         return LayerOptions(**options)
 
-    # ------------------------------------------------------------------ what the libraries call
+    # ------------------------------------------------------------------ methods that the libraries call
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; :meth:`from_dict` makes an equal object of them."""
+        """Plain JSON values, from which :meth:`from_dict` makes an equal object."""
         values: dict[str, Any] = {"quant_method": self.quant_method.value}
         for key in self.parameters():
             if key != "weights_dtype" and (key not in _LATER_KEYS or getattr(self, key) is not None):
@@ -252,7 +254,7 @@ class QuantoConfig:
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What a model's config.json holds: everything, so that a default that changes later changes no checkpoint."""
+        """The entry of a model's config.json: all values, so that checkpoints do not depend on defaults of a version."""
         return self.to_dict()
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -266,26 +268,26 @@ class QuantoConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The object a dict describes. Keywords that name a known parameter replace the dict's value."""
+        """The config that a dict describes. Keywords that name a known parameter replace the dict's value."""
         known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.parameters()}
         config = cls(**{**config_dict, **known})
         return (config, kwargs) if return_unused_kwargs else config
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
-        """Sets known attributes; returns the keywords that are none."""
+        """Sets known attributes; returns the unknown keywords."""
         known = {key: value for key, value in kwargs.items() if key in self.parameters()}
         if known:
             self.__init__(**{**self.to_dict(), **known})  # type: ignore[misc]
         return {key: value for key, value in kwargs.items() if key not in known}
 
     def __iter__(self) -> Any:
-        """``dict(config)``, which Transformers does when it prints one."""
+        """Makes ``dict(config)`` work, which Transformers calls to print a config."""
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QuantoConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]  # mutable, as every configuration of the libraries
+    __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
         shown = {
@@ -297,7 +299,7 @@ class QuantoConfig:
 
 
 class LayerOptions:
-    """The choices for one layer, as `QTensor.quantize` takes them."""
+    """The options for one layer, as arguments of `QTensor.quantize`."""
 
     def __init__(
         self,
@@ -310,7 +312,7 @@ class LayerOptions:
         rotation: int | None = None,
         low_rank: int | None = None,
     ) -> None:
-        #: the type is still to be chosen; int8 stands in for it where one is asked for before that
+        #: True while a budget has not chosen the type; qtype is int8 until then
         self.auto = weights == AUTO
         self.qtype = resolve_qtype("int8" if self.auto else weights)
         self.group_size: int | str | None = (
@@ -319,7 +321,7 @@ class LayerOptions:
         self.symmetric = symmetric
         self.activations = None if activations is None else resolve_qtype(activations)
         self.scale_bits, self.rotation, self.low_rank = scale_bits, rotation, low_rank
-        #: name of the search, None: the type's default
+        #: name of the scale search; None: the type's default
         self.method = method
 
     def __repr__(self) -> str:

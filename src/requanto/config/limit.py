@@ -1,4 +1,4 @@
-"""A budget as a user writes it: bits a weight or bytes of the whole model, and the types to choose from."""
+"""Parses a user's budget: bits per weight or bytes of the whole model, and the types to choose from."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 
 @dataclass(frozen=True)
 class Limit:
-    """A budget: one of the two.
+    """A budget; exactly one of the two is set.
 
     Attributes:
-        bits: bits a weight, over all weights that the configuration leaves to quantize: codes, scales and shifts counted,
-            and those that are kept float.
+        bits: bits per weight, averaged over all weights that the configuration selects for quantization: codes, scales and
+            shifts, or the float values of those that stay float.
         max_memory: bytes of all parameters and buffers of the model, as ``get_memory_footprint`` counts them.
     """
 
@@ -28,33 +28,33 @@ class Limit:
 
     @classmethod
     def of(cls, bits: float | None, max_memory: int | str | None) -> Limit:
-        """Checks what a user gave.
+        """The budget for a user's ``bits`` and ``max_memory``.
 
         Raises:
-            ValueError: neither, both, or no sensible value.
+            ValueError: neither or both are given, or the value is not positive.
         """
         if (bits is None) == (max_memory is None):
             raise ValueError(
-                f"weights='auto' takes a budget, bits= or max_memory=, and one of them: found bits={bits!r} and "
+                f"weights='auto' needs exactly one budget, bits= or max_memory=: found bits={bits!r} and "
                 f"max_memory={max_memory!r}; for example bits=4.5 or max_memory='80MB'"
             )
         if bits is not None:
             if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not (math.isfinite(bits) and bits > 0):
-                raise ValueError(f"bits must be a positive number of bits a weight, such as 4.5; found {bits!r}")
+                raise ValueError(f"bits must be a positive number of bits per weight, such as 4.5; found {bits!r}")
             return cls(bits=float(bits))
         return cls(max_memory=parse_bytes(max_memory))
 
     def capacity(self, weights: int, rest: int) -> int:
-        """Bytes that the weights to choose for may take.
+        """Bytes that the selected weights may take.
 
         Args:
-            weights: how many there are.
+            weights: their number of elements.
             rest: bytes of everything else in the model.
         """
         return math.floor(self.bits * weights / 8) if self.bits is not None else (self.max_memory or 0) - rest
 
-    def in_words(self, taken: int, weights: int, rest: int, up: bool) -> str:
-        """The budget that ``taken`` bytes of the chosen weights would need, as the user would write it."""
+    def as_argument(self, taken: int, weights: int, rest: int, up: bool) -> str:
+        """The budget, written as a keyword argument, that allows ``taken`` bytes for the selected weights."""
         if self.bits is None:
             return f"max_memory={taken + rest} ({(taken + rest) / 1e6:.2f} MB)"
         scaled = taken * 8 / max(1, weights) * 10**4
@@ -68,7 +68,7 @@ def parse_bytes(value: int | str | None) -> int:
     """Bytes from a number or a text: ``"80MB"`` (10^6), ``"1.5GiB"`` (2^30).
 
     Raises:
-        ValueError: neither.
+        ValueError: the value is not a positive size.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
@@ -80,10 +80,10 @@ def parse_bytes(value: int | str | None) -> int:
 
 
 def parse_candidates(texts: Sequence[str]) -> list[tuple[str, int | None]]:
-    """(type, group size or None for one scale a row) of each text; a type alone has its default group size.
+    """(type, group size or None for one scale per row) of each text; a type alone has its default group size.
 
     Raises:
-        ValueError: an unknown type or group.
+        ValueError: a type or group is unknown.
     """
     found = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""Which parameters of a model are quantized, and how: the same answer for both libraries and the command line."""
+"""Selects which parameters of a model are quantized and how, for both libraries and the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
-# Expert modules whose weights are [experts, in, out] and that do not say so themselves.
+# Expert modules with weights [experts, in, out] that have no attribute `is_transposed`.
 _TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts"})
 
 _GLOB = frozenset("*?[")
@@ -28,9 +28,9 @@ class PlannedWeight:
     """One parameter to quantize.
 
     Attributes:
-        options: its type and group.
+        options: its type, group size and further options.
         axis: see QTensor.
-        transposed: quantized along its last-but-one axis (GPT-2's Conv1D, experts stored [E, K, N]).
+        transposed: quantized along the second-to-last axis (GPT-2's Conv1D, experts stored [E, K, N]).
         kind: ``"linear"``, ``"conv1d"`` (GPT-2's), ``"experts"``, ``"embedding"`` or ``"convolution"``.
     """
 
@@ -40,9 +40,9 @@ class PlannedWeight:
     kind: str
 
     def quantize(self, weight: torch.Tensor, name: str, search: str | ScaleSearch | None = None) -> QTensor:
-        """The quantized weight; ``search`` stands above the options' method."""
+        """The quantized weight; ``search`` overrides the method of the options."""
         if self.options.auto:
-            raise ValueError(f"{name}: its type is still to be chosen within a budget (requanto.budget)")
+            raise ValueError(f"{name}: no type was chosen yet; choose one within a budget first (requanto.budget)")
         tensor = QTensor.quantize(
             weight,
             self.options.qtype,
@@ -61,12 +61,12 @@ class PlannedWeight:
 
 
 def is_glob(pattern: str) -> bool:
-    """True if the pattern holds a wildcard."""
+    """True if the pattern contains a wildcard."""
     return any(character in _GLOB for character in pattern)
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names the module ``name``, one of its parents, its leaf, or, as a glob, either."""
+    """True if a pattern matches the module name, a parent's name or, without wildcards, a run of its dotted parts."""
     if is_glob(pattern):
         parts = name.split(".")
         return any(fnmatch.fnmatchcase(".".join(parts[: end + 1]), pattern) for end in range(len(parts)))
@@ -74,10 +74,10 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str, shared: bool = False) -> None:
-    """Refuses a pattern that matches no module; warns of it where the config is shared by several models.
+    """Checks that each pattern matches a module; only warns where several models share the config.
 
     Raises:
-        ValueError: it names the pattern and the nearest module names.
+        ValueError: a pattern matches no module; the message names the nearest module names.
     """
     names = list(names)
     for pattern in patterns:
@@ -89,7 +89,7 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str, sh
         message = f"{where}: {pattern!r} matches no module of the model.{hint}"
         if not shared:
             raise ValueError(message)
-        logger.warning("%s It may name one of another component, which this config is for as well.", message)
+        logger.warning("%s It may match in another component, since several components share this config.", message)
 
 
 def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[str, int, bool] | None:
@@ -103,7 +103,7 @@ def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[
             return "convolution", 0, False
         if type(module).__name__ == "Conv1D" and parameter.dim() == 2:  # Transformers' own, weight [in, out]
             return "conv1d", 0, True
-    # Fused experts keep [experts, out, in] (or [experts, in, out]) parameters on the module itself.
+    # Fused experts have [experts, out, in] (or [experts, in, out]) parameters on the module itself.
     if parameter.dim() == 3 and "Experts" in type(module).__name__:
         transposed = bool(getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS))
         return "experts", 1, transposed
@@ -111,11 +111,11 @@ def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[
 
 
 def is_router(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether a module chooses experts: a gate or router beside them. Its errors change which weights are used at all."""
+    """True for a gate or router with experts among its siblings. It stays float: its errors change which experts run."""
     parent, _, leaf = name.rpartition(".")
-    beside = modules[parent].named_children() if parent in modules else ()
+    siblings = modules[parent].named_children() if parent in modules else ()
     return ("router" in leaf or leaf.endswith("gate")) and any(
-        "expert" in child for child, _ in beside if child != leaf
+        "expert" in child for child, _ in siblings if child != leaf
     )
 
 
@@ -132,15 +132,14 @@ def plan(
 
     Args:
         model: any model, also on the meta device.
-        config: what was asked for.
-        default_skips: module names the library leaves float unless told otherwise, or a function that says of a module's
-            full name whether it is one.
-        output_embeddings: the lm_head, quantized only where ``config.lm_head`` or its full name says so.
+        config: the user's configuration.
+        default_skips: module names that the library leaves float by default, or a predicate on a module's full name.
+        output_embeddings: the lm_head, quantized only with ``config.lm_head`` or if ``config.modules`` has its full name.
         always_float: module names that stay float whatever the config says (the library needs them in float32).
         tied: parameter -> the parameter it shares its tensor with; only the latter is in a checkpoint.
 
     Raises:
-        ValueError: a pattern matches nothing, or nothing is left to quantize.
+        ValueError: a pattern matches no module, or no parameter is left to quantize.
     """
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
@@ -186,22 +185,22 @@ def plan(
             planned[full] = PlannedWeight(config.choice_for(pattern), axis, transposed, kind)
     for target, source in (tied or {}).items():
         if target in planned and source not in planned:
-            # One tensor under two names: asking for the head means asking for the table it shares.
-            logger.info("%s is tied to %s: both are quantized, as the one tensor they are", target, source)
+            # One tensor under two names: quantizing the head quantizes the embedding table too.
+            logger.info("%s is tied to %s: they share one tensor, so both are quantized", target, source)
             planned[source] = planned[target]
         planned.pop(target, None)
     if not planned:
         kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
         raise ValueError(
-            f"nothing to quantize: {type(model).__name__} has no Linear, Conv1D or expert weight that the config leaves "
-            f"to quantize (its layers: {', '.join(kinds[:12])}). Convolutions and embeddings are asked for with "
+            f"nothing to quantize: {type(model).__name__} has no Linear, Conv1D or expert weight that the config selects "
+            f"(its layers: {', '.join(kinds[:12])}). Convolutions and embeddings are quantized with "
             f"convolutions=True, embeddings=True; modules_to_not_convert={config.modules_to_not_convert}."
         )
     return planned
 
 
 def parameter_holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place where each parameter sits, by the parameter's id."""
+    """(module, attribute) of every place that holds each parameter, by the parameter's id."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():

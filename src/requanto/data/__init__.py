@@ -1,4 +1,4 @@
-"""The texts that ship with the package; README.md in this folder says where they come from."""
+"""The texts that ship with the package; see README.md in this folder for their sources."""
 
 from importlib.resources import files
 
@@ -6,10 +6,10 @@ __all__ = ["calibration_text", "eval_text"]
 
 
 def eval_text() -> str:
-    """Technical prose with code, for measuring: about 50,000 tokens."""
+    """Returns technical prose with code, for evaluation: about 50,000 tokens."""
     return files(__name__).joinpath("eval_text.txt").read_text(encoding="utf-8")
 
 
 def calibration_text() -> str:
-    """Fiction, for methods that look at activations: about 55,000 tokens that share nothing with `eval_text`."""
+    """Returns fiction, for calibration: about 55,000 tokens, disjoint from `eval_text`."""
     return files(__name__).joinpath("calibration_text.txt").read_text(encoding="utf-8")

@@ -1,22 +1,22 @@
-"""Sub-byte codes <-> bytes.
+"""Bit packing: codes of 1 to 7 bits <-> bytes.
 
-The bits of a row are one stream, low bits first: code k is bits ``k * b .. (k + 1) * b``. So a 4-bit byte holds code 2k in
-its low nibble and code 2k+1 in its high one, and 8 codes of 3 bits fill 3 bytes. A last axis that does not fill its last
-byte is padded with zero bits, dropped on unpacking.
+The bits of a row are one stream, low bits first: code k is bits ``k * b .. (k + 1) * b``. So a byte of 4-bit codes has code
+2k in its low nibble and code 2k+1 in its high one, and 8 codes of 3 bits fill 3 bytes. The last byte of a row is padded
+with zero bits, which unpacking drops.
 """
 
 from __future__ import annotations
 
 import torch
 
-#: integer as wide as the unpacked codes of one byte, by codes a byte
+#: number of codes in a byte -> integer dtype with one byte for each of them
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: widths that divide a byte
+#: bit widths that divide a byte
 _WHOLE = (1, 2, 4)
 
 
 def packed_length(length: int, bits: int) -> int:
-    """Bytes that ``length`` codes of ``bits`` bits (1 to 7) take."""
+    """Number of bytes for ``length`` codes of ``bits`` bits (1 to 7)."""
     return -(-length * bits // 8)
 
 
@@ -41,8 +41,8 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     missing = -length % per_word
     if missing:
         codes = torch.nn.functional.pad(codes, (0, missing))
-    # The codes of one byte are read as one little-endian word (code i at bit 8i) and slid together to bit bits*i: one
-    # pass over contiguous words, where picking every second or fourth code apart would be several strided ones.
+    # The codes of one packed byte are read as one little-endian word (code i at bit 8i) and shifted to bit bits*i: one pass
+    # over contiguous words, instead of several strided passes over every second or fourth code.
     word = codes.contiguous().view(_WORDS[per_word])
     if bits not in _WHOLE:
         return _bytes_of(_slide_together(word, bits), bits)[..., : packed_length(length, bits)]
@@ -71,9 +71,9 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
 
 
 def unpack_pairs(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
-    """Codes 2k and 2k+1 as one number ``code[2k] + 2^bits * code[2k+1]``: ``[..., ceil(length / 2)]``.
+    """Unpacks pairs of codes as ``code[2k] + 2^bits * code[2k+1]``: ``[..., ceil(length / 2)]``.
 
-    uint8 up to 4 bits, else int16. A lookup of pairs costs half of what single codes would.
+    The dtype is uint8 up to 4 bits, else int16. A table lookup of pairs takes half the time of one of single codes.
     """
     pairs = -(-length // 2)
     if bits == 4:
@@ -85,8 +85,8 @@ def unpack_pairs(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
 
 # ---------------------------------------------------------------------- widths that do not divide a byte
 #
-# 8 codes are one int64 word: as codes in its 8 bytes, as packed ones in its low 8 * bits bits. Between the two forms lie
-# three steps that halve or double the number of fields, each of them a few operators over whole words.
+# 8 codes are one int64 word: unpacked, one in each of its 8 bytes; packed, in its low 8 * bits bits. Three steps convert
+# between the two, each of which merges or splits pairs of fields with a few operators on whole words.
 
 
 def _words_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _words_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
         packed = torch.nn.functional.pad(packed, (0, missing))
     parts = packed.unflatten(-1, (-1, bits))
     words = parts.new_zeros(*parts.shape[:-1], 8)
-    for byte in range(bits):  # long strided copies are faster than one whose inner loop is a few bytes
+    for byte in range(bits):  # a few long strided copies are faster than one copy with an inner loop of a few bytes
         words[..., byte] = parts[..., byte]
     return words.view(torch.int64).squeeze(-1)
 
@@ -111,7 +111,7 @@ def _bytes_of(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _slide_apart(words: torch.Tensor, bits: int, lane: int) -> torch.Tensor:
-    """Fields of ``bits`` bits (of pairs, for lanes of 16), side by side -> each in its own lane of 8 or 16 bits."""
+    """Spreads adjacent fields of ``bits`` bits to lanes of 8 bits, or pairs of them to lanes of 16 bits."""
     for width, wide in ((4 * bits, 32), (2 * bits, 16), (bits, 8)):
         if wide < lane:
             break
@@ -122,10 +122,10 @@ def _slide_apart(words: torch.Tensor, bits: int, lane: int) -> torch.Tensor:
 
 
 def _slide_together(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """One code in each byte of a word -> the codes side by side in its low bits."""
+    """Moves the codes in the bytes of a word together into its low bits."""
     for width, wide in ((bits, 8), (2 * bits, 16), (4 * bits, 32)):
         low = _repeated(width, 2 * wide)
-        # Codes have at most 7 bits, so that no word is negative and a shift to the right brings zeros.
+        # Codes have at most 7 bits, so words are not negative and a right shift inserts zeros.
         high = (words >> (wide - width)).bitwise_and_(_signed(low << width))
         words = high.bitwise_or_(words & _signed(low))
     return words

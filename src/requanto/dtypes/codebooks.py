@@ -1,8 +1,8 @@
-"""The values that codes of the fixed codebooks stand for.
+"""The values of the codes of the fixed codebooks.
 
 nf4, fp4   bitsandbytes' values in its order of codes (``csrc/kernels.cu``, ``functional.get_4bit_type``)
 nf2, nf3   the construction of nf4 for 4 and 8 values: Dettmers et al. 2023, QLoRA, arXiv:2305.14314
-fpX_eAmB   floating-point numbers of X bits: sign, A of exponent, B of mantissa; all of them finite. fp4_e2m1, fp6_e2m3 and
+fpX_eAmB   floating-point numbers of X bits: sign, A bits of exponent, B of mantissa; all finite. fp4_e2m1, fp6_e2m3 and
            fp6_e3m2 are the element types of the OCP Microscaling Formats (MX) Specification v1.0.
 """
 
@@ -22,7 +22,7 @@ NF4 = (
 
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 _MINIFLOAT = re.compile(r"fp([3-7])_e(\d)[mw](\d)")
-#: Bits of exponent beyond which a scale in 16 bits could not hold absmax / largest value.
+#: Most exponent bits: with more, a 16-bit scale could not hold absmax / largest value.
 MOST_EXPONENT_BITS = 4
 
 
@@ -30,15 +30,15 @@ def _float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-#: bitsandbytes' 4-bit float: sign, two bits of exponent, one of mantissa, divided by 12; code 8 is another 0.
+#: bitsandbytes' 4-bit float: sign, two bits of exponent, one of mantissa, divided by 12; code 8 is a second 0.
 FP4 = tuple(_float32(sign * value / 12) for sign in (1, -1) for value in _FP4_TWELFTHS)
 
 
 def normal_float(bits: int) -> tuple[float, ...]:
-    """NormalFloat of 2^bits ascending values: quantiles of N(0, 1) over its largest, with an exact 0.
+    """The 2^bits ascending values of NormalFloat: quantiles of N(0, 1) divided by the largest one, with an exact 0.
 
-    Half of the values are positive, one less is negative. The outermost quantile lies in the middle between those that
-    would cut off ``1 / 2^(bits+1)`` and ``1 / (2^(bits+1) - 2)``; the paper has it for 4 bits: (1/32 + 1/30) / 2.
+    Half of the values are positive; the negative ones are one fewer. The tail probability of the outermost quantile is the
+    mean of ``1 / 2^(bits+1)`` and ``1 / (2^(bits+1) - 2)``; in the paper, for 4 bits: (1/32 + 1/30) / 2.
     """
     outermost = 1 - (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
 
@@ -53,10 +53,10 @@ def normal_float(bits: int) -> tuple[float, ...]:
 
 
 def minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
-    """Values of all bit patterns ``sign | exponent | mantissa``, in their order; no infinity, no NaN.
+    """Values of all bit patterns ``sign | exponent | mantissa``, in order; no infinity, no NaN.
 
-    The exponent's bias is ``2^(exponent_bits - 1) - 1`` and its lowest value is that of subnormal numbers, as in IEEE 754
-    and the MX specification.
+    The exponent's bias is ``2^(exponent_bits - 1) - 1`` and exponent 0 means subnormal numbers, as in IEEE 754 and the MX
+    specification.
     """
     bias = 2 ** (exponent_bits - 1) - 1
     values = []
@@ -68,10 +68,10 @@ def minifloat(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
 
 
 def minifloat_name(name: str) -> str | None:
-    """The usual spelling of a small float's name (``fp6_e3w2`` -> ``fp6_e3m2``); None: it names none.
+    """The canonical name of a small float (``fp6_e3w2`` -> ``fp6_e3m2``), or None for other names.
 
     Raises:
-        ValueError: its bits do not add up, or it has too many of exponent.
+        ValueError: the bits do not add up, or there are too many exponent bits.
     """
     match = _MINIFLOAT.fullmatch(name)
     if match is None:
@@ -84,7 +84,7 @@ def minifloat_name(name: str) -> str | None:
         )
     if exponent > MOST_EXPONENT_BITS:
         raise ValueError(
-            f"{name!r}: weights that share a scale need no such range; small floats have 1 to {MOST_EXPONENT_BITS} bits "
+            f"{name!r}: weights that share a scale need no such range; supported are 1 to {MOST_EXPONENT_BITS} bits "
             f"of exponent"
         )
     return f"fp{bits}_e{exponent}m{mantissa}"

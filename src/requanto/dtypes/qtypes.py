@@ -1,7 +1,6 @@
-"""The quantized types: how many bits a code has, what it may hold, how it is stored. All of them: docs/types.md.
+"""The quantized types: bits, range and storage of a code (list of all types: docs/types.md).
 
-Names and fields are those of optimum-quanto 0.2.7, so that code written against it keeps its meaning; types that it lacks
-have further fields.
+Names and fields are those of optimum-quanto 0.2.7, for compatibility; types that optimum-quanto lacks have further fields.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from requanto.dtypes.codebooks import FP4, MINIFLOATS, NF4, minifloat, minifloat
 
 
 @dataclass(frozen=True, eq=True)
-class qtype:  # the name optimum-quanto gave it
+class qtype:  # optimum-quanto's name
     """A quantized type.
 
     Attributes:
         name: unique name, e.g. ``"qint4"``.
-        is_floating_point: True for float8 codes; False for integers and for numbers of a codebook's entries.
+        is_floating_point: True for float8 codes; False for integers and for indices into a codebook.
         bits: bits of one code.
-        dtype: torch dtype in which one unpacked code is held.
-        qmin, qmax: smallest and largest value of a signed code; of a codebook.
-        is_unsigned: codes ``0 .. 2^bits - 1`` that always have a shift.
-        values: what each code stands for, before the scale; None: codes are numbers themselves.
-        is_learned: each tensor has values of its own, fitted to it.
+        dtype: torch dtype of an unpacked code.
+        qmin, qmax: smallest and largest code, or value of a codebook.
+        is_unsigned: True for codes ``0 .. 2^bits - 1`` that always have a shift.
+        values: value of each code of a codebook, before the scale; None: codes are numbers.
+        is_learned: True if each tensor has its own codebook, fitted to it.
     """
 
     name: str
@@ -45,7 +44,7 @@ class qtype:  # the name optimum-quanto gave it
     def __hash__(self) -> int:
         return hash(str(self))
 
-    # A type is a constant: every copy of a tensor shares it.
+    # A type is a constant, so copies return the same object.
     def __copy__(self) -> qtype:
         return self
 
@@ -54,57 +53,57 @@ class qtype:  # the name optimum-quanto gave it
 
     @property
     def is_packed(self) -> bool:
-        """True when several codes share one byte."""
+        """True if several codes share one byte."""
         return self.bits < 8
 
     @property
     def storage_dtype(self) -> torch.dtype:
-        """dtype of the stored codes: uint8 where codes are packed, else the code's own dtype."""
+        """dtype of the stored codes: uint8 for packed codes, else `dtype`."""
         return torch.uint8 if self.is_packed else self.dtype
 
     @property
     def zero_code(self) -> int:
-        """The middle of unsigned codes (2^(bits-1)), which means 0 in a symmetric, packed tensor; 0 elsewhere."""
+        """The stored code for 0 in a symmetric, packed tensor: 2^(bits-1); 0 for codebooks and signed 8-bit codes."""
         return 2 ** (self.bits - 1) if (self.is_packed or self.is_unsigned) and not self.is_codebook else 0
 
     @property
     def is_codebook(self) -> bool:
-        """True where a code is the number of a value, not a value."""
+        """True if a code is an index into a codebook."""
         return self.values is not None or self.is_learned
 
     @property
     def span(self) -> float:
-        """The value that a group's largest absolute weight gets under absmax scaling, where codes are a codebook's."""
+        """Largest absolute value of a codebook, to which absmax scaling maps a group's largest absolute weight."""
         return 1.0 if self.is_learned or self.values is None else max(abs(value) for value in self.values)
 
     @property
     def affine_by_default(self) -> bool:
-        """Whether a shift is stored unless the user says otherwise."""
+        """Whether a shift is stored by default."""
         return self.is_unsigned or (self.bits < 8 and not self.is_codebook)
 
     def affine(self, symmetric: bool | None, name: str = "weight") -> bool:
-        """Whether a shift is stored when the user asks for ``symmetric``.
+        """Whether a shift is stored for the user's value of ``symmetric``.
 
         Raises:
-            ValueError: the type has no such form.
+            ValueError: the type does not support it.
         """
         if symmetric is None:
             return self.affine_by_default
         if self.is_unsigned and symmetric:
             raise ValueError(
-                f"{name}: {self.name} codes are unsigned and need a shift; symmetric=True goes with a signed type, such as "
+                f"{name}: {self.name} codes are unsigned and need a shift; symmetric=True needs a signed type, such as "
                 f"'int{max(2, self.bits)}'"
             )
         if not symmetric and (self.is_codebook or (self.bits == 8 and not self.is_unsigned)):
             better = "'uint8'" if self.bits == 8 else f"'uint{self.bits}'"
             raise ValueError(
-                f"{name}: {self.name} codes are symmetric and have no shift; symmetric=False goes with an integer type of "
+                f"{name}: {self.name} codes are symmetric and have no shift; symmetric=False needs an integer type of "
                 f"fewer than 8 bits or an unsigned one, such as {better}"
             )
         return not symmetric
 
     def with_values(self, values: tuple[float, ...]) -> qtype:
-        """A learned type with the values that one tensor has; never part of a tensor, whose values are stored."""
+        """A copy of a learned type with the values of one tensor, for quantizing it; a QTensor stores them as codebook."""
         return replace(self, values=values)
 
 
@@ -154,16 +153,16 @@ qtypes: dict[str, qtype] = {
 }
 qtypes["qfloat8"] = qfloat8
 
-# What users write in a config: "int4", "float8", "fp8", "qint4" ...
+# Further names that users may write in a config: "int4", "float8", "fp8" ...
 _ALIASES = {name.removeprefix("q"): t for name, t in qtypes.items()}
 _ALIASES |= {"fp8": qfloat8, "fp8_e4m3fn": qfloat8, "fp8_e5m2": qfloat8_e5m2, "fp8_e4m3fnuz": qfloat8_e4m3fnuz}
 
 
 def resolve_qtype(value: str | qtype | torch.dtype) -> qtype:
-    """The qtype that a user's string, qtype or torch dtype names.
+    """The qtype for a user's string, qtype or torch dtype.
 
     Raises:
-        ValueError: the string names no known type; the message lists the known ones and the nearest.
+        ValueError: the type is unknown; the message lists the known ones and the nearest.
         TypeError: the value is neither string, qtype nor torch dtype.
     """
     if isinstance(value, qtype):
@@ -188,5 +187,5 @@ def resolve_qtype(value: str | qtype | torch.dtype) -> qtype:
 
 
 def short_name(value: qtype) -> str:
-    """The name a config uses: ``qint4`` -> ``int4``, ``qfloat8_e4m3fn`` -> ``float8``."""
+    """The name in a config: ``qint4`` -> ``int4``, ``qfloat8_e4m3fn`` -> ``float8``."""
     return "float8" if value == qfloat8 else value.name.removeprefix("q")

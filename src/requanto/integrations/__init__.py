@@ -1,7 +1,7 @@
-"""The thin edges: one module a library.
+"""Patches for other libraries (Transformers, Diffusers, accelerate, PEFT), one module per library.
 
-`install()` hooks Requanto into whichever of them a process uses, without importing any: a module of a library that is
-loaded already is hooked at once, one that is not when it is first imported.
+`install()` imports none of them: a library module that is already imported is patched at once, any other when it is first
+imported.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.machinery
 import sys
 from types import ModuleType
 
-#: module of a library -> (our module, function to call once the library's module is there)
+#: module of a library -> (our module, function to call after the library's module is imported)
 HOOKS: dict[str, tuple[str, str]] = {
     "transformers.quantizers.auto": ("requanto.integrations.transformers", "register"),
     "transformers.modeling_utils": ("requanto.integrations.transformers_model", "register"),
@@ -30,16 +30,16 @@ HOOKS: dict[str, tuple[str, str]] = {
 }
 
 
-#: our module -> its functions that are due as soon as it is there: it was imported first, and imported its library itself
-_due: dict[str, list[str]] = {}
-_EDGES = frozenset(ours for ours, _ in HOOKS.values())
+#: our module -> functions to call once its import has finished: it was imported first and is importing its library
+_pending: dict[str, list[str]] = {}
+_OUR_MODULES = frozenset(ours for ours, _ in HOOKS.values())
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the hooked modules and ours where the ordinary finders do, and calls the hooks after they ran."""
+    """Import finder for the modules in HOOKS and our own: loads them as usual, then calls their hooks."""
 
     def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None):  # type: ignore[no-untyped-def]
-        if fullname not in HOOKS and fullname not in _EDGES:
+        if fullname not in HOOKS and fullname not in _OUR_MODULES:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:
@@ -51,7 +51,7 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, inner: importlib.abc.Loader) -> None:
         self._inner = inner
 
-    def __getattr__(self, name: str) -> object:  # get_source, get_filename ... as the real one
+    def __getattr__(self, name: str) -> object:  # get_source, get_filename ...
         return getattr(self._inner, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
@@ -61,7 +61,7 @@ class _Loader(importlib.abc.Loader):
         self._inner.exec_module(module)
         if module.__name__ in HOOKS:
             _run(module.__name__)
-        for function in _due.pop(module.__name__, ()):
+        for function in _pending.pop(module.__name__, ()):
             getattr(module, function)()
 
 
@@ -70,15 +70,15 @@ def _run(library_module: str) -> None:
     module = importlib.import_module(ours)
     if hasattr(module, function):
         getattr(module, function)()
-    else:  # half imported: it is what imports the library
-        _due.setdefault(ours, []).append(function)
+    else:  # our module is only partly imported: it is the one that imports the library
+        _pending.setdefault(ours, []).append(function)
 
 
 def install() -> None:
-    """Hooks into the libraries. Doing it twice changes nothing."""
+    """Installs the import hooks; a second call does nothing."""
     if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _AfterImport())
     for name in HOOKS:
-        if sys.modules.get(name) is not None:  # None: an import that someone forbade
+        if sys.modules.get(name) is not None:  # None: importing the module is blocked
             _run(name)

@@ -1,7 +1,7 @@
-"""accelerate, and what Transformers does with it: device maps with cpu and disk entries, true sizes.
+"""accelerate, also as Transformers uses it: device maps with "cpu" and "disk" entries, and module sizes in true bytes.
 
-Weights offloaded to disk are written as their stored parts, with the line that describes them (`checkpoint.format`), in
-accelerate's own index; the loader that reads them back hands out QTensors.
+A weight offloaded to disk is written as its stored parts; accelerate's index holds the line that describes it
+(`checkpoint.format`), and accelerate's loader returns it as a QTensor.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ _ENTRY = "requanto"
 
 
 def register() -> None:
-    """Called once accelerate is there."""
+    """Patches accelerate; called after it is imported."""
     from accelerate.utils import modeling, offload
 
     from requanto.integrations import accelerate_fsdp
 
     accelerate_fsdp.register()
 
-    replace_everywhere(offload.offload_weight, _offload_dat)
-    replace_everywhere(modeling.compute_module_sizes, _true_sizes)
+    replace_everywhere(offload.offload_weight, _wrap_offload_dat)
+    replace_everywhere(modeling.compute_module_sizes, _wrap_module_sizes)
     loader = offload.OffloadedWeightsLoader
     if not hasattr(loader.__getitem__, "_requanto"):
-        loader.__getitem__ = _reading(loader.__getitem__)
+        loader.__getitem__ = _wrap_getitem(loader.__getitem__)
 
 
 def register_transformers() -> None:
-    """Called once Transformers' model loading is there."""
+    """Patches Transformers' offloading; called after its model loading is imported."""
     from transformers import core_model_loading
     from transformers.integrations import accelerate as theirs
 
-    replace_everywhere(theirs.offload_weight, _offload_safetensors)
-    replace_everywhere(theirs.accelerate_dispatch, _dispatch)
-    replace_everywhere(core_model_loading.offload_and_maybe_resave_param, _resave)
+    replace_everywhere(theirs.offload_weight, _wrap_offload_safetensors)
+    replace_everywhere(theirs.accelerate_dispatch, _wrap_dispatch)
+    replace_everywhere(core_model_loading.offload_and_maybe_resave_param, _wrap_resave)
 
 
 # ---------------------------------------------------------------------- writing and reading
 
 
-def _offload_dat(original: Callable) -> Callable:
+def _wrap_offload_dat(original: Callable) -> Callable:
     @functools.wraps(original)
     def offload_weight(weight: torch.Tensor, weight_name: str, offload_folder: str, index: dict | None = None) -> Any:
         if not isinstance(weight, QTensor):
@@ -69,7 +69,7 @@ def _entry(weight: QTensor, more: dict[str, Any]) -> dict[str, Any]:
     return {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape), **more}
 
 
-def _offload_safetensors(original: Callable) -> Callable:
+def _wrap_offload_safetensors(original: Callable) -> Callable:
     @functools.wraps(original)
     def offload_weight(
         weight: torch.Tensor, weight_name: str, offload_folder: str | None, offload_index: dict[str, Any]
@@ -85,7 +85,7 @@ def _offload_safetensors(original: Callable) -> Callable:
     return offload_weight
 
 
-def _reading(original: Callable) -> Callable:
+def _wrap_getitem(original: Callable) -> Callable:
     @functools.wraps(original)
     def __getitem__(self: Any, key: str) -> torch.Tensor:
         entry = None if key in self.state_dict else self.index.get(key)
@@ -100,7 +100,7 @@ def _reading(original: Callable) -> Callable:
             else:
                 value = load_offloaded_weight(os.path.join(self.save_folder, f"{name}.dat"), info)
             found[name.removeprefix(f"{key}_")] = value
-        # Written by this process from a checked weight: reading all scales again at every forward would be waste.
+        # This process wrote the file from a checked weight; checking all scales again at every forward would be slow.
         tensor = rebuild(key, entry[_ENTRY], found, getattr(torch, entry["dtype"]), check_values=False)
         return nn.Parameter(tensor, requires_grad=False)
 
@@ -111,15 +111,15 @@ def _reading(original: Callable) -> Callable:
 # ---------------------------------------------------------------------- Transformers' loading
 
 
-def _resave(original: Callable) -> Callable:
+def _wrap_resave(original: Callable) -> Callable:
     @functools.wraps(original)
     def offload_and_maybe_resave_param(
         target_name: str, param: Any, loading_info: Any, disk_offload_folder: Any, disk_offload_index: dict, ops: Any
     ) -> dict:
         if not isinstance(param, QTensor):
             return original(target_name, param, loading_info, disk_offload_folder, disk_offload_index, ops)
-        # Transformers would read the float weight out of the checkpoint at every forward: a model that is partly not
-        # quantized, and says nothing. The codes are written beside it instead.
+        # Transformers would load the float weight from the checkpoint at every forward, so this layer would silently not
+        # be quantized. Write the codes to the offload folder instead.
         from transformers.integrations.accelerate import offload_weight
 
         loading_info.missing_keys.discard(target_name)
@@ -128,14 +128,14 @@ def _resave(original: Callable) -> Callable:
     return offload_and_maybe_resave_param
 
 
-def _dispatch(original: Callable) -> Callable:
+def _wrap_dispatch(original: Callable) -> Callable:
     @functools.wraps(original)
     def accelerate_dispatch(
         model: Any, hf_quantizer: Any, device_map: Any, folder: Any, index: Any, offload_buffers: Any
     ) -> None:
         for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if index and _ENTRY in (index.get(source) or {}):
-                # The name of the entry is part of the parts' names, so the alias keeps the source's.
+                # Part names start with the entry's name, so a tied weight needs its own part names.
                 parts = {f"{name}{part.removeprefix(source)}": info for part, info in index[source]["parts"].items()}
                 index[name] = index[source] | {"parts": parts}
         for name, entry in (index or {}).items():
@@ -147,7 +147,7 @@ def _dispatch(original: Callable) -> Callable:
 
 
 def _set_placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
-    """Puts a QTensor without values where the float parameter without values is: it is counted and moved as what it is."""
+    """Replaces a float parameter on the meta device by a meta QTensor, so that sizes and transfers count its true bytes."""
     parts = expected_parts(entry[_ENTRY], name)
     meta = {part: torch.empty(shape, dtype=dtypes[0], device="meta") for part, (shape, dtypes) in parts.items()}
     tensor = rebuild(name, entry[_ENTRY], meta, getattr(torch, entry["dtype"]))
@@ -155,11 +155,11 @@ def _set_placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> None
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def materialized(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict with every offloaded weight read back to the CPU.
+def load_offloaded(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the state dict with every offloaded weight loaded to the CPU.
 
     Raises:
-        RuntimeError: a weight is on the meta device and no hook knows where its values are.
+        RuntimeError: a weight is on the meta device and was not offloaded by accelerate.
     """
     state_dict = model.state_dict()
     for name, tensor in state_dict.items():
@@ -181,7 +181,7 @@ def _float_like(tensor: QTensor) -> nn.Parameter:
     return nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), requires_grad=False)
 
 
-def _true_sizes(original: Callable) -> Callable:
+def _wrap_module_sizes(original: Callable) -> Callable:
     @functools.wraps(original)
     def compute_module_sizes(
         model: nn.Module, dtype: Any = None, special_dtypes: Any = None, buffers_only: bool = False
@@ -192,7 +192,7 @@ def _true_sizes(original: Callable) -> Callable:
         for name, tensor in model.named_parameters():
             if not isinstance(tensor, QTensor):
                 continue
-            # Counted as a float tensor of its shape; what it really holds takes that place.
+            # accelerate counted a float tensor of this shape: replace that by the true number of bytes.
             holder = nn.Module()
             holder.register_parameter("weight", _float_like(tensor))
             kinds = {"weight": special_dtypes[name]} if special_dtypes and name in special_dtypes else None

@@ -1,7 +1,7 @@
-"""accelerate's FSDP2 with ``cpu_ram_efficient_loading``: the model of rank 0 is handed out to all ranks.
+"""accelerate's FSDP2 with ``cpu_ram_efficient_loading``: rank 0 loads the model and broadcasts it to all ranks.
 
-accelerate sends every weight as a float tensor of its shape. Here a quantized weight travels as what it is, its stored
-tensors, and each rank keeps its rows.
+accelerate broadcasts every weight as a float tensor of its shape. For a quantized weight, its stored tensors are broadcast
+instead, and each rank keeps its rows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from requanto.tensor.qtensor import QTensor
 
 
 def register() -> None:
-    """Called once accelerate is there."""
+    """Patches accelerate's FSDP2; called after accelerate is imported."""
     from accelerate.utils import fsdp_utils
 
-    if hasattr(fsdp_utils, "fsdp2_load_full_state_dict"):  # older ones know FSDP1 only
-        replace_everywhere(fsdp_utils.fsdp2_load_full_state_dict, _handing_out)
+    if hasattr(fsdp_utils, "fsdp2_load_full_state_dict"):  # older versions have only FSDP1
+        replace_everywhere(fsdp_utils.fsdp2_load_full_state_dict, _wrap_load_full_state_dict)
 
 
-def _handing_out(original: Callable) -> Callable:
+def _wrap_load_full_state_dict(original: Callable) -> Callable:
     @functools.wraps(original)
     def fsdp2_load_full_state_dict(
         accelerator: Any, model: nn.Module, full_sd: dict[str, Any], cpu_offload: bool = False
@@ -63,7 +63,7 @@ def _quantized(like: Any, name: str, full: dict[str, Any], layouts: dict[str, di
 
 
 def _float(like: Any, full: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """A float parameter or buffer: the whole is sent, a parameter's rows are kept."""
+    """Broadcasts a float parameter or buffer from rank 0; returns this rank's shard of a DTensor, else the whole tensor."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if dist.get_rank() == 0 and full is not None:

@@ -1,4 +1,4 @@
-"""Budgets while a library loads: a first pass over the checkpoint's files measures, then loading goes on with the plan."""
+"""``weights="auto"`` in from_pretrained: measures the weights in the checkpoint's files and chooses types before loading."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from requanto.config.plan import PlannedWeight
 
 
 class StoredPieces:
-    """The tensors of safetensors files that make up each parameter, read one at a time.
+    """Callable: parameter name -> the stored tensors that make up the parameter, read one at a time.
 
     Args:
-        files: the checkpoint.
-        target: the parameter that a stored tensor becomes, or a part of.
+        files: safetensors files of the checkpoint.
+        target: maps the name of a stored tensor to the parameter that it becomes, or becomes a part of.
     """
 
     def __init__(self, files: Sequence[str | os.PathLike], target: Callable[[str], str]) -> None:
         self._where: dict[str, list[tuple[str, str]]] = {}
         for file in files:
             with safe_open(str(file), framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  (no dict)
+                for key in opened.keys():  # noqa: SIM118  (not a dict)
                     self._where.setdefault(target(key), []).append((str(file), key))
 
     def __call__(self, name: str) -> list[torch.Tensor]:
-        """The stored tensors of a parameter; mapped from their files, so that only what is looked at is read."""
+        """Returns the stored tensors of a parameter, memory-mapped."""
         found = []
         for file, key in self._where.get(name, ()):
             with safe_open(file, framework="pt") as opened:
@@ -39,7 +39,7 @@ class StoredPieces:
         return found
 
 
-def chosen_from_files(
+def resolve_from_files(
     model: nn.Module,
     config: QuantoConfig,
     planned: dict[str, PlannedWeight],
@@ -47,17 +47,17 @@ def chosen_from_files(
     target: Callable[[str], str] = str,
     state: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, PlannedWeight]:
-    """The plan with every type settled; ``config`` then holds a choice for each layer.
+    """Returns the plan with a type chosen for every layer, and records the choices in ``config``.
 
     Args:
         model: on the meta device, in the dtype that it is loaded in.
         config, planned: see `requanto.budget.resolve`.
-        files: the checkpoint's.
+        files: the checkpoint's files.
         target: see :class:`StoredPieces`.
-        state: the weights by name, where they are in memory instead of in files.
+        state: the weights by name, if they are in memory rather than in files.
 
     Raises:
-        ValueError: no safetensors files, or a budget that is not possible.
+        ValueError: no safetensors files, or the budget is too small.
     """
     if not any(choice.options.auto for choice in planned.values()):
         return planned
@@ -66,25 +66,25 @@ def chosen_from_files(
         return planned if chosen is None else chosen.planned
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise ValueError(
-            f"weights='auto' first measures the weights in the checkpoint's .safetensors files, and there are none "
-            f"({', '.join(map(str, files or ())) or 'a state dict'}). Load the float model, then requanto.quantize(model, "
-            f"weights='auto', ...) and requanto.freeze(model)"
+            f"weights='auto' measures the weights in the checkpoint's .safetensors files, but the checkpoint has other "
+            f"files or none ({', '.join(map(str, files or ())) or 'a state dict'}). Load the float model, then call "
+            f"requanto.quantize(model, weights='auto', ...) and requanto.freeze(model)"
         )
     chosen = resolve(model, config, planned, StoredPieces(files, target))
     return planned if chosen is None else chosen.planned
 
 
-def chosen_for_transformers(
+def resolve_for_transformers(
     model: Any, config: QuantoConfig, planned: dict[str, PlannedWeight], files: Sequence[str | os.PathLike] | None
 ) -> dict[str, PlannedWeight]:
-    """:func:`chosen_from_files`, with Transformers' renaming of stored weights."""
+    """Does :func:`resolve_from_files` with the names that Transformers gives to stored weights."""
     if not any(choice.options.auto for choice in planned.values()):
         return planned
-    return chosen_from_files(model, config, planned, files, transformers_names(model))
+    return resolve_from_files(model, config, planned, files, transformers_names(model))
 
 
 def transformers_names(model: Any) -> Callable[[str], str]:
-    """Stored name -> parameter, as Transformers renames and merges on loading."""
+    """Returns a function from stored name to parameter name, as Transformers renames and merges weights on loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

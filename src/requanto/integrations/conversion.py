@@ -1,4 +1,4 @@
-"""What both libraries need to know about a quantizer's configuration and a model's plan."""
+"""Helpers of the Transformers and the Diffusers quantizer: configs, sizes in bytes, dequantization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from requanto.tensor.qtensor import QTensor
 
 
 def as_config(config: Any) -> QuantoConfig:
-    """Our config from ours, a dict, or one of the libraries' built-in QuantoConfigs.
+    """Converts a dict or a built-in QuantoConfig of Transformers or Diffusers to requanto's QuantoConfig.
 
     Raises:
         TypeError: anything else.
@@ -35,14 +35,14 @@ def as_config(config: Any) -> QuantoConfig:
 
 
 def frozen_parameter(tensor: QTensor) -> QTensor:
-    """The tensor as a parameter that needs no gradient."""
+    """Returns the tensor as a parameter with ``requires_grad=False``."""
     return nn.Parameter(tensor, requires_grad=False)  # type: ignore[return-value]
 
 
 def true_bytes(model: nn.Module, buffers: bool = True) -> int:
-    """Bytes that the model's parameters (and buffers) hold, quantized ones at their real size, shared ones once.
+    """Returns the bytes of the model's parameters (and buffers): codes and scales of quantized weights, shared ones once.
 
-    Of a weight that is spread over ranks, the part that this one holds.
+    Of a DTensor, only this rank's shard is counted.
     """
     tensors = list(model.parameters()) + (list(model.buffers()) if buffers else [])
     tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
@@ -50,15 +50,15 @@ def true_bytes(model: nn.Module, buffers: bool = True) -> int:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces every quantized parameter by a float one, in place; tied ones stay tied, activations become float.
+    """Replaces every quantized parameter by a float one in place and turns activation quantization off; ties are kept.
 
     Raises:
-        NotImplementedError: a weight is spread over ranks.
+        NotImplementedError: a weight is sharded over ranks.
     """
     for name, parameter in model.named_parameters():
         if local_quantized(parameter) is not None:
             raise NotImplementedError(
-                f"dequantize(): {name} is spread over ranks. Save the model (save_pretrained, on every rank), load it in "
+                f"dequantize(): {name} is sharded over ranks. Save the model (save_pretrained, on every rank), load it in "
                 f"one process and dequantize it there."
             )
     for module in model.modules():
@@ -76,12 +76,12 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 
 def has_quantized(model: nn.Module) -> bool:
-    """True if any parameter is a QTensor, or this rank's part of one."""
+    """Whether any parameter is a QTensor, or a DTensor of one."""
     return any(isinstance(p, QTensor) or local_quantized(p) is not None for p in model.parameters())
 
 
 def world_size() -> int:
-    """Processes that work on this model together: 1 outside torch.distributed."""
+    """Number of ranks of torch.distributed; 1 if it is not initialized."""
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,4 +1,4 @@
-"""Two places where Diffusers speaks for its built-in quanto: a deprecation, and a checkpoint of another backend."""
+"""Two patches of Diffusers' quantizer selection: its deprecation of quanto, and checkpoints of other backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from requanto.config.config import QuantizationMethod, QuantoConfig
 
 
 def silence_deprecation() -> None:
-    """The built-in QuantoConfig is deprecated because its quantizer is; with ours behind it there is nothing to say."""
+    """Suppresses the deprecation warning of Diffusers' QuantoConfig, which now uses Requanto's quantizer."""
     from diffusers.quantizers import quantization_config
 
     original = getattr(quantization_config, "deprecate", None)
@@ -25,12 +25,12 @@ def silence_deprecation() -> None:
 
 
 def refuse_other_backends(selector: Any) -> None:
-    """Loading a checkpoint of another backend with our config is a mistake that the library only warns of."""
+    """Makes loading a checkpoint of another backend with a QuantoConfig an error; Diffusers only warns."""
     if not hasattr(selector.merge_quantization_configs, "_requanto"):
-        selector.merge_quantization_configs = classmethod(_merging(selector.merge_quantization_configs.__func__))
+        selector.merge_quantization_configs = classmethod(_wrap_merge(selector.merge_quantization_configs.__func__))
 
 
-def _merging(original: Any) -> Any:
+def _wrap_merge(original: Any) -> Any:
     @functools.wraps(original)
     def merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         if isinstance(quantization_config_from_args, QuantoConfig):
@@ -40,7 +40,7 @@ def _merging(original: Any) -> Any:
             if found != QuantizationMethod.QUANTO.value:
                 raise ValueError(
                     f"the checkpoint is quantized by {found!r} and cannot be quantized again with a QuantoConfig. Load "
-                    f"it without quantization_config, or take the float checkpoint it was made of."
+                    f"it without quantization_config, or load the float checkpoint that it was made from."
                 )
         return original(cls, quantization_config, quantization_config_from_args)
 

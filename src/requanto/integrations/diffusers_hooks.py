@@ -1,4 +1,4 @@
-"""Diffusers' offloading to disk, layerwise casting and LoRA shape expansion, for quantized weights."""
+"""Support for quantized weights in Diffusers' group offloading to disk, layerwise casting and LoRA shape expansion."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _KEY = "requanto"
 
 
 def register_group_offloading() -> None:
-    """Group offloading to disk writes and reads files through the ``safetensors`` name of its module: ours flattens."""
+    """Replaces ``safetensors`` in Diffusers' group offloading by `save_file` and `load_file`, which handle QTensors."""
     from diffusers.hooks import group_offloading
 
     group_offloading.safetensors = SimpleNamespace(torch=SimpleNamespace(save_file=save_file, load_file=load_file))
 
 
 def save_file(tensors: dict[str, torch.Tensor], filename: str) -> None:
-    """`safetensors.torch.save_file` for a dict that may hold QTensors."""
+    """Does `safetensors.torch.save_file` for a dict that may hold QTensors."""
     quantized = {name: t for name, t in tensors.items() if isinstance(t, QTensor)}
     metadata = None
     if quantized:
@@ -40,13 +40,13 @@ def save_file(tensors: dict[str, torch.Tensor], filename: str) -> None:
 
 
 def load_file(filename: str, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The reverse of :func:`save_file`."""
+    """Loads a file that :func:`save_file` wrote."""
     loaded = safetensors.torch.load_file(filename, device=device)
     with safe_open(filename, framework="pt") as opened:
         rows = json.loads((opened.metadata() or {}).get(_KEY, "{}"))
     for name, (text, dtype) in rows.items():
         parts = {part: loaded.pop(f"{name}_{part}") for part in _stored(loaded, name)}
-        # Written by this process: checking the values each time would cost a pass over the memory.
+        # This process wrote the file, so the values are not checked again: that would read all scales.
         loaded[name] = rebuild(name, text, parts, getattr(torch, dtype.removeprefix("torch.")), check_values=False)
     return loaded
 
@@ -56,7 +56,7 @@ def _stored(loaded: dict[str, torch.Tensor], name: str) -> list[str]:
 
 
 def register_layerwise_casting() -> None:
-    """A layer with a quantized weight is not cast: it is stored in as few bits already."""
+    """Excludes layers with quantized weights from layerwise casting: their weights are small already."""
     from diffusers.hooks import layerwise_casting
 
     original = layerwise_casting.apply_layerwise_casting_hook
@@ -66,7 +66,7 @@ def register_layerwise_casting() -> None:
     @functools.wraps(original)
     def apply_layerwise_casting_hook(module: Any, *args: Any, **kwargs: Any) -> None:
         if any(isinstance(parameter, QTensor) for parameter in module.parameters()):
-            logger.debug("layerwise casting leaves a quantized %s as it is", type(module).__name__)
+            logger.debug("layerwise casting skips a quantized %s", type(module).__name__)
             return
         original(module, *args, **kwargs)
 
@@ -75,7 +75,7 @@ def register_layerwise_casting() -> None:
 
 
 def register_lora_expansion() -> None:
-    """A LoRA of another input width makes the library rebuild a layer around its float weight."""
+    """Dequantizes a layer's weight if a LoRA has another input width: Diffusers then rebuilds the layer in float."""
     from diffusers.loaders import lora_pipeline
 
     original = lora_pipeline._maybe_dequantize_weight_for_expanded_lora

@@ -1,4 +1,4 @@
-"""Methods of Diffusers' ModelMixin that must know about quantized weights: its size, saving, and reading a single file."""
+"""Patches of Diffusers' ModelMixin for quantized weights: loading, saving, memory footprint, single files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.files import stored_keys
-from requanto.checkpoint.foreign.quanto_directory import reading_quanto
+from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.readme import write_readme
 from requanto.config.config import QuantoConfig
@@ -19,28 +19,28 @@ from requanto.integrations.conversion import has_quantized, true_bytes, world_si
 
 
 def register() -> None:
-    """Wraps the methods; a model without quantized weights is untouched."""
+    """Patches the methods; models without quantized weights are not affected."""
     from diffusers.models.modeling_utils import ModelMixin
 
     if hasattr(ModelMixin.save_pretrained, "_requanto"):
         return
-    reading_quanto(ModelMixin)
-    ModelMixin.from_pretrained = classmethod(_loading(ModelMixin.from_pretrained.__func__))
-    ModelMixin.save_pretrained = _saving(ModelMixin.save_pretrained)
-    ModelMixin.get_memory_footprint = _footprint(ModelMixin.get_memory_footprint)
+    wrap_from_pretrained(ModelMixin)
+    ModelMixin.from_pretrained = classmethod(_wrap_from_pretrained(ModelMixin.from_pretrained.__func__))
+    ModelMixin.save_pretrained = _wrap_save_pretrained(ModelMixin.save_pretrained)
+    ModelMixin.get_memory_footprint = _wrap_memory_footprint(ModelMixin.get_memory_footprint)
 
 
 def register_single_file() -> None:
-    """Wraps ``from_single_file``."""
+    """Patches ``from_single_file``."""
     from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
     if not hasattr(FromOriginalModelMixin.from_single_file, "_requanto"):
         FromOriginalModelMixin.from_single_file = classmethod(
-            _reading(FromOriginalModelMixin.from_single_file.__func__)
+            _wrap_from_single_file(FromOriginalModelMixin.from_single_file.__func__)
         )
 
 
-def _footprint(original: Any) -> Any:
+def _wrap_memory_footprint(original: Any) -> Any:
     @functools.wraps(original)
     def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
         if has_quantized(self):
@@ -50,34 +50,35 @@ def _footprint(original: Any) -> Any:
     return get_memory_footprint
 
 
-def _saving(original: Any) -> Any:
+def _wrap_save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         if not has_quantized(self) and not activation_table(self):
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("use_flashpack"):
             raise ValueError(
-                "use_flashpack=True writes all tensors in one float type, which would ruin the codes of a quantized model; "
-                "save it without, as safetensors"
+                "use_flashpack=True writes all tensors in one float type, which would destroy the codes of a quantized "
+                "model; save it as safetensors, without use_flashpack"
             )
         adapters = [name for name, module in self.named_modules() if hasattr(module, "lora_A")]
         if adapters:
             raise ValueError(
-                f"{type(self).__name__} has LoRA adapters (on {adapters[0]} ...), which save_pretrained would mix with "
-                f"the model's own weights. Save them with pipe.save_lora_weights(...) or model.save_lora_adapter(...) "
-                f"and call unload_lora_weights() (or unload_lora()) first; fused adapters are kept."
+                f"{type(self).__name__} has LoRA adapters (on {adapters[0]} ...), which save_pretrained would write "
+                f"among the model's own weights. Save them with pipe.save_lora_weights(...) or "
+                f"model.save_lora_adapter(...) and call unload_lora_weights() (or unload_lora()) first. Fused adapters "
+                f"remain part of the weights."
             )
-        from requanto.integrations.diffusers import RequantoDiffusersQuantizer, attach_quantizer, describe
+        from requanto.integrations.diffusers import RequantoDiffusersQuantizer, attach_quantizer, record_weights
 
         quantizer = getattr(self, "hf_quantizer", None) or attach_quantizer(self)
         if not isinstance(quantizer, RequantoDiffusersQuantizer):
             raise ValueError(
-                f"the model was loaded with {type(quantizer).__name__} and holds weights quantized by Requanto as well; "
-                f"one directory holds one of them. Load the float model and quantize all of it with one."
+                f"the model was loaded with {type(quantizer).__name__} and also holds weights quantized by Requanto, but a "
+                f"directory can hold only one of them. Load the float model and quantize all of it with one library."
             )
-        describe(self, quantizer.quantization_config)
+        record_weights(self, quantizer.quantization_config)
         if world_size() > 1 or kwargs.get("is_main_process") is False:
-            # Several processes write one directory together: none of them may replace it.
+            # Several ranks write into one directory, so none of them may replace it.
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
@@ -92,8 +93,8 @@ def _saving(original: Any) -> Any:
     return save_pretrained
 
 
-def _loading(original: Any) -> Any:
-    """FlashPack files fill a model past every quantizer: what was asked for would silently not happen."""
+def _wrap_from_pretrained(original: Any) -> Any:
+    """Makes ``use_flashpack`` with a QuantoConfig an error: FlashPack loading bypasses quantizers without a warning."""
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -101,14 +102,14 @@ def _loading(original: Any) -> Any:
         method = getattr(config, "quant_method", None)
         if kwargs.get("use_flashpack") and getattr(method, "value", method) == "quanto":
             raise ValueError(
-                "use_flashpack=True loads weights as they are and cannot quantize them; load the safetensors files"
+                "use_flashpack=True loads weights without quantizing them; load the safetensors files instead"
             )
         return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
 
 
-def _reading(original: Any) -> Any:
+def _wrap_from_single_file(original: Any) -> Any:
     @functools.wraps(original)
     def from_single_file(cls: Any, pretrained_model_link_or_path_or_dict: Any = None, **kwargs: Any) -> Any:
         config = _config_of_file(pretrained_model_link_or_path_or_dict, kwargs)
@@ -121,15 +122,15 @@ def _reading(original: Any) -> Any:
 
 
 def _config_of_file(source: Any, kwargs: dict[str, Any]) -> QuantoConfig | None:
-    """The config that describes a quantized file; None where the file is not one of ours, or not on this machine.
+    """Returns the config of a single file quantized by Requanto; None for any other file and for one not on this machine.
 
     Raises:
-        CheckpointError: a quantized file without its description.
+        CheckpointError: the file is quantized, but no config.json describes it.
     """
     if isinstance(source, dict):
-        keys, beside = set(source), None
+        keys, parent = set(source), None
     elif str(source).endswith(".safetensors") and os.path.isfile(source):
-        keys, beside = stored_keys([source]), Path(source).parent
+        keys, parent = stored_keys([source]), Path(source).parent
     else:
         return None
     if not any(key.endswith("_qdata") for key in keys):
@@ -138,14 +139,14 @@ def _config_of_file(source: Any, kwargs: dict[str, Any]) -> QuantoConfig | None:
     if isinstance(given, QuantoConfig) and given.tensors:
         return given
     folders = [Path(kwargs["config"], kwargs.get("subfolder") or "")] if kwargs.get("config") else []
-    for folder in folders + ([beside] if beside else []):
+    for folder in folders + ([parent] if parent else []):
         path = folder / "config.json"
         if path.is_file():
             stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
             if stored.get("tensors"):
                 return QuantoConfig.from_dict(stored)
     raise CheckpointError(
-        f"{source if beside else 'the state dict'} holds quantized weights, and no config.json that describes them was "
-        f"found (looked in {', '.join(map(str, [*folders, *([beside] if beside else [])])) or 'no directory'}). Pass "
+        f"{source if parent else 'the state dict'} holds quantized weights, but no config.json that describes them was "
+        f"found (searched {', '.join(map(str, [*folders, *([parent] if parent else [])])) or 'no directory'}). Pass "
         f"config='the directory whose config.json was saved with it'."
     )

@@ -1,4 +1,4 @@
-"""PipelineQuantizationConfig with our configs: built-in ones accepted, wrong names and wrong libraries refused."""
+"""Patches of Diffusers' PipelineQuantizationConfig: converts built-in QuantoConfigs, checks component names and classes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _LIBRARIES = ("diffusers", "transformers")
 
 
 def register() -> None:
-    """Wraps the checks and the choice of a component's config."""
+    """Patches the validation and the lookup of a component's config."""
     from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig as Config
 
     if hasattr(Config._resolve_quant_config, "_requanto"):
         return
-    Config._validate_quant_mapping_args = _validating(Config._validate_quant_mapping_args)
-    Config._resolve_quant_config = _resolving(Config._resolve_quant_config)
+    Config._validate_quant_mapping_args = _wrap_validate(Config._validate_quant_mapping_args)
+    Config._resolve_quant_config = _wrap_resolve(Config._resolve_quant_config)
 
 
 def register_pipelines() -> None:
-    """Makes a component name that the pipeline does not have an error where our configs are in play."""
+    """Makes an unknown component name an error if the config contains a QuantoConfig; Diffusers only warns."""
     from diffusers.pipelines import pipeline_utils
 
     original = pipeline_utils._maybe_warn_for_wrong_component_in_quant_config
@@ -38,8 +38,8 @@ def register_pipelines() -> None:
     def check(pipe_init_dict: dict[str, Any], quant_config: Any) -> None:
         if is_ours(quant_config):
             components = {k: v for k, v in pipe_init_dict.items() if isinstance(v, (list, tuple))}
-            asked = check_names(quant_config, list(components))
-            _check_models({name: components[name] for name in asked})
+            named = check_names(quant_config, list(components))
+            _check_models({name: components[name] for name in named})
         original(pipe_init_dict, quant_config)
 
     check._requanto = True
@@ -47,7 +47,7 @@ def register_pipelines() -> None:
 
 
 def register_modular() -> None:
-    """``ModularPipeline.load_components(quantization_config=PipelineQuantizationConfig(...))``."""
+    """Makes ``ModularPipeline.load_components`` accept ``quantization_config=PipelineQuantizationConfig(...)``."""
     from diffusers.modular_pipelines.modular_pipeline import ModularPipeline
 
     original = ModularPipeline.load_components
@@ -68,7 +68,7 @@ def register_modular() -> None:
 
 
 def is_ours(config: Any) -> bool:
-    """Whether a PipelineQuantizationConfig asks for anything of Requanto."""
+    """Whether a PipelineQuantizationConfig uses Requanto for any component."""
     if config is None:
         return False
     mapped = (config.quant_mapping or {}).values()
@@ -76,34 +76,31 @@ def is_ours(config: Any) -> bool:
 
 
 def check_names(config: Any, components: list[str]) -> list[str]:
-    """Refuses names of components that do not exist.
-
-    Returns:
-        The names that the config asks for.
+    """Returns the component names in the config.
 
     Raises:
-        ValueError: it lists those that do.
+        ValueError: a name is not among ``components``.
     """
     if isinstance(config, dict):
-        where, asked = "quantization_config", [name for name in config if name != "default"]
+        where, named = "quantization_config", [name for name in config if name != "default"]
     elif config.quant_mapping:
-        where, asked = "quant_mapping", list(config.quant_mapping)
+        where, named = "quant_mapping", list(config.quant_mapping)
     else:
-        where, asked = "components_to_quantize", list(config.components_to_quantize or ())
-    unknown = sorted(set(asked) - set(components))
+        where, named = "components_to_quantize", list(config.components_to_quantize or ())
+    unknown = sorted(set(named) - set(components))
     if unknown:
         raise ValueError(
             f"{where} names {', '.join(map(repr, unknown))}, which the pipeline does not have. Its components: "
             f"{', '.join(sorted(components))}."
         )
-    return asked
+    return named
 
 
-def _check_models(asked: dict[str, Any]) -> None:
-    """Refuses components that hold no weights, such as a scheduler: the library would pass over them in silence."""
+def _check_models(components: dict[str, Any]) -> None:
+    """Raises for components without weights, such as a scheduler; Diffusers would ignore them without a warning."""
     import torch
 
-    for name, (library, class_name) in asked.items():
+    for name, (library, class_name) in components.items():
         found = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
         if isinstance(found, type) and not issubclass(found, torch.nn.Module):
             raise ValueError(f"{name} is a {class_name}, which has no weights to quantize; leave it out")
@@ -128,8 +125,8 @@ def _is_quanto(config: Any) -> bool:
     return getattr(method, "value", method) == "quanto"
 
 
-def _validating(original: Any) -> Any:
-    """Both libraries' built-in QuantoConfigs become ours: the library would not know them any more."""
+def _wrap_validate(original: Any) -> Any:
+    """Converts built-in QuantoConfigs to ours before validation: Diffusers no longer has the built-in ones registered."""
 
     @functools.wraps(original)
     def _validate_quant_mapping_args(self: Any) -> None:
@@ -141,12 +138,12 @@ def _validating(original: Any) -> Any:
     return _validate_quant_mapping_args
 
 
-def _resolving(original: Any) -> Any:
+def _wrap_resolve(original: Any) -> Any:
     @functools.wraps(original)
     def _resolve_quant_config(self: Any, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         config = original(self, is_diffusers=is_diffusers, module_name=module_name)
         if isinstance(config, QuantoConfig):
-            # Each component writes what it quantized into its own copy.
+            # Each component records its weights in its own copy.
             config = copy.deepcopy(config)
             config.shared = not self.is_granular
             self.config_mapping[module_name] = config
@@ -164,5 +161,5 @@ def _check_library(config: Any, is_diffusers: bool, name: str | None) -> None:
     if library in _LIBRARIES and library != wanted:
         raise TypeError(
             f"quant_mapping[{name!r}] is a {library}.{type(config).__name__}, and {name} is a model of {wanted}: use "
-            f"{wanted}.{type(config).__name__}, or requanto.QuantoConfig, which serves both."
+            f"{wanted}.{type(config).__name__}, or requanto.QuantoConfig, which works for both."
         )

@@ -1,9 +1,9 @@
 """Fused experts in Transformers: the experts implementation ``"requanto"``.
 
-The computation is the library's own ``grouped_mm``: tokens sorted by expert and two grouped products, which meet quantized
-weights in `requanto.linear.grouped_linear`. A name of our own adds two things. The weights are packed for their kernel at
-the first call, as those of linear layers are. And ``generate`` leaves it alone: it replaces ``grouped_mm`` by ``batched_mm``
-for decoding on GPUs, which copies the codes of every chosen expert and multiplies them one by one.
+It runs the library's own ``grouped_mm`` implementation: tokens sorted by expert and two grouped GEMMs, which for quantized
+weights call `requanto.linear.grouped_linear`. A separate name adds two things. The weights are prepacked at the first call,
+as those of linear layers are. And ``generate`` does not replace it: for decoding on GPUs, ``generate`` replaces
+``grouped_mm`` by ``batched_mm``, which copies the codes of every selected expert and multiplies them one by one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ NAME = "requanto"
 
 
 def register() -> None:
-    """Makes the implementation known to the library: ``model.set_experts_implementation("requanto")``."""
+    """Registers the implementation for ``model.set_experts_implementation("requanto")``."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
 
 
 def experts_forward(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """``[tokens, hidden]`` from tokens ``[tokens, hidden]``, their experts and those' weights ``[tokens, top_k]``."""
+    """Returns the experts' output ``[tokens, hidden]``.
+
+    Args:
+        module: the experts' module.
+        hidden_states: ``[tokens, hidden]``.
+        top_k_index, top_k_weights: selected experts and their routing weights, ``[tokens, top_k]``.
+    """
     trains = torch.is_grad_enabled() and hidden_states.requires_grad
     if not trains and not is_tracing():
         for weight in module.parameters(recurse=False):
@@ -39,8 +45,8 @@ def experts_forward(
     return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
 
 
-def use_for(model: Any) -> None:
-    """Switches a model with quantized experts from ``grouped_mm``, the library's default; other choices stay."""
+def use_requanto_experts(model: Any) -> None:
+    """Switches a model with quantized experts from ``grouped_mm`` (the default) to ``requanto``; other settings stay."""
     if not any(p.dim() == 3 and (isinstance(p, QTensor) or local_quantized(p) is not None) for p in model.parameters()):
         return
     found = model.get_experts_implementation()

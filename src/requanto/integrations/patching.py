@@ -1,4 +1,4 @@
-"""Replacing a library's function under every name it was imported by."""
+"""Replacing a library's function in every module that has imported it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def replace_everywhere(original: Callable, make: Callable[[Callable], Callable]) -> None:
-    """Sets ``make(original)`` wherever a module of the original's own package, or of its peers, holds the original.
+    """Replaces ``original`` by ``make(original)`` in all imported modules of accelerate, Diffusers, PEFT, Transformers, TRL.
 
-    Libraries import their helpers by name, so one assignment would leave the others. Doing it twice changes nothing.
+    These libraries import functions by name, so replacing one module attribute is not enough. A second call does nothing.
     """
     if hasattr(original, "_requanto"):
         return

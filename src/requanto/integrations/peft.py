@@ -1,8 +1,8 @@
-"""PEFT on quantized weights: exact merging, DoRA, adapters on fused experts, preparation for training.
+"""Patches of PEFT for quantized weights: exact merging, DoRA, adapters on fused experts, preparation for training.
 
-PEFT merges with ``weight.data += delta``, which on few bits is rounded away. Layers whose weight is a QTensor merge
-here instead: the adapter's two factors go beside the codes (`lowrank`), and unmerging puts back what was there,
-bit for bit. Everything else of PEFT runs unchanged.
+PEFT merges with ``weight.data += delta``; a weight of few bits would lose most of the delta to rounding. For a QTensor, the
+adapter's two factors are stored as a low-rank term next to the codes (`lowrank`), and unmerging restores the previous
+weight bit for bit. The rest of PEFT is unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DORA = (variants.DoraLinearVariant, variants._DoraConvNdVariant)
 
 
 def register() -> None:
-    """Wraps PEFT's layers; those whose weight is no QTensor run as before."""
+    """Patches PEFT's layers; layers whose weight is not a QTensor are not affected."""
     if hasattr(lora.Linear.merge, "_requanto"):
         return
     for layer in (lora.Linear, lora.Embedding, lora._ConvNd, lora.ParamWrapper):
@@ -39,8 +39,8 @@ def register() -> None:
     lora.ParamWrapper._activate_lora = _where_quantized(lora.ParamWrapper._activate_lora, activate)
     for norm in (dora.DoraLinearLayer, dora._DoraConvNdLayer):
         norm.get_weight_norm = _with_float_weight(norm.get_weight_norm)
-    replace_everywhere(peft_integrations.dequantize_module_weight, _dequantize_module_weight)
-    replace_everywhere(peft_other.prepare_model_for_kbit_training, _prepare_model_for_kbit_training)
+    replace_everywhere(peft_integrations.dequantize_module_weight, _wrap_dequantize_module_weight)
+    replace_everywhere(peft_other.prepare_model_for_kbit_training, _wrap_prepare_for_kbit_training)
 
 
 def _where_quantized(original: Callable, ours: Callable) -> Callable:
@@ -53,12 +53,12 @@ def _where_quantized(original: Callable, ours: Callable) -> Callable:
 
 
 def _weight(layer: Any) -> QTensor | None:
-    """The quantized weight that a LoRA layer adapts, or None."""
+    """Returns the quantized weight that a LoRA layer adapts, or None."""
     weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
     if isinstance(getattr(weight, "_local_tensor", None), QTensor):
         raise NotImplementedError(
-            "the quantized weight is spread over several processes (a DTensor): save the adapter, load model and adapter "
-            "in one process, and merge there"
+            "the quantized weight is sharded over several ranks (a DTensor): save the adapter, then load model and "
+            "adapter in one process and merge there"
         )
     return weight if isinstance(weight, QTensor) else None
 
@@ -68,7 +68,7 @@ def _weight(layer: Any) -> QTensor | None:
 
 @dataclass
 class _Merged:
-    """What undoing one merge takes."""
+    """What is needed to undo one merge."""
 
     before: lowrank.State
     after: lowrank.State
@@ -77,7 +77,7 @@ class _Merged:
 
 
 def factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(up, down) of an adapter in the stored orientation of the weight; they carry gradients.
+    """Returns (up, down) of an adapter in the stored orientation of the weight, with gradients.
 
     ``up @ down`` is PEFT's ``layer.get_delta_weight(adapter)``.
     """
@@ -102,7 +102,7 @@ def factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-    """Merges adapters into a quantized weight without rounding it (PEFT's signature; always checked for NaN)."""
+    """Merges adapters into a quantized weight without rounding (same signature as PEFT's; always checks for NaN)."""
     own = layer.lora_embedding_A if isinstance(layer, lora.Embedding) else layer.lora_A
     for adapter in check_adapters_to_merge(layer, adapter_names):
         if adapter in own:
@@ -116,9 +116,9 @@ def _merge_one(layer: Any, adapter: str) -> None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and (not _is_dora(variant) or isinstance(layer, lora.Embedding)):
         raise NotImplementedError(
-            f"adapter {adapter!r} ({_name(variant)}) cannot be merged exactly into a {weight.qtype.name} weight: its "
-            f"change of the weight is no low-rank term. Leave the adapter unmerged, or merge into the float model and "
-            f"quantize afterwards."
+            f"adapter {adapter!r} ({_name(variant)}) cannot be merged exactly into a {weight.qtype.name} weight, because "
+            f"its update is not a low-rank term. Leave the adapter unmerged, or merge it into the float model and quantize "
+            f"afterwards."
         )
     up, down = factors(layer, adapter)
     row_factor = None if variant is None else _dora_factor(layer, adapter, weight, up, down)
@@ -147,7 +147,7 @@ def _is_dora(variant: Any) -> bool:
 
 
 def _dora_factor(layer: Any, adapter: str, weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Magnitude over norm, per row. The norm is that of the weight without any other adapter, as in the forward."""
+    """Returns DoRA's magnitude / norm per row. As in the forward, the norm is without other merged adapters."""
     earlier = [layer._requanto_merged[name] for name in layer.merged_adapters]
     base = earlier[0].before.weight(weight) if earlier else weight
     value = base.dequantize(torch.float32)
@@ -168,7 +168,7 @@ def _bias(layer: Any, adapter: str) -> torch.Tensor | None:
 
 @torch.no_grad()
 def unmerge(layer: Any) -> None:
-    """Undoes all merges of a layer, the last first."""
+    """Undoes all merges of a layer in reverse order."""
     weight = _weight(layer)
     assert weight is not None
     while layer.merged_adapters:
@@ -176,16 +176,16 @@ def unmerge(layer: Any) -> None:
         merged = layer.__dict__.get("_requanto_merged", {}).pop(adapter, None)
         if merged is None:
             raise RuntimeError(
-                f"adapter {adapter!r} was merged before the weight was quantized, so it cannot be taken out of it"
+                f"adapter {adapter!r} was merged before the weight was quantized, so it cannot be unmerged"
             )
-        if merged.after.is_of(weight):
+        if merged.after.matches(weight):
             merged.before.restore(weight)
         elif merged.before.rows is not merged.after.rows:
             raise RuntimeError(
-                f"adapter {adapter!r} (DoRA) cannot be unmerged: the weight was changed after it was merged, by a layer "
-                f"that shares it. Unmerge in the reverse order of merging, or load the model again."
+                f"adapter {adapter!r} (DoRA) cannot be unmerged: after the merge, another layer that shares the weight "
+                f"changed it. Unmerge in the reverse order of merging, or load the model again."
             )
-        else:  # a layer that shares the weight merged after this one: take out this term alone
+        else:  # another layer that shares the weight merged later: subtract only this term
             up, down = merged.factors
             lowrank.append(weight, -up.to(weight.device), down)
             lowrank.compress(weight)
@@ -199,10 +199,10 @@ def unmerge(layer: Any) -> None:
 
 @contextmanager
 def activate(layer: Any, active_adapters: list[str]) -> Iterator[None]:
-    """Runs the base layer with the adapters beside the codes of its parameter; gradients reach the factors.
+    """Inside the block, the base layer's parameter has the adapters as low-rank terms; gradients reach their factors.
 
-    PEFT itself adds a dense delta to all experts at every forward. Here nothing is dequantized: the products with the
-    codes and with the thin factors are added where they are computed.
+    PEFT itself adds a dense delta to all experts at every forward. Here nothing is dequantized: the output is the GEMM with
+    the codes plus the GEMMs with the two factors.
     """
     weight, adapters = _weight(layer), [name for name in active_adapters if name in layer.lora_A]
     assert weight is not None
@@ -225,7 +225,7 @@ def activate(layer: Any, active_adapters: list[str]) -> Iterator[None]:
         base._parameters[name] = parameter
 
 
-# ---------------------------------------------------------------------- helpers of PEFT that must know a QTensor
+# ---------------------------------------------------------------------- helpers of PEFT that handle QTensors
 
 
 def _with_float_weight(original: Callable) -> Callable:
@@ -238,7 +238,7 @@ def _with_float_weight(original: Callable) -> Callable:
     return get_weight_norm
 
 
-def _dequantize_module_weight(original: Callable) -> Callable:
+def _wrap_dequantize_module_weight(original: Callable) -> Callable:
     @functools.wraps(original)
     def dequantize_module_weight(module: nn.Module) -> torch.Tensor:
         weight = getattr(module, "weight", None)
@@ -247,8 +247,8 @@ def _dequantize_module_weight(original: Callable) -> Callable:
     return dequantize_module_weight
 
 
-def _prepare_model_for_kbit_training(original: Callable) -> Callable:
-    """PEFT's own knows quantizers by name, and would cast and then skip gradient checkpointing for one it does not."""
+def _wrap_prepare_for_kbit_training(original: Callable) -> Callable:
+    """Prepares models with QTensors here: PEFT's function skips gradient checkpointing for quantizers it does not know."""
 
     @functools.wraps(original)
     def prepare_model_for_kbit_training(

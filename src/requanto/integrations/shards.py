@@ -1,4 +1,4 @@
-"""Which part of a quantized weight a rank holds, by the placements of a DTensor, and the whole put together again."""
+"""Sharding quantized weights by the placements of a DTensor, and gathering them again."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import torch
 import torch.distributed as dist
 
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.sharding import cut, join, with_groups
+from requanto.tensor.sharding import join_weights, slice_weight, with_groups
 
 
 class Span(NamedTuple):
-    """A run of indices along one axis."""
+    """A range of indices along one axis."""
 
     start: int
     end: int
 
 
 def local_quantized(parameter: Any) -> QTensor | None:
-    """The local part of a parameter that is spread over ranks and quantized, or None."""
+    """Returns this rank's shard of a quantized DTensor; None for any other parameter."""
     local = getattr(parameter, "_local_tensor", None)
     return local if isinstance(local, QTensor) else None
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """One axis cut over the ranks of one mesh axis.
+    """One axis of a weight sharded over one axis of the device mesh.
 
     Attributes:
-        dim: the axis that is cut.
-        blocks: runs that the axis consists of, each cut by itself: 2 for the packed gate and up of fused experts.
-        ranks, rank: of the mesh axis, and this one.
-        group: its processes.
+        dim: the axis that is sharded.
+        blocks: number of equal blocks of the axis that are sharded separately: 2 for fused gate and up projections.
+        ranks: size of the mesh axis.
+        rank: this process's rank along it.
+        group: process group of the mesh axis.
     """
 
     dim: int
@@ -43,7 +44,7 @@ class Sharding:
     group: Any
 
     def spans(self, length: int, rank: int | None = None) -> list[Span]:
-        """What a rank holds of an axis, one span a block. The last ranks' may be shorter, or empty."""
+        """Returns the indices that a rank holds, one span per block; the last ranks' spans may be shorter or empty."""
         rank = self.rank if rank is None else rank
         found = []
         width = -(-length // self.blocks)
@@ -55,23 +56,23 @@ class Sharding:
 
 
 def sharding(like: Any, name: str) -> Sharding | None:
-    """How a DTensor is cut; None: every rank holds all of it.
+    """Returns how a DTensor is sharded; None if it is replicated.
 
     Raises:
-        NotImplementedError: it is cut over more than one mesh axis, or holds sums that are still to be made.
+        NotImplementedError: it is sharded over more than one mesh axis, or has a partial placement.
     """
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    cuts = [(axis, p) for axis, p in enumerate(like.placements) if not isinstance(p, Replicate)]
-    if not cuts:
+    sharded = [(axis, p) for axis, p in enumerate(like.placements) if not isinstance(p, Replicate)]
+    if not sharded:
         return None
-    if len(cuts) > 1 or not isinstance(cuts[0][1], (Shard, _StridedShard)):
+    if len(sharded) > 1 or not isinstance(sharded[0][1], (Shard, _StridedShard)):
         raise NotImplementedError(
-            f"{name}: a quantized weight is cut over one axis of the device mesh, found placements {like.placements}. "
-            f"Combine tensor parallelism with replicas, or use FSDP2 alone."
+            f"{name}: a quantized weight can be sharded over one axis of the device mesh only, found placements "
+            f"{like.placements}. Combine tensor parallelism with replication, or use FSDP2 alone."
         )
-    axis, placement = cuts[0]
+    axis, placement = sharded[0]
     blocks = getattr(placement, "split_factor", 1)
     mesh = like.device_mesh
     return Sharding(
@@ -80,21 +81,21 @@ def sharding(like: Any, name: str) -> Sharding | None:
 
 
 def local_part(tensor: QTensor, like: Any, name: str) -> QTensor:
-    """The part of a whole weight that belongs to this rank by the placement of ``like``."""
+    """Returns this rank's shard of a full weight, by the placements of the DTensor ``like``."""
     found = sharding(like, name)
     if found is None:
         return tensor
     spans = found.spans(tensor.shape[found.dim])
-    return join([cut(tensor, found.dim, start, end, name) for start, end in spans], found.dim)
+    return join_weights([slice_weight(tensor, found.dim, start, end, name) for start, end in spans], found.dim)
 
 
-def gathered(like: Any, name: str, group_size: int | None) -> QTensor | None:
-    """The whole of a weight that is spread over ranks, on the CPU of the first of them; None on the others.
+def gather_weight(like: Any, name: str, group_size: int | None) -> QTensor | None:
+    """Gathers a sharded weight to the CPU of rank 0; returns None on other ranks.
 
     Args:
         like: the DTensor. All of its ranks must call this together.
         name: for messages.
-        group_size: of the whole weight: groups that a cut made smaller are put together again.
+        group_size: of the full weight; groups that were split between ranks are joined again.
     """
     local, found = like._local_tensor, sharding(like, name)
     if found is None:
@@ -108,7 +109,7 @@ def gathered(like: Any, name: str, group_size: int | None) -> QTensor | None:
             pieces.append(local.with_inner(parts, shape=shape, group_size=group))
     if found.rank != 0:
         return None
-    # By block: each rank's part of the first, then each rank's part of the second.
+    # In the order of the axis: all ranks' parts of the first block, then of the second.
     blocks: list[QTensor] = []
     for block in range(found.blocks):
         for rank, piece in enumerate(pieces):
@@ -117,27 +118,27 @@ def gathered(like: Any, name: str, group_size: int | None) -> QTensor | None:
             length = spans[block].end - spans[block].start
             if length:
                 whole = length == piece.shape[found.dim]
-                blocks.append(piece if whole else cut(piece, found.dim, start, start + length, name))
-    whole = join(blocks, found.dim)
+                blocks.append(piece if whole else slice_weight(piece, found.dim, start, start + length, name))
+    whole = join_weights(blocks, found.dim)
     return whole if whole.group_size == group_size or group_size is None else with_groups(whole, group_size)
 
 
 def layout(tensor: QTensor) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of each inner tensor."""
+    """Returns shape and dtype of each inner tensor."""
     return {part: (inner.shape, inner.dtype) for part, inner in tensor.inner_tensors().items()}
 
 
 def broadcast_parts(
     source: QTensor | None, stored: dict[str, tuple], rank: int, group: Any, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The inner tensors that one rank has, on every rank's CPU. Bytes travel: not every backend knows float8.
+    """Broadcasts the inner tensors of a weight; returns them on the CPU. Sent as uint8: not every backend has float8.
 
     Args:
-        source: on ``rank`` its tensor, on ``device``; None on the others.
+        source: the weight, on ``device``, on rank ``rank``; None on other ranks.
         stored: its :func:`layout`.
-        rank: within the group.
-        group: the processes; None: all.
-        device: where the backend wants what it sends.
+        rank: the sending rank within the group.
+        group: the process group; None: all ranks.
+        device: device that the backend sends from.
     """
     parts = {}
     for name, (shape, dtype) in stored.items():

@@ -1,10 +1,10 @@
-"""Transformers' tensor and expert parallelism (``tp_plan="auto"``, ``DistributedConfig``) over quantized weights.
+"""Transformers' tensor and expert parallelism (``tp_plan="auto"``, ``DistributedConfig``) for quantized weights.
 
-Each rank ends with its share of the codes. A weight cut between rows is cut without loss. One cut along its rows is too, as
-long as the cut falls between bytes: where it falls inside a group, both halves keep the group's scale. So a checkpoint, or
-a model quantized on the fly, gives the same numbers for any number of ranks, up to the order of a sum.
+Each rank holds a shard of the codes. Sharding loses nothing: between rows it is always exact, and along rows as long as the
+boundary is a byte boundary (if it is inside a group, both shards get the group's scale). A checkpoint, or a model quantized
+while it is loaded, therefore gives the same results for any number of ranks, up to the summation order.
 
-For this every rank reads whole the weights that have to be cut so, one at a time, and keeps its part.
+To do this, every rank loads the full weights one at a time and keeps its shard.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from requanto.integrations.shards import Span, gathered, local_part, local_quantized, sharding
+from requanto.integrations.shards import Span, gather_weight, local_part, local_quantized, sharding
 from requanto.tensor.distributed import same_everywhere
 from requanto.tensor.qtensor import QTensor
 
-#: attribute that names the quantizer on a model that is being loaded; the library sets its own only afterwards
+#: attribute of a model with its quantizer while it is loaded; Transformers sets ``hf_quantizer`` only afterwards
 LOADING = "_requanto_loading"
 
 
 @dataclass
-class Share:
-    """What one weight's part of this rank goes by.
+class ShardInfo:
+    """How one weight is sharded.
 
     Attributes:
-        like: the library's placeholder: mesh, placements and whole shape.
-        group_size: of the whole weight; a part that was cut inside a group has smaller ones.
+        like: Transformers' placeholder DTensor: mesh, placements and full shape.
+        group_size: of the full weight; a shard whose boundary is inside a group has smaller groups.
     """
 
     like: Any
@@ -39,7 +39,7 @@ class Share:
 
 
 def register() -> None:
-    """Looks at models between their distribution over ranks and the loading of their weights."""
+    """Patches Transformers to call `plan_shards` after it has distributed a model and before it loads weights."""
     from transformers.modeling_utils import PreTrainedModel
 
     original = PreTrainedModel.maybe_distribute_model.__func__
@@ -49,22 +49,22 @@ def register() -> None:
         model = original(cls, model, *args, **kwargs)
         quantizer = model.__dict__.get(LOADING)
         if quantizer is not None:
-            quantizer.sharded = take_whole(model, quantizer)
+            quantizer.sharded = plan_shards(model, quantizer)
         return model
 
     PreTrainedModel.maybe_distribute_model = classmethod(maybe_distribute_model)
 
 
-def take_whole(model: nn.Module, quantizer: Any) -> dict[str, Share]:
-    """Makes the library load whole every weight that will be quantized, and returns how each is to be cut.
+def plan_shards(model: nn.Module, quantizer: Any) -> dict[str, ShardInfo]:
+    """Makes Transformers load every quantized weight in full, and returns how each is to be sharded.
 
     Raises:
-        NotImplementedError: a kind of weight or of distribution that is not covered.
-        ValueError: ranks were given different configs or checkpoints.
+        NotImplementedError: this kind of weight or distribution is not supported.
+        ValueError: ranks have different configs or checkpoints.
     """
     from torch.distributed.tensor import DTensor
 
-    shares: dict[str, Share] = {}
+    shards: dict[str, ShardInfo] = {}
     lines = []
     for name, parameter in list(model.named_parameters()):
         text = quantizer._spec(model, name) if quantizer.pre_quantized else quantizer.planned.get(name)
@@ -75,44 +75,44 @@ def take_whole(model: nn.Module, quantizer: Any) -> dict[str, Share]:
             continue
         _refuse_fsdp(model, name)
         owner, _, leaf = name.rpartition(".")
-        sharding(parameter, name)  # refuses what cannot be cut, before anything is read
-        shares[name] = Share(parameter)
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(whole, requires_grad=False)
+        sharding(parameter, name)  # raises for unsupported placements before anything is loaded
+        shards[name] = ShardInfo(parameter)
+        full = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(full, requires_grad=False)
     if getattr(model, "_device_mesh", None) is not None:
         same_everywhere(None, lines, "tensor parallelism")
-    return shares
+    return shards
 
 
 def _refuse_fsdp(model: nn.Module, name: str) -> None:
     if getattr(model, "_is_fsdp_managed_module", False):
         raise NotImplementedError(
-            f"from_pretrained(distributed_config=...) with fsdp_size > 1 over the quantized {name}: the library reads float "
-            f"shards of it. Load the quantized model on every rank, then call fully_shard on it, or let Trainer or "
-            f"accelerate do it (fsdp_version=2)."
+            f"from_pretrained(distributed_config=...) with fsdp_size > 1 does not support quantized weights ({name}): "
+            f"Transformers would load float shards. Load the quantized model on every rank, then call fully_shard on it, or "
+            f"let Trainer or accelerate do it (fsdp_version=2)."
         )
 
 
-def place(model: nn.Module, name: str, tensor: QTensor, share: Share) -> None:
-    """Puts this rank's part of a weight where the whole one was to go."""
+def place_shard(model: nn.Module, name: str, tensor: QTensor, info: ShardInfo) -> None:
+    """Sets this rank's shard of a full weight as the module's parameter."""
     from transformers.distributed.sharding_utils import _dtensor_from_local_like
 
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    share.group_size = tensor.group_size
-    local = local_part(tensor, share.like, name)
-    parameter = nn.Parameter(_dtensor_from_local_like(local, share.like), requires_grad=False)
+    info.group_size = tensor.group_size
+    local = local_part(tensor, info.like, name)
+    parameter = nn.Parameter(_dtensor_from_local_like(local, info.like), requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     module._parameters[leaf] = parameter
 
 
-def finish(model: nn.Module) -> None:
-    """Makes every module with a share multiply with it; called when tied weights are tied."""
+def finish_sharding(model: nn.Module) -> None:
+    """Makes every module with a sharded weight compute with its local shard; called after tied weights are tied."""
     for module in model.modules():
         for parameter in module._parameters.values():
             if local_quantized(parameter) is None:
                 continue
-            # The library then multiplies with local tensors; through a DTensor the weight would be dequantized, or not run.
+            # Makes Transformers use local tensors. Operators on a DTensor would dequantize the weight, or fail.
             module._hf_quantized_needs_local_tp = True  # type: ignore[assignment]
             found = sharding(parameter, "weight")
             if isinstance(module, nn.Embedding) and found is not None and found.dim == 0:
@@ -120,10 +120,10 @@ def finish(model: nn.Module) -> None:
 
 
 def _look_up_own_rows(module: nn.Embedding, parameter: Any, own: Span) -> None:
-    """An embedding cut by its rows: each rank looks up the ids it has, the others are zero in the library's sum."""
+    """Makes each rank look up the ids whose rows it has and return zeros for others; Transformers sums over ranks."""
     from transformers.distributed.tensor_parallel import EmbeddingParallel
 
-    module.__dict__.pop("forward", None)  # the library's, which gives the module ids it has no rows for
+    module.__dict__.pop("forward", None)  # Transformers' own, which passes ids that this rank has no rows for
     look_up = module.forward
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
@@ -135,32 +135,32 @@ def _look_up_own_rows(module: nn.Embedding, parameter: Any, own: Span) -> None:
     EmbeddingParallel(shard_dim=0).install_forward(module, parameter.device_mesh)
 
 
-def whole_state_dict(model: nn.Module, shares: dict[str, Share]) -> dict[str, torch.Tensor]:
-    """The state dict with every quantized weight whole, on the CPU of rank 0; other ranks get it without them.
+def full_state_dict(model: nn.Module, shards: dict[str, ShardInfo]) -> dict[str, torch.Tensor]:
+    """Returns the state dict with sharded quantized weights gathered on the CPU of rank 0; other ranks' dicts lack them.
 
     Every rank must call it.
 
     Raises:
-        RuntimeError: torch.distributed has been shut down.
+        RuntimeError: torch.distributed is not initialized.
     """
     if not dist.is_initialized():
-        raise RuntimeError(
-            "saving a model that is spread over ranks needs them all: torch.distributed is not initialized"
-        )
+        raise RuntimeError("saving a sharded model needs all ranks, but torch.distributed is not initialized")
     state_dict = model.state_dict()
-    # Float weights are put together by the library where it has spread the model, here where fully_shard has.
-    library = getattr(model.config, "distributed_config", None) is not None
+    # Float weights: Transformers gathers them if it has distributed the model; after fully_shard they are gathered here.
+    by_transformers = getattr(model.config, "distributed_config", None) is not None
     state: dict[str, torch.Tensor] = {}
     done: dict[int, QTensor | None] = {}
     for name, tensor in state_dict.items():
         local = local_quantized(tensor)
         if local is None:
-            whole = hasattr(tensor, "full_tensor") and not library
-            state[name] = tensor.full_tensor().cpu() if whole else tensor  # type: ignore[operator]
+            gather = hasattr(tensor, "full_tensor") and not by_transformers
+            state[name] = tensor.full_tensor().cpu() if gather else tensor  # type: ignore[operator]
             continue
-        if id(local._storage) not in done:  # tied weights are two entries over the same tensors
-            share = shares.get(name)
-            done[id(local._storage)] = gathered(tensor, name, local.group_size if share is None else share.group_size)
+        if id(local._storage) not in done:  # tied weights are two entries with the same tensors
+            info = shards.get(name)
+            done[id(local._storage)] = gather_weight(
+                tensor, name, local.group_size if info is None else info.group_size
+            )
         if (weight := done[id(local._storage)]) is not None:
             state[name] = weight
     return state

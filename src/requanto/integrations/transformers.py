@@ -1,7 +1,7 @@
 """The Transformers quantizer.
 
-Loading a float checkpoint, each planned weight is quantized as it arrives, one tensor at a time, on its device. Loading
-one of ours, the stored parts of each weight become a QTensor. The model's modules are never changed.
+A float checkpoint: each planned weight is quantized when it is loaded, one tensor at a time, on its device. A checkpoint of
+Requanto: the stored parts of each weight are joined into a QTensor. The model's modules are not replaced.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from requanto.budget.models import budget_of
-from requanto.checkpoint.activation_table import activation_table, add_activation_modules, settle
+from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.files import check_files
 from requanto.checkpoint.format import (
     PARTS,
@@ -32,11 +32,11 @@ from requanto.checkpoint.format import (
 from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations import experts
-from requanto.integrations.accelerate import materialized
-from requanto.integrations.budget import chosen_for_transformers
+from requanto.integrations.accelerate import load_offloaded
+from requanto.integrations.budget import resolve_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.shards import local_quantized
-from requanto.integrations.tensor_parallel import LOADING, finish, place, whole_state_dict
+from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full_state_dict, place_shard
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
 
@@ -44,38 +44,38 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Puts our quantizer and config in the places of the built-in ones."""
+    """Registers our quantizer and config under the name "quanto", replacing the built-in ones."""
     auto.AUTO_QUANTIZER_MAPPING["quanto"] = RequantoHfQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = QuantoConfig
     experts.register()
 
 
 class RequantoHfQuantizer(HfQuantizer):
-    """Quantizes on the way in, saves and loads our format."""
+    """Quantizes weights while they are loaded; saves and loads Requanto's format."""
 
     requires_calibration = False
     quantization_config: QuantoConfig
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
-        # A copy: the table of this model's weights must not appear in the config that the user may use again.
+        # A copy: this model's table of weights is written into it, and the user may use the config for other models.
         super().__init__(copy.deepcopy(as_config(quantization_config)), **kwargs)
         self.planned: dict[str, PlannedWeight] = {}
-        #: what went wrong with single weights while loading: the library would bury it in a report
+        #: errors of single weights while loading, raised at the end; Transformers would only list them in its load report
         self.problems: dict[str, Exception] = {}
-        #: weights that tensor parallelism cuts, and how (`integrations.tensor_parallel`)
+        #: weights sharded by tensor parallelism, and how (`integrations.tensor_parallel`)
         self.sharded: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ before the weights
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses a checkpoint of an unknown format before anything is read."""
+        """Raises for a checkpoint of an unknown format before anything is loaded."""
         if self.pre_quantized:
             config = self.quantization_config
             if config.format is None:
                 raise CheckpointError(
-                    "this checkpoint says quant_method 'quanto' but was not written by Requanto (its quantization_config "
-                    "has no 'format'). Checkpoints of optimum-quanto are read by "
-                    "requanto.QuantizedModelForCausalLM.from_pretrained and its siblings."
+                    "this checkpoint has quant_method 'quanto' but was not written by Requanto (its quantization_config "
+                    "has no 'format'). To load a checkpoint of optimum-quanto, use "
+                    "requanto.QuantizedModelForCausalLM.from_pretrained (or the class of another kind of model)."
                 )
             check_version(config.format, config.format_version, "quantization_config")
 
@@ -96,16 +96,16 @@ class RequantoHfQuantizer(HfQuantizer):
             always_float=model._keep_in_fp32_modules or (),
             tied=model.all_tied_weights_keys,
         )
-        self.planned = chosen_for_transformers(
+        self.planned = resolve_for_transformers(
             model, self.quantization_config, self.planned, kwargs.get("checkpoint_files")
         )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """True for the weights that the plan names."""
+        """Whether the weight is to be quantized."""
         return param_name in self.planned
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes per weight, scales included, for the device map."""
+        """Returns the mean bytes per element of a weight, scales included; used for device maps."""
         text = self._spec(model, param_name) if self.pre_quantized else None
         if text is not None:
             spec = parse_spec(text, param_name)
@@ -126,34 +126,37 @@ class RequantoHfQuantizer(HfQuantizer):
     # ------------------------------------------------------------------ the weights
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The operation that quantizes one float weight."""
+        """Returns the operation that quantizes one float weight."""
         return _Quantize(self)
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:
-        """Leaf name of each stored weight -> the leaf names of its parts."""
+        """Maps the leaf name of each stored weight to the leaf names of its parts."""
         if not self.pre_quantized:
             return {}
         leaves = {name.rpartition(".")[2] for name in self.quantization_config.tensors}
         return {leaf: [f"{leaf}_{part}" for part in PARTS] for leaf in sorted(leaves)}
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        """How the parts become a weight."""
+        """Returns the operation that joins stored parts into a weight."""
         return {"deserialize": _Rebuild}
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """One converter for each leaf name. Newer libraries make the same ones of the two above; 5.17 asks here only."""
+        """Returns one converter per leaf name.
+
+        Transformers 5.17 calls only this method; newer versions use `serialized_names` and `get_load_operations`.
+        """
         return [WeightConverter(parts, leaf, [_Rebuild(self)]) for leaf, parts in self.serialized_names.items()]
 
     def _spec(self, model: Any, name: str) -> str | None:
-        """The stored description of a model's weight; the model may be the base of the one saved, or the reverse."""
+        """Returns the stored line of a weight, or None. The saved model may have been this model's base, or the reverse."""
         tensors = self.quantization_config.tensors
         return next((tensors[candidate] for candidate in self._names(model)(name) if candidate in tensors), None)
 
     @staticmethod
     def _names(model: Any) -> Callable[[str], tuple[str, ...]]:
-        """Name -> itself, with the base model's prefix and without it."""
-        # A device map also asks for the sizes of parts of the model, which know no prefix.
+        """Returns a function from a name to the names it may have: unchanged, with and without the base model's prefix."""
+        # Submodules have no prefix; device maps call this for them.
         prefix = getattr(model, "base_model_prefix", "")
         return lambda name: (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
 
@@ -162,18 +165,20 @@ class RequantoHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.__dict__.pop(LOADING, None)
         if self.sharded:
-            finish(model)
+            finish_sharding(model)
         if self.problems:
-            raise _joined(self.problems)
-        _keep_renamings(model)
+            raise _combined_error(self.problems)
+        _drop_converters(model)
         config = self.quantization_config
         if self.pre_quantized:
             self._check_complete(model)
             if config.activation_modules and self.sharded:
-                raise NotImplementedError("tensor parallelism of a model with static activation scales")
-            settle(model)
+                raise NotImplementedError(
+                    "tensor parallelism is not supported for a model with static activation scales"
+                )
+            apply_loaded_scales(model)
         config.record(config.tensors if self.sharded else table_of(model.named_parameters()))
-        experts.use_for(model)
+        experts.use_requanto_experts(model)
         return model
 
     def _check_complete(self, model: Any) -> None:
@@ -193,36 +198,36 @@ class RequantoHfQuantizer(HfQuantizer):
         return dequantize_(model, dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """The flat state dict, and no metadata of ours; the config's table is brought up to date.
+        """Returns the flat state dict and no metadata; updates the config's table.
 
-        Everything is in config.json: a safetensors header with several metadata keys has no fixed order, and a saved
-        model should be the same bytes whenever it is saved.
+        Everything else is in config.json: safetensors writes several metadata keys in no fixed order, and saving a model
+        twice must give the same bytes.
         """
         tied = getattr(model, "all_tied_weights_keys", {})
-        spread = any(local_quantized(parameter) is not None for parameter in model.parameters())
-        found = whole_state_dict(model, self.sharded) if spread else materialized(model)
+        sharded = any(local_quantized(parameter) is not None for parameter in model.parameters())
+        found = full_state_dict(model, self.sharded) if sharded else load_offloaded(model)
         state_dict = {k: v for k, v in found.items() if not (isinstance(v, QTensor) and k in tied)}
         self.quantization_config.record(table_of(state_dict.items()))
         self.quantization_config.activation_modules = activation_table(model)
         return flatten(state_dict), {}
 
     def is_serializable(self) -> bool:
-        """Always."""
+        """Always True."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters train on top of it."""
+        """True: adapters can be trained on the quantized weights."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """Without graph breaks."""
+        """True: torch.compile works without graph breaks."""
         return True
 
 
 class _Operation(ConversionOps):
-    """An operation of ours. The loader copies it for every weight: the quantizer, which gathers problems, stays one."""
+    """Base of our loading operations. The loader deep-copies them for every weight; all copies share one quantizer."""
 
     def __init__(self, hf_quantizer: RequantoHfQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
@@ -232,24 +237,24 @@ class _Operation(ConversionOps):
 
 
 class _Quantize(_Operation):
-    """One float weight -> one QTensor."""
+    """Quantizes one float weight."""
 
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """Called by the loader with the values of one source (or, for merged experts, of several targets)."""
+        """Returns the quantized weight under its name; an error is recorded in ``problems``."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         try:
             tensor = self.hf_quantizer.planned[full_layer_name].quantize(weight, full_layer_name)
         except ValueError as error:
-            return _give_up(self.hf_quantizer, full_layer_name, error, missing_keys)
-        return _placed(self.hf_quantizer, kwargs.get("model"), full_layer_name, tensor, missing_keys)
+            return _record_problem(self.hf_quantizer, full_layer_name, error, missing_keys)
+        return _loaded(self.hf_quantizer, kwargs.get("model"), full_layer_name, tensor, missing_keys)
 
 
 class _Rebuild(_Operation):
-    """Stored parts -> one QTensor."""
+    """Joins the stored parts of one weight into a QTensor."""
 
     @torch.no_grad()
     def convert(
@@ -261,7 +266,7 @@ class _Rebuild(_Operation):
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        """Called by the loader with the parts of one weight, by their leaf names."""
+        """Returns the QTensor under the weight's name; an error is recorded in ``problems``."""
         quantizer = self.hf_quantizer
         module, leaf = get_module_from_name(model, full_layer_name)
         try:
@@ -283,42 +288,42 @@ class _Rebuild(_Operation):
                     f"{tuple(expected.shape)}"
                 )
         except CheckpointError as error:
-            return _give_up(quantizer, full_layer_name, error, missing_keys)
-        return _placed(quantizer, model, full_layer_name, tensor, missing_keys)
+            return _record_problem(quantizer, full_layer_name, error, missing_keys)
+        return _loaded(quantizer, model, full_layer_name, tensor, missing_keys)
 
 
-def _placed(
+def _loaded(
     quantizer: RequantoHfQuantizer, model: Any, name: str, tensor: QTensor, missing_keys: set[str] | None
 ) -> dict[str, torch.Tensor]:
-    """What the loader is to set; of a weight that is cut over ranks nothing, its part is in place already."""
+    """Returns the parameters for the loader to set; none for a sharded weight, which is set here."""
     if name not in quantizer.sharded:
         return {name: frozen_parameter(tensor)}
-    place(model, name, tensor, quantizer.sharded[name])
+    place_shard(model, name, tensor, quantizer.sharded[name])
     if missing_keys is not None:
         missing_keys.discard(name)
     return {}
 
 
-def _give_up(
+def _record_problem(
     quantizer: RequantoHfQuantizer, name: str, error: Exception, missing_keys: set[str] | None
 ) -> dict[str, torch.Tensor]:
-    """Notes a problem; it is raised, whole, when the loader is through (see ``problems``)."""
+    """Records an error in ``problems``; it is raised when all weights are loaded."""
     quantizer.problems[name] = error
     if missing_keys is not None:
         missing_keys.discard(name)
     return {}
 
 
-def _joined(problems: dict[str, Exception]) -> Exception:
+def _combined_error(problems: dict[str, Exception]) -> Exception:
     first = next(iter(problems.values()))
     more = f"\n(and {len(problems) - 1} more weights with problems)" if len(problems) > 1 else ""
     return type(first)(f"{first}{more}")
 
 
-def _keep_renamings(model: Any) -> None:
-    """The converters that built the weights must not run backwards at a save: what is saved is ours already.
+def _drop_converters(model: Any) -> None:
+    """Removes weight converters from the model, because Transformers would reverse them when saving.
 
-    Renamings stay, they are undone on saving and done again on loading.
+    Renamings are kept: they are reversed when saving and applied again when loading.
     """
     conversions = getattr(model, "_weight_conversions", None) or []
     model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming or _is_prefix(c)]
@@ -329,10 +334,10 @@ def _is_prefix(conversion: Any) -> bool:
 
 
 def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> RequantoHfQuantizer:
-    """The quantizer of a model that `requanto.quantize` made: from now on the library takes it for one it loaded.
+    """Attaches a quantizer to a model quantized in place by `requanto.quantize`, as if Transformers had loaded it.
 
     Args:
-        config: what it was quantized by; None: the type of most of its weights.
+        config: the config it was quantized with; None: a config with the most frequent type of its weights.
     """
     if config is None:
         kinds = [p.qtype.name for p in model.parameters() if isinstance(p, QTensor)]
@@ -341,13 +346,13 @@ def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> Requanto
     quantizer = RequantoHfQuantizer(config, pre_quantized=False)
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
-    _keep_renamings(model)
-    experts.use_for(model)
+    _drop_converters(model)
+    experts.use_requanto_experts(model)
     return quantizer
 
 
 def _hook_grouped_mm_fallback() -> None:
-    """Transformers' own operator for grouped experts where torch's cannot be used: it meets a QTensor in ours."""
+    """Makes Transformers' fallback operator for grouped experts call `grouped_linear` if the weight is a QTensor."""
     from transformers.integrations import moe  # noqa: F401  (defines the operator)
 
     from requanto.linear import grouped_linear

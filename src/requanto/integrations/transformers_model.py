@@ -1,4 +1,4 @@
-"""Methods of Transformers' PreTrainedModel that must know about quantized weights: its size, saving, and unread codes."""
+"""Patches of Transformers' PreTrainedModel for quantized weights: loading, saving, memory footprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.foreign.quanto_directory import reading_quanto
+from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.readme import write_readme
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Wraps the methods; a model without quantized weights is untouched by both."""
+    """Patches the methods; models without quantized weights are not affected."""
     from transformers.modeling_utils import PreTrainedModel
 
     from requanto.integrations import tensor_parallel
@@ -33,14 +33,19 @@ def register() -> None:
         return
     register_transformers()
     tensor_parallel.register()
-    reading_quanto(PreTrainedModel)
-    PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
-    PreTrainedModel.get_memory_footprint = _footprint(PreTrainedModel.get_memory_footprint)
-    PreTrainedModel._finalize_model_loading = staticmethod(_checked(PreTrainedModel._finalize_model_loading))
+    wrap_from_pretrained(PreTrainedModel)
+    PreTrainedModel.save_pretrained = _wrap_save_pretrained(PreTrainedModel.save_pretrained)
+    PreTrainedModel.get_memory_footprint = _wrap_memory_footprint(PreTrainedModel.get_memory_footprint)
+    PreTrainedModel._finalize_model_loading = staticmethod(
+        _wrap_finalize_loading(PreTrainedModel._finalize_model_loading)
+    )
 
 
-def _checked(original: Any) -> Any:
-    """An explicit ``quantization_config=None`` drops what config.json says: the model would run on random weights."""
+def _wrap_finalize_loading(original: Any) -> Any:
+    """Raises if stored codes were not loaded.
+
+    An explicit ``quantization_config=None`` overrides config.json; without this check the model would run on random weights.
+    """
 
     @functools.wraps(original)
     def finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -48,16 +53,16 @@ def _checked(original: Any) -> Any:
         unread = [key for key in unread if key.removesuffix("_qdata") in loading_info.missing_keys]
         if unread:
             raise CheckpointError(
-                f"the files hold quantized weights ({unread[0]} and {len(unread) - 1} more), but the config says nothing "
-                f"of them, so {type(model).__name__} would keep random ones. Leave quantization_config out instead of "
-                f"passing None, and keep the quantization_config in config.json that was saved with the files."
+                f"the files hold quantized weights ({unread[0]} and {len(unread) - 1} more), but the config does not "
+                f"describe them, so {type(model).__name__} would have random weights. Leave quantization_config out instead "
+                f"of passing None, and use the config.json that was saved with the files."
             )
         return original(model, load_config, loading_info)
 
     return finalize_model_loading
 
 
-def _footprint(original: Any) -> Any:
+def _wrap_memory_footprint(original: Any) -> Any:
     @functools.wraps(original)
     def get_memory_footprint(self: Any, return_buffers: bool = True) -> int:
         if has_quantized(self):
@@ -68,7 +73,7 @@ def _footprint(original: Any) -> Any:
     return get_memory_footprint
 
 
-def _saving(original: Any) -> Any:
+def _wrap_save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
@@ -76,34 +81,34 @@ def _saving(original: Any) -> Any:
         if adapter or not (has_quantized(self) or activation_table(self)):
             return original(self, save_directory, *args, **kwargs)
         if quantizer is None and kwargs.get("state_dict") is not None:
-            return original(self, save_directory, *args, **kwargs)  # the caller says what the files hold
+            return original(self, save_directory, *args, **kwargs)  # the caller decides what is saved
         if quantizer is None:  # quantized in place, by requanto.quantize
             from requanto.integrations.transformers import attach_quantizer
 
             quantizer = attach_quantizer(self)
         elif not type(quantizer).__module__.startswith("requanto."):
             raise ValueError(
-                f"the model was loaded with {type(quantizer).__name__} and holds weights quantized by Requanto as well; "
-                f"one directory holds one of them. Load the float model and quantize all of it with one."
+                f"the model was loaded with {type(quantizer).__name__} and also holds weights quantized by Requanto, but a "
+                f"directory can hold only one of them. Load the float model and quantize all of it with one library."
             )
         if kwargs.get("distributed_checkpoint"):
             raise NotImplementedError(
-                "save_pretrained(distributed_checkpoint=True) of a quantized model: Transformers refuses to load such files "
-                "into one. Save without it (rank 0 writes the whole model), or the state dict with "
-                "torch.distributed.checkpoint."
+                "save_pretrained(distributed_checkpoint=True) is not supported for a quantized model: Transformers "
+                "refuses to load such a checkpoint. Save without it (rank 0 writes the whole model), or save the state "
+                "dict with torch.distributed.checkpoint."
             )
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
         main = world_size() == 1 or self.should_save_on_this_rank(
             args[0] if args else kwargs.get("is_main_process", True)
         )
-        # The other ranks take part in putting weights together, and write nothing: they get a directory to list.
+        # Other ranks take part in gathering weights but write nothing; Transformers still lists their save directory.
         with replaced_directory(save_directory) if main else tempfile.TemporaryDirectory() as scratch:
             result = original(self, scratch, *args, **kwargs)
             if main:
                 write_readme(scratch, self, quantizer.quantization_config, replaces=Path(save_directory))
         if world_size() > 1 and any(local_quantized(parameter) is not None for parameter in self.parameters()):
-            dist.barrier()  # no rank goes on before the new directory is in its place
+            dist.barrier()  # wait until rank 0 has replaced the directory
         return result
 
     save_pretrained._requanto = True

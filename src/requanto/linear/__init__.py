@@ -1,4 +1,4 @@
-"""Products with quantized weights, and the table of the implementations that run them."""
+"""GEMMs and embedding lookups with quantized weights, and the registry of their implementations."""
 
 from requanto.linear.api import linear, times
 from requanto.linear.embedding import embedding

@@ -1,7 +1,7 @@
-"""`linear` and `times`: checks, shapes, gradients; the registry's choice does the work.
+"""`linear` and `times`: they check arguments, pick an implementation and support gradients and torch.compile.
 
-The way of a call: here, the plan that the weight keeps for x's shape (`requanto.linear.registry.find_plan`) or the
-registry's choice, the back end, the kernel. Under torch.compile, and where a gradient is wanted, the GEMM is one operator
+A call runs the plan that the weight has cached for x's shape (`requanto.linear.registry.find_plan`), else the implementation
+that the registry selects. Under torch.compile, and when a gradient is needed, the GEMM is one custom operator
 (`requanto.linear.custom_ops`).
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from requanto.linear import reference  # isort: skip  (closes the registry, before the others enter it)
+from requanto.linear import reference  # isort: skip  (registered first: the others are inserted before it)
 from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.linear import custom_ops
 from requanto.linear.cpu import paths as cpu
 from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
 from requanto.linear.registry import find_plan, remember_plan
-from requanto.runtime.tracing import has_numbers, is_recorded, is_tracing, transformed, wants_gradient
+from requanto.runtime.tracing import in_functorch_transform, in_jit_trace, is_tracing, needs_gradient, runs_eagerly
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.rotation import rotate
 
-__all__ = ["cpu", "gpu", "linear", "packed_product", "reference", "times"]
+__all__ = ["cpu", "gpu", "linear", "packed_gemm", "reference", "times"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -34,21 +34,22 @@ def linear(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight.T + bias``.
+    """Computes ``x @ weight.T + bias``.
 
     Args:
         x: float ``[..., K]``.
         weight: quantized ``[N, K]``.
         bias: float ``[N]``.
-        activation: type that x is quantized to on the way in (``qint8``, float8); None: the weight's own choice
-            (``weight.activation``), by default to leave x as it is.
-        input_scale: with an activation type, a static scale, one number; None: a scale for each token.
+        activation: type that x is quantized to (``qint8``, float8); None: ``weight.activation``, by default no
+            quantization.
+        input_scale: static scale of quantized activations, one element; None: one scale per token.
 
     Returns:
-        ``[..., N]`` in x's dtype (autocast's, inside autocast).
+        ``[..., N]`` in x's dtype, or autocast's if autocast is enabled.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: x is not a float tensor of 16 bits or more, or shapes or devices do not match, or ``input_scale`` is
+            given without an activation type or for a rotated weight.
     """
     return _gemm(x, weight, bias, activation, input_scale, flip=False)
 
@@ -61,7 +62,7 @@ def times(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ weight + bias``: that of GPT-2's ``Conv1D``, whose weight ``[K, N]`` is stored as one of ``[N, K]``.
+    """Computes ``x @ weight + bias``, as GPT-2's ``Conv1D`` does; such a weight is best stored as ``[N, K]``.
 
     Args:
         x: float ``[..., K]``.
@@ -69,18 +70,18 @@ def times(
         bias, activation, input_scale: as in `linear`.
 
     Returns, Raises:
-        As `linear` of the transpose.
+        As `linear` with the transposed weight.
     """
     return _gemm(x, weight, bias, activation, input_scale, flip=True)
 
 
-def packed_product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """`linear` of the matrix ``[N, K]`` that the weight of a convolution is stored as; the parameter is packed for it.
+def packed_gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """`linear` with a convolution's weight as its stored matrix ``[N, K]``; prepacks the parameter if it is not yet.
 
     Returns:
-        None where it is not packed: a gradient is wanted, or something traces, or it has no such layout.
+        None if the weight cannot be prepacked, a gradient is needed or the call is traced.
     """
-    if wants_gradient(x, bias) or not has_numbers():
+    if needs_gradient(x, bias) or not runs_eagerly():
         return None
     gemm = find_plan(x, weight, bias)
     if gemm is not None:
@@ -103,29 +104,30 @@ def _gemm(
     *,
     flip: bool,
 ) -> torch.Tensor:
-    """``x @ weight.T``, or ``x @ weight`` where ``flip``."""
-    if torch.compiler.is_compiling():  # first: a compiler that reads this needs no more
+    """``x @ weight.T``, or ``x @ weight`` if ``flip``."""
+    if torch.compiler.is_compiling():  # first, so that torch.compile traces nothing else
         name = "" if activation is None else activation.name
         return torch.ops.requanto.linear_weight(x, weight, bias, name, input_scale, flip)
     spec = weight._spec
-    usual = (
+    cacheable = (
         type(x) in _PLAIN
-        and spec.transposed is flip  # x @ stored.T, which plans and packed layouts are for
+        and spec.transposed is flip  # x @ stored.T: the only case that plans and packed layouts cover
         and input_scale is None
         and (activation is None or activation is spec.activation)
     )
-    if usual:
+    if cacheable:
         gemm = find_plan(x, weight, bias)
         if gemm is not None:
             return gemm(x, weight, bias)
-    # Every look at a QTensor's shape or device would be a function call of its own: half of a small layer's time.
+    # Otherwise each access to a QTensor's shape or device is a Python call: half of a small layer's time.
     with torch._C.DisableTorchFunctionSubclass():
-        if spec.transposed is flip and has_numbers():
+        # Training leaves a plain weight plain: its backward reads the codes row by row, which is fastest in that layout.
+        if spec.transposed is flip and runs_eagerly() and not needs_gradient(x, bias):
             dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
             pack_on_first_use(weight, dtype, activation or spec.activation)
-        seen = weight if not flip else weight.over_same_storage(transposed=not spec.transposed)
+        seen = weight if not flip else weight.view_of_storage(transposed=not spec.transposed)
         out = _checked(x, seen, bias, activation, input_scale)
-        if usual and not _autocast(x) and not wants_gradient(x, bias):
+        if cacheable and not _autocast(x) and not needs_gradient(x, bias):
             remember_plan(x, weight)
         return out
 
@@ -138,7 +140,7 @@ def _traced(
     input_scale: torch.Tensor | None,
     flip: bool,
 ) -> torch.Tensor:
-    """What torch.compile puts into its graph as a node, without reading this module; autograd and AOT take it apart."""
+    """The operator that torch.compile puts into its graph; autograd and AOTAutograd decompose it."""
     seen = weight.t() if flip else weight
     return _checked(x, seen, bias, qtypes[activation] if activation else None, input_scale)
 
@@ -151,7 +153,7 @@ _library.impl("linear_weight", _traced, "CompositeImplicitAutograd")
 
 
 def _autocast(x: torch.Tensor) -> bool:
-    # Autocast leaves float64 as it is, as it does in torch's own linear.
+    # As in torch.nn.functional.linear, autocast does not change float64.
     return x.device.type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
 
 
@@ -163,7 +165,7 @@ def _checked(
     input_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     if not x.is_floating_point() or x.dtype.itemsize < 2:
-        raise ValueError(f"linear: x must be a float tensor, found {x.dtype}; expected 16 bits or more")
+        raise ValueError(f"linear: x must be a float tensor of 16 bits or more, found {x.dtype}")
     if _autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     shape = weight._spec.seen_shape
@@ -177,22 +179,25 @@ def _checked(
     if activation is None:
         activation = weight.activation
     if input_scale is not None and activation is None:
-        raise ValueError("linear: input_scale is the scale of quantized activations; name their type as well")
-    # Back ends multiply with the codes as they are stored; the low-rank term and the rotation are done here.
+        raise ValueError(
+            "linear: input_scale needs an activation type, and neither the call nor the weight has one; pass "
+            "activation=..."
+        )
+    # Implementations handle only the codes; the low-rank term and the rotation are applied here.
     block = weight.rotation
     if block is None:
         out = _codes_gemm(x, weight, bias, activation, input_scale)
     elif input_scale is not None:
         raise ValueError(
-            f"linear: a static input_scale is that of x as it comes, and this weight is multiplied with x rotated in blocks "
-            f"of {block}. Use activations without calibration (a scale for each token), or no rotation."
+            f"linear: a static input_scale belongs to the unrotated x, but this weight needs x rotated in blocks of "
+            f"{block}. Use dynamic activation quantization (one scale per token), or a weight without rotation."
         )
     elif weight.transposed:
         out = rotate(_codes_gemm(x, weight, None, activation, None), block)
         out = out if bias is None else out + bias.to(out.dtype)
     else:
         out = _codes_gemm(rotate(x, block), weight, bias, activation, None)
-    return out if weight.up is None else out + lowrank.product(x, weight)
+    return out if weight.up is None else out + lowrank.lowrank_matmul(x, weight)
 
 
 def _codes_gemm(
@@ -205,13 +210,14 @@ def _codes_gemm(
     """``x @ codes.T + bias``."""
     out_features, in_features = weight._spec.seen_shape
     rows = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
-    tracing, needs_grad = is_tracing(), wants_gradient(x, bias)
-    if is_recorded() or (not tracing and (transformed() or (rows.is_cpu and not needs_grad and not has_numbers()))):
-        # For torch.func, other tracers and fake tensors: operators that all of them know.
+    tracing, needs_grad = is_tracing(), needs_gradient(x, bias)
+    if in_jit_trace() or (
+        not tracing and (in_functorch_transform() or (rows.is_cpu and not needs_grad and not runs_eagerly()))
+    ):
+        # torch.func, torch.jit.trace and fake tensors support only regular torch operators.
         out = reference.run(rows, weight, bias, activation, input_scale)
     elif needs_grad or tracing:
-        # Rows in, rows out: the result of an operator with a backward of its own must be no view, or users could not
-        # change it in place.
+        # The reshapes stay outside the operator: if its result were a view, autograd would forbid in-place changes to it.
         out = torch.ops.requanto.linear(rows, bias, *custom_ops.arguments(weight, activation), input_scale)
     else:
         out = custom_ops.run(rows, weight, bias, activation, input_scale)

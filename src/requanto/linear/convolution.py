@@ -1,11 +1,11 @@
-"""Convolutions with a quantized weight: dequantized, then torch's own operator.
+"""Convolutions with a quantized weight: the weight is dequantized, then torch's operator runs.
 
-A convolution reads each weight once per output pixel, so its arithmetic is left to torch, in x's dtype (autocast's, inside
-autocast) whatever dtype the weight is seen as. On a CPU the float weight lies in this thread's buffer, some output channels
-at a time: fresh pages for all of it would take longer than a small image's convolution.
+A convolution uses each weight once per output pixel, so dequantization is a small part of its time. It runs in x's dtype
+(autocast's, if enabled), whatever the weight's dtype is. On a CPU the weight is dequantized into a scratch buffer, a slice
+of output channels at a time: page faults of a new tensor would take longer than the convolution of a small image.
 
-With few output pixels it is the weight that takes the time. Then the image's patches become rows of x, and the convolution
-is a product with the packed weight (`requanto.linear.api.packed_product`).
+With few output pixels, reading the weight dominates. Then `F.unfold` turns the image into rows, and the convolution is a
+GEMM with the prepacked weight (`requanto.linear.api.packed_gemm`).
 """
 
 from __future__ import annotations
@@ -16,53 +16,54 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from requanto.linear.api import packed_product
+from requanto.linear.api import packed_gemm
 from requanto.linear.cpu import onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.cpu.dequantize import rows_rounded_once
-from requanto.linear.prepack import layout_to_be
-from requanto.runtime.buffers import workspace
+from requanto.linear.prepack import expected_layout
+from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import has_numbers, wants_gradient
+from requanto.runtime.tracing import needs_gradient, runs_eagerly
 from requanto.tensor.qtensor import QTensor
 
-#: Part of the workspace that the float weight may take: oneDNN is the slower the fewer output channels it is given.
+#: The dequantized weight takes at most 1 / PART of ``workspace_bytes``. oneDNN is slower with fewer output channels.
 PART = 2
-#: Output pixels, of all images together, up to which a product of patches is faster, and not more than one for so many
-#: weights; and with kernels of one pixel, whose patches are the image (benchmarks/results/cpu_paths.json).
-PIXELS, WEIGHTS_A_PIXEL, PIXELS_ONE_BY_ONE = 128, 10**5, 256
-#: Those whose weight begins with the output channels.
+#: The GEMM with patches is faster up to so many output pixels of the whole batch, and up to one pixel per
+#: `WEIGHTS_PER_PIXEL` weights. 1x1 kernels, which need no unfolding, have a bound of their own
+#: (benchmarks/results/cpu_paths.json).
+MAX_PIXELS, WEIGHTS_PER_PIXEL, MAX_PIXELS_1X1 = 128, 10**5, 256
+#: Functions whose weight has the output channels as its first axis.
 _FORWARD = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def convolution(
     function: Callable[..., torch.Tensor], x: torch.Tensor, weight: QTensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """``function(x, weight, *args, **kwargs)`` of a quantized weight.
+    """Computes ``function(x, weight, *args, **kwargs)`` with a quantized weight.
 
     Args:
         function: ``F.conv1d`` to ``F.conv3d``, ``F.conv_transpose1d`` to ``F.conv_transpose3d``.
-        args, kwargs: those of ``function``: bias, stride ...
+        args, kwargs: further arguments of ``function``: bias, stride ...
 
     Returns:
-        As ``function``, in x's dtype (autocast's, inside autocast).
+        The result of ``function``, in x's dtype (autocast's, if enabled).
 
     Raises:
-        RuntimeError: x is no float tensor: the weight would be cut down to its dtype. And whatever ``function`` raises.
+        RuntimeError: x is not a float tensor. Errors of ``function`` are passed on.
     """
     if not x.is_floating_point():
-        raise RuntimeError(f"{function.__name__}: expected a float tensor beside a quantized weight, found {x.dtype}")
+        raise RuntimeError(f"{function.__name__} with a quantized weight: x must be a float tensor, found {x.dtype}")
     bias, *rest = args or (kwargs.pop("bias", None),)
-    usual = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
-    asked = wants_gradient(x, bias)
-    # A derivative keeps the weight, and a trace has no buffers.
-    if x.device.type != "cpu" or weight.device.type != "cpu" or asked or not usual or not has_numbers():
+    regular = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
+    needs_grad = needs_gradient(x, bias)
+    # Autograd saves the dequantized weight, and traced code has no scratch buffers: both need a new tensor.
+    if x.device.type != "cpu" or weight.device.type != "cpu" or needs_grad or not regular or not runs_eagerly():
         return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
-    x = as_autocast(x)  # torch would narrow x and all of the weight
+    x = as_autocast(x)  # so that the weight is dequantized in this dtype, instead of converted by torch
     if bias is not None and (as_autocast(bias).dtype != x.dtype or not _is_bias(bias, function, weight)):
-        # torch raises. The ways below would broadcast such a bias, or cut it.
+        # torch raises an error here; the code below would broadcast such a bias, or slice it.
         return function(x, weight.dequantize(x.dtype), bias, *rest, **kwargs)
-    out = _of_patches(x, weight, bias, *rest, **kwargs) if function is F.conv2d else None
+    out = _conv2d_as_gemm(x, weight, bias, *rest, **kwargs) if function is F.conv2d else None
     if out is not None:
         return out
     out_channels, row_bytes = weight.shape[0], weight.row_length * x.dtype.itemsize
@@ -79,7 +80,7 @@ def convolution(
     return torch.cat(parts, x.dim() - weight.dim() + 1)
 
 
-def _of_patches(
+def _conv2d_as_gemm(
     x: torch.Tensor,
     weight: QTensor,
     bias: torch.Tensor | None,
@@ -88,7 +89,7 @@ def _of_patches(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> torch.Tensor | None:
-    """`F.conv2d` as a product of patches with the packed weight; None where that does not pay, or cannot be."""
+    """`F.conv2d` as a GEMM of image patches with the prepacked weight; None if that is slower or not supported."""
     if x.dtype != torch.bfloat16 or x.dim() != 4 or groups != 1 or x.shape[1] != weight.shape[1]:
         return None
     if weight.activation is not None or isinstance(padding, str) or not cache.wanted(calls.NIBBLES):
@@ -96,26 +97,26 @@ def _of_patches(
     kernel = weight.shape[2:]
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     if any(len(sizes) != 2 for sizes in (stride, padding, dilation)) or min(*stride, *dilation) < 1 or min(padding) < 0:
-        return None  # torch raises
+        return None  # invalid arguments: torch raises the error
     sizes = zip(x.shape[2:], padding, dilation, kernel, stride)
     height, width = ((size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, pad, gap, taps, step in sizes)
     pixels = x.shape[0] * height * width
-    itself = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0)
-    most = PIXELS_ONE_BY_ONE if itself else min(PIXELS, weight.numel() // WEIGHTS_A_PIXEL)
-    if height < 1 or width < 1 or not 0 < pixels <= most:
+    pointwise = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0)
+    max_pixels = MAX_PIXELS_1X1 if pointwise else min(MAX_PIXELS, weight.numel() // WEIGHTS_PER_PIXEL)
+    if height < 1 or width < 1 or not 0 < pixels <= max_pixels:
         return None
-    if not onednn_bf16.fits(*weight.matrix_shape) or layout_to_be(weight, x.dtype) == "plain":
+    if not onednn_bf16.fits(*weight.matrix_shape) or expected_layout(weight, x.dtype) == "plain":
         return None
-    patches = x.flatten(2) if itself else F.unfold(x, kernel, dilation, padding, stride)
+    patches = x.flatten(2) if pointwise else F.unfold(x, kernel, dilation, padding, stride)
     rows = patches.transpose(1, 2).contiguous().view(pixels, -1)
-    out = packed_product(rows, weight, bias)
+    out = packed_gemm(rows, weight, bias)
     if out is None:
         return None
     return out.view(len(x), height * width, -1).transpose(1, 2).contiguous().view(len(x), -1, height, width)
 
 
 def as_autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as torch.autocast hands it to an operator on its list: float64 and integers stay as they are."""
+    """The tensor in the dtype that torch.autocast would convert it to; float64 and integers are unchanged."""
     device = tensor.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensor
@@ -125,7 +126,7 @@ def as_autocast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bias(bias: torch.Tensor, function: Callable[..., torch.Tensor], weight: QTensor) -> bool:
-    """True for one number for each output channel; those of a transposed convolution are left to torch."""
+    """True for a bias with one element per output channel, and for transposed convolutions, whose bias torch checks."""
     return function not in _FORWARD or bias.shape == weight.shape[:1]
 
 
@@ -135,10 +136,10 @@ def _pair(size: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _values(weight: QTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the weight in this thread's buffer; in memory of their own where that is too small for them."""
+    """Dequantized output channels ``start .. stop``, in a scratch buffer if they fit, else in a new tensor."""
     shape = (stop - start, weight.row_length)
     if shape[0] * shape[1] * dtype.itemsize <= settings.workspace_bytes // PART:
-        out = workspace(shape, dtype)
+        out = scratch_buffer(shape, dtype)
     else:
         out = torch.empty(shape, dtype=dtype, device=weight.device)
     return rows_rounded_once(weight, start, stop, out).view(stop - start, *weight.shape[1:])

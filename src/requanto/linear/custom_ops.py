@@ -1,11 +1,11 @@
-"""The operators that graphs and autograd see: a GEMM with a quantized weight is one node, on the weight's plain tensors.
+"""Custom operators for autograd and torch.compile: a GEMM with a quantized weight is one node on the weight's tensors.
 
-All of them describe the weight alike: ``parts``, its tensors in the order of `Layout.names`; ``words``, what it is
-(`WeightSpec.words`, the layout behind it); ``shape``, as it is stored. So one graph serves all layers of a shape, and a new
-property of a weight changes no signature. The low-rank term stays outside: its factors may be in training. (No argument has
-a default: autograd would be handed fewer of them then.)
+All of them take the weight as ``parts``, its tensors in the order of `Layout.names`; ``words``, its description
+(`WeightSpec.words` and the layout's name); and ``shape``, its stored shape. So one graph serves all layers of a shape, and a
+new property of weights changes no signature. The low-rank term is not part of the operators, because its factors may be
+trained. No argument has a default, because autograd leaves out arguments that have their default value.
 
-The backward multiplies with the same codes again, seen transposed; no float weight is kept for it.
+The backward is a GEMM with the same codes, transposed; no dequantized weight is saved for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.registry import choose, problem_of
 from requanto.tensor.layout import PLAIN
-from requanto.tensor.qtensor import QTensor, described
+from requanto.tensor.qtensor import QTensor, operator_weight
 from requanto.tensor.spec import swapped
 from requanto.tensor.storage import storage_of
 
@@ -29,7 +29,7 @@ def run(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[rows, K] -> [rows, N]`` by the registry's choice."""
+    """``[rows, K] -> [rows, N]`` with the implementation that the registry selects."""
     if not x.shape[0] or not x.shape[1]:
         out = x.new_zeros(x.shape[0], weight.shape[0])
         return out if bias is None else out.add_(bias)
@@ -38,7 +38,7 @@ def run(
 
 
 def arguments(weight: QTensor, activation: qtype | None = None) -> tuple[list[torch.Tensor], str, list[int]]:
-    """``parts, words, shape`` of a weight."""
+    """``parts``, ``words`` and ``shape`` of a weight, as the operators take them."""
     spec = weight._spec
     if activation is not spec.activation:
         spec = spec.replace(activation=activation)
@@ -49,7 +49,7 @@ def arguments(weight: QTensor, activation: qtype | None = None) -> tuple[list[to
 def _weight(
     parts: list[torch.Tensor], words: str, shape: list[int], dtype: torch.dtype, *, flip: bool = False
 ) -> QTensor:
-    spec, layout, named = described(parts, words, shape, dtype)
+    spec, layout, named = operator_weight(parts, words, shape, dtype)
     if flip:
         spec = spec.replace(transposed=not spec.transposed)
     found = storage_of(named, layout) if layout is not PLAIN else None
@@ -80,7 +80,7 @@ def _(x, bias, parts, words, shape, input_scale):  # type: ignore[no-untyped-def
 
 @torch.library.custom_op("requanto::linear_backward", mutates_args=())
 def _linear_backward(grad: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
-    # The gradient with respect to x is grad @ W. (Quantized activations pass it straight through.)
+    # The gradient with respect to x is grad @ W (straight-through estimator if activations are quantized).
     return run(grad, _weight(parts, words, shape, grad.dtype, flip=True), None)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a quantized table."""
+"""Embedding lookups in a quantized weight."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import torch
 
 from requanto.dtypes.bit_packing import pack
 from requanto.linear.cpu.dequantize import codes_to_float
-from requanto.linear.prepack import LOOKED_UP
-from requanto.runtime.tracing import has_numbers, is_recorded, is_tracing
+from requanto.linear.prepack import EMBEDDING_WEIGHT
+from requanto.runtime.tracing import in_jit_trace, is_tracing, runs_eagerly
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor, scaled_values
 
 
 def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
-    """Rows of a quantized table: only the rows asked for are dequantized.
+    """Looks up rows of a quantized weight, dequantizing only these rows.
 
     Args:
         indices: integer, any shape.
         weight: quantized ``[entries, features]``.
 
     Returns:
-        ``[*indices.shape, features]`` in the table's dtype.
+        ``[*indices.shape, features]`` in the weight's dtype.
+
+    Raises:
+        NotImplementedError: the weight is transposed, or not quantized along axis 0.
     """
     if weight.transposed or weight.axis != 0:
-        raise NotImplementedError("embedding needs a table quantized along its rows; call .dequantize() first")
+        raise NotImplementedError("embedding needs a weight quantized along its rows; call .dequantize() first")
     storage = weight._storage
-    if storage.layout is PLAIN and storage.stays_plain != LOOKED_UP:
-        storage.stays_plain = LOOKED_UP
-    with torch._C.DisableTorchFunctionSubclass():  # every look at a shape would be a call of its own
-        if is_recorded():
+    if storage.layout is PLAIN and storage.stays_plain != EMBEDDING_WEIGHT:
+        storage.stays_plain = EMBEDDING_WEIGHT
+    with torch._C.DisableTorchFunctionSubclass():  # else each access to a QTensor's shape is a Python call
+        if in_jit_trace():
             return torch.nn.functional.embedding(indices, weight.dequantize())
         flat = indices.reshape(-1)
         if weight.is_packed and is_tracing():
@@ -41,7 +44,7 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
 
 
 def _picked(weight: QTensor, indices: torch.Tensor) -> QTensor:
-    """A weight of these rows alone, in their stored form."""
+    """These rows as a new weight in the plain layout."""
     spec, whole = weight._spec, weight.shared_along(0)
     layout, parts = weight._storage.state
     picked = {n: p if n in whole else _rows(p, indices) for n, p in parts.items() if n not in ("qdata", *layout.extra)}
@@ -54,7 +57,7 @@ def _picked(weight: QTensor, indices: torch.Tensor) -> QTensor:
 
 
 def _simple(weight: QTensor) -> bool:
-    """True where codes, scale and shift are all there is: no tensor has to be made of the rows first."""
+    """True if a weight has only codes, scale and shift, so that rows can be dequantized without a new QTensor."""
     return (
         weight.rotation is None
         and weight.up is None
@@ -66,11 +69,11 @@ def _simple(weight: QTensor) -> bool:
 
 
 def _values(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
-    """What `QTensor.dequantize` gives for these rows, without a tensor being made of them: the same numbers."""
+    """These rows, dequantized to the same values as by `QTensor.dequantize` but without a new QTensor."""
     kind = weight.qtype
     layout, parts = weight._storage.state
     codes, scale = layout.gather(weight._spec, parts, indices), _rows(parts["scale"], indices)
-    if kind.is_floating_point and codes.is_cpu and has_numbers():
+    if kind.is_floating_point and codes.is_cpu and runs_eagerly():
         values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
         codes_to_float(codes, kind, values)
     else:
@@ -80,7 +83,7 @@ def _values(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(part: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    # As bytes, which torch copies row by row; an index that is out of range is an error, as in F.embedding.
+    # index_select of bytes copies whole rows; like F.embedding, it raises an error for an index out of range.
     if part.dtype.itemsize > 1:
         return torch.index_select(part, 0, indices)
     return torch.index_select(part.view(torch.uint8), 0, indices).view(part.dtype)

@@ -1,4 +1,4 @@
-"""Which implementation each layer takes, and why."""
+"""`explain`: which implementation runs each layer, and why."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 from torch import nn
 
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.prepack import layout_to_be
+from requanto.linear.prepack import expected_layout
 from requanto.linear.registry import choose, problem_of
 from requanto.tensor.qtensor import QTensor
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one layer runs.
+    """The implementation of one layer's GEMM.
 
     Attributes:
-        name: the parameter.
+        name: name of the parameter.
         weight: its type, e.g. ``"int4, group 64"``.
-        rows: rows of x.
-        implementation, reason: the table's choice.
-        layout: form of the codes, as it is or will be after the first product.
+        shape: its shape.
+        rows: rows of x (tokens).
+        implementation, reason: the implementation that the registry selects, and why it exists.
+        layout: layout of the codes, now or after the first GEMM.
     """
 
     name: str
@@ -54,11 +55,11 @@ class Explanation(list):
 def explain(
     model: nn.Module, rows: tuple[int, ...] | int = (1, 16, 512), dtype: torch.dtype | None = None
 ) -> Explanation:
-    """The implementation that each quantized matrix of a model gets, and why. Prints as a table.
+    """Lists the implementation that runs each quantized matrix of a model, and why. Prints as a table.
 
     Args:
-        rows: numbers of rows (tokens) to ask for.
-        dtype: of x; None: each weight's own.
+        rows: one or several numbers of rows (tokens) of x.
+        dtype: dtype of x; None: each weight's dtype.
     """
     found = Explanation()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -79,13 +80,13 @@ def explain(
         if parameter.rotation is not None:
             kind += f", rotated in blocks of {parameter.rotation}"
         if parameter.rank:
-            kind += f", rank {parameter.rank} beside"
+            kind += f", plus a term of rank {parameter.rank}"
         static = id(parameter) in calibrated
         activation = calibrated[id(parameter)] if static else parameter.activation
         if activation is not None:
-            kind += f", {activation.name.removeprefix('q')} activations{' under a static scale' if static else ''}"
+            kind += f", {activation.name.removeprefix('q')} activations{' with a static scale' if static else ''}"
         float_type = dtype or parameter.dtype
-        layout = layout_to_be(parameter, float_type, activation)
+        layout = expected_layout(parameter, float_type, activation)
         stored = (
             parameter if parameter.dim() == 3 else parameter.as_matrix()
         )  # of a transposed one: x @ W, as in Conv1D

@@ -1,4 +1,4 @@
-"""`grouped_linear`: rows sorted by expert, one operator with a backward of its own (`requanto.linear.custom_ops`)."""
+"""`grouped_linear`: GEMMs of fused experts as one operator with a backward (`requanto.linear.custom_ops`)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from requanto.tensor.rotation import rotate
 
 
 def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Rows sorted by expert, each times its expert's weight.
+    """Multiplies rows, sorted by expert, with the transposed weight of their expert.
 
     Args:
         x: ``[rows, K]``; rows ``offsets[e-1] .. offsets[e]`` belong to expert e.
         weight: quantized ``[E, N, K]``.
-        offsets: integer ``[E]``: end row of each expert. Rows past the last end give zeros.
+        offsets: integer ``[E]``, end row of each expert. Rows after the last end give zeros.
 
     Returns:
         ``[rows, N]``
@@ -25,4 +25,4 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     x_codes = x if block is None or transposed else rotate(x, block)
     out = torch.ops.requanto.grouped_linear(x_codes, offsets, *custom_ops.arguments(weight), False)
     out = rotate(out, block) if block is not None and transposed else out
-    return out if weight.up is None else out + lowrank.grouped_product(x, weight, offsets)
+    return out if weight.up is None else out + lowrank.grouped_lowrank_matmul(x, weight, offsets)

@@ -1,7 +1,7 @@
-"""When a weight is packed: at its first GEMM, or all at once by `prepare`.
+"""Prepacks weights for the kernels of this machine, at the first GEMM or for a whole model with `prepare`.
 
-The layout takes the place of the stored codes, for the parameter and all its aliases, until somebody writes other tensors or
-calls `unpack`. Reading a packed weight leaves it packed.
+The packed codes replace the plain ones, for the parameter and all its aliases, until other tensors are assigned or `unpack`
+is called. Reading a packed weight does not unpack it.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.cpu import float8, fused_dequantize, int4, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.gpu import layout as gpu_layout
-from requanto.runtime.settings import choices, settings
+from requanto.runtime.settings import registry_state, settings
 from requanto.tensor.layout import LOCK, PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
-#: Weights below which packing does not pay: a GEMM's own cost is no longer that of reading weights.
+#: Smaller weights (number of elements) are not packed: reading them is a small part of a GEMM's time.
 SMALLEST = 2**20
-#: The same on a CPU for int4 and int2, which cost more to decode in their stored form (SmolLM2, whose layers have 10^5 to
-#: 10^6 weights, generates four times as many tokens a second packed), and for int8 with int8 activations, whose GEMM is
-#: two to three times as fast packed. int8 weights alone lose by it below `SMALLEST`, unless compiled kernels read it.
+#: The same on a CPU for int4 and int2, which are slow to decode from the plain layout (SmolLM2, whose layers have 10^5 to
+#: 10^6 weights, generates four times as many tokens per second packed), and for int8 with int8 activations, whose GEMM is
+#: two to three times as fast packed. int8 weights with float activations are slower packed below `SMALLEST`, unless compiled
+#: kernels read them.
 SMALLEST_ON_CPU = 2**16
-#: Why the weight of an embedding stays plain.
-LOOKED_UP = "its rows are looked up by an embedding"
-#: Holders of a memory block that is this weight's alone: its tensor, and the handle through which they are counted.
-_SOLE = 2
+#: Why an embedding's weight stays plain.
+EMBEDDING_WEIGHT = "its rows are looked up by an embedding"
+#: References to a memory block that only this weight uses: its tensor, and the handle that is used to count them.
+_OWN_REFERENCES = 2
 
 
 def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None) -> Layout | None:
-    """The layout that the weight would be packed in for x of ``dtype``; None: it stays as it is stored.
+    """The layout to pack the weight into for x of ``dtype``; None if it stays plain.
 
-    On a CPU a transposed weight and that of a convolution are packed for GEMMs with the matrix that they are stored as.
+    On a CPU, transposed weights and those of convolutions are packed for GEMMs with their stored matrix.
     """
     spec = weight._spec
     if gpu_layout.fits(weight, activation):
@@ -44,7 +45,7 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qt
     if weight.device.type != "cpu" or spec.axis != 0 or len(spec.shape) not in (2, 4):
         return None
     if spec.qtype == qint8:
-        right = not spec.affine and spec.group_size is None and spec.row_length <= onednn_int8.LONGEST
+        right = not spec.affine and spec.group_size is None and spec.row_length <= onednn_int8.MAX_K
         activation = activation or spec.activation
         wanted = activation == qint8 or (activation is None and (dtype or spec.dtype) != torch.float32)
         return onednn_int8.layout(*spec.matrix_shape) if right and wanted else None
@@ -52,12 +53,12 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qt
         return float8.LAYOUT
     if not int4.fits(weight):
         return None
-    # The operator takes any x; kernels are for bfloat16.
+    # torch's int4 operator takes x of any dtype, the compiled kernels only bfloat16.
     return int4.layout() if spec.group_size in int4.GROUPS or (dtype or spec.dtype) == torch.bfloat16 else None
 
 
 def _smallest(weight: QTensor, layout: Layout, activation: qtype | None) -> int:
-    """Numbers of a weight from which on that layout pays."""
+    """Number of elements from which on that layout is faster than the plain one."""
     if isinstance(layout, (int4.Int4Layout, float8.Float8Layout)):
         return SMALLEST_ON_CPU
     if isinstance(layout, onednn_int8.Int8Layout):
@@ -68,11 +69,11 @@ def _smallest(weight: QTensor, layout: Layout, activation: qtype | None) -> int:
     return SMALLEST
 
 
-def layout_to_be(weight: QTensor, dtype: torch.dtype, activation: qtype | None = None) -> str:
-    """The layout that a layer's weight has, or will have after its first GEMM with x of ``dtype``.
+def expected_layout(weight: QTensor, dtype: torch.dtype, activation: qtype | None = None) -> str:
+    """Name of the layout that a layer's weight has, or will have after its first GEMM with x of ``dtype``.
 
     Args:
-        activation: type that the layer quantizes x to; None: the weight's own choice.
+        activation: type that the layer quantizes x to; None: ``weight.activation``.
     """
     if weight.is_packed:
         return weight.layout_name
@@ -84,11 +85,11 @@ def layout_to_be(weight: QTensor, dtype: torch.dtype, activation: qtype | None =
 
 
 def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | None) -> None:
-    """Packs a layer's weight, unless the settings, its size or another user of its memory speak against it."""
+    """Packs a layer's weight, unless settings forbid it, the weight is small, or other tensors share its memory."""
     storage = weight._storage
     if storage.layout is not PLAIN or storage.stays_plain or not getattr(weight, "_is_param", False):
         return
-    if not settings.pack_on_first_use or storage.declined == (choices.version, dtype, activation):
+    if not settings.pack_on_first_use or storage.declined == (registry_state.version, dtype, activation):
         return
     if weight.numel() < SMALLEST_ON_CPU and weight.numel() < SMALLEST:
         storage.stays_plain = "it is small"
@@ -106,21 +107,23 @@ def _pack(
     if weight.is_packed:
         return True
     if gpu_layout.capturing(weight.device):
-        return False  # a graph is being recorded: what it has read must stay where it is
+        return False  # the CUDA graph that is being captured may have recorded the address of the codes
     layout = layout_for(weight, dtype, activation)
     if layout is None:  # float8 has a layout for compiled kernels only: ask again when something has changed
-        storage.declined = (choices.version, dtype, activation)
+        storage.declined = (registry_state.version, dtype, activation)
         return False
     if weight.numel() < (_smallest(weight, layout, activation) if smallest is None else smallest):
-        storage.declined = (choices.version, dtype, activation)
+        storage.declined = (registry_state.version, dtype, activation)
         return False
     # The layout is of no use without its kernels, which are compiled now if they have never been. No lock is held meanwhile.
-    family = _needed(weight, layout, activation) if smallest is None else _always_needed(weight, layout)
+    family = (
+        _required_family(weight, layout, activation) if smallest is None else _family_required_to_read(weight, layout)
+    )
     if family is not None and not calls.ready(family):
         return False
     with LOCK:
         why = shared(weight)
-        if why is not None:  # it may be alone at the next GEMM
+        if why is not None:  # tried again at the next GEMM, when this may have changed
             if storage.declined != why:
                 logger.info("a %s weight of shape %s is not packed: %s", weight.qtype.name, tuple(weight.shape), why)
             storage.declined = why
@@ -130,36 +133,36 @@ def _pack(
 
 
 def shared(weight: QTensor) -> str | None:
-    """Who else sees the memory of the codes, and would be left behind with it; None: nobody."""
+    """Why the codes share memory with other tensors, which packing would separate from them; None if they do not."""
     storage = weight._storage
     if storage.base is not None:
         return "it is a part of a packed weight"
     codes = storage.parts["qdata"]
     if codes.is_shared() and codes.device.type == "cpu":
         return "other processes share its memory"
-    # A view holds the tensor that it was made of, which holds the memory too.
-    own = _SOLE + (codes._base is not None)
+    # A view references its base tensor, which references the memory as well.
+    own = _OWN_REFERENCES + (codes._base is not None)
     if torch._C._storage_Use_Count(codes.untyped_storage()._cdata) > own:  # type: ignore[attr-defined]
         return "another tensor, such as a slice of it, shares its memory"
     return None
 
 
-def _always_needed(weight: QTensor, layout: Layout) -> str | None:
-    """The family of compiled kernels without which no GEMM reads that layout."""
+def _family_required_to_read(weight: QTensor, layout: Layout) -> str | None:
+    """The family of compiled kernels that every GEMM with that layout needs; None if there is one without kernels."""
     if isinstance(layout, float8.Float8Layout):
         return calls.FLOAT8
-    return calls.NIBBLES if isinstance(layout, int4.Int4Layout) and int4.for_kernels(weight) else None
+    return calls.NIBBLES if isinstance(layout, int4.Int4Layout) and int4.only_for_kernels(weight) else None
 
 
-def _needed(weight: QTensor, layout: Layout, activation: qtype | None) -> str | None:
-    """The family of compiled kernels without which that layout does not pay."""
+def _required_family(weight: QTensor, layout: Layout, activation: qtype | None) -> str | None:
+    """The family of compiled kernels without which that layout is not faster than the plain one, or not readable."""
     if isinstance(layout, onednn_int8.Int8Layout):
         return calls.INT8 if (activation or weight.activation) is None and weight.numel() < SMALLEST else None
-    return _always_needed(weight, layout)
+    return _family_required_to_read(weight, layout)
 
 
 def _load_kernels(weight: QTensor) -> None:
-    """Compiled kernels that this packed weight's GEMMs will call, made if they have never been on this machine."""
+    """Loads the compiled kernels for this packed weight's GEMMs; compiles them if they are not in the cache."""
     layout = weight._storage.layout
     if isinstance(layout, onednn_int8.Int8Layout):
         family = calls.INT8 if weight.activation is None else calls.INT8_INT8
@@ -177,22 +180,22 @@ def _load_kernels(weight: QTensor) -> None:
 def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
     """Packs every linear layer's weight for this machine now, instead of at its first GEMM.
 
-    Saving and moving the model uses the stored form, which a packed weight gives at any time. Worth it before
-    ``torch.compile``, which cannot pack, and for a first token without delay: kernels that have never been compiled on this
-    machine are (`requanto.linear.cpu.aot.cache`).
+    Saving and moving the model is not affected: both use the plain layout. Call it before ``torch.compile``, which cannot
+    pack, or to avoid a delay at the first token. It also compiles the CPU kernels that are not in the cache yet
+    (`requanto.linear.cpu.aot.cache`).
 
     Args:
-        smallest: weights of fewer elements stay as they are; None: from where it was measured to pay.
+        smallest: weights with fewer elements are not packed; None: measured thresholds.
 
     Returns:
-        Layout by parameter name, for the parameters that are packed.
+        Name of the layout by parameter name, for the packed parameters.
     """
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     done = {}
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, QTensor) or id(parameter) in looked_up:
             continue
-        # A convolution is packed for small images alone, which nobody knows yet.
+        # Convolutions use a packed weight only for small images, and the image size is not known here.
         if parameter.dim() != 4 and _pack(parameter, smallest=smallest):
             done[name] = parameter.layout_name
             _load_kernels(parameter)
@@ -203,9 +206,9 @@ def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
 
 
 def unpack(model: nn.Module) -> list[str]:
-    """Puts every packed weight back into its stored form, e.g. before ``torch.export`` for another machine.
+    """Returns every packed weight to the plain layout, e.g. before ``torch.export`` for another machine.
 
-    They are packed again at their next GEMM unless ``requanto.settings.pack_on_first_use`` is False.
+    Weights are packed again at their next GEMM unless ``requanto.settings.pack_on_first_use`` is False.
 
     Returns:
         Names of the parameters that were packed.

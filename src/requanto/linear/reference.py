@@ -1,4 +1,4 @@
-"""The reference: dequantize, multiply, forget. Generic torch operators only, right on every device."""
+"""The reference implementation: dequantize, then F.linear. Generic torch operators, correct on every device."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _values(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
-    """One product an expert, each by the table's choice; the host waits for the routing."""
+    """One GEMM per expert, by the implementation that the registry selects; reads ``offsets`` on the host."""
     out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
     for expert, end in enumerate(offsets.tolist()):
         if end > start:
             one = weight[expert]
-            product = choose(problem_of(one, x.dtype, end - start)).implementation.run
-            out[start:end] = product(x[start:end], one, None)
+            run_expert = choose(problem_of(one, x.dtype, end - start)).implementation.run
+            out[start:end] = run_expert(x[start:end], one, None)
         start = max(start, end)
     return out
 
@@ -52,6 +52,6 @@ register(
         run=run,
         run_grouped=run_grouped,
         supports=lambda problem: True,
-        reason="dequantizes the weight for the call; right everywhere",
+        reason="dequantizes the weight in each call; works everywhere",
     )
 )

@@ -1,7 +1,7 @@
-"""The one table that says what runs.
+"""The registry of implementations, and the plans that weights cache.
 
-Each implementation names itself, says when it is right (``supports``) and when it is fast (``prefers``), in order of
-preference: the first that answers yes to both runs, and the reference, which is always right, closes the table.
+Implementations are listed in order of preference. The first whose ``supports`` accepts a problem runs it; the reference,
+which accepts all problems, is the last. ``supports`` covers both correctness and speed.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from typing import NamedTuple
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.runtime.settings import choices
-from requanto.runtime.tracing import has_numbers, wants_gradient
+from requanto.runtime.settings import registry_state
+from requanto.runtime.tracing import needs_gradient, runs_eagerly
 from requanto.tensor.layout import LOCK
 from requanto.tensor.qtensor import QTensor
 
-#: ``gemm(x, weight, bias) -> y`` with x of any leading axes: all that does not depend on x's numbers is done.
+#: ``gemm(x, weight, bias) -> y`` for one shape and dtype of x; everything that does not depend on x's values is prepared.
 Gemm = Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
-#: ``bind(weight, rows, dtype)`` makes one for a weight ``[N, K]``, or None. It must hold the weight's tensors, never the
-#: weight: plans belong to its storage, which they would keep alive.
-Bind = Callable[[QTensor, int, torch.dtype], Gemm | None]
+#: ``make_plan(weight, rows, dtype)`` returns such a GEMM for a weight ``[N, K]``, or None. It may reference the weight's
+#: tensors but not the weight: its storage owns the plans, and a reference cycle would keep it alive.
+MakePlan = Callable[[QTensor, int, torch.dtype], Gemm | None]
 
-#: Plans that a weight keeps, one for each shape of x it met lately; one more, and all are dropped.
-PLANS = 32
+#: Most plans that a weight caches, one per shape of x; before one more is added, all are dropped.
+MAX_PLANS = 32
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a product looks like from outside.
+    """The properties of a GEMM that an implementation is selected by.
 
     Attributes:
         device: device type, ``"cpu"``, ``"cuda"`` ...
         qtype: type of the weight's codes.
-        activation: type the activations are quantized to on the fly, or None.
-        dtype: float dtype of x, and of the result.
+        activation: type that the activations are quantized to, or None.
+        dtype: float dtype of x and of the result.
         rows: rows of x (product of all its axes but the last).
         out_features, in_features: N and K.
-        group_size: of the weight; None: per row.
-        affine: the weight has a shift.
-        transposed: the weight is stored ``[K, N]``, scales along N.
-        layout: ``"plain"``, as stored, or the name of a packed form (`requanto.tensor.layout`).
-        static: the activations' scale is given, not each row's own.
+        group_size: group size of the weight's scales; None: one scale per row.
+        affine: whether the weight has a shift.
+        transposed: whether the weight is stored as ``[K, N]``, with scales along N.
+        layout: ``"plain"``, or the name of a packed layout (`requanto.tensor.layout`).
+        static: whether activations have a static scale instead of one per token.
     """
 
     device: str
@@ -65,14 +65,14 @@ class Implementation:
     """One way to compute ``x @ w.T + bias``.
 
     Attributes:
-        name: unique, shown by `requanto.explain`.
-        run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape [rows, K].
-        supports: the problems it is right for.
-        reason: why it is there, one line for the reader of `explain`.
-        bind: ``bind(weight, rows, dtype) -> gemm`` makes what does not depend on x's numbers ready
-            (`find_plan`), or None; None: it has no such form.
-        run_grouped: ``run_grouped(x2d, weight, offsets) -> y2d`` for fused experts, weight ``[E, N, K]`` and offsets the end
-            row of each expert; None: it has no such form.
+        name: unique name, shown by `requanto.explain`.
+        run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape ``[rows, K]``.
+        supports: whether it is correct and fast for a problem.
+        reason: one line for `explain`: why it is used.
+        run_grouped: ``run_grouped(x2d, weight, offsets) -> y2d`` for fused experts, with a weight ``[E, N, K]`` and the end
+            row of each expert in ``offsets``; None if experts are not supported.
+        make_plan: ``make_plan(weight, rows, dtype) -> gemm`` prepares a GEMM for one shape of x (`find_plan`), or returns
+            None; None if there is nothing to prepare.
     """
 
     name: str
@@ -80,18 +80,18 @@ class Implementation:
     supports: Callable[[Problem], bool]
     reason: str
     run_grouped: Callable[..., torch.Tensor] | None = None
-    bind: Bind | None = None
+    make_plan: MakePlan | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that a problem gets."""
+    """The implementation selected for a problem."""
 
     problem: Problem
     implementation: Implementation
 
 
-_TABLE: list[Implementation] = []
+_REGISTRY: list[Implementation] = []
 
 
 def register(implementation: Implementation, *, before: str | None = None) -> None:
@@ -100,30 +100,30 @@ def register(implementation: Implementation, *, before: str | None = None) -> No
     Raises:
         ValueError: the name is taken, or ``before`` is unknown.
     """
-    names = [known.name for known in _TABLE]
+    names = [known.name for known in _REGISTRY]
     if implementation.name in names:
         raise ValueError(f"an implementation named {implementation.name!r} is registered already")
     if before is not None and before not in names:
         raise ValueError(f"no implementation named {before!r}; registered: {', '.join(names)}")
-    _TABLE.insert(len(names) if before is None else names.index(before), implementation)
-    choices.changed()
+    _REGISTRY.insert(len(names) if before is None else names.index(before), implementation)
+    registry_state.changed()
 
 
 def implementations() -> tuple[Implementation, ...]:
-    """The table, in order of preference."""
-    return tuple(_TABLE)
+    """All implementations, in order of preference."""
+    return tuple(_REGISTRY)
 
 
 def choose(problem: Problem, *, grouped: bool = False) -> Choice:
-    """The first implementation that is right for the problem.
+    """Selects the first implementation that supports the problem.
 
     Args:
-        grouped: only those with a form for fused experts; the problem is that of one expert with all rows.
+        grouped: selects among implementations for fused experts; the problem then describes one expert with all rows.
     """
-    for implementation in _TABLE:
+    for implementation in _REGISTRY:
         if (implementation.run_grouped is not None or not grouped) and implementation.supports(problem):
             return Choice(problem, implementation)
-    raise RuntimeError(f"no implementation for {problem}; the reference one should have been registered")
+    raise RuntimeError(f"no implementation supports {problem}; is requanto.linear.reference imported?")
 
 
 def problem_of(
@@ -135,7 +135,7 @@ def problem_of(
     *,
     static: bool = False,
 ) -> Problem:
-    """The problem that ``rows`` rows of ``dtype`` times ``weight`` is; in another layout than its own, if given."""
+    """Describes the GEMM of ``rows`` rows of ``dtype`` with a weight, in the weight's layout unless ``layout`` is given."""
     spec = weight._spec
     *_, out_features, in_features = spec.seen_shape
     return Problem(
@@ -158,7 +158,13 @@ def problem_of(
 
 
 class Plan(NamedTuple):
-    """A GEMM made ready for one shape of x, and what else it holds for."""
+    """A cached GEMM for one shape of x, and further conditions for its use.
+
+    Attributes:
+        gemm: the GEMM.
+        activation: ``weight.activation`` when it was made.
+        cpu: whether x must be on the CPU.
+    """
 
     gemm: Gemm
     activation: qtype | None
@@ -166,44 +172,44 @@ class Plan(NamedTuple):
 
 
 def find_plan(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Gemm | None:
-    """The GEMM that was made ready for an x like this one, if it holds for this call: no gradient, no autocast, no tracing.
+    """The cached plan for x's shape and dtype; None if there is none, or with gradients, autocast or tracing.
 
-    A small layer's GEMM takes 50 us on a CPU, and what Python does before it as long again: this is the way around it. Plans
-    live in the weight's storage, which drops them when its tensors change.
+    A small layer's GEMM takes 50 us on a CPU, and selecting an implementation in Python takes as long again; a plan avoids
+    that. Plans belong to the weight's storage, which drops them when its tensors change.
     """
-    plan = weight._storage.plans.get((x.shape, x.dtype, choices.version))
-    if plan is None or plan.activation is not weight._spec.activation or not has_numbers():
+    plan = weight._storage.plans.get((x.shape, x.dtype, registry_state.version))
+    if plan is None or plan.activation is not weight._spec.activation or not runs_eagerly():
         return None
     if x.is_cpu is not plan.cpu or torch.is_autocast_enabled("cpu" if plan.cpu else x.device.type):
         return None
-    return None if wants_gradient(x, bias) else plan.gemm
+    return None if needs_gradient(x, bias) else plan.gemm
 
 
 def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
-    """Makes the GEMM ready that the next x like this one will want, with a weight ``[N, K]`` or its stored matrix.
+    """Caches a plan for x's shape and dtype, for GEMMs with the weight's stored matrix ``[N, K]``.
 
-    Only of weights whose layout is settled: one that may yet be packed is asked at each GEMM.
+    Does nothing as long as the weight may still be packed, because packing is tried outside of plans.
     """
     spec, storage = weight._spec, weight._storage
-    if not has_numbers() or x.dim() < 2 or not x.numel() or spec.rotation is not None or "up" in storage.parts:
+    if not runs_eagerly() or x.dim() < 2 or not x.numel() or spec.rotation is not None or "up" in storage.parts:
         return
-    version, key = storage.version, (x.shape, x.dtype, choices.version)
-    declined = storage.declined == (choices.version, x.dtype, spec.activation)
+    version, key = storage.version, (x.shape, x.dtype, registry_state.version)
+    declined = storage.declined == (registry_state.version, x.dtype, spec.activation)
     if key in storage.plans or not (weight.is_packed or storage.stays_plain or declined):
         return
     matrix = weight.as_matrix()
     found = choose(problem_of(matrix, x.dtype, x.numel() // x.shape[-1], spec.activation)).implementation
-    gemm = found.bind(matrix, x.numel() // x.shape[-1], x.dtype) if found.bind is not None else None
-    plan = Plan(gemm or _unbound(found, spec.activation), spec.activation, x.is_cpu)
+    gemm = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if found.make_plan is not None else None
+    plan = Plan(gemm or _plan_without_preparation(found, spec.activation), spec.activation, x.is_cpu)
     with LOCK:  # another thread may have changed the weight meanwhile
         if storage.version == version:
-            if len(storage.plans) >= PLANS:
+            if len(storage.plans) >= MAX_PLANS:
                 storage.plans.clear()
             storage.plans[key] = plan
 
 
-def _unbound(found: Implementation, activation: qtype | None) -> Gemm:
-    """The plan of an implementation that has nothing to make ready: the choice alone."""
+def _plan_without_preparation(found: Implementation, activation: qtype | None) -> Gemm:
+    """The plan of an implementation without `Implementation.make_plan`: it only skips the selection."""
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():

@@ -1,8 +1,8 @@
-"""Quantization with samples: methods that look at what a model's layers are given.
+"""Quantization with samples: methods that use the inputs of a model's layers.
 
     requanto.quantize(model, weights="int4", calibration=samples, method="gptq")
 
-Any model made of Linear layers; see `requanto.methods.engine` for how it is gone through.
+They work for any model made of Linear layers; `requanto.methods.engine` describes the procedure.
 """
 
 from __future__ import annotations
@@ -49,43 +49,43 @@ def quantize_with_samples(
     resume: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> None:
-    """Quantizes the planned weights of a model in place, on samples.
+    """Quantizes the planned weights of a model in place, with samples.
 
     Args:
-        model: any model, float, on the device it is to run on.
-        planned: full parameter name -> how (`requanto.config.plan.plan`).
+        model: any float model, on the device to run on.
+        planned: full parameter name -> how to quantize it (`requanto.config.plan.plan`).
         calibration: an iterable of inputs, or a function that runs the model (`requanto.methods.samples`).
         method: a name or a `Method`.
-        method_options: the method's options, by name.
-        resume: directory that keeps finished blocks; a run that was interrupted goes on from them.
+        method_options: options of a method given by name.
+        resume: directory that stores finished blocks; an interrupted run continues from them.
         progress: show a progress bar.
 
     Raises:
         ValueError: an unknown method, no samples, samples that reach no layer, or a ``resume`` of another run.
-        ValueError: weights that are to be rotated or corrected, which methods do not know.
+        ValueError: a weight has ``rotation`` or ``low_rank``, which these methods do not support.
         TypeError: an unknown option.
     """
     chosen = find_method(method, method_options)
     for name, one in planned.items():
         for option in ("rotation", "low_rank"):
             if getattr(one.options, option) is not None:
-                raise ValueError(f"{name}: method={chosen.name!r} knows no {option}; leave one of the two out")
+                raise ValueError(f"{name}: method={chosen.name!r} does not support {option}; leave one of the two out")
     samples = Samples(calibration)
-    kept = None if resume is None else Resume(resume, fingerprint(model, planned, samples, chosen))
-    quantize_planned(model, planned, samples, chosen, resume=kept, progress=progress)
+    stored = None if resume is None else Resume(resume, fingerprint(model, planned, samples, chosen))
+    quantize_planned(model, planned, samples, chosen, resume=stored, progress=progress)
 
 
 def find_method(method: str | Method, options: Mapping[str, Any] | None = None) -> Method:
-    """The method of that name, with these options.
+    """Returns the method of that name, with these options.
 
     Raises:
         ValueError: an unknown name.
-        TypeError: an unknown option, or options beside a `Method`, which has its own.
+        TypeError: an unknown option, or options together with a `Method` object.
     """
     if isinstance(method, Method):
         if options:
-            raise TypeError("method_options belong to a method given by name; this one holds its own")
+            raise TypeError("method_options need a method given by name; a Method object holds its own options")
         return method
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; with calibration= it is one of {', '.join(METHODS)}")
+        raise ValueError(f"unknown method {method!r}; methods that use calibration= are {', '.join(METHODS)}")
     return METHODS[method].of(options)

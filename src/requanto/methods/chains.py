@@ -1,11 +1,11 @@
-"""Blocks that feed one another: a model's inside, run a block at a time on kept inputs.
+"""Chains of blocks, which can be run one block at a time on stored inputs.
 
-A chain is a ``ModuleList`` (or ``Sequential``) whose members run one after another. One run of the model shows, by the
-identity of tensors, which inputs of a block are outputs of the block before, and which are the same for all (masks, position
-embeddings, a time embedding) or belong to one block alone. What is kept of a run is a `Record`: the inputs of the first
-block, and whatever else the blocks were given. From then on the rest of the model is not needed.
+A chain is a ``ModuleList`` (or ``Sequential``) whose members run one after another, each on outputs of the one before. One
+run of the model shows, by tensor identity, which inputs of a block are outputs of the block before and which come from
+elsewhere (masks, position embeddings, a time embedding). A `Record` stores the inputs of the first block and all inputs that
+come from elsewhere; the rest of the model is then not needed.
 
-Where a block gets nothing from the one before, as in a U-Net, there is no chain, and the engine runs the whole model.
+If a block takes no output of the block before, as in a U-Net, there is no chain, and the engine runs the whole model.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from requanto.methods.samples import Samples, Stop
 
 @dataclass(frozen=True)
 class _Output:
-    """An input of a block that is this leaf of the output of the block before."""
+    """A block's input that is a leaf of the output of the block before."""
 
     index: int
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """An input of a block that is kept in the record."""
+class _Stored:
+    """A block's input that is stored in the record."""
 
     index: int
 
 
 @dataclass
 class Record:
-    """One run through a chain.
+    """The inputs of all blocks in one run through a chain.
 
     Attributes:
-        calls: for each block its inputs: leaves (`_Output`, `_Kept` or plain values) and their tree.
-        kept: tensors that blocks are given from outside, on the CPU, with the device they belong on.
+        calls: for each block, its arguments as leaves (`_Output`, `_Stored` or plain values) and their tree.
+        stored: inputs that are not outputs of the block before: (tensor on the CPU, device to run on).
     """
 
     calls: list[tuple[list[Any], Any]] = field(default_factory=list)
-    kept: list[tuple[torch.Tensor, torch.device]] = field(default_factory=list)
+    stored: list[tuple[torch.Tensor, torch.device]] = field(default_factory=list)
 
     def nbytes(self) -> int:
-        """Bytes of the kept tensors."""
-        return sum(t.nbytes for t, _ in self.kept)
+        """Returns the bytes of the stored tensors."""
+        return sum(t.nbytes for t, _ in self.stored)
 
 
 class Chain:
-    """Members of one list that run one after another."""
+    """Blocks of one list that run one after another."""
 
     def __init__(self, name: str, blocks: list[nn.Module]) -> None:
         self.name, self.blocks = name, blocks
 
     def capture(self, model: nn.Module, samples: Samples) -> list[Record] | None:
-        """Runs the model and keeps what the blocks are given; None where they are no chain."""
+        """Runs the model on all samples and records the blocks' inputs; None if the blocks are not a chain."""
         recorder = _Recorder(self.blocks, samples.may_stop)
         try:
             for _ in samples.run(model):
@@ -71,26 +71,26 @@ class Chain:
         return None if recorder.broken or not recorder.records else recorder.records
 
     def inputs(self, record: Record, index: int, carried: list[Any]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of a block."""
+        """Returns the arguments of a block."""
         leaves, tree = record.calls[index]
         return pytree.tree_unflatten([_resolve(leaf, record, carried) for leaf in leaves], tree)
 
-    def wanted(self, record: Record, index: int) -> set[int]:
-        """Output leaves of block ``index`` that the next one takes."""
+    def used_outputs(self, record: Record, index: int) -> set[int]:
+        """Returns the indices of the output leaves of block ``index`` that the next block takes."""
         if index + 1 >= len(self.blocks):
             return set()
         return {leaf.index for leaf in record.calls[index + 1][0] if isinstance(leaf, _Output)}
 
 
 def _resolve(leaf: Any, record: Record, carried: list[Any]) -> Any:
-    if isinstance(leaf, (_Output, _Kept)):
-        tensor, device = (carried if isinstance(leaf, _Output) else record.kept)[leaf.index]
+    if isinstance(leaf, (_Output, _Stored)):
+        tensor, device = (carried if isinstance(leaf, _Output) else record.stored)[leaf.index]
         return tensor.to(device, copy=True)  # blocks may write into their inputs
     return leaf
 
 
 class _Recorder:
-    """Hooks on the blocks of one list."""
+    """Hooks on the blocks of one list that record their inputs."""
 
     def __init__(self, blocks: list[nn.Module], may_stop: bool) -> None:
         self.blocks, self.may_stop = blocks, may_stop
@@ -98,9 +98,8 @@ class _Recorder:
         self.broken = False
         self._template: Record | None = None
         self._record: Record | None = None
-        self._seen: list[
-            Any
-        ] = []  # tensors of the run, in the order of ``kept``; strong references: ids must not be reused
+        #: the original tensors of ``Record.stored``, in its order
+        self._seen: list[Any] = []
         self._outputs: list[Any] = []
         self._hooks = []
         for index, block in enumerate(blocks):
@@ -112,7 +111,7 @@ class _Recorder:
             hook.remove()
 
     def finish(self) -> None:
-        """A run has ended: a record must have reached the last block."""
+        """Stores the record of a run that has ended; marks the chain as broken if it did not reach the last block."""
         record, self._record = self._record, None
         self._seen, self._outputs = [], []
         if record is None:
@@ -121,9 +120,9 @@ class _Recorder:
             self.broken = True
             return
         self.records.append(record)
-        # All that later blocks are given came with the first one's inputs: other runs need not go further than that.
-        first = {leaf.index for leaf in record.calls[0][0] if isinstance(leaf, _Kept)}
-        later = {leaf.index for leaves, _ in record.calls[1:] for leaf in leaves if isinstance(leaf, _Kept)}
+        # If later blocks take no stored tensor that the first one does not take, other runs can stop at the first block.
+        first = {leaf.index for leaf in record.calls[0][0] if isinstance(leaf, _Stored)}
+        later = {leaf.index for leaves, _ in record.calls[1:] for leaf in leaves if isinstance(leaf, _Stored)}
         if self.may_stop and later <= first:
             self._template = record
 
@@ -140,9 +139,9 @@ class _Recorder:
                 return
             leaves, tree = pytree.tree_flatten((args, kwargs))
             if any("Cache" in type(leaf).__name__ for leaf in leaves):
-                self.broken = True  # state that grows with every call: no block may run twice
+                self.broken = True  # a cache grows with every call, so a block cannot run twice
                 return
-            found = [self._place(record, leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+            found = [self._reference(record, leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             if index and not any(isinstance(leaf, _Output) for leaf in found):
                 self.broken = True
                 return
@@ -156,20 +155,20 @@ class _Recorder:
         return hook
 
     def finish_early(self, record: Record) -> None:
-        """Takes a record whose other blocks get what the template's get."""
+        """Stores a record whose later blocks have the same calls as the template."""
         self.records.append(record)
         self._record, self._seen, self._outputs = None, [], []
 
-    def _place(self, record: Record, tensor: torch.Tensor) -> Any:
+    def _reference(self, record: Record, tensor: torch.Tensor) -> Any:
         for index, output in enumerate(self._outputs):
             if output is tensor:
                 return _Output(index)
         for index, seen in enumerate(self._seen):
             if seen is tensor:
-                return _Kept(index)
+                return _Stored(index)
         self._seen.append(tensor)
-        record.kept.append((tensor.detach().to("cpu", copy=True), tensor.device))
-        return _Kept(len(self._seen) - 1)
+        record.stored.append((tensor.detach().to("cpu", copy=True), tensor.device))
+        return _Stored(len(self._seen) - 1)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._outputs = pytree.tree_leaves(output)
@@ -179,7 +178,7 @@ def _alike(one: tuple[list[Any], Any], two: tuple[list[Any], Any]) -> bool:
     if one[1] != two[1] or len(one[0]) != len(two[0]):
         return False
     same = zip(one[0], two[0], strict=True)
-    return all(type(a) is type(b) and (a is b or (isinstance(a, _Kept) and a == b) or _equal(a, b)) for a, b in same)
+    return all(type(a) is type(b) and (a is b or (isinstance(a, _Stored) and a == b) or _equal(a, b)) for a, b in same)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -187,7 +186,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def find_lists(model: nn.Module, holds: set[nn.Module]) -> Iterator[tuple[str, list[nn.Module]]]:
-    """The outermost lists whose members hold modules of ``holds``: (dotted name, all members).
+    """Yields (dotted name, all members) of the outermost lists most of whose members contain modules of ``holds``.
 
     Args:
         model: any model.

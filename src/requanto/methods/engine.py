@@ -1,9 +1,9 @@
-"""Quantization with samples: a block at a time, each on the inputs that the quantized blocks before it give.
+"""Quantization with samples, one block at a time, each on the outputs of the quantized blocks before it.
 
-For every chain of blocks (`requanto.methods.chains`) the inputs of the first block are kept; then, block by block, moments
-of the layers' inputs are gathered, the layers are quantized, and the block runs once more to make the inputs of the next.
-Layers outside of chains are quantized on runs of the whole model. Beside the model, memory holds the samples' hidden states
-(twice, float and quantized, where errors of earlier blocks are corrected), a copy of one block, and its moments.
+For every chain of blocks (`requanto.methods.chains`) the inputs of the first block are stored. Then, block by block, moments
+of the layers' inputs are computed, the layers are quantized, and the block runs again to compute the inputs of the next.
+Layers outside of chains are quantized with runs of the whole model. Memory in addition to the model: the samples' hidden
+states (float and quantized ones if errors of earlier blocks are corrected), a copy of one block, and its moments.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from requanto.methods.gptq import Rounded
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer, find_layers
 from requanto.methods.method import Method
-from requanto.methods.moments import Inputs, Moments
+from requanto.methods.moments import InputHooks, Moments
 from requanto.methods.resume import Resume
 from requanto.methods.samples import Samples
 
 logger = logging.getLogger(__name__)
 
-#: Layers outside of chains are quantized in at most this many groups: each costs runs of the whole model.
+#: Layers outside of chains are quantized in at most this many groups, because each group needs runs of the whole model.
 MOST_GROUPS = 32
 
 
@@ -45,21 +45,21 @@ def quantize_planned(
     """Quantizes the planned weights of a model in place.
 
     Args:
-        model: any model; it runs on the device it is on.
-        planned: full parameter name -> how (`requanto.plan`).
-        samples: what to run it on.
+        model: any model; it runs on its current device.
+        planned: full parameter name -> how to quantize it (`requanto.config.plan.plan`).
+        samples: calibration samples.
         method: how weights are rounded.
-        resume: where finished blocks are kept.
+        resume: where finished blocks are stored.
         progress: show a progress bar.
 
     Raises:
-        ValueError: the samples reach no layer; a type that the method cannot make; NaN in inputs.
+        ValueError: the samples reach no layer, the method does not support a type, or inputs hold NaN.
     """
     layers, others = find_layers(model, planned)
     if not layers:
         raise ValueError(
             f"none of the {len(planned)} weights to quantize (e.g. {next(iter(planned), 'none')}) belongs to a Linear layer "
-            f"or a Conv1D, whose inputs the samples are for: leave calibration= out"
+            f"or a Conv1D, and samples are used only for these: leave calibration= out"
         )
     for layer in layers:
         method.check(layer)
@@ -69,7 +69,7 @@ def quantize_planned(
         with torch.no_grad():
             _Engine(model, layers, samples, method, resume, progress).run()
             for layer in others:
-                layer.put(layer.planned.quantize(layer.parameter, layer.name))
+                layer.set_parameter(layer.planned.quantize(layer.parameter, layer.name))
     finally:
         model.train(was_training)
 
@@ -96,8 +96,8 @@ class _Engine:
         order, missing = self.order()
         if not order:
             raise ValueError(
-                f"the samples reached none of the {len(self.layers)} layers to quantize (e.g. {self.layers[0].name}): does "
-                f"calibration run this model, with all its parts?"
+                f"the samples reached none of the {len(self.layers)} layers to quantize (e.g. {self.layers[0].name}): "
+                f"calibration must run this model"
             )
         home = {}
         for name, blocks in lists:
@@ -122,20 +122,20 @@ class _Engine:
                     self.chain(Chain(name, blocks_of[name]), inside)
         for layer in missing:
             logger.warning("%s never saw an input: quantized without samples", layer.name)
-            layer.put(layer.planned.quantize(layer.parameter, layer.name))
+            layer.set_parameter(layer.planned.quantize(layer.parameter, layer.name))
 
     def order(self) -> tuple[list[Layer], list[Layer]]:
-        """(layers in the order of their first call on the first sample, layers that no sample reaches)."""
+        """Returns (layers in the order of their first call, layers that no sample reaches)."""
         owner = {module: layer for layer in self.layers for module in layer.modules}
         called: dict[Layer, None] = {}
-        with Inputs(owner, lambda module, given: called.setdefault(owner[module])):
+        with InputHooks(owner, lambda module, given: called.setdefault(owner[module])):
             for _ in self.samples.run(self.model):
                 if len(called) == len(self.layers):
                     break
         return list(called), [layer for layer in self.layers if layer not in called]
 
     def merged(self, work: list[tuple[str | None, list[Layer]]]) -> list[tuple[str | None, list[Layer]]]:
-        """Neighbouring single layers in groups, so that there are no more than MOST_GROUPS of them."""
+        """Merges consecutive layers outside of chains into about MOST_GROUPS groups."""
         singles = sum(name is None for name, _ in work)
         size = -(-singles // MOST_GROUPS)
         grouped: list[tuple[str | None, list[Layer]]] = []
@@ -149,17 +149,17 @@ class _Engine:
     # ------------------------------------------------------------------ outside of chains
 
     def whole_model(self, layers: list[Layer]) -> None:
-        """Quantizes layers on runs of the whole model."""
+        """Quantizes layers with a run of the whole model on all samples."""
         key = layers[0].name
         if self.resume is not None and self.resume.restore(key, layers):
             return
         full = self.method.full
         moments = {layer: Moments(layer.columns, layer.parameter.device, full, paired=False) for layer in layers}
         owner = {module: layer for layer in layers for module in layer.modules}
-        with Inputs(owner, lambda m, x: moments[owner[m]].add(x)):
+        with InputHooks(owner, lambda m, x: moments[owner[m]].add(x)):
             for _ in self.samples.run(self.model):
                 pass
-        logger.info("%s: quantized on a run of the whole model", ", ".join(layer.name for layer in layers))
+        logger.info("%s: quantized with a run of the whole model", ", ".join(layer.name for layer in layers))
         for layer in layers:
             layer.round(moments[layer], self.method)
         self.finish(key, layers)
@@ -167,36 +167,39 @@ class _Engine:
     # ------------------------------------------------------------------ chains
 
     def chain(self, chain: Chain, layers: list[Layer]) -> None:
-        """Quantizes the layers of a chain, a block at a time."""
+        """Quantizes the layers of a chain, one block at a time."""
         records = chain.capture(self.model, self.samples)
         if records is None:
-            logger.info("%s: blocks do not feed one another; each is quantized on a run of the whole model", chain.name)
+            logger.info(
+                "%s: blocks do not run on each other's outputs; each is quantized with a run of the whole model",
+                chain.name,
+            )
             for block in chain.blocks:
                 inside = set(block.modules())
                 self.whole_model_if_any([layer for layer in layers if any(m in inside for m in layer.modules)])
                 self.bar.update()
             return
         logger.info(
-            "%s: %d runs through %d blocks are kept, %.1f MB",
+            "%s: stored the inputs of %d runs through %d blocks, %.1f MB",
             chain.name,
             len(records),
             len(chain.blocks),
             sum(r.nbytes() for r in records) / 2**20,
         )
         carried: Carried = [[] for _ in records]
-        wanted: Carried = [[] for _ in records]
+        float_carried: Carried = [[] for _ in records]
         for index, module in enumerate(chain.blocks):
-            block = Block(chain, index, records, carried, wanted, self.method)
+            block = Block(chain, index, records, carried, float_carried, self.method)
             inside = set(module.modules())
-            mine = [layer for layer in layers if any(m in inside for m in layer.modules)]
+            block_layers = [layer for layer in layers if any(m in inside for m in layer.modules)]
             key = f"{chain.name}.{index}"
-            if mine and not (self.resume is not None and self.resume.restore(key, mine, module)):
-                block.quantize(mine)
-                self.finish(key, mine, module)
+            if block_layers and not (self.resume is not None and self.resume.restore(key, block_layers, module)):
+                block.quantize(block_layers)
+                self.finish(key, block_layers, module)
             if index + 1 < len(chain.blocks):
                 carried = block.outputs()
                 if self.method.paired:
-                    wanted = block.float_outputs()
+                    float_carried = block.float_outputs()
             self.bar.update()
 
     def whole_model_if_any(self, layers: list[Layer]) -> None:
@@ -206,8 +209,8 @@ class _Engine:
     # ------------------------------------------------------------------ layers
 
     def finish(self, key: str, layers: list[Layer], block: nn.Module | None = None) -> None:
-        """Puts the quantized weights in their places, and on disk."""
+        """Sets the quantized weights on their modules, and writes them to disk if ``resume`` is given."""
         for layer in layers:
             layer.finish()
         if self.resume is not None:
-            self.resume.keep(key, layers, block)
+            self.resume.save(key, layers, block)

@@ -1,9 +1,9 @@
-"""Input channels scaled, and the inverse folded into what comes before: exact, found by trying.
+"""Scaling of input channels, with the inverse folded exactly into the module that produces the input.
 
-``(x / s) (W s)^T = x W^T``: where ``x`` is the output of a norm, the norm's weight takes the ``1 / s``; where another
-layer's output channels reach it by way of products and sums alone (an MLP's up projection), that layer's rows do. Whether
-they do is not read off the kind of model: the scaling is applied, the block runs on a sample, and a fold is one that leaves
-its output as it was. The scales tried are powers of two, which floats take without rounding.
+``(x / s) (W s)^T = x W^T``. If ``x`` is the output of a norm, ``1 / s`` is folded into the norm's weight. If ``x`` depends
+linearly on another layer's output channels, one by one (as on an MLP's up projection), it is folded into that layer's rows.
+Which case applies is not derived from the kind of model: each candidate is applied to the block, the block runs on a sample,
+and the fold is accepted if the output is unchanged. The test scales are powers of two, which cause no rounding in floats.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from requanto.methods.layers import Layer
-from requanto.methods.moments import Inputs
+from requanto.methods.moments import InputHooks
 
 #: Relative change of a block's output up to which a fold counts as exact.
 TOLERANCE = 1e-3
 
 
 class Fold:
-    """A place that takes the inverse of the scales of some layers' input channels.
+    """A module into which the inverse of some layers' input scales can be folded.
 
     Attributes:
         producer: the norm, or the layer.
-        consumers: the layers that read its output.
+        consumers: the layers that take its output as input.
         offset: 1 for norms that multiply by ``1 + weight``.
     """
 
@@ -37,7 +37,7 @@ class Fold:
         """Folds ``1 / scales`` into the producer and ``scales`` into the consumers.
 
         Returns:
-            The scales as they were applied: those that the norm's dtype holds.
+            The scales that were applied, after rounding the norm's weight to its dtype.
         """
         if isinstance(self.producer, Layer):
             self.producer.scale_rows(1 / scales)
@@ -58,11 +58,11 @@ class Fold:
 def find_folds(
     block: nn.Module, sources: list[list[Layer]], layers: list[Layer], run: Callable[[], list[Any]]
 ) -> list[Fold | None]:
-    """For each group of layers that share an input, where its scales can go; None where nowhere.
+    """Returns a fold for each group of layers that share an input; None if there is none.
 
     Args:
         block: the block.
-        sources: layers by their input (`requanto.methods.stages.Stage`), in the order in which they run.
+        sources: groups of layers with the same input (`requanto.methods.stages.Stage`), in the order in which they run.
         layers: all layers of the block that are to be quantized.
         run: runs the block on a sample.
     """
@@ -71,14 +71,14 @@ def find_folds(
     outputs: list[tuple[nn.Module, torch.Tensor]] = []
     held = {module for layer in layers for module in layer.modules}
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor):
             outputs.append((module, output))
 
     norms = [m for m in block.modules() if m not in held and _vector(m) is not None]
-    hooks = [module.register_forward_hook(keep) for module in norms]
+    hooks = [module.register_forward_hook(record) for module in norms]
     try:
-        with Inputs(leading, lambda m, x: given.__setitem__(leading[m], x)):
+        with InputHooks(leading, lambda m, x: given.__setitem__(leading[m], x)):
             before = run()
     finally:
         for hook in hooks:
@@ -107,7 +107,7 @@ def _candidates(
         if output.untyped_storage().data_ptr() == place and len(_vector(module)) == columns
         for offset in (0.0, 1.0)
     ]
-    # What multiplies (up projections, values) runs last before the layer that reads it.
+    # Layers whose output is only multiplied (up projections, values) run shortly before the layer that takes the result.
     for earlier in reversed(sources[:number]):
         for layer in reversed(earlier):
             if layer.rows == columns and len(layer.places) == 1:
@@ -116,7 +116,7 @@ def _candidates(
 
 
 def _exact(fold: Fold, before: list[Any], run: Callable[[], list[Any]]) -> bool:
-    """Applies a fold, runs the block, and takes the fold back."""
+    """Whether the block's output is unchanged by a fold: applies it, runs the block, and undoes it."""
     layers = [layer for layer in (*fold.consumers, fold.producer) if isinstance(layer, Layer)]
     floats = [layer.parameter for layer in layers]
     others = fold.producer.places[0][0] if isinstance(fold.producer, Layer) else fold.producer
@@ -128,7 +128,7 @@ def _exact(fold: Fold, before: list[Any], run: Callable[[], list[Any]]) -> bool:
     try:
         fold.apply(torch.exp2(powers.float()).to(floats[0].device))
         for layer in layers:
-            layer.show(layer.weight())
+            layer.set_values(layer.weight())
         after = run()
     finally:
         for parameter, values in zip(small, saved, strict=True):

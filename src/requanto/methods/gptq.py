@@ -1,12 +1,12 @@
-"""GPTQ: rounding the columns of a weight one after another, each error made up for by the columns still to come.
+"""GPTQ: rounds the columns of a weight one after another; later columns compensate the errors of earlier ones.
 
 The layer's output error on the samples is ``tr(E H E^T)``, ``E = W - Q``, ``H = E[x x^T]``. Frantar et al. 2022, "GPTQ"
-(arXiv:2210.17323). What is done beyond it:
+(arXiv:2210.17323). Differences from the paper:
 
-- Groups keep their columns together (as they are stored) and are taken in order of importance, the columns within likewise;
-  scale and shift of a group are searched when its turn comes, on the weights as the errors before have moved them, each
-  column weighted by what an error in it will cost.
-- Afterwards scales and codes are improved in turn, on the whole of ``H``: scale and shift of all groups of a row by least
+- With ``order="groups"``, groups are processed in order of importance, and so are the columns within a group. Scale and
+  shift of a group are searched just before its columns are rounded, on the weights compensated so far, each column weighted
+  by the cost of an error in it.
+- Afterwards scales and codes are improved alternately with the full ``H``: scale and shift of all groups of a row by least
   squares, then codes by coordinate descent. Both can only lower the error.
 """
 
@@ -21,19 +21,19 @@ from requanto.methods.grid import Grid
 
 logger = logging.getLogger(__name__)
 
-#: Columns rounded before the rest of the weight learns of their errors: one matrix product in place of many vectors.
+#: Columns rounded before their errors are applied to the rest of the weight, with one matmul instead of many outer products.
 BLOCK = 128
-#: The most values of a temporary in the least-squares fit (32 MB in float32).
+#: Maximum number of elements of a temporary in the least-squares fit (32 MB in float32).
 _CHUNK = 8 * 1024 * 1024
 
 
 class Rounded(NamedTuple):
-    """A weight on its grid.
+    """A rounded weight.
 
     Attributes:
-        values: float32 ``[N, K]``, exactly what the codes stand for.
-        scale, shift: float32 ``[N, G]``; no shift where the grid is not affine.
-        row_scale: ``[N, 1]``, where scales and shifts are stored in few bits; else None.
+        values: float32 ``[N, K]``, the dequantized values.
+        scale, shift: float32 ``[N, G]``; shift is None if the grid is not affine.
+        row_scale: ``[N, 1]`` if scales and shifts are stored in few bits; else None.
     """
 
     values: torch.Tensor
@@ -54,23 +54,23 @@ def gptq(
     rounds: int = 3,
     name: str = "weight",
 ) -> Rounded:
-    """Rounds a weight for the inputs that ``hessian`` describes.
+    """Rounds a weight so that the output error is small for inputs with the second moment ``hessian``.
 
     Args:
         weight: float32 ``[N, K]``.
         hessian: float32 ``[K, K]``, the inputs' second moment ``E[x x^T]`` up to a factor.
         grid: the codes.
-        group_size: a divisor of K, or None: one group a row.
-        damping: share of the mean diagonal added to the diagonal.
-        order: ``"groups"``: the most important groups first, and columns within them; ``"columns"``: the most important
-            columns first, whatever their group; ``"none"``: as they stand. With ``"columns"``, and for scales stored in few
-            bits, all scales are chosen beforehand.
-        steps: clipping ranges that the search for scales tries.
+        group_size: a divisor of K; None: one group per row.
+        damping: fraction of the mean diagonal that is added to the diagonal.
+        order: ``"groups"``: the most important groups first, and within a group the most important columns;
+            ``"columns"``: the most important columns first, of any group; ``"none"``: in the stored order. With
+            ``"columns"``, and for scales stored in few bits, all scales are chosen before rounding.
+        steps: number of clipping ranges that the search for scales tries.
         rounds: how often scales and codes are improved afterwards; 0: plain GPTQ.
-        name: what to call the weight in messages.
+        name: the weight's name, for messages.
 
     Raises:
-        ValueError: the Hessian holds NaN or Inf, or stays singular under all damping.
+        ValueError: the Hessian holds NaN or Inf, or is singular even with the largest damping.
     """
     columns, group = weight.shape[1], group_size or weight.shape[1]
     hessian = damped(hessian, damping, name)
@@ -109,8 +109,8 @@ def gptq(
 
 
 def improve(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int, found: Rounded) -> Rounded:
-    """One round of better scales for the codes, then better codes for the scales; rows that got worse are left."""
-    scale, shift, row_scale = grid.settle(*refit(weight, hessian, grid, group, found))
+    """Refits scales to the codes, then codes to the scales; rows that did not improve are unchanged."""
+    scale, shift, row_scale = grid.stored_tables(*refit(weight, hessian, grid, group, found))
     wide = _wide(scale, group), None if shift is None else _wide(shift, group)
     codes = grid.codes(found.values, _wide(found.scale, group), _maybe_wide(found.shift, group))
     values = descend(weight, hessian, grid, grid.values(codes, *wide), *wide)
@@ -132,12 +132,12 @@ def descend(
     scale: torch.Tensor,
     shift: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One pass of coordinate descent over the codes: each column in turn takes the best code, all others fixed.
+    """Does one pass of coordinate descent over the codes: each column gets its best code with all others fixed.
 
     Args:
         weight, hessian, grid: as in :func:`gptq`, the Hessian damped.
-        values: weights on the grid, ``[N, K]``.
-        scale, shift: a value a weight, ``[N, K]``.
+        values: rounded weights, ``[N, K]``.
+        scale, shift: one value per weight, ``[N, K]``.
     """
     values, scale = values.t().contiguous(), scale.t()
     shift = None if shift is None else shift.t()
@@ -162,19 +162,19 @@ def descend(
 def refit(
     weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, group: int, found: Rounded
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales and shifts of least output error for the codes as they are: a small linear system for every row."""
+    """Returns the scales and shifts with the least output error for fixed codes, from a small linear system per row."""
     rows, columns = weight.shape
     groups = columns // group
     codes = grid.codes(found.values, _wide(found.scale, group), _maybe_wide(found.shift, group))
     by_group = hessian.view(columns, groups, group)
-    sums = by_group.sum(-1)  # [K, G]: H times the indicator of each group
+    sums = by_group.sum(-1)  # [K, G]: H @ indicator of each group
     target = weight @ hessian  # [N, K]
     scales, shifts = torch.empty_like(found.scale), None if found.shift is None else torch.empty_like(found.shift)
     step = max(1, _CHUNK // (columns * groups))
     for start in range(0, rows, step):
         c = codes[start : start + step].view(-1, groups, group)
-        product = torch.einsum("kgi,ngi->nkg", by_group, c)  # H times the codes of each group
-        cc = torch.einsum("ngi,ngih->ngh", c, product.view(-1, groups, group, groups))
+        hc = torch.einsum("kgi,ngi->nkg", by_group, c)  # H @ codes of each group
+        cc = torch.einsum("ngi,ngih->ngh", c, hc.view(-1, groups, group, groups))
         ct = (c * target[start : start + step].view(-1, groups, group)).sum(-1)
         if shifts is None:
             system, right = cc, ct
@@ -198,20 +198,20 @@ def refit(
 
 
 def row_errors(difference: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """``e H e^T`` of each row ``[N]``: the output error of each output channel."""
+    """Returns ``e H e^T`` of each row ``[N]``: the output error of each output channel."""
     return ((difference @ hessian) * difference).sum(-1)
 
 
 def damped(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """The Hessian with a share of its mean diagonal added to the diagonal; input channels that were always 0 get it too.
+    """Returns the Hessian with a fraction of its mean diagonal added to the diagonal, also where an input is always 0.
 
     Raises:
         ValueError: it holds NaN or Inf.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise ValueError(
-            f"the inputs of {name} hold NaN or Inf: run the float model on the samples first, in float32 or bfloat16, and "
-            f"leave out what overflows"
+            f"the inputs of {name} hold NaN or Inf: run the float model on the samples in float32 or bfloat16, and leave "
+            f"out samples that overflow"
         )
     hessian = hessian.clone()
     mean = hessian.diagonal().mean()
@@ -220,10 +220,10 @@ def damped(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
 
 
 def inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
-    """Upper triangular ``U`` with ``U^T U = H^-1``, in float64 (float32 above 4096 columns, where time begins to count).
+    """Returns the upper triangular ``U`` with ``U^T U = H^-1``, computed in float64 (float32 above 4096 columns, for speed).
 
-    With the rows and columns of ``H`` in reverse order, ``H = R R^T`` for an upper triangular R is a Cholesky factorization,
-    and ``U = R^-1``: no inverse of ``H`` is formed.
+    The Cholesky factorization of ``H`` with rows and columns reversed gives an upper triangular R with ``H = R R^T``, and
+    ``U = R^-1``: the inverse of ``H`` is not computed.
     """
     wide = hessian.flip(0, 1).to(torch.float64 if len(hessian) <= 4096 else torch.float32)
     mean = wide.diagonal().mean()
@@ -235,9 +235,9 @@ def inverse_factor(hessian: torch.Tensor, name: str) -> torch.Tensor:
         extra = 10 * extra if extra else 0.01
         if extra > 10:
             raise ValueError(
-                f"the second moment of the inputs of {name} is singular under all damping; give more samples"
+                f"the second moment of the inputs of {name} is singular even with the largest damping; use more samples"
             )
-        logger.warning("%s: the inputs' second moment is singular; %.2g of its mean diagonal added", name, extra)
+        logger.warning("%s: the inputs' second moment is singular; adding %.2g of its mean diagonal", name, extra)
         wide.diagonal().add_(extra * mean)
     upper = lower.flip(0, 1)
     eye = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
@@ -268,7 +268,7 @@ def _maybe_wide(table: torch.Tensor | None, group: int) -> torch.Tensor | None:
 
 
 class _Scales:
-    """Scale and shift of every group, filled in as their turn comes: ``[G, N]``."""
+    """Scale and shift of every group, ``[G, N]``; :meth:`search` fills in one group."""
 
     def __init__(self, weight: torch.Tensor, grid: Grid, group: int) -> None:
         self.grid, self.group = grid, group
@@ -285,7 +285,7 @@ class _Scales:
         for index in range(len(self.scale)):
             part = slice(index * self.group, (index + 1) * self.group)
             self.search(index, weight.t()[part], importance[part], steps)
-        scale, shift, self.row_scale = self.grid.settle(*self.tables()[:2])
+        scale, shift, self.row_scale = self.grid.stored_tables(*self.tables()[:2])
         self.scale, self.shift = scale.t().contiguous(), None if shift is None else shift.t().contiguous()
 
     def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,7 +1,7 @@
-"""The values that a group of quantized weights may take, and the scale and shift that suit weights of unequal importance.
+"""Rounding to the values of a quantized type, and the search for scale and shift with weighted errors.
 
-`requanto.scales` chooses scales from weights alone; here every input channel has an importance (how much the output error
-grows with an error in it), which is what samples tell.
+`requanto.scales` chooses scales from the weights only. Here every input channel has an importance, derived from samples: how
+much an error in it increases the output error.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from requanto.scales.weights import _storable
 class Grid:
     """Rounding to the codes of one type.
 
-    What is called a code here is the number that the scale multiplies: of a codebook, the value that a code stands for.
+    A "code" in this class is the number that is multiplied by the scale; for a codebook type, the codebook value.
 
     Args:
         kind: type of the codes; a learned one with its values (`qtype.with_values`).
         affine: values are ``scale * code - shift``, codes ``0 .. 2^bits - 1``; else ``scale * code``, signed codes.
         stored: dtype in which scale and shift will be stored.
-        scale_bits: bits in which they will be stored instead, relative to one scale a row (`requanto.scales.compact`).
+        scale_bits: if given, scale and shift are stored in this many bits, relative to one scale per row
+            (`requanto.scales.compact`).
     """
 
     def __init__(self, kind: qtype, affine: bool, stored: torch.dtype, scale_bits: int | None = None) -> None:
@@ -32,7 +33,7 @@ class Grid:
         self.top = kind.span if kind.is_codebook else self.high
 
     def codes(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-        """The nearest codes, as floats; ``scale`` and ``shift`` broadcast over ``values``."""
+        """Returns the nearest codes as floats; ``scale`` and ``shift`` are broadcast over ``values``."""
         scaled = values / scale if shift is None else (values + shift) / scale
         if self.kind.is_codebook:
             found = nearest_codes(scaled.float(), self.kind).flatten().to(torch.int32)
@@ -42,26 +43,26 @@ class Grid:
         return scaled.to(self.kind.dtype).to(values.dtype) if self.kind.is_floating_point else scaled.round_()
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-        """The weights that codes stand for."""
+        """Dequantizes codes."""
         return codes * scale if shift is None else codes * scale - shift
 
     def round(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
-        """The nearest values that codes stand for."""
+        """Returns the nearest values that can be represented."""
         return self.values(self.codes(values, scale, shift), scale, shift)
 
     def storable(self, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and shift of any groups as they will be read back, as far as a group can tell (see :meth:`settle`)."""
+        """Rounds scale and shift of groups as storing does, except for ``scale_bits`` (see :meth:`stored_tables`)."""
         if self.scale_bits is None:
             return _storable(scale, shift, self.stored)
-        if shift is not None:  # zero points lie within the codes
+        if shift is not None:  # makes 0 lie within the range of the codes
             low, high = (-shift).clamp(max=0), (scale * self.high - shift).clamp(min=0)
             scale, shift = (high - low) / self.high, -low
         return scale.clamp(min=1e-20), shift
 
-    def settle(
+    def stored_tables(
         self, scale: torch.Tensor, shift: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Scale and shift ``[N, G]`` of whole rows as they will be read back, and the rows' scales ``[N, 1]`` or None."""
+        """Rounds scale and shift ``[N, G]`` of full rows as storing does; also returns the row scales ``[N, 1]`` or None."""
         scale, shift = self.storable(scale, shift)
         if self.scale_bits is None:
             return scale, shift, None
@@ -76,19 +77,19 @@ class Grid:
     def search(
         self, groups: torch.Tensor, importance: torch.Tensor, steps: int = 24, refits: int = 4
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and shift of least squared error weighted by importance.
+        """Returns the scale and shift with the least squared error weighted by importance.
 
-        Clipping ranges from the full one down to a third of it are tried, each refined by one least-squares fit of scale
-        and shift to its codes; the best of each group gets ``refits`` more.
+        Clipping ranges from the full range down to 0.3 of it are tried, each refined by one least-squares fit of scale and
+        shift to its codes; the best one of each group is refined by ``refits`` more.
 
         Args:
             groups: float ``[R, g]``.
             importance: ``[g]`` or ``[R, g]``, not negative.
-            steps: clipping ranges tried.
-            refits: least-squares fits of the winner.
+            steps: number of clipping ranges.
+            refits: number of least-squares fits of the best one.
 
         Returns:
-            ``[R]`` each, storable; no shift where the grid is not affine.
+            ``[R]`` each, rounded by :meth:`storable`; shift is None if the grid is not affine.
         """
         importance = importance.expand_as(groups)
         low, high = groups.amin(-1), groups.amax(-1)
@@ -111,7 +112,7 @@ class Grid:
     def fit(
         self, groups: torch.Tensor, importance: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The least-squares scale and shift for the codes that the given ones lead to."""
+        """Returns the least-squares scale and shift for the codes that the given scale and shift produce."""
         codes = self.codes(groups, scale[:, None], None if shift is None else shift[:, None])
         if shift is None:
             square = (importance * codes * codes).sum(-1)
@@ -139,7 +140,7 @@ class Grid:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         rounded = self.round(groups, new_scale[:, None], None if new_shift is None else new_shift[:, None])
         error = (importance * (rounded - groups).square_()).sum(-1)
-        won = error < best
+        better = error < best
         if shift is not None and new_shift is not None:
-            shift = torch.where(won, new_shift, shift)
-        return torch.where(won, error, best), torch.where(won, new_scale, scale), shift
+            shift = torch.where(better, new_shift, shift)
+        return torch.where(better, error, best), torch.where(better, new_scale, scale), shift

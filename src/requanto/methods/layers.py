@@ -1,4 +1,4 @@
-"""The weights that the engine quantizes: where they sit, how they are seen, and how they become QTensors."""
+"""The weights that the engine quantizes: the modules that hold them, and their conversion to QTensors."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: kinds of `PlannedWeight` whose products are those of a Linear layer; the others are quantized without samples
+#: kinds of `PlannedWeight` that compute a matmul as Linear does; the others are quantized without samples
 CALIBRATED = ("linear", "conv1d")
 
 
 @dataclass(eq=False)
 class Layer:
-    """One weight, with every place that shares it.
+    """One weight, with all modules that share it.
 
     Attributes:
         name: full dotted name of the parameter.
         planned: how it is to be quantized.
-        places: (module, parameter's leaf name) of every holder; the first is the one named.
-        quantized: the weight on its grid, while its float values still stand in the model.
+        places: (module, leaf name of the parameter) of all modules that hold it; the first belongs to ``name``.
+        quantized: the quantized weight, while the model still holds its dequantized values.
         columns_scale, rows_scale: factors of the weight's columns and rows (`requanto.methods.fold`).
     """
 
@@ -53,23 +53,23 @@ class Layer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What sits in the model now."""
+        """The parameter that the model holds now."""
         module, leaf = self.places[0]
         return module._parameters[leaf]  # type: ignore[return-value]
 
     @property
     def modules(self) -> list[nn.Module]:
-        """Linear layers (or Conv1D) that compute with the weight; an embedding tied to one is none."""
+        """The Linear layers (or Conv1D) with this weight, without an embedding that it is tied to."""
         return [m for m, leaf in self.places if leaf == "weight" and not isinstance(m, nn.Embedding)]
 
-    def put(self, tensor: torch.Tensor) -> None:
-        """Sets the weight, in all places."""
+    def set_parameter(self, tensor: torch.Tensor) -> None:
+        """Sets the weight of all modules that share it."""
         parameter = nn.Parameter(tensor.detach(), requires_grad=False)
         for module, leaf in self.places:
             module._parameters[leaf] = parameter
 
     def weight(self) -> torch.Tensor:
-        """The float weight as float32 ``[N, K]``, scaled."""
+        """Returns the float weight as float32 ``[N, K]``, with ``columns_scale`` and ``rows_scale`` applied."""
         weight = self.parameter.detach().float()
         weight = weight.t().contiguous() if self.planned.transposed else weight
         if self.columns_scale is not None:
@@ -77,24 +77,24 @@ class Layer:
         return weight if self.rows_scale is None else weight * self.rows_scale[:, None]
 
     def scale_columns(self, factors: torch.Tensor) -> None:
-        """Multiplies the columns of :meth:`weight` ``[K]``; the parameter stays."""
+        """Multiplies the columns of :meth:`weight` by ``[K]``; the parameter is unchanged."""
         self.columns_scale = factors if self.columns_scale is None else self.columns_scale * factors
 
     def scale_rows(self, factors: torch.Tensor) -> None:
-        """Multiplies the rows of :meth:`weight` ``[N]``, and the bias at once."""
+        """Multiplies the rows of :meth:`weight` by ``[N]``, and the module's bias in place."""
         self.rows_scale = factors if self.rows_scale is None else self.rows_scale * factors
         bias = self.places[0][0]._parameters.get("bias")
         if bias is not None:
             bias.data.copy_(bias.detach().float() * factors)
 
     def restore(self, parameter: nn.Parameter) -> None:
-        """Puts a float parameter back, without any scales."""
+        """Sets a float parameter and resets ``columns_scale`` and ``rows_scale``."""
         self.columns_scale = self.rows_scale = None
         for module, leaf in self.places:
             module._parameters[leaf] = parameter
 
     def round(self, moments: Moments, method: Method) -> tuple[Grid, Rounded, torch.Tensor] | None:
-        """Rounds the weight on what is known of its inputs: (grid, result, float weight); None: nothing was known."""
+        """Rounds the weight; returns (grid, result, float weight), or None if no input was seen."""
         if not moments.rows:
             logger.warning("%s never saw an input: quantized without samples", self.name)
             self.quantized = self.planned.quantize(self.parameter, self.name)
@@ -102,25 +102,25 @@ class Layer:
         grid, weight = self.grid(), self.weight()
         with without_autocast(weight.device):
             rounded = method.round(weight, moments, grid, self.group_size, self.name)
-        self.take(rounded, grid)
+        self.set_rounded(rounded, grid)
         return grid, rounded, weight
 
-    def take(self, rounded: Rounded, grid: Grid) -> None:
-        """Makes a result the weight; until :meth:`finish` its float values stand in the model."""
+    def set_rounded(self, rounded: Rounded, grid: Grid) -> None:
+        """Sets a result; until :meth:`finish` the model holds its dequantized values."""
         self.quantized = self.tensor(rounded, grid)
-        self.show(rounded.values)
+        self.set_values(rounded.values)
 
     def finish(self) -> None:
-        """Puts the quantized weight in its places."""
+        """Sets the quantized weight on its modules."""
         if self.quantized is not None:
-            self.put(self.quantized)
+            self.set_parameter(self.quantized)
         self.quantized = None
 
-    def show(self, values: torch.Tensor) -> None:
-        """Puts float values ``[N, K]`` in the weight's place; scales are taken to be in them."""
+    def set_values(self, values: torch.Tensor) -> None:
+        """Sets float values ``[N, K]`` that already include the scales, and resets the scales."""
         old = self.parameter
         self.columns_scale = self.rows_scale = None
-        self.put((values.t() if self.planned.transposed else values).to(old.dtype).contiguous())
+        self.set_parameter((values.t() if self.planned.transposed else values).to(old.dtype).contiguous())
 
     @property
     def columns(self) -> int:
@@ -134,13 +134,13 @@ class Layer:
 
     @cached_property
     def group_size(self) -> int | None:
-        """Weights that share a scale; None: one scale a row."""
+        """Number of weights that share a scale; None: one scale per row."""
         options = self.planned.options
         wanted = default_group_size(options.qtype) if options.group_size == "default" else options.group_size
         return fit_group_size(wanted, self.columns, self.name)
 
     def grid(self) -> Grid:
-        """The values that codes of the weight can stand for."""
+        """Returns the grid to round the weight to."""
         options, group = self.planned.options, self.group_size
         kind, affine = options.qtype, options.qtype.affine(options.symmetric, self.name)
         if kind.is_learned:
@@ -150,7 +150,7 @@ class Layer:
         return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped), bits)
 
     def tensor(self, rounded: Rounded, grid: Grid) -> QTensor:
-        """The quantized weight whose dequantized values are ``rounded.values``."""
+        """Returns the QTensor whose dequantized values are ``rounded.values``."""
         kind = grid.kind
         groups = rounded.values.view(len(rounded.values), rounded.scale.shape[1], -1)
         codes = encode(groups, rounded.scale, rounded.shift, kind)
@@ -173,7 +173,7 @@ class Layer:
         return tensor
 
     def _stored_scales(self, rounded: Rounded, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and shift as they are stored: floats, or codes relative to the row's scale."""
+        """Returns scale and shift as they are stored: floats, or codes relative to the row's scale."""
         scale, shift, row, bits = rounded.scale, rounded.shift, rounded.row_scale, grid.scale_bits
         if bits is None or row is None:
             return scale.to(grid.stored), None if shift is None else shift.to(grid.stored)
@@ -185,12 +185,12 @@ class Layer:
 
 
 def find_layers(model: nn.Module, planned: Mapping[str, PlannedWeight]) -> tuple[list[Layer], list[Layer]]:
-    """(layers to calibrate, layers that samples say nothing about: convolutions, embeddings, fused experts).
+    """Returns (layers to calibrate, layers to quantize without samples: convolutions, embeddings, fused experts).
 
-    Weights shared by several modules are one layer.
+    A weight shared by several modules is one layer.
 
     Raises:
-        ValueError: a shared weight is asked for in two ways.
+        ValueError: a shared weight is planned with two different configurations.
     """
     holders, modules = parameter_holders(model), dict(model.named_modules())
     found: dict[int, Layer] = {}
@@ -205,9 +205,9 @@ def find_layers(model: nn.Module, planned: Mapping[str, PlannedWeight]) -> tuple
         elif vars(first.planned.options) != vars(choice.options):
             raise ValueError(
                 f"one weight is shared by {first.name} ({first.planned.options!r}) and {name} ({choice.options!r}): "
-                f"quantize both alike, or exclude one"
+                f"quantize both the same way, or exclude one"
             )
-        elif first.planned.kind == "embedding":  # the product, not the table, is what samples go through
+        elif first.planned.kind == "embedding":  # tied: calibrate the weight as that of the Linear layer
             first.planned = choice
     layers = list(found.values())
     calibrated = [layer for layer in layers if layer.planned.kind in CALIBRATED]
@@ -215,7 +215,7 @@ def find_layers(model: nn.Module, planned: Mapping[str, PlannedWeight]) -> tuple
     if others:
         kinds = sorted({layer.planned.kind for layer in others})
         logger.warning(
-            "%d weights (%s) are quantized without samples, which reach only Linear and Conv1D layers: %s%s",
+            "%d weights (%s) are quantized without samples, which are used only for Linear and Conv1D layers: %s%s",
             len(others),
             ", ".join(kinds),
             ", ".join(layer.name for layer in others[:5]),

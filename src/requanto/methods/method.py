@@ -1,4 +1,4 @@
-"""What a method decides: its options, what it needs to know of a layer's inputs, and how a weight is rounded."""
+"""Base of the quantization methods, and GPTQ: options, required statistics of a layer's inputs, rounding."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Method:
     """Base of the methods: a frozen dataclass whose fields are its options.
 
     Attributes:
-        name: what users call it.
-        full: it needs second moments of all pairs of input channels, not of each alone.
-        in_turn: layers of a block are quantized in the order in which they run, each on the errors of those before.
-        paired: it needs the float model's inputs beside the quantized one's.
-        folds: it scales input channels (:meth:`scales`) where the inverse can be folded away.
-        tunes: it improves the layers of a block together (:meth:`tune`).
+        name: the name by which users select it.
+        full: needs the second moments of all pairs of input channels, not only of each channel.
+        in_turn: quantizes the layers of a block in the order in which they run, so that later layers see earlier errors.
+        paired: needs the float model's inputs in addition to the quantized model's.
+        folds: scales input channels (:meth:`scales`) where the inverse can be folded into an earlier module.
+        tunes: tunes the layers of a block together (:meth:`tune`).
     """
 
     name: ClassVar[str] = ""
@@ -37,10 +37,10 @@ class Method:
     tunes: ClassVar[bool] = False
 
     def check(self, layer: Layer) -> None:
-        """Refuses a layer that the method cannot quantize.
+        """Raises for a layer that the method cannot quantize.
 
         Raises:
-            ValueError: it says which type would do.
+            ValueError: the method does not support the layer's type; the message names an alternative.
         """
 
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
@@ -53,15 +53,15 @@ class Method:
         run: Callable[[int], list[Any]],
         targets: list[dict[int, torch.Tensor]],
     ) -> list[Rounded] | None:
-        """Better values for the layers of a block; None: as they are. See `requanto.methods.tuning`."""
+        """Returns improved values for the layers of a block; None: keep the current ones. See `requanto.methods.tuning`."""
         raise NotImplementedError
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Method:
-        """The method with these options.
+        """Returns the method with these options.
 
         Raises:
-            TypeError: an unknown option; the message names the nearest.
+            TypeError: an unknown option; the message names the closest one.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for key in options or {}:
@@ -77,12 +77,12 @@ class Gptq(Method):
     """GPTQ, `requanto.methods.gptq`.
 
     Attributes:
-        damping, order, steps, rounds: see :func:`requanto.methods.gptq.gptq`. Samples of one kind of text say little about
-            another: with damping 0.01, all-MiniLM-L6-v2 in 3 bits came out further from float than with 0.1.
+        damping, order, steps, rounds: see :func:`requanto.methods.gptq.gptq`. Little damping overfits to the samples: with
+            damping 0.01, all-MiniLM-L6-v2 in 3 bits is further from float than with 0.1.
         sequential: layers of a block see the errors of the layers before them in the block.
-        correct: make up for errors of earlier blocks as well: the weight to round is first replaced by the one that, on the
-            quantized model's inputs, comes nearest to the float layer's output (least squares). Needs the hidden states of
-            the float model too, and runs each block twice as often.
+        correct: also compensates errors of earlier blocks: before rounding, the weight is replaced by the one whose output
+            on the quantized model's inputs is closest to the float layer's output (least squares). Needs the float model's
+            hidden states, and runs each block twice as often.
     """
 
     name = "gptq"
@@ -96,7 +96,7 @@ class Gptq(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must lie in 0 .. 1 (0 excluded), found {self.damping}")
+            raise ValueError(f"damping must be above 0 and at most 1, found {self.damping}")
         if self.order not in ("columns", "groups", "none"):
             raise ValueError(f"order must be 'columns', 'groups' or 'none', found {self.order!r}")
 
@@ -109,7 +109,7 @@ class Gptq(Method):
         return self.correct
 
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
-        """See :func:`requanto.methods.gptq.gptq`."""
+        """Rounds with :func:`requanto.methods.gptq.gptq`."""
         if moments.hessian is None:
             raise ValueError(f"{name}: gptq needs the full second moment of its inputs")
         hessian = moments.hessian / moments.rows
@@ -131,10 +131,10 @@ class Gptq(Method):
 def corrected(
     weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, damping: float, name: str
 ) -> torch.Tensor:
-    """The weight ``V`` for which ``V x`` comes nearest to ``W y``, ``y`` the float model's input in place of ``x``.
+    """Returns the weight ``V`` for which ``V x`` is closest to ``W y``; x, y: the quantized and the float model's input.
 
-    ``V = W + W E[(y - x) x^T] (H + d I)^-1``: least squares with a ridge that holds it near ``W``. (Rounding it with GPTQ
-    is what Li et al. 2025, "GPTAQ", arXiv:2504.02692, derive with another expansion.)
+    ``V = W + W E[(y - x) x^T] (H + d I)^-1``: least squares with a ridge term towards ``W``. (Li et al. 2025, "GPTAQ",
+    arXiv:2504.02692, derive the rounding of ``V`` with GPTQ by another expansion.)
     """
     with without_autocast(weight.device):
         factor = torch.linalg.cholesky(damped(hessian, damping, name).double())

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of layers, gathered while a model runs."""
+"""Second moments of the inputs of layers, accumulated while a model runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Moments:
     """Sums over all inputs ``x`` of one layer.
 
     Attributes:
-        hessian: ``sum x x^T``, ``[K, K]``, or None.
+        hessian: ``sum x x^T``, ``[K, K]``; None if ``full`` is False.
         square: ``sum x^2``, ``[K]``.
         absolute: ``sum |x|``, ``[K]``.
         peak: ``max |x|``, ``[K]``.
-        cross: ``sum (y - x) x^T``, y being the input that the float model has in x's place; None: not asked for, or x and
-            y could not be paired.
-        rows: inputs seen.
+        cross: ``sum (y - x) x^T``, where y is the float model's input corresponding to x; None if ``paired`` is False or x
+            and y differ in shape.
+        rows: number of inputs.
     """
 
     def __init__(self, columns: int, device: torch.device, full: bool, paired: bool) -> None:
@@ -57,7 +57,7 @@ class Moments:
                     self.cross.addmm_((wanted - rows).t(), rows)
 
     def scaled(self, scales: torch.Tensor) -> Moments:
-        """The moments of ``x / scales``."""
+        """Returns the moments of ``x / scales``."""
         other = copy.copy(self)
         other.square, other.absolute, other.peak = self.square / scales**2, self.absolute / scales, self.peak / scales
         for name in ("hessian", "cross"):
@@ -67,14 +67,13 @@ class Moments:
         return other
 
 
-class Inputs:
-    """Hooks that hand the inputs of modules to a function, for the length of a ``with`` block.
+class InputHooks:
+    """Context manager with hooks that pass the inputs of modules to a function.
 
     Args:
         modules: the modules.
         take: called with (module, input).
-        stop: end the forward pass when every one of them has run once (modules that run more often are cut short: only
-            where that is known not to happen).
+        stop: end the forward pass when every module has run once; only for modules that run once per pass.
     """
 
     def __init__(self, modules: Iterable[nn.Module], take: Any, stop: bool = False) -> None:
@@ -82,9 +81,9 @@ class Inputs:
         self._left: set[nn.Module] = set()
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Inputs:
+    def __enter__(self) -> InputHooks:
         self.restart()
-        # Before the module's own hooks, and with keywords: some models call their layers with input=.
+        # prepend: run before the module's own hooks. with_kwargs: some models call their layers with input=.
         self._hooks = [m.register_forward_pre_hook(self._hook, with_kwargs=True, prepend=True) for m in self.modules]
         return self
 
@@ -93,7 +92,7 @@ class Inputs:
             hook.remove()
 
     def restart(self) -> None:
-        """A new forward pass begins."""
+        """Resets the set of modules that have not run yet; called before a new forward pass."""
         self._left = set(self.modules)
 
     def _hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""Finished blocks on disk, so that an interrupted run goes on where it stopped.
+"""Storage of finished blocks on disk, from which an interrupted run continues.
 
-A directory holds ``state.json`` (what the run is: a fingerprint of model, samples and options) and a safetensors file for
-every finished block, whose metadata describe its weights. Files appear complete or not at all.
+The directory holds ``state.json`` (a fingerprint of model, samples and options) and one safetensors file per finished block,
+whose metadata describe its weights. Files are written atomically.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from requanto.methods.method import Method
 from requanto.methods.samples import Samples, tensor_bytes
 from requanto.tensor.qtensor import QTensor
 
-#: Values of each parameter that its hash takes in.
+#: Number of values of each parameter that are hashed.
 _SAMPLE = 4096
 
 
@@ -33,8 +33,8 @@ class Resume:
     """The finished blocks of one run.
 
     Args:
-        directory: where they are kept; made if it is not there.
-        fingerprint: what the run is, by parts.
+        directory: where they are stored; created if it does not exist.
+        fingerprint: the run's fingerprint, by part (see :func:`fingerprint`).
 
     Raises:
         ValueError: the directory belongs to another run.
@@ -49,19 +49,19 @@ class Resume:
             changed = [part for part in fingerprint if found.get(part) != fingerprint[part]]
             if changed:
                 raise ValueError(
-                    f"{self.directory} holds blocks of another run: {', '.join(changed)} changed since. Run with what it "
-                    f"was begun with, or give another directory (or delete this one) to begin anew."
+                    f"{self.directory} holds blocks of another run: {', '.join(changed)} changed. Run with the original "
+                    f"arguments, or use another directory (or delete this one) to start again."
                 )
         else:
             text = json.dumps({"fingerprint": dict(fingerprint)}, indent=2)
             _replace(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def path(self, key: str) -> Path:
-        """The file of a block."""
+        """Returns the path of a block's file."""
         return self.directory / f"{key}.safetensors"
 
-    def keep(self, key: str, layers: list[Layer], block: nn.Module | None) -> None:
-        """Writes a finished block: its quantized weights, and its other parameters, which a method may have changed."""
+    def save(self, key: str, layers: list[Layer], block: nn.Module | None) -> None:
+        """Writes a finished block: its quantized weights, and its other parameters, which the method may have changed."""
         named: dict[str, torch.Tensor] = {layer.name: layer.parameter for layer in layers}
         specs = {name: spec_text(tensor) for name, tensor in named.items() if isinstance(tensor, QTensor)}
         tensors = flatten({name: tensor.detach() for name, tensor in named.items()})
@@ -70,17 +70,17 @@ class Resume:
         _replace(self.path(key), lambda scratch: save_file(tensors, scratch, metadata={"tensors": json.dumps(specs)}))
 
     def restore(self, key: str, layers: list[Layer], block: nn.Module | None = None) -> bool:
-        """Puts a finished block's weights in their places; False where it is not finished."""
+        """Loads a finished block's weights into the model; returns False if it is not finished."""
         path = self.path(key)
         if not path.exists():
             return False
         with safe_open(path, framework="pt") as file:
             specs = json.loads(file.metadata()["tensors"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         for layer in layers:
             device, prefix = layer.parameter.device, f"{layer.name}_"
             parts = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
-            layer.put(rebuild(layer.name, specs[layer.name], parts, layer.parameter.dtype))
+            layer.set_parameter(rebuild(layer.name, specs[layer.name], parts, layer.parameter.dtype))
         for name, parameter in _others(block):
             parameter.data.copy_(tensors[f":{name}"])
         return True
@@ -99,9 +99,9 @@ def _replace(path: Path, write: Any) -> None:
 def fingerprint(
     model: nn.Module, planned: Mapping[str, PlannedWeight], samples: Samples, method: Method
 ) -> dict[str, str]:
-    """What a run is, by parts: a change in any of them makes other weights.
+    """Returns hashes of everything that affects the quantized weights, by part.
 
-    Of every parameter some thousand values, evenly spread, are hashed; of a function that runs a pipeline only its name.
+    At least `_SAMPLE` evenly spaced values of every (larger) parameter are hashed; of a calibration function, only its name.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""What a model is run on: samples given one by one, or a function that runs the model (or the pipeline around it)."""
+"""Calibration samples: a list of inputs, or a function that runs the model (or the pipeline it is part of)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.utils import _pytree as pytree
 
 
 class Stop(Exception):
-    """Ends a forward pass that has gone as far as it was needed."""
+    """Raised by a hook to end a forward pass whose remaining part is not needed."""
 
 
 class Samples:
-    """Calibration samples, ready to run.
+    """Calibration samples.
 
     Args:
         calibration: an iterable of inputs (a tensor, a tuple of positional or a dict of keyword arguments), or a function
-            ``f(model)`` that runs the model as often as it likes. A single tensor or dict is one sample.
+            ``f(model)`` that runs the model any number of times. A single tensor or dict is one sample.
 
     Raises:
         ValueError: there are no samples, or they are text.
-        TypeError: something that is neither.
+        TypeError: any other type.
     """
 
     def __init__(self, calibration: Any) -> None:
@@ -48,10 +48,9 @@ class Samples:
             )
 
     def run(self, model: nn.Module, stop: Callable[[], bool] | None = None) -> Iterator[None]:
-        """Runs the model on everything; yields after each sample (a function is one sample).
+        """Runs the model on all samples; yields after each sample (a function is one sample).
 
-        Hooks may raise :class:`Stop` to end a pass early; a function's pass cannot end early and ignores it (see
-        :attr:`may_stop`).
+        Hooks may raise :class:`Stop` to end a pass early if :attr:`may_stop`.
         """
         with no_cache(model), torch.no_grad():
             if self.function is not None:
@@ -67,11 +66,11 @@ class Samples:
 
     @property
     def may_stop(self) -> bool:
-        """Whether a hook may raise :class:`Stop`: a pipeline goes on with the output, so it needs all of it."""
+        """Whether a hook may raise :class:`Stop`: not with a function, which may use the model's output."""
         return self.function is None
 
     def fingerprint(self) -> str:
-        """A hash of all inputs; of a function only its name, since what it does cannot be hashed."""
+        """Returns a hash of all inputs, or of a function's name."""
         digest = hashlib.sha256()
         if self.function is not None:
             digest.update(getattr(self.function, "__qualname__", type(self.function).__qualname__).encode())
@@ -81,8 +80,8 @@ class Samples:
 
 
 _TEXT = (
-    "calibration is text; models take tokens. Give [tokenizer(text, return_tensors='pt'), ...], or cut a long text with "
-    "requanto.methods.text_samples(tokenizer, text, samples=128, length=512)"
+    "calibration is text, but models take tokens. Pass [tokenizer(text, return_tensors='pt'), ...], or split a long text "
+    "with requanto.methods.text_samples(tokenizer, text, samples=128, length=512)"
 )
 
 
@@ -102,9 +101,9 @@ def _arguments(sample: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 512) -> list[torch.Tensor]:
-    """``samples`` pieces ``[1, length]`` of a text's tokens, spread evenly over it, between the tokenizer's special tokens.
+    """Returns ``samples`` evenly spaced pieces ``[1, length]`` of a text's tokens, each with the tokenizer's special tokens.
 
-    Pieces overlap where the text is shorter than ``samples * length`` tokens.
+    Pieces overlap if the text is shorter than ``samples * length`` tokens.
 
     Raises:
         ValueError: the text has fewer tokens than one piece.
@@ -118,7 +117,7 @@ def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 51
         raise ValueError(f"samples and length must be positive, found {samples} and {length}")
     if len(ids) < body:
         raise ValueError(
-            f"the calibration text has {len(ids)} tokens, one sample takes {body}: give a longer text or a smaller length"
+            f"the calibration text has {len(ids)} tokens, one sample needs {body}: give a longer text or a smaller length"
         )
     last = len(ids) - body
     starts = [round(i * last / max(1, samples - 1)) for i in range(samples)]
@@ -129,7 +128,7 @@ def text_samples(tokenizer: Any, text: str, samples: int = 128, length: int = 51
 
 @contextlib.contextmanager
 def no_cache(model: nn.Module) -> Iterator[None]:
-    """Keeps language models from filling a key-value cache: a block that runs twice would append to it twice."""
+    """Turns off the KV cache of language models inside the block: a block that runs twice would append to it twice."""
     changed = []
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -144,5 +143,5 @@ def no_cache(model: nn.Module) -> Iterator[None]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The values of a tensor, for hashing."""
+    """Returns the values of a tensor as bytes, for hashing."""
     return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()

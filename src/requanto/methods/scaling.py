@@ -1,9 +1,9 @@
-"""AWQ and SmoothQuant: input channels are scaled before rounding, where the inverse can be folded away exactly.
+"""AWQ and SmoothQuant: scale input channels before rounding, if the inverse can be folded exactly into an earlier module.
 
-AWQ (Lin et al. 2023, arXiv:2306.00978): channels with large inputs matter more, so their weights are made larger and are
-rounded more finely, relative to their size. How much, ``s = E|x|^a``, is found by trying: the error of the layer's output.
-SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): with 8-bit inputs, channels with large inputs are made smaller and their
-weights larger: ``s = max|x|^a / max|w|^(1 - a)``.
+AWQ (Lin et al. 2023, arXiv:2306.00978): weights of channels with large inputs are multiplied by ``s = E|x|^a``, which makes
+their relative rounding error smaller. The exponent with the least output error is used.
+SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): for 8-bit inputs, channels with large inputs are divided by
+``s = max|x|^a / max|w|^(1 - a)`` and their weights multiplied by it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Awq(Method):
     """Activation-aware scaling and clipping.
 
     Attributes:
-        trials: exponents tried, from 0 (no scaling) to just below 1.
-        steps: clipping ranges that the search for scales tries for every group.
-        rounding: ``"nearest"``, or ``"gptq"``: round the scaled weights with GPTQ.
+        trials: number of exponents tried, from 0 (no scaling) to just below 1.
+        steps: number of clipping ranges that the search for scales tries for every group.
+        rounding: how the scaled weights are rounded: ``"nearest"`` or ``"gptq"``.
     """
 
     name = "awq"
@@ -47,7 +47,7 @@ class Awq(Method):
             raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
 
     def scales(self, layers: list[Layer], moments: Moments) -> torch.Tensor | None:
-        """The scales of the layers' common input channels; None where none lower the error."""
+        """Returns the scales of the layers' common input channels; None if scaling does not lower the error."""
         assert moments.hessian is not None  # full
         hessian, mean = moments.hessian / moments.rows, (moments.absolute / moments.rows).clamp(min=1e-8)
         best, found = None, None
@@ -64,7 +64,7 @@ class Awq(Method):
         return found
 
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
-        """Nearest codes for scales of least weighted error, or GPTQ."""
+        """Rounds to nearest, with the scales of least weighted error, or with GPTQ."""
         if self.rounding == "gptq":
             assert moments.hessian is not None
             return gptq(weight, moments.hessian / moments.rows, grid, group_size, steps=self.steps, name=name)
@@ -73,11 +73,11 @@ class Awq(Method):
 
 @dataclasses.dataclass(frozen=True)
 class SmoothQuant(Method):
-    """Smaller outliers in inputs that are quantized to 8 bits.
+    """Scaling that reduces outliers in inputs that are quantized to 8 bits.
 
     Attributes:
-        alpha: 0 .. 1; how much of the difficulty moves from inputs to weights.
-        steps: clipping ranges that the search for weight scales tries.
+        alpha: 0 .. 1; how much of the outliers is moved from inputs to weights.
+        steps: number of clipping ranges that the search for weight scales tries.
     """
 
     name = "smoothquant"
@@ -90,41 +90,41 @@ class SmoothQuant(Method):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must lie in 0 .. 1, found {self.alpha}")
+            raise ValueError(f"alpha must be between 0 and 1, found {self.alpha}")
 
     def check(self, layer: Layer) -> None:
-        """Refuses layers whose inputs stay float: there is nothing to smooth.
+        """Raises for layers whose inputs stay float.
 
         Raises:
-            ValueError: see above.
+            ValueError: the layer's activations are not quantized.
         """
         if layer.planned.options.activations is None:
             raise ValueError(
-                f"smoothquant moves outliers from inputs to weights, and the inputs of {layer.name} are not quantized: "
-                f"give activations='int8', or choose another method"
+                f"smoothquant needs quantized inputs, but the inputs of {layer.name} stay float: give activations='int8', "
+                f"or choose another method"
             )
 
     def scales(self, layers: list[Layer], moments: Moments) -> torch.Tensor | None:
-        """The scales of the layers' common input channels."""
+        """Returns the scales of the layers' common input channels."""
         weights = torch.stack([layer.weight().abs().amax(0) for layer in layers]).amax(0)
         scales = moments.peak.clamp(min=1e-5).pow(self.alpha) / weights.clamp(min=1e-5).pow(1 - self.alpha)
         return torch.where((moments.peak > 0) & (weights > 0), scales, torch.ones_like(scales)).clamp(min=1e-5)
 
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
-        """Nearest codes for scales of least weighted error."""
+        """Rounds to nearest, with the scales of least weighted error."""
         return nearest(weight, moments.square, grid, group_size or weight.shape[1], self.steps)
 
 
 def nearest(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, group: int, steps: int) -> Rounded:
-    """Rounds to nearest, scale and shift of each group being those of least error weighted by importance ``[K]``."""
+    """Rounds to nearest, with the scale and shift of each group that minimize the error weighted by importance ``[K]``."""
     rows, columns = weight.shape
     groups = weight.reshape(-1, group)
-    # A channel that was always 0 still counts a little: other texts may reach it.
+    # A small importance for channels that are 0 in all samples: they may not be 0 in other inputs.
     importance = importance + 1e-6 * importance.mean().clamp(min=1e-30)
     wide = importance.view(1, -1, group).expand(rows, -1, -1).reshape(-1, group)
     scale, shift = grid.search(groups, wide, steps)
     table = scale.view(rows, -1), None if shift is None else shift.view(rows, -1)
-    scale, shift, row_scale = grid.settle(*table)
+    scale, shift, row_scale = grid.stored_tables(*table)
     wide_shift = None if shift is None else shift.reshape(-1, 1)
     values = grid.round(groups, scale.reshape(-1, 1), wide_shift).view(rows, columns)
     return Rounded(values, scale, shift, row_scale)

@@ -1,4 +1,4 @@
-"""Layers that see the same input, in the order in which they run."""
+"""Groups layers by their input, in the order in which they run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from requanto.methods.layers import Layer
-from requanto.methods.moments import Inputs
+from requanto.methods.moments import InputHooks
 
-#: With more stages than this (experts one by one) a block is one stage: each costs a run of the block on all samples.
+#: A block with more stages than this (e.g. many experts) is one stage: every stage runs the block on all samples.
 MOST_STAGES = 8
 
 
 class Stage:
-    """Layers that are quantized at the same time, on moments gathered in one run.
+    """Layers that are quantized together, with moments from the same run of the block.
 
     Attributes:
-        sources: for each distinct input the layers that take it; the first one's hook gathers its moments.
+        sources: for each distinct input, the layers that take it; moments are computed by a hook on the first one.
     """
 
     def __init__(self, sources: list[list[Layer]]) -> None:
@@ -26,17 +26,17 @@ class Stage:
 
     @property
     def layers(self) -> list[Layer]:
-        """All of them."""
+        """All layers of the stage."""
         return [layer for source in self.sources for layer in source]
 
 
 def find_stages(layers: list[Layer], run: Callable[[], object], in_turn: bool) -> tuple[list[Stage], list[Layer]]:
-    """(stages in the order of their first call, layers that were not called).
+    """Returns (stages in the order of their first call, layers that were not called).
 
     Args:
         layers: the layers.
-        run: runs the model, or the block, once.
-        in_turn: one stage for every distinct input, so that later layers see the errors of earlier ones; else one for all.
+        run: runs the model or the block once.
+        in_turn: one stage per distinct input, so that later layers see the errors of earlier ones; else one stage for all.
     """
     owner = {module: layer for layer in layers for module in layer.modules}
     inputs: list[tuple[torch.Tensor, list[Layer]]] = []
@@ -47,7 +47,7 @@ def find_stages(layers: list[Layer], run: Callable[[], object], in_turn: bool) -
         if layer in seen:
             return
         seen.add(layer)
-        # Layers with one input run one after another: looking back a few inputs finds it, and frees what is older.
+        # Layers with the same input run shortly after one another, so only the last four inputs are compared and stored.
         shared = None if len(layer.modules) > 1 else next((s for t, s in inputs[-4:] if t is given), None)
         if shared is not None:
             shared.append(layer)
@@ -56,7 +56,7 @@ def find_stages(layers: list[Layer], run: Callable[[], object], in_turn: bool) -
             if len(inputs) > 4:
                 inputs[-5] = (given.new_empty(0), inputs[-5][1])
 
-    with Inputs(owner, take):
+    with InputHooks(owner, take):
         run()
     sources = [source for _, source in inputs]
     missing = [layer for layer in layers if layer not in seen]

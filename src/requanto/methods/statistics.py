@@ -1,4 +1,4 @@
-"""What the layers of a float model are given, without changing anything."""
+"""Second moments of the inputs of a float model's layers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import nn
 
 from requanto.config.plan import PlannedWeight
 from requanto.methods.layers import find_layers
-from requanto.methods.moments import Inputs, Moments
+from requanto.methods.moments import InputHooks, Moments
 from requanto.methods.samples import Samples
 
 
 def layer_moments(
     model: nn.Module, planned: Mapping[str, PlannedWeight], calibration: Any, *, full: bool = False
 ) -> dict[str, Moments]:
-    """Second moments of the inputs of every planned Linear (or Conv1D) weight, from one run of the float model.
+    """Computes the second moments of the inputs of every planned Linear (or Conv1D) weight, from one run of the float model.
 
     Args:
-        model: any model, float.
+        model: any float model.
         planned: full parameter name -> how it will be quantized (`plan.plan`); other kinds of weights are left out.
         calibration: samples, or a function that runs the model (`requanto.methods.samples`).
-        full: of all pairs of input channels: ``[K, K]`` float32 for every layer, all held at once; else of each channel
-            alone.
+        full: compute moments of all pairs of input channels (``[K, K]`` float32 per layer, for all layers at once), not only
+            of each channel.
 
     Returns:
-        By parameter name; ``rows`` is 0 for a layer that no sample reached.
+        Moments by parameter name; ``rows`` is 0 for a layer that no sample reached.
     """
     layers, _ = find_layers(model, planned)
     owner = {module: layer for layer in layers for module in layer.modules}
@@ -34,7 +34,7 @@ def layer_moments(
     was_training = model.training
     model.eval()
     try:
-        with Inputs(owner, lambda m, x: found[owner[m]].add(x)):
+        with InputHooks(owner, lambda m, x: found[owner[m]].add(x)):
             for _ in Samples(calibration).run(model):
                 pass
     finally:

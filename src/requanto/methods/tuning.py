@@ -1,9 +1,9 @@
-"""Learning what rounding leaves open: codes that may move by one, scales and shifts that may move a little.
+"""Learned rounding: codes that may change by one, scales and shifts that may change a little.
 
     W = s c - z,  s = s0 (1 + a),  z = z0 + s0 b,  c = clamp(round(u + v)),  |v| <= 1/2
 
-``u`` is where the float weight lies between the codes. ``v``, ``a`` and ``b`` start at 0 and are learned from the error of
-the block's output (`SignRound`), with gradients passed straight through the rounding.
+``u`` is the unrounded code of the float weight. ``v``, ``a`` and ``b`` start at 0 and are learned from the error of the
+block's output (`SignRound`), with a straight-through gradient for the rounding.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class Tuned:
-    """One layer whose weight is computed from what is learned.
+    """One layer whose weight is computed from learned parameters.
 
     Args:
         layer: the layer.
         grid: its codes.
-        start: where to begin; codes begin at the ones of ``start.values``.
-        weight: float32 ``[N, K]``: codes lie where it lies between them, as far as that leaves the beginning as it is. None:
-            codes are fixed, only scales and shifts are learned.
+        start: the initial rounding.
+        weight: float32 ``[N, K]``: its unrounded codes are used as ``u``, clamped so that they round to the codes of
+            ``start``. None: codes are fixed, only scales and shifts are learned.
     """
 
     def __init__(self, layer: Layer, grid: Grid, start: Rounded, weight: torch.Tensor | None) -> None:
@@ -50,42 +50,42 @@ class Tuned:
         if weight is not None:
             wide = weight.view(self.shape)
             place = wide / self.scale if self.shift is None else (wide + self.shift) / self.scale
-            # Just inside the code's own interval: those near its edge are the first to move.
+            # Clamp to just inside the code's interval; codes near its edge change first.
             self.place = torch.minimum(torch.maximum(place, codes - 0.499), codes + 0.499)
             self.offset = torch.zeros_like(self.place, requires_grad=True)
         self.stretch = torch.zeros_like(self.scale, requires_grad=True)
         self.move = None if self.shift is None else torch.zeros_like(self.scale, requires_grad=True)
 
     def parameters(self) -> list[torch.Tensor]:
-        """What is learned."""
+        """Returns the learned parameters."""
         return [p for p in (self.offset, self.stretch, self.move) if p is not None]
 
     def codes(self) -> torch.Tensor:
-        """The codes now, ``[N, G, g]``, with a gradient for the offset."""
+        """Returns the current codes, ``[N, G, g]``, with a gradient for the offset."""
         if self.offset is None:
             return self.place
         wanted = (self.place + self.offset).clamp(self.grid.low, self.grid.high)
         return wanted + (wanted.round() - wanted).detach()
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and shift now, ``[N, G, 1]``."""
+        """Returns the current scale and shift, ``[N, G, 1]``."""
         scale = self.scale * (1 + self.stretch)
         return scale, None if self.shift is None or self.move is None else self.shift + self.scale * self.move
 
     def begin(self) -> None:
-        """Computes the weight anew; until :meth:`end` modules use a leaf of it, which gathers gradients."""
+        """Computes the weight; until :meth:`end` modules use a leaf copy of it, which accumulates gradients."""
         values = self.grid.values(self.codes(), *self.tables()).flatten(1)
         self._weight = (values.t() if self.layer.planned.transposed else values).to(self.dtype)
         self.leaf = self._weight.detach().requires_grad_()
 
     def end(self) -> None:
-        """Takes the gradient that the leaf has gathered to what is learned."""
+        """Backpropagates the gradient of the leaf to the learned parameters."""
         if self.leaf.grad is not None:
             self._weight.backward(self.leaf.grad)
 
     @torch.no_grad()
     def signed_step(self, size: float) -> None:
-        """Moves everything by its gradient's sign: codes by ``size``, the ends of a group's range by that share of it."""
+        """Does one step of signed gradient descent: codes by ``size``; the ends of a group's range by ``size`` times it."""
         for parameter in self.parameters():
             if parameter.grad is not None:
                 share = (self.grid.high - self.grid.low) / 2 if parameter is self.move else 1.0
@@ -96,22 +96,22 @@ class Tuned:
         self.stretch.clamp_(-0.5, 0.5)
 
     def stored(self) -> torch.Tensor:
-        """The weight as it would be stored now."""
+        """Returns the current weight, rounded as it would be stored."""
         values = self.rounded().values
         return (values.t() if self.layer.planned.transposed else values).to(self.dtype)
 
     @torch.no_grad()
     def rounded(self) -> Rounded:
-        """What was learned, on the grid, with scale and shift as they will be stored."""
+        """Returns the learned rounding, with scale and shift rounded as storing does."""
         scale, shift = self.tables()
-        scale, shift, row_scale = self.grid.settle(scale[..., 0], None if shift is None else shift[..., 0])
+        scale, shift, row_scale = self.grid.stored_tables(scale[..., 0], None if shift is None else shift[..., 0])
         wide = scale[..., None], None if shift is None else shift[..., None]
         return Rounded(self.grid.values(self.codes().round(), *wide).flatten(1), scale, shift, row_scale)
 
 
 @contextlib.contextmanager
-def in_place(tuned: list[Tuned]) -> Iterator[None]:
-    """Inside, layers compute with the weights that are being learned, and gradients reach them."""
+def learned_weights(tuned: list[Tuned]) -> Iterator[None]:
+    """Inside the block, layers compute with the weights that are being learned, and gradients reach them."""
     hooks, hidden = [], []
     try:
         for item in tuned:
@@ -135,14 +135,14 @@ def _set(module: nn.Module, weight: torch.Tensor) -> None:
 class SignRound(Gptq):
     """AutoRound: codes, scales and shifts learned by signed gradient descent on the error of the block's output.
 
-    Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent" (arXiv:2309.05516). Beyond it, the codes may
-    start from GPTQ's.
+    Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent" (arXiv:2309.05516). Unlike there, the codes can
+    start from those of GPTQ.
 
     Attributes:
-        iterations: steps.
-        batch: samples a step.
-        rate: size of a step in codes; it falls to 0 linearly.
-        start: ``"gptq"`` or ``"nearest"``: the codes to start from.
+        iterations: number of steps.
+        batch: samples per step.
+        rate: step size in codes; decreases linearly to 0.
+        start: the codes to start from: ``"gptq"`` or ``"nearest"``.
         (and those of `Gptq`)
     """
 
@@ -167,23 +167,23 @@ class SignRound(Gptq):
 
     @property
     def paired(self) -> bool:  # type: ignore[override]
-        return True  # the float block's output is what to come near to
+        return True  # the float block's output is the target
 
     def check(self, layer: Layer) -> None:
-        """Refuses float codes and codebooks, whose codes have no neighbours at equal distance.
+        """Raises for float types and codebooks, whose codes are not evenly spaced.
 
         Raises:
-            ValueError: see above.
+            ValueError: the layer's type is a float type or a codebook.
         """
         kind = layer.planned.options.qtype
         if kind.is_floating_point or kind.is_codebook:
             raise ValueError(
-                f"signround learns integer codes, and {layer.name} is asked for in {kind.name}: use method='gptq' for it, "
-                f"or another type"
+                f"signround needs a type with integer codes, but {layer.name} is to be {kind.name}: use method='gptq' for "
+                f"it, or another type"
             )
 
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
-        """Where learning starts."""
+        """Returns the initial rounding."""
         if self.start == "gptq":
             return super().round(weight, moments, grid, group_size, name)
         return nearest(weight, moments.square, grid, group_size or weight.shape[1], self.steps)
@@ -194,18 +194,18 @@ class SignRound(Gptq):
         run: Callable[[int], list[Any]],
         targets: list[dict[int, torch.Tensor]],
     ) -> list[Rounded] | None:
-        """Learns the layers of a block together; None where that did not lower the error.
+        """Tunes the layers of a block together; returns None if that did not lower the error.
 
         Args:
-            work: (layer, grid, start, float weight) of each.
-            run: runs the block on a sample; the leaves of its output.
-            targets: for each sample the float block's output, by leaf.
+            work: (layer, grid, start, float weight) of each layer.
+            run: runs the block on a sample; returns the leaves of its output.
+            targets: for each sample, the float block's output by leaf.
         """
         tuned = [Tuned(*item) for item in work]
         generator = torch.Generator().manual_seed(0)
-        held = range(min(len(targets), 16))
-        with torch.enable_grad(), in_place(tuned):
-            before = _loss(tuned, run, targets, held)
+        evaluated = range(min(len(targets), 16))
+        with torch.enable_grad(), learned_weights(tuned):
+            before = _loss(tuned, run, targets, evaluated)
             for iteration in range(self.iterations):
                 picked = torch.randperm(len(targets), generator=generator, device="cpu")[: self.batch].tolist()
                 for item in tuned:
@@ -215,13 +215,13 @@ class SignRound(Gptq):
                 for item in tuned:
                     item.end()
                     item.signed_step(self.rate * (1 - iteration / self.iterations))
-            after = _loss(tuned, run, targets, held)
+            after = _loss(tuned, run, targets, evaluated)
         logger.info("signround: block output error %.4g before, %.4g after", before, after)
         return [item.rounded() for item in tuned] if after < before else None
 
 
 def distance(found: list[Any], wanted: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Squared error of the leaves of an output, relative to what was wanted."""
+    """Returns the sum over leaves of the squared error, relative to the squared norm of the target."""
     total = torch.zeros((), dtype=torch.float32, device="cpu")
     for index, target in wanted.items():
         target = target.to(found[index].device).float()
@@ -231,8 +231,8 @@ def distance(found: list[Any], wanted: dict[int, torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def _loss(
-    tuned: list[Tuned], run: Callable[[int], list[Any]], targets: list[dict[int, torch.Tensor]], held: range
+    tuned: list[Tuned], run: Callable[[int], list[Any]], targets: list[dict[int, torch.Tensor]], numbers: range
 ) -> float:
     for item in tuned:
         item.leaf = item.stored()
-    return sum(float(distance(run(number), targets[number])) for number in held) / len(held)
+    return sum(float(distance(run(number), targets[number])) for number in numbers) / len(numbers)

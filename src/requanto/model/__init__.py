@@ -1,1 +1,1 @@
-"""Whole models, in place: quantize, freeze, calibrate, requantize."""
+"""Functions that change whole models in place: quantize, freeze, calibrate, requantize."""

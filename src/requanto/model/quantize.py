@@ -1,10 +1,10 @@
 """quantize, freeze and quantization_map: optimum-quanto's three steps, in place on any torch model.
 
     model = ...                                            # float
-    requanto.quantize(model, weights="int8")               # weights still float, every forward rounds them: train here
+    requanto.quantize(model, weights="int8")               # weights are float and rounded in each forward: train here
     requanto.freeze(model)                                 # weights become QTensor
 
-Loading back what was saved: `requanto.requantize`.
+`requanto.requantize` loads a saved model.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from requanto.tensor.rotation import check_rotation
 
 Module = TypeVar("Module", bound=nn.Module)
 
-#: A progress bar appears from this many weights on: below, the work takes less than a second or two.
+#: Least number of weights for a progress bar: with fewer, the work takes less than a second or two.
 PROGRESS_FROM = 100_000_000
 
 
@@ -68,50 +68,52 @@ def quantize(
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
 ) -> Module:
-    """Puts a model's modules under quantization, in place.
+    """Turns a model's modules into quantized modules, in place.
 
-    Linear layers, convolutions and GPT-2's Conv1D are quantized; LayerNorm where ``activations`` are; Embedding only
-    where ``modules`` names it or it is the root. Weights stay float until :func:`freeze`: each forward rounds them, with
-    a straight-through gradient.
+    Linear layers, convolutions and GPT-2's Conv1D are quantized; LayerNorm if ``activations`` are; Embedding only if
+    ``modules`` names it or it is the root. Weights stay float until :func:`freeze`: each forward rounds them, with a
+    straight-through gradient.
 
-    Modules change their class and keep their identity, so the root itself may be a single ``nn.Linear``.
+    Module objects stay the same and only change their class, so ``model`` may also be a single ``nn.Linear``.
 
     Args:
         model: any module, also on the meta device.
         weights: ``"int2"``, ``"int4"``, ``"int8"``, ``"float8"`` ..., a qtype, or None: weights stay float; ``"auto"``:
             a type for each layer, chosen within ``bits`` or ``max_memory``.
-        activations: ``"int8"``, ``"float8"``, or None. On the fly per token, until `Calibration` finds static scales.
-        optimizer: optimum-quanto's scales, e.g. `HqqOptimizer()`; None: Requanto's own, as ``method`` says.
-        include, exclude: shell patterns on full dotted names; a module must match one of ``include`` where given, and
-            none of ``exclude``.
-        group_size: weights of a row that share a scale (below 8 bits); None: one scale a row. See `QTensor.quantize`.
+        activations: ``"int8"``, ``"float8"``, or None. Quantized on the fly, per token, until `Calibration` sets static
+            scales.
+        optimizer: optimum-quanto's scales, e.g. `HqqOptimizer()`; None: Requanto's, chosen by ``method``.
+        include, exclude: shell patterns on full dotted names; a module must match one of ``include``, if given, and none of
+            ``exclude``.
+        group_size: number of weights of a row that share a scale (below 8 bits); None: one scale per row. See
+            `QTensor.quantize`.
         symmetric: codes around zero, without a shift; None: below 8 bits affine, else symmetric.
-        modules: other types for some modules, ``{"*.mlp.*": "int4", "lm_head": None}``; the first pattern that fits
-            counts, before include and exclude.
-        bits, max_memory, candidates: the budget of ``weights="auto"``, as in `QuantoConfig`. With ``calibration``,
-            layers are weighed by what their errors do to the model's answer on samples, else by their weights' errors.
+        modules: other types for some modules, ``{"*.mlp.*": "int4", "lm_head": None}``; the first matching pattern is used,
+            and overrides include and exclude.
+        bits, max_memory, candidates: the budget for ``weights="auto"``, as in `QuantoConfig`. The error of a layer is, with
+            ``calibration``, that of the model's output on samples, else that of its weights.
         method: how scales are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"``, ``"hqq"``, or None: the type's
-            default; or, with ``calibration``, how codes are found on samples: ``"gptq"`` ... (`requanto.methods`). Nothing
-            is left to freeze then.
-        calibration: samples: an iterable of the model's inputs, or a function ``f(model)`` that runs it, or a pipeline.
-        method_options: the method's own options.
-        resume: directory for finished blocks; an interrupted run goes on from there.
+            default. With ``calibration``, how codes are computed from samples: ``"gptq"`` ... (`requanto.methods`); the
+            weights are then frozen already.
+        calibration: samples: an iterable of the model's inputs, a function ``f(model)`` that runs the model, or a pipeline.
+        method_options: options of the method.
+        resume: directory for finished blocks, from which an interrupted run continues.
         progress: show a progress bar while samples run.
-        scale_bits, rotation, low_rank: how scales are stored, rows rotated and errors corrected; see `QTensor.quantize`.
+        scale_bits, rotation, low_rank: storage of scales, rotation of rows, correction of errors; see `QTensor.quantize`.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: a type is unknown; a pattern matches no module; nothing is left to quantize; a weight is quantized
-            already, to another type; ``calibration`` reaches no layer.
+        ValueError: a type is unknown; a pattern matches no module; no module is selected; a weight is already quantized to
+            another type; the ``calibration`` samples reach no layer.
     """
     limit = auto_limit(weights, bits, max_memory, candidates)
     kind = qint8 if limit is not None else None if weights is None else resolve_qtype(weights)
     activation = None if activations is None else resolve_qtype(activations)
     special = {p: None if v is None else resolve_qtype(v) for p, v in (modules or {}).items()}
     if kind is None and activation is None and not any(special.values()):
-        raise ValueError("nothing to do: give weights=, activations= or modules= a type, e.g. weights='int8'")
+        raise ValueError("nothing to quantize: set weights=, activations= or modules=, e.g. weights='int8'")
     if activation is not None and activation.bits != 8:
         raise ValueError(f"activations are quantized to int8 or float8, found {activation.name}")
     if optimizer is not None:
@@ -123,7 +125,7 @@ def quantize(
             check_method(method, asked)
     elif method in SEARCHES:
         raise ValueError(
-            f"method={method!r} looks at no samples: leave out calibration=, or name one of {', '.join(CALIBRATED)}"
+            f"method={method!r} uses no samples: leave out calibration=, or use one of {', '.join(CALIBRATED)}"
         )
     options = weight_options(
         scale_bits=scale_bits,
@@ -132,23 +134,23 @@ def quantize(
         low_rank=low_rank,
     )
     if optimizer is not None and options:
-        raise ValueError(f"an optimizer's codes are optimum-quanto's; {', '.join(options)} cannot be asked of them")
+        raise ValueError(f"an optimizer's codes are optimum-quanto's, which does not support {', '.join(options)}")
     include, exclude = listed(include), listed(exclude)
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
 
     if limit is not None or calibration is not None:
         if optimizer is not None:
-            raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= goes with one type, not with 'auto'")
+            raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= needs one type, not weights='auto'")
         if calibration is not None and (rotation or low_rank):
-            raise ValueError(f"method={method or 'gptq'!r} knows no rotation and no low_rank; leave one of the two out")
+            raise ValueError(f"method={method or 'gptq'!r} does not support rotation= and low_rank=; leave them out")
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
         if not planned:
             raise nothing_chosen(model, named, include, exclude)
     if limit is not None:
-        open_ones = {name for name, _, _ in chosen if not any(fnmatch(name, pattern) for pattern in special)}
-        planned = choose_in_memory(model, planned, open_ones, limit, candidates, calibration, options, progress)
+        undecided = {name for name, _, _ in chosen if not any(fnmatch(name, pattern) for pattern in special)}
+        planned = choose_in_memory(model, planned, undecided, limit, candidates, calibration, options, progress)
         if calibration is None:
             for name, module, _ in chosen:
                 choice = planned.get(f"{name}.weight" if name else "weight")
@@ -180,8 +182,8 @@ def quantize(
 
 
 _SAMPLES_OR_NOT = (
-    "method= and calibration= belong together: give the samples that the method is to look at, and no optimizer=, whose "
-    "scales would not be used"
+    "method= and calibration= belong together: give the samples for the method, and no optimizer=, whose scales would not "
+    "be used"
 )
 
 
@@ -202,32 +204,32 @@ def _quantize_module(
             if activation is None or getattr(module, "activation_qtype", weight.activation) == activation:
                 return True
             raise ValueError(
-                f"{label} is frozen already; ask for activations={activation.name} before freeze(), in the same call "
-                f"of quantize() as the weights"
+                f"{label} is already frozen; set activations={activation.name} before freeze(), in the same call of "
+                f"quantize() as the weights"
             )
         raise ValueError(
             f"{label} is quantized to {weight.qtype.name} already and cannot become {kind.name}: the float weights are "
             f"gone. Load the float model again and quantize that."
         )
-    if isinstance(module, QModuleMixin):  # still float inside: the new choice replaces the old one
+    if isinstance(module, QModuleMixin):  # its weight is still float, so it can be quantized to another type
         restore_or_refuse(module, label)
     return quantize_in_place(module, kind, activation, optimizer, group_size, symmetric, name, options=options)
 
 
 def freeze(model: nn.Module) -> None:
-    """Replaces the float weights under quantization by quantized ones, one at a time, in place.
+    """Replaces the float weights of quantized modules by QTensors, one at a time, in place.
 
-    A weight that several modules share is quantized once and stays shared. A module that needs no state of its own, that
-    is one without quantized activations, becomes a plain module of its first class again.
+    A weight that several modules share is quantized once and stays shared. A module without quantized activations gets its
+    original float class back, since a QTensor needs no special module.
 
     Raises:
-        ValueError: a shared weight is asked for in two types, or a weight holds NaN or Inf.
+        ValueError: modules that share a weight have different options, or a weight contains NaN or Inf.
     """
     holders = parameter_holders(model)
     pending = [m for m in model.modules() if isinstance(m, QModuleMixin) and m.weight_qtype is not None]
     pending = [m for m in pending if m.weight is not None and not m.frozen]
     done: dict[int, tuple[QModuleMixin, nn.Parameter]] = {}
-    keep: list[Any] = []  # an id means something only while its object lives
+    keep: list[Any] = []  # keeps weights alive, since an id is only unique among live objects
     for module in progress(pending, "freezing", sum(m.weight.numel() for m in pending)):
         weight = module.weight
         if id(weight) in done:
@@ -260,10 +262,10 @@ def _choice(module: QModuleMixin) -> tuple:
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What is quantized to what, by module name: what :func:`requantize` needs beside the tensors. Plain JSON.
+    """The quantized types by module name, as plain JSON; :func:`requantize` needs it in addition to the tensors.
 
-    Each entry has ``weights`` and ``activations`` (a type's name or ``"none"``), as optimum-quanto's; ``group_size`` and
-    ``symmetric`` as well where they matter. A quantized parameter not called ``weight`` stands under its own full name.
+    Each entry has ``weights`` and ``activations`` (a type's name or ``"none"``), as in optimum-quanto, and ``group_size``,
+    ``symmetric`` and further options if they apply. The key of a parameter not named ``weight`` is its full name.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
@@ -302,10 +304,10 @@ def weight_options(
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
 ) -> dict[str, Any]:
-    """What was asked for, checked, as further keywords of `QTensor.quantize`.
+    """Checks further keywords of `QTensor.quantize`, and returns those that are not None.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
     found = {
         "scale_bits": check_scale_bits(scale_bits),
@@ -322,7 +324,7 @@ def quantize_module(
     activations: str | qtype | None = None,
     optimizer: Optimizer | None = None,
 ) -> Any:
-    """The quantized counterpart of one module, sharing its parameters; None where its class has none."""
+    """The quantized counterpart of one module, which shares its parameters; None if its class has none."""
     qmodule_cls = qmodules.find(module)
     if qmodule_cls is None:
         return None
@@ -330,5 +332,5 @@ def quantize_module(
 
 
 def progress(items: list, what: str, size: int) -> Iterator[Any]:
-    """Iterates with a progress bar where ``size`` weights are enough to make one wait."""
+    """Iterates over items, with a progress bar if they have many weights (``size``)."""
     return iter(tqdm(items, desc=what, unit="layer", disable=size < PROGRESS_FROM))

@@ -1,4 +1,4 @@
-"""requantize: a float skeleton, a map and a state dict -> the quantized model, with no second copy in memory."""
+"""requantize: loads a quantized state dict into a float model, without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ def requantize(
 ) -> nn.Module:
     """Loads quantized weights into a float model, in place.
 
-    Each tensor is taken from ``state_dict`` once and put where it belongs: the model may be on the meta device, and a
-    lazy mapping (`requanto.quanto_models.SafetensorsFiles`) is read one tensor at a time.
+    Each tensor is read from ``state_dict`` once, so the model may be on the meta device, and a lazy mapping
+    (`requanto.checkpoint.shards.SafetensorsFiles`) is read one tensor at a time.
 
     Args:
         model: the float model, with weights or on the meta device.
-        state_dict: what a quantized model's ``state_dict()`` gave, by way of torch.save, or flat tensors: Requanto's
+        state_dict: the ``state_dict()`` of a quantized model, saved with torch.save; or flat tensors, Requanto's
             (``weight_qdata`` ...) or optimum-quanto's (``weight._data`` ...).
-        quantization_map: what :func:`requanto.quantization_map` (or optimum-quanto's) gave.
-        device: where the model goes; None: where it is, the CPU if it is on the meta device.
-        fold_lowrank: round adapters that were merged beside the codes into them (`lowrank.fold_lowrank` does it
-            and says how much of each was lost); otherwise they stay beside them, exactly.
+        quantization_map: the result of :func:`requanto.quantization_map` (or optimum-quanto's).
+        device: device for the model; None: its present device, or the CPU if it is on the meta device.
+        fold_lowrank: round merged adapters into the codes (`lowrank.fold_lowrank`, which returns the loss of each);
+            False: they stay low-rank terms, exactly.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        CheckpointError: map and tensors disagree, or tensors are missing, left over, or of the wrong shape. The model
-            is not usable then.
+        CheckpointError: map and tensors disagree, or tensors are missing, unexpected, or of the wrong shape. The model is
+            then not usable.
     """
     device = torch.device(device) if device is not None else _device_of(model)
     source = _Source(state_dict, quantization_map)
     modules = dict(model.named_modules())
     holders = parameter_holders(model)
-    placed: dict[int, QTensor] = {}  # by id, kept alive so that an id stays one weight's
+    placed: dict[int, QTensor] = {}  # by id; holds the weights so that ids stay unique
     for name, entry in progress(list(quantization_map.items()), "loading", sum(p.numel() for p in model.parameters())):
         module, leaf = _find(modules, name)
         kind = _kind(entry, "weights", name)
@@ -69,7 +69,7 @@ def requantize(
         full = f"{name}.weight".lstrip(".") if leaf == "weight" else name
         weight = None
         if kind is not None and id(parameter) in placed:
-            source.same(full, kind, parameter, entry)  # shared with a module that came before
+            source.check_same(full, kind, parameter, entry)  # shared with an earlier module
             weight = parameter
         elif kind is not None:
             weight = source.weight(full, kind, parameter, _is_transposed(module), entry)
@@ -90,41 +90,47 @@ def requantize(
     model.to(device)
     for module in model.modules():
         if isinstance(module, QModuleMixin) and module.activation_qtype is not None:
-            module.settle_scales()
+            module.refresh_calibrated()
     if fold_lowrank:
         lowrank.fold_lowrank(model)
     return model
 
 
 class _Source:
-    """The state dict, each key taken once."""
+    """A state dict whose keys are read once.
+
+    Attributes:
+        left: keys that were not read yet.
+    """
 
     def __init__(self, state_dict: Mapping[str, Any], qmap: Mapping[str, Mapping[str, Any]]) -> None:
         self.state = state_dict
         old = {key: state_dict[key] for key in state_dict if key.endswith((".qtype", ".axis", ".size", ".stride"))}
         self.left = dict.fromkeys(state_dict)
         if old:
-            kept = dict(old)
-            drop_old_metadata(kept, qmap)
-            for key in old.keys() - kept.keys():
+            needed = dict(old)
+            drop_old_metadata(needed, qmap)
+            for key in old.keys() - needed.keys():
                 del self.left[key]
 
     def take(self, key: str) -> Any:
         del self.left[key]
         return self.state[key]
 
-    def same(self, name: str, kind: qtype, placed: QTensor, entry: Mapping[str, Any]) -> None:
-        """Takes the second name of a shared weight, where the state dict has it, and refuses another weight there."""
+    def check_same(self, name: str, kind: qtype, placed: QTensor, entry: Mapping[str, Any]) -> None:
+        """Reads another name of a shared weight, if the state dict has it, and checks that it is the same weight."""
         if not any(name + part in self.left for part in ("", *_OWN_PARTS, *PARTS)):
             return
         again = self.weight(name, kind, placed, placed.transposed, entry)
         if again is None or not torch.equal(again.to(placed.device), placed):
-            raise CheckpointError(f"{name} shares its weight with another module, and the checkpoint has two of it")
+            raise CheckpointError(
+                f"{name} shares its weight with another module, and the checkpoint has two different weights for them"
+            )
 
     def weight(
         self, name: str, kind: qtype, parameter: torch.Tensor, transposed: bool, entry: Mapping[str, Any]
     ) -> QTensor | None:
-        """The quantized weight, or None where the state dict holds it float (a model that was not frozen)."""
+        """The quantized weight, or None if the state dict has a float one (the model was not frozen)."""
         if name in self.left:
             value = self.state[name]
             if not isinstance(value, QTensor):
@@ -137,12 +143,12 @@ class _Source:
             return self.take(name)
         own = {part: self.take(name + part) for part in _OWN_PARTS if name + part in self.left}
         if own:
-            return _own(own, kind, parameter, transposed, name, entry)
+            return _from_own_parts(own, kind, parameter, transposed, name, entry)
         parts = {part: self.take(name + part) for part in PARTS if name + part in self.left}
         return to_qtensor(parts, kind, parameter.shape, name)
 
 
-def _own(
+def _from_own_parts(
     parts: Mapping[str, torch.Tensor],
     kind: qtype,
     parameter: torch.Tensor,
@@ -193,7 +199,7 @@ def _make_qmodule(
 
 
 def _load_rest(model: nn.Module, source: _Source, device: torch.device) -> None:
-    """Float parameters and buffers; refuses what is missing or left over."""
+    """Loads float parameters and buffers; raises if a tensor is missing or unexpected."""
     holders = parameter_holders(model)
     missing, done = [], set()
     placed: set[int] = set()
@@ -201,12 +207,14 @@ def _load_rest(model: nn.Module, source: _Source, device: torch.device) -> None:
         for leaf, old in list(module._parameters.items()) + list(module._buffers.items()):
             key = f"{module_name}.{leaf}" if module_name else leaf
             if old is None or isinstance(old, QTensor):
-                source.left.pop(key, None)  # the other name of a shared weight
+                source.left.pop(key, None)  # another name of a shared weight
                 continue
             persistent = leaf not in module._non_persistent_buffers_set
-            if id(old) in placed:  # shared with a module that came before: already there
+            if id(old) in placed:  # shared with an earlier module, already loaded
                 if key in source.left and not torch.equal(source.take(key).to(old.device), old):
-                    raise CheckpointError(f"{key} is shared with another module, and the checkpoint has two of it")
+                    raise CheckpointError(
+                        f"{key} is shared with another module, and the checkpoint has two different tensors for them"
+                    )
             elif key in source.left and persistent:
                 done.add(id(old))
                 placed.add(id(_put(module, leaf, old, source.take(key), key, device, holders)))
@@ -215,18 +223,18 @@ def _load_rest(model: nn.Module, source: _Source, device: torch.device) -> None:
             elif old.is_meta:
                 if leaf not in ("input_scale", "output_scale"):
                     raise CheckpointError(
-                        f"{key} is computed when the model is made, not saved: a model on the meta device lacks it. "
-                        f"Make the model on the CPU, or give its buffers a device."
+                        f"{key} is not saved but computed when the model is created; on the meta device it is missing. "
+                        f"Create the model on the CPU, or give its buffers a device."
                     )
                 module._buffers[leaf] = torch.ones((), dtype=old.dtype, device=device)
     absent = [key for key, identity in missing if identity not in done]
-    # optimum-quanto wrote scales for modules whose activations it did not quantize: they are 1 and mean nothing.
+    # optimum-quanto also writes scales, all 1, for modules without quantized activations: ignore them.
     extra = [key for key in source.left if not key.endswith((".input_scale", ".output_scale"))]
     if absent or extra:
         raise CheckpointError(
             "map, tensors and model disagree: "
             + (f"missing {', '.join(absent[:8])} ({len(absent)} in all). " if absent else "")
-            + (f"No place in the model for {', '.join(extra[:8])} ({len(extra)} in all)." if extra else "")
+            + (f"Not in the model: {', '.join(extra[:8])} ({len(extra)} in all)." if extra else "")
         )
 
 

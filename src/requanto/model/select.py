@@ -1,4 +1,4 @@
-"""Which modules `requanto.quantize` puts under quantization: patterns on dotted names."""
+"""Selects the modules that `requanto.quantize` quantizes, by patterns on dotted names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chosen_modules(
     include: list[str] | None,
     exclude: list[str] | None,
 ) -> Iterator[tuple[str, nn.Module, qtype | None]]:
-    """(name, module, type) of every module that the patterns leave to quantize."""
+    """(name, module, type) of every module that the patterns select."""
     for name, module in named:
         pattern = next((p for p in special if fnmatch(name, p)), None)
         if pattern is None:
@@ -47,7 +47,7 @@ def planned_weights(
     symmetric: bool | None,
     scale_bits: int | None = None,
 ) -> dict[str, PlannedWeight]:
-    """What of the chosen modules has a weight to quantize, as samples need it."""
+    """The chosen modules that have a weight to quantize, by parameter name, for methods that use samples."""
     planned: dict[str, PlannedWeight] = {}
     for name, module, kind in chosen:
         weight = module._parameters.get("weight")
@@ -55,7 +55,9 @@ def planned_weights(
         if found is None or (registry.find(module) is None and not isinstance(module, QModuleMixin)):
             continue
         if isinstance(weight, QTensor):
-            raise ValueError(f"{name or type(module).__name__} is quantized already; samples need the float weight")
+            raise ValueError(
+                f"{name or type(module).__name__} is already quantized; methods on samples need a float weight"
+            )
         if isinstance(module, QModuleMixin):
             restore_or_refuse(module, name)
         options = LayerOptions(kind.name, symmetric=symmetric, scale_bits=scale_bits)
@@ -93,13 +95,13 @@ def check_patterns(patterns: Mapping[str, list[str] | None], names: list[str]) -
 
 
 def restore_or_refuse(module: QModuleMixin, label: str) -> None:
-    """Takes a quantized module that is still float back to its float class.
+    """Gives a quantized module with a float weight its float class back.
 
     Raises:
-        ValueError: it was built as a quantized module and has no float class to return to.
+        ValueError: it was constructed as a quantized module, so it has no float class.
     """
     if not restore_float_class(module):
         raise ValueError(
-            f"{label} was made as a {type(module).__name__}; quantize() changes float modules. Set its weight_qtype and "
-            f"activation_qtype where it is made."
+            f"{label} was constructed as a {type(module).__name__}; quantize() changes float modules only. Set its "
+            f"weight_qtype and activation_qtype in its constructor."
         )

@@ -1,4 +1,4 @@
-"""Modules where a quantized weight alone is not enough: float weights in training, and quantized activations."""
+"""Quantized modules, for float weights in training and for quantized activations; a QTensor alone needs no module."""
 
 from requanto.nn.activation import QActivation, quantize_activation
 from requanto.nn.mixin import QModuleMixin

@@ -1,8 +1,8 @@
-"""QActivation: an activation quantized per tensor, on its way from one module to the next.
+"""QActivation: an activation quantized per tensor, which one module passes to the next.
 
-Codes and one scale. Operators that only move values (views, slices, concatenations of one scale), and those that leave a
-scale meaningful (a product with a number, relu, softmax), give a QActivation again; a product with a quantized weight takes
-it as it is; every other operator computes in float on the values it stands for. (Operators after optimum-quanto 0.2.7.)
+It consists of codes and one scale. Operators that only move values (views, slices, concatenations of one scale), and some
+that keep or change the scale (multiplication by a number, relu, softmax), return a QActivation. GEMMs with a quantized
+weight use the codes. All other operators compute in float on the dequantized values. (Operators as in optimum-quanto 0.2.7.)
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from requanto.tensor.qtensor import QTensor
 
 
 class QActivation(torch.Tensor):
-    """An activation under quantization; make one with :func:`quantize_activation`.
-
-    Its dtype is the scale's: the float dtype it stands for.
-    """
+    """A quantized activation; :func:`quantize_activation` creates one. Its dtype is that of the scale."""
 
     _data: torch.Tensor
     _scale: torch.Tensor
@@ -65,18 +62,18 @@ class QActivation(torch.Tensor):
 
     @classmethod
     def quantize(cls, base: torch.Tensor, qtype: qtype, scale: torch.Tensor) -> QActivation:
-        """``base`` under a scalar scale; its gradient passes straight through."""
+        """``base`` quantized with a scalar scale; straight-through gradient."""
         return _Quantize.apply(cls, base, qtype, scale)
 
     def dequantize(self) -> torch.Tensor:
-        """The float values, with the gradient passing straight through."""
+        """The float values; straight-through gradient."""
         return _Dequantize.apply(self)
 
     def numpy(self) -> Any:
         return self.dequantize().cpu().numpy()
 
     def with_data(self, data: torch.Tensor, scale: torch.Tensor | None = None) -> QActivation:
-        """Other codes of the same type and (unless given) scale."""
+        """A QActivation of the same type with other codes and, if given, another scale."""
         return type(self)(self._qtype, data.size(), data.stride(), data, self._scale if scale is None else scale)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -100,7 +97,7 @@ class QActivation(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, QTensor) for kind in types):
-            # Products with a quantized weight take float inputs; only `QLinear` hands codes on.
+            # GEMMs with a quantized weight take float inputs; only `QLinear` passes the static scale.
             args, kwargs = pytree.tree_map_only(QActivation, lambda t: t.dequantize(), (args, kwargs))
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -111,9 +108,9 @@ class QActivation(torch.Tensor):
         from requanto.nn.activation_ops import OPS, in_float
 
         packet = func.overloadpacket
-        kept = OPS.get(packet)
-        if kept is not None:
-            return kept(packet, *args, **(kwargs or {}))
+        implementation = OPS.get(packet)
+        if implementation is not None:
+            return implementation(packet, *args, **(kwargs or {}))
         return in_float(packet, *args, **(kwargs or {}))
 
 
@@ -143,12 +140,12 @@ class _Dequantize(torch.autograd.Function):
 
 
 def quantize_activation(t: torch.Tensor, qtype: qtype, scale: torch.Tensor) -> QActivation:
-    """``t`` quantized to 8 bits under one scale.
+    """``t`` quantized to 8 bits with one scale.
 
     Args:
         t: float tensor.
         qtype: int8 or float8.
-        scale: one number, as a tensor; codes are ``round(t / scale)``.
+        scale: tensor with one element; codes are ``round(t / scale)``.
     """
     if scale.numel() != 1:
         raise ValueError(f"activations have one scale for the tensor, found {scale.numel()} scales")

@@ -1,4 +1,4 @@
-"""QModuleMixin: what a module needs while its weight is float under quantization, or its activations are quantized."""
+"""QModuleMixin: base of modules that round a float weight in each forward, or quantize activations."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from requanto.tensor.qtensor import QTensor
 
 
 class QModuleMixin:
-    """Base of the quantized modules; stands before the float module class: ``class QLinear(QModuleMixin, nn.Linear)``.
+    """Base of the quantized modules; must come before the float module class: ``class QLinear(QModuleMixin, nn.Linear)``.
 
-    While the weight is float, every forward quantizes it anew with a straight-through gradient, so that training sees
-    what :meth:`freeze` will keep. Activations, where a type is given:
+    While the weight is float, each forward quantizes it, with a straight-through gradient, so that training uses the values
+    that :meth:`freeze` will store. Activations, if they have a type:
 
-    - until a :class:`requanto.Calibration` ran, inputs are quantized on the fly, one scale a token; outputs stay float;
-    - afterwards inputs and outputs use the calibrated ``input_scale`` and ``output_scale``, one each; a scale of 1 is
-      one that was not calibrated. Outputs are then `QActivation` tensors, which the next module takes as they are.
+    - before a :class:`requanto.Calibration`, inputs are quantized on the fly with one scale per token; outputs stay float;
+    - afterwards inputs and outputs use the static ``input_scale`` and ``output_scale``; a scale of exactly 1 means "not
+      calibrated". Outputs are then `QActivation` tensors, which the next module uses without quantizing again.
 
     Attributes:
-        weight_qtype, activation_qtype: what is quantized to which type, or None.
+        weight_qtype, activation_qtype: type of weight and activations, or None for float.
         weight_group_size, weight_symmetric: as in :func:`requanto.quantize`.
         weight_options: further keywords of `QTensor.quantize` (``scale_bits``, ``search``).
-        optimizer: how scales are found; None: Requanto's own search in float32.
-        input_scale, output_scale: scalar buffers; present where activations are quantized.
+        optimizer: chooses scales; None: Requanto's search in float32.
+        input_scale, output_scale: scalar buffers; exist if activations are quantized.
     """
 
-    #: axes, counted from the last, that share one scale when inputs are quantized on the fly
+    #: number of last axes that share one scale when inputs are quantized on the fly
     token_dims = 1
-    #: forward hands the input's scale to a product that quantizes on the way in, once the weight is frozen
+    #: True if forward, with a frozen weight, runs a GEMM that quantizes the input itself
     fuses_input = False
-    #: False where activations stay float, or streamlining found that what follows computes in float
+    #: False if activations stay float, or if streamlining found that only float operators consume the output
     quantizes_output = False
-    #: the quantized form of a weight that is still float, from its first use on, while `reuse_quantized` is on
+    #: cache of the quantized weight while `reuse_quantized` is on: an empty list until the first use; None if it is off
     _reused: list[QTensor] | None = None
-    #: the weight is kept [in, out], as GPT-2's Conv1D keeps it
+    #: True if the weight is [in, out], as in GPT-2's Conv1D
     transposed_weight = False
 
     def __init__(
@@ -62,7 +62,7 @@ class QModuleMixin:
         if nn.Module not in mro:
             raise TypeError(f"{type(self).__name__}: a quantized module must inherit from a torch.nn.Module class")
         if mro.index(QModuleMixin) > mro.index(nn.Module):
-            raise TypeError(f"{type(self).__name__}: QModuleMixin must stand before the torch.nn.Module class")
+            raise TypeError(f"{type(self).__name__}: QModuleMixin must come before the torch.nn.Module class")
         super().__init__(*args, device=device, **kwargs)
         self.weight_qtype = None if weights is None else resolve_qtype(weights)
         self.activation_qtype = None if activations is None else resolve_qtype(activations)
@@ -85,13 +85,13 @@ class QModuleMixin:
         self.register_buffer("input_scale", torch.ones((), dtype=dtype, device=device))
         self.register_buffer("output_scale", torch.ones((), dtype=dtype, device=device))
         self.quantizes_output = True
-        # Plain functions, not bound methods: a copy of the module must not call the original's.
+        # Functions, not bound methods: the hooks of a copied module must not call methods of the original.
         self._quantize_hooks = {
             "input": self.register_forward_pre_hook(_quantize_input),
             "output": self.register_forward_hook(_quantize_output),
         }
 
-    # ------------------------------------------------------------------ making
+    # ------------------------------------------------------------------ construction
 
     @classmethod
     def qcreate(
@@ -102,7 +102,10 @@ class QModuleMixin:
         optimizer: Optimizer | None = None,
         device: torch.device | None = None,
     ) -> QModuleMixin | None:
-        """An empty quantized module like ``module``, or None where there is nothing to quantize. Subclasses define it."""
+        """A quantized module with the options of ``module``, without its parameters; None if nothing is to be quantized.
+
+        Subclasses define it.
+        """
         raise NotImplementedError(
             f"{cls.__name__} must define qcreate(module, weights, activations, optimizer, device)"
         )
@@ -115,13 +118,13 @@ class QModuleMixin:
         activations: str | qtype | None = None,
         optimizer: Optimizer | None = None,
     ) -> Any:
-        """A quantized module that shares the parameters of ``module``; None where there is nothing to quantize."""
+        """A quantized module that shares the parameters of ``module``; None if nothing is to be quantized."""
         weights = None if weights is None else resolve_qtype(weights)
         activations = None if activations is None else resolve_qtype(activations)
         qmodule = cls.qcreate(module, weights, activations, optimizer, device=torch.device("meta"))
         if qmodule is None:
             return None
-        # Only what is not the float module's own is still on the meta device.
+        # After this only tensors that the float module lacks, the scales, are on the meta device.
         for name, parameter in module.named_parameters(recurse=False):
             setattr(qmodule, name, parameter)
         for name, buffer in module.named_buffers(recurse=False):
@@ -137,12 +140,12 @@ class QModuleMixin:
 
     @property
     def frozen(self) -> bool:
-        """True once the weight is quantized for good."""
+        """True if the weight is a QTensor."""
         return isinstance(self.weight, QTensor)
 
     @property
     def qweight(self) -> Any:
-        """The weight to compute with: the frozen one, or the float one rounded, gradients passing straight through."""
+        """The weight for forward: the QTensor, or the rounded float weight with a straight-through gradient."""
         if self.weight_qtype is None or self.weight is None or self.frozen:
             return self.weight
         if self._reused is not None and not torch.is_grad_enabled():
@@ -152,11 +155,11 @@ class QModuleMixin:
         return straight_through(self.weight, lambda weight: self.quantized(weight).dequantize())
 
     def reuse_quantized(self, reuse: bool) -> None:
-        """Without gradients, quantizes a float weight once for many forwards; it must not change until this is off again."""
+        """Turns on or off that forwards without gradients reuse the quantized weight; it must not change meanwhile."""
         self._reused = ([] if self._reused is None else self._reused) if reuse else None
 
     def quantized(self, weight: torch.Tensor) -> QTensor:
-        """``weight`` quantized as this module quantizes its own."""
+        """``weight`` quantized with the options of this module."""
         name = getattr(self, "name", None) or type(self).__name__
         if self.optimizer is None:
             return QTensor.quantize(
@@ -173,7 +176,7 @@ class QModuleMixin:
         group = None
         if self.weight_qtype.bits < 8:
             wanted = self.weight_group_size
-            # An optimizer asks for optimum-quanto's quantization: its groups too, where none are named.
+            # With an optimizer everything is as in optimum-quanto, including the default group size.
             rule = wanted == "default"
             group = group_size_rule(shape) if rule else fit_group_size(wanted, shape[1:].numel(), name)
         return quantize_as_quanto(
@@ -181,14 +184,14 @@ class QModuleMixin:
         )
 
     def freeze(self) -> None:
-        """Replaces the float weight by its quantized form."""
+        """Replaces the float weight by a QTensor."""
         if self.weight_qtype is None or self.weight is None or self.frozen:
             return
         self.weight = nn.Parameter(self.quantized(self.weight), requires_grad=False)
         self.sync_activation()
 
     def sync_activation(self) -> None:
-        """Tells a frozen weight whether its inputs are quantized on the fly: only while there are no static scales."""
+        """Sets the activation type of a frozen weight: inputs are quantized on the fly only without static scales."""
         if self.frozen:
             on_the_fly = self.quantizes_input and not self.calibrated
             self.weight.activation = self.activation_qtype if on_the_fly else None
@@ -196,30 +199,30 @@ class QModuleMixin:
     # ------------------------------------------------------------------ activations
 
     def quantize_input(self, input: torch.Tensor) -> torch.Tensor:
-        """The input as forward sees it."""
+        """The input for forward: quantized, rounded, or unchanged."""
         if isinstance(input, QActivation):
             if input.qtype != self.activation_qtype:
                 raise ValueError(
-                    f"this module expects {self.activation_qtype.name} activations and was given {input.qtype.name}: "
-                    f"all modules on one path must quantize activations to one type"
+                    f"this module expects {self.activation_qtype.name} activations, found {input.qtype.name}: modules that "
+                    f"follow one another must quantize activations to the same type"
                 )
             return input
         if not self.quantizes_input or not input.is_floating_point():
             return input
         if self.frozen and self.fuses_input:
-            return input  # the product quantizes it, with the static scale or one a token
+            return input  # the GEMM quantizes it, with the static scale or one per token
         if self.calibrated:
             return _quantized(input, self.activation_qtype, self.input_scale)
         return round_per_token(input, self.activation_qtype, self.token_dims)
 
     def quantize_output(self, output: torch.Tensor) -> torch.Tensor:
-        """The output as the next module sees it."""
+        """The output for the next module: quantized if there is a static scale, else unchanged."""
         if not self.calibrated or not self.quantizes_output or isinstance(output, QActivation):
             return output
         return _quantized(output, self.activation_qtype, self.output_scale)
 
     def disable_output_quantization(self) -> None:
-        """Outputs stay float from now on."""
+        """Stops quantizing outputs."""
         if self.quantizes_output:
             self.quantizes_output = False
             self._quantize_hooks.pop("output").remove()
@@ -228,10 +231,10 @@ class QModuleMixin:
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
         if self.activation_qtype is not None:
-            self.settle_scales()
+            self.refresh_calibrated()
 
-    def settle_scales(self) -> None:
-        """Reads off the scale buffers, after they were loaded, what is calibrated."""
+    def refresh_calibrated(self) -> None:
+        """Updates `calibrated` and output quantization after the scale buffers were loaded."""
         self.calibrated = bool(self.input_scale != 1) or bool(self.output_scale != 1)
         if self.calibrated and bool(self.output_scale == 1):
             self.disable_output_quantization()
@@ -245,7 +248,7 @@ class QModuleMixin:
 
 
 def _quantized(values: torch.Tensor, kind: qtype, scale: torch.Tensor) -> torch.Tensor:
-    """``values`` as codes; in a compiled graph as the floats they stand for, which give the next module the same codes."""
+    """``values`` as QActivation; in a compiled graph the rounded floats, from which the next module gets the same codes."""
     if not is_tracing():
         return quantize_activation(values, kind, scale)
     rounded = scale * symmetric_codes(values, kind.dtype, scale).to(scale.dtype)

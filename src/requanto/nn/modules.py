@@ -19,7 +19,7 @@ from requanto.tensor.qtensor import QTensor
 
 @modules.register(nn.Linear)
 class QLinear(QModuleMixin, nn.Linear):
-    """nn.Linear with a float weight under quantization, or with quantized activations."""
+    """nn.Linear with a weight that is rounded in each forward, or with quantized activations."""
 
     @classmethod
     def qcreate(
@@ -45,26 +45,29 @@ class QLinear(QModuleMixin, nn.Linear):
     fuses_input = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _product(self, input, self.qweight)
+        return _linear(self, input, self.qweight)
 
 
-def _product(module: QModuleMixin, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``input @ weight.T + bias``, of a weight [in, out] without the transpose; a frozen one takes quantized x as codes."""
-    kind, scale, turned = module.activation_qtype, None, module.transposed_weight
+def _linear(module: QModuleMixin, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``input @ weight.T + bias``, or ``input @ weight + bias`` for a weight [in, out].
+
+    With a QTensor, quantized activations are multiplied as codes.
+    """
+    kind, scale, transposed = module.activation_qtype, None, module.transposed_weight
     if not isinstance(weight, QTensor) or (kind is None and isinstance(input, QActivation)):
-        return F.linear(input, weight.t() if turned else weight, module.bias)
+        return F.linear(input, weight.t() if transposed else weight, module.bias)
     if kind is None:
-        return times(input, weight, module.bias) if turned else F.linear(input, weight, module.bias)
+        return times(input, weight, module.bias) if transposed else F.linear(input, weight, module.bias)
     if isinstance(input, QActivation):
         input, scale = input.dequantize(), input._scale
     elif module.calibrated:
         scale = module.input_scale
-    run = times if turned else linear
+    run = times if transposed else linear
     return run(input, weight, module.bias, activation=kind, input_scale=scale)
 
 
 class _QConvNd(QModuleMixin):
-    """What the convolutions share. Static scales quantize what a convolution gives, not what it is given."""
+    """Base of the convolutions. Only their outputs are quantized, with static scales; inputs are not."""
 
     @classmethod
     def qcreate(
@@ -115,7 +118,7 @@ class QConv3d(_QConvNd, nn.Conv3d):
 
 @modules.register(nn.ConvTranspose2d)
 class QConvTranspose2d(_QConvNd, nn.ConvTranspose2d):
-    """nn.ConvTranspose2d, quantized; its weight is [in, out, h, w] and each input channel has scales of its own."""
+    """nn.ConvTranspose2d, quantized. Its weight is [in, out, h, w], and each input channel has separate scales."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         padding = self._output_padding(
@@ -245,4 +248,4 @@ class QTransposedLinear(QModuleMixin, TransposedLinear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _product(self, input, self.qweight)
+        return _linear(self, input, self.qweight)

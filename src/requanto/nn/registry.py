@@ -1,4 +1,4 @@
-"""Which quantized module stands for which float module."""
+"""Registry of quantized module classes for float module classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 class Registry:
     """Float module classes and their quantized counterparts.
 
-    A class is given itself, or by its full name where importing it would cost a dependency
+    A float class can be registered by its full name, if importing it would add a dependency
     (``"transformers.pytorch_utils.Conv1D"``).
     """
 
@@ -23,7 +23,7 @@ class Registry:
         self._parent = parent
 
     def register(self, module_cls: type | str) -> Callable[[type], type]:
-        """Decorator: the class below it stands for ``module_cls``, in place of an earlier one."""
+        """Decorator that registers a quantized class for ``module_cls``, and replaces an earlier one."""
 
         def add(qmodule_cls: type) -> type:
             self._table[module_cls] = qmodule_cls
@@ -32,10 +32,9 @@ class Registry:
         return add
 
     def find(self, module: nn.Module) -> type | None:
-        """The quantized class of a module: that of the nearest registered class it derives from.
+        """The quantized class for a module: that of the nearest registered base class.
 
-        A subclass with a forward of its own is not its base class: it is left alone, with a warning, until it is
-        registered itself.
+        None, with a warning, for a subclass that overrides forward: it must be registered itself.
         """
         for base in type(module).__mro__:
             found = self._table.get(base) or self._table.get(f"{base.__module__}.{base.__qualname__}")
@@ -43,8 +42,8 @@ class Registry:
                 continue
             if type(module).forward is not base.forward:
                 logger.warning(
-                    "%s derives from %s but has a forward of its own and stays float; register a quantized class for "
-                    "it with requanto.register_qmodule",
+                    "%s derives from %s but overrides forward, so it stays float; register a quantized class for it with "
+                    "requanto.register_qmodule",
                     type(module).__qualname__,
                     base.__qualname__,
                 )
@@ -53,14 +52,14 @@ class Registry:
         return self._parent.find(module) if self._parent is not None else None
 
 
-#: the modules that requanto.quantize knows
+#: the registry that requanto.quantize uses
 modules = Registry()
 
 
 def register_qmodule(module_cls: type) -> Callable[[Any], Any]:
     """Registers a quantized module: ``@register_qmodule(MyModule)`` above ``class QMyModule(QModuleMixin, MyModule)``.
 
-    It defines ``qcreate(cls, module, weights, activations, optimizer, device)``, which makes an empty quantized module
-    like ``module``, and ``forward``, which computes with ``self.qweight`` in place of ``self.weight``.
+    The class must define ``qcreate(cls, module, weights, activations, optimizer, device)`` (see `QModuleMixin.qcreate`), and
+    ``forward``, which uses ``self.qweight`` in place of ``self.weight``.
     """
     return modules.register(module_cls)

@@ -1,4 +1,4 @@
-"""Straight-through rounding: quantized values forward, the gradient of the float values backward.
+"""Straight-through estimator: rounded values in forward, an unchanged gradient in backward.
 
 Bengio et al. 2013, arXiv:1308.3432.
 """
@@ -23,14 +23,14 @@ class _Through(torch.autograd.Function):
 
 
 def straight_through(value: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``rounded(value)`` whose gradient is that of ``value``."""
+    """``rounded(value)``, with the gradient passed to ``value`` unchanged."""
     return _Through.apply(value, rounded)
 
 
 def round_per_token(value: torch.Tensor, kind: qtype, dims: int = 1) -> torch.Tensor:
-    """``value`` rounded to ``kind`` with one scale (absmax) for every slice over its last ``dims`` axes.
+    """``value`` rounded to ``kind``, with one absmax scale for each slice over the last ``dims`` axes.
 
-    Computed in float32, returned in value's dtype; the gradient passes straight through.
+    Computed in float32, returned in value's dtype; straight-through gradient.
     """
 
     def rounded(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Turning a float module into its quantized counterpart and back, in place.
+"""Turns a float module into its quantized counterpart and back, in place.
 
-The module object stays the same, so a single nn.Linear works as a root, and every reference to a module, every hook on it
-and every attribute a user gave it survive; what changes is its class.
+Only the class of the module object changes. So a root module can be quantized, and references to a module, its hooks and
+attributes that a user set stay valid.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def quantize_in_place(
     registry: Registry = modules,
     options: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Makes ``module`` quantized; False where its class has no quantized counterpart.
+    """Turns ``module`` into its quantized counterpart; returns False if there is none.
 
-    ``options`` are further keywords of `QTensor.quantize`.
+    Args:
+        options: further keywords of `QTensor.quantize`.
     """
     qmodule_cls = registry.find(module)
     if qmodule_cls is None:
@@ -60,16 +61,16 @@ def quantize_in_place(
 
 
 def _point_at(handle: object, module: nn.Module) -> None:
-    """Lets a hook's handle remove it from the module's merged hooks."""
+    """Makes a hook's handle refer to the module's merged hooks, so that it can remove the hook."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         if handle.id in hooks:  # type: ignore[attr-defined]
             handle.hooks_dict_ref = weakref.ref(hooks)  # type: ignore[attr-defined]
 
 
 def restore_float_class(module: QModuleMixin) -> bool:
-    """Gives a module that :func:`quantize_in_place` changed its first class back; False where it was made quantized.
+    """Undoes :func:`quantize_in_place`, except for the weight, which may be a QTensor by now.
 
-    Its weight may be quantized by then: a quantized weight needs no module of its own.
+    Returns False if the module was constructed as a quantized one.
     """
     made_from = module.__dict__.get(_FLOAT)
     if made_from is None:

@@ -1,4 +1,4 @@
-"""What a quantized model costs and what it keeps: figures a user can check."""
+"""Measurements of quantized models: perplexity, generation speed, comparison of two models."""
 
 from requanto.report.compare import Comparison, LayerComparison, compare
 from requanto.report.perplexity import PerplexityResult, perplexity

@@ -1,4 +1,4 @@
-"""The picture of a budget: what each layer takes, and what error that leaves."""
+"""Plot of a model quantized with ``weights="auto"``: size and error of each layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from requanto.report.inspect import ModelReport
 
 
 def plot_budget(report: ModelReport, path: str | Path) -> Path:
-    """Draws bits a weight, bytes and relative error of each layer whose type a budget chose, into a PNG file.
+    """Plots size and relative error of each layer whose type was chosen by a budget, into a PNG file.
 
     Raises:
-        ValueError: the types were not chosen within a budget.
+        ValueError: the types were not chosen by a budget.
     """
     layers = [weight for weight in report.weights if weight.error is not None]
     if not report.budget or not layers:
-        raise ValueError("only a model that was quantized with weights='auto' has errors to plot")
+        raise ValueError("only a model quantized with weights='auto' has errors to plot")
     plt = pyplot()
     labels = [w.dtype + (f" g{w.group_size}" if w.group_size else "") for w in layers]
     kinds = sorted(set(labels), key=lambda kind: min(w.bits for w, label in zip(layers, labels) if label == kind))

@@ -1,4 +1,4 @@
-"""From one directory to another, with samples: `requanto quantize --method`."""
+"""`requanto quantize --method` with a method that uses samples: from model directory to quantized directory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from requanto.budget.models import settle_on_samples
+from requanto.budget.models import resolve_on_samples
 from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.data import calibration_text
@@ -32,18 +32,19 @@ def calibrate_directory(
     device: str | None = None,
     progress: bool = True,
 ) -> None:
-    """Loads a float model of text, quantizes it on pieces of a text, and saves it with its companions.
+    """Loads a float language model, quantizes it with samples of a text, and saves it with its tokenizer etc.
 
     Args:
         model, out, config, dtype, device: as in `quantize_directory`.
         method, method_options, resume: as in `requanto.quantize`.
-        text: file to cut samples from; None: the fiction that ships with the package.
-        samples, length: how many pieces, of how many tokens.
+        text: text file to take samples from; None: the text that ships with the package.
+        samples: number of samples.
+        length: tokens per sample.
         progress: show a progress bar.
 
     Raises:
         FileNotFoundError: no such model or text.
-        ValueError: the model takes no text, is quantized already, or is not a kind that is known.
+        ValueError: the model takes no text, is already quantized, or its class is unknown.
     """
     from transformers import AutoTokenizer
 
@@ -51,13 +52,13 @@ def calibrate_directory(
     source, description = checked_source(model, out)
     if "_class_name" in description:
         raise ValueError(
-            f"{model} is a Diffusers model, which no text runs. In Python: requanto.quantize(pipe.transformer, weights=..., "
-            f"method={method!r}, calibration=lambda model: pipe(...)), then save_pretrained"
+            f"{model} is a Diffusers model, which cannot be calibrated with text. In Python, call requanto.quantize("
+            f"pipe.transformer, weights=..., method={method!r}, calibration=lambda model: pipe(...)), then save_pretrained"
         )
-    written = calibration_text() if text is None else Path(text).read_text(encoding="utf-8")
-    pieces = text_samples(AutoTokenizer.from_pretrained(source), written, samples, length)
+    content = calibration_text() if text is None else Path(text).read_text(encoding="utf-8")
+    pieces = text_samples(AutoTokenizer.from_pretrained(source), content, samples, length)
     loaded = load_model(class_of(source, description), source, None, dtype, device)
-    planned = settle_on_samples(loaded, config, planned_for(loaded, config), pieces, progress)
+    planned = resolve_on_samples(loaded, config, planned_for(loaded, config), pieces, progress)
     quantize_with_samples(loaded, planned, pieces, chosen, resume=resume, progress=progress)
     from requanto.integrations.transformers import attach_quantizer
 
@@ -67,7 +68,7 @@ def calibrate_directory(
 
 
 def planned_for(model: Any, config: QuantoConfig) -> dict[str, PlannedWeight]:
-    """What `from_pretrained` would quantize of a Transformers model."""
+    """Returns the weights of a Transformers model that `from_pretrained` would quantize."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return plan(

@@ -1,11 +1,11 @@
-"""Two models of one architecture, compared: each layer's weights and outputs, and what the whole model answers.
+"""Compares two models of one architecture: each layer's weights and outputs, and the model's output.
 
     result = requanto.report.compare("model", "model-int4")          # directories, or models in memory
     print(result.summary["perplexity_b"], result.summary["kl"])
     result.plot("compare.png")
 
-Weight error is ``|W_a - W_b| / |W_a|``, output error ``|y_a - y_b| / |y_a|`` (Frobenius norms, over all inputs): a layer's
-output error holds what the layers before it did to its input.
+The weight error is ``|W_a - W_b| / |W_a|``, the output error ``|y_a - y_b| / |y_a|`` (Frobenius norms, over all inputs). The
+output error of a layer includes the errors of the layers before it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from requanto.dtypes.qtypes import short_name
 from requanto.report._inputs import Tokenizer
 from requanto.tensor.qtensor import QTensor
 
-#: Float weights are compared in pieces of so many values: 64 MB of float32 each.
+#: Float weights are compared in pieces of at most this many values: 64 MB of float32 each.
 _PIECE = 16 * 1024 * 1024
 
 
@@ -36,9 +36,9 @@ class LayerComparison:
     Attributes:
         name: the weight's name.
         type_a, type_b: ``"int4"`` ... or the float dtype.
-        bytes_a, bytes_b: what each holds, scales counted.
-        weight_error: relative, 0 where equal.
-        output_error: relative, of the layer's output; None where it was not run.
+        bytes_a, bytes_b: size, including scales.
+        weight_error: relative error of the weight; 0 if equal.
+        output_error: relative error of the layer's output; None if it was not run.
     """
 
     name: str
@@ -52,16 +52,17 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """Result of `compare`.
 
     Attributes:
-        a, b: what was compared.
+        a, b: names of the two models.
         kind: ``"causal_lm"``, ``"masked_lm"``, ``"encoder"``, ``"pipeline"``, ``"run"`` or ``"weights"``.
-        layers: one for each weight of two axes or more, in the model's order.
-        summary: figures of the whole model, by name: ``bytes_a``, ``bytes_b`` and, as the kind has them, ``perplexity_a``,
-            ``perplexity_b``, ``kl`` (mean nats a token, a against b), ``top1_agreement``, ``tokens``; ``cosine_mean``,
-            ``cosine_min`` (of mean-pooled embeddings), ``token_cosine``; ``psnr_mean``, ``psnr_min`` (dB), ``images``.
-        images: pairs of images ``[height, width, channels]`` in 0 .. 1, of a and b; empty where none were drawn.
+        layers: one for each weight of two or more axes, in the model's order.
+        summary: results for the whole model, by name: ``bytes_a``, ``bytes_b`` and, depending on the kind,
+            ``perplexity_a``, ``perplexity_b``, ``kl`` (mean KL(a, b) in nats per token), ``top1_agreement``, ``tokens``;
+            ``cosine_mean``, ``cosine_min`` (of mean-pooled embeddings), ``token_cosine``; ``psnr_mean``, ``psnr_min`` (dB),
+            ``images``.
+        images: pairs of images ``[height, width, channels]`` in 0 .. 1, of a and b; empty if there are none.
     """
 
     a: str
@@ -72,13 +73,13 @@ class Comparison:
     images: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     def to_json(self) -> str:
-        """JSON text, without the images; a value that is not finite (the PSNR of equal images) is null."""
+        """Returns the comparison as JSON without images; values that are not finite (PSNR of equal images) are null."""
         values = {"a": self.a, "b": self.b, "kind": self.kind, "summary": self.summary}
         values["layers"] = [asdict(layer) for layer in self.layers]
         return json.dumps(_finite(values), indent=2, allow_nan=False)
 
     def plot(self, path: str | Path) -> Path:
-        """Draws errors by layer, and the images or the summary, into a PNG file."""
+        """Plots errors by layer, and the images or the summary, into a PNG file."""
         from requanto.report.compare_plot import plot
 
         return plot(self, Path(path))
@@ -111,35 +112,37 @@ def compare(
 ) -> Comparison:
     """Compares two models: float and quantized, or two quantized ones.
 
-    Both models are held as they are loaded (float weights stay mapped from their files); of activations, one layer's output
-    of each.
+    Memory: both models as loaded (float weights are memory-mapped), and one layer's output of each.
 
     Args:
-        a, b: directories (a model's, or a pipeline's with its model_index.json), names on the hub, or the models or
-            pipelines themselves. ``a`` is the reference.
-        text: what language models and encoders read; None: the text that ships with the package.
-        tokenizer: for models in memory; directories bring their own.
+        a, b: directories (of a model, or of a pipeline with model_index.json), names on the hub, models or pipelines.
+            ``a`` is the reference.
+        text: text for language models and encoders; None: the text that ships with the package.
+        tokenizer: for models in memory; directories have their own.
         run: for any other model: ``run(model, seed)`` runs it and returns its output or images (a tensor
             ``[n, channels, height, width]``, arrays, PIL images, or an object with ``.images``). Both get the same seeds.
-        prompts: what pipelines draw, where they take a prompt.
-        seeds: how many seeds, 0, 1, ..., pipelines and ``run`` are called with.
+        prompts: prompts for pipelines that take one.
+        seeds: number of seeds (0, 1, ...) for pipelines and ``run``.
         steps: denoising steps of a pipeline; None: its default.
-        window, max_tokens: tokens at a time, and in all (None: the whole text).
-        weights_only: compare weights, run nothing.
-        dtype, device: of what is loaded from directories.
+        window: tokens per window.
+        max_tokens: maximum number of tokens; None: the whole text.
+        weights_only: compare only weights; do not run the models.
+        dtype, device: for models loaded from directories.
         progress: show progress bars.
 
     Raises:
-        ValueError: the architectures or the tokenizers differ, there is no text or no way to run the model.
+        ValueError: architectures or tokenizers differ, the text is too short, or the models cannot be run.
         FileNotFoundError: no such model.
     """
     from requanto.report import compare_images, compare_text
-    from requanto.report.compare_load import opened
+    from requanto.report.compare_load import load_compared
 
     labels = [str(x) if isinstance(x, (str, Path)) else name for x, name in ((a, "A"), (b, "B"))]
-    (a, tokenizer_a), (b, tokenizer_b) = (opened(x, dtype, device, run is None and not weights_only) for x in (a, b))
+    (a, tokenizer_a), (b, tokenizer_b) = (
+        load_compared(x, dtype, device, run is None and not weights_only) for x in (a, b)
+    )
     if a is b:
-        raise ValueError("a and b are one and the same model; give the float model and the quantized one")
+        raise ValueError("a and b are the same model object; pass the float model and the quantized one")
     parts_a, parts_b = model_parts(a), model_parts(b)
     check_same(parts_a, parts_b, labels)
     kind, summary, images = "weights", {}, []
@@ -165,10 +168,10 @@ def compare(
 
 
 def model_parts(model: Any) -> dict[str, nn.Module]:
-    """A model under the name "", or the models of a pipeline under theirs.
+    """Returns {"": model}, or the models of a pipeline by component name.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither a model nor a pipeline.
     """
     if isinstance(model, nn.Module):
         return {"": model}
@@ -182,7 +185,7 @@ def model_parts(model: Any) -> dict[str, nn.Module]:
 
 
 def check_same(a: dict[str, nn.Module], b: dict[str, nn.Module], labels: Sequence[str]) -> None:
-    """Refuses models whose weights differ in name or shape."""
+    """Raises for models whose weights differ in name or shape."""
     shapes = [_shapes(parts) for parts in (a, b)]
     for one, other, here, there in ((0, 1, labels[0], labels[1]), (1, 0, labels[1], labels[0])):
         for name, shape in shapes[one].items():
@@ -190,7 +193,7 @@ def check_same(a: dict[str, nn.Module], b: dict[str, nn.Module], labels: Sequenc
             if found != shape:
                 raise ValueError(
                     f"the models are of different architectures ({_classes(a)} and {_classes(b)}): {here} holds {name} of "
-                    f"shape {list(shape)}, {there} {'has no such weight' if found is None else f'of shape {list(found)}'}"
+                    f"shape {list(shape)}, {there} {'does not' if found is None else f'holds it of shape {list(found)}'}"
                 )
 
 
@@ -207,7 +210,7 @@ def _parameters(parts: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
 
 
 def layer_pairs(a: dict[str, nn.Module], b: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The layers that hold a weight of two axes or more themselves, in both models, by name."""
+    """Returns the layers of both models, by name, that directly hold a weight of two or more axes."""
     pairs = {}
     for part, model in a.items():
         others = dict(b[part].named_modules())
@@ -218,7 +221,7 @@ def layer_pairs(a: dict[str, nn.Module], b: dict[str, nn.Module]) -> dict[str, t
 
 
 class OutputErrors:
-    """Sums of squares of the layers' outputs and of their differences, gathered as `Lockstep` runs.
+    """Accumulates squared norms of the layers' outputs and of their differences while `Lockstep` runs.
 
     Args:
         pairs: see `Lockstep`.
@@ -231,20 +234,20 @@ class OutputErrors:
     def observe(self, name: str, a: Tensor, b: Tensor) -> None:
         """Adds one call of a layer."""
         reference = a.to(b.device).float()
-        wrong, all_of_it = self._sums.get(name, (0.0, 0.0))
-        wrong += (b.float() - reference).square().sum(dtype=torch.float64).item()
-        self._sums[name] = (wrong, all_of_it + reference.square().sum(dtype=torch.float64).item())
+        error, norm = self._sums.get(name, (0.0, 0.0))
+        error += (b.float() - reference).square().sum(dtype=torch.float64).item()
+        self._sums[name] = (error, norm + reference.square().sum(dtype=torch.float64).item())
 
     def of(self, name: str) -> float | None:
-        """Relative error of a layer's output; None where it never ran."""
+        """Returns the relative error of a layer's output; None if it never ran."""
         return ratio(*self._sums[name]) if name in self._sums else None
 
 
-def ratio(wrong: float, reference: float) -> float:
-    """Root of a quotient of squares: 0 where nothing is wrong, infinite where the reference is zero and the rest is not."""
-    if wrong == 0:
+def ratio(error: float, reference: float) -> float:
+    """Returns sqrt(error / reference): 0 if the error is 0, infinite if only the reference is 0."""
+    if error == 0:
         return 0.0
-    return math.sqrt(wrong / reference) if reference else math.inf
+    return math.sqrt(error / reference) if reference else math.inf
 
 
 # ---------------------------------------------------------------------- weights
@@ -253,7 +256,7 @@ def ratio(wrong: float, reference: float) -> float:
 def compare_weights(
     a: dict[str, nn.Module], b: dict[str, nn.Module], errors: OutputErrors, progress: bool
 ) -> list[LayerComparison]:
-    """One line a weight; two weights are in memory as float at a time, float ones only in pieces."""
+    """Compares all weights; at most two are dequantized at a time, and float weights are read in pieces."""
     others = dict(_parameters(b))
     found = []
     for name, one in tqdm(_parameters(a), desc="weights", unit="weight", disable=not progress, leave=False):
@@ -277,13 +280,13 @@ def compare_weights(
 
 @torch.no_grad()
 def weight_error(a: Tensor, b: Tensor) -> float:
-    """``|a - b| / |a|`` in Frobenius norms, of float or quantized weights of one shape."""
-    wrong = reference = 0.0
+    """Returns ``|a - b| / |a|`` (Frobenius norms) of float or quantized weights of the same shape."""
+    error = reference = 0.0
     for one, other in _pieces(a, b):
         one = one.float()
-        wrong += (other.to(one.device).float() - one).square().sum(dtype=torch.float64).item()
+        error += (other.to(one.device).float() - one).square().sum(dtype=torch.float64).item()
         reference += one.square().sum(dtype=torch.float64).item()
-    return ratio(wrong, reference)
+    return ratio(error, reference)
 
 
 def _pieces(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]] | zip[tuple[Tensor, Tensor]]:

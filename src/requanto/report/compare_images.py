@@ -1,4 +1,4 @@
-"""Pipelines, and any model that a function runs: the same seeds for both, PSNR between what they return."""
+"""Compares pipelines, and models that a function runs, with the same seeds: PSNR between their outputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from requanto.report.lockstep import Lockstep
 
-#: Images kept for the grid; PSNR is taken over all of them.
-KEPT = 16
+#: Pairs of images returned for the plot; the PSNR is over all images.
+MOST_IMAGES = 16
 
 
 def pipeline_call(pipeline: Any, prompts: Sequence[str], steps: int | None) -> Callable[[Any, int], Any]:
-    """A function that draws all prompts with one seed.
+    """Returns a function (pipeline, seed) that generates images for all prompts.
 
     Raises:
         ValueError: the pipeline takes prompts and none is given, or the reverse.
@@ -27,12 +27,12 @@ def pipeline_call(pipeline: Any, prompts: Sequence[str], steps: int | None) -> C
     known = inspect.signature(type(pipeline).__call__).parameters
     if "prompt" in known and not prompts:
         raise ValueError(
-            f"{type(pipeline).__name__} draws what a prompt says, and none is given: prompts=['a red bicycle'], or "
+            f"{type(pipeline).__name__} needs a prompt, but none is given: prompts=['a red bicycle'], or "
             f"--prompt 'a red bicycle' on the command line"
         )
     if "prompt" not in known and prompts:
         raise ValueError(
-            f"{type(pipeline).__name__} takes no prompt; it has {', '.join(k for k in known if k != 'self')}"
+            f"{type(pipeline).__name__} takes no prompt; its arguments: {', '.join(k for k in known if k != 'self')}"
         )
     missing = [
         name
@@ -50,11 +50,12 @@ def pipeline_call(pipeline: Any, prompts: Sequence[str], steps: int | None) -> C
         options["output_type"] = "np"
 
     def call(pipe: Any, seed: int) -> Any:
-        pipe.set_progress_bar_config(disable=True)  # two bars at once, in two threads; ours counts the seeds
+        pipe.set_progress_bar_config(disable=True)  # both pipelines run at once; our own bar counts seeds
         found = []
         for prompt in prompts or (None,):
-            said = {} if prompt is None else {"prompt": prompt}
-            found.extend(pictures(pipe(**said, **options, generator=torch.Generator().manual_seed(seed))))
+            prompt_argument = {} if prompt is None else {"prompt": prompt}
+            output = pipe(**prompt_argument, **options, generator=torch.Generator().manual_seed(seed))
+            found.extend(as_arrays(output))
         return found
 
     return call
@@ -63,36 +64,36 @@ def pipeline_call(pipeline: Any, prompts: Sequence[str], steps: int | None) -> C
 def run_both(
     a: Any, b: Any, run: Callable[[Any, int], Any], seeds: int, errors: Any, progress: bool
 ) -> tuple[dict[str, float | int], list[tuple[Any, Any]]]:
-    """(figures, pairs of images): ``run`` on both with seeds 0, 1, ...; the layers' outputs go to ``errors``.
+    """Runs both models with seeds 0, 1, ...; returns (results, pairs of images). Layer outputs are passed to ``errors``.
 
     Raises:
-        ValueError: ``seeds`` is below 1, or the two return different things.
+        ValueError: ``seeds`` is below 1, or the outputs of the two models differ in number or shape.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, found {seeds}")
     lockstep = Lockstep(errors.pairs, errors.observe)
     psnrs: list[float] = []
-    kept: list[tuple[Any, Any]] = []
+    images: list[tuple[Any, Any]] = []
     for seed in tqdm(range(seeds), desc="comparing", unit="seed", disable=not progress, leave=False):
         found = lockstep.run(lambda seed=seed: run(a, seed), lambda seed=seed: run(b, seed))
-        ones, others = (pictures(output) for output in found)
+        ones, others = (as_arrays(output) for output in found)
         if [x.shape for x in ones] != [x.shape for x in others]:
             raise ValueError(
-                f"the same seed gives {len(ones)} outputs of shape {_shape(ones)} of the first model and {len(others)} of "
-                f"shape {_shape(others)} of the second"
+                f"with the same seed, the first model returns {len(ones)} outputs of shape {_shape(ones)} and the second "
+                f"{len(others)} of shape {_shape(others)}"
             )
         low, high = value_range(ones)
         for one, other in zip(ones, others):
             psnrs.append(psnr(one, other, peak=high - low))
-            if len(kept) < KEPT and one.ndim == 3:
-                kept.append((_shown(one, low, high), _shown(other, low, high)))
-    figures: dict[str, float | int] = {
+            if len(images) < MOST_IMAGES and one.ndim == 3:
+                images.append((_to_unit_range(one, low, high), _to_unit_range(other, low, high)))
+    results: dict[str, float | int] = {
         "psnr_mean": sum(psnrs) / len(psnrs),
         "psnr_min": min(psnrs),
         "images": len(psnrs),
         "seeds": seeds,
     }
-    return figures, kept
+    return results, images
 
 
 def _shape(arrays: Sequence[np.ndarray]) -> list[int] | None:
@@ -100,7 +101,7 @@ def _shape(arrays: Sequence[np.ndarray]) -> list[int] | None:
 
 
 def value_range(items: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The range images live in: 0 .. 1, -1 .. 1 or 0 .. 255 where they fit, else from the least value to the largest."""
+    """Returns the value range of images: the first of 0 .. 1, -1 .. 1, 0 .. 255 that contains them, else min .. max."""
     low, high = min(float(x.min()) for x in items), max(float(x.max()) for x in items)
     for lowest, highest in ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)):
         if lowest <= low and high <= highest:
@@ -109,18 +110,18 @@ def value_range(items: Sequence[np.ndarray]) -> tuple[float, float]:
 
 
 def psnr(reference: np.ndarray, found: np.ndarray, peak: float) -> float:
-    """Peak signal to noise ratio in dB: ``10 log10(peak^2 / mean((a - b)^2))``, infinite where they are equal."""
+    """Returns the peak signal to noise ratio in dB, ``10 log10(peak^2 / mean((a - b)^2))``; infinite for equal images."""
     error = float(np.mean((reference.astype(np.float64) - found.astype(np.float64)) ** 2))
     if error == 0:
         return math.inf
     return 10 * math.log10(peak**2 / error) if peak else -math.inf
 
 
-def pictures(output: Any) -> list[np.ndarray]:
-    """What a run returned as float arrays, one an item: images ``[height, width, channels]`` where they are images.
+def as_arrays(output: Any) -> list[np.ndarray]:
+    """Converts the output of a run to float32 arrays, one per item; images become ``[height, width, channels]``.
 
     Raises:
-        ValueError: nothing that can be compared.
+        ValueError: the output is of a type that cannot be compared.
     """
     for name in ("images", "frames", "sample", "logits", "last_hidden_state"):
         if getattr(output, name, None) is not None and not isinstance(output, (Tensor, np.ndarray)):
@@ -128,7 +129,7 @@ def pictures(output: Any) -> list[np.ndarray]:
             break
     if isinstance(output, Tensor):
         values = output.detach().float().cpu().numpy()
-        # Tensors have their channels first, arrays and PIL images last.
+        # Tensors have channels first; arrays and PIL images have them last.
         items = [np.moveaxis(x, 0, -1) if x.ndim == 3 else x for x in values] if values.ndim > 1 else [values]
     elif isinstance(output, np.ndarray):
         items = list(output) if output.ndim > 3 else [output]
@@ -147,8 +148,8 @@ def _item(one: Any) -> list[np.ndarray]:
         return [x for frame in one for x in _item(frame)]
     if isinstance(one, np.ndarray):
         return [one]
-    return pictures(one[None] if isinstance(one, Tensor) and one.ndim < 4 else one)
+    return as_arrays(one[None] if isinstance(one, Tensor) and one.ndim < 4 else one)
 
 
-def _shown(image: np.ndarray, low: float, high: float) -> np.ndarray:
+def _to_unit_range(image: np.ndarray, low: float, high: float) -> np.ndarray:
     return np.clip((image - low) / (high - low or 1.0), 0, 1)

@@ -1,4 +1,4 @@
-"""What `compare` is given: directories become models or pipelines."""
+"""Loads the models or pipelines for `compare`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from requanto.report._inputs import Tokenizer
 from requanto.report.convert import class_of, description_of, float_dtype, local_directory
 
 
-def opened(model: Any, dtype: str, device: str | None, with_tokenizer: bool) -> tuple[Any, Tokenizer | None]:
-    """(model or pipeline, its tokenizer or None); what is a model already comes back as it is.
+def load_compared(model: Any, dtype: str, device: str | None, with_tokenizer: bool) -> tuple[Any, Tokenizer | None]:
+    """Returns (model or pipeline, its tokenizer or None); a model object is returned unchanged.
 
     Raises:
         FileNotFoundError: no such directory or name.
-        ValueError: a directory whose model is of no known class.
+        ValueError: the class of the directory's model is unknown.
     """
     if not isinstance(model, (str, Path)):
         return model, None

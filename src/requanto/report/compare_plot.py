@@ -1,4 +1,4 @@
-"""The picture of a comparison: errors by layer, above the images or the summary."""
+"""Plot of a comparison: errors by layer above the images or the summary."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from requanto.report.compare import Comparison
 
-#: A colour a type, in the order in which they appear.
+#: One colour per type, in the order of their first appearance.
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f")
 
-#: Errors below this are drawn at it: a logarithmic axis has no zero.
+#: Smaller errors are drawn at this value: a logarithmic axis has no zero.
 FLOOR = 1e-6
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files.
+    """Returns matplotlib.pyplot with a backend that writes files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -31,7 +31,7 @@ def pyplot() -> Any:
 
 
 def plot(comparison: Comparison, path: Path) -> Path:
-    """Draws into a PNG file, whose folder is made where it is missing."""
+    """Writes the plot to a PNG file; creates its folder if needed."""
     plt = pyplot()
     pairs = comparison.images
     columns = min(8, len(pairs))
@@ -93,7 +93,7 @@ def _draw_image(axis: Any, image: Any) -> None:
 
 
 def summary_lines(comparison: Comparison) -> list[tuple[str, str]]:
-    """(what, how much) of the figures of the whole model, in words."""
+    """Returns (name, value) of the results for the whole model, as text."""
     s = comparison.summary
     lines = [
         ("size", f"{s['bytes_a'] / 1e6:.1f} MB -> {s['bytes_b'] / 1e6:.1f} MB ({s['bytes_b'] / s['bytes_a']:.0%})")
@@ -102,11 +102,11 @@ def summary_lines(comparison: Comparison) -> list[tuple[str, str]]:
         rise = s["perplexity_b"] / s["perplexity_a"]
         lines.append(("perplexity", f"{s['perplexity_a']:.3f} -> {s['perplexity_b']:.3f} ({rise:.1%})"))
     if "kl" in s:
-        lines.append(("KL of the logits", f"{s['kl']:.4f} nats a token"))
+        lines.append(("KL of the logits", f"{s['kl']:.4f} nats per token"))
         lines.append(("top-1 agreement", f"{s['top1_agreement']:.1%} of {s['tokens']} tokens"))
     if "cosine_mean" in s:
-        lines.append(("cosine of embeddings", f"{s['cosine_mean']:.5f} (least {s['cosine_min']:.5f})"))
-        lines.append(("of the last hidden states", f"{s['token_cosine']:.5f} over {s['tokens']} tokens"))
+        lines.append(("cosine of embeddings", f"{s['cosine_mean']:.5f} (minimum {s['cosine_min']:.5f})"))
+        lines.append(("cosine of last hidden states", f"{s['token_cosine']:.5f} over {s['tokens']} tokens"))
     if "psnr_mean" in s:
-        lines.append(("PSNR", f"{s['psnr_mean']:.1f} dB (least {s['psnr_min']:.1f}) over {s['images']} outputs"))
+        lines.append(("PSNR", f"{s['psnr_mean']:.1f} dB (minimum {s['psnr_min']:.1f}) over {s['images']} outputs"))
     return lines

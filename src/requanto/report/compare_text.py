@@ -1,4 +1,4 @@
-"""Language models and encoders that read the same text: perplexities, divergence of the logits, angles of embeddings."""
+"""Compares language models and encoders on the same text: perplexity, KL divergence, cosine of embeddings."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ logger = logging.getLogger(__name__)
 
 # Rows of logits in float32 at a time, as in `perplexity`.
 _ROWS = 128
-# Token ids compared to tell tokenizers apart.
+# Two tokenizers count as equal if they give the same token ids for this text.
 _SAMPLE = "The year 1986: naïve café, 東京. def f(x):\n\treturn x**2  # 100 %\n"
 
 
 def common_tokenizer(a: Tokenizer | None, b: Tokenizer | None, labels: Sequence[str]) -> Tokenizer:
-    """The one tokenizer of both models.
+    """Returns the tokenizer for both models.
 
     Raises:
-        ValueError: neither has one, or they make different tokens.
+        ValueError: neither model has one, or they give different tokens.
     """
     if a is None and b is None:
         raise ValueError(
             f"neither {labels[0]} nor {labels[1]} has a tokenizer: pass tokenizer=, or save one into the directory. "
-            f"Models that read no text are compared with run=, or by their weights alone with weights_only"
+            f"For models that take no text, pass run=, or weights_only=True to compare only weights"
         )
     if a is None or b is None:
-        logger.warning("%s has no tokenizer; that of %s reads for both", *(labels if a is None else labels[::-1]))
+        logger.warning("%s has no tokenizer; using that of %s for both", *(labels if a is None else labels[::-1]))
         return a or b  # type: ignore[return-value]
     if a is not b and (token_ids(a, _SAMPLE) != token_ids(b, _SAMPLE) or start_token(a) != start_token(b)):
         raise ValueError(
-            f"the tokenizers of {labels[0]} and {labels[1]} differ: the same text becomes different tokens. Are they "
-            f"models of one family? A quantized model is saved with the tokenizer of its float model."
+            f"the tokenizers of {labels[0]} and {labels[1]} differ: they give different tokens for the same text. Save a "
+            f"quantized model with the tokenizer of its float model."
         )
     return a
 
@@ -56,10 +56,10 @@ def read_both(
     errors: Any,
     progress: bool,
 ) -> tuple[str, dict[str, float | int]]:
-    """(kind, figures) of two models on one text; the layers' outputs go to ``errors``.
+    """Runs two models on one text; returns (kind, results). The layers' outputs are passed to ``errors``.
 
     Raises:
-        ValueError: too little text, or models that answer neither logits nor hidden states.
+        ValueError: the text is too short, or the models return neither logits nor hidden states.
     """
     text = eval_text() if text is None else text
     prefix = start_token(tokenizer)
@@ -68,44 +68,44 @@ def read_both(
     ids = token_ids(tokenizer, text if max_tokens is None else text[: 16 * max_tokens])[:max_tokens]
     if len(ids) < 2 or size < 2 + len(prefix):
         raise ValueError(
-            f"comparing takes a text of at least 2 tokens, found {len(ids)} in {len(text)} characters, read {size} at a "
-            f"time: pass a longer text, or larger window and max_tokens"
+            f"comparing needs a text of at least 2 tokens, found {len(ids)} in {len(text)} characters with windows of "
+            f"{size} tokens: pass a longer text, or a larger window or max_tokens"
         )
     step = size - len(prefix)
     windows = [ids[start : start + step] for start in range(0, len(ids), step)]
     lockstep = Lockstep(errors.pairs, errors.observe)
-    figures: _Figures | None = None
+    metrics: _Metrics | None = None
     with tqdm(total=len(ids), unit="tok", desc="comparing", disable=not progress, leave=False) as bar:
         for tokens in windows:
             if len(prefix) + len(tokens) > 1:
                 inputs = torch.tensor([prefix + tokens], dtype=torch.int64, device="cpu")
                 outputs = lockstep.run(*(_call(model, inputs) for model in (a, b)))
-                figures = figures or _figures(a, outputs[0], inputs)
-                figures.add(inputs, *outputs)
+                metrics = metrics or _metrics_for(a, outputs[0], inputs)
+                metrics.add(inputs, *outputs)
             bar.update(len(tokens))
-    if figures is None:
-        raise ValueError("the text holds no window of two tokens")
-    return figures.kind, figures.values()
+    if metrics is None:
+        raise ValueError("the text has no window of at least two tokens")
+    return metrics.kind, metrics.values()
 
 
 def _call(model: nn.Module, inputs: Tensor) -> Any:
     return lambda: model(input_ids=inputs.to(model_device(model)))
 
 
-def _figures(model: nn.Module, output: Any, inputs: Tensor) -> _Figures:
+def _metrics_for(model: nn.Module, output: Any, inputs: Tensor) -> _Metrics:
     logits, hidden = getattr(output, "logits", None), getattr(output, "last_hidden_state", None)
     if logits is not None and logits.shape[:2] == inputs.shape:
         can_generate = getattr(model, "can_generate", None)
-        return _Logits(causal=can_generate is None or bool(can_generate()))
+        return _LogitMetrics(causal=can_generate is None or bool(can_generate()))
     if hidden is not None and hidden.shape[:2] == inputs.shape:
-        return _Hidden()
+        return _HiddenMetrics()
     raise ValueError(
-        f"{type(model).__name__} answers a text with neither logits nor a last_hidden_state for each token: pass "
-        f"run=, a function that runs it, or weights_only=True"
+        f"{type(model).__name__} returns neither logits nor a last_hidden_state for each token: pass run=, a function that "
+        f"runs it, or weights_only=True"
     )
 
 
-class _Figures:
+class _Metrics:
     kind: str
 
     def add(self, inputs: Tensor, a: Any, b: Any) -> None:
@@ -115,8 +115,8 @@ class _Figures:
         raise NotImplementedError
 
 
-class _Logits(_Figures):
-    """Perplexity of both (of models that write from left to right), Kullback-Leibler divergence, agreement."""
+class _LogitMetrics(_Metrics):
+    """Perplexity of both models (if causal), Kullback-Leibler divergence, top-1 agreement."""
 
     def __init__(self, causal: bool) -> None:
         self.causal = causal
@@ -152,8 +152,8 @@ class _Logits(_Figures):
         return found
 
 
-class _Hidden(_Figures):
-    """Cosines of the last hidden states, token by token and of their mean over each window."""
+class _HiddenMetrics(_Metrics):
+    """Cosine of the last hidden states, per token and of their mean over each window."""
 
     kind = "encoder"
 

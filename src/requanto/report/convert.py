@@ -1,4 +1,4 @@
-"""From one directory to another: what the command line does with models."""
+"""Loading, quantizing and saving model directories for the command line."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 from requanto.config.config import QuantoConfig
 
-# Files that belong to a model but are neither weights nor written by save_pretrained: tokenizer, processor, templates.
+# Files of a model that save_pretrained does not write: tokenizer, processor, templates.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 
 
 def local_directory(model: str | Path) -> Path:
-    """The directory itself, or the hub's snapshot of that name.
+    """Returns the directory itself, or the downloaded snapshot of a name on the hub.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: neither a directory nor a name on the hub.
     """
     path = Path(model)
     if path.is_dir():
         return path
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"{model} is no directory; expected one that save_pretrained wrote, or a name on the hub"
+            f"{model} is not a directory; expected a directory that save_pretrained wrote, or a name on the hub"
         )
     from huggingface_hub import snapshot_download
 
@@ -32,18 +32,18 @@ def local_directory(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), ignore_patterns=["*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]))
     except Exception as error:
         raise FileNotFoundError(
-            f"{model} is no directory here, and the hub did not give it ({type(error).__name__}: {error})"
+            f"{model} is not a directory, and downloading it from the hub failed ({type(error).__name__}: {error})"
         ) from error
 
 
 def quantize_directory(
     model: str | Path, out: Path, config: QuantoConfig, *, dtype: str = "auto", device: str | None = None
 ) -> None:
-    """Loads a float model quantized and saves it, companions (tokenizer ...) included.
+    """Quantizes a float model and saves it with its tokenizer and other files.
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: it is quantized already, or not a kind that is known.
+        ValueError: it is already quantized, or its class is unknown.
     """
     source, description = checked_source(model, out)
     loaded = load_model(class_of(source, description), source, config, dtype, device)
@@ -52,24 +52,26 @@ def quantize_directory(
 
 
 def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
-    """(directory of a float model, its config.json).
+    """Returns (directory of a float model, content of its config.json).
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: it is quantized already, or ``out`` is its own directory.
+        ValueError: it is already quantized, or ``out`` is its own directory.
     """
     source = local_directory(model)
     description = description_of(source)
     if description.get("quantization_config"):
         method = description["quantization_config"].get("quant_method")
-        raise ValueError(f"{model} is quantized already ({method}); start from the float model")
+        raise ValueError(f"{model} is already quantized ({method}); start from the float model")
     if Path(out).resolve() == source.resolve():
-        raise ValueError(f"OUT is the model's own directory {source}; choose another, the float weights would be lost")
+        raise ValueError(
+            f"OUT is the model's own directory {source}, whose float weights would be lost; choose another directory"
+        )
     return source, description
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copies tokenizer, processor and templates where the save did not write them."""
+    """Copies tokenizer, processor and templates, except files that the save has written."""
     for pattern in _COMPANIONS:
         for file in source.glob(pattern):
             if not (out / file.name).exists() and not file.name.endswith(".index.json"):
@@ -77,7 +79,7 @@ def copy_companions(source: Path, out: Path) -> None:
 
 
 def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) of a causal language model."""
+    """Loads a causal language model; returns (model, tokenizer)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = local_directory(directory)
@@ -86,13 +88,13 @@ def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | 
 
 
 def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
-    """(the model on the meta device, its quantization config): shapes without weights.
+    """Returns (model on the meta device, its quantization config or None); no weights are loaded.
 
     Args:
         model: a directory, or ``"8B"``, ``"70B"``, ``"405B"``: a Llama of that size.
 
     Raises:
-        ValueError: a Diffusers model, which Transformers' tensor parallelism does not know.
+        ValueError: a Diffusers model, which Transformers' tensor parallelism does not support.
     """
     import torch
 
@@ -103,7 +105,7 @@ def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
     source = local_directory(model)
     description = description_of(source)
     if "_class_name" in description:
-        raise ValueError(f"{model} is a Diffusers model; --parallel is computed for Transformers models")
+        raise ValueError(f"{model} is a Diffusers model; --parallel supports only Transformers models")
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source)
@@ -116,17 +118,17 @@ def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
 
 
 def description_of(source: Path) -> dict[str, Any]:
-    """A model directory's config.json."""
+    """Returns the content of a model directory's config.json."""
     path = source / "config.json"
     if not path.is_file():
         if (source / "model_index.json").is_file():
-            raise ValueError(f"{source} is a Diffusers pipeline; quantize its parts, e.g. {source}/transformer")
+            raise ValueError(f"{source} is a Diffusers pipeline; quantize one of its models, e.g. {source}/transformer")
         raise FileNotFoundError(f"{source} holds no config.json; expected a directory that save_pretrained wrote")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def class_of(source: Path, description: dict[str, Any]) -> Any:
-    """The library's class that a config.json names."""
+    """Returns the Transformers or Diffusers class that a config.json names."""
     if "_class_name" in description:
         import diffusers
 
@@ -138,12 +140,14 @@ def class_of(source: Path, description: dict[str, Any]) -> Any:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     if "model_type" not in description:
-        raise ValueError(f"{source}/config.json names neither architectures nor a model_type; it is no model's config")
+        raise ValueError(
+            f"{source}/config.json has neither architectures nor a model_type; it is not the config of a model"
+        )
     return transformers.AutoModel
 
 
 def load_model(model_class: Any, source: Path, config: QuantoConfig | None, dtype: str, device: str | None) -> Any:
-    """``from_pretrained``, quantized by a config where there is one."""
+    """Calls ``from_pretrained``; quantizes the model if ``config`` is given."""
     key = "torch_dtype" if model_class.__module__.startswith("diffusers") else "dtype"
     options: dict[str, Any] = {} if config is None else {"quantization_config": config}
     wanted = float_dtype(dtype)
@@ -155,12 +159,12 @@ def load_model(model_class: Any, source: Path, config: QuantoConfig | None, dtyp
 
 
 def float_dtype(name: str) -> Any:
-    """The torch dtype of that name, or "auto" as it is."""
+    """Returns the torch dtype of that name; "auto" is returned unchanged."""
     import torch
 
     if name == "auto":
         return name
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
-        raise ValueError(f"dtype {name!r} is none of auto, bfloat16, float16, float32")
+        raise ValueError(f"dtype must be auto, bfloat16, float16 or float32, found {name!r}")
     return found

@@ -1,4 +1,4 @@
-"""What a model or a checkpoint directory holds: type, shape and bytes of each weight, and what each type would save."""
+"""Type, shape and size of each weight of a model or a directory, and the model's size in each type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from requanto.scales import default_group_size, fit_group_size
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
-#: types whose savings `inspect` works out for a float model
+#: types for which `inspect` computes the size of a float model
 COMPARED = ("int8", "float8", "int4", "int2")
 
 
@@ -31,11 +31,11 @@ class WeightReport:
     Attributes:
         name: its name in the model.
         dtype: ``"int4"`` ... or the float dtype.
-        shape: of the weight, not of its codes.
-        group_size: weights that share a scale; None: one scale a row, or not quantized.
-        bytes: what it takes, scales and shifts counted.
-        bits: bits a weight.
-        error: relative, ``|W - W_q| / |W|``, as measured when the type was chosen within a budget; else None.
+        shape: shape of the weight, not of its codes.
+        group_size: number of weights that share a scale; None: one scale per row, or not quantized.
+        bytes: size, including scales and shifts.
+        bits: mean bits per weight.
+        error: relative error ``|W - W_q| / |W|``, measured when a budget chose the type; else None.
     """
 
     name: str
@@ -55,26 +55,26 @@ class ModelReport:
     total_bytes: int
     quantized_bytes: int
     float_bytes: int
-    #: bytes the model would take with its quantizable (2D and larger, not yet quantized) weights in each type
+    #: type -> bytes of the model if its quantizable weights (2D or larger, still float) were quantized to that type
     would_take: dict[str, int]
-    #: how the types were chosen within a budget (`requanto.budget.Choice.record`); None: they were given
+    #: how a budget chose the types (`requanto.budget.Choice.record`); None: the user gave them
     budget: dict[str, Any] | None = None
 
     def why(self) -> str:
-        """How the types came about, in words; "" where they were given."""
+        """Returns a text about how a budget chose the types; "" if the user gave them."""
         if not self.budget:
             return ""
         (key, value) = next(iter(self.budget["asked"].items()))
-        by = {"samples": "its effect on the answer to samples", "weights": "its relative weight error"}
+        by = {"samples": "effect on the model's output for samples", "weights": "relative weight error"}
         gap = self.budget["gap"]
-        proof = "the least possible sum" if not gap else f"within {gap:.1e} of the least possible sum"
+        proof = "the smallest possible sum" if not gap else f"within {gap:.1e} of the smallest possible sum"
         return (
-            f"Types chosen for {key}={value}: each layer counted by {by[self.budget['measured']]}; this is {proof}. "
-            f"{self.budget['bits']:.4g} bits a weight over all weights that were to be quantized."
+            f"Types chosen for {key}={value} to minimize the sum over layers of the {by[self.budget['measured']]}; found "
+            f"{proof}. Mean over all weights to quantize: {self.budget['bits']:.4g} bits per weight."
         )
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Returns the report as JSON text."""
         return json.dumps(asdict(self), indent=2)
 
 
@@ -86,11 +86,11 @@ def inspect_model(model: torch.nn.Module) -> ModelReport:
 
 
 def inspect_directory(directory: str | Path) -> ModelReport:
-    """Reports on a saved directory, from its headers alone: no weight is read.
+    """Reports on a saved directory; only file headers are read, no weights.
 
     Raises:
         FileNotFoundError: no directory, or no config.json or safetensors file in it.
-        CheckpointError: damaged files, or a config that does not fit them.
+        CheckpointError: damaged files, or a config that does not match them.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -105,7 +105,7 @@ def inspect_directory(directory: str | Path) -> ModelReport:
     specs = _specs(config)
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (no dict)
+            for key in opened.keys():  # noqa: SIM118  (not a dict)
                 piece = opened.get_slice(key)
                 size = _bytes(piece.get_dtype(), piece.get_shape())
                 owner = _owner(key, owners)
@@ -115,10 +115,10 @@ def inspect_directory(directory: str | Path) -> ModelReport:
                     found[key] = _float_report(key, piece.get_dtype(), tuple(piece.get_shape()), size)
     if len(parts) != len(specs):
         raise CheckpointError(
-            f"{directory}: config.json describes {len(specs)} quantized weights, the files hold {len(parts)}"
+            f"{directory}: config.json describes {len(specs)} quantized weights, but the files hold {len(parts)}"
         )
     for name, size in parts.items():
-        # A library may have put a prefix before the name, or taken one away, on saving.
+        # On saving, the library may have added or removed a prefix of the name.
         spec = specs.get(name) or next((s for n, s in specs.items() if n.endswith(name) or name.endswith(n)), None)
         if spec is None:
             raise CheckpointError(f"{directory}: {name} is quantized but config.json does not describe it")
@@ -139,7 +139,7 @@ def _with_budget(report: ModelReport, budget: dict[str, Any] | None) -> ModelRep
 
 
 def _named(values: dict[str, float], name: str) -> float | None:
-    # A library may have put a prefix before the name, or taken one away, on saving.
+    # On saving, the library may have added or removed a prefix of the name.
     if name in values:
         return values[name]
     return next((v for n, v in values.items() if n.endswith(f".{name}") or name.endswith(f".{n}")), None)
@@ -164,7 +164,7 @@ def _listing(directory: Path) -> str:
 
 
 def _owner(key: str, owners: set[str]) -> str | None:
-    """The quantized weight that a stored tensor is a part of: one that has a ``_qdata``."""
+    """Returns the quantized weight (one with ``_qdata``) that a stored tensor is a part of, or None."""
     for part in QTensor.tensor_data_names:
         if key.removesuffix(f"_{part}") in owners and key.endswith(f"_{part}"):
             return key.removesuffix(f"_{part}")
@@ -215,15 +215,15 @@ def _report(weights: list[WeightReport], quantizable: set[str] | None) -> ModelR
     quantized = [w for w in weights if f"q{w.dtype}" in qtypes or w.dtype == "float8"]
     total = sum(w.bytes for w in weights)
     quantized_bytes = sum(w.bytes for w in quantized)
-    open_ones = [w for w in weights if w not in quantized and _worth(w, quantizable)]
+    candidates = [w for w in weights if w not in quantized and _is_quantizable(w, quantizable)]
     would = {
-        kind: total - sum(w.bytes for w in open_ones) + sum(_quantized_bytes(w, kind) for w in open_ones)
+        kind: total - sum(w.bytes for w in candidates) + sum(_quantized_bytes(w, kind) for w in candidates)
         for kind in COMPARED
     }
-    return ModelReport(weights, total, quantized_bytes, total - quantized_bytes, would if open_ones else {})
+    return ModelReport(weights, total, quantized_bytes, total - quantized_bytes, would if candidates else {})
 
 
-def _worth(weight: WeightReport, quantizable: set[str] | None) -> bool:
+def _is_quantizable(weight: WeightReport, quantizable: set[str] | None) -> bool:
     if quantizable is not None:
         return weight.name in quantizable
     leaf, parent = weight.name.rpartition(".")[2], weight.name.rpartition(".")[0].rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""Two models of one architecture run side by side, layer by layer: what each layer of both returns, seen at once.
+"""Runs two models of one architecture at the same time and compares their outputs layer by layer.
 
-The first model runs in a thread of its own and waits at every layer until the second has reached it, so one layer's output
-of each is held, never those of all layers.
+The first model runs in a separate thread and waits at every layer until the second model has reached it, so that only one
+layer's output of each model is in memory.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: seconds between two looks at whether the other side still runs
+#: seconds between two checks of whether the other model still runs
 _POLL = 0.05
 
 
 class _Stopped(Exception):
-    """The other side ended, so this one need not go on."""
+    """Ends the first model's run because the second has ended."""
 
 
 class Lockstep:
-    """Runs a call on each of two models and shows every pair of layer outputs to ``observe``.
+    """Runs two models and calls ``observe`` with every pair of layer outputs.
 
     Args:
-        pairs: name -> (layer of the first model, the same layer of the second).
-        observe: called with (name, first's output, second's output), in the caller's thread.
+        pairs: name -> (layer of the first model, same layer of the second).
+        observe: called with (name, output of the first, output of the second), in the caller's thread.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class Lockstep:
         self._result: Any = None
 
     def run(self, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-        """Runs both, without gradients.
+        """Calls both functions without gradients; returns (result of the first, result of the second).
 
         Raises:
-            ValueError: the two do not call the same layers in the same order.
-            Exception: whatever one of the calls raised.
+            ValueError: the models do not call the same layers in the same order.
+            Exception: raised by one of the calls.
         """
         hooks = []
         for name, (one, other) in self.pairs.items():
@@ -78,13 +78,15 @@ class Lockstep:
             self._failed = error
 
     def _finish(self) -> None:
-        """Waits for the first; a layer output that nobody takes means that it runs more layers than the second."""
+        """Waits for the first model; raises if it still produces layer outputs after the second has ended."""
         thread = self._thread
         while thread is not None and thread.is_alive():
             thread.join(_POLL)
             if not self._queue.empty():
                 name, _ = self._queue.get()
-                raise ValueError(f"the first model went on to its layer {name}, where the second was done")
+                raise ValueError(
+                    f"the models do not run the same layers: the first one is at {name}, but the second one has finished"
+                )
 
     def _sender(self, name: str) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -124,11 +126,13 @@ class Lockstep:
                     continue
                 if self._failed is not None:
                     raise self._failed from None
-                raise ValueError(f"the first model was done where the second one went on to its layer {name}") from None
+                raise ValueError(
+                    f"the models do not run the same layers: the first one has finished, but the second one is at {name}"
+                ) from None
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """A layer's output where it is a float tensor, or the first of several."""
+    """Returns a layer's output, or the first of several outputs, if it is a float tensor; else None."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) and output.is_floating_point() else None

@@ -1,6 +1,6 @@
-"""What a rank holds and what the network carries when a quantized model is spread over several devices.
+"""Memory and network traffic per rank of a quantized model that is sharded over several devices.
 
-Computed from a model's shapes on the meta device: nothing is loaded. Used by ``requanto inspect --parallel tp=8``.
+Computed from the shapes of a model on the meta device; no weights are loaded. Used by ``requanto inspect --parallel tp=8``.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from requanto.scales.compact import ROW_DTYPE, stored_length
 from requanto.scales.weights import scale_dtype
 from requanto.tensor.qtensor import QTensor
 
-#: shapes of well-known sizes, so that the table needs no download
+#: shapes of Llama models, so that no download is needed
 LLAMA_SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
 }
 
-_WORDS = ("tp", "fsdp")
+_KEYS = ("tp", "fsdp")
 
 
 @dataclass(frozen=True)
 class ParallelReport:
-    """One line of the table. Bytes are those of one rank.
+    """One row of the table; all sizes are bytes of one rank.
 
     Attributes:
-        tp, fsdp: ranks that share each layer's product; ranks that share the storage.
-        quantized: codes, scales and shifts held.
+        tp, fsdp: number of ranks of tensor parallelism, number of ranks of FSDP2.
+        quantized: codes, scales and shifts.
         floats: everything that stays float (norms, embeddings, lm_head).
-        gathered: FSDP2 only: the largest layer, whole while it runs.
+        gathered: FSDP2 only: the largest layer, which is gathered while it runs.
         cache_per_token: KV cache of one token, in the model's dtype.
-        sent_per_token: what a rank sends for one token through the whole model under tensor parallelism.
-        sent_per_step: what a rank sends for one forward under FSDP2, whatever the batch (training: twice that).
+        sent_per_token: bytes sent for one token through the whole model with tensor parallelism.
+        sent_per_step: bytes sent for one forward with FSDP2, independent of the batch (training: twice that).
     """
 
     tp: int
@@ -55,27 +55,27 @@ class ParallelReport:
 
     @property
     def total(self) -> int:
-        """Weights a rank needs room for."""
+        """Bytes of weights that a rank needs."""
         return self.quantized + self.floats + self.gathered
 
 
 def parse_parallel(text: str) -> dict[str, int]:
-    """``"tp=8"`` or ``"tp=8,fsdp=2"`` as numbers.
+    """Parses ``"tp=8"`` or ``"tp=8,fsdp=2"``.
 
     Raises:
-        ValueError: an unknown word or no positive number; it says what was found.
+        ValueError: an unknown key, or a value that is not a positive number.
     """
-    found = dict.fromkeys(_WORDS, 1)
+    found = dict.fromkeys(_KEYS, 1)
     for part in text.replace(" ", "").split(","):
         key, _, value = part.partition("=")
-        if key not in _WORDS or not value.isdecimal() or int(value) < 1:
+        if key not in _KEYS or not value.isdecimal() or int(value) < 1:
             raise ValueError(f"--parallel {text!r}: expected e.g. 'tp=8' or 'tp=8,fsdp=2', found {part!r}")
         found[key] = int(value)
     return found
 
 
 def llama(size: str) -> nn.Module:
-    """A Llama of a well-known size on the meta device.
+    """Returns a Llama of a size in LLAMA_SHAPES, on the meta device.
 
     Raises:
         ValueError: an unknown size.
@@ -90,22 +90,22 @@ def llama(size: str) -> nn.Module:
 
 
 def parallel_report(model: nn.Module, config: QuantoConfig | None, *, tp: int = 1, fsdp: int = 1) -> ParallelReport:
-    """Computes what a rank holds.
+    """Computes memory and traffic of one rank.
 
     Args:
-        model: a Transformers model, best on the meta device; quantized already or not.
+        model: a Transformers model, float or quantized; the meta device is enough.
         config: how its weights will be quantized; None: they stay as they are.
-        tp: ranks of tensor parallelism, by the model's own plan.
+        tp: ranks of tensor parallelism, by the model's ``tp_plan``.
         fsdp: ranks of FSDP2 (per group of tp ranks).
 
     Raises:
-        ValueError: numbers below one, or a weight that cannot be divided so.
+        ValueError: ``tp`` or ``fsdp`` is below 1, or the model has no ``tp_plan``.
     """
     if tp < 1 or fsdp < 1:
         raise ValueError(f"tp and fsdp must be 1 or more, found tp={tp}, fsdp={fsdp}")
     styles = dict(getattr(model, "tp_plan", None) or {}) if tp > 1 else {}
     if tp > 1 and not styles:
-        raise ValueError(f"{type(model).__name__} has no tp_plan: Transformers cannot split it, use fsdp={tp}")
+        raise ValueError(f"{type(model).__name__} has no tp_plan, so Transformers cannot shard it: use fsdp={tp}")
     planned: dict[str, PlannedWeight] = {}
     if config is not None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -135,7 +135,7 @@ def parallel_report(model: nn.Module, config: QuantoConfig | None, *, tp: int = 
 
 
 def _style(name: str, styles: dict[str, str]) -> str | None:
-    """How tensor parallelism splits a parameter: ``"colwise"`` (rows), ``"rowwise"`` (along rows), or None."""
+    """Returns how tensor parallelism shards a parameter: ``"colwise"`` (out_features), ``"rowwise"`` (in_features) ..."""
     module = name.rpartition(".")[0]
     for pattern, style in styles.items():
         if fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(name, pattern):
@@ -165,7 +165,7 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
         group = fit_group_size(group, length, name)
     ranks = tp if style else 1
     rows_here, length_here = (rows, -(-length // ranks)) if style == "rowwise" else (-(-rows // ranks), length)
-    groups = 1 if group is None else -(-length_here // group)  # a group cut in two is kept on both sides
+    groups = 1 if group is None else -(-length_here // group)  # both shards of a split group have its scale
     each = groups * scale_dtype(parameter.dtype, group is not None).itemsize
     row = 0
     if bits is not None and group is not None:
@@ -177,7 +177,7 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
 
 
 def _per_token(settings: Any, tp: int) -> tuple[int, int]:
-    """(KV cache bytes, bytes sent) of one token on one rank, in 16 bits."""
+    """Returns (KV cache bytes, bytes sent) per token on one rank, in 16 bits."""
     layers = getattr(settings, "num_hidden_layers", 0)
     heads = getattr(settings, "num_attention_heads", 0)
     hidden = getattr(settings, "hidden_size", 0)
@@ -186,6 +186,6 @@ def _per_token(settings: Any, tp: int) -> tuple[int, int]:
     kv_heads = getattr(settings, "num_key_value_heads", heads)
     width = getattr(settings, "head_dim", None) or hidden // heads
     cache = 2 * layers * max(1, -(-kv_heads // tp)) * width * 2
-    # Two sums of the hidden state a layer; in a ring each rank sends 2 (n - 1) / n of it.
+    # Two all-reduces of the hidden state per layer; in a ring each rank sends 2 (n - 1) / n of it.
     sent = 2 * layers * hidden * 2 * 2 * (tp - 1) // tp
     return cache, sent

@@ -13,18 +13,18 @@ from tqdm import tqdm
 
 from requanto.report._inputs import Tokenizer, model_device, start_token, token_ids
 
-# Rows of logits turned to float32 at a time: 128 x 262,144 (the largest vocabulary in use) are 128 MiB.
+# Rows of logits converted to float32 at a time: 128 x 262,144 (the largest vocabulary in use) are 128 MiB.
 _ROWS = 128
 
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What `perplexity` measured.
+    """Result of `perplexity`.
 
     Attributes:
-        perplexity: exp(nll): 1 is certainty, the vocabulary's size is blind guessing.
+        perplexity: exp(nll): 1 for a certain prediction, the vocabulary size for uniform guessing.
         nll: mean negative log-likelihood of a predicted token, in nats.
-        tokens: how many tokens were predicted; the first of every window is given, not predicted.
+        tokens: number of predicted tokens; the first of every window is not predicted.
         seconds: wall-clock time of the measurement, without tokenization.
     """
 
@@ -42,14 +42,14 @@ def perplexity(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
-    """Measure how well `model` predicts `text`: lower is better.
+    """Measures how well `model` predicts `text`: lower is better.
 
-    The text is cut into windows that do not overlap; each is predicted from its own beginning. Logits are turned to
-    float32 before the softmax, whatever the model computes in.
+    The text is split into windows that do not overlap; each is predicted separately. Logits are converted to float32 before
+    the softmax.
 
     Args:
         model: a causal language model of Transformers, or any module called with `input_ids=` that returns `.logits`.
-        tokenizer: its tokenizer. Where it puts a start token before a text, every window gets one.
+        tokenizer: its tokenizer. If it puts a start token before a text, every window gets one.
         text: the text; `requanto.data.eval_text()` ships with the package.
         window: tokens in a window, the start token included.
         max_tokens: stop after this many tokens of the text.
@@ -57,11 +57,11 @@ def perplexity(
 
     Raises:
         ValueError: the text holds fewer than two tokens, a size is out of range, the window is longer than the model
-            allows, or the model is no language model.
+            allows, or the model is not a causal language model.
     """
     prefix = start_token(tokenizer)
     _check_sizes(model, window, max_tokens, len(prefix))
-    # No tokenizer gets 16 characters of prose into a token on average: spare it the rest of a book.
+    # A token has fewer than 16 characters on average, so the rest of a long text need not be tokenized.
     ids = token_ids(tokenizer, text if max_tokens is None else text[: 16 * max_tokens])[:max_tokens]
     if len(ids) < 2:
         raise ValueError(
@@ -101,7 +101,7 @@ def _check_sizes(model: nn.Module, window: int, max_tokens: int | None, prefix: 
 
 
 def _windows(ids: list[int], size: int, at_least: int) -> Iterator[list[int]]:
-    """Windows of `size` tokens; a last one too short to predict a token is left out."""
+    """Yields windows of `size` tokens; a last window shorter than `at_least` is left out."""
     for first in range(0, len(ids), size):
         tokens = ids[first : first + size]
         if len(tokens) >= at_least:
@@ -109,7 +109,7 @@ def _windows(ids: list[int], size: int, at_least: int) -> Iterator[list[int]]:
 
 
 def _window_nll(model: nn.Module, input_ids: Tensor) -> float:
-    """Sum of the negative log-likelihoods of all tokens but the first."""
+    """Returns the sum of the negative log-likelihoods of all tokens except the first."""
     output: Any = model(input_ids=input_ids, use_cache=False)
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape[:2] != input_ids.shape:
@@ -119,7 +119,7 @@ def _window_nll(model: nn.Module, input_ids: Tensor) -> float:
             f"{tuple(input_ids.shape)}, expected (1, {input_ids.shape[1]}, vocabulary): load it with "
             "AutoModelForCausalLM"
         )
-    # A model that is spread over several devices returns its logits on the last one.
+    # A model on several devices returns its logits on the last one.
     targets = input_ids[0, 1:].to(logits.device)
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for rows, wanted in zip(logits[0, :-1].split(_ROWS), targets.split(_ROWS), strict=True):
@@ -128,7 +128,7 @@ def _window_nll(model: nn.Module, input_ids: Tensor) -> float:
 
 
 def exponential(nll: float) -> float:
-    """exp that ends at infinity: a model without sense is a result, not an error."""
+    """Returns exp(nll), or infinity instead of an OverflowError."""
     try:
         return math.exp(nll)
     except OverflowError:

@@ -1,4 +1,4 @@
-"""Tokens a second of a causal language model, reading and writing, as `generate` has them."""
+"""Tokens per second of a causal language model in `generate`: prefill and decoding."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from requanto.report._inputs import Tokenizer, model_device, token_ids
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """What `generation_speed` measured: medians, so that one disturbed moment does not count.
+    """Result of `generation_speed`; medians, so that single slow steps have no effect.
 
     Attributes:
-        prefill_tokens_per_s: tokens of the prompt a second, up to and with the first new token.
-        decode_tokens_per_s: new tokens a second after the first: one over the median time between two.
+        prefill_tokens_per_s: prompt tokens per second, over the time until the first new token.
+        decode_tokens_per_s: new tokens per second after the first: 1 / median time between two tokens.
     """
 
     prefill_tokens_per_s: float
@@ -36,15 +36,15 @@ def generation_speed(
     max_seconds: float = 60.0,
     progress: bool = True,
 ) -> SpeedResult:
-    """Time greedy `model.generate` on one prompt, after a warm-up that does not count.
+    """Times greedy `model.generate` on one prompt, after a warm-up run.
 
     Args:
         model: a causal language model of Transformers.
         tokenizer: its tokenizer; the prompt is the beginning of the text that ships with the package.
         prompt_tokens: length of the prompt.
-        new_tokens: tokens to generate: exactly so many, an end token does not stop it.
+        new_tokens: number of tokens to generate; an end token does not stop generation.
         repeats: timed runs.
-        max_seconds: start no further run after this time; one is always made.
+        max_seconds: start no further run after this time; at least one run is timed.
         progress: show a progress bar.
 
     Raises:
@@ -67,7 +67,7 @@ def generation_speed(
     between: list[float] = []
     start = time.perf_counter()
     with tqdm(total=repeats + 1, unit="run", desc="speed", disable=not progress) as bar:
-        # A short warm-up is enough: it runs every kernel once, for many rows and for one.
+        # Two tokens are enough: they run every kernel once for many rows and once for one row.
         _timed_generate(model, prompt, new_tokens=2)
         bar.update()
         for _ in range(repeats):
@@ -88,17 +88,17 @@ def _prompt(tokenizer: Tokenizer, length: int) -> Tensor:
     ids = token_ids(tokenizer, eval_text())[:length]
     if len(ids) < length:
         raise ValueError(
-            f"the text that ships with the package holds {len(ids)} tokens of this tokenizer: "
-            f"prompt_tokens must be at most that, got {length}"
+            f"prompt_tokens must be at most {len(ids)}, the number of tokens in the text that ships with the package, got "
+            f"{length}"
         )
     return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 @dataclass
 class _Stopwatch:
-    """A streamer for `generate`: the time when the prompt is handed over, then the time of every new token.
+    """A streamer for `generate` that records the time of the prompt, then of every new token.
 
-    `generate` copies each token to the CPU before it calls `put`, so the clock waits for the device.
+    `generate` copies each token to the CPU before it calls `put`, so the times include the device's work.
     """
 
     times: list[float] = field(default_factory=list)
@@ -119,7 +119,7 @@ def _timed_generate(model: Any, prompt: Tensor, new_tokens: int) -> list[float]:
         min_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
-        # Settings of sampling that a model's own generation config may carry: greedy search warns about them.
+        # A model's generation config may set these sampling options; greedy search would warn about them.
         temperature=None,
         top_k=None,
         top_p=None,
@@ -127,7 +127,7 @@ def _timed_generate(model: Any, prompt: Tensor, new_tokens: int) -> list[float]:
     )
     if len(watch.times) != new_tokens + 1:
         raise ValueError(
-            f"{type(model).__name__}.generate made {len(watch.times) - 1} tokens, expected {new_tokens}: "
+            f"{type(model).__name__}.generate generated {len(watch.times) - 1} tokens, expected {new_tokens}: "
             "is the prompt longer than the model allows?"
         )
     return watch.times

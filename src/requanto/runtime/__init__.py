@@ -1,1 +1,1 @@
-"""What holds for the whole process: settings, scratch buffers, and whether something traces."""
+"""State of the process: settings, scratch buffers, and checks for tracing."""

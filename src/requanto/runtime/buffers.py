@@ -1,11 +1,12 @@
-"""Scratch buffers of each thread, kept between calls: fresh pages cost more than the dequantization that fills them.
+"""Scratch buffers that each thread reuses between calls.
 
-(Into a fresh 32 MB tensor 14 to 28 ms go into page faults, into a kept one 2.4 ms into the work: docs/cpu.md.)
+Reuse pays because fresh pages cost more than the dequantization that fills them: a fresh 32 MB tensor costs 14 to 28 ms of
+page faults, a reused one 2.4 ms in all (docs/cpu.md).
 
-All that a thread keeps, buffers and objects, takes ``settings.workspace_bytes`` at most after each request; what was
-asked for longest ago goes first, and what alone is larger is made for each request and not kept. A caller may hold
-several at once: one that goes is forgotten here, and its memory lasts as long as the caller's tensor. So a tensor's
-numbers are the caller's until this thread asks for the same slot again, whatever else it asks for.
+A thread's cached buffers and objects take at most ``settings.workspace_bytes`` after each request. The least recently
+requested entries are evicted first; an entry larger than the limit is allocated for each request and not cached. A caller
+may hold several buffers at once: eviction only drops the cache's reference. So the contents of a buffer stay valid until
+the same thread requests the same slot again.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import has_numbers, unwatched
+from requanto.runtime.tracing import outside_tracing, runs_eagerly
 
-#: A number or a string names a buffer, a tuple an object.
+#: Key of a cache entry: an int or a string for a buffer, a tuple for an object.
 Slot: TypeAlias = int | str | tuple[object, ...]
 
 
 class _Local(threading.local):
-    """What this thread keeps, the last request last, and the bytes of each and of all."""
+    """This thread's cache, least recently requested entry first, with the bytes of each entry and of all."""
 
     def __init__(self) -> None:
-        self.kept: OrderedDict[Slot, Any] = OrderedDict()
+        self.cached: OrderedDict[Slot, Any] = OrderedDict()
         self.sizes: dict[Slot, int] = {}
         self.nbytes = 0
 
@@ -43,113 +44,114 @@ class _Sized(Protocol):
 T = TypeVar("T", bound=_Sized)
 
 
-def workspace(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -> torch.Tensor:
-    """An uninitialized tensor on the CPU, its numbers the caller's until this thread asks for the same slot again."""
-    if not has_numbers():
-        return torch.empty(shape, dtype=dtype, device="cpu")  # of a trace, perhaps: it must not outlive that
-    wanted = dtype.itemsize
+def scratch_buffer(shape: tuple[int, ...], dtype: torch.dtype, slot: int | str = 0) -> torch.Tensor:
+    """An uninitialized CPU tensor, valid until this thread requests the same slot again."""
+    if not runs_eagerly():
+        return torch.empty(shape, dtype=dtype, device="cpu")  # may belong to a trace: must not outlive it
+    nbytes = dtype.itemsize
     for size in shape:
-        wanted *= size
-    buffer = _local.kept.get(slot)
-    if buffer is None or buffer.numel() < wanted:
-        buffer = _fresh(slot, wanted)
+        nbytes *= size
+    buffer = _local.cached.get(slot)
+    if buffer is None or buffer.numel() < nbytes:
+        buffer = _new_buffer(slot, nbytes)
     else:
-        _local.kept.move_to_end(slot)
-        if _local.nbytes > settings.workspace_bytes:  # set lower meanwhile
-            _make_room(0)
-    return buffer[:wanted].view(dtype).view(shape)
+        _local.cached.move_to_end(slot)
+        if _local.nbytes > settings.workspace_bytes:  # the setting was lowered since
+            _evict_for(0)
+    return buffer[:nbytes].view(dtype).view(shape)
 
 
-def _fresh(slot: int | str, nbytes: int) -> torch.Tensor:
-    bounded = nbytes <= settings.workspace_bytes
-    if bounded:
-        _drop(slot)  # first, so that both are never there at once
-    _make_room(nbytes if bounded else 0)
-    # Never under the caller's modes (inference, a default device): the next call may come from outside them.
-    with unwatched(), torch._C.DisableTorchFunction():
+def _new_buffer(slot: int | str, nbytes: int) -> torch.Tensor:
+    cacheable = nbytes <= settings.workspace_bytes
+    if cacheable:
+        _drop(slot)  # before the allocation, so that the old and the new buffer never exist at once
+    _evict_for(nbytes if cacheable else 0)
+    # Not under the caller's modes (inference mode, a default device): the next call may run outside them.
+    with outside_tracing(), torch._C.DisableTorchFunction():
         buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-    if bounded:
+    if cacheable:
         _add(slot, buffer, nbytes)
     return buffer
 
 
-def keep(slot: tuple[object, ...], nbytes: int, make: Callable[[], T]) -> T:
-    """This thread's object of that name, made if it is not there; all objects take half of the bound at most.
+def cached_object(slot: tuple[object, ...], nbytes: int, make: Callable[[], T]) -> T:
+    """This thread's object for a slot, made on the first request.
 
-    Those that were asked for longest ago go first. One that is larger than that half is the only object, and one that is
-    larger than the bound is not kept.
+    All objects together take at most half of the limit; the least recently requested are evicted first. An object larger
+    than that half is cached alone, one larger than the limit is not cached.
 
     Args:
-        nbytes: that it will take.
-        make: makes it, outside the caller's modes; with device and dtype of its own choice.
+        slot: key of the object.
+        nbytes: expected size of the object.
+        make: makes the object; it runs outside the caller's modes and must name device and dtype itself.
     """
-    found: T | None = _local.kept.get(slot)
+    found: T | None = _local.cached.get(slot)
     if found is not None:
-        _local.kept.move_to_end(slot)
+        _local.cached.move_to_end(slot)
         if _local.nbytes > settings.workspace_bytes:
-            _make_room(0)
+            _evict_for(0)
         return found
-    objects = [held for held in _local.kept if isinstance(held, tuple)]
-    taken = sum(_local.sizes[held] for held in objects)
-    for held in objects:
-        if taken + nbytes <= settings.workspace_bytes // 2:
+    objects = [other for other in _local.cached if isinstance(other, tuple)]
+    total = sum(_local.sizes[other] for other in objects)
+    for other in objects:
+        if total + nbytes <= settings.workspace_bytes // 2:
             break
-        taken -= _local.sizes[held]
-        _drop(held)
-    _make_room(nbytes if nbytes <= settings.workspace_bytes else 0)
-    with unwatched(), torch._C.DisableTorchFunction():
+        total -= _local.sizes[other]
+        _drop(other)
+    _evict_for(nbytes if nbytes <= settings.workspace_bytes else 0)
+    with outside_tracing(), torch._C.DisableTorchFunction():
         made = make()
     size = made.nbytes
     if size <= settings.workspace_bytes:
-        _make_room(size)  # what it took to make it may be kept too
+        _evict_for(size)  # `make` may have cached buffers of its own
         _add(slot, made, size)
     return made
 
 
-def _make_room(nbytes: int) -> None:
-    """Forgets what was asked for longest ago, until so many bytes more keep to the bound, or nothing is left."""
-    while _local.kept and _local.nbytes + nbytes > settings.workspace_bytes:
-        _drop(next(iter(_local.kept)))
+def _evict_for(nbytes: int) -> None:
+    """Evicts the least recently requested entries until ``nbytes`` more fit the limit, or the cache is empty."""
+    while _local.cached and _local.nbytes + nbytes > settings.workspace_bytes:
+        _drop(next(iter(_local.cached)))
 
 
 def _add(slot: Slot, made: object, nbytes: int) -> None:
-    _local.kept[slot], _local.sizes[slot] = made, nbytes
+    _local.cached[slot], _local.sizes[slot] = made, nbytes
     _local.nbytes += nbytes
 
 
 def _drop(slot: Slot) -> None:
-    if _local.kept.pop(slot, None) is not None:
+    if _local.cached.pop(slot, None) is not None:
         _local.nbytes -= _local.sizes.pop(slot)
 
 
-def scratch(like: torch.Tensor, slot: str) -> torch.Tensor:
-    """An uninitialized float32 tensor of ``like``'s shape; on a CPU this thread's buffer of that name.
+def scratch_like(like: torch.Tensor, slot: str) -> torch.Tensor:
+    """An uninitialized float32 tensor of ``like``'s shape; on a CPU a scratch buffer of this thread.
 
-    Accelerators' allocators keep their pages, the CPU's gives them back: while a model is loaded, fresh ones for every
-    temporary made its quantization take three times as long.
+    Allocators of accelerators cache their pages, the CPU's returns them to the system: with fresh pages for every
+    temporary, quantizing a model while it is loaded took three times as long.
     """
-    if like.device.type != "cpu" or type(like) is not torch.Tensor or not has_numbers():
+    if like.device.type != "cpu" or type(like) is not torch.Tensor or not runs_eagerly():
         return torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    return workspace(tuple(like.shape), torch.float32, slot)
+    return scratch_buffer(tuple(like.shape), torch.float32, slot)
 
 
 def release_scratch() -> None:
-    """Gives this thread's named buffers back: between two weights they are not needed."""
-    for slot in [slot for slot in _local.kept if isinstance(slot, str)]:
+    """Frees this thread's buffers from `scratch_like`, which are not needed between two weights."""
+    for slot in [slot for slot in _local.cached if isinstance(slot, str)]:
         _drop(slot)
 
 
 def rows_that_fit(row_bytes: int, rows: int) -> int:
-    """How many rows of a weight fit into the bound; one at least."""
+    """How many rows of ``row_bytes`` fit into the limit; at least one."""
     return max(1, min(rows, settings.workspace_bytes // max(1, row_bytes)))
 
 
 def held_bytes() -> int:
-    """Bytes that this thread keeps."""
-    return sum(held.nbytes for held in _local.kept.values())
+    """Bytes of this thread's cached buffers and objects."""
+    return sum(entry.nbytes for entry in _local.cached.values())
 
 
 def release() -> None:
-    """Gives this thread's buffers back."""
-    for slot in list(_local.kept):
+    """Frees all cached buffers and objects of this thread."""
+    for slot in list(_local.cached):
         _drop(slot)

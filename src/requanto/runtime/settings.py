@@ -1,4 +1,4 @@
-"""Settings of the process: few, and none that changes a result.
+"""Settings of the process. None of them changes a result.
 
 requanto.settings.workspace_bytes = 256 * 2**20
 """
@@ -12,45 +12,44 @@ import os
 from dataclasses import dataclass, fields
 
 _MEGABYTE = 2**20
-#: What torch counts bytes in.
-_MOST_BYTES = 2**63 - 1
+_MOST_BYTES = 2**63 - 1  # torch counts bytes in int64
 
 
-def compiled_from(text: str) -> bool | None:
-    """What REQUANTO_COMPILE stands for.
+def parse_compiled(text: str) -> bool | None:
+    """The value of ``settings.compiled`` for a text of REQUANTO_COMPILE.
 
     Raises:
-        ValueError: neither 1, 0 nor nothing.
+        ValueError: the text is not "1", "0" or "".
     """
     known = {"": None, "0": False, "1": True}
     if text not in known:
         raise ValueError(
-            f"REQUANTO_COMPILE is {text!r}, expected 1 (compiled CPU kernels, or an error), 0 (none of them) or nothing "
-            "(where there is a C++ compiler)"
+            f"REQUANTO_COMPILE is {text!r}, expected 1 (compiled CPU kernels, or an error), 0 (no compiled kernels) or "
+            "nothing (compiled kernels where there is a C++ compiler)"
         )
     return known[text]
 
 
-def packing_from(text: str) -> bool:
-    """What REQUANTO_PACK stands for.
+def parse_packing(text: str) -> bool:
+    """The value of ``settings.pack_on_first_use`` for a text of REQUANTO_PACK.
 
     Raises:
-        ValueError: neither 1, 0 nor nothing.
+        ValueError: the text is not "1", "0" or "".
     """
     known = {"": True, "0": False, "1": True}
     if text not in known:
         raise ValueError(
-            f"REQUANTO_PACK is {text!r}, expected 1 or nothing (weights are prepacked at their first product) or 0 (they "
-            "are not)"
+            f"REQUANTO_PACK is {text!r}, expected 1 or nothing (weights are prepacked in their first GEMM) or 0 (they are "
+            "not)"
         )
     return known[text]
 
 
-def workspace_from(text: str) -> int:
-    """What REQUANTO_WORKSPACE_MB stands for, in bytes.
+def parse_workspace(text: str) -> int:
+    """Bytes for a text of REQUANTO_WORKSPACE_MB.
 
     Raises:
-        ValueError: no number of megabytes.
+        ValueError: the text is not a number of megabytes.
     """
     try:
         size = float(text or "64")
@@ -63,11 +62,12 @@ def workspace_from(text: str) -> int:
     return int(size * _MEGABYTE)
 
 
-class Choices:
-    """What choices of implementations are made under.
+class RegistryState:
+    """Version of everything that decides which implementation the registry selects. Cached plans are valid for one version.
 
     Attributes:
-        version: a number for the settings, the table's entries and the failures at the time; the same when they are again.
+        version: a number for the current settings, registered implementations and compile failures. Setting a value back
+            gives its former number.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,11 @@ class Choices:
         self._events = 0
 
     def changed(self, settings: tuple[object, ...] | None = None) -> None:
-        """Choices made so far may be other ones now: an implementation more, kernels that could not be made, settings."""
+        """Updates `version`.
+
+        Args:
+            settings: all values of the settings; None: an implementation was registered or could not be compiled.
+        """
         if settings is None:
             self._events += 1
         else:
@@ -85,37 +89,37 @@ class Choices:
         self.version = self._seen.setdefault((self._events, *self._settings), len(self._seen) + 1)
 
 
-choices = Choices()
+registry_state = RegistryState()
 
 
 @dataclass
 class Settings:
-    """What may be set, by attribute, at any time.
+    """Settings, which can be assigned at any time.
 
     Attributes:
-        workspace_bytes: the most memory that one thread keeps in scratch buffers, to dequantize weights into; 0 or more.
-            (environment: REQUANTO_WORKSPACE_MB; 64 MB unless set).
-        pack_on_first_use: on a CPU, reorder the codes of a layer for its kernel at the first product. The reordered
-            form replaces the stored one, and the stored one comes back when it is asked for.
-            (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` packs all the same.)
-        compiled: on a CPU, use kernels that torch's compiler makes where they are faster: for int8, float8 (e4m3), int4,
-            int3 and int2 with many rows, and convolutions, mostly in bfloat16. Their first use on a machine takes half a
-            minute and a C++ compiler, then they lie in a file (`cpu.aot.cache`). None: where there is a compiler,
-            and if they cannot be made, eager operators and a line in the log; True: an error then; False: never.
-            (environment: REQUANTO_COMPILE=1 or 0; None unless set)
+        workspace_bytes: the most memory that one thread caches in scratch buffers (for dequantized weights); 0 or more.
+            (environment: REQUANTO_WORKSPACE_MB; default 64 MB)
+        pack_on_first_use: on a CPU, prepack a layer's weight for its kernel in the first GEMM. The prepacked codes replace
+            the plain ones, and are converted back when the plain ones are needed.
+            (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` prepacks regardless)
+        compiled: on a CPU, use kernels compiled by TorchInductor where they are faster: for int8, float8 (e4m3), int4,
+            int3 and int2 with many rows, and for convolutions, mostly in bfloat16. The first use on a machine takes half a
+            minute and needs a C++ compiler; later ones load a file (`cpu.aot.cache`). None: if there is a compiler; a
+            failed compilation is logged and falls back to eager operators. True: a failure raises. False: never.
+            (environment: REQUANTO_COMPILE=1 or 0; default None)
 
     Raises:
         AttributeError: there is no setting of that name.
-        TypeError, ValueError: the value is none for it. The setting stays as it was.
+        TypeError, ValueError: the value is not valid. The setting stays unchanged.
     """
 
-    workspace_bytes: int = workspace_from(os.environ.get("REQUANTO_WORKSPACE_MB", ""))
-    pack_on_first_use: bool = packing_from(os.environ.get("REQUANTO_PACK", ""))
-    compiled: bool | None = compiled_from(os.environ.get("REQUANTO_COMPILE", ""))
+    workspace_bytes: int = parse_workspace(os.environ.get("REQUANTO_WORKSPACE_MB", ""))
+    pack_on_first_use: bool = parse_packing(os.environ.get("REQUANTO_PACK", ""))
+    compiled: bool | None = parse_compiled(os.environ.get("REQUANTO_COMPILE", ""))
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, _checked(name, value))
-        choices.changed(tuple(self.__dict__.values()))
+        registry_state.changed(tuple(self.__dict__.values()))
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"requanto.settings.{name} cannot be deleted; set it to another value")
@@ -144,7 +148,7 @@ def _bytes(value: object) -> int:
         raise TypeError(f"requanto.settings.workspace_bytes is {value!r}, {expected}") from error
     if not 0 <= size <= _MOST_BYTES:
         raise ValueError(
-            f"requanto.settings.workspace_bytes is {value!r}, {expected}, from 0 (nothing is kept) to 2**63 - 1"
+            f"requanto.settings.workspace_bytes is {value!r}, {expected}, from 0 (nothing is cached) to 2**63 - 1"
         )
     return size
 

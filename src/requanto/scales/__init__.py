@@ -1,4 +1,4 @@
-"""How scale and shift are chosen."""
+"""Choosing scales and shifts, and quantizing with them."""
 
 from requanto.scales.groups import default_group_size, fit_group_size
 from requanto.scales.search import CALIBRATED, SEARCHES, check_method

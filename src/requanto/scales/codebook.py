@@ -1,4 +1,4 @@
-"""Codebooks: the code of the nearest value, and values fitted to one tensor."""
+"""Codebooks: rounding to the nearest value, and values fitted to one tensor."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy as np
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.runtime.tracing import is_fake, is_tracing, neutral
+from requanto.runtime.tracing import is_fake, is_tracing, without_ambient_state
 
-#: Cells of the table that finds the nearest value: no type but the small floats with 4 bits of exponent has values so
-#: close that more than one border falls into a cell.
+#: Cells of the lookup table for the nearest value. Only small floats with 4 exponent bits have values so close together
+#: that a cell contains more than one border.
 CELLS = 2**14
-#: Weights of a tensor that its values are fitted to, at most; rows evenly spaced.
+#: Most weights of a tensor to which its values are fitted, from evenly spaced rows.
 SAMPLED = 2**21
-#: Bins of the histogram that stands for them.
+#: Bins of the histogram of these weights.
 BINS = 4096
-#: Rounds of Lloyd's algorithm at most, and the step (of the range -1 .. 1) below which it has arrived.
+#: Most rounds of Lloyd's algorithm, and the change (of the range -1 .. 1) below which it has converged.
 ROUNDS = 2000
-ARRIVED = 1e-6
+CONVERGED = 1e-6
 
 
 class _Search(NamedTuple):
-    """Sorted distinct values: ``borders`` between neighbours, ``codes`` of each, and a table over cells of equal width.
+    """The sorted distinct values of a codebook: ``borders`` between neighbours, ``codes`` of each, and a lookup table.
 
-    ``below`` is how many borders lie in earlier cells, ``border`` the one inside the cell (infinity: none); both are None
-    where a cell would hold several.
+    The table divides the range into cells of equal width. ``below`` is the number of borders in earlier cells, ``border``
+    the one in the cell (infinity: none); both are None if a cell contains several borders.
     """
 
     borders: torch.Tensor
@@ -40,7 +40,7 @@ class _Search(NamedTuple):
 
 
 def nearest_codes(scaled: torch.Tensor, kind: qtype) -> torch.Tensor:
-    """Codes (uint8) of the values nearest to float32 ``scaled``; halfway between two, the lower value.
+    """Codes (uint8) of the values nearest to float32 ``scaled``; ties go to the lower value.
 
     Args:
         scaled: weights divided by their scale.
@@ -50,8 +50,8 @@ def nearest_codes(scaled: torch.Tensor, kind: qtype) -> torch.Tensor:
     if search.below is None or search.border is None:
         found = torch.bucketize(scaled, search.borders, out_int32=True)
     else:
-        # One border at most in each cell: how many lie below the cell, and one comparison. (bucketize takes 20 ns a weight
-        # on a CPU, its binary search mispredicting every branch; this takes 2.)
+        # At most one border per cell: the number of borders below the cell, plus one comparison. This takes 2 ns per weight
+        # on a CPU; bucketize takes 20 ns, since its binary search mispredicts every branch.
         cells = (scaled - search.low).mul_(search.per_cell).clamp_(0, CELLS - 1).to(torch.int32).flatten()
         found = torch.index_select(search.below, 0, cells)
         found += (scaled.flatten() > torch.index_select(search.border, 0, cells)).to(torch.int32)
@@ -67,7 +67,7 @@ def _search(values: tuple[float, ...], device: torch.device) -> _Search:
     for code, value in enumerate(values):
         code_of.setdefault(value, code)  # of two equal values (0 and -0) the first
     ordered = sorted(code_of)
-    with neutral():
+    with without_ambient_state():
         exact = torch.tensor(ordered, dtype=torch.float64, device="cpu")
         borders = ((exact[1:] + exact[:-1]) / 2).float()
         numbers = [code_of[value] for value in ordered]
@@ -76,8 +76,8 @@ def _search(values: tuple[float, ...], device: torch.device) -> _Search:
         )
         low = ordered[0]
         per_cell = CELLS / (ordered[-1] - low) if ordered[-1] > low else 1.0
-        # The very arithmetic of `nearest_codes`: it rises with its argument, so a weight in a cell before a border's is
-        # below the border.
+        # Must be the same arithmetic as in `nearest_codes`. It is monotonic, so a weight in a cell before that of a border
+        # is below the border.
         cells = (borders - low).mul_(per_cell).clamp_(0, CELLS - 1).to(torch.int64)
         if cells.unique().numel() < cells.numel():
             return _Search(borders.to(device), codes, None, None, low, per_cell)
@@ -89,21 +89,21 @@ def _search(values: tuple[float, ...], device: torch.device) -> _Search:
 
 
 def fit_codebook(rows: torch.Tensor, kind: qtype, group: int) -> tuple[float, ...]:
-    """The 2^bits values that stand best for a tensor whose groups are divided by their largest absolute weight.
+    """The 2^bits values of least squared error for a tensor whose groups are divided by their largest absolute weight.
 
-    A histogram of (a sample of) the normalized weights, each counting as the square of its group's scale, so that it is the
-    error of the weights themselves that becomes smallest; then Lloyd's algorithm on it (Lloyd 1982, Least squares
-    quantization in PCM). From 3 bits on, -1, 0 and 1 are among the values: the largest weight of each group and its zeros
-    stay what they are. That costs a little of the squared error, and language models are far better for it (docs/types.md).
-    The same input gives the same values on any device: the fit is done on the CPU, in float64.
+    Lloyd's algorithm (Lloyd 1982, Least squares quantization in PCM) on a histogram of (a sample of) the normalized weights.
+    Each counts with the square of its group's scale, which minimizes the error of the weights, not of the normalized ones.
+    From 3 bits on, -1, 0 and 1 are among the values, so the largest weight of each group and zeros are exact. That increases
+    the squared error a little, but language models are far more accurate (docs/types.md). The fit runs on the CPU in
+    float64, so that all devices give the same values.
 
     Args:
         rows: float ``[rows, K]``.
         kind: a learned type.
-        group: weights that share a scale, a divisor of K.
+        group: number of weights that share a scale, a divisor of K.
 
     Returns:
-        Ascending values within -1 .. 1, float32 numbers.
+        Ascending values in -1 .. 1, exact in float32.
     """
     count = 2**kind.bits
     step = max(1, -(-rows.numel() // SAMPLED))
@@ -114,7 +114,7 @@ def fit_codebook(rows: torch.Tensor, kind: qtype, group: int) -> tuple[float, ..
     if not sample.numel():
         mass = np.ones(BINS)
     else:
-        # Scales relative to the largest: their squares neither overflow nor vanish.
+        # Scales relative to the largest, so that their squares do not overflow or all vanish.
         weight = (scale / scale.max()).square().expand_as(sample)
         bins = ((sample / scale + 1) * ((BINS - 1) / 2)).round_().to(torch.int32)
         mass = torch.bincount(bins.flatten(), weights=weight.flatten().double(), minlength=BINS).numpy()
@@ -122,14 +122,17 @@ def fit_codebook(rows: torch.Tensor, kind: qtype, group: int) -> tuple[float, ..
 
 
 def _lloyd(mass: np.ndarray, count: int, pinned: bool) -> np.ndarray:
-    """``count`` ascending values of least squared error for ``mass`` on an even grid over -1 .. 1.
+    """``count`` ascending values of least squared error for a histogram.
 
-    pinned: 0 is one of them, and -1 and 1 are where there is mass.
+    Args:
+        mass: weight of each point of an even grid over -1 .. 1.
+        count: number of values.
+        pinned: 0 is one of the values, and so are -1 and 1 where their mass is not 0.
     """
     places = np.linspace(-1, 1, len(mass))
     total = np.concatenate([[0.0], np.cumsum(mass)])
     moment = np.concatenate([[0.0], np.cumsum(mass * places)])
-    # The best density of values goes with the third root of that of the weights (Panter and Dite 1951).
+    # The best density of values is proportional to the cube root of that of the weights (Panter and Dite 1951).
     density = np.cumsum(np.cbrt(mass))
     fixed: dict[int, float] = {}
     if pinned:
@@ -151,21 +154,21 @@ def _lloyd(mass: np.ndarray, count: int, pinned: bool) -> np.ndarray:
         moved = np.where(here > 0, np.diff(moment[edges]) / np.where(here > 0, here, 1), values)
         for code, value in fixed.items():
             moved[code] = value
-        arrived = np.abs(moved - values).max() < ARRIVED
+        converged = np.abs(moved - values).max() < CONVERGED
         values = moved
-        if arrived:
+        if converged:
             break
     return np.sort(values)
 
 
 def values_of(kind: qtype, like: torch.Tensor) -> torch.Tensor:
     """float32 ``[2^bits]``: the values of a fixed codebook, on the device of ``like``."""
-    if is_tracing() or is_fake(like):  # a tensor made while tracing must outlive no trace
+    if is_tracing() or is_fake(like):  # a tensor that is made while tracing must not be cached
         return torch.tensor(kind.values, dtype=torch.float32, device=like.device)
     return _values(kind.values, like.device)
 
 
 @functools.lru_cache(maxsize=64)
 def _values(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    with neutral():
+    with without_ambient_state():
         return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,16 +1,16 @@
-"""Scales and shifts in few bits.
+"""Scales and shifts in 4 to 8 bits.
 
 The scale of a group is stored as a code of ``bits`` bits (4 to 8), times one bfloat16 scale for the whole row:
 
     scale = row_scale * scale_code                     scale_code in 0 .. 2^bits - 1
-    shift = scale * zero_code * (2^b / 2^bits)         zero_code as scale_code; b: bits of the weights' own codes
+    shift = scale * zero_code * (2^b / 2^bits)         zero_code in 0 .. 2^bits - 1; b: bits of the weights' codes
 
-so that both together cost a group 2 x 8 or 2 x 4 bits instead of 2 x 16. The shift is a zero point in fractions of a code:
-its range is that of the codes, hence 0 always lies between a group's smallest and largest value. A group whose weights all
-lie on one side of 0 is given a range that reaches to 0.
+So a group needs 2 x 8 or 2 x 4 bits instead of 2 x 16. The shift is a zero point in fractions of a code. It is within the
+range of the codes, hence 0 is always between a group's smallest and largest value: the range of a group whose weights all
+have one sign is extended to 0.
 
-The weights' codes are chosen after scale and shift were rounded, so nothing is lost twice. (Scales of scales: QLoRA's double
-quantization, Dettmers et al. 2023, arXiv:2305.14314; llama.cpp's K types round both scales and minima to 6 bits.)
+The weights' codes are chosen after scale and shift were rounded, so their rounding adds no second error. (Scales of scales:
+QLoRA's double quantization, Dettmers et al. 2023, arXiv:2305.14314; llama.cpp's K types round scales and minima to 6 bits.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from requanto.dtypes.bit_packing import pack, packed_length, unpack
 from requanto.dtypes.qtypes import qtype
 
-#: dtype of a row's scale: float32's range in 16 bits. Its own rounding costs nothing, the codes are chosen after it.
+#: dtype of a row's scale: float32's range in 16 bits. Its rounding adds no error, since the codes are chosen after it.
 ROW_DTYPE = torch.bfloat16
 
 
@@ -35,10 +35,10 @@ class CompactScales(NamedTuple):
 
 
 def check_scale_bits(value: Any, where: str = "scale_bits") -> int | None:
-    """A number of bits that scales can be stored in; None: they are stored as floats, which 16 asks for too.
+    """Checks a number of bits for scales: 4 to 8, or None (also for 16) for scales stored as floats.
 
     Raises:
-        ValueError: any other value.
+        ValueError: the value is another one.
     """
     if value in (None, 16):
         return None
@@ -48,9 +48,9 @@ def check_scale_bits(value: Any, where: str = "scale_bits") -> int | None:
 
 
 def round_scales(scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype, bits: int) -> CompactScales:
-    """The codes nearest to float32 scales and shifts ``[..., G]`` that a search chose, with the range stretched to 0.
+    """The codes nearest to float32 scales and shifts ``[..., G]``, after extending each group's range to 0.
 
-    A scale of 0 (a group of zeros, or of equal weights) stays 0 where the range needs none; others get a code of at least 1.
+    A scale that is 0 after that (a group of zeros) stays 0; others get a code of at least 1.
     """
     steps, top = 2**kind.bits - 1, 2**bits - 1
     if shift is not None:
@@ -73,22 +73,22 @@ def zero_step(kind: qtype, bits: int) -> float:
 
 
 def expand_scale(codes: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
-    """float32 scales ``[..., G]`` of unpacked codes. Code times bfloat16 has 16 bits: exact in float32."""
+    """float32 scales ``[..., G]`` from unpacked codes. Code times bfloat16 has 16 bits: exact in float32."""
     return codes.to(torch.float32) * row_scale.to(torch.float32)
 
 
 def expand_shift(zeros: torch.Tensor, scale: torch.Tensor, kind: qtype, bits: int) -> torch.Tensor:
-    """float32 shifts ``[..., G]`` of unpacked zero points under expanded scales. Exact: 24 bits."""
+    """float32 shifts ``[..., G]`` from unpacked zero points and expanded scales. Exact: 24 bits."""
     return zeros.to(torch.float32).mul_(zero_step(kind, bits)).mul_(scale)
 
 
 def stored_length(groups: int, bits: int) -> int:
-    """Bytes that ``groups`` codes take."""
+    """Number of bytes for ``groups`` codes."""
     return groups if bits == 8 else packed_length(groups, bits)
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes as they are stored: uint8 ``[..., stored_length]``."""
+    """The stored (packed) codes: uint8 ``[..., stored_length]``."""
     return codes if bits == 8 else pack(codes, bits)
 
 

@@ -1,9 +1,9 @@
-"""The low-rank term that comes nearest to what rounding lost, found together with the codes.
+"""A low-rank term that corrects rounding errors, computed in alternation with the codes.
 
-``W - dequant(codes)`` has no low rank, but its largest singular directions carry more than their share; two thin matrices
-take them back at ``rank * (N + K) / (N * K)`` weights of 16 bits. (ZeroQuant-V2, Yao et al. 2023, arXiv:2303.08302; LQER,
-Zhang et al. 2024, arXiv:2402.02446.) What the term says the codes need not say: the weight less the term is rounded again,
-the term is found for the new codes, and so on (LoftQ, Li et al. 2023, arXiv:2310.08659).
+The rounding error ``W - dequant(codes)`` does not have low rank, but its largest singular directions have more than their
+share of its norm. A low-rank term corrects these at a cost of ``rank * (N + K) / (N * K)`` 16-bit values per weight.
+(ZeroQuant-V2, Yao et al. 2023, arXiv:2303.08302; LQER, Zhang et al. 2024, arXiv:2402.02446.) The weight minus the term is
+then rounded again, the term is computed for the new codes, and so on (LoftQ, Li et al. 2023, arXiv:2310.08659).
 """
 
 from __future__ import annotations
@@ -17,33 +17,34 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from requanto.runtime.tracing import without_autocast
 
-#: Matrices whose shorter side is at most this are decomposed whole; of larger ones random projections find what is wanted.
+#: Matrices whose shorter side is at most this get a full eigendecomposition; larger ones a randomized one.
 FULL = 2048
-#: Of the projections: columns beyond the rank, and rounds. Rounding errors have a flat spectrum, which takes rounds.
+#: Randomized decomposition: columns in addition to the rank, and power iterations. Rounding errors have a flat spectrum,
+#: which needs many iterations.
 OVERSAMPLE, ROUNDS = 16, 8
-#: Times that codes and term are found in turns, each as long as the first. In eight turns the squared error of MiniLM's
-#: layers falls by a sixth at int3 with rank 16 and by a quarter at int2 with rank 32; after five most of that is there.
+#: Alternations of codes and term; all take equally long. Eight reduce the squared error of MiniLM's layers by a sixth for
+#: int3 with rank 16 and by a quarter for int2 with rank 32; five give most of that.
 TURNS = 5
 
 
 class Rounded(Protocol):
-    """What `corrected` needs of a quantized weight."""
+    """The interface of a quantized weight that `corrected` uses."""
 
-    def own_values(self) -> torch.Tensor:
-        """float32 ``[..., N, K]``: what the codes stand for."""
+    def values_without_lowrank(self) -> torch.Tensor:
+        """float32 ``[..., N, K]``: the dequantized codes."""
 
     def set_lowrank(self, up: torch.Tensor, down: torch.Tensor) -> None:
-        """Takes the term."""
+        """Sets the low-rank term."""
 
 
 Weight = TypeVar("Weight", bound=Rounded)
 
 
 def check_low_rank(value: Any, where: str = "low_rank") -> int | None:
-    """A rank to correct with; None and 0 mean none.
+    """Checks the rank of a correction; None and 0 mean no correction.
 
     Raises:
-        ValueError: no integer, or a negative one.
+        ValueError: the value is not an integer, or negative.
     """
     if value is None:
         return None
@@ -53,18 +54,18 @@ def check_low_rank(value: Any, where: str = "low_rank") -> int | None:
 
 
 def corrected(rows: torch.Tensor, rank: int, rounded: Callable[[torch.Tensor], Weight]) -> Weight:
-    """The quantized weight with its low-rank term, of the turn that leaves the least squared error.
+    """The quantized weight with its low-rank term, from the alternation with the least squared error.
 
     Args:
-        rows: float ``[..., N, K]``.
-        rank: of the term, whose dtype is that of ``rows``.
+        rows: float ``[..., N, K]``; the term has the same dtype.
+        rank: rank of the term.
         rounded: quantizes float32 ``[..., N, K]``.
     """
     wide, best, least = rows.float(), None, math.inf
     left = wide
     for _ in range(TURNS):
         found = rounded(left)
-        lost = wide - found.own_values()
+        lost = wide - found.values_without_lowrank()
         up, down = low_rank_factors(lost, rank, rows.dtype)
         with without_autocast(rows.device):
             term = up.float() @ down.float()
@@ -79,9 +80,9 @@ def corrected(rows: torch.Tensor, rank: int, rounded: Callable[[torch.Tensor], W
 
 
 def low_rank_factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """``up`` ``[..., N, r]`` and ``down`` ``[..., r, K]`` whose product is nearest to ``error`` ``[..., N, K]``, float32.
+    """``up`` ``[..., N, r]`` and ``down`` ``[..., r, K]`` whose product is nearest to ``error``, float32 ``[..., N, K]``.
 
-    The same matrix gives the same factors whatever torch's global generator holds. r is ``rank``, or the shorter side.
+    r is ``rank`` or the shorter side. The result does not depend on the state of torch's global generator.
     """
     rank = min(rank, *error.shape[-2:])
     with without_autocast(error.device):
@@ -93,14 +94,14 @@ def _factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.
         down, up = _factors(error.mT, rank, dtype)
         return up.mT.contiguous(), down.mT.contiguous()
     if error.shape[-2] <= FULL:
-        # The Gram matrix's eigenvectors are the left singular ones, at a fraction of an SVD's time; in float64, so that
-        # squaring loses nothing.
+        # The eigenvectors of the Gram matrix are the left singular vectors, and much faster than an SVD; in float64, since
+        # the Gram matrix squares the singular values.
         wide = error.double()
         left = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1).to(error.dtype)
     else:
         left = _randomized(error, rank)
     right = left.mT @ error
-    # Both sides get the same size: neither leaves the range of a 16-bit float.
+    # Both factors get the same norm, so that neither leaves the range of a 16-bit float.
     root = right.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     return (left * root.unsqueeze(-2)).to(dtype).contiguous(), (right / root.unsqueeze(-1)).to(dtype).contiguous()
 

@@ -1,9 +1,9 @@
 """Scales of float8 weights, chosen by their squared error.
 
-Float8 codes have the same relative grid in each octave: a scale of absmax / largest code is no better than another, and
-what counts is where between two codes the weights of a row fall. Tried are the scales that put the largest weight, which
-matters most, exactly on one of the codes of the top octave (448, 416 ... 240 for e4m3: from absmax / 448 to nearly twice
-that); the one of the least squared error is taken.
+Float8 codes have the same relative spacing in each octave, so a scale of absmax / largest code is not special: the error
+depends on where between two codes the weights of a row are. The candidates are the scales that map the largest weight, which
+matters most, exactly to a code of the top octave (448, 416 ... 240 for e4m3: from absmax / 448 to nearly twice that). The
+candidate with the least squared error is used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 
-#: Weights of a row that are looked at, evenly spread over it; a row shorter than twice this is looked at whole. Over more
-#: weights the differences between the candidates average out: they gain little and cost time.
+#: Number of evenly spaced weights of a row that are used; all of them in rows shorter than twice this. With more weights the
+#: differences between candidates average out, so they gain little and take time.
 SAMPLE = 128
-#: Scaled weights held at once: they stay in a core's cache.
+#: Scaled weights computed at once, so that they stay in a core's cache.
 BLOCK = 128 * 1024
 
 
@@ -30,7 +30,7 @@ def top_codes(kind: qtype) -> tuple[float, ...]:
     while code > info.max / 2:
         codes.append(code)
         octave = 2.0 ** math.floor(math.log2(code))
-        # Below a power of two the codes lie half as far apart.
+        # Below a power of two the spacing is half as large.
         code -= octave * info.eps * (0.5 if code == octave else 1.0)
     return tuple(codes)
 
@@ -41,15 +41,15 @@ def mantissa_bits(kind: qtype) -> int:
 
 
 def float8_scale(groups: torch.Tensor, kind: qtype) -> torch.Tensor:
-    """Scale ``[rows, G]`` of float32 ``groups`` ``[rows, G, group]`` with the least squared error, see the module's text.
+    """Scale ``[rows, G]`` of least squared error for float32 ``groups`` ``[rows, G, group]``, see the module's docstring.
 
-    Subnormal codes count as normal ones here: they stand for weights 2^14 times smaller than the largest.
+    Subnormal codes are treated as normal ones: they are for weights 2^14 times smaller than the largest.
     """
     absmax = torch.maximum(groups.amax(-1), groups.amin(-1).neg_()).flatten()
     codes = torch.tensor(top_codes(kind), dtype=torch.float32, device=groups.device)
     sample = groups[..., :: max(1, groups.shape[-1] // SAMPLE)].flatten(0, 1)
     factors = codes / torch.where(absmax == 0, torch.ones_like(absmax), absmax).unsqueeze(-1)
-    # The bits of a float32 below the kept mantissa: adding half of what they can hold, then clearing them, rounds.
+    # Rounds a float32 to the mantissa of float8: add half of the dropped bits' range, then clear these bits.
     dropped = 1 << (23 - mantissa_bits(kind))
     best = torch.empty_like(absmax)
     step = max(1, BLOCK // (sample.shape[-1] * len(codes)))

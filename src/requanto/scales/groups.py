@@ -1,7 +1,7 @@
-"""Group sizes: how many neighbouring weights of a row share one scale.
+"""Group sizes: how many adjacent weights of a row share one scale.
 
-The rule when the wished group does not divide the row length K: halve it until it divides, down to 8; a row that no such
-group divides is one group (a scale per row). The outcome is logged where it differs from the wish.
+A group size that does not divide the row length K is halved until it does, down to 8; if none does, the row is one group
+(one scale per row). A changed group size is logged.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from requanto.dtypes.qtypes import qtype
 
 logger = logging.getLogger(__name__)
 
-#: Smallest group the halving rule arrives at: below it the scales outweigh the codes.
+#: Smallest group size from halving: in smaller groups the scales would take more memory than the codes.
 SMALLEST_GROUP = 8
 
 
 def default_group_size(kind: qtype) -> int | None:
-    """Group size used when the user names none: 64 for 4 to 7 bits, 32 below, per row (None) for 8 bits."""
+    """The default group size: 64 for 4 to 7 bits, 32 below, None (one scale per row) for 8 bits."""
     if kind.bits == 8:
         return None
     return 64 if kind.bits >= 4 else 32
 
 
 def fit_group_size(wanted: int | None, length: int, name: str = "weight") -> int | None:
-    """The group size that a row of ``length`` weights gets when ``wanted`` is asked for.
+    """The group size for rows of ``length`` weights if the user asks for ``wanted``.
 
     Returns:
-        A divisor of ``length``, or None: one scale for the row.
+        A divisor of ``length``, or None for one scale per row.
 
     Raises:
         ValueError: ``wanted`` is not a positive integer.

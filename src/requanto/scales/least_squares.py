@@ -1,8 +1,8 @@
-"""Scale and shift by weighted least squares: rounding and refitting in turns, from a range somewhat within the extremes.
+"""Scale and shift by weighted least squares, alternating rounding and fitting.
 
-For given codes q the best scale and shift of ``min sum v (w - (s q - z))^2`` are those of a weighted straight line; for
-given scale and shift the best codes are the nearest. Doing one after the other never makes the sum larger (Lloyd's algorithm
-on a grid). Where it ends depends on where it starts: 0.95 of the range from minimum to maximum does best at 4 bits.
+For given codes q, scale and shift of ``min sum v (w - (s q - z))^2`` are a weighted linear regression; for given scale and
+shift, the best codes are the nearest. Alternating the two never increases the sum (Lloyd's algorithm on a grid). The result
+depends on the start: 0.95 of the range from minimum to maximum is best at 4 bits.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.runtime.buffers import scratch
+from requanto.runtime.buffers import scratch_like
 
 #: Part of the range between minimum and maximum to start from, by bits.
 START = {2: 0.7, 3: 0.8, 4: 0.95}
-#: Refits: the first gains most, the third next to nothing.
+#: Fits: the first gains most, a third almost nothing.
 REFITS = 2
-#: Codes by which each weight of a group that was quantized before may lie beside one: rounding to bfloat16 moved it.
+#: Distance, in codes, of the weights of a group from the nearest code up to which it counts as quantized before; not 0,
+#: since such weights may have been rounded to bfloat16.
 ON_GRID = 1 / 8
-#: How many weights of a group are looked at first to tell that it was not quantized before.
-LOOKED_AT = 4
+#: Number of weights of each group that `on_grid` tests first.
+PROBES = 4
 
 
 def least_squares(
@@ -34,8 +35,9 @@ def least_squares(
     Args:
         groups: the weights.
         kind: an integer type.
-        affine: with a shift, or around zero.
-        extremes: scale and shift of the whole range, which a group keeps where there is nothing to fit (all weights equal).
+        affine: with a shift, or symmetric around zero.
+        extremes: scale and shift of the whole range, also the result for groups that are not fitted (all weights equal, or
+            quantized before).
         importance: v of the formula, ``[rows, G, group]``; None: 1 everywhere.
     """
     whole, shift = extremes
@@ -43,38 +45,37 @@ def least_squares(
     safe = torch.where(usable, whole, torch.ones_like(whole))
     unit = safe.reciprocal().unsqueeze(-1)
     if shift is None:
-        units = torch.mul(groups, unit, out=scratch(groups, "units"))
+        units = torch.mul(groups, unit, out=scratch_like(groups, "units"))
         fitted = _line_through_zero(units, kind, importance)
         return torch.where(on_grid(units) | ~usable, whole, fitted * whole), None
     # In units of the minmax codes, 0 .. top: w = safe * unit - shift.
-    units = torch.add(groups, shift.unsqueeze(-1), out=scratch(groups, "units")).mul_(unit)
+    units = torch.add(groups, shift.unsqueeze(-1), out=scratch_like(groups, "units")).mul_(unit)
     slope, offset = _line(units, 2**kind.bits - 1, START.get(kind.bits, 1.0), importance)
-    kept = on_grid(units) | ~usable
-    return torch.where(kept, whole, slope * whole), torch.where(kept, shift, shift - offset * whole)
+    unchanged = on_grid(units) | ~usable
+    return torch.where(unchanged, whole, slope * whole), torch.where(unchanged, shift, shift - offset * whole)
 
 
 def whole_range(groups: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift ``[rows, G]`` that map the smallest weight of a group onto the first code, the largest onto the last
-    one."""
+    """Scale and shift ``[rows, G]`` that map the smallest weight of a group to the first code, the largest to the last."""
     low, high = groups.amin(-1), groups.amax(-1)  # aminmax of a short axis is ten times slower on a CPU
     return (high - low) / (2**kind.bits - 1), -low
 
 
 def on_grid(units: torch.Tensor, start: torch.Tensor | None = None) -> torch.Tensor:
-    """Which groups were quantized before: their weights lie on the codes already, and nothing may be lost again.
+    """Mask ``[rows, G]`` of groups that were quantized before: all weights are on codes. They must not lose accuracy again.
 
-    A few weights of each group tell that it was not, so that all of them are looked at only where there is a reason to.
+    Tests a few weights of each group first, and all weights only of the groups that pass.
 
     Args:
         units: weights in units of codes, ``[rows, G, group]``.
-        start: where the codes begin, ``[rows, G]``; None: at a whole number.
+        start: position of the first code, ``[rows, G]``; None: a whole number.
     """
 
     def near(values: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
         values = values.clone() if start is None else values - start.unsqueeze(-1)
         return values.sub_(values.round()).abs_().amax(-1) < ON_GRID
 
-    found = near(units[..., :: max(1, units.shape[-1] // LOOKED_AT)], start)
+    found = near(units[..., :: max(1, units.shape[-1] // PROBES)], start)
     if bool(found.any()):
         suspects = found.nonzero(as_tuple=True)
         found[suspects] = near(units[suspects], None if start is None else start[suspects])
@@ -89,10 +90,10 @@ def _line(
         total, first = float(units.shape[-1]), units.sum(-1)
     else:
         total = importance.sum(-1)
-        first = torch.mul(importance, units, out=scratch(units, "product")).sum(-1)
+        first = torch.mul(importance, units, out=scratch_like(units, "product")).sum(-1)
     slope = torch.full_like(first, start)
     offset = torch.full_like(first, (1 - start) / 2 * top)
-    codes, product, other = (scratch(units, slot) for slot in ("codes", "product", "other"))
+    codes, product, other = (scratch_like(units, slot) for slot in ("codes", "product", "other"))
     for _ in range(REFITS):
         torch.sub(units, offset.unsqueeze(-1), out=codes)
         codes.mul_(slope.reciprocal().unsqueeze(-1)).round_().clamp_(0, top)
@@ -101,7 +102,7 @@ def _line(
         sum_qu = torch.mul(counted, units, out=other).sum(-1)
         sum_qq = codes.mul_(counted).sum(-1)
         spread = total * sum_qq - sum_q * sum_q
-        # No spread: all codes that count are equal.
+        # Without spread all codes are equal, and there is no line to fit.
         good = spread > 1e-6 * total * sum_qq
         slope = torch.where(good, (total * sum_qu - sum_q * first) / spread, slope)
         offset = torch.where(good, (first - slope * sum_q) / total, offset)
@@ -111,7 +112,7 @@ def _line(
 def _line_through_zero(units: torch.Tensor, kind: qtype, importance: torch.Tensor | None) -> torch.Tensor:
     """slope ``[rows, G]`` of ``units ~ slope * code`` for signed codes."""
     slope = torch.full_like(units[..., 0], START.get(kind.bits, 1.0))
-    codes, product, other = (scratch(units, slot) for slot in ("codes", "product", "other"))
+    codes, product, other = (scratch_like(units, slot) for slot in ("codes", "product", "other"))
     for _ in range(REFITS):
         torch.mul(units, slope.reciprocal().unsqueeze(-1), out=codes)
         codes.round_().clamp_(kind.qmin, kind.qmax)

@@ -1,7 +1,7 @@
-"""How a static activation scale is found from one batch of values.
+"""Observers: a static activation scale from one batch of values.
 
-An observer is any function ``observer(values, kind) -> scale``: float values of any shape, the type they will be quantized
-to, a scalar tensor in their dtype. `Calibration` averages what it says over batches.
+An observer is any function ``observer(values, kind) -> scale``, where values are float of any shape, kind is the type to
+quantize to, and scale is a scalar tensor of their dtype. `Calibration` averages the scales of all batches.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from requanto.dtypes.qtypes import qint8, qtype
 
 Observer = Callable[[torch.Tensor, qtype], torch.Tensor]
 
-#: Values looked at by observers that sort or search: enough for a percentile, few enough to stay quick.
+#: Most values that observers sort or search: enough for a percentile, and still fast.
 SAMPLE = 1_000_000
 
 
 def absmax_scale(base: torch.Tensor, qtype: qtype = qint8, axis: int | None = None) -> torch.Tensor:
-    """The scale that maps the largest magnitude onto the largest code.
+    """The scale that maps the largest magnitude to the largest code.
 
     Args:
         base: float tensor.
         qtype: type of the codes.
-        axis: axis with scales of its own, -1 for the last; None: one scale.
+        axis: axis with separate scales, -1 for the last; None: one scale.
 
     Returns:
-        In base's dtype: a scalar, or of base's rank with size 1 everywhere but ``axis``.
+        In base's dtype: a scalar, or a tensor with as many axes as base, of size 1 except for ``axis``.
     """
     magnitude = base.abs()
     info = torch.finfo(qtype.dtype) if qtype.dtype.is_floating_point else torch.iinfo(qtype.dtype)
@@ -38,7 +38,7 @@ def absmax_scale(base: torch.Tensor, qtype: qtype = qint8, axis: int | None = No
 
 
 class PercentileObserver:
-    """Maps a percentile of the magnitudes onto the largest code: a few outliers saturate, all others gain resolution.
+    """Maps a percentile of the magnitudes to the largest code: a few outliers saturate, the others gain resolution.
 
     Args:
         percentile: 50 .. 100.
@@ -56,7 +56,7 @@ class PercentileObserver:
 
 
 class MseObserver:
-    """The scale, of ``steps`` between absmax / 5 and absmax, whose rounding error is the least in mean square."""
+    """The scale of least mean squared error among ``steps`` candidates, from 0.2 to 1 times the absmax scale."""
 
     def __init__(self, steps: int = 40) -> None:
         if steps < 2:
@@ -86,11 +86,11 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
 
 
 def find_observer(observer: str | Observer) -> Observer:
-    """The observer that a name (``"absmax"``, ``"percentile"``, ``"mse"``) or a function stands for.
+    """The observer for a name (``"absmax"``, ``"percentile"``, ``"mse"``), or the function itself.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: neither name nor function.
+        ValueError: the name is unknown.
+        TypeError: the value is neither a name nor a function.
     """
     named: dict[str, Callable[[], Observer]] = {
         "absmax": lambda: absmax_scale,

@@ -1,8 +1,8 @@
-"""How scale and shift of a weight are chosen, under the names and with the arithmetic of optimum-quanto 0.2.7.
+"""Optimizers, which choose scale and shift of a weight, with the names and the arithmetic of optimum-quanto 0.2.7.
 
-An optimizer called on a weight answers as optimum-quanto's answers, bit for bit, in the weight's own dtype. Given to
-:func:`requanto.quantize` it also decides the codes, which are then optimum-quanto's as well (:func:`quantize_as_quanto`).
-Without one, Requanto searches in float32 (`requanto.scales`), which is more accurate for 16-bit weights.
+An optimizer returns the same as optimum-quanto's, bit for bit, in the weight's dtype. With an optimizer,
+:func:`requanto.quantize` also computes the codes as optimum-quanto does (:func:`quantize_as_quanto`). Without one, Requanto
+searches in float32 (`requanto.scales`), which is more accurate for 16-bit weights.
 
     symmetric  scale = absmax / qmax                         w ~ scale * code
     affine     scale = (max - min) / (2^b - 1), shift = -min w ~ scale * code - shift
@@ -24,14 +24,14 @@ from requanto.tensor.qtensor import QTensor
 
 
 class Optimizer(ABC):
-    """Finds the scale, or scale and shift, of a float tensor."""
+    """Chooses the scale, or scale and shift, of a float tensor."""
 
     @abstractmethod
     def __call__(self, base: torch.Tensor, qtype: qtype, axis: int | None = None, **options: Any) -> Any: ...
 
 
 class SymmetricOptimizer(Optimizer):
-    """Codes around zero: a scale, no shift. Subclasses define :meth:`optimize`."""
+    """Optimizer for symmetric codes: a scale, no shift. Subclasses define :meth:`optimize`."""
 
     def __call__(self, base: torch.Tensor, qtype: qtype, axis: int | None = None) -> torch.Tensor:  # type: ignore[override]
         """The scale.
@@ -39,10 +39,10 @@ class SymmetricOptimizer(Optimizer):
         Args:
             base: float tensor.
             qtype: type of the codes.
-            axis: axis with scales of its own (0 or -1), or None: one scale.
+            axis: axis with separate scales (0 or -1), or None: one scale.
 
         Returns:
-            In base's dtype: of base's rank with size 1 everywhere but ``axis``; scalar where axis is None or has size 1.
+            In base's dtype, of size 1 except for ``axis``; a scalar if axis is None or has size 1.
         """
         if axis not in (None, 0, -1):
             raise ValueError(f"axis must be None, 0 (first axis) or -1 (last axis), found {axis!r}")
@@ -58,7 +58,7 @@ class SymmetricOptimizer(Optimizer):
 
 
 class AbsmaxOptimizer(SymmetricOptimizer):
-    """The largest magnitude takes the largest code."""
+    """Maps the largest magnitude to the largest code."""
 
     def optimize(self, base: torch.Tensor, qtype: qtype, axis: int | None = None) -> torch.Tensor:
         magnitude = base.abs()
@@ -68,7 +68,7 @@ class AbsmaxOptimizer(SymmetricOptimizer):
 
 
 class AffineOptimizer(Optimizer):
-    """Codes with a shift. Subclasses define :meth:`optimize`."""
+    """Optimizer for codes with a shift. Subclasses define :meth:`optimize`."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -84,8 +84,8 @@ class AffineOptimizer(Optimizer):
             base: float tensor.
             qtype: type of the codes.
             axis: 0 or -1.
-            group_size: weights that share a scale; None: one scale along ``axis``.
-            zeropoint: a uint8 shift that represents zero exactly, in place of a float one.
+            group_size: number of weights that share a scale; None: one scale along ``axis``.
+            zeropoint: return a uint8 zero point instead of a float shift.
         """
         if axis not in (0, -1):
             raise ValueError(f"axis must be 0 (first axis) or -1 (last axis), found {axis!r}")
@@ -100,26 +100,26 @@ class AffineOptimizer(Optimizer):
 
     @abstractmethod
     def optimize(self, base: torch.Tensor, qtype: qtype, axis: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and shift of a tensor that is grouped already; see :meth:`__call__`."""
+        """Scale and shift of an already grouped tensor; see :meth:`__call__`."""
 
 
 class MaxOptimizer(AffineOptimizer):
-    """The smallest and the largest value take the outermost codes."""
+    """Maps the smallest and the largest value to the first and the last code."""
 
     def optimize(self, base: torch.Tensor, qtype: qtype, axis: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        # One row (axis None) is one group; optimum-quanto gives each of its columns a scale of zero, and NaN weights.
+        # One row (axis None) is one group. optimum-quanto gives each of its columns a scale of 0, hence NaN weights.
         others = list(range(base.dim())) if axis is None else _others(base, axis)
         low, high = base.amin(others, keepdim=True), base.amax(others, keepdim=True)
         return (high - low) / (2**qtype.bits - 1), -low
 
 
 class HqqOptimizer(MaxOptimizer):
-    """Starts from :class:`MaxOptimizer` and moves the shift to lessen an l_p norm of the error, p < 1.
+    """Starts from :class:`MaxOptimizer` and changes the shift to reduce an l_p norm of the error, p < 1.
 
     Args:
         lp_norm: p.
         beta: weight of the quadratic term.
-        kappa: its growth a step.
+        kappa: factor of beta per step.
         iters: most steps; it stops earlier when the mean error no longer falls.
         verbose: print the error of each step.
     """
@@ -171,26 +171,26 @@ def _others(base: torch.Tensor, axis: int) -> list[int]:
 def _require_dtype(optimizer: Optimizer, found: torch.Tensor, base: torch.Tensor) -> None:
     if found.dtype != base.dtype:
         raise TypeError(
-            f"{type(optimizer).__name__}.optimize must answer in the dtype of the weight, {base.dtype}, found {found.dtype}"
+            f"{type(optimizer).__name__}.optimize must return the dtype of the weight, {base.dtype}, found {found.dtype}"
         )
 
 
 def default_optimizer(kind: qtype) -> Optimizer:
-    """optimum-quanto's default: absmax at 8 bits, minimum and maximum below."""
+    """optimum-quanto's default optimizer: absmax for 8 bits, minimum and maximum below."""
     return AbsmaxOptimizer() if kind.bits == 8 else MaxOptimizer()
 
 
 def check_optimizer(optimizer: Optimizer, kind: qtype, name: str = "optimizer") -> None:
-    """Refuses an optimizer that cannot serve a type.
+    """Checks that an optimizer can be used for a type.
 
     Raises:
-        ValueError: symmetric below 8 bits, or affine at 8; a type that optimum-quanto's arithmetic does not know.
-        TypeError: no Optimizer.
+        ValueError: it is symmetric below 8 bits or affine for 8, or optimum-quanto does not have the type.
+        TypeError: it is not an Optimizer.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"{name} must be a requanto Optimizer, found {type(optimizer).__name__}")
     if kind.is_codebook or kind.is_unsigned:
-        raise ValueError(f"{name}: optimizers choose scales of signed integers and float8; {kind.name} takes none")
+        raise ValueError(f"{name}: optimizers support signed integers and float8 only, found {kind.name}")
     if isinstance(optimizer, SymmetricOptimizer) != (kind.bits == 8):
         wanted = "a SymmetricOptimizer such as AbsmaxOptimizer" if kind.bits == 8 else "an AffineOptimizer"
         raise ValueError(f"{name}: {kind.name} weights need {wanted}, found {type(optimizer).__name__}")
@@ -205,17 +205,18 @@ def quantize_as_quanto(
     transposed: bool = False,
     name: str = "weight",
 ) -> QTensor:
-    """The QTensor whose codes, scales and shifts are those optimum-quanto finds with this optimizer.
+    """The QTensor with the codes, scales and shifts of optimum-quanto for this optimizer.
 
     Args:
-        weight: float tensor of two axes or more, rows first (``[..., K, N]`` seen transposed with ``transposed``).
+        weight: float tensor of two axes or more, rows first (``[..., K, N]`` with ``transposed``).
         kind: type of the codes.
         optimizer: None: optimum-quanto's default.
-        group_size: a divisor of the row length; below 8 bits only. None: one scale a row.
-        name: what to call the weight in an error.
+        group_size: a divisor of the row length, only below 8 bits; None: one scale per row.
+        transposed: quantize along the second-to-last axis.
+        name: name of the weight in messages.
 
     Raises:
-        ValueError: the optimizer does not serve the type, or the weight holds NaN or Inf.
+        ValueError: the optimizer does not support the type, or the weight contains NaN or Inf.
     """
     optimizer = optimizer or default_optimizer(kind)
     check_optimizer(optimizer, kind, name)
@@ -229,7 +230,7 @@ def quantize_as_quanto(
         scale, shift = optimizer(canonical, kind, axis=0, group_size=group_size or length)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"{name} holds NaN or Inf and cannot be quantized; repair it, or exclude this layer")
-    # A row or group of equal weights has scale 0; every code is 0 there, so any other scale stands for the same weight.
+    # A row or group of equal weights has scale 0. Its codes are all 0, so any other scale gives the same weights.
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     if kind.bits == 8:
         codes = symmetric_codes(canonical, kind.dtype, scale)

@@ -1,4 +1,4 @@
-"""optimum-quanto's arithmetic: codes in the dtype of the weight, groups by its rule, bytes in its order."""
+"""optimum-quanto's arithmetic: codes computed in the dtype of the weight, its group sizes and its bit packing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def symmetric_codes(base: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor)
 
 
 def _divided(base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``base / scale``, 0 where the scale is 0: equal values, or none but zeros, which the shift alone stands for."""
+    """``base / scale``; 0 where the scale is 0, as for equal weights, whose value is in the shift."""
     return torch.where(scale == 0, torch.zeros((), dtype=base.dtype, device=base.device), base / scale)
 
 
 def affine_codes(base: torch.Tensor, bits: int, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Unsigned codes ``0 .. 2^bits - 1`` (uint8) of a grouped ``base``; an integer shift is the code of zero."""
+    """Unsigned codes ``0 .. 2^bits - 1`` (uint8) of a grouped ``base``; an integer shift is a zero point."""
     if shift.dtype.is_floating_point:
         codes = torch.round(_divided(base + shift, scale))
     else:
@@ -29,7 +29,7 @@ def affine_codes(base: torch.Tensor, bits: int, scale: torch.Tensor, shift: torc
 
 
 def group_size_rule(shape: torch.Size | tuple[int, ...]) -> int | None:
-    """Group that 2- and 4-bit module weights of this shape have there: 128, 96, 64 or 32 where it divides, else None."""
+    """optimum-quanto's group size for 2- and 4-bit weights of a shape: the first divisor of 128, 96, 64 and 32, or None."""
     length = torch.Size(shape).numel() // shape[0] if shape[0] else 0
     size = 128
     if length <= size:
@@ -40,17 +40,17 @@ def group_size_rule(shape: torch.Size | tuple[int, ...]) -> int | None:
 
 
 def group(base: torch.Tensor, axis: int, group_size: int, pad: bool = False) -> torch.Tensor:
-    """``[groups, group_size]`` for axis 0, ``[group_size, groups]`` for axis -1.
+    """Splits a tensor into groups: ``[groups, group_size]`` for axis 0, ``[group_size, groups]`` for axis -1.
 
     Args:
         base: any tensor.
-        axis: 0 or -1: what the groups are cut from are the values along it.
-        group_size: values in a group.
-        pad: where it does not divide, fill the last group of each slice with the slice's last value, which moves neither
-            its minimum nor its maximum. (A KV cache has any number of tokens, and heads of any size.)
+        axis: 0 or -1. Each index along it is one slice, which is divided into groups.
+        group_size: number of values in a group.
+        pad: if it does not divide, pad the last group of each slice with the slice's last value, which changes neither
+            minimum nor maximum. (A KV cache has any number of tokens, and heads of any size.)
 
     Raises:
-        ValueError: another axis, or a group that does not divide, without ``pad``.
+        ValueError: another axis, or without ``pad`` a group size that does not divide.
     """
     if axis not in (0, -1):
         raise ValueError(f"axis must be 0 or -1 to group a tensor, found {axis!r}")
@@ -91,7 +91,7 @@ def grouped_shape(shape: torch.Size | tuple[int, ...], axis: int, group_size: in
 
 
 def pack_split(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Packs along axis 0, split: byte row r holds rows r, r + R ... from low bits to high, R = ceil(rows / per byte)."""
+    """Packs codes along axis 0: byte row r has the rows r, r + R ... from low to high bits, R = ceil(rows / per byte)."""
     per_byte = 8 // bits
     rows = codes.shape[0]
     width = -(-rows // per_byte)

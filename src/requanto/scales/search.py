@@ -1,10 +1,10 @@
-"""Searches: how the scale (and shift) of a group of weights is chosen, without data.
+"""Searches: functions that choose the scale (and shift) of a group of weights, without data.
 
-minmax    the outermost weights take the outermost codes: no weight is further off than half a step
+minmax    map smallest and largest weight to the first and last code: no error is more than half a step
 mse       least squared error (float8: `requanto.scales.float8`)
-aligned   least squared error, from roundings with a code at zero (`requanto.scales.aligned`): the default of 2 to 4 bits
-weighted  least squared error, each weight counted with its own magnitude: outliers matter more to what a layer computes
-          than the many small weights between them, whose errors cancel
+aligned   least squared error from roundings with a code at zero (`requanto.scales.aligned`): the default for 2 to 4 bits
+weighted  least squared error weighted by magnitude: outliers matter more to a layer's output than the many small weights,
+          whose errors cancel
 hqq       half-quadratic: least |error|^0.7 (`requanto.scales.hqq`)
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.runtime.buffers import scratch
+from requanto.runtime.buffers import scratch_like
 from requanto.scales.aligned import aligned as aligned_scale
 from requanto.scales.float8 import float8_scale
 from requanto.scales.hqq import hqq
@@ -27,10 +27,10 @@ ScaleSearch = Callable[[torch.Tensor, qtype, bool], tuple[torch.Tensor, torch.Te
 
 
 def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale (and shift) that map the smallest and the largest weight of a group onto the outermost codes.
+    """Scale (and shift) that map the smallest and the largest weight of a group to the first and the last code.
 
-    The two codes of a single bit stand for the mean plus and minus the mean distance from it, which is optimal for the
-    signs around it (Rastegari et al. 2016, XNOR-Net): the extremes would be worse than no weights at all.
+    The values of 1-bit codes are the mean plus and minus the mean distance from it, which is optimal for two values around
+    the mean (Rastegari et al. 2016, XNOR-Net). Minimum and maximum would be worse than a weight of zeros.
     """
     if affine and kind.bits == 1:
         mean = groups.mean(-1)
@@ -42,7 +42,7 @@ def minmax(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tenso
         return groups.abs().amax(-1) / kind.span, None
     if kind.bits == 8:
         return groups.abs().amax(-1) / kind.qmax, None
-    # Signed codes reach one further down than up (-8 .. 7): each side needs its own scale, the larger one serves both.
+    # Signed codes have one more negative value (-8 .. 7): take the larger of the scales that each side needs.
     low, high = groups.amin(-1), groups.amax(-1)
     return torch.maximum(high.clamp(min=0) / kind.qmax, low.clamp(max=0) / kind.qmin), None
 
@@ -56,14 +56,14 @@ def mse(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, 
 
 def weighted(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale (and shift) of the least ``sum |w|^0.5 (w - dequantized)^2``."""
-    importance = torch.abs(groups, out=scratch(groups, "importance")).sqrt_()
+    importance = torch.abs(groups, out=scratch_like(groups, "importance")).sqrt_()
     return least_squares(groups, kind, affine, minmax(groups, kind, affine), importance)
 
 
 def aligned(groups: torch.Tensor, kind: qtype, affine: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and shift of the least squared error that starts with a code at zero lead to.
+    """Scale and shift of least squared error from roundings with a code at zero.
 
-    Without a shift there is always one, and outliers are counted for more (`weighted`).
+    Symmetric codes always have a code at zero; for them this is `weighted`.
     """
     return aligned_scale(groups, kind) if affine else weighted(groups, kind, affine)
 
@@ -77,22 +77,22 @@ SEARCHES: dict[str, ScaleSearch] = {
     "hqq": hqq,
 }
 
-#: names of the methods that look at samples (`requanto.methods`); `requanto.quantize` takes them with ``calibration``
+#: names of the methods that use samples (`requanto.methods`); `requanto.quantize` accepts them with ``calibration``
 CALIBRATED = ("gptq", "awq", "smoothquant", "signround")
 
 
 def check_method(name: str | None, kind: qtype | None = None, where: str = "method") -> str | None:
-    """``name``, if it is None or the name of a search that can quantize to ``kind``.
+    """Checks that ``name`` is None or the name of a search that supports ``kind``, and returns it.
 
     Raises:
-        ValueError: it needs samples, is unknown, or does not fit the type; the message says what does.
+        ValueError: the method needs samples, is unknown, or does not support the type.
     """
     if name is None:
         return None
     if name in CALIBRATED:
         raise ValueError(
-            f"{where}={name!r} looks at samples: requanto.quantize(model, weights=..., calibration=samples, "
-            f"method={name!r}). Without samples it is one of {', '.join(SEARCHES)}"
+            f"{where}={name!r} needs samples: requanto.quantize(model, weights=..., calibration=samples, "
+            f"method={name!r}). Without samples use one of {', '.join(SEARCHES)}"
         )
     if name not in SEARCHES:
         near = difflib.get_close_matches(str(name), (*SEARCHES, *CALIBRATED), n=1)
@@ -100,13 +100,13 @@ def check_method(name: str | None, kind: qtype | None = None, where: str = "meth
         raise ValueError(
             f"unknown {where} {name!r}{hint} Known: {', '.join(SEARCHES)}; with samples: {', '.join(CALIBRATED)}"
         )
-    if kind is not None and name not in fitting(kind):
-        raise ValueError(f"{where}={name!r} does not fit {kind.name}, which takes {' or '.join(fitting(kind))}")
+    if kind is not None and name not in valid_methods(kind):
+        raise ValueError(f"{where}={name!r} does not fit {kind.name}, which takes {' or '.join(valid_methods(kind))}")
     return name
 
 
-def fitting(kind: qtype) -> tuple[str, ...]:
-    """Names of the searches that a type may be quantized with."""
+def valid_methods(kind: qtype) -> tuple[str, ...]:
+    """Names of the searches that support a type."""
     if kind.is_codebook or kind.bits == 1:
         return ("minmax",)
     if kind.is_floating_point:
@@ -115,14 +115,14 @@ def fitting(kind: qtype) -> tuple[str, ...]:
 
 
 def default_method(kind: qtype) -> str:
-    """Name of the search that is used where none is asked for: measured, see docs/accuracy.md."""
+    """Name of the default search of a type, the most accurate one as measured (docs/accuracy.md)."""
     if kind.is_floating_point and kind.bits == 8:
         return "mse"
-    return "aligned" if kind.bits <= 4 and "aligned" in fitting(kind) else "minmax"
+    return "aligned" if kind.bits <= 4 and "aligned" in valid_methods(kind) else "minmax"
 
 
 def find_search(search: str | ScaleSearch | None, kind: qtype) -> ScaleSearch:
-    """The search of that name, the default one of a type for None, or the function itself.
+    """The search for a name, the type's default one for None, or the function itself.
 
     Raises:
         ValueError: see `check_method`.

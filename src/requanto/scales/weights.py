@@ -1,12 +1,12 @@
-"""Weights -> codes, scale and shift, without data.
+"""Quantization of float weights to codes, scales and shifts, without data.
 
 Symmetric:  scale = absmax / qmax,          code = round(w / scale),           w ~ scale * code
 Affine:     scale = (max - min) / (2^b-1),  code = round((w + shift) / scale), w ~ scale * code - shift,  shift = -min
-Codebook:   scale = absmax / max|values|,   code = that of the value nearest to w / scale,   w ~ scale * values[code]
+Codebook:   scale = absmax / max|values|,   code = index of the value nearest to w / scale,  w ~ scale * values[code]
 
-Those are the scales of `minmax`; `requanto.scales.search` holds others. Everything is computed in float32; codes are chosen
-with the scale and shift as they will be stored, so that rounding those to 16 bits costs no accuracy twice. (Formulas: Jacob
-et al. 2018, arXiv:1712.05877; names after optimum-quanto.)
+These are the scales of `minmax`; `requanto.scales.search` has others. Everything is computed in float32. Codes are chosen
+for the rounded scale and shift that are stored, so rounding these to 16 bits adds no second error. (Formulas: Jacob et al.
+2018, arXiv:1712.05877; names as in optimum-quanto.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from requanto.dtypes.bit_packing import pack, packed_length
 from requanto.dtypes.qtypes import qtype
-from requanto.runtime.buffers import release_scratch, scratch
+from requanto.runtime.buffers import release_scratch, scratch_like
 from requanto.scales.codebook import fit_codebook, nearest_codes
 from requanto.scales.compact import (
     ROW_DTYPE,
@@ -31,15 +31,15 @@ from requanto.scales.compact import (
 from requanto.scales.search import ScaleSearch, find_search
 from requanto.tensor.rotation import rotate
 
-#: Weights quantized at once for each thread of torch, up to four: the float32 temporaries (2 MB each and thread, kept) stay
-#: in the caches of the cores. Smaller ones would leave the operators on groups, a hundredth of the weights, to one thread.
+#: Weights quantized at once per torch thread, for up to four threads: the float32 temporaries (2 MB per thread, reused) then
+#: stay in the cores' caches. With fewer, operators on groups (a hundredth of the weights) would run on one thread only.
 CHUNK = 512 * 1024
-#: The same on an accelerator, where each step costs a kernel launch: temporaries of 64 MB.
+#: The same on an accelerator: temporaries of 64 MB, since each step costs kernel launches.
 CHUNK_ACCELERATOR = 16 * 1024 * 1024
 
 
 class QuantizedData(NamedTuple):
-    """Codes (packed below 8 bits), scale and shift, row-major: ``[..., K']``, ``[..., K/group]``; learned values."""
+    """Codes ``[..., K']`` (bit-packed below 8 bits), scale and shift ``[..., K/group]``, and the learned codebook."""
 
     qdata: torch.Tensor
     scale: torch.Tensor
@@ -49,7 +49,7 @@ class QuantizedData(NamedTuple):
 
 
 def scale_dtype(weight_dtype: torch.dtype, grouped: bool) -> torch.dtype:
-    """dtype in which scales are stored: float32 per row (their size is nothing), the weight's own per group."""
+    """dtype of stored scales: the weight's own for groups; float32 for one scale per row, whose size is negligible."""
     return weight_dtype if grouped else torch.float32
 
 
@@ -64,22 +64,21 @@ def quantize_weight_data(
     rotation: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> QuantizedData:
-    """Quantizes the rows of ``weight``, a bounded number of them at a time.
+    """Quantizes the rows of ``weight``, in chunks of rows that bound the temporary memory.
 
     Args:
-        weight: float ``[..., K]``; each last-axis row is cut into groups. One without numbers (of the meta device, or a
-            fake tensor) gives codes and scales without numbers.
+        weight: float ``[..., K]``; groups are along the last axis. For a meta or fake tensor, so are codes and scales.
         kind: type of the codes.
-        group_size: a divisor of K, or None for one group a row.
+        group_size: a divisor of K, or None for one group per row.
         affine: with a shift (integer codes of fewer than 8 bits, unsigned ones), or symmetric around zero.
         search: how scale and shift are chosen; a name (`requanto.scales.search`), a function, or None: the type's default.
-        name: what to call the weight in an error.
+        name: name of the weight in messages.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
         rotation: block in which the rows are rotated first (`requanto.tensor.rotation`).
-        dtype: of the weight that these values are computed from, whose groups' scales have that dtype; None: its own.
+        dtype: dtype of the stored scales of groups; None: that of ``weight``.
 
     Raises:
-        ValueError: the weight holds NaN or Inf, is no float tensor, or the type has no (or only an) affine form.
+        ValueError: the weight contains NaN or Inf, is not float, or the type does not support ``affine``.
     """
     if not weight.is_floating_point():
         raise ValueError(f"{name}: only float weights can be quantized, found {weight.dtype}")
@@ -113,8 +112,8 @@ def quantize_weight_data(
         step = max(1, chunk // length)
         for start in range(0, count, step):
             part = slice(start, start + step)
-            # Sums depend on the order in memory: that of a transposed view must be the same as that of its copy.
-            block = scratch(rows[part], "block").copy_(rows[part])
+            # Sums depend on the memory order, so a transposed view is copied: it must give the same result as its copy.
+            block = scratch_like(rows[part], "block").copy_(rows[part])
             if rotation is not None:
                 block = rotate(block, rotation)
             block = block.reshape(-1, groups, group)
@@ -132,7 +131,7 @@ def quantize_weight_data(
                 if shift is not None:
                     shift[part] = pack_codes(compact.shift, scale_bits)
                     offset = expand_shift(compact.shift, found, kind, scale_bits)
-                found = found.masked_fill_(found == 0, 1.0)  # groups of zeros, whose codes mean 0 under any scale
+                found = found.masked_fill_(found == 0, 1.0)  # groups of zeros: any scale gives the same codes
             codes = encode(block, found, offset, kind)
             qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes
         release_scratch()
@@ -156,27 +155,27 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if groups.shape[0] * groups.shape[1] != 1:
         return search(groups, kind, affine)
-    # A single sum torch shares out among its threads, and their number would change its last bits; not so two.
+    # Torch divides a single sum among its threads, whose number changes the last bits; with two sums it does not.
     scale, shift = search(groups.expand(2, -1, -1).contiguous(), kind, affine)
     return scale[:1], None if shift is None else shift[:1]
 
 
 def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype) -> torch.Tensor:
-    """Codes ``[rows, G * group]`` of float32 ``groups`` ``[rows, G, group]``; unsigned where they will be packed."""
+    """Codes ``[rows, G * group]`` of float32 ``groups`` ``[rows, G, group]``; unsigned ones if they are bit-packed."""
     divisor = scale.unsqueeze(-1)
     if kind.is_codebook:
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
         return nearest_codes(groups / divisor, kind).flatten(1)
-    room = scratch(groups, "units")
+    buffer = scratch_like(groups, "units")
     if shift is None:
-        scaled = torch.div(groups, divisor, out=room)
+        scaled = torch.div(groups, divisor, out=buffer)
     else:
-        scaled = torch.add(groups, shift.unsqueeze(-1), out=room).div_(divisor)
+        scaled = torch.add(groups, shift.unsqueeze(-1), out=buffer).div_(divisor)
     if kind.is_floating_point:
         codes = scaled.clamp_(kind.qmin, kind.qmax).to(kind.dtype)
     elif shift is not None:
         codes = scaled.round_().clamp_(0, 2**kind.bits - 1)
-        # By way of int8: these small values are the same there, and float -> uint8 is no vector instruction.
+        # Converted via int8, which holds these values: there is no vector instruction for float -> uint8.
         codes = codes.to(torch.int8).view(torch.uint8) if kind.is_packed else codes.to(torch.int16).to(torch.uint8)
     elif kind.is_packed:
         codes = scaled.round_().clamp_(kind.qmin, kind.qmax).add_(kind.zero_code).to(torch.int8).view(torch.uint8)
@@ -188,12 +187,12 @@ def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
 def _storable(
     scale: torch.Tensor, shift: torch.Tensor | None, stored: torch.dtype, has_zero: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and shift as float32 values that the stored dtype holds exactly, with no zero scale.
+    """Scale and shift as float32 values that are exact in the stored dtype, without zero scales.
 
-    A group of equal weights has scale 0: 1 does as well, since its codes are all zero. (Codes that cannot say 0 need the 0:
-    ``has_zero`` is False for them.) A scale too small for the stored
-    dtype becomes the smallest number that it holds well: in float16 that is a subnormal one of 4 bits, since groups of
-    small weights are common and the smallest normal number (6e-5) would be several times their step.
+    A scale of 0 (a group of equal weights) becomes 1, since the codes are all 0. For codebooks without the value 0
+    (``has_zero`` is False) it stays 0. A scale too small for the stored dtype becomes the smallest usable number: in float16
+    a subnormal one with 4 bits of mantissa, since groups of small weights are common and the smallest normal number (6e-5)
+    would be several times their step.
     """
     zero = scale == 0
     smallest = torch.finfo(stored).tiny / (64 if stored == torch.float16 else 1)
@@ -202,7 +201,7 @@ def _storable(
 
 
 def _require_finite(scale: torch.Tensor, name: str) -> None:
-    # NaN and Inf in a group always reach its scale, so one look at the (small) scales finds them.
+    # NaN and Inf in a group always propagate to its scale, so checking the scales is enough.
     if not bool(torch.isfinite(scale).all()):
         bad = int((~torch.isfinite(scale)).sum())
         raise ValueError(

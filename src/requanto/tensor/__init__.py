@@ -1,1 +1,1 @@
-"""The quantized tensor: what it stores, which operators it has, how it is cut, merged and shared between processes."""
+"""QTensor, the quantized weight: its storage, operators, slicing, merging, and sharing between processes."""

@@ -1,4 +1,4 @@
-"""torch functions on a quantized weight's memory: ``.data``, addresses, sharing with other processes, gradients."""
+"""torch functions for ``.data``, ``data_ptr``, shared memory and ``requires_grad`` of a QTensor."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def _set_requires_grad(self: QTensor, requires_grad: bool) -> None:
 
 @implements_function(torch.Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
-    """``weight.data = other``: what offloading does. Torch alone would change the wrapper and leave the codes."""
+    """``weight.data = other``, as offloading does. Torch's own setter would change the wrapper, not the codes."""
     if not isinstance(self, QTensor) or not isinstance(value, QTensor):
         raise NotImplementedError(
-            f"`.data = ...` of a {type(self).__name__} with a {type(value).__name__}: a quantized weight takes another "
-            f"quantized weight only. Call .dequantize() on it, or assign module.weight = torch.nn.Parameter(..., "
+            f"`.data = ...` of a {type(self).__name__} with a {type(value).__name__}: only another quantized weight can be "
+            f"assigned to a quantized weight. Call .dequantize() on it, or assign module.weight = torch.nn.Parameter(..., "
             f"requires_grad=False)."
         )
     with torch._C.DisableTorchFunctionSubclass():
@@ -37,13 +37,13 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
 
 @implements_function(torch.Tensor.data_ptr)
 def _data_ptr(self: QTensor) -> int:
-    """Address of the codes. A wrapper has none of its own, and accelerate tells tied weights apart by it."""
+    """Address of the codes. The wrapper has no memory, and accelerate recognizes tied weights by their address."""
     return self._storage.parts["qdata"].data_ptr()
 
 
 @implements_function(torch.Tensor.share_memory_)
 def _share_memory_(self: QTensor) -> QTensor:
-    """For other processes, in the stored form. The wrapper has no memory of its own, and torch would crash on it."""
+    """Moves the parts, in the plain layout, to shared memory. Torch's own function crashes: the wrapper has no memory."""
     self.unpack()
     for inner in self._storage.parts.values():
         inner.share_memory_()

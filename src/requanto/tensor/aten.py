@@ -1,4 +1,4 @@
-"""aten operators on QTensor: copies, moves and the views that keep whole rows or whole groups."""
+"""aten operators on QTensor: copies, moves, and views of whole rows or whole groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from requanto.runtime.tracing import has_numbers, is_tracing
+from requanto.runtime.tracing import is_tracing, runs_eagerly
 from requanto.tensor.dispatch import implements_aten
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
@@ -19,20 +19,24 @@ from requanto.tensor.storage import SlicedStorage
 aten = torch.ops.aten
 
 
-def each(
+def map_parts(
     tensor: QTensor,
     change: Callable[[torch.Tensor], torch.Tensor],
     keep: Collection[str] = (),
     **changes: Any,
 ) -> QTensor:
-    """A new weight of the stored tensors with ``change`` applied to all but those to ``keep``."""
+    """A new weight with ``change`` applied to each stored tensor, except those named in ``keep``.
+
+    Args:
+        changes: fields of the spec to replace, see `QTensor.with_inner`.
+    """
     inner = {name: t if name in keep else change(t) for name, t in tensor.inner_tensors().items()}
     return tensor.with_inner(inner, **changes)
 
 
 @implements_aten(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    return return_and_correct_aliasing(func, args, kwargs, args[0].over_same_storage())
+    return return_and_correct_aliasing(func, args, kwargs, args[0].view_of_storage())
 
 
 @implements_aten(aten.clone.default)
@@ -41,10 +45,10 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor = args[0]
     layout, parts = tensor._storage.state
     if layout is PLAIN:
-        return each(tensor, torch.clone)
+        return map_parts(tensor, torch.clone)
     copied = {n: p.clone() for n, p in parts.items() if n not in ("qdata", *layout.extra)}
     new = type(tensor)._of(tensor._spec, {**layout.clone(tensor._spec, parts), **copied}, layout)
-    if has_numbers():
+    if runs_eagerly():
         new._storage.register()
     return new
 
@@ -54,22 +58,24 @@ def _contiguous(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor = args[0]
     parts = tensor._storage.parts.values()
     return (
-        tensor.over_same_storage() if all(p.is_contiguous() for p in parts) else each(tensor, lambda t: t.contiguous())
+        tensor.view_of_storage()
+        if all(p.is_contiguous() for p in parts)
+        else map_parts(tensor, lambda t: t.contiguous())
     )
 
 
 @implements_aten(aten._to_copy.default)
 def _to_copy(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """Moves to a device; a dtype changes what is computed in, never codes or scales."""
+    """Moves to a device. A dtype changes the dtype that the weight shows, not its codes or scales."""
     tensor = args[0]
     dtype = kwargs.pop("dtype", None) or tensor.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise NotImplementedError(
-            f"a quantized weight is seen as a float tensor; {dtype} was asked for. Call .dequantize() first."
+            f"a quantized weight has a float dtype of 16 bits or more; {dtype} was asked for. Call .dequantize() first."
         )
     kwargs.pop("memory_format", None)
     kwargs.pop("layout", None)
-    return each(tensor, lambda t: aten._to_copy.default(t, **kwargs), dtype=dtype)
+    return map_parts(tensor, lambda t: aten._to_copy.default(t, **kwargs), dtype=dtype)
 
 
 @implements_aten(aten.empty_like.default)
@@ -77,12 +83,12 @@ def _empty_like(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor = args[0]
     dtype = kwargs.pop("dtype", None) or tensor.dtype
     kwargs.pop("memory_format", None)
-    return each(tensor, lambda t: aten.empty_like.default(t, **kwargs), dtype=dtype)
+    return map_parts(tensor, lambda t: aten.empty_like.default(t, **kwargs), dtype=dtype)
 
 
 @implements_aten(aten.copy_.default)
 def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """Copies codes between equal QTensors; a float source is quantized into the target's own type."""
+    """Copies the parts between QTensors of the same spec; a float source is quantized like the target."""
     target, source = args[0], args[1]
     if not isinstance(target, QTensor):
         raise NotImplementedError(
@@ -111,13 +117,13 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
 
 
 def _kind(tensor: QTensor) -> str:
-    """What two weights have in common whose numbers can be copied: not what they are seen as, nor their activations."""
+    """Text that is equal for two weights whose parts can be copied: the spec without dtype and activation."""
     return tensor._spec.replace(dtype=torch.float32, activation=None).text(tensor.rank)
 
 
 @implements_aten(aten.t.default, aten.transpose.int, aten.permute.default)
 def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """Swaps the last two axes: a change of view, the stored form stays."""
+    """Swaps the last two axes: a view, the stored tensors stay."""
     tensor, count = args[0], args[0].dim()
     order = list(range(count))
     if func is aten.permute.default:
@@ -132,12 +138,12 @@ def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
             f"only the last two axes of a quantized weight of shape {tuple(tensor.shape)} can be swapped, found order "
             f"{order}; call .dequantize() first"
         )
-    new = tensor.over_same_storage(transposed=not tensor.transposed)
+    new = tensor.view_of_storage(transposed=not tensor.transposed)
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 
 def stored_axis(tensor: QTensor, dim: int) -> int:
-    """Axis of the stored form that axis ``dim`` of the tensor is."""
+    """Axis of the stored shape for axis ``dim`` of the tensor."""
     dim %= tensor.dim()
     last = tensor.dim() - 1
     if tensor.transposed and dim >= last - 1:
@@ -188,12 +194,12 @@ def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
         )
     count = index.numel() if index.dtype != torch.bool else int(index.sum())
     shape = (count, *tensor.shape[1:])
-    return each(tensor, lambda t: t[index], keep=tensor.shared_along(0), shape=shape)
+    return map_parts(tensor, lambda t: t[index], keep=tensor.shared_along(0), shape=shape)
 
 
 @implements_aten(aten.slice.Tensor)
 def _slice(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """A run of experts, of rows, or of whole groups along the row."""
+    """A range of experts, of rows, or of whole groups along a row."""
     tensor = args[0]
     dim = args[1] if len(args) > 1 else 0
     start = args[2] if len(args) > 2 else None
@@ -204,44 +210,44 @@ def _slice(func: Any, args: tuple, kwargs: dict) -> QTensor:
 
 
 def part_of(
-    tensor: QTensor, spec: WeightSpec, cut: Callable[[str, torch.Tensor], torch.Tensor], *, rows: bool = True
+    tensor: QTensor, spec: WeightSpec, view: Callable[[str, torch.Tensor], torch.Tensor], *, rows: bool = True
 ) -> QTensor:
-    """A part of a weight that shares its memory.
+    """A slice of a weight that shares its memory.
 
     Args:
-        spec: of the part.
-        cut: gives each stored tensor's part as a view.
-        rows: it is whole rows (or experts).
+        spec: spec of the slice.
+        view: ``view(name, part)`` is the slice of one stored tensor, as a view.
+        rows: True if the slice consists of whole rows (or experts).
     """
 
-    def parts_of(parts: Any) -> dict[str, torch.Tensor]:
-        return {name: cut(name, part) for name, part in parts.items()}
+    def slice_parts(parts: Any) -> dict[str, torch.Tensor]:
+        return {name: view(name, part) for name, part in parts.items()}
 
     storage = tensor._storage
     layout, parts = storage.state
     base = storage.base
-    if base is not None:  # a part of a part of a packed weight
-        first = storage.cut
-        return type(tensor)._over(spec, SlicedStorage(base, storage.spec, lambda parts: parts_of(first(parts))))
+    if base is not None:  # a slice of a slice of a packed weight
+        first = storage.slice_parts
+        return type(tensor)._over(spec, SlicedStorage(base, storage.spec, lambda parts: slice_parts(first(parts))))
     if layout is PLAIN or (rows and layout.rows_are_views):
-        return type(tensor)._of(spec, parts_of(parts), layout)
+        return type(tensor)._of(spec, slice_parts(parts), layout)
     if is_tracing():
-        return type(tensor)._of(spec, parts_of(tensor.inner_tensors()))
-    return type(tensor)._over(spec, SlicedStorage(storage, tensor._spec, parts_of))
+        return type(tensor)._of(spec, slice_parts(tensor.inner_tensors()))
+    return type(tensor)._over(spec, SlicedStorage(storage, tensor._spec, slice_parts))
 
 
 def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QTensor:
     """``tensor[start:end:step]`` along ``dim``.
 
     Raises:
-        NotImplementedError: the cut does not fall between groups (or bytes).
+        NotImplementedError: an end of the slice is not between groups, bytes or rotation blocks.
     """
     axis = stored_axis(tensor, dim)
     shape = list(tensor.shape)
     shape[dim % tensor.dim()] = max(0, -(-(end - start) // step))
     spec = tensor._spec
     if axis > spec.axis and (start, end, step) == (0, tensor.shape[dim], 1):
-        return tensor.over_same_storage()
+        return tensor.view_of_storage()
     group = spec.group_size or spec.row_length
     if axis > spec.axis:
         first, last = start * spec.qtype.bits, end * spec.qtype.bits
@@ -250,12 +256,12 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         one_axis = spec.row_length == spec.shape[axis]
         if not (one_axis and between_bytes and between_groups):
             raise NotImplementedError(
-                f"a quantized weight can be cut along its rows' length between groups of {group} only, found "
+                f"a quantized weight can be sliced along its rows between groups of {group} only, found "
                 f"[{start}:{end}:{step}]; call .dequantize() first"
             )
         if spec.rotation is not None and (start % spec.rotation or end % spec.rotation):
             raise NotImplementedError(
-                f"a weight whose rows are rotated in blocks of {spec.rotation} can be cut between blocks only, found "
+                f"a weight whose rows are rotated in blocks of {spec.rotation} can be sliced between blocks only, found "
                 f"[{start}:{end}]; quantize with smaller blocks, e.g. rotation={(start | end) & -(start | end)}"
             )
     new = spec.replace(shape=swapped(shape) if spec.transposed else torch.Size(shape))
@@ -264,7 +270,7 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         rows = (slice(None),) * axis + (slice(start, end, step),)
         return part_of(tensor, new, lambda name, t: t if name in whole else t[rows])
     if spec.scale_bits is not None and spec.scale_bits < 8:
-        # Codes of scales may begin inside a byte: they are packed anew, so that this part is a copy.
+        # The first code of a scale may be inside a byte, so the scales are repacked and this slice is a copy.
         groups = slice(start // group, end // group)
         inner = {**tensor.inner_tensors(), **tensor.scales(lambda t: t[..., groups])}
         inner["qdata"] = inner["qdata"][..., first // 8 : last // 8]
@@ -299,7 +305,7 @@ def _split(func: Any, args: tuple, kwargs: dict) -> list[QTensor]:
 
 
 def _called_by_fsdp() -> bool:
-    """True if FSDP2's own code asked; anyone else who flattens a quantized weight is told that it cannot be."""
+    """True if FSDP2's code is the caller. For other callers, flattening a quantized weight is an error."""
     frame, depth = sys._getframe(1), 0
     while frame is not None and depth < 10:
         if frame.f_globals.get("__name__", "").startswith("torch.distributed.fsdp."):
@@ -312,7 +318,7 @@ def _called_by_fsdp() -> bool:
 def _view(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor, size = args[0], list(args[1])
     if size == [-1] and _called_by_fsdp():
-        # FSDP2 keeps a flat handle of each shard, and never looks into one whose type gathers itself.
+        # FSDP2 stores a flat view of each shard, but never reads it for a type with its own all-gather.
         size = list(tensor.shape)
     if -1 in size:
         rest = -torch.Size(size).numel()
@@ -332,12 +338,12 @@ def _is_pinned(func: Any, args: tuple, kwargs: dict) -> bool:
 
 @implements_aten(aten._pin_memory.default)
 def _pin_memory(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    return each(args[0], lambda t: func(t, *args[1:], **kwargs))
+    return map_parts(args[0], lambda t: func(t, *args[1:], **kwargs))
 
 
 @implements_aten(aten.record_stream.default)
 def _record_stream(func: Any, args: tuple, kwargs: dict) -> None:
-    """The memory is that of the inner tensors: all of them wait for the stream."""
+    """Records the stream on every part: they own the memory."""
     for part in args[0]._storage.parts.values():
         func(part, *args[1:], **kwargs)
 
@@ -355,7 +361,7 @@ def _equal(func: Any, args: tuple, kwargs: dict) -> bool:
 
 
 def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    # float8 has no equal(); its bytes do, and byte for byte is what is meant.
+    # torch.equal does not support float8, and a comparison of bytes is wanted.
     if one.dtype != two.dtype or one.shape != two.shape:
         return False
     if one.is_floating_point() and one.element_size() == 1:

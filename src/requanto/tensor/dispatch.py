@@ -1,4 +1,4 @@
-"""The tables of what may be done with a QTensor (`requanto.tensor.ops` fills them), and the dispatch through them."""
+"""Registries of the operators on QTensor (filled by `requanto.tensor.ops`), and the dispatch to them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def implements_function(*functions: Any) -> Callable[[Callable], Callable]:
 
 
 def torch_function(func: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
-    """Runs a torch function that met a QTensor."""
+    """Runs a torch function with a QTensor among its arguments."""
     implementation = FUNCTIONS.get(func)
     if implementation is not None:
         return implementation(*args, **kwargs) if kwargs else implementation(*args)
@@ -44,14 +44,14 @@ def torch_function(func: Any, types: Any, args: tuple, kwargs: dict | None) -> A
 
 
 def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
-    """Runs an aten operator that met a QTensor.
+    """Runs an aten operator with a QTensor among its arguments.
 
     Raises:
-        NotImplementedError: the operator is not in the table; the message names it and the way out.
+        NotImplementedError: the operator is not registered.
     """
     implementation = ATEN.get(func)
     if implementation is None:
-        # In inference mode operators that torch composes of others arrive whole: take them apart, as autograd would have.
+        # In inference mode composite operators arrive undecomposed; autograd decomposes them otherwise.
         if func._can_decompose():
             return func.decompose(*args, **kwargs)
         raise NotImplementedError(
@@ -59,7 +59,7 @@ def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
             f".dequantize() on the weight, or model.dequantize() on the model; nothing is dequantized silently."
         )
     if torch.is_inference_mode_enabled() and is_view(func) and not args[0].is_inference():
-        # A view of a tensor from outside shares its version counter, which tensors made in inference mode have none of.
+        # A view of a normal tensor must share its version counter; tensors made in inference mode have none.
         with torch.inference_mode(False), torch.no_grad():
             return implementation(func, args, kwargs)
     return implementation(func, args, kwargs)
@@ -67,6 +67,6 @@ def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
 
 @functools.cache
 def is_view(operator: Any) -> bool:
-    """True for operators whose result shares its memory with what they are given, and that change nothing."""
+    """True for operators that return a view of an argument and write to none."""
     aliases = [returned.alias_info for returned in operator._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)

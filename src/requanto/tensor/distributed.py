@@ -1,7 +1,7 @@
-"""Quantized weights spread over processes: FSDP2, DTensor's collectives, DDP.
+"""Quantized weights in distributed training: FSDP2, DTensor's collectives, DDP.
 
-FSDP2 cuts a weight along its first axis, which for a quantized weight means whole rows (or experts) with their scales, so a
-shard is a QTensor itself. Before a forward the codes, not float weights, travel.
+FSDP2 shards a weight along its first axis. For a quantized weight that gives whole rows (or experts) with their scales, so
+a shard is a QTensor. The all-gather before a forward sends the codes, not float weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from requanto.tensor.aten import aten, each
+from requanto.tensor.aten import aten, map_parts
 from requanto.tensor.dispatch import implements_aten
 from requanto.tensor.qtensor import QTensor
 
@@ -21,7 +21,7 @@ from requanto.tensor.qtensor import QTensor
 
 @implements_aten(aten.new_zeros.default, aten.new_empty.default)
 def _new_zeros(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """The same kind of weight with another number of rows (or experts): room for a padded shard."""
+    """A weight of the same spec with another number of rows (or experts), for a padded shard."""
     tensor, size = args[0], torch.Size(args[1])
     dtype = kwargs.pop("dtype", None) or tensor.dtype
     if size[1:] != tensor.shape[1:] or (tensor.transposed and tensor.dim() == 2):
@@ -46,22 +46,22 @@ def _as_strided(func: Any, args: tuple, kwargs: dict) -> QTensor:
     offset = args[3] if len(args) > 3 else kwargs.get("storage_offset")
     if torch.Size(size) != tensor.shape or tuple(stride) != tensor.stride() or offset not in (None, 0):
         raise NotImplementedError(f"{func} of a quantized weight: only its own size and stride are possible")
-    return return_and_correct_aliasing(func, args, kwargs, tensor.over_same_storage())
+    return return_and_correct_aliasing(func, args, kwargs, tensor.view_of_storage())
 
 
 def fsdp_pre_all_gather(
     self: QTensor, mesh: Any, outer_size: torch.Size, outer_stride: Any, module: Any, mp_policy: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple]:
-    """FSDP2 asks a shard what to gather: its stored tensors.
+    """FSDP2's hook: the tensors of a shard to all-gather, and metadata for `fsdp_post_all_gather`.
 
     Raises:
-        NotImplementedError: the rows do not divide by the number of processes.
-        ValueError: the processes hold differently quantized weights (looked at once, before the first forward).
+        NotImplementedError: the number of rows is not divisible by the number of processes.
+        ValueError: the processes hold differently quantized weights (checked once, before the first forward).
     """
     if outer_size[0] % mesh.size():
         raise NotImplementedError(
-            f"FSDP2: a quantized weight of {outer_size[0]} rows cannot be spread evenly over {mesh.size()} processes. Keep "
-            f"that layer out with fully_shard(..., ignored_params={{weight}}) or choose a number that divides its rows."
+            f"FSDP2: a quantized weight of {outer_size[0]} rows cannot be sharded evenly over {mesh.size()} processes. "
+            f"Exclude that layer with fully_shard(..., ignored_params={{weight}}) or use a number that divides its rows."
         )
     if mesh.size() > 1 and not self.__dict__.get("_same_everywhere"):
         same_everywhere(mesh.get_group(), [self._spec.text(self.rank)], "FSDP2")
@@ -74,14 +74,14 @@ def fsdp_pre_all_gather(
 def fsdp_post_all_gather(
     self: QTensor, outputs: tuple[torch.Tensor, ...], metadata: tuple, param_dtype: torch.dtype, *, out: Any = None
 ) -> Any:
-    """FSDP2 hands over what was gathered: the whole weight, on codes."""
+    """FSDP2's hook: the whole quantized weight from the gathered tensors."""
     names, shared, size = metadata
     parts = dict(zip(names, outputs, strict=False))
-    # With a single process torch hands over the first tensor only; the shard is the whole weight then.
+    # With a single process torch passes only the first tensor; the shard is the whole weight then.
     own = self.inner_tensors()
     parts |= {name: own[name] for name in names[len(outputs) :] if self.shape == size}
     parts |= shared
-    if out is not None:  # the same memory as the first time, filled again
+    if out is not None:  # the buffers of the first all-gather, filled again
         local = getattr(out, "_local_tensor", out)
         local.set_inner(parts)
         return None
@@ -102,28 +102,28 @@ def _collectives() -> None:
 
     @implements_aten(c10d.all_gather_into_tensor.default)
     def _all_gather(func: Any, args: tuple, kwargs: dict) -> QTensor:
-        """Rows of all processes, one after the other."""
+        """The rows of all processes, concatenated."""
         tensor, world = args[0], args[1]
         if tensor.transposed and tensor.dim() == 2:
-            raise NotImplementedError("all_gather of a quantized weight cut along its reduction axis")
+            raise NotImplementedError("all_gather of a quantized weight sharded along its reduction axis")
         shape = (tensor.shape[0] * world, *tensor.shape[1:])
-        return each(
+        return map_parts(
             tensor,
             lambda part: func(part.contiguous(), *args[1:], **kwargs),
             keep=tensor.shared_along(0),
             shape=shape,
         )
 
-    # Asynchronous results come wrapped in a tensor of their own; a QTensor is waited for at once instead.
+    # Torch wraps asynchronous results in a tensor subclass; for a QTensor the wrapper waits at once instead.
     wrapping = [getattr(c10d, name).default for name in ("_wrap_tensor_autograd",) if hasattr(c10d, name)]
 
     @implements_aten(c10d.wait_tensor.default, *wrapping)
     def _wait(func: Any, args: tuple, kwargs: dict) -> QTensor:
-        return each(args[0], c10d.wait_tensor.default)
+        return map_parts(args[0], c10d.wait_tensor.default)
 
     @implements_aten(c10d.broadcast.default)
     def _broadcast(func: Any, args: tuple, kwargs: dict) -> QTensor:
-        return each(args[0], lambda part: func(part, *args[1:], **kwargs))
+        return map_parts(args[0], lambda part: func(part, *args[1:], **kwargs))
 
     c10d_ops = torch.ops.c10d
 
@@ -140,13 +140,13 @@ def _collectives() -> None:
                 _, work = func([part], *rest, **kwargs)
             if quantized:
                 torch._C._distributed_c10d.Work.unbox(work).wait()
-                received(tensor, parts)
+                after_receive(tensor, parts)
         return tensors, work
 
 
-def received(tensor: QTensor, parts: dict[str, torch.Tensor]) -> None:
-    """Other processes have written into ``parts``, the stored tensors: what was derived from them is dropped."""
-    if tensor.is_packed:  # the codes were a copy
+def after_receive(tensor: QTensor, parts: dict[str, torch.Tensor]) -> None:
+    """Updates a weight after a collective wrote into ``parts``, its stored tensors."""
+    if tensor.is_packed:  # the received codes are in an unpacked copy
         tensor._storage.write(tensor._spec, parts)
     else:
         tensor._storage.changed()
@@ -156,7 +156,7 @@ def received(tensor: QTensor, parts: dict[str, torch.Tensor]) -> None:
 
 
 def _sync_inner_tensors() -> None:
-    """DDP sends all parameters of rank 0 to the others when it starts, flattened: of a QTensor the stored tensors."""
+    """Patches DDP's initial broadcast of flattened parameters to send the stored tensors of each QTensor."""
     from torch.distributed import utils
 
     original = utils._sync_params_and_buffers
@@ -169,16 +169,20 @@ def _sync_inner_tensors() -> None:
             same_everywhere(process_group, weights, "DistributedDataParallel")
         original(process_group, plain + [part for _, parts in quantized for part in parts.values()], size, src)
         for weight, parts in quantized:
-            received(weight, parts)
+            after_receive(weight, parts)
 
     utils._sync_params_and_buffers = _sync_params_and_buffers
 
 
 def same_everywhere(group: Any, mine: list[str], what: str) -> None:
-    """Refuses ranks whose weights were, or are to be, quantized in different ways. Every rank of the group must call it.
+    """Checks that all ranks have the same descriptions of quantized weights. Every rank of the group must call it.
+
+    Args:
+        mine: this rank's descriptions.
+        what: name of the caller for the message.
 
     Raises:
-        ValueError: on every rank.
+        ValueError: the descriptions differ; raised on every rank.
     """
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)

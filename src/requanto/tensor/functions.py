@@ -1,7 +1,7 @@
-"""torch functions on QTensor: linear, matmul and convolution, which run on codes through `requanto.linear`, and a few more.
+"""torch functions on QTensor: linear, embedding, matmul and convolution, which run through `requanto.linear`.
 
-Shapes, broadcasting and kinds of errors are those of torch. Two rules are this package's own: a weight is multiplied in x's
-dtype, any float one, where torch wants both alike; and two quantized operands, ``out=`` and ``out_dtype=`` are refused.
+Shapes, broadcasting and error types are those of torch, with two exceptions. The GEMM runs in the dtype of x, any float
+dtype, where torch requires both operands to have the same. Two quantized operands, ``out=`` and ``out_dtype=`` raise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from requanto.linear import embedding, linear, times
 from requanto.linear.convolution import as_autocast, convolution
-from requanto.runtime.tracing import is_tracing, transformed
+from requanto.runtime.tracing import in_functorch_transform, is_tracing
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
 
@@ -39,17 +39,19 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> torch.Tensor:
-    # padding_idx, scale_grad_by_freq and sparse say how the table's gradient is made, and a quantized one has none.
+    # padding_idx, scale_grad_by_freq and sparse only affect the table's gradient; a quantized table has none.
     if isinstance(input, QTensor) or not isinstance(weight, QTensor):
-        raise NotImplementedError("F.embedding with quantized indices: they are whole numbers, int32 or int64")
+        raise NotImplementedError("F.embedding with quantized indices: expected int32 or int64 indices")
     if max_norm is not None:
-        raise NotImplementedError("max_norm rewrites the embedding table; a quantized one is not rewritten")
+        raise NotImplementedError("max_norm rewrites the embedding table, which a quantized table does not support")
     if weight.dim() != 2:
         raise RuntimeError(f"embedding: the table must have two axes, found shape {tuple(weight.shape)}")
     if input.dtype not in (torch.int32, torch.int64):
         raise RuntimeError(f"embedding: indices must be int32 or int64, found {input.dtype}")
     if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
-        raise AssertionError(f"embedding: padding_idx {padding_idx} is no row of a table of {weight.shape[0]}")
+        raise AssertionError(
+            f"embedding: padding_idx {padding_idx} is out of range for a table of {weight.shape[0]} rows"
+        )
     return embedding(input, weight)
 
 
@@ -61,72 +63,71 @@ def _embedding_bag(*args: Any, **kwargs: Any) -> torch.Tensor:
     )
 
 
-# ---------------------------------------------------------------------- matmul and its relatives
+# ---------------------------------------------------------------------- matmul, mm, bmm, mv, addmm ...
 
 
 def _multiply(name: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``a @ b`` by the rules of torch.matmul, one of the two quantized.
+    """``a @ b`` by the rules of torch.matmul, where one of the two is quantized.
 
     Args:
-        name: what the caller is called in messages.
+        name: name of the torch function, for messages.
         bias: float ``[N]``, only with a quantized ``b`` of two axes.
     """
     if isinstance(a, QTensor) and isinstance(b, QTensor):
-        raise NotImplementedError("a product of two quantized weights: call .dequantize() on one of them")
+        raise NotImplementedError("a matmul of two quantized weights: call .dequantize() on one of them")
     weight, x = (a, b) if isinstance(a, QTensor) else (b, a)
     if not isinstance(weight, QTensor):
         raise NotImplementedError(f"{name}: only the tensor to add is quantized; call .dequantize() on it first")
     if not x.is_floating_point() or x.dtype.itemsize < 2:
-        raise RuntimeError(f"{name}: expected a float tensor beside a quantized weight, found {x.dtype}")
+        raise RuntimeError(f"{name}: expected a float tensor with a quantized weight, found {x.dtype}")
     if x.dim() == 0:
         raise RuntimeError(f"{name}: {_shapes(a, b)}; both need at least one axis")
     if a.shape[-1] != b.shape[max(0, b.dim() - 2)]:
         raise RuntimeError(
-            f"{name}: {_shapes(a, b)} do not fit: the last axis of the first, {a.shape[-1]}, must be the "
-            f"{'last but one' if b.dim() > 1 else 'only one'} of the second, {b.shape[max(0, b.dim() - 2)]}"
+            f"{name}: {_shapes(a, b)} do not fit: the last axis of the first, {a.shape[-1]}, must equal the "
+            f"{'second-to-last' if b.dim() > 1 else 'only'} axis of the second, {b.shape[max(0, b.dim() - 2)]}"
         )
     for one, two in zip(reversed(a.shape[:-2]), reversed(b.shape[:-2])):
         if one != two and one != 1 and two != 1:
             raise RuntimeError(f"{name}: {_shapes(a, b)} do not fit: batches of {one} and {two} do not broadcast")
     if weight.dim() != weight.axis + 2:
         raise NotImplementedError(
-            f"{name}: a quantized weight of shape {tuple(weight.shape)} has scales for axes 0..{weight.axis} only, as that "
-            f"of a convolution; call .dequantize() first"
+            f"{name}: a quantized weight of shape {tuple(weight.shape)} has scales along axes 0..{weight.axis} only, as for "
+            f"a convolution; call .dequantize() first"
         )
-    if 0 in weight.shape:  # there is nothing to dequantize
+    if 0 in weight.shape:
         values = x.new_empty(weight.shape)
         out = torch.matmul(x, values) if weight is b else torch.matmul(values, x)
         return out if bias is None else out + bias
     if weight is b and weight.dim() == 2:
-        # `times` takes a transpose of its own, which torch.func's transforms would wrap.
-        return linear(x, _view(weight, lambda w: w.t()), bias) if transformed() else times(x, weight, bias)
+        # `times` transposes the weight, and torch.func's transforms would wrap that view.
+        return linear(x, _view(weight, lambda w: w.t()), bias) if in_functorch_transform() else times(x, weight, bias)
     rows = x.unsqueeze(0) if x.dim() == 1 else x if weight is b else x.transpose(-1, -2)
-    # W @ x = (x^T @ W^T)^T: in both cases the weight is wanted as [..., N, K].
-    out = _each_matrix(rows, _view(weight, lambda w: w.transpose(-1, -2)) if weight is b else weight)
+    # W @ x = (x^T @ W^T)^T: both cases need the weight as [..., N, K].
+    out = _batched_matmul(rows, _view(weight, lambda w: w.transpose(-1, -2)) if weight is b else weight)
     if x.dim() == 1:
         return out.squeeze(-2)
     return out if weight is b else out.transpose(-1, -2).contiguous()
 
 
-def _each_matrix(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
-    """``x @ weight.mT`` of x ``[..., M, K]`` and weight ``[..., N, K]``: one GEMM for each matrix of the weight, with all
-    rows of x that belong to it."""
+def _batched_matmul(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """``x @ weight.mT`` of x ``[..., M, K]`` and weight ``[..., N, K]``: one GEMM for each matrix of the weight."""
     if weight.dim() == 2:
         return linear(x, weight)
     while x.dim() < weight.dim():
         x = x.unsqueeze(0)
     dim, count = x.dim() - weight.dim(), weight.shape[0]
-    if count == 1:  # x keeps its axis: all of its rows meet the one matrix
-        return _each_matrix(x, _view(weight, lambda w: w[0]))
+    if count == 1:  # one GEMM for all rows of x
+        return _batched_matmul(x, _view(weight, lambda w: w[0]))
     shared = x.shape[dim] == 1
     experts = [_view(weight, lambda w, i=i: w[i]) for i in range(count)]
-    parts = [_each_matrix(x.select(dim, 0 if shared else i), expert) for i, expert in enumerate(experts)]
+    parts = [_batched_matmul(x.select(dim, 0 if shared else i), expert) for i, expert in enumerate(experts)]
     return torch.stack(parts, dim)
 
 
 def _view(weight: QTensor, view: Callable[[QTensor], QTensor]) -> QTensor:
-    """A view of the weight; inside torch.func's transforms, which would wrap it, one that they do not see."""
-    if is_tracing() or not transformed():
+    """``view(weight)``, outside torch.func's transforms, which would wrap the result."""
+    if is_tracing() or not in_functorch_transform():
         return view(weight)
     with temporarily_clear_interpreter_stack():
         return view(weight)
@@ -137,22 +138,22 @@ def _shapes(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def _check_axes(name: str, a: torch.Tensor, b: torch.Tensor, axes: tuple[int, int]) -> None:
-    """Those that do not broadcast take a fixed number of axes, and equal batches."""
+    """Checks the number of axes and the batch size for functions that do not broadcast."""
     if (a.dim(), b.dim()) != axes:
         raise RuntimeError(f"{name}: {_shapes(a, b)}; expected {axes[0]} and {axes[1]} axes")
     if axes == (3, 3) and a.shape[0] != b.shape[0]:
         raise RuntimeError(f"{name}: {_shapes(a, b)} do not fit: batches of {a.shape[0]} and {b.shape[0]}")
 
 
-def _refuse(name: str, out: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> None:
+def _reject_out(name: str, out: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> None:
     if out is not None or out_dtype is not None:
         argument = "out" if out_dtype is None else "out_dtype"
-        raise NotImplementedError(f"{name} with a quantized weight takes no {argument}=; use what it returns")
+        raise NotImplementedError(f"{name} with a quantized weight takes no {argument}=; use the returned tensor")
 
 
 @implements_function(torch.matmul, torch.linalg.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    _refuse("matmul", out)
+    _reject_out("matmul", out)
     return _multiply("matmul", input, other)
 
 
@@ -169,7 +170,7 @@ def _mm(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _refuse("mm", out, out_dtype)
+    _reject_out("mm", out, out_dtype)
     _check_axes("mm", input, mat2, (2, 2))
     return _multiply("mm", input, mat2)
 
@@ -182,14 +183,14 @@ def _bmm(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _refuse("bmm", out, out_dtype)
+    _reject_out("bmm", out, out_dtype)
     _check_axes("bmm", input, mat2, (3, 3))
     return _multiply("bmm", input, mat2)
 
 
 @implements_function(torch.mv, torch.Tensor.mv)
 def _mv(input: torch.Tensor, vec: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    _refuse("mv", out)
+    _reject_out("mv", out)
     _check_axes("mv", input, vec, (2, 1))
     return _multiply("mv", input, vec)
 
@@ -210,10 +211,10 @@ def _add_matmul(
     """``beta * input + alpha * (a @ b)``.
 
     Args:
-        axes: how many of them a and b have.
-        batches_add: the matrices of the batch are summed up.
+        axes: expected number of axes of a and of b.
+        batches_add: sum over the batch axis (addbmm).
     """
-    _refuse(name, out, out_dtype)
+    _reject_out(name, out, out_dtype)
     if isinstance(input, QTensor):
         raise NotImplementedError(f"{name}: the tensor to add is quantized; call .dequantize() on it first")
     _check_axes(name, a, b, axes)
@@ -227,7 +228,7 @@ def _add_matmul(
     input = as_autocast(input)
     if input.dtype != x.dtype:
         raise RuntimeError(
-            f"{name}: the tensor to add and the one beside the quantized weight must have the same dtype, found "
+            f"{name}: the tensor to add and the one multiplied with the quantized weight must have the same dtype, found "
             f"{input.dtype} and {x.dtype}"
         )
     if axes == (2, 2) and isinstance(b, QTensor) and alpha == 1 and beta == 1 and input.shape == shape[1:]:
@@ -235,7 +236,7 @@ def _add_matmul(
     result = _multiply(name, a, b)
     result = result.sum(0) if batches_add else result
     result = result if alpha == 1 else result * alpha
-    # For beta=0 torch does not read the input at all: it may hold NaN.
+    # For beta=0 torch does not read the input, which may hold NaN.
     return result if beta == 0 else torch.add(result, input, alpha=beta)
 
 
@@ -274,7 +275,9 @@ def _grouped_mm(
     if input.dim() != 2 or mat2.dim() != 3 or input.shape[1] != mat2.shape[1]:
         raise RuntimeError(f"grouped_mm: {_shapes(input, mat2)} do not fit: expected [rows, K] and [experts, K, N]")
     if offs.shape != mat2.shape[:1]:
-        raise RuntimeError(f"grouped_mm: {mat2.shape[0]} experts need as many ends of rows, found {tuple(offs.shape)}")
+        raise RuntimeError(
+            f"grouped_mm: offs must have one end row for each of {mat2.shape[0]} experts, found {tuple(offs.shape)}"
+        )
     if not input.is_floating_point() or (out_dtype is not None and not out_dtype.is_floating_point):
         raise RuntimeError(f"grouped_mm: expected float tensors, found {input.dtype} and out_dtype={out_dtype}")
     from requanto.linear import grouped_linear

@@ -1,10 +1,10 @@
-"""Layouts: the orders in which a weight's codes can lie in memory.
+"""Layouts: the orders in which a weight's codes can be stored in memory.
 
-``"plain"`` is the stored form that files hold. A kernel may want another order (oneDNN's blocks, the GPU kernels' words);
-each is a `Layout` with a name that converts both ways, bit for bit. The codes of a packed weight are ordinary tensors under
-the same name, ``qdata``, and take the place of the stored ones: memory is paid once.
+``"plain"`` is the layout of checkpoints. A kernel may need another one (oneDNN's blocks, the GPU kernels' words): a named
+`Layout` that converts from and to the plain one, bit for bit. The codes of a prepacked weight are an ordinary tensor, also
+called ``qdata``, which replaces the plain one, so that the memory is needed only once.
 
-Back ends register their layouts here; this module knows none of them.
+Backends register their layouts here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from requanto.tensor.spec import WeightSpec
 
 __all__ = ["LOCK", "PLAIN", "Layout", "is_fake", "layout_named", "register_layout"]
 
-#: Held while a weight's parts are replaced: threads may meet in one layer. Never held while a kernel is compiled.
+#: Held while a weight's parts are replaced, since several threads may run one layer. Not held while a kernel is compiled.
 LOCK = threading.RLock()
 
 
 def _new_lock_in_child() -> None:
-    # The thread that held it does not exist in a forked child, which would wait for it for ever.
+    # A forked child lacks the thread that may hold the lock, and would wait for it forever.
     global LOCK
     LOCK._at_fork_reinit()  # type: ignore[attr-defined]
 
@@ -38,12 +38,12 @@ Parts = Mapping[str, torch.Tensor]
 
 
 class Layout:
-    """The stored form, and the base of all others.
+    """The plain layout, and the base class of all others.
 
     Attributes:
-        name: as ``QTensor.layout`` and `requanto.explain` show it.
-        extra: names of parts that this layout has beside those of the stored form.
-        rows_are_views: rows (and experts) of the codes can be cut out as views.
+        name: shown by ``QTensor.layout_name`` and `requanto.explain`.
+        extra: names of parts that this layout has in addition to those of the plain layout.
+        rows_are_views: rows (and experts) of the codes can be sliced as views.
     """
 
     name = "plain"
@@ -51,26 +51,26 @@ class Layout:
     rows_are_views = True
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
-        """``qdata`` and `extra` in this layout, from a plain weight's parts."""
+        """``qdata`` and `extra` in this layout, from the parts of the plain layout."""
         return {"qdata": parts["qdata"]}
 
     def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
-        """The stored codes, bit for bit: the very tensor of a plain weight, else a new one."""
+        """The plain codes, bit for bit: the same tensor for the plain layout, else a new one."""
         return parts["qdata"]
 
     def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
-        """Codes of rows ``start .. stop`` of the stored matrix, one an element: ``[stop - start, K]``."""
+        """Unpacked codes of rows ``start .. stop`` of the stored matrix: ``[stop - start, K]``, one code per element."""
         rows = self._rows(spec, parts)[start:stop]
         return unpack(rows, spec.qtype.bits, spec.row_length) if spec.qtype.is_packed else rows
 
     def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
-        """Codes of some rows of the stored matrix, one an element: ``[len(index), K]``.
+        """Unpacked codes of the rows ``index`` of the stored matrix: ``[len(index), K]``, one code per element.
 
         Raises:
             IndexError: an index is out of range.
         """
         stored = self._rows(spec, parts)
-        if stored.dtype.itemsize == 1:  # torch copies bytes row by row, and knows no index_select of float8
+        if stored.dtype.itemsize == 1:  # index_select does not support float8, and copies uint8 row by row
             rows = torch.index_select(stored.view(torch.uint8), 0, index).view(stored.dtype)
         else:
             rows = torch.index_select(stored, 0, index)
@@ -82,36 +82,40 @@ class Layout:
         return codes.reshape(spec.matrix_shape[0], codes.shape[spec.axis + 1 :].numel())
 
     def write(self, spec: WeightSpec, parts: Parts, stored: Parts) -> None:
-        """Takes other codes, given as a plain weight's parts, into the same memory."""
+        """Overwrites the codes in place.
+
+        Args:
+            stored: parts of the plain layout.
+        """
         for name, part in self.pack(spec, stored).items():
             parts[name].copy_(part)
 
     def check_unpack(self, parts: Parts) -> None:
-        """Raises RuntimeError where the memory must stay as it is."""
+        """Raises RuntimeError if the memory must not change (see `QTensor.unpack`)."""
 
     def clone(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         """A copy of ``qdata`` and `extra`."""
         return {name: parts[name].clone() for name in ("qdata", *self.extra)}
 
-    def codes_form(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
+    def codes_shape_dtype(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of ``qdata`` in this layout."""
         return spec.codes_shape, spec.qtype.storage_dtype
 
-    def extra_forms(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    def extra_shapes_dtypes(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of each part of `extra`."""
         return {}
 
     def check(self, spec: WeightSpec, parts: Parts) -> None:
-        """Refuses parts that are not those of the record in this layout.
+        """Checks that parts in this layout fit the spec.
 
         Raises:
             ValueError: see `WeightSpec.check`.
         """
         if not self.extra:
-            spec.check(parts, self.codes_form(spec))
+            spec.check(parts, self.codes_shape_dtype(spec))
             return
-        spec.check({name: part for name, part in parts.items() if name not in self.extra}, self.codes_form(spec))
-        for name, (shape, dtype) in self.extra_forms(spec).items():
+        spec.check({name: part for name, part in parts.items() if name not in self.extra}, self.codes_shape_dtype(spec))
+        for name, (shape, dtype) in self.extra_shapes_dtypes(spec).items():
             part = parts.get(name)
             if part is None or part.shape != shape or part.dtype != dtype or part.device != parts["qdata"].device:
                 found = "none" if part is None else f"{part.dtype} {tuple(part.shape)} on {part.device}"
@@ -120,7 +124,7 @@ class Layout:
                 )
 
     def names(self, spec: WeightSpec) -> list[str]:
-        """Names, in order, of the parts that operators are given: all but the low-rank factors."""
+        """Names, in order, of the parts that are arguments of custom operators: all except the low-rank factors."""
         return [*spec.expected, *self.extra]
 
 
@@ -129,10 +133,10 @@ _layouts: dict[str, Layout] = {PLAIN.name: PLAIN}
 
 
 def register_layout(layout: Layout) -> Layout:
-    """Makes a layout known by its name.
+    """Registers a layout under its name.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
     if layout.name in _layouts:
         raise ValueError(f"a layout named {layout.name!r} is registered already")
@@ -144,13 +148,13 @@ def layout_named(name: str) -> Layout:
     """The layout of that name.
 
     Raises:
-        ValueError: this machine does not know it.
+        ValueError: no layout of that name is registered.
     """
     found = _layouts.get(name)
     if found is None:
         raise ValueError(
-            f"a quantized weight lies in layout {name!r}, which this machine does not know (it knows "
-            f"{', '.join(_layouts)}): it was packed for another kind of processor. Save, export or copy the model before it "
-            f"is packed, or after requanto.unpack(model)."
+            f"a quantized weight has layout {name!r}, which this machine does not know (known: "
+            f"{', '.join(_layouts)}): it was prepacked for another kind of processor. Save, export or copy the model before "
+            f"it is prepacked, or after requanto.unpack(model)."
         )
     return found

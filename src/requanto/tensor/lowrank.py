@@ -1,7 +1,7 @@
-"""The low-rank term that a quantized weight may carry beside its codes: ``W = dequant(codes) + up @ down``.
+"""The optional low-rank term of a quantized weight: ``W = dequant(codes) + up @ down``.
 
-A LoRA adapter changes each weight by far less than a 4-bit step, so rounding the merged weight back to codes would erase
-most of it. Kept as two thin matrices the merged weight is exact, and costs what the adapter cost.
+A LoRA adapter changes each weight by far less than a 4-bit step, so rounding the merged weight to codes would lose most of
+the adapter. Stored separately as two thin matrices, the merged weight is exact, and takes as much memory as the adapter.
 
 ``up`` is ``[*lead, r]`` and ``down`` ``[*lead[:-1], r, K]``, in the stored orientation (see `requanto.tensor.qtensor`).
 """
@@ -17,28 +17,28 @@ from torch import nn
 from requanto.runtime.tracing import without_autocast
 from requanto.tensor.qtensor import QTensor
 
-#: a dense change of a weight is kept as factors up to this share of full rank; above it they would cost more than codes
+#: a dense change of a weight is stored as factors up to this share of full rank; above it they would exceed the codes
 MAX_RANK_SHARE = 0.25
 
-#: singular values below this share of the largest are rounding, not rank
+#: singular values below this share of the largest are rounding errors
 RANK_TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 HALF_TOLERANCE = 1e-2
 
 
-# ---------------------------------------------------------------------- products
+# ---------------------------------------------------------------------- GEMMs
 
 
-def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
-    """The term's share of ``x @ weight.T``. x: ``[..., K]`` -> ``[..., N]``, weight ``[N, K]``."""
+def lowrank_matmul(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """The low-rank term's part of ``x @ weight.T``: x ``[..., K]``, weight ``[N, K]`` -> ``[..., N]``."""
     first, second = _factors(weight)
     return (x @ first.to(x.dtype).mT) @ second.to(x.dtype).mT
 
 
-def grouped_product(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
-    """The same for rows sorted by expert, see `requanto.linear.grouped_linear`.
+def grouped_lowrank_matmul(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`lowrank_matmul` for rows sorted by expert, see `requanto.linear.grouped_linear`.
 
-    All experts' thin factors at once: a row keeps the r columns of its own expert and drops the others'. No loop, and no
-    shape that depends on the data.
+    One GEMM with the factors of all experts; a mask then zeroes the r columns of the other experts. So there is no loop
+    and no data-dependent shape.
     """
     first, second = _factors(weight)  # [E, r, K], [E, N, r]
     experts, rank = first.shape[:2]
@@ -51,7 +51,7 @@ def grouped_product(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> 
 
 
 def _factors(weight: QTensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down, up) as ``x @ weight.T`` wants them: the reduction axis of x is the last of the first."""
+    """(first, second) factor of ``x @ weight.T = x @ first.mT @ second.mT``."""
     assert weight.up is not None
     assert weight.down is not None
     return (weight.up.mT, weight.down.mT) if weight.transposed else (weight.down, weight.up)
@@ -61,14 +61,14 @@ def _factors(weight: QTensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stored_orientation(weight: QTensor, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``left @ right``, a change of the weight as it is seen, as (up, down) of the weight as it is stored."""
+    """(up, down) in the stored orientation for ``left @ right`` in the orientation that the tensor shows."""
     return (right.mT, left.mT) if weight.transposed else (left, right)
 
 
 def append(weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> None:
     """Adds ``up @ down`` (stored orientation) to the weight, in place and without rounding.
 
-    The factors keep the more precise dtype of the old and the new ones.
+    Old and new factors are concatenated in their common promoted dtype.
     """
     up, down = up.detach().to(weight.device), down.detach().to(weight.device)
     if weight.up is not None and weight.down is not None:
@@ -79,10 +79,10 @@ def append(weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> None:
 
 
 def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
-    """Multiplies each stored row by its factor ``[*lead]``, in place: scale, shift and up, never the codes."""
+    """Multiplies each stored row by its factor ``[*lead]``, in place. Changes scale, shift and up, not the codes."""
     factor = factor.detach().to(weight.device, torch.float32).unsqueeze(-1)
     inner, changed = _without_codes(weight), {}
-    if weight.scale_bits is not None:  # a row's scale is the only float of both, and exact in float32
+    if weight.scale_bits is not None:  # row_scale is the only float part; in float32 the result is exact
         assert weight.row_scale is not None
         changed["row_scale"] = weight.row_scale.float() * factor
     else:
@@ -93,7 +93,7 @@ def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
 
 
 def set_parts(weight: QTensor, changed: Mapping[str, torch.Tensor | None]) -> None:
-    """Replaces some tensors of a weight, for all its aliases; its codes stay where they are, packed or not."""
+    """Replaces some tensors of a weight, for all its aliases; codes and layout stay."""
     layout, parts = weight._storage.state
     parts = {name: part for name, part in {**parts, **changed}.items() if part is not None}
     layout.check(weight._spec, parts)
@@ -107,31 +107,31 @@ def _without_codes(weight: QTensor) -> dict[str, torch.Tensor]:
 
 @dataclass
 class State:
-    """What a merge changes of a weight; the codes are not among it, so that undoing costs no copy of them."""
+    """The parts of a weight that a merge can change: all except the codes, which need no copy for an undo."""
 
     parts: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, weight: QTensor) -> State:
-        """The present one."""
+        """The current state of a weight."""
         return cls(_without_codes(weight))
 
     def weight(self, now: QTensor) -> QTensor:
-        """The weight that ``now`` was in this state."""
+        """A weight with the codes of ``now`` and the other parts of this state."""
         parts = {name: part.to(now.device) for name, part in self.parts.items()}
         return now.with_inner({"qdata": now.inner_tensors()["qdata"], **parts})
 
     def restore(self, weight: QTensor) -> None:
-        """Puts the weight back into this state, bit for bit."""
+        """Restores this state of the weight, bit for bit."""
         set_parts(weight, {"up": None, "down": None, **{n: part.to(weight.device) for n, part in self.parts.items()}})
 
     @property
     def rows(self) -> torch.Tensor:
-        """What `scale_rows` changes."""
+        """The scales that `scale_rows` changes."""
         return self.parts.get("row_scale", self.parts["scale"])
 
-    def is_of(self, weight: QTensor) -> bool:
-        """True while the weight is in this state."""
+    def matches(self, weight: QTensor) -> bool:
+        """True if the weight is in this state."""
         now = _without_codes(weight)
         return now.keys() == self.parts.keys() and all(
             t is now[name] or (t.shape == now[name].shape and torch.equal(t.to(now[name].device), now[name]))
@@ -143,18 +143,18 @@ def add_dense(weight: QTensor, delta: torch.Tensor, sign: float = 1.0) -> None:
     """Adds a dense change to the weight, in place, if it is of low rank.
 
     Args:
-        weight: changed.
+        weight: the weight to change.
         delta: float, of the weight's shape.
         sign: -1 subtracts.
 
     Raises:
-        ValueError: another shape, or NaN or Inf in it.
-        NotImplementedError: its rank is too high to be kept beside the codes.
+        ValueError: delta has another shape, or contains NaN or Inf.
+        NotImplementedError: its rank is too high for a low-rank term.
     """
     if delta.shape != weight.shape:
         raise ValueError(f"a change of shape {tuple(delta.shape)} for a weight of shape {tuple(weight.shape)}")
     if not bool(torch.isfinite(delta).all()):
-        raise ValueError("the change to add to a quantized weight holds NaN or Inf")
+        raise ValueError("the change to add to a quantized weight contains NaN or Inf")
     canonical = delta.mT if weight.transposed else delta
     canonical = canonical.detach().to(weight.device).reshape(*weight.lead, weight.row_length)
     limit = max(1, int(MAX_RANK_SHARE * min(canonical.shape[-2:])))
@@ -166,7 +166,7 @@ def add_dense(weight: QTensor, delta: torch.Tensor, sign: float = 1.0) -> None:
     if rank > limit:
         raise NotImplementedError(
             f"a change of rank {rank} cannot be added to a {weight.qtype.name} weight of shape {tuple(weight.shape)}: up "
-            f"to rank {limit} it would be kept exactly beside the codes, but above that rounding would erase most of it. "
+            f"to rank {limit} it is stored exactly as a low-rank term, but above that rounding would erase most of it. "
             f"Dequantize the model first (model.dequantize()), merge, and quantize again."
         )
     up, down = left[..., :rank] * (sign * values[..., None, :rank]), right[..., :rank, :]
@@ -177,7 +177,7 @@ def add_dense(weight: QTensor, delta: torch.Tensor, sign: float = 1.0) -> None:
 
 
 def compress(weight: QTensor) -> None:
-    """Drops the part of the low-rank term that cancels out, in place: a change added and subtracted leaves nothing."""
+    """Reduces the low-rank term to its numerical rank, in place: a change that was added and subtracted is removed."""
     if weight.up is None or weight.down is None:
         return
     with without_autocast(weight.device):
@@ -188,7 +188,7 @@ def _compress(weight: QTensor) -> None:
     q_up, r_up = torch.linalg.qr(weight.up.float())
     q_down, r_down = torch.linalg.qr(weight.down.float().mT)
     left, values, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    # Against the size of what was added, not of what is left: a difference of equals is rounding.
+    # Relative to the norms of the factors, not of their product: what is left of equal terms is rounding error.
     size = (r_up.norm(dim=(-2, -1)) * r_down.norm(dim=(-2, -1))).amax()
     rank = int((values > RANK_TOLERANCE[torch.float32] * size).sum(-1).amax())
     if rank == 0:
@@ -208,7 +208,7 @@ def _rank(values: torch.Tensor, tolerance: float) -> int:
 
 
 def fold(weight: QTensor) -> QTensor:
-    """The weight with its low-rank term rounded into the codes: same type and groups, smaller, no longer exact."""
+    """The weight with its low-rank term rounded into the codes: same type and groups, less memory, not exact."""
     folded = QTensor.quantize(
         weight.dequantize(torch.float32),
         weight.qtype,
@@ -227,10 +227,10 @@ def fold(weight: QTensor) -> QTensor:
 def fold_lowrank(model: nn.Module) -> dict[str, float]:
     """Rounds every merged adapter into the codes of its weight, in place.
 
-    This is the one lossy step, and never taken unasked: below 8 bits most of an adapter can be lost.
+    This is lossy: below 8 bits most of an adapter can be lost. So it never happens automatically.
 
     Returns:
-        Name of each changed weight -> share of the low-rank term that was lost (its relative error, Frobenius).
+        Name of each changed weight -> relative error of the low-rank term (Frobenius norm).
     """
     lost: dict[str, float] = {}
     for name, weight in model.named_parameters():

@@ -1,28 +1,27 @@
-"""QTensor: a quantized weight that is a tensor.
+"""QTensor: a quantized weight as a tensor subclass.
 
-It sits where the float weight sat, in an unmodified ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` or fused-expert
-parameter, and answers to shape, dtype and device as that weight did. What it is stands in one record
-(`requanto.tensor.spec.WeightSpec`); its numbers are plain tensors (`requanto.tensor.storage`):
+It replaces the float weight of an unmodified ``nn.Linear``, ``nn.Conv2d``, ``nn.Embedding`` or fused-expert parameter, and
+shows the shape, dtype and device of that weight. A `WeightSpec` describes it (`requanto.tensor.spec`), and a
+`WeightStorage` holds its parts, which are ordinary tensors (`requanto.tensor.storage`):
 
     qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
     scale  ``[*lead, K / group]``
-    shift  as scale, only of affine weights
-    row_scale  ``[*lead, 1]``, only with ``scale_bits``: scale and shift are codes of so many bits then, packed along the
-        groups, and the attributes of those names compute the floats (`requanto.scales.compact`)
-    codebook  what each code stands for, ``[2^bits]``; only of learned types (``codebook4``)
-    up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``: a low-rank term beside the codes
+    shift  like scale, only for affine weights
+    row_scale  ``[*lead, 1]``, only with ``scale_bits``. The parts scale and shift then hold codes of ``scale_bits`` bits,
+        packed along the groups, and the attributes of those names compute the floats (`requanto.scales.compact`)
+    codebook  value of each code, ``[2^bits]``, only for learned types (``codebook4``)
+    up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``: factors of the low-rank term
 
-``W = dequant(qdata, scale, shift) + up @ down``: an adapter merged into a quantized weight is kept as it is, since
-rounding the sum back to few bits would erase most of it (`requanto.tensor.lowrank`). With ``rotation`` the codes are those
-of rotated rows (`requanto.tensor.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
+``W = dequant(qdata, scale, shift) + up @ down``. An adapter that is merged into a quantized weight becomes its low-rank
+term, since rounding the sum to few bits would lose most of the adapter (`requanto.tensor.lowrank`). With ``rotation`` the
+codes are those of rotated rows (`requanto.tensor.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
 
-``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the rest. A
-``transposed`` tensor is seen with its last two axes swapped, the stored form being the same; GPT-2's ``Conv1D``, whose
-weight is [in, out], is stored so.
+``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the other sizes.
+A ``transposed`` tensor shows its last two axes swapped; its stored tensors are the same. GPT-2's ``Conv1D``, with a weight
+[in, out], is stored so.
 
-What may be done with a QTensor is what `requanto.tensor.ops` lists; any other aten operator raises and names itself.
-Reading changes nothing. A change through one alias (``.data``, ``.detach()``, ``.t()``, an entry of a state dict) is a
-change of all.
+`requanto.tensor.ops` lists the supported operators; any other aten operator raises. Reading changes nothing. A change
+through one alias (``.data``, ``.detach()``, ``.t()``, an entry of a state dict) changes all aliases.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 
 from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
-from requanto.runtime.tracing import has_numbers, is_recorded, is_tracing, unrecorded, without_autocast
+from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, runs_eagerly, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
 from requanto.scales.compact import check_scale_bits, expand_scale, expand_shift, pack_codes, unpack_codes
@@ -50,15 +49,15 @@ class QTensor(torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Args:
-        qdata, scale, shift, up, down, codebook, row_scale: the stored tensors (see the module's text).
-        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation: see `WeightSpec`; shape as the
-            tensor shows it.
+        qdata, scale, shift, up, down, codebook, row_scale: the parts (see the module's docstring).
+        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation: see `WeightSpec`; ``shape`` is
+            the one that the tensor shows.
 
     Raises:
-        ValueError: the tensors are not those of the description: shapes, dtypes, devices. All ways to a QTensor pass here.
+        ValueError: a shape, dtype or device of the parts does not fit the description.
     """
 
-    #: Parts of the stored form, in the order of the constructor.
+    #: Names of the parts, in the order of the constructor.
     tensor_data_names = PART_NAMES
 
     _spec: WeightSpec
@@ -111,21 +110,21 @@ class QTensor(torch.Tensor):
         return cls._of(spec, {name: part for name, part in given if part is not None})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """All is done in ``__new__``; torch.Tensor's own initializer takes no arguments."""
+        """Does nothing: ``__new__`` does all, and torch.Tensor's initializer takes no arguments."""
 
     @classmethod
     def _of(cls, spec: WeightSpec, parts: dict[str, torch.Tensor], layout: Layout = PLAIN) -> QTensor:
-        """The weight that these tensors are by this record.
+        """The weight of this spec and these parts.
 
         Raises:
-            ValueError: they are not.
+            ValueError: the parts do not fit the spec.
         """
         layout.check(spec, parts)
         return cls._over(spec, WeightStorage(parts, layout))
 
     @classmethod
     def _over(cls, spec: WeightSpec, storage: WeightStorage) -> QTensor:
-        """A view of a storage that has been checked."""
+        """A view of a storage whose parts were already checked."""
         self = torch.Tensor._make_wrapper_subclass(
             cls,
             spec.seen_shape,
@@ -137,7 +136,7 @@ class QTensor(torch.Tensor):
         self._spec, self._storage = spec, storage
         return self
 
-    # ------------------------------------------------------------------ making
+    # ------------------------------------------------------------------ quantization
 
     @classmethod
     def quantize(
@@ -160,29 +159,29 @@ class QTensor(torch.Tensor):
         Args:
             weight: float tensor of 2 axes (Linear, Embedding), 3 (experts ``[E, N, K]``) or more (convolutions).
             kind: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` ... or a qtype (docs/types.md).
-            group_size: neighbouring weights of a row that share a scale; None: one scale a row; ``"default"``: 64 for
-                4 to 7 bits, 32 below, a row for 8 bits. One that does not divide K follows `scales.groups`.
+            group_size: number of adjacent weights of a row that share a scale; None: one scale per row; ``"default"``: 64
+                for 4 to 7 bits, 32 below, one scale per row for 8 bits. A size that does not divide K: see `scales.groups`.
             symmetric: codes around zero without a shift; None: integers below 8 bits and unsigned ones have a shift,
                 int8, float8 and codebooks have none.
-            axis: 0 or 1, see the class; None: 1 for 3D weights, else 0.
-            transposed: quantize along the last-but-one axis: ``[..., K, N]`` weights.
+            axis: 0 or 1, see `WeightSpec`; None: 1 for 3D weights, else 0.
+            transposed: the weight is ``[..., K, N]``: quantize along the second-to-last axis.
             search: how scale and shift are chosen: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"``, ``"hqq"``, or a
-                function of one's own (`requanto.scales.search`); None: the type's default.
+                function (`requanto.scales.search`); None: the type's default.
             scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
-                floats. Without effect on a weight with one scale a row, which stays float32.
-            rotation: True, ``"hadamard"`` or the largest block: codes are those of the rotated rows (`tensor.rotation`).
-            low_rank: rank of a correction beside the codes, found in turns with them (`scales.correction`).
-            name: what to call the weight in messages.
+                floats. No effect on a weight with one scale per row, which stays float32.
+            rotation: True, ``"hadamard"`` or the largest block: quantize the rotated rows (`tensor.rotation`).
+            low_rank: rank of a low-rank term that corrects rounding errors (`scales.correction`).
+            name: name of the weight in messages.
 
         Raises:
-            ValueError: unknown type, no float weight, fewer than two axes, NaN or Inf in the weight, a form (symmetric
-                or not) that the type does not have.
+            ValueError: the type is unknown or does not support ``symmetric``; or the weight is not float, has fewer than
+                two axes, or contains NaN or Inf.
         """
         kind = resolve_qtype(kind)
         if isinstance(weight, QTensor):
             raise ValueError(f"{name} is quantized already ({weight.qtype.name}); call .dequantize() on it first")
         if weight.dim() < 2:
-            raise ValueError(f"{name}: a weight to quantize has two axes or more, found shape {tuple(weight.shape)}")
+            raise ValueError(f"{name}: a weight to quantize needs two axes or more, found shape {tuple(weight.shape)}")
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(f"{name}: only float weights can be quantized, found {weight.dtype}")
         weight = weight.detach()
@@ -226,7 +225,7 @@ class QTensor(torch.Tensor):
 
         return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
 
-    # ------------------------------------------------------------------ the record
+    # ------------------------------------------------------------------ fields of the spec
 
     @property
     def qtype(self) -> qtype:
@@ -235,22 +234,22 @@ class QTensor(torch.Tensor):
 
     @property
     def axis(self) -> int:
-        """Last of the leading axes that keep their own scales."""
+        """Last of the leading axes that have separate scales."""
         return self._spec.axis
 
     @property
     def group_size(self) -> int | None:
-        """Weights that share a scale; None: one scale a row."""
+        """Number of weights that share a scale; None: one scale per row."""
         return self._spec.group_size
 
     @property
     def affine(self) -> bool:
-        """True where the weight has a shift."""
+        """True if the weight has a shift."""
         return self._spec.affine
 
     @property
     def transposed(self) -> bool:
-        """The last two axes are seen swapped."""
+        """True if the tensor shows the last two axes swapped."""
         return self._spec.transposed
 
     @property
@@ -260,12 +259,12 @@ class QTensor(torch.Tensor):
 
     @property
     def rotation(self) -> int | None:
-        """Block in which rows were rotated before they were rounded; None: they were not."""
+        """Size of the blocks in which rows were rotated before rounding; None: no rotation."""
         return self._spec.rotation
 
     @property
     def activation(self) -> qtype | None:
-        """Type that inputs are quantized to, per token, on the way into a GEMM; None: they stay float."""
+        """Type to which the inputs of a GEMM are quantized, per token; None: they stay float."""
         return self._spec.activation
 
     @activation.setter
@@ -274,31 +273,31 @@ class QTensor(torch.Tensor):
 
     @property
     def canonical_shape(self) -> torch.Size:
-        """The shape of the stored form: that of the tensor, last two axes swapped back where ``transposed``."""
+        """The stored shape: that of the tensor, with the last two axes swapped back if ``transposed``."""
         return self._spec.shape
 
     @property
     def lead(self) -> torch.Size:
-        """Leading axes with scales of their own."""
+        """Sizes of the leading axes that have separate scales."""
         return self._spec.lead
 
     @property
     def row_length(self) -> int:
-        """K: weights in a row."""
+        """K: number of weights in a row."""
         return self._spec.row_length
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """N and K of the matrix that the codes are stored as."""
+        """N and K of the stored codes as a matrix."""
         return self._spec.matrix_shape
 
     @property
     def groups(self) -> int:
-        """Scales in a row."""
+        """Number of scales per row."""
         return self._spec.groups
 
     def spec(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON holds it."""
+        """A JSON description of the weight, without the tensors."""
         spec = self._spec
         return {
             "qtype": spec.qtype.name,
@@ -317,42 +316,42 @@ class QTensor(torch.Tensor):
 
     @property
     def layout_name(self) -> str:
-        """The order in which the codes lie: ``"plain"``, as they are stored, or the name of a kernel's own."""
+        """Name of the layout of the codes: ``"plain"``, as in checkpoints, or that of a kernel."""
         return self._storage.layout.name
 
     @property
     def is_packed(self) -> bool:
-        """True where the codes lie in the order of a kernel."""
+        """True if the weight is prepacked: its codes are in a kernel's layout."""
         return self._storage.layout is not PLAIN
 
     def pack(self, layout: Layout) -> None:
-        """Puts the codes into a layout, for this weight and all its aliases; `requanto.prepare` chooses one."""
+        """Converts the codes to a layout, for this weight and all its aliases; `requanto.prepare` selects one."""
         self._storage.pack(self._spec, layout)
 
     def unpack(self) -> None:
-        """Puts the codes back into the stored form, for this weight and all its aliases."""
+        """Converts the codes to the plain layout, for this weight and all its aliases."""
         self._storage.unpack(self._spec)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are really held, copies of scales for a kernel included."""
+        """Bytes in memory, including copies of scales for a kernel."""
         return self._storage.nbytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a weight costs, scales and shifts counted."""
+        """Bits per weight in memory, including scales and shifts."""
         return self.nbytes * 8 / max(1, self.shape.numel())
 
-    # ------------------------------------------------------------------ the stored tensors
+    # ------------------------------------------------------------------ parts
 
     @property
     def qdata(self) -> torch.Tensor:
-        """The stored codes. Of a packed weight a copy for reading only: torch refuses to change it in place."""
+        """The codes in the plain layout; of a prepacked weight a copy, as inference tensor, so in-place changes raise."""
         layout, parts = self._storage.state
         if layout is PLAIN:
-            # A tensor of its own over the same memory: whoever holds it keeps the weight from being packed.
+            # A new tensor over the same memory: while a caller holds it, the weight is not prepacked.
             return parts["qdata"].detach()
-        if not has_numbers():
+        if not runs_eagerly():
             return self.inner_tensors()["qdata"]
         with torch.inference_mode():
             return layout.unpack(self._spec, parts)
@@ -363,7 +362,7 @@ class QTensor(torch.Tensor):
 
     @property
     def scale(self) -> torch.Tensor:
-        """Scales ``[*lead, G]``, float; computed from their codes where they are stored in few bits."""
+        """Float scales ``[*lead, G]``; with ``scale_bits`` computed from their codes."""
         parts, bits = self._storage.parts, self._spec.scale_bits
         if bits is None:
             return parts["scale"]
@@ -375,7 +374,7 @@ class QTensor(torch.Tensor):
 
     @property
     def shift(self) -> torch.Tensor | None:
-        """Shifts as ``scale``, or None."""
+        """Float shifts ``[*lead, G]``, or None."""
         parts, bits = self._storage.parts, self._spec.scale_bits
         if bits is None or "shift" not in parts:
             return parts.get("shift")
@@ -389,7 +388,7 @@ class QTensor(torch.Tensor):
     def _set_float(self, name: str, value: torch.Tensor) -> None:
         if self.scale_bits is not None:
             raise AttributeError(
-                f"a {name} that is stored in {self.scale_bits} bits cannot be set; set_inner() sets its parts"
+                f"a {name} that is stored in {self.scale_bits} bits cannot be set; set the stored parts with set_inner()"
             )
         layout, parts = self._storage.state
         parts = {**parts, name: value}
@@ -398,22 +397,22 @@ class QTensor(torch.Tensor):
 
     @property
     def row_scale(self) -> torch.Tensor | None:
-        """One scale a row, of weights whose groups' scales are stored in few bits; else None."""
+        """One scale per row for weights with ``scale_bits``, else None."""
         return self._storage.parts.get("row_scale")
 
     @property
     def codebook(self) -> torch.Tensor | None:
-        """What each code stands for, of learned types; else None."""
+        """Value of each code for learned types, else None."""
         return self._storage.parts.get("codebook")
 
     def inner_tensors(self) -> dict[str, torch.Tensor]:
-        """The stored tensors by name; the codes of a packed weight are a copy."""
+        """The parts in the plain layout, by name; the codes of a prepacked weight are a copy."""
         layout, parts = self._storage.state
         if layout is PLAIN:
             return dict(parts)
         if is_tracing():
-            beside = {name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}
-            return {"qdata": self._traced_codes(), **beside}
+            others = {name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}
+            return {"qdata": self._traced_codes(), **others}
         return self._storage.stored(self._spec)
 
     def _traced_codes(self) -> torch.Tensor:
@@ -423,20 +422,24 @@ class QTensor(torch.Tensor):
         return torch.ops.requanto.stored_codes(named, words, list(self._spec.shape))  # type: ignore[no-any-return]
 
     def set_inner(self, inner: Mapping[str, torch.Tensor | None]) -> None:
-        """Puts these stored tensors, and no others, in the place of the weight's own, for all its aliases.
+        """Replaces all parts of the weight, for all its aliases.
+
+        Args:
+            inner: parts in the plain layout.
 
         Raises:
-            ValueError: they are not those of this weight's record.
+            ValueError: they do not fit this weight's spec.
         """
         parts = {name: part for name, part in inner.items() if part is not None}
         PLAIN.check(self._spec, parts)
         self._storage.set(parts)
 
     def with_inner(self, inner: Mapping[str, torch.Tensor | None], **changes: Any) -> QTensor:
-        """The same kind of weight around these stored tensors, and no others.
+        """A new weight of the same spec with other parts.
 
         Args:
-            changes: fields of the record that are other ones; ``shape`` as the tensor shows it.
+            inner: all parts, in the plain layout.
+            changes: fields of the spec to change; ``shape`` is the one that the tensor shows.
         """
         transposed = changes.get("transposed", self._spec.transposed)
         if "shape" in changes:
@@ -445,28 +448,28 @@ class QTensor(torch.Tensor):
         spec = self._spec.replace(**changes, affine="shift" in parts)
         return type(self)._of(spec, parts)
 
-    def over_same_storage(self, **changes: Any) -> QTensor:
-        """Another view of the same storage: a change through one is there for the other.
+    def view_of_storage(self, **changes: Any) -> QTensor:
+        """A view of this weight's storage, which sees its changes and the other way round.
 
         Args:
-            changes: fields of the record that say how the weight is seen: dtype, activation, shape, axis and transposed, the
-                last three only where the stored rows stay the same.
+            changes: fields of the spec to change: dtype, activation, shape, axis or transposed; the last three only if the
+                stored rows stay the same.
         """
         spec = self._spec.replace(**changes) if changes else self._spec
         return type(self)._over(spec, self._storage)
 
     def as_matrix(self) -> QTensor:
-        """The matrix ``[N, K]`` that the codes are stored as, over the same storage; itself, where it is that."""
+        """The weight as its stored matrix ``[N, K]``, a view of the same storage."""
         if len(self._spec.shape) == 2 and not self._spec.transposed:
             return self
-        return self.over_same_storage(shape=torch.Size(self._spec.matrix_shape), axis=0, transposed=False)
+        return self.view_of_storage(shape=torch.Size(self._spec.matrix_shape), axis=0, transposed=False)
 
     def shared_along(self, axis: int) -> frozenset[str]:
-        """Parts that do not grow with the stored form's ``axis``: cutting or joining along it leaves them whole."""
+        """Names of the parts that do not have the stored ``axis``: slices along it share them."""
         return frozenset(("codebook", "down") if axis == self.axis else ("codebook",))
 
     def scale_codes(self) -> dict[str, torch.Tensor]:
-        """The stored scale and, if there is one, shift: as they are, or, in few bits, as one code a byte ``[*lead, G]``."""
+        """The stored scale and shift ``[*lead, G]``; with ``scale_bits`` as unpacked codes, one per byte."""
         parts, bits = self._storage.parts, self._spec.scale_bits
         stored = {name: parts[name] for name in ("scale", "shift") if name in parts}
         if bits is None:
@@ -474,7 +477,7 @@ class QTensor(torch.Tensor):
         return {name: unpack_codes(part, bits, self._spec.groups) for name, part in stored.items()}
 
     def scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The stored scale and shift with ``change`` applied along their groups, the last axis of what it is given."""
+        """The stored scale and shift after ``change``, which gets them (or their unpacked codes) as ``[*lead, G]``."""
         bits, codes = self.scale_bits, self.scale_codes()
         if bits is None:
             return {name: change(part) for name, part in codes.items()}
@@ -494,12 +497,12 @@ class QTensor(torch.Tensor):
 
     @property
     def rank(self) -> int:
-        """Rank of the low-rank term; 0: there is none."""
+        """Rank of the low-rank term, 0 without one."""
         up = self.up
         return 0 if up is None else up.shape[-1]
 
     def set_lowrank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
-        """Replaces the low-rank term, in place: every alias, and every module that shares the weight, sees it.
+        """Replaces the low-rank term, in place, for all aliases and all modules that share the weight.
 
         Raises:
             ValueError: one of the two is missing, or their shapes do not fit the weight.
@@ -510,13 +513,13 @@ class QTensor(torch.Tensor):
         self._storage.set({**parts, "up": up, "down": down}, layout)  # type: ignore[dict-item]
 
     def without_lowrank(self) -> QTensor:
-        """The same codes without the low-rank term."""
+        """The weight without its low-rank term."""
         if not self.rank:
             return self
         layout, parts = self._storage.state
         return type(self)._of(self._spec, {n: part for n, part in parts.items() if n not in ("up", "down")}, layout)
 
-    # ------------------------------------------------------------------ reading
+    # ------------------------------------------------------------------ dequantization
 
     def codes(self) -> torch.Tensor:
         """Unpacked codes ``[*lead, K]``: uint8 (0 .. 2^bits-1) below 8 bits, else uint8, int8 or float8."""
@@ -527,31 +530,31 @@ class QTensor(torch.Tensor):
         return layout.codes(spec, parts, 0, spec.matrix_shape[0]).reshape(*spec.lead, spec.row_length)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The float weight that all stored tensors stand for, in ``dtype`` (default: its own), computed in float32."""
-        if is_recorded():
-            with unrecorded():
+        """The float weight in ``dtype`` (default: its own), computed in float32."""
+        if in_jit_trace():
+            with jit_trace_paused():
                 return self.dequantize(dtype)
-        with without_autocast(self.device):  # it would round the factors of the low-rank term
-            values = self.own_values()
+        with without_autocast(self.device):  # autocast would round the factors of the low-rank term
+            values = self.values_without_lowrank()
             if self.up is not None and self.down is not None:
                 values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
         values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
         return values.transpose(-1, -2) if self.transposed else values
 
-    def own_values(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: what the codes stand for in the weight's own basis, the low-rank term left out."""
+    def values_without_lowrank(self) -> torch.Tensor:
+        """float32 ``[*lead, K]``: the dequantized codes, rotated back if the weight is rotated, without low-rank term."""
         values = self.stored_values()
         return values if self.rotation is None else rotate(values, self.rotation)
 
     def stored_values(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: what the codes stand for as they are stored, rotated where the weight is."""
-        if is_recorded():
-            with unrecorded():
+        """float32 ``[*lead, K]``: the dequantized codes, of a rotated weight in the rotated basis."""
+        if in_jit_trace():
+            with jit_trace_paused():
                 return self.stored_values()
         return scaled_values(self._code_values(), self.qtype, self.scale, self.shift, self.row_length)
 
     def _code_values(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: codes as numbers, or what they stand for in a codebook."""
+        """float32 ``[*lead, K]``: the codes as numbers, or their values in the codebook."""
         codes = self.codes()
         if not self.qtype.is_codebook:
             return codes.to(torch.float32)
@@ -572,7 +575,7 @@ class QTensor(torch.Tensor):
             f"{self.bits_per_weight:.2f} bits a weight)"
         )
 
-    # ------------------------------------------------------------------ taking apart and putting together
+    # ------------------------------------------------------------------ flattening, pickling, copying
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
         layout, parts = self._storage.state
@@ -588,14 +591,14 @@ class QTensor(torch.Tensor):
         return cls._of(WeightSpec.from_words(words, shape, dtype), parts, layout_named(layout))
 
     def _stable_hash_for_caching(self) -> str:
-        """What a compiled graph depends on: torch keeps graphs on disk under it. Weights are inputs of the graph."""
+        """Key of torch's on-disk cache of compiled graphs. Weights are graph inputs, so their values are not part of it."""
         parts = self._storage.parts.items()
         inner = [(name, tuple(part.shape), part.stride(), part.dtype, part.device) for name, part in parts]
         return repr((self.__tensor_flatten__()[1], tuple(self.shape), inner, self.requires_grad))
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         parts = dict(self.inner_tensors())
-        if self.qtype.is_floating_point:  # torch cannot pickle float8 (only torch.save can): its bytes go
+        if self.qtype.is_floating_point:  # pickle does not support float8 (only torch.save does): pickle the bytes
             parts["qdata"] = parts["qdata"].view(torch.uint8)
         is_parameter = bool(getattr(self, "_is_param", False))
         return _rebuild, (self._spec.words, tuple(self._spec.shape), self.dtype, parts, is_parameter)
@@ -621,11 +624,11 @@ class QTensor(torch.Tensor):
 
 def _part(name: str) -> property:
     return property(
-        lambda self: self._storage.parts.get(name), doc=f"The tensor {name!r} as it lies in memory, or None."
+        lambda self: self._storage.parts.get(name), doc=f"The part {name!r} in the current layout, or None."
     )
 
 
-# The names that `__tensor_flatten__` gives to torch: the parts as they lie in memory, whatever their layout.
+# The attributes that `__tensor_flatten__` names: the parts in the current layout.
 for _name in (*PART_NAMES, "flat"):
     setattr(QTensor, f"_{_name}", _part(_name))
 
@@ -633,12 +636,13 @@ for _name in (*PART_NAMES, "flat"):
 def scaled_values(
     values: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Tensor | None, length: int
 ) -> torch.Tensor:
-    """What codes stand for: float32 ``[..., K]``.
+    """Applies scale and shift to codes: float32 ``[..., K]``.
 
     Args:
         values: the codes as numbers, float32 ``[..., K]``.
+        kind: type of the codes.
         scale, shift: ``[..., G]``.
-        length: K, which a tracer would not take for a number from the shape.
+        length: K as an int; under tracing ``values.shape[-1]`` may be symbolic.
     """
     if shift is None and kind.is_packed:
         values = values - kind.zero_code
@@ -657,8 +661,8 @@ NO_GRADIENT = (
 
 @torch.library.custom_op("requanto::stored_codes", mutates_args=())
 def _stored_codes(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
-    """The stored codes of a packed weight, for graphs that a compiler traces."""
-    spec, layout, named = described(parts, words, shape, torch.float32)
+    """The plain codes of a prepacked weight, as an operator for traced graphs."""
+    spec, layout, named = operator_weight(parts, words, shape, torch.float32)
     return layout.unpack(spec, named).view(spec.codes_shape)
 
 
@@ -668,18 +672,19 @@ def _(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
     return parts[0].new_empty(spec.codes_shape, dtype=spec.qtype.storage_dtype)
 
 
-def described(
+def operator_weight(
     parts: list[torch.Tensor], words: str, shape: Any, dtype: torch.dtype
 ) -> tuple[WeightSpec, Layout, dict[str, torch.Tensor]]:
-    """The weight that an operator was given: its record, layout and parts by name, not checked yet.
+    """Spec, layout and parts by name from the arguments of a custom operator; not checked yet.
 
     Args:
         parts: in the order of `Layout.names`.
-        words: `WeightSpec.words`, and ``layout=NAME`` behind them.
-        shape: of the weight as it is stored.
+        words: `WeightSpec.words`, followed by ``layout=NAME``.
+        shape: the stored shape.
+        dtype: dtype that the weight shows.
 
     Raises:
-        ValueError: another number of parts than the record asks for.
+        ValueError: the number of parts does not fit the spec.
     """
     plain, _, name = words.partition(" layout=")
     spec, layout = WeightSpec.from_words(plain, shape, dtype), layout_named(name or PLAIN.name)
@@ -692,7 +697,7 @@ def described(
 def _rebuild(
     words: str, shape: tuple[int, ...], dtype: torch.dtype, parts: dict[str, torch.Tensor], is_parameter: bool
 ) -> QTensor:
-    """Unpickles a QTensor; its device is that of the codes, so ``map_location`` is followed."""
+    """Unpickles a QTensor. Its device is that of the codes, so ``map_location`` works."""
     spec = WeightSpec.from_words(words, shape, dtype)
     codes = parts["qdata"]
     tensor = QTensor._of(spec, {**parts, "qdata": codes.view(spec.qtype.storage_dtype)})
@@ -717,7 +722,7 @@ def _rebuild_qtensor(
     down: torch.Tensor | None = None,
     later: dict[str, Any] | None = None,
 ) -> QTensor:
-    """Unpickles a QTensor that version 0.1 before November 2026 wrote."""
+    """Unpickles a QTensor that was written by version 0.1 before November 2026."""
     tensor = QTensor(
         qdata.view(qtypes[name].storage_dtype),
         scale,
@@ -738,7 +743,7 @@ def _rebuild_qtensor(
     return tensor
 
 
-# Pickles name what rebuilds them by this address, which stays where it is when files move.
+# Pickles refer to these functions by module and name, so the module name must not change when files move.
 _rebuild.__module__ = _rebuild_qtensor.__module__ = "requanto.qtensor"
-# torch.load(weights_only=True) runs only what is listed; these build tensors and nothing else.
+# torch.load(weights_only=True) only calls registered functions; these build tensors and have no side effects.
 torch.serialization.add_safe_globals([_rebuild, _rebuild_qtensor, (QTensor, "requanto.qtensor.QTensor"), QTensor])

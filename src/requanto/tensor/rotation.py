@@ -1,13 +1,13 @@
-"""Rotation of a weight's rows by a block Hadamard matrix, and of what is multiplied with them.
+"""Rotation of a weight's rows, and of the inputs of its GEMM, by a block Hadamard matrix.
 
     W x = (W R) (R x)        R = diag(H, H, ...), H orthonormal and symmetric: H H = 1
 
-Codes are chosen for ``W R``: every weight of it is a mean over a block, so that outliers are spread over their block and
-groups look alike. The product rotates x in the same way, and ``dequantize()`` turns the weight back. (QuIP, Chee et al.
+The codes are those of ``W R``. Each of its elements mixes all weights of a block, which spreads outliers over the block and
+makes groups similar. The GEMM rotates x in the same way, and ``dequantize()`` rotates the weight back. (QuIP, Chee et al.
 2023, arXiv:2307.13304; QuaRot, Ashkboos et al. 2024, arXiv:2404.00456.)
 
-H is Sylvester's: ``H_ab = H_a (x) H_b``, so a block of 1024 is a 32 x 32 matrix on either side of the block seen as 32 x 32:
-O(K sqrt(block)) operations in two products of small matrices, which is quicker than the ten passes of the classic butterfly.
+H is Sylvester's: ``H_ab = H_a (x) H_b``. So a block of 1024 is reshaped to 32 x 32 and multiplied by a 32 x 32 matrix from
+either side: O(K sqrt(block)) operations in two small matmuls, which is faster than the ten passes of the usual butterfly.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from requanto.runtime.tracing import is_tracing, neutral, without_autocast
+from requanto.runtime.tracing import is_tracing, without_ambient_state, without_autocast
 
 logger = logging.getLogger(__name__)
 
-#: Largest block. Larger ones measured no better (docs/accuracy.md), and cost more.
+#: Largest block. Larger ones were not more accurate (docs/accuracy.md), and are slower.
 LARGEST = 1024
 
 
 def check_rotation(value: Any, where: str = "rotation") -> int | None:
-    """Largest block that is asked for: True or ``"hadamard"`` mean `LARGEST`, None and False mean no rotation.
+    """The largest block: `LARGEST` for True or ``"hadamard"``, None (no rotation) for None or False, else the value.
 
     Raises:
-        ValueError: anything but those and powers of two from 2 on.
+        ValueError: another value that is not a power of two of at least 2.
     """
     if value is None or value is False:
         return None
@@ -45,19 +45,19 @@ def check_rotation(value: Any, where: str = "rotation") -> int | None:
 
 
 def fit_rotation(wanted: int | None, length: int, name: str = "weight") -> int | None:
-    """The block that rows of ``length`` weights get: the largest power of two up to ``wanted`` that divides them."""
+    """The block for rows of ``length`` weights: the largest power of two up to ``wanted`` that divides them, or None."""
     if wanted is None:
         return None
     block = min(wanted, length & -length)
     if block < 2:
-        logger.info("%s: rows of %d weights have no block of a power of two, they are not rotated", name, length)
+        logger.info("%s: rows of %d weights have no power of two as divisor, so they are not rotated", name, length)
         return None
     return block
 
 
 @functools.lru_cache(maxsize=64)
 def _hadamard(size: int, device: torch.device) -> torch.Tensor:
-    with neutral():
+    with without_ambient_state():
         matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
         while matrix.shape[0] < size:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
@@ -105,8 +105,8 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     Returns:
         A new tensor of x's shape and dtype.
     """
-    # Whoever watches operators (a tracer, fake tensors, a counter of them) sees one, and not the kept matrix.
-    watched = is_tracing() or isinstance(x, FakeTensor) or torch._C._len_torch_dispatch_stack()
-    if watched or (torch.is_grad_enabled() and x.requires_grad):
+    # Tracers, fake tensors and dispatch modes must see one operator, not the cached matrix.
+    use_op = is_tracing() or isinstance(x, FakeTensor) or torch._C._len_torch_dispatch_stack()
+    if use_op or (torch.is_grad_enabled() and x.requires_grad):
         return torch.ops.requanto.rotate(x, block)
     return _rotated(x, block)

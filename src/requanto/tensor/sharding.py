@@ -1,7 +1,7 @@
-"""Cutting a quantized weight into pieces and joining them: what tensor parallelism does to it.
+"""Slicing and joining quantized weights exactly, for tensor parallelism.
 
-A cut between rows (or experts) is one between codes. One along the rows' length is too as long as it falls between bytes:
-where it falls inside a group, both sides keep the group's scale. So pieces stand for the same numbers as the whole.
+A weight can be sliced between rows (or experts), and along its rows between bytes. A slice that ends inside a group copies
+the group's scale. So the slices have exactly the values of the whole weight.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from requanto.tensor.aten import narrow, stored_axis
 from requanto.tensor.qtensor import QTensor
 
 
-def cut(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -> QTensor:
-    """``tensor[start:end]`` along ``dim``, also inside a group; always a copy, so that the rest can be freed.
+def slice_weight(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -> QTensor:
+    """``tensor[start:end]`` along ``dim``, also inside a group; a copy, so that the whole weight can be freed.
 
     Raises:
-        NotImplementedError: the cut falls inside a byte.
+        NotImplementedError: an end of the slice is inside a byte.
     """
     group = tensor.group_size or tensor.row_length
     if stored_axis(tensor, dim) > tensor.axis and (start % group or end % group):
         finer = math.gcd(math.gcd(start, end - start), group)
         if (finer * tensor.qtype.bits) % 8:
             raise NotImplementedError(
-                f"{name}: rows of {tensor.row_length} {tensor.qtype.name} weights in groups of {group} cannot be cut at "
+                f"{name}: rows of {tensor.row_length} {tensor.qtype.name} weights in groups of {group} cannot be sliced at "
                 f"{start}: it falls inside a byte. Use another number of ranks."
             )
         if tensor.group_size is not None:
@@ -35,47 +35,48 @@ def cut(tensor: QTensor, dim: int, start: int, end: int, name: str = "weight") -
     return narrow(tensor, dim, start, end).clone()
 
 
-def join(pieces: Sequence[QTensor], dim: int) -> QTensor:
-    """The weight whose neighbouring pieces along ``dim`` these are; pieces of unlike groups take the finer one.
+def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
+    """Concatenates slices of one weight along ``dim``; different group sizes become their greatest common divisor.
 
     Raises:
-        ValueError: the pieces do not look their codes up in the same values.
+        ValueError: the slices have different codebooks.
+        NotImplementedError: the slices have parts that cannot be joined along rows, or different row scales.
     """
     first = pieces[0]
     if len(pieces) == 1:
         return first
     if first.codebook is not None and not all(torch.equal(first.codebook, piece.codebook) for piece in pieces):
-        raise ValueError("pieces with codebooks of their own are no parts of one weight")
+        raise ValueError("pieces with codebooks of their own are not slices of one weight")
     axis = stored_axis(first, dim)
     shape = list(first.shape)
     shape[dim % first.dim()] = sum(piece.shape[dim] for piece in pieces)
     if axis <= first.axis:
-        kept = first.shared_along(axis)
+        shared = first.shared_along(axis)
     else:
-        # `up` has no part along a row, and without groups each piece has kept the one scale of its row.
-        kept = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
-        kept |= {"row_scale"}
+        # `up` has no axis along a row, and without groups each piece has the one scale of its row.
+        shared = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
+        shared |= {"row_scale"}
         axis = -1
         known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale"}
         if unknown := first.inner_tensors().keys() - known:
-            raise NotImplementedError(f"joining pieces of rows with {sorted(unknown)} beside the codes")
+            raise NotImplementedError(f"joining pieces of rows that have parts {sorted(unknown)}")
     if first.group_size is not None:
         group = math.gcd(*(piece.group_size or piece.row_length for piece in pieces))
         pieces = [with_groups(piece, group) for piece in pieces]
         first = pieces[0]
     parts = [piece.inner_tensors() for piece in pieces]
-    inner = {name: t if name in kept else torch.cat([p[name] for p in parts], axis) for name, t in parts[0].items()}
+    inner = {name: t if name in shared else torch.cat([p[name] for p in parts], axis) for name, t in parts[0].items()}
     if axis == -1 and first.scale_bits is not None:
         inner |= _joined_scales(pieces)
     return first.with_inner(inner, shape=shape)
 
 
 def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
-    """Scales in few bits of pieces of the same rows: packed anew, since a piece may end inside a byte."""
+    """Repacked scale codes of pieces of the same rows: the codes of a piece may end inside a byte."""
     first, rest = pieces[0], pieces[1:]
     assert first.row_scale is not None
     if any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
-        raise NotImplementedError("joining rows whose scales in few bits are multiples of different ones")
+        raise NotImplementedError("joining pieces of rows with different row_scale")
     unpacked = [piece.scale_codes() for piece in pieces]
     bits = first.scale_bits
     assert bits is not None
@@ -85,10 +86,10 @@ def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
 def with_groups(tensor: QTensor, group: int) -> QTensor:
     """The same values in groups of another size.
 
-    Finer: each scale is written once for every part of its group. Coarser: only where neighbours share their scale.
+    Smaller groups repeat each scale. Larger groups need equal scales in the groups that are merged.
 
     Raises:
-        ValueError: coarser groups would change values, or the sizes do not divide one another.
+        ValueError: larger groups would change values, or neither size divides the other.
     """
     now = tensor.group_size or tensor.row_length
     if group == now:
@@ -98,7 +99,7 @@ def with_groups(tensor: QTensor, group: int) -> QTensor:
     elif group % now == 0:
         change = _every(group // now)
     else:
-        raise ValueError(f"groups of {now} cannot be seen as groups of {group}")
+        raise ValueError(f"groups of {now} cannot be converted to groups of {group}")
     return tensor.with_inner({**tensor.inner_tensors(), **tensor.scales(change)}, group_size=group)
 
 
@@ -110,7 +111,7 @@ def _every(times: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def change(scale: torch.Tensor) -> torch.Tensor:
         parts = scale.unflatten(-1, (-1, times))
         if not torch.equal(parts, parts[..., :1].expand_as(parts)):
-            raise ValueError(f"{times} neighbouring groups have different scales: they cannot be seen as one")
+            raise ValueError(f"{times} neighbouring groups have different scales: they cannot be merged into one")
         return parts[..., 0].contiguous()
 
     return change

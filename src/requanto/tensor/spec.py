@@ -1,8 +1,8 @@
-"""WeightSpec: the one record of what a quantized weight is. Everything but its numbers.
+"""WeightSpec: the description of a quantized weight, everything except its tensors.
 
-A constructor, a checkpoint's line, a pickle, a compiled graph and an operator all describe a weight by this record, and all
-of them have its parts checked against it (`WeightSpec.check`). A new property of a weight is a new field here, with its word
-in `words` and `parse_words`.
+Constructors, checkpoints, pickles, compiled graphs and custom operators all describe a weight by a WeightSpec, and check its
+parts against it (`WeightSpec.check`). To add a property of weights, add a field here and its word in `words` and
+`parse_words`.
 
 The text form, e.g. ``"qint4 1536x576 group=64 affine"``, is that of checkpoints (docs/format.md).
 """
@@ -22,27 +22,27 @@ from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales.compact import check_scale_bits, stored_length
 from requanto.tensor.rotation import check_rotation
 
-#: What a scale or a low-rank factor may be stored in.
+#: Possible dtypes of scales and low-rank factors.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-#: Every part of the stored form. A part that a weight does not have is absent.
+#: Names of all parts of the plain layout. A weight has only those that it needs.
 PART_NAMES = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale")
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """What a quantized weight is.
+    """Description of a quantized weight.
 
     Attributes:
         qtype: type of the codes.
-        shape: of the weight as it is stored (see ``transposed``).
-        dtype: float dtype that the weight is seen as.
-        axis: last of the leading axes that keep their own scales: 0, or 1 for experts.
-        group_size: weights that share a scale; None: one scale a row.
-        affine: there is a shift beside the scale.
-        transposed: the weight is seen with its last two axes swapped.
-        activation: type that inputs are quantized to, per token; None: they stay float.
+        shape: stored shape (see ``transposed``).
+        dtype: float dtype that the tensor shows.
+        axis: last of the leading axes that have separate scales: 0, or 1 for experts.
+        group_size: number of weights that share a scale; None: one scale per row.
+        affine: True if there is a shift in addition to the scale.
+        transposed: True if the tensor shows the last two axes swapped.
+        activation: type to which inputs are quantized, per token; None: they stay float.
         scale_bits: bits in which scale and shift are stored; None: they are floats.
-        rotation: block in which rows were rotated before rounding; None: they were not.
+        rotation: size of the blocks in which rows were rotated before rounding; None: no rotation.
     """
 
     qtype: qtype
@@ -65,7 +65,7 @@ class WeightSpec:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Strides that a float tensor of this shape and orientation would have."""
+        """Strides that a float tensor of this shape, transposed or not, would have."""
         strides, step = [], 1
         for size in reversed(self.shape):
             strides.insert(0, step)
@@ -76,40 +76,40 @@ class WeightSpec:
 
     @functools.cached_property
     def lead(self) -> torch.Size:
-        """Leading axes with scales of their own."""
+        """Sizes of the leading axes that have separate scales."""
         return self.shape[: self.axis + 1]
 
     @functools.cached_property
     def row_length(self) -> int:
-        """K: weights in a row."""
+        """K: number of weights in a row."""
         return self.shape[self.axis + 1 :].numel()
 
     @property
     def groups(self) -> int:
-        """Scales in a row; one for an empty row."""
+        """Number of scales per row; one for an empty row."""
         return self.row_length // self.group_size if self.group_size and self.row_length else 1
 
     @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
-        """N and K of the matrix that the codes are stored as."""
+        """N and K of the stored codes as a matrix."""
         return self.lead.numel(), self.row_length
 
     @functools.cached_property
     def codes_shape(self) -> torch.Size:
-        """Shape of the stored codes; those of 8 bits keep that of a convolution."""
+        """Shape of the plain codes: the stored shape for 8 bits, else that of the packed bytes."""
         if not self.qtype.is_packed:
             return self.shape
         return torch.Size([*self.lead, packed_length(self.row_length, self.qtype.bits)])
 
     def replace(self, **changes: Any) -> WeightSpec:
-        """The record with other values for some fields."""
+        """A copy with other values for some fields."""
         return dataclasses.replace(self, **changes)
 
     # ------------------------------------------------------------------ parts
 
     @functools.cached_property
     def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
-        """Shape and possible dtypes of each part that the operators need; the low-rank factors are not among them."""
+        """Shape and possible dtypes of each part, except the low-rank factors."""
         groups = [*self.lead, self.groups if self.scale_bits is None else stored_length(self.groups, self.scale_bits)]
         scales = torch.Size(groups), FLOATS if self.scale_bits is None else (torch.uint8,)
         parts = {"qdata": (self.codes_shape, (self.qtype.storage_dtype,)), "scale": scales}
@@ -129,16 +129,16 @@ class WeightSpec:
         }
 
     def check(self, parts: Mapping[str, torch.Tensor], codes: tuple[torch.Size, torch.dtype] | None = None) -> None:
-        """Refuses parts that are not those of this record.
+        """Checks that parts fit this spec.
 
-        Kernels read memory by the record alone, so nothing may reach them that has not passed here.
+        Kernels compute addresses from the spec alone, so all parts must be checked here before a kernel reads them.
 
         Args:
-            parts: by name.
-            codes: shape and dtype of ``qdata`` where its layout is another one than the stored form.
+            parts: the tensors by name.
+            codes: shape and dtype of ``qdata`` if its layout is not the plain one.
 
         Raises:
-            ValueError: a part is missing, left over, of another shape, dtype or device.
+            ValueError: a part is missing or unexpected, or has another shape, dtype or device.
         """
         device = parts["qdata"].device if "qdata" in parts else None
         for name, (shape, dtypes) in self.expected.items():
@@ -160,22 +160,22 @@ class WeightSpec:
         if up is not None or down is not None:
             self.check_low_rank(up, down)
             if up.device != device or down.device != device:  # type: ignore[union-attr]
-                raise ValueError(f"{self.text()}: the low-rank factors are not on {device} as the codes are")
+                raise ValueError(f"{self.text()}: the low-rank factors are not on {device}, the device of the codes")
         for name in parts:
             if name not in self.expected and name not in ("up", "down") and parts[name] is not None:
                 raise ValueError(
-                    f"a {self.qtype.name} weight has no {name} here ({self.text()}); found one of shape "
+                    f"a {self.qtype.name} weight has no {name} ({self.text()}); found one of shape "
                     f"{tuple(parts[name].shape)}"
                 )
 
     def check_low_rank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
-        """Refuses factors of a low-rank term that do not fit.
+        """Checks the factors of a low-rank term.
 
         Raises:
             ValueError: one of the two is missing, or their shapes do not fit the weight.
         """
         if up is None or down is None:
-            raise ValueError("a low-rank term is up and down together; one of them is None")
+            raise ValueError("a low-rank term needs up and down together; one of them is None")
         wanted = self.low_rank_shapes(up.shape[-1] if up.dim() else 0)
         if (up.shape, down.shape) != (wanted["up"], wanted["down"]):
             raise ValueError(
@@ -184,19 +184,19 @@ class WeightSpec:
                 f"{tuple(wanted['down'])}"
             )
         if not (up.is_floating_point() and down.is_floating_point()):
-            raise ValueError(f"a low-rank term is float, found up {up.dtype} and down {down.dtype}")
+            raise ValueError(f"a low-rank term must be float, found up {up.dtype} and down {down.dtype}")
 
     def __post_init__(self) -> None:
-        # A field that does not fit the others would send a kernel to the wrong place in memory.
+        # With inconsistent fields a kernel would read the wrong memory.
         count = len(self.shape)
         if count < 2 or not 0 <= self.axis < count - 1:
             raise ValueError(
-                f"a quantized weight of shape {tuple(self.shape)} has an axis in 0..{count - 2}, found {self.axis}"
+                f"a quantized weight of shape {tuple(self.shape)} must have axis in 0..{count - 2}, found {self.axis}"
             )
         if self.transposed and self.axis != count - 2:
-            raise ValueError(f"a weight of shape {tuple(self.shape)} with axis={self.axis} cannot be seen transposed")
+            raise ValueError(f"a weight of shape {tuple(self.shape)} with axis={self.axis} cannot be transposed")
         if not (self.dtype.is_floating_point and self.dtype.itemsize > 1):
-            raise ValueError(f"a quantized weight is seen as a float tensor, found {self.dtype}")
+            raise ValueError(f"the dtype of a quantized weight must be float of 16 bits or more, found {self.dtype}")
         length, group = self.row_length, self.group_size
         if group is not None and (group < 1 or (length and length % group)):
             raise ValueError(f"groups of {group} do not divide rows of {length} weights")
@@ -214,7 +214,7 @@ class WeightSpec:
 
     @functools.cached_property
     def words(self) -> str:
-        """The text form without shape and dtype: what operators and compiled graphs are given beside a shape."""
+        """The text form without shape and dtype, which custom operators and compiled graphs get together with a shape."""
         words = [self.qtype.name]
         if self.group_size is not None:
             words.append(f"group={self.group_size}")
@@ -233,7 +233,7 @@ class WeightSpec:
         return " ".join(words)
 
     def text(self, rank: int = 0) -> str:
-        """The text form, of the shape that the tensor shows: ``"qint4 1536x576 group=64 affine"``."""
+        """The text form, with the shape that the tensor shows: ``"qint4 1536x576 group=64 affine"``."""
         name, *rest = self.words.split()
         words = [name, "x".join(map(str, self.seen_shape)), *rest]
         if rank:
@@ -243,10 +243,10 @@ class WeightSpec:
 
     @classmethod
     def from_words(cls, words: str, shape: Any, dtype: torch.dtype) -> WeightSpec:
-        """The reverse of `words`. shape: of the weight as it is stored."""
+        """The reverse of `words`; ``shape`` is the stored shape."""
         if all(type(size) is int for size in shape):
             return _from_words(words, tuple(shape), dtype)
-        return cls(shape=torch.Size(shape), dtype=dtype, **parse_words(words))  # sizes that a compiler keeps open
+        return cls(shape=torch.Size(shape), dtype=dtype, **parse_words(words))  # SymInt sizes cannot be cache keys
 
 
 @functools.lru_cache(maxsize=4096)
@@ -260,10 +260,10 @@ def swapped(shape: Any) -> torch.Size:
 
 
 def parse_words(text: str) -> dict[str, Any]:
-    """Fields of `WeightSpec` that a text without shape names; with ``rank`` where that stands in it.
+    """Fields of `WeightSpec` from `WeightSpec.words`; also ``rank``, if the text has it.
 
     Raises:
-        KeyError, ValueError: a word is unknown, stands there twice, or has a value that it cannot have.
+        KeyError, ValueError: a word is unknown, occurs twice, or has an invalid value.
     """
     kind, *words = text.split()
     fields: dict[str, Any] = {"qtype": qtypes[kind]}
@@ -284,16 +284,16 @@ def parse_words(text: str) -> dict[str, Any]:
         else:
             raise KeyError(word)
         if found.keys() & fields.keys():
-            raise ValueError(f"{word!r} stands there twice")
+            raise ValueError(f"{word!r} occurs twice")
         fields |= found
     return fields
 
 
 def parse_text(text: str, dtype: torch.dtype) -> tuple[WeightSpec, int]:
-    """The reverse of `WeightSpec.text`: the record and the rank of the low-rank term.
+    """The reverse of `WeightSpec.text`: the spec and the rank of the low-rank term.
 
     Raises:
-        KeyError, ValueError, IndexError: the text is not of that form.
+        KeyError, ValueError, IndexError: the text is not a valid spec.
     """
     kind, shape, *words = text.split()
     fields = parse_words(" ".join([kind, *words]))

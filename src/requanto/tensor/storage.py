@@ -1,10 +1,10 @@
-"""What the aliases of one quantized weight share: its tensors, the layout they are in, and what was derived from them.
+"""The storage that all aliases of one quantized weight share: its tensors, their layout, and caches derived from them.
 
 A QTensor is a view of a `WeightStorage`. ``w.detach()``, ``w.data``, ``w.t()`` and ``state_dict()["w"]`` are other views of
-the same one, so a change through any of them (other numbers, another layout) is there for all.
+the same storage, so all of them see a change of values or of the layout.
 
-The storage also owns everything that is kept because of these tensors: cached plans of GEMMs, copies of scales in a kernel's
-dtype. Whoever changes the tensors calls `changed` and all of it is dropped.
+The storage also owns the caches that depend on the tensors: plans of GEMMs, and scales in a kernel's dtype. Code that
+changes the tensors must call `changed`, which clears the caches.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from requanto.runtime.tracing import unwatched
+from requanto.runtime.tracing import outside_tracing
 from requanto.tensor.layout import LOCK, PLAIN, Layout
 from requanto.tensor.spec import WeightSpec
 
 Parts = Mapping[str, torch.Tensor]
 
 
-#: Storages of packed weights by the address of their codes. It is theirs for as long as they live.
+#: Storages of prepacked weights by the address of their codes, which is unique while the storage exists.
 _packed: weakref.WeakValueDictionary[int, WeightStorage] = weakref.WeakValueDictionary()
 
 
@@ -30,12 +30,12 @@ class WeightStorage:
     """The tensors of one weight.
 
     Attributes:
-        state: ``(layout, parts)``, replaced as one, so that a reader in another thread never sees half of a change.
+        state: ``(layout, parts)``, replaced together, so that other threads never see a partial change.
         plans: cached plans of GEMMs (`requanto.linear.registry`).
-        derived: what else kernels made from the parts, by name.
-        version: counts changes.
-        stays_plain: why this weight is never packed, or None.
-        declined: under which circumstances packing was last found not to pay (`requanto.linear.prepack`), or None.
+        derived: other tensors that kernels derived from the parts, by name.
+        version: number of changes.
+        stays_plain: the reason why this weight is never prepacked, or None.
+        declined: the conditions under which prepacking was last found not to help (`requanto.linear.prepack`), or None.
     """
 
     __slots__ = ("__weakref__", "declined", "derived", "plans", "state", "stays_plain", "version")
@@ -52,49 +52,54 @@ class WeightStorage:
 
     @property
     def layout(self) -> Layout:
-        """The order in which the codes lie."""
+        """The layout of the codes."""
         return self.state[0]
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors as they lie in memory, by name."""
+        """The tensors in the current layout, by name."""
         return self.state[1]
 
     @property
     def base(self) -> WeightStorage | None:
-        """The packed weight that this is a part of, while that lives."""
+        """The storage of the prepacked weight of which this is a slice; None if there is none or it was freed."""
         return None
 
     def stored(self, spec: WeightSpec) -> dict[str, torch.Tensor]:
-        """The parts of the stored form; the codes of a packed weight are a copy."""
+        """The parts in the plain layout; the codes of a prepacked weight are a copy."""
         layout, parts = self.state
         if layout is PLAIN:
             return parts
-        with unwatched():
+        with outside_tracing():
             codes = layout.unpack(spec, parts)
         return {"qdata": codes, **{name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}}
 
     def set(self, parts: Parts, layout: Layout = PLAIN) -> None:
-        """Other tensors in place of all of these; parts that are None are left out."""
+        """Replaces all tensors and the layout; parts that are None are omitted."""
         with LOCK:
             self.state = layout, {name: part for name, part in parts.items() if part is not None}
             self.changed()
             self.register()
 
     def register(self) -> None:
-        """Lets operators, which get the tensors alone, find this storage and what it keeps (`storage_of`)."""
+        """Makes `storage_of` find this storage: custom operators only receive the tensors."""
         layout, parts = self.state
         if layout is not PLAIN:
             _packed[parts["qdata"].data_ptr()] = self
 
     def changed(self) -> None:
-        """Drops what was derived: the numbers are, or may be, other ones."""
+        """Clears the caches; to be called after any change of the tensors."""
         self.version += 1
         self.plans.clear()
         self.derived.clear()
 
     def write(self, spec: WeightSpec, source: Parts) -> None:
-        """Copies the stored parts of an equal weight into this one's memory."""
+        """Copies the values of another weight of the same spec into this memory.
+
+        Args:
+            spec: spec of both weights.
+            source: parts in the plain layout.
+        """
         layout, parts = self.state
         for name, part in parts.items():
             if name != "qdata" and name not in layout.extra:
@@ -106,21 +111,21 @@ class WeightStorage:
         self.changed()
 
     def pack(self, spec: WeightSpec, layout: Layout) -> None:
-        """Puts the codes into another layout; the plain ones are freed."""
+        """Converts the codes from the plain layout to another one. The plain codes are freed."""
         with LOCK:
             if self.layout is not PLAIN:
                 return
-            with unwatched():
-                # Changes of a tensor that was made in inference mode cannot be noticed by what is derived from it.
+            with outside_tracing():
+                # Inference tensors have no version counter, so caches derived from them could not detect changes.
                 parts = {name: part.clone() if part.is_inference() else part for name, part in self.parts.items()}
                 packed = layout.pack(spec, parts)
             self.set({**parts, **packed}, layout)
 
     def unpack(self, spec: WeightSpec) -> None:
-        """Puts the codes back into the stored form.
+        """Converts the codes back to the plain layout.
 
         Raises:
-            RuntimeError: a captured graph reads these bytes by their address.
+            RuntimeError: a captured CUDA graph reads the codes by their address.
         """
         with LOCK:
             if self.layout is not PLAIN:
@@ -129,12 +134,12 @@ class WeightStorage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held: the tensors, and what was derived from them."""
-        return sum(held.nbytes for held in (*self.parts.values(), *self.derived.values()))
+        """Bytes of the tensors and of those derived from them."""
+        return sum(tensor.nbytes for tensor in (*self.parts.values(), *self.derived.values()))
 
 
 def storage_of(parts: Parts, layout: Layout) -> WeightStorage | None:
-    """The storage of a packed weight whose very tensors these are; None: there is none."""
+    """The storage of the prepacked weight that owns exactly these tensors, or None."""
     found = _packed.get(parts["qdata"].data_ptr())
     if found is None or found.layout is not layout:
         return None
@@ -143,24 +148,27 @@ def storage_of(parts: Parts, layout: Layout) -> WeightStorage | None:
     return found if same and own["qdata"].shape == parts["qdata"].shape else None
 
 
-_STATE = WeightStorage.__dict__["state"]  # the slot itself
+_STATE = WeightStorage.__dict__["state"]  # the slot descriptor, which `SlicedStorage.state` overrides
 
 
 class SlicedStorage(WeightStorage):
-    """A part of a packed weight: its codes are a copy, taken again when the whole has changed.
+    """Storage of a slice of a prepacked weight. Its codes are a plain copy, which is renewed after the base has changed.
 
-    A slice of a plain weight needs none of this: its tensors are views of the whole's.
+    A slice of a plain weight is an ordinary `WeightStorage` of views.
 
     Args:
-        base: the whole, and its record.
-        cut: gives the part's stored tensors from the whole's, as views.
+        base: storage of the sliced weight.
+        spec: spec of the sliced weight.
+        slice_parts: maps plain parts of the base to those of the slice, as views.
     """
 
-    __slots__ = ("_base", "_taken", "cut", "spec")
+    __slots__ = ("_base", "_base_version", "slice_parts", "spec")
 
-    def __init__(self, base: WeightStorage, spec: WeightSpec, cut: Callable[[Parts], dict[str, torch.Tensor]]) -> None:
-        self._base, self.spec, self.cut, self._taken = weakref.ref(base), spec, cut, base.version
-        super().__init__(cut(base.stored(spec)))
+    def __init__(
+        self, base: WeightStorage, spec: WeightSpec, slice_parts: Callable[[Parts], dict[str, torch.Tensor]]
+    ) -> None:
+        self._base, self.spec, self.slice_parts, self._base_version = weakref.ref(base), spec, slice_parts, base.version
+        super().__init__(slice_parts(base.stored(spec)))
 
     @property
     def base(self) -> WeightStorage | None:
@@ -168,10 +176,10 @@ class SlicedStorage(WeightStorage):
 
     @property
     def state(self) -> tuple[Layout, dict[str, torch.Tensor]]:  # type: ignore[override]
-        whole = self._base()
-        if whole is not None and whole.version != self._taken:
-            self._taken = whole.version
-            self.set(self.cut(whole.stored(self.spec)))
+        base = self._base()
+        if base is not None and base.version != self._base_version:
+            self._base_version = base.version
+            self.set(self.slice_parts(base.stored(self.spec)))
         return _STATE.__get__(self)
 
     @state.setter
@@ -179,12 +187,12 @@ class SlicedStorage(WeightStorage):
         _STATE.__set__(self, value)
 
     def write(self, spec: WeightSpec, source: Parts) -> None:
-        whole = self._base()
-        if whole is None:
+        base = self._base()
+        if base is None:
             super().write(spec, source)
             return
         with LOCK:
-            stored = dict(whole.stored(self.spec))
-            for name, part in self.cut(stored).items():
+            stored = dict(base.stored(self.spec))
+            for name, part in self.slice_parts(stored).items():
                 part.copy_(source[name])
-            whole.write(self.spec, stored)
+            base.write(self.spec, stored)

@@ -27,8 +27,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(rules, "capability", lambda kind: 0)
     monkeypatch.setattr(packing, "SMALLEST", 0)
     monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
-    entries = sorted(registry._TABLE, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(registry, "_TABLE", entries)
+    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
+    monkeypatch.setattr(registry, "_REGISTRY", entries)
     torch.manual_seed(0)
 
 
@@ -48,7 +48,7 @@ def test_from_pretrained_to_the_grouped_kernel_and_back(tmp_path, monkeypatch):
 
     calls = []
     grouped = paths.run_grouped
-    entry = next(one for one in registry._TABLE if one.name == "triton-wq")
+    entry = next(one for one in registry._REGISTRY if one.name == "triton-wq")
 
     def counted(x, weight, offsets):
         calls.append((x.shape[0], weight.is_packed))

@@ -1,1 +1,1 @@
-"""Reading checkpoints that other libraries wrote."""
+"""Reading checkpoints written by other libraries."""

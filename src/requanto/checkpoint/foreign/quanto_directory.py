@@ -1,7 +1,7 @@
-"""A directory that optimum-quanto wrote -> one of ours, weights to the bit.
+"""Converts a directory written by optimum-quanto to Requanto's format, bit-exactly.
 
-Both of its kinds are read: its core's (``quanto_qmap.json``) and Diffusers' (``quantization_config`` with
-``quant_method: quanto`` and no format). `reading_quanto` lets a library's ``from_pretrained`` do so by itself.
+Two kinds are read: optimum-quanto's own (``quanto_qmap.json``) and Diffusers' (``quantization_config`` with
+``quant_method: quanto`` and no ``format``). `wrap_from_pretrained` makes a library's ``from_pretrained`` convert them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtype, resolve_qtype, short_name
 
 MAP_NAME = "quanto_qmap.json"
-#: what optimum-quanto stores beside the weight of every quantized module, scalars
+#: scalars that optimum-quanto stores for every quantized module
 SCALES = ("input_scale", "output_scale")
 
 
 def is_quanto_directory(directory: str | os.PathLike) -> bool:
-    """Whether optimum-quanto, or Diffusers with it, wrote this directory."""
+    """Whether the directory was written by optimum-quanto, or by Diffusers with it."""
     directory = Path(directory)
     if (directory / MAP_NAME).is_file():
         return True
@@ -43,21 +43,21 @@ def is_quanto_directory(directory: str | os.PathLike) -> bool:
 def convert_quanto_directory(
     source: str | os.PathLike, target: str | os.PathLike, model_class: type | None = None
 ) -> Path:
-    """Rewrites a directory of optimum-quanto's in Requanto's format; codes, scales and shifts stay what they are.
+    """Converts a directory of optimum-quanto to Requanto's format; codes, scales and shifts are unchanged.
 
-    Static activation scales stay too, and a scale of 1 is one that was not calibrated: an output scale of 1 leaves that
-    output float. (There such a layer rounds its output to integers.)
+    Static activation scales are unchanged too. A scale of 1 means "not calibrated": an output scale of 1 leaves that
+    output float. (optimum-quanto itself rounds such an output to integers.)
 
     Args:
         source: the directory to read.
-        target: the directory to write, replaced as a whole.
-        model_class: the model's class, where ``config.json`` does not name it.
+        target: the directory to write; an existing one is replaced.
+        model_class: the model's class, if ``config.json`` does not name it.
 
     Returns:
         ``target``.
 
     Raises:
-        CheckpointError: map and tensors disagree.
+        CheckpointError: quanto_qmap.json and the tensors disagree.
     """
     source, target = Path(source), Path(target)
     config = _read_json(source / "config.json")
@@ -72,14 +72,16 @@ def convert_quanto_directory(
     }
     state: dict[str, Any] = {}
     for key in files:
-        # Every quantized module there has activation scales, which mean something only where its activations are quantized.
+        # optimum-quanto stores activation scales for every quantized module, also if its activations are not quantized.
         module, _, leaf = key.rpartition(".")
         if is_quanto_part(key) or (leaf in SCALES and module not in activations):
             continue
         state[key] = files[key]
     for key in (f"{module}.{scale}" for module in activations for scale in SCALES):
         if key not in state:
-            raise CheckpointError(f"{source} lacks {key}: its map says that the module's activations are quantized")
+            raise CheckpointError(
+                f"{source} lacks {key}: according to {MAP_NAME} the module's activations are quantized"
+            )
     for name, kind in kinds.items():
         if name not in shapes:
             raise CheckpointError(
@@ -101,7 +103,7 @@ def convert_quanto_directory(
 def _kinds(
     source: Path, qmap: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], files: SafetensorsFiles
 ) -> dict[str, qtype]:
-    """Parameter name -> type, from the map or from the one type of a Diffusers config."""
+    """Maps parameter names to types: from quanto_qmap.json, or the one type of a Diffusers config."""
     names = quantized_names(files)
     if (source / MAP_NAME).is_file():
         kinds = {
@@ -112,21 +114,25 @@ def _kinds(
     else:
         kinds = dict.fromkeys(sorted(names), resolve_qtype(config["quantization_config"]["weights_dtype"]))
     for name in names ^ set(kinds):
-        where = "its tensors, not in its map" if name in names else "its map, not in its tensors"
-        raise CheckpointError(f"{source}: {name} is quantized in {where}: they disagree")
+        where = (
+            f"its tensors, not in its map ({MAP_NAME})"
+            if name in names
+            else f"its map ({MAP_NAME}), not in its tensors"
+        )
+        raise CheckpointError(f"{source}: {name} is quantized in {where}")
     return kinds
 
 
 def _activations(qmap: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Module name -> type of its activations."""
-    asked = {module: entry.get("activations", "none") for module, entry in qmap.items()}
-    return {module: resolve_qtype(kind).name for module, kind in asked.items() if kind not in (None, "none")}
+    """Maps module names to the type of their activations."""
+    kinds = {module: entry.get("activations", "none") for module, entry in qmap.items()}
+    return {module: resolve_qtype(kind).name for module, kind in kinds.items() if kind not in (None, "none")}
 
 
 def _our_config(state: Mapping[str, Any], activations: dict[str, str]) -> dict[str, Any]:
     table = table_of(state.items())
     if not table and not activations:
-        raise CheckpointError("no quantized weight was found")
+        raise CheckpointError("found no quantized weight")
     kinds = [text.split()[0] for text in table.values()]
     config = QuantoConfig(weights=short_name(resolve_qtype(max(set(kinds), key=kinds.count))) if kinds else None)
     config.record(table)
@@ -147,7 +153,9 @@ def _skeleton(source: Path, config: Mapping[str, Any], model_class: type | None)
         named = (config.get("architectures") or [""])[0]
         cls = getattr(transformers, named, None) or model_class
         if cls is None:
-            raise CheckpointError(f"{source}: config.json names the model class {named!r}, which Transformers lacks")
+            raise CheckpointError(
+                f"{source}: config.json names the model class {named!r}, which this Transformers does not have"
+            )
         loaded = transformers.AutoConfig.from_pretrained(source)
         loaded.quantization_config = None
         return cls(loaded)
@@ -159,11 +167,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
-def reading_quanto(model_class: type) -> None:
-    """Lets ``model_class.from_pretrained`` (PreTrainedModel's, ModelMixin's) read local directories of optimum-quanto's."""
+def wrap_from_pretrained(model_class: type) -> None:
+    """Patches ``from_pretrained`` of PreTrainedModel or ModelMixin to read local directories of optimum-quanto."""
     original = model_class.from_pretrained.__func__  # type: ignore[attr-defined]
     if hasattr(original, "_reads_quanto"):
         return
@@ -175,10 +183,10 @@ def reading_quanto(model_class: type) -> None:
         if where is None or not path or not where.is_dir() or not is_quanto_directory(where):
             return original(cls, path, *args, **kwargs)
         kwargs.pop("subfolder", None)
-        # Loaded tensors keep the files they are mapped from alive after the directory is gone.
+        # Loaded tensors are memory-mapped and stay valid after the directory is deleted.
         with tempfile.TemporaryDirectory(prefix="requanto-") as scratch:
             converted = convert_quanto_directory(where, Path(scratch) / "model", cls)
-            if hasattr(kwargs.get("config"), "to_dict"):  # an object, read before the conversion
+            if hasattr(kwargs.get("config"), "to_dict"):  # a config object that was read from the unconverted directory
                 kwargs["config"] = copy.deepcopy(kwargs["config"])
                 kwargs["config"].quantization_config = _read_json(converted / "config.json")["quantization_config"]
             return original(cls, converted, *args, **kwargs)

@@ -1,13 +1,13 @@
-"""optimum-quanto's stored tensors, read into QTensor and written from it, bit for bit.
+"""Bit-exact conversion between optimum-quanto's stored tensors and QTensor.
 
 Keys of a weight ``W`` (optimum-quanto 0.2.7):
 
-    8 bits      ``W._data`` int8 or float8, the weight's shape; ``W._scale`` [out, 1 ...], a scalar where out = 1
-    2 and 4     ``W._data._data`` uint8, rows of groups packed split along axis 0 (`scales.quanto.pack_split`);
-                ``W._scale`` and ``W._shift`` [out * K / group, 1]; a shift of integers is the code of zero
+    8 bits      ``W._data`` int8 or float8, the weight's shape; ``W._scale`` [out, 1 ...], a scalar if out = 1
+    2, 4 bits   ``W._data._data`` uint8, one row per group, bit-packed along axis 0 (`scales.quanto.pack_split`);
+                ``W._scale`` and ``W._shift`` [out * K / group, 1]; an integer shift is the code of zero
 
-and beside it ``M.input_scale`` and ``M.output_scale``. Group sizes are stored nowhere: `scales.quanto.group_size_rule`.
-A directory comes in two kinds: `requanto.quanto_models` and `requanto.integrations` read them.
+The module ``M`` also stores ``M.input_scale`` and ``M.output_scale``. Group sizes are not stored; they follow from
+`scales.quanto.group_size_rule`. `checkpoint.foreign.quanto_directory` converts whole directories.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from requanto.dtypes.qtypes import qtype
 from requanto.scales.quanto import group_size_rule, pack_split, unpack_split
 from requanto.tensor.qtensor import QTensor
 
-#: what follows a weight's name
+#: suffixes of a weight's name
 PARTS = ("._data", "._data._data", "._scale", "._shift")
-#: what old versions stored beside the tensors, as strings
+#: suffixes of strings that old versions stored in the state dict
 OLD_METADATA = (".qtype", ".axis", ".group_size", ".size", ".stride", ".activation_qtype", "._data.bits")
 
 
 def quantized_names(keys: Iterable[str]) -> set[str]:
-    """The weights among a checkpoint's keys that optimum-quanto stored quantized, by parameter name."""
+    """Returns the parameter names of the quantized weights among the keys of an optimum-quanto checkpoint."""
     return {key.removesuffix("._data._data").removesuffix("._data") for key in keys if key.endswith("._data")}
 
 
 def is_quanto_part(key: str) -> bool:
-    """Whether a key belongs to a weight stored by optimum-quanto."""
+    """Whether a key is a part of a quantized weight of optimum-quanto."""
     return key.endswith(PARTS)
 
 
 def qtype_of(parts: Mapping[str, torch.Tensor]) -> qtype | None:
-    """The type that an 8-bit payload's dtype says; None for a packed one, which may be int2 or int4."""
+    """Returns the type of an 8-bit weight, from the dtype of its codes; None for a packed one (int2 or int4)."""
     from requanto.dtypes.qtypes import resolve_qtype
 
     data = parts.get("._data")
@@ -50,16 +50,16 @@ def qtype_of(parts: Mapping[str, torch.Tensor]) -> qtype | None:
 def to_qtensor(
     parts: Mapping[str, torch.Tensor], kind: qtype, shape: torch.Size | tuple[int, ...], name: str = "weight"
 ) -> QTensor:
-    """The QTensor that one weight's parts make; its dtype is that of the scales.
+    """Builds a QTensor from one weight's parts; its dtype is that of the scales.
 
     Args:
-        parts: tensors by what follows the weight's name: ``"._data"`` or ``"._data._data"``, ``"._scale"``, ``"._shift"``.
-        kind: type of the codes, from the map.
+        parts: tensors by suffix: ``"._data"`` or ``"._data._data"``, ``"._scale"``, ``"._shift"``.
+        kind: type of the codes, from quanto_qmap.json.
         shape: the float weight's shape, from the model.
         name: the weight's name, for messages.
 
     Raises:
-        CheckpointError: parts are missing, or do not fit the type and the shape.
+        CheckpointError: parts are missing, or do not match the type and the shape.
     """
     shape = torch.Size(shape)
     _require_known(kind, name)
@@ -67,8 +67,8 @@ def to_qtensor(
     missing = [name + part for part in needed if part not in parts]
     if missing:
         raise CheckpointError(
-            f"{name} is {kind.name} according to the map, and the checkpoint lacks {', '.join(missing)} (it has "
-            f"{', '.join(name + part for part in parts) or 'nothing of it'}): map and tensors disagree"
+            f"{name} is {kind.name} according to the map (quanto_qmap.json), but the checkpoint lacks {', '.join(missing)} "
+            f"(it has {', '.join(name + part for part in parts) or 'none of its parts'})"
         )
     scale = parts["._scale"]
     if not scale.is_floating_point():
@@ -80,9 +80,7 @@ def to_qtensor(
 
 def _require_known(kind: qtype, name: str) -> None:
     if kind.is_codebook or kind.is_unsigned or kind.bits not in (2, 4, 8):
-        raise CheckpointError(
-            f"{name}: optimum-quanto has no type {kind.name}; its format holds int2, int4, int8, float8"
-        )
+        raise CheckpointError(f"{name}: optimum-quanto has no type {kind.name}; its types are int2, int4, int8, float8")
 
 
 def _bytes(data: torch.Tensor, scale: torch.Tensor, kind: qtype, shape: torch.Size, name: str) -> QTensor:
@@ -101,7 +99,8 @@ def _bits(
     rows, length = shape[0], shape.numel() // shape[0]
     group = group_size_rule(shape)
     if group is None and shift.numel() == shape[:-1].numel() > rows == scale.numel():
-        # Its HQQ on a convolution without groups finds a shift for every run along the last axis: groups of that length.
+        # optimum-quanto's HQQ on an ungrouped convolution makes one shift per run along the last axis: a group size of
+        # shape[-1].
         group = shape[-1]
         scale = scale.reshape(rows, 1).expand(rows, length // group).reshape(-1)
         data = data.reshape(data.shape[0], -1)
@@ -120,7 +119,7 @@ def _bits(
     scale = scale.reshape(rows, -1)
     if shift.is_floating_point():
         offset = shift.reshape(rows, -1).to(scale.dtype)
-    else:  # w = scale * (code - zero): the product may need more digits than a 16-bit float has
+    else:  # w = scale * (code - zero): scale * zero may need more digits than a 16-bit float has
         dtype = scale.dtype
         scale = scale.float()
         offset = scale * shift.reshape(rows, -1).float()
@@ -145,21 +144,23 @@ def _packed(
 
 
 def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tensor]:
-    """The parts under which optimum-quanto stores this weight, by what follows its name.
+    """Returns the parts that optimum-quanto stores for this weight, by suffix.
 
     Raises:
-        CheckpointError: its format cannot hold this tensor exactly; the message says why and what can be done.
+        CheckpointError: optimum-quanto's format cannot hold this tensor exactly; the message says why and what to do.
     """
     _require_known(tensor.qtype, name)
-    advice = "quantize with optimizer=AbsmaxOptimizer() (8 bits) or MaxOptimizer(), whose choices are optimum-quanto's"
+    advice = "quantize with optimizer=AbsmaxOptimizer() (8 bits) or MaxOptimizer(), which do what optimum-quanto does"
     if tensor.rotation is not None or tensor.rank:
         raise CheckpointError(f"{name}: optimum-quanto's format has no rotated weights and no low-rank terms; {advice}")
     if tensor.axis != 0 or tensor.transposed:
-        raise CheckpointError(f"{name}: optimum-quanto stores weights [out, in ...] only; leave this layer float")
+        raise CheckpointError(
+            f"{name}: optimum-quanto stores only weights of shape [out, in ...] quantized along axis 0; leave it float"
+        )
     scale = tensor.scale.to(tensor.dtype)
     if not torch.equal(scale.float(), tensor.scale.float()):
         raise CheckpointError(
-            f"{name}: its scales are {tensor.scale.dtype}, and optimum-quanto stores them in the weight's {tensor.dtype}, "
+            f"{name}: its scales are {tensor.scale.dtype}, but optimum-quanto stores them in the weight's {tensor.dtype}, "
             f"which would change the weight; {advice}"
         )
     rows = tensor.shape[0]
@@ -170,13 +171,13 @@ def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tenso
     groups = 1 if wanted is None else tensor.row_length // wanted
     if tensor.scale.shape[1] != groups:
         raise CheckpointError(
-            f"{name}: optimum-quanto's rule gives a weight of shape {tuple(tensor.shape)} groups of "
+            f"{name}: optimum-quanto quantizes a weight of shape {tuple(tensor.shape)} in groups of "
             f"{wanted or tensor.row_length}, found {tensor.group_size or tensor.row_length}; {advice}"
         )
     offset = tensor.scale.float() * tensor.qtype.zero_code if tensor.shift is None else tensor.shift
     shift = offset.to(tensor.dtype)
     if not torch.equal(shift.float(), offset.float()):
-        raise CheckpointError(f"{name}: its shifts do not fit {tensor.dtype} exactly; {advice}")
+        raise CheckpointError(f"{name}: its shifts cannot be stored exactly in {tensor.dtype}; {advice}")
     codes = tensor.codes()
     grouped = codes.reshape(rows * groups, -1) if wanted is not None else codes.reshape(tensor.shape)
     column = (rows * groups, *[1] * (1 if wanted is not None else tensor.dim() - 1))
@@ -188,10 +189,10 @@ def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tenso
 
 
 def drop_old_metadata(state: dict[str, Any], qmap: Mapping[str, Mapping[str, Any]]) -> None:
-    """Removes the strings that old versions stored beside the tensors (``weight.qtype`` ...), having checked the types.
+    """Removes the strings that old versions stored in the state dict (``weight.qtype`` ...), after checking the types.
 
     Raises:
-        CheckpointError: a stored type is not the map's, or such a key holds no string.
+        CheckpointError: a stored type differs from quanto_qmap.json, or is unknown.
     """
     from requanto.dtypes.qtypes import resolve_qtype
 
@@ -205,8 +206,8 @@ def drop_old_metadata(state: dict[str, Any], qmap: Mapping[str, Mapping[str, Any
             stored = resolve_qtype(value if not isinstance(value, str) else value.removeprefix("quanto."))
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{key} of an old checkpoint holds {value!r}, which names no quantized type"
+                f"{key} of an old checkpoint holds {value!r}, which is not a quantized type"
             ) from error
         if entry is None or resolve_qtype(entry["weights"]) != stored:
             wanted = "nothing" if entry is None else entry["weights"]
-            raise CheckpointError(f"{key} says {stored.name} and the map says {wanted} for {module!r}: they disagree")
+            raise CheckpointError(f"{key} is {stored.name}, but the map (quanto_qmap.json) has {wanted} for {module!r}")

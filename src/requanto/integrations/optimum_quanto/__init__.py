@@ -1,4 +1,4 @@
-"""optimum-quanto's public names on Requanto's code: what ``import optimum.quanto`` gives after
+"""optimum-quanto's public names, implemented by Requanto: ``import optimum.quanto`` returns them after
 :func:`requanto.install_as_optimum_quanto`."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from requanto.scales.optimizers import (
 )
 from requanto.scales.quanto import group, grouped_shape, ungroup
 
-#: the version whose names and behaviour these are
+#: the version of optimum-quanto whose names and behaviour are reproduced
 __version__ = "0.2.7"
 
 WRAPPERS = (

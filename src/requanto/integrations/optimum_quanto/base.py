@@ -1,4 +1,4 @@
-"""What optimum-quanto's quantized tensors share, and PackedTensor."""
+"""Base classes of optimum-quanto's quantized tensors, and PackedTensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from requanto.scales.quanto import pack_split, unpack_split
 
 aten = torch.ops.aten
 
-#: the name of the packing function there
+#: optimum-quanto's name of the function
 pack_weights = pack_split
 
 
@@ -38,7 +38,7 @@ class QTensor(torch.Tensor):
         return self._axis
 
     def dequantize(self) -> torch.Tensor:
-        """The float values."""
+        """Returns the float values."""
         raise NotImplementedError(f"{type(self).__name__} must define dequantize()")
 
     def numpy(self) -> Any:
@@ -49,7 +49,7 @@ class QTensor(torch.Tensor):
         _save_inner(self, destination, prefix, keep_vars)
 
     def equal(self, other: Any) -> bool:
-        """Same class, attributes, codes and scales."""
+        """Whether class, attributes, codes and scales are equal."""
         if type(self) is not type(other):
             return False
         names, meta = self.__tensor_flatten__()
@@ -86,14 +86,14 @@ class QBitsTensor(QTensor):
 
 
 class PackedTensor(torch.Tensor):
-    """uint8 codes of 2 or 4 bits, packed split along the first axis."""
+    """Codes of 2 or 4 bits, seen as uint8, bit-packed along the first axis (`scales.quanto.pack_split`)."""
 
     @staticmethod
     def __new__(
         cls, data: torch.Tensor, bits: int, size: Any, stride: Any, requires_grad: bool = False
     ) -> PackedTensor:
         if data.dtype != torch.uint8:
-            raise TypeError(f"packed codes are uint8, found {data.dtype}")
+            raise TypeError(f"packed codes must be uint8, found {data.dtype}")
         if requires_grad:
             raise ValueError("packed codes cannot require a gradient")
         return torch.Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=torch.uint8, device=data.device)
@@ -105,13 +105,13 @@ class PackedTensor(torch.Tensor):
     def pack(cls, t: torch.Tensor, bits: int = 4) -> PackedTensor:
         """Packs unsigned codes; uint8, each below ``2 ** bits``."""
         if bits not in (2, 4):
-            raise ValueError(f"codes of 2 or 4 bits can be packed, found {bits}")
+            raise ValueError(f"bits must be 2 or 4, found {bits}")
         if t.dtype != torch.uint8:
-            raise TypeError(f"codes to pack are uint8, found {t.dtype}")
+            raise TypeError(f"codes to pack must be uint8, found {t.dtype}")
         return cls(pack_split(t, bits), bits, t.size(), t.stride())
 
     def unpack(self) -> torch.Tensor:
-        """The codes, uint8, in the tensor's own shape."""
+        """Returns the codes, uint8, in the tensor's own shape."""
         return unpack_split(self._data, self._bits)[: self.shape[0]]
 
     @property
@@ -132,7 +132,7 @@ class PackedTensor(torch.Tensor):
     def load_from_state_dict(
         state_dict: dict, prefix: str, bits: int, size: Any, stride: Any, missing_keys: list[str]
     ) -> PackedTensor | None:
-        """Takes ``<prefix>_data`` out of a state dict; None, and a missing key, where it is not there."""
+        """Builds the tensor from ``<prefix>_data``, popped from the state dict; None if missing (added to missing_keys)."""
         if prefix + "_data" not in state_dict:
             missing_keys.append(prefix + "_data")
             return None

@@ -1,7 +1,7 @@
-"""``optimum-cli quanto quantize``, for where optimum is installed.
+"""``optimum-cli quanto quantize``, implemented by Requanto.
 
-optimum's command line loads every file of its folder ``optimum/commands/register`` and registers what its
-``REGISTER_COMMANDS`` lists; `register` writes such a file, which takes the list from here.
+optimum's command line imports every file of its folder ``optimum/commands/register`` and registers the commands in its
+``REGISTER_COMMANDS``. `register` writes such a file, which imports the list from this module.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ TASKS = {
 
 
 def parse_args(parser: ArgumentParser) -> None:
-    """Adds the arguments of ``quantize``, named as optimum-quanto's."""
+    """Adds the arguments of ``quantize``, with optimum-quanto's names."""
     required = parser.add_argument_group("Required arguments")
     required.add_argument("output", help="The path to save the quantized model.")
     required.add_argument("-m", "--model", required=True, help="Hub model id, or path to a local model.")
-    required.add_argument("--weights", default="int8", choices=["int2", "int4", "int8", "float8"], help="Type.")
+    required.add_argument("--weights", default="int8", choices=["int2", "int4", "int8", "float8"], help="Weight type.")
     optional = parser.add_argument_group("Optional arguments")
     optional.add_argument("--revision", default=None, help="The model's revision on the hub.")
-    optional.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
+    optional.add_argument(
+        "--trust_remote_code", action="store_true", help="Allow running code from the model's repository."
+    )
     optional.add_argument("--library", default=None, choices=["transformers"], help="The library to load it with.")
-    optional.add_argument("--task", default=None, choices=sorted(TASKS), help="Default: what the config says.")
+    optional.add_argument("--task", default=None, choices=sorted(TASKS), help="Default: from the model's config.")
     optional.add_argument("--torch_dtype", default="auto", choices=["auto", "fp16", "bf16"], help="dtype to load in.")
     optional.add_argument("--device", default="cpu", help="The device to load the model on.")
 
 
 def run(args: Namespace) -> None:
-    """Loads a model, quantizes it and writes a core directory."""
+    """Loads a model, quantizes it and saves it in optimum-quanto's own format."""
     import torch
     import transformers
 
@@ -55,21 +57,23 @@ def run(args: Namespace) -> None:
         named = (transformers.AutoConfig.from_pretrained(args.model, **hub).architectures or [""])[0]
         loader = getattr(transformers, named, None)
         if loader is None:
-            raise ValueError(f"{args.model} names no Transformers class (found {named!r}): say which with --task")
+            raise ValueError(
+                f"the config of {args.model} names no Transformers class (found {named!r}): choose one with --task"
+            )
     dtype = {"auto": "auto", "fp16": torch.float16, "bf16": torch.bfloat16}[args.torch_dtype]
     model = loader.from_pretrained(args.model, dtype=dtype, **hub).to(args.device)
     QuantizedTransformersModel.quantize(model, weights=args.weights).save_pretrained(args.output)
 
 
 def commands() -> list[type]:
-    """The group of commands, as classes of the installed optimum."""
+    """Returns the command group ``quanto``, as classes of the installed optimum."""
     from optimum.commands import optimum_cli  # type: ignore[import-not-found]
     from optimum.commands.base import BaseOptimumCLICommand, CommandInfo  # type: ignore[import-not-found]
 
-    # optimum-quanto, where installed, has registered its own by now; two of one name would stop the command line.
+    # optimum-quanto, if installed, has already registered its command; two of one name would be an error.
     registered = getattr(optimum_cli, "_OPTIMUM_CLI_SUBCOMMANDS", [])
     for entry in [entry for entry in registered if entry[0].COMMAND.name == "quanto"]:
-        logger.warning("optimum-cli quanto: Requanto's command replaces the one of %s", entry[0].__module__)
+        logger.warning("optimum-cli quanto: replacing the command of %s by Requanto's", entry[0].__module__)
         registered.remove(entry)
 
     class QuantizeCommand(BaseOptimumCLICommand):
@@ -89,6 +93,6 @@ def commands() -> list[type]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "REGISTER_COMMANDS":  # made when optimum's command line asks for it: only then is optimum needed
+    if name == "REGISTER_COMMANDS":  # created on access, because it needs optimum
         return commands()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

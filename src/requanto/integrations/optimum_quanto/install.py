@@ -8,8 +8,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# Module below optimum.quanto -> our modules whose public names it has. Where a name of a function and of a module is one
-# (optimum.quanto.quantize), the attribute is the function, as there.
+# Submodule of optimum.quanto -> our modules that define its public names. Where a function and a submodule have the same
+# name (optimum.quanto.quantize), the attribute is the function, as in optimum-quanto.
 _HERE = "requanto.integrations.optimum_quanto"
 _OPTIMIZERS = ("requanto.scales.optimizers",)
 _TENSORS = (f"{_HERE}.base", f"{_HERE}.weights", f"{_HERE}.activations")
@@ -56,7 +56,7 @@ _MARK = "__requanto__"
 
 
 class _Alias(ModuleType):
-    """A module whose names are those of other modules, looked up when they are asked for."""
+    """A module that looks up its attributes in other modules on access."""
 
     def __init__(self, name: str, sources: tuple[str, ...]) -> None:
         super().__init__(name, f"Requanto under the name {name}.")
@@ -78,27 +78,26 @@ class _Alias(ModuleType):
             self.__dict__[name] = value
             return value
         raise AttributeError(
-            f"module {self.__name__!r} has no attribute {name!r}: Requanto has optimum-quanto 0.2.7's public names"
+            f"module {self.__name__!r} has no attribute {name!r}: Requanto provides optimum-quanto 0.2.7's public names"
         )
 
 
 def install_as_optimum_quanto() -> None:
-    """Lets Requanto answer to ``optimum.quanto`` in this process; doing it twice changes nothing.
+    """Makes ``import optimum.quanto`` import Requanto in this process; a second call does nothing.
 
-    Afterwards ``import optimum.quanto`` (and ``.nn``, ``.tensor.packed`` ...) finds Requanto whether or not optimum-quanto
-    is installed, both libraries report it as available, and what they build on it, such as Transformers' quantized KV
-    cache, runs on Requanto.
+    Afterwards ``import optimum.quanto`` (and ``.nn``, ``.tensor.packed`` ...) returns Requanto whether or not optimum-quanto
+    is installed. Transformers and Diffusers report it as available, and their features that need it, such as Transformers'
+    quantized KV cache, use Requanto.
 
     Raises:
-        RuntimeError: optimum-quanto itself is imported already; two of them in one process would not know each other's
-            tensors.
+        RuntimeError: optimum-quanto itself is already imported; the two do not handle each other's tensors.
     """
-    known = sys.modules.get("optimum.quanto")
-    if known is not None and _MARK in known.__dict__:
+    imported = sys.modules.get("optimum.quanto")
+    if imported is not None and _MARK in imported.__dict__:
         return
-    if known is not None:
+    if imported is not None:
         raise RuntimeError(
-            f"optimum-quanto is imported already (from {getattr(known, '__file__', 'unknown')}): call "
+            f"optimum-quanto is imported already (from {getattr(imported, '__file__', 'unknown')}): call "
             f"requanto.install_as_optimum_quanto() before anything imports optimum.quanto"
         )
     from requanto.integrations.optimum_quanto import __all__ as names
@@ -115,26 +114,26 @@ def install_as_optimum_quanto() -> None:
         full = f"optimum.quanto.{path}"
         sys.modules[full] = _Alias(full, sources)
         parent, _, leaf = full.rpartition(".")
-        if leaf not in ("quantize", "group"):  # there, the function hides the module
+        if leaf not in ("quantize", "group"):  # the attribute is the function of this name
             setattr(sys.modules[parent], leaf, sys.modules[full])
-    _tell_transformers()
-    _tell_diffusers()
+    _reset_transformers()
+    _reset_diffusers()
 
 
 def _optimum() -> ModuleType:
-    """The package ``optimum``: the installed one, or an empty one."""
+    """Returns the installed package ``optimum``, or a new empty one."""
     try:
         return importlib.import_module("optimum")
     except ImportError:
-        package = ModuleType("optimum", "Made by requanto.install_as_optimum_quanto.")
+        package = ModuleType("optimum", "Created by requanto.install_as_optimum_quanto.")
         package.__path__ = []  # type: ignore[attr-defined]
         package.__spec__ = ModuleSpec("optimum", None, is_package=True)
         sys.modules["optimum"] = package
         return package
 
 
-def _tell_transformers() -> None:
-    """Forgets what Transformers found out about optimum-quanto before."""
+def _reset_transformers() -> None:
+    """Clears Transformers' cached results of whether optimum-quanto is installed."""
     utils = sys.modules.get("transformers.utils.import_utils")
     for name in ("is_optimum_available", "is_optimum_quanto_available", "is_quanto_greater"):
         clear = getattr(getattr(utils, name, None), "cache_clear", None)
@@ -142,8 +141,8 @@ def _tell_transformers() -> None:
             clear()
 
 
-def _tell_diffusers() -> None:
-    """Diffusers looks once, when it is imported: correct what it found, now or then."""
+def _reset_diffusers() -> None:
+    """Corrects Diffusers' result of whether optimum-quanto is installed, now or once Diffusers is imported."""
     from requanto import integrations
 
     integrations.HOOKS["diffusers.utils.import_utils"] = (__name__, "mark_diffusers")
@@ -152,7 +151,7 @@ def _tell_diffusers() -> None:
 
 
 def mark_diffusers() -> None:
-    """Sets the availability of optimum-quanto in Diffusers' own record."""
+    """Marks optimum-quanto as available in ``diffusers.utils.import_utils``."""
     utils = sys.modules["diffusers.utils.import_utils"]
     utils._optimum_quanto_available = True  # type: ignore[attr-defined]
     utils._optimum_quanto_version = "0.2.7"  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""torch.ops.quanto.*: the operators that code written for optimum-quanto calls, and its helpers."""
+"""optimum-quanto's operators (torch.ops.quanto.*) and helper functions."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SCHEMAS = {
 
 
 def quantize_symmetric(base: torch.Tensor, dtype: torch.dtype, axis: int | None, scale: torch.Tensor) -> torch.Tensor:
-    """Codes of ``base / scale``.
+    """Returns the codes of ``base / scale``.
 
     Raises:
-        ValueError: the scale does not fit the axis.
+        ValueError: the scale does not match the axis.
     """
     if axis is None:
         if scale.ndim > 0:
-            raise ValueError(f"one scale for the tensor must be a scalar, found shape {tuple(scale.shape)}")
+            raise ValueError(f"with axis=None the scale must be a scalar, found shape {tuple(scale.shape)}")
         return symmetric_codes(base, dtype, scale)
     if base.ndim == 1:
-        raise ValueError("a tensor of one axis has one scale: pass axis=None")
+        raise ValueError("a 1-dimensional tensor has one scale: pass axis=None")
     if axis == base.ndim - 1:
         axis = -1
     if axis not in (0, -1):
@@ -37,16 +37,16 @@ def quantize_symmetric(base: torch.Tensor, dtype: torch.dtype, axis: int | None,
     if base.shape[axis] == 1:
         raise ValueError(f"axis {axis} of shape {tuple(base.shape)} has size 1: pass axis=None and a scalar scale")
     if torch.squeeze(scale).ndim > 1:
-        raise ValueError(f"scales along more than one axis, shape {tuple(scale.shape)}")
+        raise ValueError(f"scales must vary along one axis only, found shape {tuple(scale.shape)}")
     if scale.ndim != base.ndim:
-        raise ValueError(f"the scale must have {base.ndim} axes as the tensor has, found shape {tuple(scale.shape)}")
+        raise ValueError(f"the scale must have {base.ndim} axes like the tensor, found shape {tuple(scale.shape)}")
     return symmetric_codes(base, dtype, scale)
 
 
 def quantize_affine(
     base: torch.Tensor, bits: int, axis: int, group_size: int | None, scale: torch.Tensor, shift: torch.Tensor
 ) -> torch.Tensor:
-    """Unsigned codes of ``(base + shift) / scale``, grouped where ``group_size`` is given."""
+    """Returns the unsigned codes of ``(base + shift) / scale``, grouped if ``group_size`` is given."""
     if axis not in (0, -1):
         raise ValueError(f"axis must be 0 (first axis) or -1 (last axis), found {axis}")
     if group_size is not None:
@@ -55,7 +55,7 @@ def quantize_affine(
 
 
 def qbytes_mm(activations: torch.Tensor, weights: torch.Tensor, output_scales: torch.Tensor) -> torch.Tensor:
-    """``activations @ (scales * weights).T`` on 8-bit codes; int8 by int8 is summed in integers.
+    """Returns ``activations @ (output_scales * weights).T``; int8 by int8 is accumulated exactly.
 
     Args:
         activations: ``[..., K]``, float or 8-bit codes (their scale is part of ``output_scales``).
@@ -64,7 +64,7 @@ def qbytes_mm(activations: torch.Tensor, weights: torch.Tensor, output_scales: t
     """
     if activations.dtype == torch.int8 and weights.dtype == torch.int8 and activations.shape[-1]:
         rows = activations.reshape(-1, activations.shape[-1])
-        # float64 holds every such sum exactly; integer products of any shape are not to be had on every device.
+        # float64 holds every such sum exactly; an integer GEMM of any shape is not available on every device.
         exact = torch.float64 if activations.device.type == "cpu" else torch.float32
         out = (rows.to(exact) @ weights.to(exact).t()).float() * output_scales.float().reshape(1, -1)
         return out.to(output_scales.dtype).view(*activations.shape[:-1], weights.shape[0])
@@ -73,10 +73,10 @@ def qbytes_mm(activations: torch.Tensor, weights: torch.Tensor, output_scales: t
 
 
 def define_operators() -> None:
-    """Defines ``torch.ops.quanto.*``, once a process.
+    """Defines ``torch.ops.quanto.*``; to be called once per process.
 
     Raises:
-        RuntimeError: another library defined one of them.
+        RuntimeError: another library has already defined one of them.
     """
     implementations = {
         "quantize_symmetric": quantize_symmetric,
@@ -90,30 +90,30 @@ def define_operators() -> None:
 
 
 class Extension:
-    """What stands for a compiled extension: its functions, ready."""
+    """Replacement for a compiled extension of optimum-quanto: its functions as attributes of ``lib``."""
 
     def __init__(self, name: str, **functions: Any) -> None:
         self.name = name
         self.lib = SimpleNamespace(**functions)
 
 
-# Requanto's kernels need no build step; the one extension that every machine had there is answered for.
+# The one extension that optimum-quanto has on every machine.
 _extensions = {"quanto_cpp": Extension("quanto_cpp", unpack=unpack_split)}
 
 
 def get_extension(extension_type: str) -> Extension:
-    """An extension by name.
+    """Returns an extension by name.
 
     Raises:
-        KeyError: there is none of this name.
+        KeyError: there is no extension of this name.
     """
     if extension_type not in _extensions:
-        raise KeyError(f"no extension {extension_type!r}: Requanto's kernels need no build step")
+        raise KeyError(f"no extension {extension_type!r}: Requanto has only {', '.join(_extensions)}")
     return _extensions[extension_type]
 
 
 def is_extension_available(extension_type: str) -> bool:
-    """Whether an extension of this name is there."""
+    """Whether there is an extension of this name."""
     return extension_type in _extensions
 
 
@@ -128,12 +128,12 @@ def is_diffusers_available() -> bool:
 
 
 def axis_to_dim(t: torch.Tensor, axis: int) -> list[int]:
-    """All axes but one."""
+    """Returns all axes except ``axis``."""
     dims = list(range(t.ndim))
     del dims[axis]
     return dims
 
 
 def dtype_info(dtype: torch.dtype) -> Any:
-    """torch.finfo or torch.iinfo, whichever the dtype has."""
+    """Returns torch.finfo or torch.iinfo of the dtype."""
     return torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)

@@ -1,7 +1,7 @@
 """QuantizedTransformersModel, QuantizedModelForCausalLM, QuantizedDiffusersModel, QuantizedPixArtTransformer2DModel.
 
-They write and read optimum-quanto's core directory: ``config.json``, safetensors, ``quanto_qmap.json``. Imported only
-where Transformers or Diffusers is installed.
+They read and write directories in optimum-quanto's own format: ``config.json``, safetensors, ``quanto_qmap.json``. This
+module is imported only if Transformers or Diffusers is installed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MAP_NAME = "quanto_qmap.json"
 
 
 def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's tensors under optimum-quanto's keys.
+    """Returns the model's tensors with optimum-quanto's keys.
 
     Raises:
-        CheckpointError: a weight, or activations, that its format cannot hold exactly.
+        CheckpointError: optimum-quanto's format cannot hold a weight or an activation setting exactly.
     """
     for name, module in model.named_modules():
         if isinstance(module, QModuleMixin) and module.activation_qtype is not None:
@@ -50,7 +50,7 @@ def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check_activations(name: str, module: QModuleMixin) -> None:
-    """There, inputs and outputs of such a module are quantized under stored scales, always: 1 where none was found."""
+    """Raises unless inputs and outputs have static scales: optimum-quanto always quantizes both, with stored scales."""
     if not module.calibrated:
         raise CheckpointError(
             f"{name}: optimum-quanto's format has no activations quantized on the fly: run samples through the model inside "
@@ -58,13 +58,13 @@ def _check_activations(name: str, module: QModuleMixin) -> None:
         )
     if not module.quantizes_output:
         raise CheckpointError(
-            f"{name}: optimum-quanto's format cannot say that its output stays float, which streamlining found. Calibrate "
-            f"with streamline=False; or call save_pretrained of the model inside, which writes Requanto's format"
+            f"{name}: optimum-quanto's format cannot say that its output stays float (a result of streamline=True). "
+            f"Calibrate with streamline=False, or call save_pretrained of the wrapped model to write Requanto's format"
         )
 
 
 def core_map(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The quantization map in optimum-quanto's words."""
+    """Returns the quantization map with the keys that optimum-quanto has."""
     return {
         name: {"weights": entry["weights"], "activations": entry["activations"]}
         for name, entry in quantization_map(model).items()
@@ -72,8 +72,7 @@ def core_map(model: nn.Module) -> dict[str, dict[str, str]]:
 
 
 def _untie(model: nn.Module) -> None:
-    """Gives quantized layers a weight of their own where they share it with an embedding: the format has no quantized
-    embeddings."""
+    """Unties weights that quantized layers share with an embedding: the format has no quantized embeddings."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         if (
@@ -85,7 +84,7 @@ def _untie(model: nn.Module) -> None:
 
 
 class _Wrapper:
-    """A quantized model in a wrapper that saves and loads core directories; anything else is the model's."""
+    """Wraps a quantized model to save and load optimum-quanto's format; other attributes are the model's."""
 
     stem = "model"
 
@@ -101,7 +100,7 @@ class _Wrapper:
     def _require(cls, model: Any) -> None:
         raise NotImplementedError
 
-    # What the two name spaces do differently.
+    # Overridden by integrations.optimum_quanto.wrappers.
     @classmethod
     def _quantize(cls, model: nn.Module, kind: qtype | None, activations: Any, optimizer: Any, **patterns: Any) -> None:
         optimizer = optimizer or (None if kind is None else default_optimizer(kind))
@@ -147,7 +146,7 @@ class _Wrapper:
         include: str | list[str] | None = None,
         exclude: str | list[str] | None = None,
     ) -> Any:
-        """Quantizes and freezes a model, in place, with optimum-quanto's choices; returns it wrapped.
+        """Quantizes and freezes a model in place with optimum-quanto's defaults; returns it wrapped.
 
         Args: see `requanto.quantize`.
         """
@@ -157,10 +156,10 @@ class _Wrapper:
         return cls(model)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: str = "5GB") -> None:
-        """Writes a core directory: optimum-quanto 0.2.7 loads it too.
+        """Writes a directory that optimum-quanto 0.2.7 can load.
 
         Raises:
-            CheckpointError: a weight that the format cannot hold exactly.
+            CheckpointError: the format cannot hold a weight exactly.
         """
         model = self._wrapped
         state, qmap = self._state(model), self._map(model)
@@ -179,15 +178,15 @@ class _Wrapper:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """Loads a core directory, one tensor at a time; returns the model wrapped, in eval mode.
+        """Loads a directory in optimum-quanto's format, one tensor at a time; returns the wrapped model in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a directory, or a hub name.
-            kwargs: for the hub and the config.
+            pretrained_model_name_or_path: a directory, or a name on the hub.
+            kwargs: passed to the download and to the config.
 
         Raises:
-            ValueError: no map there, or a class that names no model class.
-            CheckpointError: map, tensors and model disagree.
+            ValueError: no quanto_qmap.json, or this class has no model class.
+            CheckpointError: quanto_qmap.json, tensors and model disagree.
         """
         directory = Path(pretrained_model_name_or_path)
         if not directory.is_dir():
@@ -196,11 +195,11 @@ class _Wrapper:
             directory = Path(snapshot_download(str(pretrained_model_name_or_path), **kwargs))
         map_file = directory / MAP_NAME
         if not map_file.is_file():
-            raise ValueError(f"{directory} holds no {MAP_NAME}: it is no quantized model of this kind")
+            raise ValueError(f"{directory} holds no {MAP_NAME}: it is not a model saved in optimum-quanto's format")
         try:
             qmap = json.loads(map_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CheckpointError(f"{map_file} is no JSON: {error}") from error
+            raise CheckpointError(f"{map_file} is not valid JSON: {error}") from error
         model = cls._skeleton(directory, **kwargs)
         cls._load(model, SafetensorsFiles(directory, cls.stem), qmap)
         if hasattr(model, "tie_weights") and getattr(model.config, "tie_word_embeddings", False):
@@ -225,7 +224,7 @@ class QuantizedTransformersModel(_Wrapper):
         embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
         weights = [getattr(module, "weight", None) for module in embeddings]
         if None not in weights and weights[0] is not weights[1]:
-            model.config.tie_word_embeddings = False  # one of the two is quantized: they are not one weight any more
+            model.config.tie_word_embeddings = False  # only the output embeddings are quantized: no longer tied
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(directory)
         if getattr(model, "generation_config", None) is not None:
@@ -263,10 +262,12 @@ class QuantizedDiffusersModel(_Wrapper):
     @classmethod
     def _skeleton(cls, directory: Path, **kwargs: Any) -> nn.Module:
         if cls.base_class is None:
-            raise ValueError(f"{cls.__name__} has no base_class: the `base_class` attribute needs to be configured")
+            raise ValueError(
+                f"{cls.__name__} has no base_class: use a subclass that sets it, such as QuantizedPixArtTransformer2DModel"
+            )
         config_file = directory / "config.json"
         if not config_file.is_file():
-            raise ValueError(f"config.json not found in {directory}")
+            raise ValueError(f"{directory} holds no config.json")
         named = json.loads(config_file.read_text()).get("_class_name")
         if named != cls.base_class.__name__:
             raise ValueError(f"{cls.__name__} loads a {cls.base_class.__name__}, the directory holds a {named}")
@@ -275,7 +276,7 @@ class QuantizedDiffusersModel(_Wrapper):
 
 
 def _empty(make: Any) -> nn.Module:
-    """A model whose parameters are on the meta device, and whose buffers hold their values."""
+    """Calls ``make`` with parameters on the meta device; buffers hold their values."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -283,7 +284,7 @@ def _empty(make: Any) -> nn.Module:
 
 
 def __getattr__(name: str) -> Any:
-    # The classes whose model class another library defines are made when they are asked for.
+    # These classes need a model class of another library, so they are created on access.
     if name == "QuantizedModelForCausalLM":
         from transformers import AutoModelForCausalLM
 

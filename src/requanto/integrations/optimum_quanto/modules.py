@@ -1,7 +1,7 @@
-"""QModuleMixin and the modules under optimum-quanto's names: its weights, its groups, its state dict.
+"""QModuleMixin and the quantized modules with optimum-quanto's names, group sizes and state dict.
 
-What differs from `requanto.nn`: a weight becomes a Weight*Tensor, modules stay quantized modules after freezing,
-activation scales are static from the start (1 until calibrated) and always saved.
+Differences from `requanto.nn`: a weight becomes a Weight*Tensor, a module stays a quantized module after freezing, and
+activation scales are always static (1 until calibrated) and always saved.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from requanto.nn.registry import Registry
 from requanto.scales.optimizers import Optimizer, SymmetricOptimizer, default_optimizer
 from requanto.scales.quanto import group_size_rule
 
-#: modules known under optimum-quanto's names
+#: quantized modules registered with optimum-quanto's names
 registry = Registry()
 
 
 def register_qmodule(module_cls: type) -> Any:
-    """Registers a quantized module for ``module_cls`` and the classes derived from it."""
+    """Registers a quantized module for ``module_cls`` and its subclasses."""
     return registry.register(module_cls)
 
 
@@ -38,7 +38,9 @@ class QModuleMixin(native.QModuleMixin):
     def __init__(self, *args: Any, optimizer: Optimizer | None = None, **kwargs: Any) -> None:
         mro = type(self).__mro__
         if nn.Module in mro and mro.index(QModuleMixin) > mro.index(nn.Module):
-            raise TypeError(f"{type(self).__name__}: QModuleMixin must stand before the torch.nn.Module class")
+            raise TypeError(
+                f"{type(self).__name__}: QModuleMixin must come before the torch.nn.Module class in its bases"
+            )
         super().__init__(*args, **kwargs)
         self.weight_group_size = None
         if self.weight_qtype is not None:
@@ -58,7 +60,7 @@ class QModuleMixin(native.QModuleMixin):
 
     @property
     def qweight(self) -> Any:
-        """The quantized weight: the frozen one, or the float one quantized anew; None where the weight stays float."""
+        """The quantized weight: the frozen one, or the float one quantized now; None if the weight stays float."""
         if self.weight_qtype is None:
             return None
         if self.frozen:
@@ -83,7 +85,7 @@ class QModuleMixin(native.QModuleMixin):
             self.weight = nn.Parameter(qweight.detach(), requires_grad=False)
 
     def sync_activation(self) -> None:
-        """Nothing to tell the weight: scales are static."""
+        """Does nothing: activation scales are static here, the weight does not need them."""
 
     # ------------------------------------------------------------------ activations
 
@@ -102,8 +104,8 @@ class QModuleMixin(native.QModuleMixin):
             self.quantizes_output = False
             self._quantize_hooks.pop("output").remove()
 
-    def settle_scales(self) -> None:
-        """Nothing follows from loaded scales: they are static."""
+    def refresh_calibrated(self) -> None:
+        """Does nothing: activation scales are static here."""
 
     # ------------------------------------------------------------------ state dict
 
@@ -124,9 +126,9 @@ class QModuleMixin(native.QModuleMixin):
                 device = self.weight.device
                 moved = loaded if assign or device.type == "meta" else loaded.to(device)
                 self.weight = nn.Parameter(moved, requires_grad=False)
-        known = len(missing)
+        before = len(missing)
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, False, missing, unexpected, errors)
-        missing[known:] = [key for key in missing[known:] if key != prefix + "weight" or not self.frozen]
+        missing[before:] = [key for key in missing[before:] if key != prefix + "weight" or not self.frozen]
 
     def _take_weight(self, state_dict: dict, prefix: str, missing: list) -> Any:
         size, stride = self.weight.size(), self.weight.stride()
@@ -141,7 +143,7 @@ class QModuleMixin(native.QModuleMixin):
 
 
 class Calibration(calibrate.Calibration):
-    """`requanto.Calibration`; a model without quantized activations is no error here."""
+    """`requanto.Calibration`, except that a model without quantized activations is not an error."""
 
     needs_modules = False
 
@@ -182,7 +184,7 @@ def quantize_module(
     activations: str | qtype | None = None,
     optimizer: Optimizer | None = None,
 ) -> Any:
-    """The quantized counterpart of a module, sharing its parameters; None where there is none."""
+    """Returns the quantized counterpart of a module, which shares its parameters; None if there is none."""
     found = registry.find(module)
     if found is None:
         return None

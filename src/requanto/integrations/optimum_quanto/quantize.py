@@ -1,4 +1,4 @@
-"""quantize, freeze, requantize and quantization_map under optimum-quanto's names."""
+"""optimum-quanto's quantize, freeze, requantize and quantization_map."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def quantize(
     include: str | list[str] | None = None,
     exclude: str | list[str] | None = None,
 ) -> None:
-    """Puts Linear, Conv2d and (with activations) LayerNorm modules under quantization, in place.
+    """Replaces Linear, Conv2d and (with activations) LayerNorm modules by quantized modules, in place.
 
     Args:
-        model: any module; a single layer too.
+        model: any module, or a single layer.
         weights, activations: types or their names.
-        optimizer: how scales are found; None: absmax at 8 bits, minimum and maximum below.
-        include, exclude: shell patterns on full dotted names.
+        optimizer: how scales are found; None: absmax for 8 bits, minimum and maximum for fewer.
+        include, exclude: shell patterns for full dotted names.
 
     Raises:
-        ValueError: a module is frozen already, to another type.
+        ValueError: a module is already frozen with another type.
     """
     kind = None if weights is None else resolve_qtype(weights)
     activation = None if activations is None else resolve_qtype(activations)
@@ -58,22 +58,22 @@ def _quantize_one(
             if (module.weight_qtype, module.activation_qtype) == (kind, activation):
                 return
             raise ValueError(
-                f"{name or type(module).__name__} is frozen to {module.weight_qtype.name} already and its float weights "
-                f"are gone: quantize a float model"
+                f"{name or type(module).__name__} is already frozen as {module.weight_qtype.name} and has no float weights "
+                f"any more: quantize a float model"
             )
         if not restore_float_class(module):
             return
     if quantize_in_place(module, kind, activation, optimizer, None, None, name, registry):
-        # A rule, not an argument, says how weights are grouped here.
+        # optimum-quanto derives the group size from the shape; it is not an argument.
         small = isinstance(module, QModuleMixin) and module.weight_qtype is not None and module.weight_qtype.bits < 8
         if small:
             module.weight_group_size = group_size_rule(module.weight.shape)
 
 
 def freeze(model: nn.Module) -> None:
-    """Replaces float weights by quantized ones; a weight that modules share is quantized once."""
+    """Replaces float weights by quantized ones; a weight that several modules share is quantized once."""
     shared: dict[int, Any] = {}
-    kept: list[Any] = []
+    alive: list[Any] = []  # holds the float weights so that their ids are not reused
     for module in model.modules():
         if not isinstance(module, QModuleMixin) or module.weight_qtype is None or module.frozen:
             continue
@@ -84,11 +84,11 @@ def freeze(model: nn.Module) -> None:
             continue
         module.freeze()
         shared[id(weight)] = module.weight
-        kept.append(weight)
+        alive.append(weight)
 
 
 def quantization_map(model: nn.Module) -> dict[str, dict[str, str]]:
-    """{module name: {"weights": type, "activations": type}}; ``"none"`` for what stays float."""
+    """Returns {module name: {"weights": type, "activations": type}}; ``"none"`` means float."""
     return {
         name: {
             "weights": "none" if module.weight_qtype is None else module.weight_qtype.name,
@@ -105,10 +105,10 @@ def requantize(
     quantization_map: Mapping[str, Mapping[str, str]],
     device: torch.device | str | None = None,
 ) -> None:
-    """Loads a quantized state dict into a float model, in place; tensors are put in, not copied.
+    """Loads a quantized state dict into a float model, in place; tensors are assigned, not copied.
 
     Raises:
-        CheckpointError: map, tensors and model disagree.
+        CheckpointError: quantization_map, tensors and model disagree.
     """
     if device is None:
         device = next(model.parameters()).device
@@ -116,13 +116,15 @@ def requantize(
     modules = dict(model.named_modules())
     for name, entry in quantization_map.items():
         if name not in modules:
-            raise CheckpointError(f"the map quantizes {name!r}, which the model does not have")
+            raise CheckpointError(f"the quantization map names {name!r}, which the model does not have")
         kinds = [
             None if entry[key] in (None, "none") else resolve_qtype(entry[key]) for key in ("weights", "activations")
         ]
         _quantize_one(modules[name], name, *kinds, None)
         if not isinstance(modules[name], QModuleMixin):
-            raise CheckpointError(f"the map quantizes {name!r}, a {type(modules[name]).__name__}")
+            raise CheckpointError(
+                f"the quantization map names {name!r}, but a {type(modules[name]).__name__} cannot be quantized"
+            )
     state = dict(state_dict)
     drop_old_metadata(state, quantization_map)
     tied = {key: group for group in _shared_names(model) for key in group}
@@ -135,7 +137,7 @@ def requantize(
     extra = [key for key in result.unexpected_keys if ".weight._" not in key]
     if missing or extra:
         raise CheckpointError(
-            f"map, tensors and model disagree: missing {', '.join(missing[:8]) or 'nothing'}; no place for "
+            f"map, tensors and model disagree: missing {', '.join(missing[:8]) or 'nothing'}; unexpected "
             f"{', '.join(extra[:8]) or 'nothing'}"
         )
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""``requanto register-optimum-cli``: puts ``optimum-cli quanto quantize`` into the installed optimum.
+"""``requanto register-optimum-cli``: adds ``optimum-cli quanto quantize`` to the installed optimum.
 
-optimum loads every file of its folder ``optimum/commands/register``, and nothing of a package it does not know (read in 1.23
-to 2.3). The wheel does not ship such a file: it would make a folder ``optimum`` where there is none, and Transformers, PEFT
-and Diffusers, which look for just that, would take optimum and optimum-quanto for installed.
+optimum imports every file of its folder ``optimum/commands/register`` and has no other way to add commands (checked in 1.23
+to 2.3). Requanto's wheel does not contain such a file: it would create a folder ``optimum``, and Transformers, PEFT and
+Diffusers would then conclude that optimum and optimum-quanto are installed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 
 FILE_NAME = "register_requanto.py"
 
-# optimum must go on working when Requanto is uninstalled and this file is not.
-_TEXT = '''"""Written by `requanto register-optimum-cli`; `requanto register-optimum-cli --remove` takes it away."""
+# The try: optimum-cli must still work after Requanto is uninstalled while this file remains.
+_TEXT = '''"""Written by `requanto register-optimum-cli`; `requanto register-optimum-cli --remove` deletes it."""
 
 import logging
 
@@ -28,20 +28,20 @@ except ModuleNotFoundError as error:
 
 
 def commands_folder() -> Path:
-    """The folder ``optimum/commands`` of the installed optimum.
+    """Returns the folder ``optimum/commands`` of the installed optimum.
 
     Raises:
-        ModuleNotFoundError: optimum is not installed; packages that extend it, such as optimum-quanto, do not bring it.
+        ModuleNotFoundError: optimum is not installed; optimum-quanto alone does not contain it.
     """
     spec = importlib.util.find_spec("optimum.commands") if importlib.util.find_spec("optimum") is not None else None
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (Path(place) / "optimum_cli.py").is_file():
             return Path(place)
-    raise ModuleNotFoundError("optimum, which has the command optimum-cli, is not installed: pip install optimum")
+    raise ModuleNotFoundError("optimum, which provides the command optimum-cli, is not installed: pip install optimum")
 
 
 def register() -> Path:
-    """Writes the file that optimum's command line loads; again, and nothing changes.
+    """Writes the file that optimum's command line imports; a second call writes the same file.
 
     Returns:
         The file.
@@ -57,10 +57,10 @@ def register() -> Path:
 
 
 def unregister() -> Path | None:
-    """Deletes the file, and the folder if it is empty then.
+    """Deletes the file, and its folder if that is then empty.
 
     Returns:
-        The file that was there, or None.
+        The deleted file; None if there was none.
 
     Raises:
         ModuleNotFoundError: optimum is not installed.

@@ -1,6 +1,7 @@
-"""What optimum-quanto's two kinds of weight share: products, gradients, copies.
+"""Base of optimum-quanto's two weight classes: matmul, gradients, copies.
 
-They hold what it holds, in its layout; products go through `requanto.linear` where the codes need no rearranging.
+They hold the same tensors as in optimum-quanto, in the same layout. Matmuls use `requanto.linear` if the codes can be used
+in that layout, else the dequantized weight.
 """
 
 from __future__ import annotations
@@ -67,26 +68,26 @@ class Quantize(torch.autograd.Function):
 
 
 class Weight:
-    """What both kinds of weight do alike; they add ``_values``, ``_each`` and ``_moved``."""
+    """Base of the weight classes, which define ``_values``, ``_map_inner`` and ``_converted``."""
 
-    #: the transposed weight, for kinds whose codes allow it
+    #: method that returns the transposed weight; None for classes whose codes cannot be transposed
     _transposed: Any = None
 
     def as_native(self) -> NativeQTensor | None:
-        """The same codes as a Requanto tensor, sharing memory; None where they lie in another order."""
+        """Returns a requanto.QTensor that shares the codes' memory; None if the codes are in another order."""
         return None
 
     def dequantize(self) -> torch.Tensor:
-        """The float values; the gradient passes straight through."""
+        """Returns the float values; the gradient is passed through unchanged."""
         return _Dequantize.apply(self)
 
     def optimize(self) -> Any:
-        """This tensor: what a device wants is made when a product runs, not kept in its place."""
+        """Returns this tensor: there is no device-specific layout."""
         return self
 
     def __deepcopy__(self, memo: dict) -> Any:
         if id(self) not in memo:
-            copy = self._each(torch.clone)
+            copy = self._map_inner(torch.clone)
             if getattr(self, "_is_param", False):
                 copy._is_param = True
             memo[id(self)] = copy
@@ -116,9 +117,9 @@ class Weight:
         if op is aten.clone and kwargs.get("memory_format") is torch.contiguous_format and not args[0].is_contiguous():
             return qfallback(func, *args, **kwargs)
         if op in (aten.detach, aten.alias, aten.clone):
-            return args[0]._each(op)
+            return args[0]._map_inner(op)
         if op in (aten._to_copy, aten.to):
-            return args[0]._moved(**kwargs)
+            return args[0]._converted(**kwargs)
         if op is aten.t and args[0]._transposed is not None:
             return args[0]._transposed()
         if op is aten.copy_ and isinstance(args[0], cls) and isinstance(args[1], cls):

@@ -35,7 +35,7 @@ class WeightQBitsTensor(Weight, QBitsTensor):
 
     @classmethod
     def create(cls, qtype, axis, group_size, size, stride, data, scale, shift, requires_grad=False):  # type: ignore[no-untyped-def]
-        """The tensor; there is one class for every device."""
+        """Returns a new tensor; there are no device-specific classes."""
         return cls(qtype, axis, group_size, size, stride, data, scale, shift, requires_grad)
 
     @classmethod
@@ -49,7 +49,7 @@ class WeightQBitsTensor(Weight, QBitsTensor):
         shift: torch.Tensor,
         optimized: bool = True,
     ) -> WeightQBitsTensor:
-        """``base`` under scales and shifts along ``axis``, or of its groups."""
+        """Quantizes ``base`` with scales and shifts along ``axis``, or of its groups."""
         if qtype not in (qint2, qint4):
             raise ValueError(f"WeightQBitsTensor holds qint2 or qint4 codes, found {qtype.name}")
 
@@ -61,7 +61,7 @@ class WeightQBitsTensor(Weight, QBitsTensor):
 
     @classmethod
     def load_from_state_dict(cls, state_dict, prefix, qtype, axis, group_size, size, stride, missing_keys):  # type: ignore[no-untyped-def]
-        """Takes a weight out of a state dict; None, and the missing keys, where it is not whole."""
+        """Builds the tensor from its parts, popped from the state dict; None if parts are missing (see missing_keys)."""
         names = ("_data._data", "_scale", "_shift")
         absent = [prefix + name for name in names if prefix + name not in state_dict]
         if absent:
@@ -76,7 +76,7 @@ class WeightQBitsTensor(Weight, QBitsTensor):
         return cls(qtype, axis, group_size, size, stride, packed, scale, shift)
 
     def weight_qbits_tensor(self) -> WeightQBitsTensor:
-        """This tensor: it has no other form."""
+        """Returns this tensor: there is no device-specific layout."""
         return self
 
     def _values(self) -> torch.Tensor:
@@ -87,11 +87,11 @@ class WeightQBitsTensor(Weight, QBitsTensor):
             values = self._scale * (data.to(torch.int8) - self._shift.to(torch.int8))
         return values if self._axis is None else ungroup(values, self._axis, self.shape)
 
-    def _each(self, change: Any) -> WeightQBitsTensor:
+    def _map_inner(self, change: Any) -> WeightQBitsTensor:
         inner = [change(t) for t in (self._data, self._scale, self._shift)]
         return type(self)(self._qtype, self._axis, self._group_size, self.size(), self.stride(), *inner)
 
-    def _moved(self, dtype: torch.dtype | None = None, **kwargs: Any) -> WeightQBitsTensor:
+    def _converted(self, dtype: torch.dtype | None = None, **kwargs: Any) -> WeightQBitsTensor:
         kwargs.pop("memory_format", None)
         data = aten._to_copy(self._data, **kwargs)
         scale = aten._to_copy(self._scale, dtype=dtype or self.dtype, **kwargs)

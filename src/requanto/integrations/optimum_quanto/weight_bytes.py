@@ -33,7 +33,7 @@ class WeightQBytesTensor(Weight, QBytesTensor):
 
     @classmethod
     def create(cls, qtype, axis, size, stride, data, scale, activation_qtype=None, requires_grad=False):  # type: ignore[no-untyped-def]
-        """The tensor; there is one class for every device."""
+        """Returns a new tensor; there are no device-specific classes."""
         return cls(qtype, axis, size, stride, data, scale, activation_qtype, requires_grad)
 
     @classmethod
@@ -46,7 +46,7 @@ class WeightQBytesTensor(Weight, QBytesTensor):
         activation_qtype: qtype | None = None,
         optimized: bool = True,
     ) -> WeightQBytesTensor:
-        """``base`` under a scale along ``axis``."""
+        """Quantizes ``base`` with scales along ``axis``."""
         if qtype.bits != 8:
             raise ValueError(f"WeightQBytesTensor holds 8-bit codes, found {qtype.name}")
 
@@ -58,7 +58,7 @@ class WeightQBytesTensor(Weight, QBytesTensor):
 
     @classmethod
     def load_from_state_dict(cls, state_dict, prefix, qtype, axis, size, stride, activation_qtype, missing_keys):  # type: ignore[no-untyped-def]
-        """Takes a weight out of a state dict; None, and the missing keys, where it is not whole."""
+        """Builds the tensor from its parts, popped from the state dict; None if parts are missing (see missing_keys)."""
         absent = [prefix + name for name in ("_data", "_scale") if prefix + name not in state_dict]
         if absent:
             missing_keys.extend(absent)
@@ -67,11 +67,11 @@ class WeightQBytesTensor(Weight, QBytesTensor):
         return cls(qtype, axis if scale.dim() else None, size, stride, data, scale, activation_qtype)
 
     def weight_qbytes_tensor(self) -> WeightQBytesTensor:
-        """This tensor: it has no other form."""
+        """Returns this tensor: there is no device-specific layout."""
         return self
 
     def as_native(self) -> NativeQTensor | None:
-        """The same codes as a Requanto tensor, sharing memory; None where rows do not have their own scale."""
+        """Returns a requanto.QTensor that shares the codes' memory; None if scales are not per row."""
         if self.dim() != 2 or self._axis == -1 or self._data.shape != self.shape or not self._data.is_contiguous():
             return None
         scale = self._scale.reshape(-1, 1).expand(self.shape[0], 1).contiguous()
@@ -80,11 +80,11 @@ class WeightQBytesTensor(Weight, QBytesTensor):
     def _values(self) -> torch.Tensor:
         return self._scale * self._data.to(self._scale.dtype)
 
-    def _each(self, change: Any) -> WeightQBytesTensor:
+    def _map_inner(self, change: Any) -> WeightQBytesTensor:
         data, scale = change(self._data), change(self._scale)
         return type(self)(self._qtype, self._axis, self.size(), self.stride(), data, scale, self.activation_qtype)
 
-    def _moved(self, dtype: torch.dtype | None = None, **kwargs: Any) -> WeightQBytesTensor:
+    def _converted(self, dtype: torch.dtype | None = None, **kwargs: Any) -> WeightQBytesTensor:
         kwargs.pop("memory_format", None)
         data = aten._to_copy(self._data, **kwargs)
         scale = aten._to_copy(self._scale, dtype=dtype or self.dtype, **kwargs)

@@ -1,4 +1,4 @@
-"""quantize_weight: optimum-quanto's weights, its codes and attributes."""
+"""optimum-quanto's quantize_weight."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ def quantize_weight(
     activation_qtype: qtype | None = None,
     optimized: bool = True,
 ) -> WeightQBytesTensor | WeightQBitsTensor:
-    """A weight quantized along an axis.
+    """Quantizes a weight along an axis.
 
     Args:
         t: float tensor.
-        qtype: type of the codes; 8 bits take a scale alone, fewer a shift too.
+        qtype: type of the codes.
         axis: 0 or -1.
-        scale, shift: what an optimizer found.
-        group_size: weights that share a scale; below 8 bits only.
-        activation_qtype: kept with the tensor.
-        optimized: there is one form for every device; accepted and without effect.
+        scale: from an optimizer.
+        shift: from an optimizer; required for fewer than 8 bits, not allowed for 8.
+        group_size: number of weights that share a scale; for fewer than 8 bits only.
+        activation_qtype: stored as an attribute of an 8-bit weight.
+        optimized: no effect; accepted for compatibility.
     """
     if axis not in (0, -1):
         raise ValueError(f"axis must be 0 (first axis) or -1 (last axis), found {axis!r}")

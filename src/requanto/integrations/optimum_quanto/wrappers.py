@@ -1,4 +1,4 @@
-"""The wrapper classes around models quantized under optimum-quanto's names."""
+"""The wrapper classes of `models`, for models quantized with optimum-quanto's functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from requanto.integrations.optimum_quanto.quantize import freeze, quantization_m
 
 
 class _Compat:
-    """Quantizes, maps and loads with the functions of this name space."""
+    """Quantizes, saves and loads with the functions of `integrations.optimum_quanto`."""
 
     @classmethod
     def _quantize(cls, model: nn.Module, kind: qtype | None, activations: Any, optimizer: Any, **patterns: Any) -> None:

@@ -1,1 +1,1 @@
-"""Matrix products on a CPU."""
+"""GEMMs on a CPU."""

@@ -1,9 +1,9 @@
-"""Codes -> float values, quickly: by a compiled kernel where there is one (`cpu.fused_dequantize`), else in blocks
-that stay in the cache, by operators that vectorize.
+"""Dequantizes rows of a weight: with a compiled kernel if there is one (`cpu.fused_dequantize`), else with vectorized
+operators on blocks that fit into the cache.
 
-Float8 is never converted by torch's own cast, which takes one element at a time on a CPU and does not exist everywhere: an
-e4m3 number is a bfloat16 number of the same bits, shifted, with another exponent bias. Codes of a codebook are looked up two
-at a time: a table of all pairs of values stays in the L1 cache, and costs half the lookups.
+torch's cast from float8 is not used: on a CPU it converts one element at a time, and it is missing in some places. Instead,
+the bits of e4m3 are shifted to those of bfloat16, which only differs in the exponent bias. Codebook codes are looked up two
+at a time in a table of all pairs of values, which fits into the L1 cache: half as many lookups.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import torch
 from requanto.dtypes.bit_packing import unpack, unpack_pairs
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import fused_dequantize
-from requanto.runtime.buffers import workspace
+from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import neutral
+from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
 
-#: Bytes of one block's result, more than a core's own cache: the start of an operator on all threads costs more than that.
+#: Bytes of one block's result. More than a core's private cache, because starting an operator on all threads is expensive.
 BLOCK_BYTES = 4 * 2**20
 
 
 def row_scaled(weight: QTensor) -> bool:
-    """True where the scale can multiply the product instead of the weight: one per row, no shift."""
+    """True if the scale can be applied to the GEMM's result instead of the weight: one scale per row, no shift."""
     return not weight.affine and weight.groups == 1
 
 
 def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *, scaled: bool = True) -> torch.Tensor:
-    """Writes rows ``start .. stop`` of a weight's stored form into ``out`` ``[stop - start, K]``, computed in out's dtype.
+    """Dequantizes rows ``start .. stop`` of a weight's stored matrix into ``out`` ``[stop - start, K]``, in out's dtype.
 
     Args:
-        scaled: False leaves the scale of `row_scaled` weights to the caller.
+        scaled: False to leave out the scale of `row_scaled` weights.
     """
     if scaled and out.is_contiguous() and fused_dequantize.ready(weight, out.dtype):
         fused_dequantize.fill(weight, start, stop, out)
@@ -46,7 +46,7 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
     scale, shift = weight.scale.reshape(rows, -1), weight.shift
     shift = None if shift is None else shift.reshape(rows, -1)
     pairs = _pairs_of(weight) if weight.qtype.is_codebook else None
-    # At most twice a block's bytes again in each of two buffers: with half of the bound for ``out`` that keeps to it.
+    # Two scratch buffers of at most twice a block's bytes each; ``out`` takes at most half of the bound.
     step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, length * out.dtype.itemsize))
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
@@ -59,8 +59,8 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
             _from_codebook(stored, weight.qtype.bits, pairs, scale[begin:end] if scaled else None, part)
             continue
         if scaled and weight.qtype.dtype == torch.int8 and row_scaled(weight) and part.dtype != torch.float32:
-            # In float32, rounded once, which takes no longer than in bfloat16.
-            wide = workspace(tuple(part.shape), torch.float32, slot=2).copy_(stored)
+            # Computed in float32 and rounded once; this is as fast as in bfloat16.
+            wide = scratch_buffer(tuple(part.shape), torch.float32, slot=2).copy_(stored)
             part.copy_(wide.mul_(scale[begin:end].float()))
             continue
         codes_to_float(stored, weight.qtype, part, unpacked=not plain)
@@ -70,49 +70,51 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
 
 
 def rows_rounded_once(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
-    """`dequantize_rows`, with each number computed in float32 and rounded once: a scale need not be one of 16 bits."""
+    """`dequantize_rows` with each value computed in float32 and rounded once, because scales may be float32."""
     if out.dtype.itemsize > 2 or fused_dequantize.ready(weight, out.dtype):
         return dequantize_rows(weight, start, stop, out)
     step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, 4 * weight.row_length))
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
-        wide = workspace((end - begin, weight.row_length), torch.float32, slot=6)
+        wide = scratch_buffer((end - begin, weight.row_length), torch.float32, slot=6)
         out[begin - start : end - start].copy_(dequantize_rows(weight, begin, end, wide))
     return out
 
 
 def _scale(part: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
-    """``codes * scale + lowest`` in place; codes around zero, so that ``lowest`` is no number large beside the weights."""
+    """``part * scale + offset`` in place. Codes are centered at zero, so the offset is not large compared to the weights."""
     groups = part.view(*scale.shape, -1)
     if shift is None:
         groups.mul_(scale.to(part.dtype).unsqueeze(-1))
         return
     scale, shift = scale.float(), shift.float()
-    lowest = kind.zero_code * scale - shift
+    offset = kind.zero_code * scale - shift
     if bool((scale == 1).any()):
-        # A group of equal weights has codes of 0 and a scale of 1, beside which its shift would be rounded away.
+        # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would lose it.
         flat = groups.amax(-1) == -kind.zero_code
-        lowest, scale = torch.where(flat, -shift, lowest), scale.masked_fill(flat, 0)
-    # In float32, rounded once. (One addcmul would do, but with operands that repeat along the contiguous axis torch does not
-    # vectorize it: 4 to 10 times the time of these passes together.)
+        offset, scale = torch.where(flat, -shift, offset), scale.masked_fill(flat, 0)
+    # In float32, rounded once. One addcmul takes 4 to 10 times as long as these passes: torch does not vectorize it for
+    # operands that are broadcast along the contiguous axis.
     wide = (
-        groups if part.dtype == torch.float32 else workspace(tuple(groups.shape), torch.float32, slot=2).copy_(groups)
+        groups
+        if part.dtype == torch.float32
+        else scratch_buffer(tuple(groups.shape), torch.float32, slot=2).copy_(groups)
     )
-    wide.mul_(scale.unsqueeze(-1)).add_(lowest.unsqueeze(-1))
+    wide.mul_(scale.unsqueeze(-1)).add_(offset.unsqueeze(-1))
     if wide is not groups:
         groups.copy_(wide)
 
 
 def codes_to_float(qdata: torch.Tensor, kind: qtype, out: torch.Tensor, *, unpacked: bool = False) -> None:
-    """``[rows, bytes]`` -> the codes' values in ``out`` ``[rows, K]``; those of unsigned codes around zero.
+    """Converts codes ``[rows, bytes]`` to floats in ``out`` ``[rows, K]``; subtracts ``zero_code`` from unsigned codes.
 
     Args:
-        unpacked: codes below 8 bits come one a byte, and may be overwritten.
+        unpacked: ``qdata`` has one code per byte even for types below 8 bits, and may be overwritten.
     """
     if kind.is_packed:
         codes = qdata if unpacked else unpack(qdata, kind.bits, out.shape[1])
         out.copy_(codes.view(torch.int8).sub_(kind.zero_code))
-    elif kind.is_unsigned:  # the same numbers modulo 256
+    elif kind.is_unsigned:  # the subtraction is modulo 256: its result is correct as int8
         out.copy_((qdata - kind.zero_code).view(torch.int8))
     elif kind.dtype == torch.float8_e4m3fn:
         _e4m3_to_float(qdata, out)
@@ -123,13 +125,13 @@ def codes_to_float(qdata: torch.Tensor, kind: qtype, out: torch.Tensor, *, unpac
 
 
 def _pairs_of(weight: QTensor) -> torch.Tensor:
-    """int64 ``[4^bits]``: for codes ``low + 2^bits * high`` both float32 values, the low one first, as one number."""
+    """Table of all pairs of codebook values, int64 ``[4^bits]``: at ``low + 2^bits * high`` both float32, low one first."""
     return _pairs(weight.codebook.float()) if weight.codebook is not None else _fixed_pairs(weight.qtype)
 
 
 @functools.lru_cache(maxsize=64)
 def _fixed_pairs(kind: qtype) -> torch.Tensor:
-    with neutral():
+    with without_ambient_state():
         return _pairs(torch.tensor(kind.values, dtype=torch.float32, device="cpu"))
 
 
@@ -141,14 +143,14 @@ def _pairs(values: torch.Tensor) -> torch.Tensor:
 def _from_codebook(
     qdata: torch.Tensor, bits: int, pairs: torch.Tensor, scale: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    """``[rows, bytes]`` -> ``values[code] * scale`` in ``out`` ``[rows, K]``.
+    """Writes ``values[code] * scale`` of codes ``[rows, bytes]`` into ``out`` ``[rows, K]``.
 
-    In float32, rounded once at the end: a table of bfloat16 values would round every weight twice.
+    In float32, rounded once at the end; with a table of bfloat16 values every weight would be rounded twice.
     """
     rows, length = out.shape
     index = unpack_pairs(qdata, bits, length).to(torch.int32)
     direct = out.dtype == torch.float32 and length % 2 == 0
-    values = out if direct else workspace((rows, 2 * index.shape[1]), torch.float32, slot=1)
+    values = out if direct else scratch_buffer((rows, 2 * index.shape[1]), torch.float32, slot=1)
     torch.index_select(pairs, 0, index.flatten(), out=values.view(torch.int64).flatten())
     values = values[:, :length]
     if scale is not None:
@@ -159,20 +161,20 @@ def _from_codebook(
 
 
 def _e4m3_to_float(qdata: torch.Tensor, out: torch.Tensor) -> None:
-    """As int16, sign-extended and shifted by 4, the bits are 1 sign, 4 + 4 exponent, 3 + 4 mantissa: bfloat16 / 2^120."""
+    """e4m3 -> float: sign-extended to int16 and shifted left by 4, the bits are those of the value / 2^120 in bfloat16."""
     native = out.dtype == torch.bfloat16
-    bits = out.view(torch.int16) if native else workspace(tuple(out.shape), torch.int16, slot=1)
+    bits = out.view(torch.int16) if native else scratch_buffer(tuple(out.shape), torch.int16, slot=1)
     bits.copy_(qdata.view(torch.int8))
     bits.mul_(16).bitwise_and_(-0x7810)
-    numbers = bits.view(torch.bfloat16).mul_(2.0**120)
+    values = bits.view(torch.bfloat16).mul_(2.0**120)
     if not native:
-        out.copy_(numbers)
+        out.copy_(values)
 
 
 def _e5m2_to_float(qdata: torch.Tensor, out: torch.Tensor) -> None:
-    """The upper byte of a float16."""
+    """e5m2 -> float: an e5m2 code is the upper byte of the same value in float16."""
     native = out.dtype == torch.float16
-    bits = out.view(torch.int16) if native else workspace(tuple(out.shape), torch.int16, slot=1)
+    bits = out.view(torch.int16) if native else scratch_buffer(tuple(out.shape), torch.int16, slot=1)
     bits.copy_(qdata.view(torch.int8))
     bits.mul_(256)
     if not native:

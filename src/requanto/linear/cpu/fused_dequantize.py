@@ -1,9 +1,9 @@
-"""Stored codes -> bfloat16 by kernels of torch's compiler: of weights that have no packed form.
+"""Dequantizes plain weights to bfloat16 with compiled kernels.
 
-Those of convolutions are such, and those whose sizes are far from whole blocks of oneDNN's. Eager operators pass over a
-weight three to ten times (`requanto.linear.cpu.dequantize`), a kernel once.
+For weights that are not prepacked, such as those of convolutions, or of sizes that oneDNN's blocks would pad too much. Eager
+operators make three to ten passes over a weight (`requanto.linear.cpu.dequantize`), a kernel makes one.
 
-(e4m3's two codes of NaN, which quantization never gives, count as 480 here, as in every fast path.)
+The two NaN codes of e4m3 are read as 480, as in all fast paths; quantization never produces them.
 """
 
 from __future__ import annotations
@@ -12,39 +12,40 @@ import torch
 
 from requanto.dtypes.qtypes import qfloat8_e4m3fn, qint8
 from requanto.linear.cpu.aot import cache, calls
-from requanto.runtime.buffers import workspace
+from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import has_numbers, is_fake
+from requanto.runtime.tracing import is_fake, runs_eagerly
+from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
 
-#: Numbers of a weight below which kernels do not pay: all of its operators take no longer than a few calls.
+#: Smallest weight (number of elements) for which kernels are faster than eager operators.
 SMALLEST = 2**16
-#: Bytes of float32 numbers that are made and rounded at a time.
+#: Bytes of float32 values that are dequantized and rounded at a time.
 BLOCK_BYTES = 2 * 2**20
 
 
 def family(weight: QTensor) -> str | None:
-    """The family of kernels that reads this weight; None: there is none."""
+    """The family of kernels that reads this weight; None if there is none."""
     if weight.qtype == qint8 and not weight.affine:
         return calls.STORED_INT8
     if weight.qtype == qfloat8_e4m3fn and not weight.affine:
         return calls.STORED_FLOAT8
     whole = weight.qtype.is_packed and weight.qtype.bits == 4 and not weight.qtype.is_codebook
-    # A byte may not belong to two groups.
+    # No byte may contain codes of two groups.
     return calls.STORED_INT4 if whole and (weight.row_length // max(1, weight.groups)) % 2 == 0 else None
 
 
 def ready(weight: QTensor, dtype: torch.dtype) -> bool:
-    """True where a kernel makes this weight in ``dtype``; it is made or loaded, if need be."""
+    """True if a kernel dequantizes this weight to ``dtype``; compiles or loads the kernel if necessary."""
     if (
         dtype != torch.bfloat16
-        or weight.is_packed
+        or (weight.is_packed and weight.qtype != qint8)  # int8 codes are unpacked quickly, four at a time
         or weight.device.type != "cpu"
-        or not has_numbers()
+        or not runs_eagerly()
         or is_fake(weight._qdata)
     ):
         return False
-    experts = weight.shape[0] if weight.axis == 1 else 1  # multiplied one by one
+    experts = weight.shape[0] if weight.axis == 1 else 1  # experts are dequantized one by one
     if weight.numel() < SMALLEST * experts:
         return False
     found = family(weight)
@@ -52,12 +53,19 @@ def ready(weight: QTensor, dtype: torch.dtype) -> bool:
 
 
 def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> None:
-    """Writes rows ``start .. stop`` of a weight that is `ready` into ``out`` ``[stop - start, K]``, contiguous, each number
-    computed in float32 and rounded once."""
+    """Dequantizes rows ``start .. stop`` of a weight that is `ready` into ``out`` ``[stop - start, K]``, contiguous.
+
+    Each value is computed in float32 and rounded once.
+    """
     rows, groups = stop - start, weight.groups
     if not out.numel():
         return
-    codes = weight._qdata.reshape(weight.lead.numel(), -1)[start:stop].reshape(rows * groups, -1).contiguous()
+    layout, parts = weight._storage.state
+    if layout is PLAIN:
+        codes = parts["qdata"].reshape(weight.lead.numel(), -1)[start:stop]
+    else:
+        codes = layout.codes(weight._spec, parts, start, stop)
+    codes = codes.reshape(rows * groups, -1).contiguous()
     scale = _column(weight.scale, weight, start, stop)
     values = out.view(rows * groups, -1)
     kind = family(weight)
@@ -70,12 +78,12 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> None:
     else:
         bytes_ = codes.view(torch.uint8)
         step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 16) // (4 * values.shape[1]))
-        wide = workspace((min(step, len(values)), values.shape[1]), torch.float32, slot=2)
-        for part, own, into in zip(bytes_.split(step), scale.split(step), values.split(step)):
-            calls.stored_e4m3(part, own, wide[: len(part)])
+        wide = scratch_buffer((min(step, len(values)), values.shape[1]), torch.float32, slot=2)
+        for part, part_scale, into in zip(bytes_.split(step), scale.split(step), values.split(step)):
+            calls.stored_e4m3(part, part_scale, wide[: len(part)])
             into.copy_(wide[: len(part)])
 
 
-def _column(numbers: torch.Tensor, weight: QTensor, start: int, stop: int) -> torch.Tensor:
-    """float32 ``[groups of these rows, 1]``."""
-    return numbers.reshape(weight.lead.numel(), -1)[start:stop].reshape(-1, 1).float().contiguous()
+def _column(values: torch.Tensor, weight: QTensor, start: int, stop: int) -> torch.Tensor:
+    """Scales or shifts of these rows as float32 ``[rows * groups, 1]``."""
+    return values.reshape(weight.lead.numel(), -1)[start:stop].reshape(-1, 1).float().contiguous()

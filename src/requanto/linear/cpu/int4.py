@@ -1,12 +1,12 @@
-"""int4, int3 and int2 weights in the form of torch's ``_weight_int4pack_mm_for_cpu``.
+"""int4, int3 and int2 weights in the layout of torch's ``_weight_int4pack_mm_for_cpu``.
 
-The form is the stored nibbles in another order: blocks of 64 rows (32 without AVX-512), K outside, row r and row r + half a
-block in one byte. Codes of 2 and 3 bits are widened to nibbles: twice the bytes, or a third more, while the layer is packed.
-Scales are needed in x's dtype, interleaved with zero points; they are kept per dtype beside the stored ones (an eighth of
-the codes' bytes for groups of 64 in bfloat16).
+The layout has blocks of 64 rows (32 without AVX-512), ``[K, block / 2]`` bytes in each; a byte has the codes of row r and
+row r + block / 2. Codes of 2 and 3 bits are stored in 4 bits: twice the bytes, or a third more, while the layer is packed.
+The operator needs scales in x's dtype, interleaved with zero points; they are cached per dtype in addition to the stored
+ones (an eighth of the codes' bytes for groups of 64 in bfloat16).
 
-Rows are filled up to whole blocks, K to a multiple of 64: with weights of zero. Groups of a size that the operator does not
-take are for compiled kernels alone.
+N is padded to whole blocks and K to a multiple of 64, with weights of zero. Weights with a group size that the operator does
+not support are packed for compiled kernels only.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
-from requanto.linear.cpu.onednn_bf16 import FILLING
+from requanto.linear.cpu.onednn_bf16 import MAX_PADDING
 from requanto.linear.cpu.onednn_int8 import checked_index
 from requanto.linear.registry import Gemm
-from requanto.runtime.tracing import neutral
+from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.layout import Layout, Parts, register_layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
 logger = logging.getLogger(__name__)
 
-#: Group sizes that the operator takes.
+#: Group sizes that the operator supports.
 GROUPS = (32, 64, 128, 256)
-#: Rows of codes that are widened to int32 at a time while packing.
+#: Rows that are packed or unpacked at a time.
 _STEP = 64 * 16
 
 
 def rows_per_block() -> int:
-    """Rows of one block: the operator's, on this processor."""
+    """Rows of one block of the operator's layout on this CPU."""
     return 64 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 32
 
 
 class Int4Layout(Layout):
-    """4-bit ``[N, K]`` in blocks of rows, uint8 ``[N filled up, K filled up / 2]``.
+    """4-bit ``[N, K]`` in blocks of rows, uint8 ``[padded N, padded K / 2]``.
 
-    Beside the codes lies ``flat``, bool ``[N, groups]``: groups whose codes are all 0 (`Scales`).
+    An additional tensor ``flat``, bool ``[N, groups]``, marks groups whose codes are all 0 (see `Scales`).
     """
 
     extra = ("flat",)
@@ -57,27 +57,27 @@ class Int4Layout(Layout):
         self.name = f"int4-{block}"
 
     def sizes(self, spec: WeightSpec) -> tuple[int, int]:
-        """N and K, filled up."""
+        """N and K, padded."""
         rows, length = spec.matrix_shape
-        return rows + -rows % self.block, _length(length)
+        return rows + -rows % self.block, _padded_length(length)
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         rows, length = spec.matrix_shape
-        beside, offset = _length(length) - length, _offset(spec)
+        pad_columns, offset = _padded_length(length) - length, _offset(spec)
         packed, flat = [], []
         for part in parts["qdata"].reshape(rows, -1).split(_STEP):
             codes = unpack(part, spec.qtype.bits, length)
             flat.append(codes.view(len(part), spec.groups, -1).amax(2) == 0)
-            below = -len(part) % self.block
-            if beside or below:
-                codes = torch.nn.functional.pad(codes, (0, beside, 0, below))
+            pad_rows = -len(part) % self.block
+            if pad_columns or pad_rows:
+                codes = torch.nn.functional.pad(codes, (0, pad_columns, 0, pad_rows))
             packed.append(self._packed(codes.add_(offset)))
         return {"qdata": torch.cat(packed), "flat": torch.cat(flat)}
 
     def _packed(self, codes: torch.Tensor) -> torch.Tensor:
         if self.block == rows_per_block():
             return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-        half = self.block // 2  # another machine's blocks
+        half = self.block // 2  # packs for another CPU, whose blocks have another size
         low, high = codes.view(-1, 2, half, codes.shape[1]).transpose(2, 3).unbind(1)
         return (low | (high << 4)).reshape(codes.shape[0], -1)
 
@@ -95,7 +95,7 @@ class Int4Layout(Layout):
         return codes[start - begin : stop - begin, : spec.row_length].contiguous().sub_(_offset(spec))
 
     def blocks(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
-        """uint8 ``[blocks, K filled up, block / 2]``: row r of a block and row r + half a block in one byte."""
+        """Codes as uint8 ``[blocks, padded K, block / 2]``: row r and row r + block / 2 of a block in one byte."""
         return parts["qdata"].view(-1, self.sizes(spec)[1], self.block // 2)
 
     def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
@@ -105,45 +105,46 @@ class Int4Layout(Layout):
         codes = torch.where((lane < half).unsqueeze(1), found & 15, found >> 4)
         return codes[:, : spec.row_length].contiguous().sub_(_offset(spec))
 
-    def codes_form(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
+    def codes_shape_dtype(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
         rows, length = self.sizes(spec)
         return torch.Size([rows, length // 2]), torch.uint8
 
-    def extra_forms(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    def extra_shapes_dtypes(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
         return {"flat": (torch.Size([spec.matrix_shape[0], spec.groups]), torch.bool)}
 
 
-_OF_BLOCK = {block: register_layout(Int4Layout(block)) for block in (32, 64)}
+_LAYOUT_OF_BLOCK = {block: register_layout(Int4Layout(block)) for block in (32, 64)}
 
 
 def layout() -> Int4Layout:
-    """The layout of this processor's operator."""
-    return _OF_BLOCK[rows_per_block()]
+    """The layout that torch's operator has on this CPU."""
+    return _LAYOUT_OF_BLOCK[rows_per_block()]
 
 
 def _offset(spec: WeightSpec) -> int:
-    """The operator's zero is 8. Codes of 2 and 3 bits are moved there, so that no zero point is large beside its weights."""
+    """Offset that moves zero to code 8, as in the operator's formula, for codes of 2 and 3 bits; keeps zero points small."""
     return 8 - 2 ** (spec.qtype.bits - 1)
 
 
 class Packed(NamedTuple):
-    """A weight in this processor's layout, as GEMMs read it. It holds tensors, not the weight.
+    """Tensors and sizes of a weight in this CPU's layout. It references the tensors, not the weight.
 
     Attributes:
-        codes: uint8 ``[N filled up, K filled up / 2]``.
+        codes: uint8 ``[padded N, padded K / 2]``.
         flat: bool ``[N, groups]``, see `Int4Layout`.
-        blocks: the same, block by block.
-        rows, own_length: N and K.
-        length, groups: K and its groups, filled up.
-        group_size: of the weight.
-        affine: it has shifts.
+        blocks: ``codes`` as uint8 ``[blocks, padded K, block / 2]``.
+        out_features, in_features: N and K.
+        length: padded K.
+        groups: number of groups in padded K.
+        group_size: group size of the weight; None: one scale per row.
+        affine: whether the weight has a shift.
     """
 
     codes: torch.Tensor
     flat: torch.Tensor
     blocks: torch.Tensor
-    rows: int
-    own_length: int
+    out_features: int
+    in_features: int
     length: int
     groups: int
     group_size: int | None
@@ -156,7 +157,7 @@ class Packed(NamedTuple):
 
 
 def packed(weight: QTensor) -> Packed | None:
-    """The weight's tensors, where they are in this processor's layout."""
+    """The weight as `Packed`; None if it is not in this CPU's layout."""
     found, parts = weight._storage.state
     if found is not layout():
         return None
@@ -170,10 +171,10 @@ def packed(weight: QTensor) -> Packed | None:
 
 
 class Scales:
-    """Scales and zero points as kernels read them, made from a weight's own and kept with its storage.
+    """Scales and zero points in the layouts that kernels read, cached in the weight's storage.
 
-    Made anew when those were changed in place. (A change behind torch's back, through ``scale.data``, is not seen; assign
-    ``weight.scale`` instead.)
+    They are recomputed after in-place changes of the weight's scale or shift. Changes through ``scale.data`` are not
+    detected, because torch does not count them; assign ``weight.scale`` instead.
     """
 
     def __init__(self) -> None:
@@ -183,40 +184,40 @@ class Scales:
 
     @classmethod
     def of(cls, weight: QTensor) -> Scales:
-        """The weight's."""
+        """The cached object of a weight, cleared if its scales have changed."""
         derived = weight._storage.derived
         found = derived.get("int4 scales")
         if found is None:
             found = derived["int4 scales"] = cls()
         parts = weight._storage.parts
-        state = _state(parts["scale"]), _state(parts.get("shift")), _state(parts.get("row_scale"))
+        state = _version_of(parts["scale"]), _version_of(parts.get("shift")), _version_of(parts.get("row_scale"))
         if state != found._state:
             found._pairs, found._words, found._state = {}, None, state
         return found
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
+        """Bytes of the cached tensors."""
         words = 0 if self._words is None else self._words.nbytes
         return words + sum(pairs.nbytes for pairs in list(self._pairs.values()))
 
     def pairs(self, weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
-        """``[groups, rows of whole blocks, 2]``: scale and zero point; ``w = (code - 8) * scale + zero``."""
+        """Scale and zero point, ``[groups, padded N, 2]``, with ``w = (code - 8) * scale + zero``."""
         found, words = self._pairs.get(dtype), self._words
         if found is None and dtype == torch.bfloat16 and words is not None:
             blocks = words.view(len(codes.blocks), -1, codes.block)
             found = blocks.transpose(0, 1).reshape(blocks.shape[1], -1, 1).view(torch.bfloat16)
             self._pairs[dtype], self._words = found, None
         if found is None:
-            found = self._pairs[dtype] = _made(weight, codes, dtype)
+            found = self._pairs[dtype] = _make_pairs(weight, codes, dtype)
         return found
 
     def words(self, weight: QTensor, codes: Packed) -> torch.Tensor:
-        """The same in bfloat16, block by block: int32 ``[N / block * K / group, 1, 2, block / 2]``, the zero point in the
-        upper half.
+        """`pairs` in bfloat16 in the order of blocks, int32 ``[N / block * K / group, 1, 2, block / 2]``.
 
-        For many rows (`cpu.aot.calls`). Whichever form was asked for last is kept, and the other one is made of it: to keep
-        both would add an eighth to the codes, and they change places once a prompt.
+        The lower half of a word is the scale, the upper half the zero point. Compiled kernels read it (`cpu.aot.calls`),
+        for many rows of x. Only the order used last is cached, and the other one is converted from it, once per prompt:
+        caching both would take an eighth of the codes' bytes more.
         """
         found = self._words
         if found is None:
@@ -227,41 +228,41 @@ class Scales:
         return found
 
 
-def _made(weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
-    with neutral():
-        scale = weight.scale.float().reshape(codes.rows, -1)
+def _make_pairs(weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
+    with without_ambient_state():
+        scale = weight.scale.float().reshape(codes.out_features, -1)
         if weight.shift is None:
             zero = torch.zeros_like(scale)
         else:
-            shift = weight.shift.float().reshape(codes.rows, -1)
+            shift = weight.shift.float().reshape(codes.out_features, -1)
             zero = weight.qtype.zero_code * scale - shift
-            # A group of equal weights has codes of 0 and any scale (1), beside which its shift would be rounded away.
+            # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would lose it.
             zero = torch.where(codes.flat, -shift, zero)
             scale = scale.masked_fill(codes.flat, 0)
-        beside, below = codes.groups - scale.shape[1], len(codes.codes) - codes.rows
-        if beside or below:
-            scale, zero = (torch.nn.functional.pad(part, (0, beside, 0, below)) for part in (scale, zero))
+        pad_columns, pad_rows = codes.groups - scale.shape[1], len(codes.codes) - codes.out_features
+        if pad_columns or pad_rows:
+            scale, zero = (torch.nn.functional.pad(part, (0, pad_columns, 0, pad_rows)) for part in (scale, zero))
         return torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
 
 
-def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Where its numbers lie, and how often they were changed in place."""
+def _version_of(tensor: torch.Tensor | None) -> tuple[int, int] | None:
+    """Address of a tensor and its version counter: both are equal only if it has not changed."""
     return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
 
 
 @functools.cache
 def works() -> bool:
-    """True where torch's operator exists and its form is the one described above, which this module can reverse."""
+    """True if torch's operator exists and its layout is the one described above; checked with a small test matrix."""
     try:
-        with neutral():
+        with without_ambient_state():
             rows = 2 * rows_per_block()
             codes = torch.arange(rows * 32, dtype=torch.int64, device="cpu")
-            codes = (codes * codes * 2654435761 // 65536 % 16).int().view(rows, 32)  # no two rows alike
+            codes = (codes * codes * 2654435761 // 65536 % 16).int().view(rows, 32)  # all rows differ
             blocked = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1).view(2, 32, rows // 4)
             back = torch.cat([blocked & 15, blocked >> 4], dim=2).transpose(1, 2).reshape(rows, 32)
             if torch.equal(back.int(), codes):
                 return True
-        why = "its order is not the known one"
+        why = "its layout is unknown"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
     logger.info("torch's int4 operator is not used on this machine: %s", why)
@@ -269,33 +270,33 @@ def works() -> bool:
 
 
 def fits(weight: QTensor) -> bool:
-    """True for weights of whole blocks, or nearly, whose groups are the operator's, or the kernels'
-    (`requanto.linear.cpu.int4_gemm`)."""
+    """True for weights that need little padding and whose group size the operator or the compiled kernels
+    (`requanto.linear.cpu.int4_gemm`) support."""
     rows, length = weight.matrix_shape
     return (
         weight.qtype.bits in (2, 3, 4)
         and not weight.qtype.is_codebook
-        and _length(length) % 16 == 0
-        and (rows + -rows % rows_per_block()) * _length(length) <= (1 + FILLING) * rows * length
-        and (weight.group_size in GROUPS or for_kernels(weight))
+        and _padded_length(length) % 16 == 0
+        and (rows + -rows % rows_per_block()) * _padded_length(length) <= (1 + MAX_PADDING) * rows * length
+        and (weight.group_size in GROUPS or only_for_kernels(weight))
         and works()
     )
 
 
-def for_kernels(weight: QTensor) -> bool:
-    """True for weights that compiled kernels read in this form and the operator does not."""
+def only_for_kernels(weight: QTensor) -> bool:
+    """True for weights that compiled kernels can read in this layout and the operator cannot."""
     (rows, length), group = weight.matrix_shape, weight.group_size
     if group in GROUPS or not cache.wanted(calls.NIBBLES) or not onednn_bf16.fits(rows, length):
         return False
-    # Whole groups in what is filled up, pairs of codes in each; a kernel knows no axis of one.
+    # Padded K has whole groups, and each an even number of pairs of codes. Dynamic axes of a kernel have length 2 or more.
     whole = rows > onednn_bf16.ROWS if group is None else group % 4 == 0 and onednn_bf16.padded(length) % group == 0
     return whole and rows_per_block() == onednn_bf16.ROWS
 
 
-def _length(own: int) -> int:
-    """K filled up to whole blocks of oneDNN's, unless that were too much: the operator does without."""
-    whole = onednn_bf16.padded(own)
-    return whole if whole <= (1 + FILLING) * own else own
+def _padded_length(length: int) -> int:
+    """K padded to a multiple of 64, as oneDNN needs, or K itself if that pads too much (the operator needs no padding)."""
+    whole = onednn_bf16.padded(length)
+    return whole if whole <= (1 + MAX_PADDING) * length else length
 
 
 def run(
@@ -305,21 +306,21 @@ def run(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Few rows: the nibbles are read once, dequantized in registers."""
+    """Computes ``x @ w.T + bias`` with torch's operator (fused dequantize), which is fast for few rows."""
     found = packed(weight)
     assert found is not None
     return _gemm(found, x.dtype)(x, weight, bias)
 
 
-def bind(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
-    """`run` for one shape of x; None: float16, which goes through float32."""
+def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """Plan of `run` for one shape of x; None for float16, which has to be converted to float32."""
     found = packed(weight)
     return _gemm(found, dtype) if found is not None and dtype != torch.float16 else None
 
 
 def _gemm(found: Packed, dtype: torch.dtype) -> Gemm:
     operator, codes = torch.ops.aten._weight_int4pack_mm_for_cpu.default, found.codes
-    group, rows, length = found.group_size, found.rows, found.length
+    group, rows, length = found.group_size, found.out_features, found.length
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         pairs = Scales.of(weight).pairs(weight, found, dtype)
@@ -327,4 +328,4 @@ def _gemm(found: Packed, dtype: torch.dtype) -> Gemm:
         out = (out if out.shape[1] == rows else out[:, :rows].contiguous()).view(*x.shape[:-1], rows)
         return out if bias is None else out.add_(bias)
 
-    return onednn_bf16.widened(gemm, found.own_length, length)
+    return onednn_bf16.with_padded_columns(gemm, found.in_features, length)

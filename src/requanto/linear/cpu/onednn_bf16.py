@@ -1,14 +1,13 @@
-"""A bfloat16 weight in oneDNN's own order, in a buffer of this thread that dequantization writes into.
+"""Scratch buffers for bfloat16 weights in oneDNN's blocked layout, which dequantization writes directly.
 
-oneDNN multiplies bfloat16 in pairs along K, and copies every plain weight into that order first: a quarter of a product of
-16 rows. A weight that is written in the order from the start is spared the copy, and each of oneDNN's threads reads what the
-same thread wrote.
+oneDNN multiplies bfloat16 in pairs along K and first reorders every plain weight: a quarter of the time of a GEMM with 16
+rows. A weight that is written in this layout needs no reorder, and oneDNN's threads read what the same thread wrote.
 
-The order is oneDNN's business and may differ by processor and version. So each buffer is made by oneDNN itself, from known
-numbers, and is used only if its memory then reads as expected: blocks of 64 rows, in each ``[K / 2, 64, 2]``.
+The layout is internal to oneDNN and may depend on CPU and version. So each buffer is made by oneDNN from a weight of random
+values, and is used only if its memory has the expected layout: blocks of 64 rows, ``[K / 2, 64, 2]`` in each.
 
-Sizes that are no multiples of 64 are filled up. Rows by oneDNN, whose product leaves them out again; columns by zeros in the
-packed forms, beside which `widened` puts zeros of x.
+N and K are padded to multiples of 64. oneDNN pads N itself and drops the padding from the result; packed layouts pad K with
+zeros, and `with_padded_columns` pads x to match.
 """
 
 from __future__ import annotations
@@ -21,46 +20,47 @@ from collections.abc import Callable
 import torch
 
 from requanto.linear.registry import Gemm
-from requanto.runtime.buffers import keep, workspace
+from requanto.runtime.buffers import cached_object, scratch_buffer
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import neutral
+from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
 #: Rows of one block.
 ROWS = 64
-#: Bytes of bfloat16 that are made and multiplied at a time; half of it with so many rows of x, which read them anew.
+#: Bytes of the bfloat16 weight that are dequantized and multiplied at a time, and the numbers of rows of x for which half
+#: of it is used.
 BLOCK_BYTES = 8 * 2**20
-HALVED = range(64, 512)
-#: Numbers of a result up to which its parts are put together at the end.
-JOINED = 2**21
-#: Weights are not filled up by more than this part of their numbers.
-FILLING = 1 / 8
+HALF_BLOCK_ROWS = range(64, 512)
+#: Largest result (number of elements) whose parts are concatenated at the end.
+MAX_CAT_NUMEL = 2**21
+#: Most padding, relative to the weight's number of elements.
+MAX_PADDING = 1 / 8
 
-#: ``fill(buffer, weight)`` writes blocks of a weight into a buffer.
+#: ``fill(buffer, weight)`` dequantizes some blocks of a weight into a buffer.
 Fill = Callable[["BlockedWeight", QTensor], None]
 
 
 def padded(count: int) -> int:
-    """Rows or columns of whole blocks that hold so many."""
+    """``count`` rounded up to a multiple of 64."""
     return -(-count // ROWS) * ROWS
 
 
 class BlockedWeight:
-    """``[rows, K]`` in bfloat16, K a multiple of 64, to be written through `words`.
+    """A bfloat16 weight ``[rows, K]`` in oneDNN's layout, K a multiple of 64, which is written through `words`.
 
     Attributes:
-        words: int32 ``[ceil(rows / 64), K / 2, 64]``: the lower half holds the bfloat16 of an even k, the upper one that of
-            k + 1. What stands in the last block beyond the rows is not used.
-        nbytes: of the buffer.
+        words: int32 ``[ceil(rows / 64), K / 2, 64]``: the bfloat16 of an even k in the lower half, of k + 1 in the upper.
+            Padding rows in the last block are not used.
+        nbytes: size of the buffer.
 
     Raises:
-        RuntimeError: oneDNN's order is another one, or this build of torch has no such operators.
+        RuntimeError: oneDNN has another layout, or this build of torch does not have the operators.
     """
 
     def __init__(self, rows: int, length: int) -> None:
-        # No two rows, and no two columns of a row, begin alike.
+        # Random values, so that a wrong order of rows or columns is detected.
         probe = torch.randint(
             -(2**15), 2**15, (rows, length), dtype=torch.int16, generator=torch.Generator(), device="cpu"
         )
@@ -76,70 +76,70 @@ class BlockedWeight:
         if self.nbytes != 2 * whole * length:
             raise RuntimeError(f"oneDNN stores {(rows, length)} in {self.nbytes} bytes, expected {2 * whole * length}")
         memory = (ctypes.c_char * self.nbytes).from_address(address)
-        memory.owner = self._weight  # whoever holds a view of these words holds what they lie in
+        memory.owner = self._weight  # views of the words keep oneDNN's tensor alive
         self.words = torch.frombuffer(memory, dtype=torch.int32).view(whole // ROWS, length // 2, ROWS)
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
         filled = probe if whole == rows else torch.cat([probe, probe.new_zeros(whole - rows, length)])
         expected = filled.view(whole // ROWS, ROWS, length // 2, 2).transpose(1, 2).contiguous()
         if not torch.equal(self.words, expected.view(torch.int32).squeeze(-1)):
-            raise RuntimeError("oneDNN's order of a bfloat16 weight is not in blocks of 64 rows and pairs along K")
+            raise RuntimeError("oneDNN's layout of a bfloat16 weight is not blocks of 64 rows with pairs along K")
 
     def view(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """`words` in that shape."""
+        """`words` in another shape; views are cached."""
         found = self._views.get(shape)
         if found is None:
             found = self._views[shape] = self.words.view(shape)
         return found
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """``x @ w.T`` in bfloat16. x: bfloat16 ``[..., K]``."""
+    def matmul(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes ``x @ w.T`` in bfloat16. x: bfloat16 ``[..., K]``."""
         return self._multiply(x, self._weight, None, "none", [], "")
 
 
 @functools.cache
 def works() -> bool:
-    """True where oneDNN's order is the known one: with AVX-512 or AMX, as of torch 2.11 to 2.13."""
+    """True if oneDNN's layout is the known one, checked with small weights: with AVX-512 or AMX in torch 2.11 to 2.13."""
     try:
-        with neutral():
-            # Whole blocks, and a last one that is filled up: each number of its rows in turn is left over.
+        with without_ambient_state():
+            # Whole blocks, and several sizes of a padded last block.
             if all(_multiplies(count) for count in (2 * ROWS, ROWS + 1, ROWS + 40, 2 * ROWS - 1)):
                 return True
-        why = "its product is not the expected one"
+        why = "its result is not the expected one"
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-    logger.info("bfloat16 weights are not written in oneDNN's order on this machine: %s", why)
+    logger.info("bfloat16 weights are not written in oneDNN's layout on this machine: %s", why)
     return False
 
 
 def _multiplies(count: int) -> bool:
-    """True where the product of a weight of so many rows, written in oneDNN's order, is right."""
+    """True if the GEMM with a weight of ``count`` rows, written in oneDNN's layout, is correct."""
     weight = _made(count, 2 * ROWS)
     rows = torch.arange(2 * ROWS, device="cpu").remainder(7).sub(3).view(-1, 1).float().expand(-1, 2 * ROWS)
     pairs = rows.bfloat16().view(2, ROWS, ROWS, 2).transpose(1, 2).contiguous()
     weight.words.copy_(pairs.view(torch.int32).squeeze(-1))
     x = torch.arange(10 * ROWS, device="cpu").remainder(5).view(5, -1).bfloat16()
-    return torch.equal(weight.product(x).float(), (x.float() @ rows[:count].t()).bfloat16().float())
+    return torch.equal(weight.matmul(x).float(), (x.float() @ rows[:count].t()).bfloat16().float())
 
 
 def _made(rows: int, length: int) -> BlockedWeight:
-    with neutral():
+    with without_ambient_state():
         return BlockedWeight(rows, length)
 
 
 def fits(rows: int, length: int) -> bool:
-    """True for weights that are whole blocks, or nearly."""
-    numbers = rows * length
-    return rows >= ROWS and padded(rows) * padded(length) - numbers <= FILLING * numbers and works()
+    """True if a weight needs little padding and oneDNN's layout is the known one."""
+    numel = rows * length
+    return rows >= ROWS and padded(rows) * padded(length) - numel <= MAX_PADDING * numel and works()
 
 
-def rows_at_once(rows: int, length: int, many: int = 1) -> int:
-    """Rows of a buffer for a weight ``[rows, length]`` and ``many`` rows of x.
+def rows_at_once(rows: int, length: int, x_rows: int = 1) -> int:
+    """Rows of the buffer for a weight ``[rows, length]`` and ``x_rows`` rows of x.
 
-    The same for all large weights of one K, so that a model's layers share few buffers; smaller only where the last part,
-    which begins in the one before, would repeat more than an eighth of the work.
+    The same for all large weights of one K, so that a model's layers share a few buffers. It is smaller only if the last
+    part, which overlaps the one before, would repeat more than an eighth of the work.
     """
     blocks = padded(rows) // ROWS
-    wanted = BLOCK_BYTES // 2 if many in HALVED else BLOCK_BYTES
+    wanted = BLOCK_BYTES // 2 if x_rows in HALF_BLOCK_ROWS else BLOCK_BYTES
     most = max(1, min(wanted, settings.workspace_bytes // 8) // (2 * ROWS * length))
     parts = -(-blocks // most)
     if parts > 1 and 8 * (parts * most - blocks) <= blocks:
@@ -147,67 +147,91 @@ def rows_at_once(rows: int, length: int, many: int = 1) -> int:
     return -(-blocks // parts) * ROWS
 
 
-def starts(rows: int, step: int) -> list[int]:
-    """First rows of the parts of a weight: the last part ends with it, and may begin in the one before."""
+def first_rows(rows: int, step: int) -> list[int]:
+    """First row of each part of a weight; the last part ends with the weight and may overlap the one before."""
     return [min(start, rows - step) for start in range(0, rows, step)]
 
 
 def blocked(rows: int, length: int) -> BlockedWeight:
-    """This thread's buffer of that shape; those used longest ago are given back for it."""
-    return keep(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
+    """This thread's cached buffer of that shape; least recently used ones are released for it."""
+    return cached_object(("blocked", rows, length), 2 * rows * length, lambda: _made(rows, length))
 
 
-def widened(product: Gemm, own: int, length: int) -> Gemm:
-    """The product for x of ``own`` columns; the one that is given takes ``length``, zeros beside them."""
-    if own == length:
-        return product
+def with_padded_columns(gemm: Gemm, columns: int, length: int) -> Gemm:
+    """Wraps a GEMM for x with ``length`` columns, so that it takes x with ``columns`` columns and pads it with zeros."""
+    if columns == length:
+        return gemm
 
-    def product_widened(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def gemm_with_padding(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         shape = (*x.shape[:-1], length)
-        if x.numel() // own * length * x.dtype.itemsize <= settings.workspace_bytes // 4:
-            wide = workspace(shape, x.dtype, slot=10)
-            wide[..., :own] = x
-            wide[..., own:] = 0
+        if x.numel() // columns * length * x.dtype.itemsize <= settings.workspace_bytes // 4:
+            wide = scratch_buffer(shape, x.dtype, slot=10)
+            wide[..., :columns] = x
+            wide[..., columns:] = 0
         else:
-            wide = torch.nn.functional.pad(x, (0, length - own))
-        return product(wide, weight, bias)
+            wide = torch.nn.functional.pad(x, (0, length - columns))
+        return gemm(wide, weight, bias)
 
-    return product_widened
+    return gemm_with_padding
 
 
-def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Gemm:
-    """``x @ w.T + bias`` in bfloat16 of a weight ``[rows, length]`` that is made part by part in this thread's buffer.
+def matmul_transposed(
+    x: torch.Tensor, weight: QTensor, rows: int, length: int, fill: Callable[[slice], Fill]
+) -> torch.Tensor:
+    """Computes ``x @ w``, ``[M, length]``, in bfloat16: the GEMM of the backward.
 
     Args:
-        length: a multiple of 64.
-        many: rows of x.
-        fill: ``fill(blocks)`` gives the function that makes those blocks of the weight, in oneDNN's order.
+        x: bfloat16 ``[M, rows]``.
+        rows, length, fill: of the weight ``[rows, length]``, as in `make_plan`.
     """
-    step, total = rows_at_once(rows, length, many), padded(rows)
-    first = starts(total, step)
+    step, total = rows_at_once(rows, length), padded(rows)
+    out = None
+    for start in range(0, total, step):
+        count = min(step, total - start)
+        buffer = blocked(count, length)
+        fill(slice(start // ROWS, (start + count) // ROWS))(buffer, weight)
+        # Rows of pairs: one 32-bit word moves two weights.
+        pairs = scratch_buffer((count // ROWS, ROWS, length // 2), torch.int32, slot=11)
+        pairs.copy_(buffer.words.transpose(1, 2))
+        part = x[:, start : start + count]
+        part = (part @ pairs.view(count, length // 2).view(torch.bfloat16)[: part.shape[1]]).float()
+        out = part if out is None else out.add_(part)  # accumulated in float32, rounded once
+    return x.new_zeros(len(x), length) if out is None else out.to(x.dtype)
+
+
+def make_plan(rows: int, length: int, x_rows: int, fill: Callable[[slice], Fill]) -> Gemm:
+    """Plan of ``x @ w.T + bias`` in bfloat16 with a weight ``[rows, length]`` that is dequantized part by part.
+
+    Args:
+        length: padded K, a multiple of 64.
+        x_rows: rows of x.
+        fill: ``fill(blocks)`` returns the function that dequantizes this slice of the weight's blocks.
+    """
+    step, total = rows_at_once(rows, length, x_rows), padded(rows)
+    first = first_rows(total, step)
     fills = [fill(slice(start // ROWS, (start + step) // ROWS)) for start in first]
     if step == total:
         (whole,) = fills
 
-        def product(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
             buffer = blocked(rows, length)
             whole(buffer, weight)
-            out = buffer.product(x)
+            out = buffer.matmul(x)
             return out if bias is None else out.add_(bias)
 
-        return product
-    # One operator puts few numbers together faster than one a part; many would have to be kept twice.
-    joined = many * rows <= JOINED
+        return gemm
+    # One torch.cat is faster than a copy per part, but needs memory for the result twice.
+    joined = x_rows * rows <= MAX_CAT_NUMEL
     new = [max(0, before + step - start) for before, start in zip([-step, *first], first)]
 
-    def product_by_parts(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def gemm_by_parts(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         x = x.contiguous()
         buffer = blocked(step, length)
         parts: list[torch.Tensor] = []
         out = None if joined else x.new_empty(*x.shape[:-1], rows)
         for fill_part, start, repeated in zip(fills, first, new):
             fill_part(buffer, weight)
-            part = buffer.product(x)
+            part = buffer.matmul(x)
             if out is None:
                 parts.append(part[..., repeated : rows - start])
             else:
@@ -215,4 +239,4 @@ def bind(rows: int, length: int, many: int, fill: Callable[[slice], Fill]) -> Ge
         out = torch.cat(parts, -1) if out is None else out
         return out if bias is None else out.add_(bias)
 
-    return product_by_parts
+    return gemm_by_parts

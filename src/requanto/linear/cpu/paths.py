@@ -1,16 +1,16 @@
-"""The CPU's part of the table. Every condition comes from a measurement: docs/cpu.md, benchmarks/results/cpu_*.json.
+"""Registers the CPU implementations. All conditions were measured: docs/cpu.md, benchmarks/results/cpu_*.json.
 
-In order of preference:
+In order of preference ("compiled" means a kernel compiled by AOTInductor, `requanto.linear.cpu.aot`):
 
-    cpu-compiled-int8  int8 weights, packed: a kernel of torch's compiler, where it beats the next two
-    cpu-compiled-int8-int8  int8 weights, packed, with int8 activations: the same, around one int8 product
-    cpu-onednn-int8    int8 weights, packed, with int8 activations: one int8 product
-    cpu-onednn-split   int8 weights, packed, with float16 or bfloat16: x as 16-bit integers, two int8 products
-    cpu-int8pack       int8 weights, stored form, one row: torch's weight-only operator
-    cpu-compiled-int4  int4, int3 and int2, packed, some rows of bfloat16: dequantized by a kernel of torch's compiler
-    cpu-int4pack       int4, int3 and int2 weights, packed, few rows: torch's weight-only operator
-    cpu-compiled-float8  e4m3, packed: a kernel of torch's compiler
-    cpu-workspace      everything else: dequantized into a kept buffer, block by block, then F.linear
+    cpu-compiled-int8       int8, packed, where it is faster than the next three: compiled kernel
+    cpu-compiled-int8-int8  int8, packed, int8 activations: one int8 GEMM, with compiled kernels before and after it
+    cpu-onednn-int8         int8, packed, int8 activations: one int8 GEMM
+    cpu-onednn-split        int8, packed, float16 or bfloat16: x as 16-bit integers, two int8 GEMMs
+    cpu-int8pack            int8, plain, one row: torch's weight-only operator
+    cpu-compiled-int4       int4, int3, int2, packed, more rows of bfloat16: dequantized by a compiled kernel, then a GEMM
+    cpu-int4pack            int4, int3, int2, packed, few rows: torch's weight-only operator
+    cpu-compiled-float8     e4m3, packed: compiled kernel
+    cpu-dequantize          everything else: dequantized block by block into a scratch buffer, then a matmul
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from requanto.linear.cpu import float8, fused_dequantize, int4, int4_gemm, int8,
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.cpu.dequantize import dequantize_rows, row_scaled
 from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
-from requanto.linear.registry import Bind, Implementation, Problem, register
-from requanto.runtime.buffers import rows_that_fit, workspace
+from requanto.linear.registry import Implementation, MakePlan, Problem, register
+from requanto.runtime.buffers import rows_that_fit, scratch_buffer
 from requanto.tensor.qtensor import QTensor
 
 _HALVES = (torch.float16, torch.bfloat16)
 _FLOATS = (*_HALVES, torch.float32)
-#: Rows up to which torch's int4 operator beats dequantization.
+#: Most rows for which torch's int4 operator is faster than dequantizing with eager operators.
 INT4_ROWS = 64
-#: Rows up to which it beats a compiled kernel: so many, and the more the smaller a weight is, since two calls cost more
-#: (cpu_paths.json).
-COMPILED_INT4_ROWS, PER_WEIGHT = 7.5, 3e6
-#: Bytes of a weight that are dequantized and multiplied at a time: by operators, whose every pass reads them again, and by
-#: kernels, which leave the product's own cost to be saved, a call for each.
+#: Most rows for which it is faster than a compiled kernel: the first number plus the second divided by the number of
+#: weights, because the kernel's path needs two calls (cpu_paths.json).
+COMPILED_INT4_ROWS, EXTRA_ROWS_TIMES_WEIGHTS = 7.5, 3e6
+#: Bytes of a dequantized weight that are multiplied at a time: with eager operators, whose passes each read them again, and
+#: with compiled kernels, for which fewer and larger matmuls are better.
 BLOCK_BYTES, COMPILED_BLOCK_BYTES = 4 * 2**20, 16 * 2**20
 
 
@@ -46,9 +46,9 @@ def run_int8pack(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One row times int8 codes."""
+    """Computes ``x @ w.T + bias`` for x with one row, with torch's int8 operator (fused dequantize)."""
     codes = weight._storage.parts["qdata"]
-    # The operator reads both with aligned loads: other pointers end the process.
+    # The operator uses aligned loads: with other pointers the process crashes.
     if codes.data_ptr() % 64 or not codes.is_contiguous():
         codes = aligned(codes)
     x = aligned(x)
@@ -61,27 +61,28 @@ def run_int8pack(
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, contiguous, its first element at a multiple of 64 bytes; copied where it is not."""
+    """The tensor, contiguous and with its first element at a multiple of 64 bytes; copied if necessary."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 64 else tensor
 
 
-def run_workspace(
+def run_dequantized(
     x: torch.Tensor,
     weight: QTensor,
     bias: torch.Tensor | None,
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dequantizes blocks of rows into this thread's buffer and multiplies each while it is in the cache."""
+    """Computes ``x @ w.T + bias`` block by block: dequantizes into a scratch buffer, multiplies while it is in the cache."""
     dtype = x.dtype
     steps = None
     if activation is not None:
         codes, steps = quantize_activations(x, activation, input_scale)
         x = codes.to(dtype) if dtype != torch.float16 else codes
-    if dtype == torch.float16:  # without native float16 products torch computes those 10 times slower than float32
+    if dtype == torch.float16:
+        # Without float16 instructions, torch's float16 matmul takes 10 times as long as the float32 one.
         x = x.float()
-    out = product(x, weight)
+    out = matmul_dequantized(x, weight)
     if steps is not None:
         out = out.float().mul_(steps)
     if bias is not None:
@@ -89,7 +90,7 @@ def run_workspace(
     return out.to(dtype)
 
 
-def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+def matmul_dequantized(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """``x @ w.T``, or ``x @ w`` of a transposed weight, in x's dtype."""
     packed = int4.packed(weight)
     if packed is not None:
@@ -99,16 +100,17 @@ def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     at_once = COMPILED_BLOCK_BYTES if compiled_here else BLOCK_BYTES
     step = rows_that_fit(2 * length * x.dtype.itemsize, max(64, at_once // max(1, length * x.dtype.itemsize)))
     if weight.transposed:
-        return _product_transposed(x, weight, step)
-    # The scale multiplies the weight; or the result, where rows have one each, x has few, and no kernel does all at once.
+        out = float8.run_transposed(x, weight)
+        return _matmul_transposed(x, weight, step) if out is None else out
+    # Scales multiply the weight; or the result, if there is one per row, x has few rows and no compiled kernel is used.
     scaled = compiled_here or not row_scaled(weight) or (weight.qtype == qint8 and 2 * x.shape[0] >= length)
     if scaled and stored_rows <= step:
-        return torch.mm(x, dequantize_rows(weight, 0, stored_rows, workspace((stored_rows, length), x.dtype)).t())
+        return torch.mm(x, dequantize_rows(weight, 0, stored_rows, scratch_buffer((stored_rows, length), x.dtype)).t())
     scale = None if scaled else weight.scale.reshape(-1).to(torch.float32)
     out = x.new_empty(x.shape[0], stored_rows)
     for start in range(0, stored_rows, step):
         stop = min(start + step, stored_rows)
-        block = workspace((stop - start, length), x.dtype)
+        block = scratch_buffer((stop - start, length), x.dtype)
         dequantize_rows(weight, start, stop, block, scaled=scaled)
         columns = out[:, start:stop]
         if scale is None:
@@ -118,13 +120,13 @@ def product(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     return out
 
 
-def _product_transposed(x: torch.Tensor, weight: QTensor, step: int) -> torch.Tensor:
-    # x @ w with w stored [K', N'] row by row: blocks of K' add up, in float32 so that they are rounded once.
+def _matmul_transposed(x: torch.Tensor, weight: QTensor, step: int) -> torch.Tensor:
+    # x @ w: partial sums over blocks of stored rows are accumulated in float32 and rounded once.
     stored_rows, length = weight.lead.numel(), weight.row_length
     total = None
     for start in range(0, stored_rows, step):
         stop = min(start + step, stored_rows)
-        block = dequantize_rows(weight, start, stop, workspace((stop - start, length), x.dtype))
+        block = dequantize_rows(weight, start, stop, scratch_buffer((stop - start, length), x.dtype))
         part = (x[:, start:stop] @ block).float()
         total = part if total is None else total.add_(part)
     return (x.new_zeros(x.shape[0], length) if total is None else total).to(x.dtype)
@@ -137,7 +139,7 @@ def run_int4(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """torch's int4 operator; float16 goes through float32, whose range holds every scale."""
+    """Computes ``x @ w.T + bias`` with torch's int4 operator; float16 in float32, because scales may exceed its range."""
     dtype, steps = x.dtype, None
     if activation is not None:
         x, steps = quantize_activations(x, activation, input_scale)
@@ -148,9 +150,9 @@ def run_int4(
     return (out if bias is None else out.add_(bias)).to(dtype)
 
 
-def _floats(bind: Bind) -> Bind:
-    """Only for x that stays as it is: activations are quantized before these products."""
-    return lambda weight, rows, dtype: bind(weight, rows, dtype) if weight.activation is None else None
+def _float_activations_only(make_plan: MakePlan) -> MakePlan:
+    """Restricts plans to weights without activation quantization, which the plan would not apply."""
+    return lambda weight, rows, dtype: make_plan(weight, rows, dtype) if weight.activation is None else None
 
 
 def _cpu(problem: Problem) -> bool:
@@ -169,8 +171,8 @@ def _int4_layout(problem: Problem) -> bool:
     return problem.layout == int4.layout().name and not problem.transposed and int4.works()
 
 
-def _nibbles(problem: Problem) -> bool:
-    """True where a compiled kernel is to be had for many rows of int4, int3 or int2."""
+def _compiled_int4_available(problem: Problem) -> bool:
+    """True if a compiled kernel is available for many rows with int4, int3 or int2."""
     return (
         problem.dtype == torch.bfloat16
         and cache.wanted(calls.NIBBLES)
@@ -178,16 +180,16 @@ def _nibbles(problem: Problem) -> bool:
     )
 
 
-def _operator_rows(problem: Problem) -> float:
-    """Rows up to which torch's int4 operator is the fastest; none, where it does not take the groups."""
+def _int4_operator_rows(problem: Problem) -> float:
+    """Most rows for which torch's int4 operator is the fastest; 0 if it does not support the group size."""
     if problem.group_size not in int4.GROUPS:
         return 0
     weights = problem.out_features * problem.in_features
-    return COMPILED_INT4_ROWS + PER_WEIGHT / weights if _nibbles(problem) else INT4_ROWS
+    return COMPILED_INT4_ROWS + EXTRA_ROWS_TIMES_WEIGHTS / weights if _compiled_int4_available(problem) else INT4_ROWS
 
 
-def _readable(problem: Problem) -> bool:
-    """True where oneDNN's blocked form is in the order that the kernels read, and they are to be had."""
+def _compiled_int8_layout(problem: Problem) -> bool:
+    """True if the weight has the layout that compiled int8 kernels read, and these are available."""
     return (
         _int8(problem)
         and not problem.transposed
@@ -201,14 +203,14 @@ register(
     Implementation(
         name="cpu-compiled-int8",
         run=int8.run,
-        bind=int8.bind,
+        make_plan=int8.make_plan,
         supports=lambda p: (
             p.activation is None
             and p.dtype in _HALVES
             and int8.pays(p.rows, p.out_features * p.in_features, p.dtype)
-            and _readable(p)
+            and _compiled_int8_layout(p)
         ),
-        reason="a kernel of torch's compiler reads the codes once: times one row, or into bfloat16 in oneDNN's order",
+        reason="compiled kernel: GEMV for one row, else dequantizes to bfloat16 in oneDNN's layout",
     ),
     before="reference",
 )
@@ -216,7 +218,7 @@ register(
     Implementation(
         name="cpu-compiled-int8-int8",
         run=int8.run_quantized,
-        bind=int8.bind_quantized,
+        make_plan=int8.make_plan_quantized,
         supports=lambda p: (
             _int8(p)
             and _onednn_layout(p)
@@ -224,9 +226,9 @@ register(
             and not p.static
             and p.dtype == torch.bfloat16
             and cache.wanted(calls.INT8_INT8)
-            and (p.rows > 1 or _readable(p))
+            and (p.rows > 1 or _compiled_int8_layout(p))
         ),
-        reason="int8 times int8; kernels of torch's compiler quantize x and scale the sums, or do all of it for one row",
+        reason="int8 times int8; compiled kernels quantize x and scale the sums, or do all of it for one row",
     ),
     before="reference",
 )
@@ -235,7 +237,7 @@ register(
         name="cpu-onednn-int8",
         run=onednn_int8.run_int8,
         supports=lambda p: _int8(p) and _onednn_layout(p) and p.activation == qint8,
-        reason="int8 times int8 in oneDNN's blocked form, exact int32 sums",
+        reason="int8 times int8 in oneDNN's blocked layout, exact int32 sums",
     ),
     before="reference",
 )
@@ -244,7 +246,7 @@ register(
         name="cpu-onednn-split",
         run=onednn_int8.run_split,
         supports=lambda p: _int8(p) and _onednn_layout(p) and p.activation is None and p.dtype in _HALVES,
-        reason="x as 16-bit integers: two int8 products read the weight as 8 bits, nothing is dequantized",
+        reason="x as 16-bit integers: two int8 GEMMs, the weight is not dequantized",
     ),
     before="reference",
 )
@@ -261,17 +263,19 @@ register(
             and p.in_features % 16 == 0
             and p.out_features % 16 == 0
         ),
-        reason="one row: torch's int8 operator reads the stored codes",
+        reason="one row: torch's int8 operator reads the plain codes",
     ),
     before="reference",
 )
 register(
     Implementation(
         name="cpu-compiled-int4",
-        run=run_workspace,
-        bind=_floats(int4_gemm.bind),
-        supports=lambda p: _cpu(p) and _int4_layout(p) and _nibbles(p) and p.rows > _operator_rows(p),
-        reason="dequantized block by block by a kernel of torch's compiler, in oneDNN's order, then a product",
+        run=run_dequantized,
+        make_plan=_float_activations_only(int4_gemm.make_plan),
+        supports=lambda p: (
+            _cpu(p) and _int4_layout(p) and _compiled_int4_available(p) and p.rows > _int4_operator_rows(p)
+        ),
+        reason="a compiled kernel dequantizes block by block in oneDNN's layout, then a GEMM",
     ),
     before="reference",
 )
@@ -279,12 +283,12 @@ register(
     Implementation(
         name="cpu-int4pack",
         run=run_int4,
-        bind=_floats(int4.bind),
+        make_plan=_float_activations_only(int4.make_plan),
         supports=lambda p: (
             _cpu(p)
             and _int4_layout(p)
             and (p.activation is None or p.activation == qint8)
-            and p.rows <= _operator_rows(p)
+            and p.rows <= _int4_operator_rows(p)
         ),
         reason="few rows: torch's int4 operator dequantizes in registers",
     ),
@@ -294,25 +298,25 @@ register(
     Implementation(
         name="cpu-compiled-float8",
         run=float8.run,
-        bind=float8.bind,
+        make_plan=float8.make_plan,
         supports=lambda p: (
             _cpu(p)
             and p.layout == float8.LAYOUT.name
             and not p.transposed
             and p.activation is None
-            and (p.rows <= float8.FEW or p.dtype == torch.bfloat16)
+            and (p.rows <= float8.MAX_ROW_KERNEL_ROWS or p.dtype == torch.bfloat16)
             and cache.wanted(calls.FLOAT8)
         ),
-        reason="a kernel of torch's compiler reads the float8 codes once",
+        reason="compiled kernel: fused dequantize for few rows, else dequantizes in oneDNN's layout",
     ),
     before="reference",
 )
 register(
     Implementation(
-        name="cpu-workspace",
-        run=run_workspace,
+        name="cpu-dequantize",
+        run=run_dequantized,
         supports=lambda p: _cpu(p),
-        reason="dequantizes block by block into a kept buffer, then F.linear",
+        reason="dequantizes block by block into a scratch buffer, then a matmul",
     ),
     before="reference",
 )

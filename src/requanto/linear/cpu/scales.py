@@ -1,35 +1,35 @@
-"""A weight's scales as CPU kernels read them."""
+"""A weight's row scales in the dtype and length that CPU kernels read."""
 
 from __future__ import annotations
 
 import torch
 
 from requanto.linear.registry import Gemm
-from requanto.runtime.tracing import neutral
+from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.qtensor import QTensor
 
 
 def row_scale(weight: QTensor, rows: int) -> torch.Tensor:
-    """The scales of the rows: float32 ``[rows]``, zeros behind the weight's own.
+    """Scales of the rows, float32 ``[rows]``, padded with zeros.
 
-    The weight's own memory where it is that; else a copy that the storage keeps, written anew at each call, so that whoever
-    holds it sees a scale that was changed in place.
+    Returns the weight's scale itself if it has this dtype and length. Else returns a copy that is cached in the weight's
+    storage and rewritten in each call, so that plans that reference it see in-place changes of the scale.
     """
     scale = weight.scale.reshape(-1)
     if scale.dtype == torch.float32 and scale.is_contiguous() and len(scale) == rows:
         return scale
     derived = weight._storage.derived
-    held = derived.get(("row scale", rows))
-    if held is None:
-        with neutral():
-            held = derived["row scale", rows] = torch.zeros(rows, dtype=torch.float32, device=scale.device)
+    copy = derived.get(("row scale", rows))
+    if copy is None:
+        with without_ambient_state():
+            copy = derived["row scale", rows] = torch.zeros(rows, dtype=torch.float32, device=scale.device)
     with torch.no_grad():
-        held[: len(scale)].copy_(scale)
-    return held
+        copy[: len(scale)].copy_(scale)
+    return copy
 
 
-def refreshed(gemm: Gemm, weight: QTensor, rows: int) -> Gemm:
-    """A GEMM that reads `row_scale` of so many rows: where that is a copy, it is written anew before each call."""
+def with_current_scales(gemm: Gemm, weight: QTensor, rows: int) -> Gemm:
+    """Wraps a GEMM that reads `row_scale` with this number of rows: if it is a copy, it is rewritten before each call."""
     if ("row scale", rows) not in weight._storage.derived:
         return gemm
 

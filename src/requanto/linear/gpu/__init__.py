@@ -1,1 +1,1 @@
-"""Matrix products on GPUs, by the Triton kernels of `requanto_kernels`."""
+"""GEMMs on GPUs, with the Triton kernels of `requanto_kernels`."""

@@ -1,7 +1,7 @@
-"""When the GPU kernels are right, and from how many rows on another way is expected to be faster.
+"""Conditions for the GPU implementations: correctness, and the number of rows from which dequantizing is faster.
 
-Conditions about correctness are exact: each repeats what the kernel's own checks would refuse. Conditions about speed are
-data in one place, `DEQUANTIZE_ROWS`, and not measured yet.
+Conditions for correctness are exact: they repeat the kernels' own checks. Those for speed are the tables `DEQUANTIZE_ROWS`,
+which are not measured yet.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from requanto.linear.registry import Problem
 
 logger = logging.getLogger(__name__)
 
-#: Device types that Triton serves; ROCm calls its devices "cuda".
+#: Device types that Triton supports; ROCm devices are "cuda" as well.
 DEVICES = ("cuda", "xpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-#: Types that the kernels decode. (quint2 and quint4 are stored as the affine form of qint2 and qint4 is.)
+#: Types that the kernels decode. (quint2 and quint4 are stored like affine qint2 and qint4.)
 KINDS = (qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2)
-#: K up to which a sum of products of int8 codes (-128 .. 127 times -127 .. 127) fits into int32.
+#: Largest K for which a sum of products of int8 codes (-128 .. 127 times -127 .. 127) fits into int32.
 LONGEST_INT8 = 2**17
 
-#: (least compute capability, rows): from so many rows on, the weight is rebuilt once and multiplied by the vendor's library.
-#: The first row that a GPU reaches counts. (1, 1): what cannot `multiplies`; (0, ...): ROCm and XPU.
+#: (minimum compute capability, rows): from so many rows on, the weight is dequantized once and multiplied by the vendor's
+#: library. The first entry that fits the GPU is used; (1, 1) is for GPUs without `has_matrix_instructions`, (0, ...) for
+#: ROCm and XPU.
 #:
-#: NOT MEASURED. Rebuilding writes and reads 2 bytes a weight: about 1 ps a weight on an H200, while a product takes 2.6 ps a
-#: weight at 1024 rows. A fused kernel at 0.75 of the library's speed loses more than that from 1024 .. 1600 rows on.
+#: NOT MEASURED. Dequantizing writes and reads 2 bytes per weight, about 1 ps per weight on an H200; a GEMM takes 2.6 ps per
+#: weight with 1024 rows. A fused kernel at 0.75 of the library's speed loses more than that from 1024 .. 1600 rows on.
 DEQUANTIZE_ROWS: tuple[tuple[int, int], ...] = ((90, 1024), (80, 512), (1, 1), (0, 1024))
-#: The same for `x @ W` with W stored row by row (gradients, transposed weights): that kernel is simpler and does not split.
+#: The same for `x @ W` (gradients, transposed weights), whose kernel is simpler and has no split along the reduction axis.
 DEQUANTIZE_ROWS_TRANSPOSED: tuple[tuple[int, int], ...] = ((90, 512), (80, 256), (1, 1), (0, 512))
 
 
 @functools.cache
 def available() -> bool:
-    """True where the kernels can be imported and Triton has a driver; says why not, once, in one line."""
+    """True if the kernels can be imported and Triton has a driver; else logs one line, once."""
     try:
         import triton
 
@@ -53,10 +54,10 @@ def available() -> bool:
 
         if not triton.knobs.runtime.interpret:
             triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # an ImportError, or whatever a Triton without a driver raises
+    except Exception as error:  # ImportError, or any error of Triton without a driver
         logger.warning(
-            "GPU kernels are off, quantized layers dequantize at each product: %s: %s. Install the Triton that belongs "
-            "to this PyTorch.",
+            "GPU kernels are not available, quantized layers dequantize their weight in each GEMM: %s: %s. Install the "
+            "version of Triton that this PyTorch needs.",
             type(error).__name__,
             str(error).splitlines()[0] if str(error) else "no message",
         )
@@ -73,22 +74,22 @@ def _capability(kind: str, index: int) -> int:
 
 
 def capability(kind: str) -> int:
-    """Compute capability of the current device, 90 for sm_90; 0 for anything that is not from NVIDIA."""
+    """Compute capability of the current device, e.g. 90 for sm_90; 0 for devices that are not from NVIDIA."""
     return _capability(kind, torch.cuda.current_device() if kind == "cuda" else 0)
 
 
-def multiplies(kind: str) -> bool:
-    """True where Triton (3.7) emits matrix instructions.
+def has_matrix_instructions(kind: str) -> bool:
+    """True if Triton (3.7) generates matrix instructions (tensor cores) for the current device.
 
-    Below sm_80 it does not: products there run on the ordinary units, out of spilled registers, or do not compile at all.
-    What is left is to decode, and the vendor's library (`benchmarks/kernel_aot.py` compiles the decoders for sm_75).
+    Below sm_80 it does not: GEMM kernels run on the ordinary units with spilled registers, or do not compile. There, kernels
+    only dequantize, and the vendor's library multiplies (`benchmarks/kernel_aot.py` compiles these kernels for sm_75).
     """
     found = capability(kind)
     return found == 0 or found >= 80
 
 
-def served(problem: Problem) -> bool:
-    """The device, the dtype and the type of the codes have kernels that decode."""
+def has_decoder(problem: Problem) -> bool:
+    """True if there are kernels that decode this type of codes on this device."""
     if problem.device not in DEVICES or problem.dtype not in FLOATS or problem.qtype not in KINDS:
         return False
     if not problem.in_features or problem.layout not in ("plain", "exec") or not available():
@@ -97,36 +98,36 @@ def served(problem: Problem) -> bool:
     return found == 0 or found >= 75
 
 
-def undecoded(problem: Problem) -> bool:
-    """A GPU, and codes that no kernel reads: other widths than 2, 4 and 8 bits, codebooks, quint8."""
+def without_kernel(problem: Problem) -> bool:
+    """True on a GPU for codes that no kernel reads: other widths than 2, 4 and 8 bits, codebooks, quint8."""
     return problem.device in DEVICES and problem.qtype not in KINDS
 
 
 def weight_only(problem: Problem) -> bool:
-    """`wq_gemm`, or `wq_gemm_dx` for a transposed weight: every type, group and layout."""
-    return problem.activation is None and served(problem) and multiplies(problem.device)
+    """True for `wq_gemm`, or `wq_gemm_dx` if the weight is transposed: every type, group size and layout."""
+    return problem.activation is None and has_decoder(problem) and has_matrix_instructions(problem.device)
 
 
 def dequantized(problem: Problem) -> bool:
-    """So many rows that the vendor's library is expected to win, the rebuilding of the weight included."""
-    if problem.activation is not None or not served(problem):
+    """True for so many rows that dequantizing and the vendor's library are expected to be faster than a fused kernel."""
+    if problem.activation is not None or not has_decoder(problem):
         return False
     return problem.rows >= dequantize_from(problem.device, problem.transposed)
 
 
 def dequantize_from(device: str, transposed: bool) -> int:
-    """Rows from which on `dequantized` holds on the current device."""
+    """Number of rows from which `dequantized` is True on the current device."""
     found = capability(device)
     table = DEQUANTIZE_ROWS_TRANSPOSED if transposed else DEQUANTIZE_ROWS
     return next(rows for least, rows in table if found >= least)
 
 
 def both_8_bit(problem: Problem) -> bool:
-    """`scaled_mm`: int8 times int8 or float8 times float8, one scale a row of the weight."""
+    """True for `scaled_mm`: int8 times int8 or float8 times float8, with one scale per row of the weight."""
     activation, kind = problem.activation, problem.qtype
     if activation not in KINDS or activation.bits != 8 or kind.bits != 8:
         return False
-    if not served(problem) or not multiplies(problem.device):
+    if not has_decoder(problem) or not has_matrix_instructions(problem.device):
         return False
     if activation.is_floating_point != kind.is_floating_point:
         return False
@@ -136,10 +137,10 @@ def both_8_bit(problem: Problem) -> bool:
 
 
 def int8_activations(problem: Problem) -> bool:
-    """`w4a8_gemm`: integer weights in groups that are powers of two of at least 32, or per row."""
+    """True for `w4a8_gemm`: integer weights with group sizes that are powers of two of at least 32, or one scale per row."""
     if problem.activation != qint8 or problem.qtype.is_floating_point or problem.transposed:
         return False
-    if not served(problem) or not multiplies(problem.device):
+    if not has_decoder(problem) or not has_matrix_instructions(problem.device):
         return False
     group = problem.group_size
     if group in (None, problem.in_features):
@@ -150,8 +151,8 @@ def int8_activations(problem: Problem) -> bool:
 
 
 def rounded_activations(problem: Problem) -> bool:
-    """Quantized activations that no integer or float8 product takes: rounded to their codes, multiplied as floats."""
-    return problem.activation in KINDS and problem.activation.bits == 8 and served(problem)
+    """True for quantized activations without an integer or float8 GEMM: they are rounded, then multiplied as floats."""
+    return problem.activation in KINDS and problem.activation.bits == 8 and has_decoder(problem)
 
 
 def exec_block(bits: int) -> int:

@@ -1,9 +1,9 @@
-"""The execution layout of the GPU kernels, and what CUDA graphs mean for it.
+"""The execution layout of the GPU kernels, and its handling during CUDA graph capture.
 
-The layout is the stored bytes permuted within blocks along K: rows and experts can still be cut out as views.
+The layout permutes the bytes of the plain layout within blocks along K, so rows and experts can still be sliced as views.
 
-A captured CUDA graph knows addresses only. Codes that were read during a capture are *pinned*: they are not packed any more,
-and new numbers are written into the same memory.
+A captured CUDA graph reads tensors by address. So codes that were read during a capture are *pinned*: they are no longer
+packed or unpacked, and new codes are written into the same memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _pinned: dict[int, StorageWeakRef] = {}
 
 
 class ExecLayout(Layout):
-    """Codes of 2 or 4 bits in execution layout: uint8 of the stored form's shape."""
+    """Codes of 2 or 4 bits in the execution layout, uint8 of the plain layout's shape."""
 
     name = "exec"
 
@@ -45,8 +45,8 @@ class ExecLayout(Layout):
     def check_unpack(self, parts: Parts) -> None:
         if is_pinned(parts["qdata"]):
             raise RuntimeError(
-                "a captured CUDA graph reads this packed weight by its address: drop the graph before unpacking it, or "
-                "write other numbers with copy_"
+                "a captured CUDA graph reads this packed weight by its address: delete the graph before unpacking it, or "
+                "change its values in place with copy_"
             )
 
     def _unpacked(self, spec: WeightSpec, rows: torch.Tensor) -> torch.Tensor:
@@ -59,23 +59,23 @@ EXEC = register_layout(ExecLayout())
 
 
 def fits(weight: QTensor, activation: qtype | None = None) -> bool:
-    """True for weights whose kernels read the execution layout, and lose nothing by it."""
+    """True for weights whose kernels can read the execution layout at full speed."""
     kind, length = weight.qtype, weight.row_length
     if weight.device.type not in rules.DEVICES or kind not in rules.KINDS or not kind.is_packed:
         return False
     block = rules.exec_block(kind.bits)
     if weight.dim() - weight.axis != 2 or length % block or capturing(weight.device) or not rules.available():
         return False
-    if not rules.multiplies(weight.device.type):
-        return False  # weights are only ever rebuilt there, which gains nothing by the layout
+    if not rules.has_matrix_instructions(weight.device.type):
+        return False  # weights are only dequantized there, which is not faster in this layout
     grouped_int8 = (activation or weight.activation) == qint8 and weight.group_size not in (None, length)
     if grouped_int8 and weight.group_size % block:
-        return False  # integer sums end with each group: that kernel cannot read blocks that span several
+        return False  # this kernel sums integers within a group, and cannot read blocks that span several groups
     return not is_pinned(weight._qdata)
 
 
 def codes_of(weight: QTensor) -> tuple[torch.Tensor, str]:
-    """(codes, layout) as the kernels take them; pins them during a capture."""
+    """Codes and the name of their layout, as the kernels take them; pins the codes during a capture."""
     layout, parts = weight._storage.state
     codes = parts["qdata"]
     if capturing(codes.device):
@@ -84,14 +84,14 @@ def codes_of(weight: QTensor) -> tuple[torch.Tensor, str]:
 
 
 def capturing(device: torch.device) -> bool:
-    """True while the current stream of the device records a graph."""
+    """True while the device's current stream captures a graph."""
     module = getattr(torch, device.type, None)
     ask = getattr(module, "is_current_stream_capturing", None)
     return ask is not None and device.type in rules.DEVICES and bool(ask())
 
 
 def pin(codes: torch.Tensor) -> None:
-    """A graph reads this memory from now on."""
+    """Marks memory as read by a captured graph."""
     for known in [key for key, storage in _pinned.items() if storage.expired()]:
         del _pinned[known]
     storage = codes.untyped_storage()

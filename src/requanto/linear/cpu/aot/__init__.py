@@ -1,1 +1,1 @@
-"""CPU kernels compiled ahead of time by AOTInductor."""
+"""CPU kernels compiled by AOTInductor, with their cache on disk."""

@@ -1,4 +1,4 @@
-"""Makes one kernel's package; `requanto.linear.cpu.aot.processes` starts it.
+"""Compiles one kernel; `requanto.linear.cpu.aot.processes` runs this module in a subprocess.
 
 python -m requanto.linear.cpu.aot.build FILE NAME [PARENT]
 """
@@ -34,10 +34,10 @@ class _Module(nn.Module):
 
 
 def main(file: str, name: str, parent: str = "") -> None:
-    """Exports, compiles, writes the library to ``file`` and compares what it computes with its source.
+    """Exports and compiles a kernel, compares it with its source and writes the library to ``file``.
 
     Args:
-        parent: the process that waits for it. When that ends, so does this one, and the folder of ``file`` goes.
+        parent: id of the process that waits for it. When that ends, this process removes the folder of ``file`` and ends.
     """
     if parent:
         threading.Thread(target=_end_with, args=(int(parent), Path(file).parent), daemon=True).start()
@@ -63,23 +63,26 @@ def main(file: str, name: str, parent: str = "") -> None:
 
 
 def _library(package: str) -> bytes:
-    """The one library in a package. Loaded by itself it need not be unpacked into TMPDIR by every process."""
+    """The library in torch's package. Loading it alone avoids that every process unpacks the package into TMPDIR."""
     with zipfile.ZipFile(package) as parts:
         names = [name for name in parts.namelist() if name.endswith((".so", ".dylib", ".pyd", ".dll"))]
         if len(names) != 1:
-            raise RuntimeError(f"torch's package holds {len(names)} libraries, expected 1: {parts.namelist()}")
+            raise RuntimeError(f"torch's package has {len(names)} libraries, expected 1: {parts.namelist()}")
         return parts.read(names[0])
 
 
 def _end_with(parent: int, folder: Path) -> None:
-    """Waits until the parent ends: its end of the pipe is closed then, unless a fork of it holds it too."""
+    """Ends this process when the parent ends.
+
+    The parent's end of the pipe is closed then, unless a fork of the parent inherited it; so its id is checked too.
+    """
     with contextlib.suppress(OSError):
         if os.name == "posix":
             while os.getppid() == parent and not (select.select([0], [], [], 1.0)[0] and os.read(0, 1) == b""):
                 pass
         else:
             os.read(0, 1)
-    for _ in range(5):  # compilers may write into it meanwhile
+    for _ in range(5):  # compilers may still write into it
         shutil.rmtree(folder, ignore_errors=True)
     if os.name == "posix" and os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)

@@ -1,14 +1,14 @@
-"""Kernels that torch.compile's backend makes ahead of time: once on a machine, in a process of their own, kept as files.
+"""CPU kernels compiled by AOTInductor, once per machine, and their cache on disk.
 
-A kernel is a function of tensors, written in torch (`Source`). The first process that needs it starts a Python that exports
-the function, has AOTInductor compile it, compares it with its source and writes the library; every later one loads the file
-in milliseconds, without the compiler's modules, and calls it at a quarter of the cost of a call through torch.compile.
+A kernel is a function of tensors, written in torch (`Source`). The first process that needs it starts a subprocess that
+exports the function, compiles it with AOTInductor, compares it with its source and writes the library. Later processes load
+the file in milliseconds, without importing the compiler. A call costs a quarter of one through torch.compile.
 
-Packages lie in ``$REQUANTO_CACHE``, else ``$XDG_CACHE_HOME/requanto``, else ``~/.cache/requanto``. Their names hold what
-they depend on: torch's version, the processor's instructions, the source. So a home directory may be shared by machines.
+Libraries are in ``$REQUANTO_CACHE``, else ``$XDG_CACHE_HOME/requanto``, else ``~/.cache/requanto``. Their names include what
+they depend on (torch's version, CPU features, the source), so machines can share a home directory.
 
-A cache may be damaged, read-only, somebody else's or full: then a line in the log says so once, and eager operators run
-(``settings.compiled`` True: it is an error). Which files are opened at all: `requanto.linear.cpu.aot.trust`.
+If the cache is damaged, read-only, full or owned by another user, one line is logged and eager operators are used; with
+``settings.compiled = True``, an error is raised instead. `requanto.linear.cpu.aot.trust` decides which files are loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from requanto.linear.cpu.aot.processes import compiler
 from requanto.linear.cpu.aot.processes import make as _make
 from requanto.linear.cpu.aot.source import Source, digest_of, machine, plain_mode
 from requanto.linear.cpu.aot.trust import (
-    WITHOUT,
+    OR_DISABLE,
     CannotBeLoaded,
     CannotBeMade,
     KernelUnavailable,
@@ -35,7 +35,7 @@ from requanto.linear.cpu.aot.trust import (
     first_line,
     intact,
 )
-from requanto.runtime.settings import choices, settings
+from requanto.runtime.settings import registry_state, settings
 
 __all__ = [
     "CannotBeLoaded",
@@ -60,35 +60,36 @@ logger = logging.getLogger(__name__)
 
 
 def path_of(name: str, source: Source) -> Path:
-    """Where the package of that kernel is, or would be.
+    """Path of a kernel's library in the cache, whether it exists or not.
 
     Raises:
-        CannotBeLoaded: there is no place for a cache.
+        CannotBeLoaded: there is no folder for the cache.
     """
     return directory() / f"{name}-{digest_of(source)}-{machine()}.so"
 
 
 @dataclass
 class _Build:
-    """Kernels that a thread of this process is making."""
+    """A compilation of kernels by a thread of this process."""
 
     thread: int = field(default_factory=threading.get_ident)
     done: threading.Event = field(default_factory=threading.Event)
 
 
-#: Held while kernels are loaded, milliseconds; never while they are made.
+#: Held while kernels are loaded (milliseconds), never while they are compiled.
 _LOCK = threading.RLock()
 _loaded: dict[str, Kernel] = {}
 _building: dict[str, _Build] = {}
-#: Whether another thread went on without a kernel that was being made: its choices are made again afterwards.
-_passed_by = False
+#: True if another thread used eager operators because a kernel was being compiled; implementations are then selected anew
+#: after the compilation.
+_build_was_skipped = False
 
 
 def kernel(name: str, source: Source) -> Kernel:
-    """The kernel of that name: loaded, or made first.
+    """The kernel of that name; loads it, and compiles it first if it is not in the cache.
 
     Raises:
-        KernelUnavailable: it could not be made.
+        KernelUnavailable: it could not be compiled or loaded.
     """
     found = _loaded.get(name)
     if found is None:
@@ -98,124 +99,124 @@ def kernel(name: str, source: Source) -> Kernel:
 
 
 def load(wanted: dict[str, Source]) -> None:
-    """Loads kernels by name; those that have never been made, and those whose files are damaged, are made side by side.
+    """Loads kernels; compiles, in parallel, those that are missing in the cache or damaged.
 
-    Waits for those that another thread makes.
+    Waits for kernels that another thread is compiling.
 
     Raises:
-        KernelUnavailable: one could not be made or loaded. Files that are whole are left as they are.
+        KernelUnavailable: one could not be compiled or loaded. Intact files are not changed.
     """
     while True:
-        own, mine = _Build(), {}
+        this_build, mine = _Build(), {}
         try:
             with _LOCK:
-                absent = _load_kept(wanted)
+                absent = _load_cached(wanted)
                 others = [_building[name] for name in absent if name in _building]
                 mine.update((name, path) for name, path in absent.items() if name not in _building)
-                _building.update(dict.fromkeys(mine, own))
+                _building.update(dict.fromkeys(mine, this_build))
             make(mine)
             with _LOCK:
-                if left := [str(path) for name, path in _load_kept(wanted).items() if name in mine]:
-                    raise KernelUnavailable(f"{', '.join(left)}: not there, or damaged, right after it was made")
+                if left := [str(path) for name, path in _load_cached(wanted).items() if name in mine]:
+                    raise KernelUnavailable(f"{', '.join(left)}: missing or damaged right after compilation")
         finally:
-            _built(mine, own)
+            _finish_build(mine, this_build)
         if not others:
             return
         for build in others:
             build.done.wait()
 
 
-def _load_kept(wanted: dict[str, Source]) -> dict[str, Path]:
-    """Loads what is kept, in one piece and this user's own; the others' paths by name."""
+def _load_cached(wanted: dict[str, Source]) -> dict[str, Path]:
+    """Loads the kernels that are in the cache and intact; returns the paths of the others by name."""
     absent = {}
     for name, source in wanted.items():
         if name in _loaded:
             continue
         path = path_of(name, source)
         if intact(path):
-            _loaded[name] = _checked(name, source, path)
+            _loaded[name] = _load_and_check(name, source, path)
         else:
             absent[name] = path
     return absent
 
 
-def _built(names: dict[str, Path], build: _Build) -> None:
-    global _passed_by
+def _finish_build(names: dict[str, Path], build: _Build) -> None:
+    global _build_was_skipped
     with _LOCK:
         for name in names:
             if _building.get(name) is build:
                 del _building[name]
-        again, _passed_by = _passed_by, _passed_by and bool(_building)
+        again, _build_was_skipped = _build_was_skipped, _build_was_skipped and bool(_building)
     build.done.set()
     if again:
-        choices.changed()
+        registry_state.changed()
 
 
-def _checked(name: str, source: Source, path: Path) -> Kernel:
+def _load_and_check(name: str, source: Source, path: Path) -> Kernel:
     try:
         fresh = Kernel(name, path)
     except (RuntimeError, OSError, AttributeError, TypeError) as error:
         raise CannotBeLoaded(
-            f"{path} could not be loaded: {first_line(error)}. Set REQUANTO_CACHE to a directory that code may be loaded "
-            f"from, {WITHOUT}."
+            f"{path} could not be loaded: {first_line(error)}. Set REQUANTO_CACHE to a directory from which code can be "
+            f"loaded, {OR_DISABLE}."
         ) from error
     check(fresh, source, name)
     return fresh
 
 
 def make(paths: dict[str, Path]) -> None:
-    """Has other processes write the packages of kernels, one for each.
+    """Compiles kernels and writes them to ``paths``, each in a subprocess.
 
     Raises:
-        CannotBeMade: no compiler that works, or no place to write.
-        KernelUnavailable: one of these kernels failed, by its own fault or for lack of time.
+        CannotBeMade: no working compiler, or the cache cannot be written.
+        KernelUnavailable: compiling one of the kernels failed or took too long.
     """
     if not paths:
         return
-    for key, kind in ((_NOTHING_MADE, CannotBeMade), (_NOTHING_LOADED, CannotBeLoaded)):
+    for key, kind in ((_ALL_BUILDS, CannotBeMade), (_ALL_LOADS, CannotBeLoaded)):
         if key in _failed and not settings.compiled:
             raise kind(_failed[key])
     names = ", ".join(repr(name) for name in paths)
     if compiler() is None or not sys.executable:
         raise CannotBeMade(
-            f"no C++ compiler for {names}: neither $CXX nor torch's usual one was found. Install g++, {WITHOUT}."
+            f"no C++ compiler for {names}: neither $CXX nor torch's default was found. Install g++, {OR_DISABLE}."
             if sys.executable
-            else f"no Python to make {names} with: sys.executable is empty. Make them beforehand (`requanto kernels`)."
+            else f"cannot compile {names}: sys.executable is empty. Compile them beforehand with `requanto kernels`."
         )
     start = time.monotonic()
     _make(paths)
-    if why := _failed.get(_NOTHING_MADE):
+    if why := _failed.get(_ALL_BUILDS):
         for family in [family for family, known in _failed.items() if known == why]:
-            del _failed[family]  # the others were not even tried
-        choices.changed()
+            del _failed[family]  # failed for this reason only, without having been tried
+        registry_state.changed()
     logger.info("compiled %s in %.0f s", names, time.monotonic() - start)
 
 
-#: Families of kernels that failed in this process, and why; under the other names, why none is made, or loaded, any more.
+#: Reasons of failures in this process, by family; and, by the two keys below, why no kernel is compiled or loaded any more.
 _failed: dict[str, str] = {}
-_NOTHING_MADE, _NOTHING_LOADED = "", "nothing is loaded"
-#: Kernels by the families that are made, or fail, together.
+_ALL_BUILDS, _ALL_LOADS = "", "nothing is loaded"
+#: Sources of kernels by family.
 families: dict[str, dict[str, Source]] = {}
 
 
 def wanted(family: str) -> bool:
-    """True where kernels of that family are to be used: asked for, or not forbidden and likely to be had.
+    """True if kernels of that family are to be used: required by the settings, or allowed and probably available.
 
-    False as well while another thread makes them: this one goes on without, until they are there.
+    False while another thread compiles them; this thread uses eager operators until they are available.
     """
     if settings.compiled is not None:
         return settings.compiled
     if family in _failed or (_building and _made_by_another_thread(families.get(family, {}))):
         return False
-    return _can_be_made() or _kept(family, os.environ.get("REQUANTO_CACHE")) or _without_compiler()
+    return _can_be_made() or _all_cached(family, os.environ.get("REQUANTO_CACHE")) or _log_missing_compiler()
 
 
 def _made_by_another_thread(names: dict[str, Source]) -> bool:
-    global _passed_by
+    global _build_was_skipped
     with _LOCK:
         builds = [_building[name] for name in names if name in _building]
         found = any(build.thread != threading.get_ident() for build in builds)
-        _passed_by = _passed_by or found
+        _build_was_skipped = _build_was_skipped or found
     return found
 
 
@@ -225,19 +226,19 @@ def _can_be_made() -> bool:
 
 
 @functools.cache
-def _without_compiler() -> bool:
-    """False, and a line in the log, once."""
+def _log_missing_compiler() -> bool:
+    """Logs once that there is no compiler; returns False."""
     logger.info(
-        "no C++ compiler was found: products with int8, int4 and float8 weights do without compiled kernels, but for those "
-        "that were made before"
+        "no C++ compiler was found: GEMMs with int8, int4 and float8 weights use only the compiled kernels that are in the "
+        "cache"
     )
     return False
 
 
 @functools.cache
-def _kept(family: str, place: str | None) -> bool:
-    """Whether all kernels of a family were made before; of use where there is no compiler."""
-    del place  # what was found there is remembered
+def _all_cached(family: str, place: str | None) -> bool:
+    """True if all kernels of a family are in the cache, which matters if there is no compiler."""
+    del place  # only a key for functools.cache
     try:
         return all(path_of(name, source).exists() for name, source in families[family].items())
     except (OSError, KernelUnavailable, KeyError):
@@ -245,12 +246,12 @@ def _kept(family: str, place: str | None) -> bool:
 
 
 def ready(family: str, wanted: dict[str, Source]) -> bool:
-    """Loads kernels of a family. False, and a warning, if that fails and nobody has asked for it in particular.
+    """Loads the kernels of a family, compiling them if necessary. If that fails, logs a warning and returns False.
 
-    False as well while another thread makes them, unless they were asked for.
+    Also False while another thread compiles them, unless ``settings.compiled`` is True.
 
     Raises:
-        KernelUnavailable: ``settings.compiled`` is True.
+        KernelUnavailable: it fails and ``settings.compiled`` is True.
     """
     if wanted.keys() <= _loaded.keys():
         return True
@@ -258,42 +259,42 @@ def ready(family: str, wanted: dict[str, Source]) -> bool:
         return False
     try:
         load(wanted)
-    except Exception as error:  # whatever it is: without a kernel, the product is the same
+    except Exception as error:  # any error: eager operators give the same result
         known = isinstance(error, KernelUnavailable)
         if settings.compiled:
             if known:
                 raise
-            raise KernelUnavailable(f"{family} kernels could not be had: {type(error).__name__}: {error}") from error
-        _give_up(family, error, "" if known else f"{type(error).__name__}: ")
+            raise KernelUnavailable(f"{family} kernels are not available: {type(error).__name__}: {error}") from error
+        _record_failure(family, error, "" if known else f"{type(error).__name__}: ")
         return False
     with _LOCK:
-        if _failed.pop(family, None) is not None:  # asked for in particular, it came off this time
-            choices.changed()
+        if _failed.pop(family, None) is not None:  # it failed before, and succeeded with settings.compiled = True
+            registry_state.changed()
     return True
 
 
-def _give_up(family: str, error: Exception, kind: str) -> None:
-    everywhere = {CannotBeMade: _NOTHING_MADE, CannotBeLoaded: _NOTHING_LOADED}
+def _record_failure(family: str, error: Exception, kind: str) -> None:
+    everywhere = {CannotBeMade: _ALL_BUILDS, CannotBeLoaded: _ALL_LOADS}
     with _LOCK:
         key = everywhere.get(type(error), family)
-        if key not in _failed:  # one line for each reason
-            others = {_NOTHING_MADE: ", and all others whose kernels have yet to be made,", family: ""}
+        if key not in _failed:  # one line per reason
+            others = {_ALL_BUILDS: ", and all others whose kernels are not compiled yet,", family: ""}
             logger.warning(
-                "requanto: %s products%s do without compiled kernels in this process: %s%s",
+                "requanto: %s GEMMs%s do not use compiled kernels in this process: %s%s",
                 family,
                 others.get(key, ", and all others,"),
                 kind,
                 first_line(error),
             )
-            logger.debug("%s", error)  # all of it, the compiler's words too
+            logger.debug("%s", error)  # with the compiler's output
         _failed[key] = _failed[family] = str(error)
-        choices.changed()
+        registry_state.changed()
 
 
 def _after_fork() -> None:
-    """In a child of fork only the thread that forked is left: nobody else holds a lock, or makes a kernel."""
-    global _LOCK, _passed_by
-    _LOCK, _passed_by = threading.RLock(), False
+    """In the child of a fork, no other thread exists that could hold the lock or compile a kernel."""
+    global _LOCK, _build_was_skipped
+    _LOCK, _build_was_skipped = threading.RLock(), False
     _building.clear()
 
 

@@ -1,15 +1,15 @@
-"""Kernels made by torch's compiler (`cpu.aot.cache`), for products that eager operators are slow at on a CPU.
+"""Calls of the compiled CPU kernels, grouped in families.
 
-Eager operators pass over the weight once each; compiled, it is read once and written once:
+Eager operators make several passes over a weight, a compiled kernel makes one. There are kernels for
 
-* int4, int3 and int2 in their packed form, some rows: blocks become bfloat16 in oneDNN's order, which then multiplies;
-* e4m3, more than two rows: the same;
-* e4m3, one or two rows of x: times x, nothing is written;
-* int8 in oneDNN's blocked form: both of these, from the same bytes that oneDNN's own product reads;
-* x that becomes int8, and int32 sums that become bfloat16: one call each in place of six operators and three;
-* int8, int4 and e4m3 as they are stored, for weights that have no packed form (`requanto.linear.cpu.dequantize`).
+* packed int4, int3 and int2: dequantize blocks to bfloat16 in oneDNN's layout;
+* packed e4m3: the same, and GEMV (fused dequantize);
+* int8 in oneDNN's blocked layout: the same two, from the bytes that oneDNN's int8 GEMM reads;
+* int8 activations: quantize x (one call instead of six operators), scale the sums (one instead of three), and GEMV;
+* plain int8, int4 and e4m3: dequantize to bfloat16, for weights that are not packed (`requanto.linear.cpu.dequantize`).
 
-What they compute is `cpu.aot.kernels`. A kernel here is bound to a weight: views are made once, not at each product.
+Their sources are in `cpu.aot.kernels`. Functions that return a function make the views of a weight's tensors once, for many
+calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from requanto.tensor.qtensor import QTensor
 if TYPE_CHECKING:
     from requanto.linear.cpu.onednn_bf16 import BlockedWeight, Fill
 
-#: Families, whose kernels are made, or fail, together.
+#: Families of kernels, which are compiled together and fail together.
 NIBBLES, FLOAT8, INT8, INT8_INT8 = "int4", "float8", "int8", "int8 x int8"
 STORED_INT8, STORED_INT4, STORED_FLOAT8 = "stored int8", "stored int4", "stored float8"
 _FAMILIES = {
@@ -45,8 +45,8 @@ _FAMILIES = {
 cache.families.update(_FAMILIES)
 
 
-def useful() -> dict[str, cache.Source]:
-    """The kernels that products on this processor may call, by name."""
+def kernels_for_this_cpu() -> dict[str, cache.Source]:
+    """Sources of the kernels that GEMMs on this CPU may call, by name."""
     families = {STORED_INT8, STORED_INT4, STORED_FLOAT8}
     if onednn_bf16.works():
         families |= {NIBBLES, FLOAT8, INT8}
@@ -60,18 +60,18 @@ def _kernel(name: str) -> cache.Kernel:
 
 
 def ready(family: str) -> bool:
-    """Makes or loads the kernels of a family. False: they cannot be had (`requanto.linear.cpu.aot.cache.ready`)."""
+    """Loads the kernels of a family, compiling them if necessary; False if that fails (`aot.cache.ready`)."""
     return cache.ready(family, _FAMILIES[family])
 
 
 def fill_nibbles(codes: torch.Tensor, groups: int, scales: Callable[[QTensor], torch.Tensor]) -> Fill:
-    """Makes ``(nibble - 8) * scale + zero point`` of packed blocks.
+    """Returns a function that dequantizes packed int4 blocks: ``(code - 8) * scale + zero point``.
 
     Args:
         codes: uint8 ``[blocks, K, 32]``, row r and row r + 32 of a block in one byte.
-        groups: of a row.
-        scales: ``scales(weight)`` gives int32 ``[blocks * groups, 1, 2, 32]``, each a bfloat16 scale and above it the zero
-            point.
+        groups: number of groups in a row.
+        scales: ``scales(weight)`` returns int32 ``[blocks * groups, 1, 2, 32]``: a bfloat16 scale in the lower half of each
+            word, the zero point in the upper half.
     """
     blocks, length, half = codes.shape
     pairs = length // groups // 2
@@ -85,7 +85,7 @@ def fill_nibbles(codes: torch.Tensor, groups: int, scales: Callable[[QTensor], t
 
 
 def fill_e4m3(codes: torch.Tensor, scale: torch.Tensor) -> Fill:
-    """Makes a weight of e4m3.
+    """Returns a function that dequantizes e4m3 blocks.
 
     Args:
         codes: bytes ``[blocks, K, 64]``.
@@ -102,14 +102,18 @@ def fill_e4m3(codes: torch.Tensor, scale: torch.Tensor) -> Fill:
 
 
 def e4m3_row(codes: torch.Tensor, scale: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A row of x, float32 in any shape, times e4m3 ``[blocks, K, 64]``, scaled (float32 ``[blocks * 64]``):
-    float32 ``[blocks, 64]``."""
+    """Returns a GEMV: one row of x, float32 in any shape, times e4m3 -> float32 ``[blocks, 64]``.
+
+    Args:
+        codes: bytes ``[blocks, K, 64]``.
+        scale: float32 ``[blocks * 64]``.
+    """
     run, length, scale = _kernel("row").run, codes.shape[1], scale.view(len(codes), -1)
     return lambda x: run([x.contiguous().view(length, 1), codes, scale])[0]
 
 
 def fill_int8(codes: torch.Tensor, scale: torch.Tensor) -> Fill:
-    """Makes a weight of int8.
+    """Returns a function that dequantizes int8 blocks.
 
     Args:
         codes: int32 ``[blocks, K / 4, 64]``, four codes along K in each.
@@ -128,66 +132,66 @@ def fill_int8(codes: torch.Tensor, scale: torch.Tensor) -> Fill:
 def int8_row(
     codes: torch.Tensor, scale: torch.Tensor, *, quantized: bool = False
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A row of x, in any shape, times int8 as in `fill_int8`, scaled: float32 ``[blocks, 4, 16]``.
+    """Returns a GEMV: one row of x, in any shape, times int8 as in `fill_int8` -> float32 ``[blocks, 4, 16]``.
 
     Args:
-        quantized: x is bfloat16 and becomes int8 on the way; else it is float32.
+        quantized: True if x is bfloat16 and is to be quantized to int8; False if it is float32.
     """
     run, quads, scale = _kernel("int8-int8-row" if quantized else "int8-row").run, codes.shape[1], scale.view(-1, 4, 16)
     return lambda x: run([x.contiguous().view(quads, 4), codes, scale])[0]
 
 
 def rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
-    """x as int8 codes with a scale a row.
+    """Quantizes x to int8 with one scale per row.
 
     Args:
         x: bfloat16 ``[rows, K]``, contiguous.
-        codes: uint8 ``[rows, K]``, codes + 128, written.
-        steps: float32 ``[rows, 1]``, written.
+        codes: output, codes + 128, uint8 ``[rows, K]``.
+        steps: output, scales, float32 ``[rows, 1]``.
     """
     _kernel("rows-to-int8").run([x, codes, steps])
 
 
 def finish(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = sums * steps + bias``, rounded once.
+    """Computes ``out = sums * steps + bias`` in float32, rounded once.
 
     Args:
         sums: float32 ``[rows, N]``, contiguous.
-        steps: float32 ``[rows, 1]``.
+        steps: scales of x, float32 ``[rows, 1]``.
         bias: float32 ``[N]``.
-        out: bfloat16 ``[rows, N]``, contiguous, written.
+        out: output, bfloat16 ``[rows, N]``, contiguous.
     """
     _kernel("finished").run([sums, steps, bias, out])
 
 
 def stored_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = codes * scale``, rounded once.
+    """Dequantizes plain int8: ``out = codes * scale``, rounded once.
 
     Args:
-        codes: int8 ``[groups of all rows, group]``, contiguous.
-        scale: float32 ``[groups of all rows, 1]``.
-        out: bfloat16 like ``codes``, contiguous, written.
+        codes: int8 ``[rows * groups, group_size]``, contiguous.
+        scale: float32 ``[rows * groups, 1]``.
+        out: output, bfloat16 of the shape of ``codes``, contiguous.
     """
     _kernel("stored-int8").run([codes, scale, out])
 
 
 def stored_int4(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = codes * scale - shift``, rounded once.
+    """Dequantizes plain int4: ``out = codes * scale - shift``, rounded once.
 
     Args:
-        codes: uint8 ``[groups of all rows, group / 2]``, two codes in each, contiguous.
-        scale, shift: float32 ``[groups of all rows, 1]``.
-        out: bfloat16 ``[groups of all rows, group]``, contiguous, written.
+        codes: uint8 ``[rows * groups, group_size / 2]``, two codes in each byte, contiguous.
+        scale, shift: float32 ``[rows * groups, 1]``.
+        out: output, bfloat16 ``[rows * groups, group_size]``, contiguous.
     """
     _kernel("stored-int4").run([codes, scale, shift, out.view(torch.int32)])
 
 
 def stored_e4m3(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """``out = codes * scale``.
+    """Dequantizes plain e4m3: ``out = codes * scale``.
 
     Args:
-        codes: bytes ``[groups of all rows, group]``, contiguous.
-        scale: float32 ``[groups of all rows, 1]``.
-        out: float32 like ``codes``, contiguous, written.
+        codes: bytes ``[rows * groups, group_size]``, contiguous.
+        scale: float32 ``[rows * groups, 1]``.
+        out: output, float32 of the shape of ``codes``, contiguous.
     """
     _kernel("stored-e4m3").run([codes, scale, out])

@@ -1,11 +1,11 @@
-"""What the compiled kernels compute, written in torch (`requanto.linear.cpu.aot.calls` calls them).
+"""Sources of the compiled kernels, written in torch (`requanto.linear.cpu.aot.calls` calls them).
 
-A package is kept under the text of its function, of all it calls and reads, and of how it is compiled
-(`aot.source.digest_of`): a change of any has that kernel made anew.
+The cache key of a compiled kernel covers the text of its function, of everything it calls and reads, and the compiler
+options (`aot.source.digest_of`). A change of any of them, even of a comment, recompiles the kernel.
 
-How they are written follows what inductor does with it (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do
-not; its own float32 -> bfloat16 takes seven times as long as the rest, so halves of 32-bit words are put together by integer
-arithmetic; and a result that is not contiguous, or is a part of another, is computed twice or copied.
+The code is written for inductor (measured): uint8 -> int32 -> float32 vectorizes, 16-bit integers do not. Its conversion
+from float32 to bfloat16 takes seven times as long as everything else, so pairs of bfloat16 are put together as 32-bit words
+by integer arithmetic. A result that is not contiguous, or a view of another tensor, is computed twice or copied.
 """
 
 from __future__ import annotations
@@ -18,57 +18,57 @@ from requanto.linear.activations import TINY
 from requanto.linear.cpu.aot import cache
 from requanto.linear.cpu.aot.cache import Source
 
-#: Rows of a block that a byte's lower nibble stands for.
+#: Half a block: the rows whose codes are in the lower nibbles of bytes.
 _HALF = 32
 
 
 def _pair(even: torch.Tensor, odd: torch.Tensor) -> torch.Tensor:
-    """The upper halves of two float32's bits as one word, the even one's below."""
+    """The upper 16 bits of two float32 as one int32 word, with the even one's in the lower half."""
     return ((even >> 16) & 0xFFFF) | (odd & -(2**16))
 
 
-def _rounded(numbers: torch.Tensor) -> torch.Tensor:
-    """Bits of float32 whose upper half is the nearest bfloat16; a tie goes away from zero."""
-    return numbers.view(torch.int32) + 0x8000
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """float32 bits whose upper half is the value rounded to bfloat16; ties round away from zero."""
+    return values.view(torch.int32) + 0x8000
 
 
 def _nibbles_to_words(
     codes: torch.Tensor, mask: torch.Tensor, unit: torch.Tensor, scales: torch.Tensor, words: torch.Tensor
 ) -> None:
-    own = (scales << 16).view(torch.float32)
-    zero = (scales & -(2**16)).view(torch.float32) - 8 * own
-    scale = own * unit
+    group_scale = (scales << 16).view(torch.float32)
+    zero = (scales & -(2**16)).view(torch.float32) - 8 * group_scale
+    scale = group_scale * unit
     bytes_ = codes.to(torch.int32).unsqueeze(3)  # [groups of all blocks, pairs, 2, 1, half]
     even, odd = (_rounded((bytes_[:, :, k] & mask).float() * scale + zero) for k in (0, 1))
-    # Reshaped, values are in the result's order from the start: else inductor keeps the codes' order, and copies again.
+    # Without the reshape, inductor computes in the order of the codes and copies the result once more.
     words.copy_(_pair(even, odd).reshape(words.shape))
 
 
-def _e4m3_numbers(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32, the number / 2^120: sign in bit 31, exponent and mantissa as the first bits of float32's."""
+def _e4m3_values(codes: torch.Tensor) -> torch.Tensor:
+    """e4m3 as uint8 -> the value / 2^120 in float32: its sign, exponent and mantissa bits moved to those of float32."""
     return (((codes.to(torch.int32) << 24) >> 4) & -0x78100000).view(torch.float32)
 
 
 def _e4m3_to_words(codes: torch.Tensor, scale: torch.Tensor, words: torch.Tensor) -> None:
-    numbers = _e4m3_numbers(codes) * 2.0**120 * scale
-    words.copy_(_pair(_rounded(numbers[:, :, 0]), _rounded(numbers[:, :, 1])))
+    values = _e4m3_values(codes) * 2.0**120 * scale
+    words.copy_(_pair(_rounded(values[:, :, 0]), _rounded(values[:, :, 1])))
 
 
 def _row_times_e4m3(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (_e4m3_numbers(codes) * x).sum(1) * 2.0**120 * scale
+    return (_e4m3_values(codes) * x).sum(1) * 2.0**120 * scale
 
 
 def _int8_to_words(
     codes: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, scale: torch.Tensor, words: torch.Tensor
 ) -> None:
-    # Of four bytes, one word of bfloat16 takes the first two, the next word the others.
+    # A word has the codes of k .. k + 3: the first two become one word of two bfloat16, the others the next word.
     parts = (_rounded(((codes << left) >> 24).float() * scale) for left in (even, odd))
     words.copy_(_pair(*parts))
 
 
 def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    # Four sums of 16 rows each, which inductor adds up in one loop: so memory is read from its beginning to its end, not
-    # every fourth line of it four times.
+    # Four sums of 16 rows each, which inductor computes in one loop: so it reads memory sequentially, instead of every
+    # fourth cache line four times.
     sums = []
     for rows in codes.split(16, 2):
         parts = (((rows << (24 - 8 * byte)) >> 24).float() * x[:, byte : byte + 1] for byte in range(4))
@@ -78,19 +78,20 @@ def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -
 
 def _int8_row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     wide = x.float()
-    own = wide.abs().amax().clamp_min(TINY) / 127
-    return _row_times_int8((wide * own.reciprocal()).round(), codes, scale) * own
+    x_scale = wide.abs().amax().clamp_min(TINY) / 127
+    return _row_times_int8((wide * x_scale.reciprocal()).round(), codes, scale) * x_scale
 
 
 def _rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
     wide = x.float()
-    own = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
-    # Rounded by itself: a sum that rounds as well would be one operation with the product, and codes others than eager ones.
-    codes.copy_(((wide * own.reciprocal()).round() + 128).to(torch.uint8))
-    steps.copy_(own)
+    x_scale = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
+    # round() is separate from + 128. Rounding with a large constant would be fused with the multiplication, which gives
+    # other codes than eager operators.
+    codes.copy_(((wide * x_scale.reciprocal()).round() + 128).to(torch.uint8))
+    steps.copy_(x_scale)
 
 
-def _finished(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
+def _scale_and_add_bias(sums: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_((sums * steps + bias).to(torch.bfloat16))
 
 
@@ -99,14 +100,14 @@ def _stored_int8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) ->
 
 
 def _stored_nibbles(codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, words: torch.Tensor) -> None:
-    # One byte is one word: neither side has to be taken apart.
+    # A byte of two codes becomes a word of two bfloat16.
     parts = (part.float() * scale - shift for part in (codes.to(torch.int32) & 15, codes.to(torch.int32) >> 4))
     words.copy_(_pair(*(_rounded(part) for part in parts)))
 
 
 def _stored_e4m3(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    # float32: with a bfloat16 result inductor takes 32 numbers at a time, and such an integer's bits as a float one by one.
-    out.copy_(_e4m3_numbers(codes) * 2.0**120 * scale)
+    # The result is float32: for bfloat16, inductor does not vectorize the view of integers as floats.
+    out.copy_(_e4m3_values(codes) * 2.0**120 * scale)
 
 
 @functools.cache
@@ -127,7 +128,7 @@ def nibble_units() -> torch.Tensor:
         return torch.tensor([[1.0], [1 / 16]], dtype=torch.float32, device="cpu")
 
 
-#: Of these examples alone: a model that samples draws the same numbers, whether a kernel is loaded on the way or not.
+#: A separate generator, so that loading a kernel does not change the random numbers of the caller.
 _GENERATOR = torch.Generator()
 
 
@@ -196,15 +197,15 @@ def _rows_to_int8_example() -> tuple[torch.Tensor, ...]:
     return _normal(rows, length).bfloat16(), codes, torch.empty(rows, 1, dtype=torch.float32, device="cpu")
 
 
-def _finished_example() -> tuple[torch.Tensor, ...]:
+def _scale_and_add_bias_example() -> tuple[torch.Tensor, ...]:
     rows, length = 6, 96
     sums, bias = _normal(rows, length), _uniform(length)
     return sums, _uniform(rows, 1), bias, torch.empty(rows, length, dtype=torch.bfloat16, device="cpu")
 
 
-def _stored_example(codes: torch.Tensor, dtype: torch.dtype, numbers: int) -> tuple[torch.Tensor, ...]:
+def _stored_example(codes: torch.Tensor, dtype: torch.dtype, count: int) -> tuple[torch.Tensor, ...]:
     rows = len(codes)
-    return codes, *_uniform(numbers, rows, 1), torch.empty(codes.shape, dtype=dtype, device="cpu")
+    return codes, *_uniform(count, rows, 1), torch.empty(codes.shape, dtype=dtype, device="cpu")
 
 
 def _stored_int8_example() -> tuple[torch.Tensor, ...]:
@@ -247,7 +248,9 @@ SOURCES = {
     "int8-row": Source(_row_times_int8, (), _int8_row_example, _ROW_TIMES_CODES, 2**-18),
     "int8-int8-row": Source(_int8_row_times_int8, (), _int8_int8_row_example, _ROW_TIMES_CODES, 2**-18),
     "rows-to-int8": Source(_rows_to_int8, (1, 2), _rows_to_int8_example, {0: _ROWS, 1: _ROWS, 2: {0: "rows"}}, 2**-20),
-    "finished": Source(_finished, (3,), _finished_example, {0: _ROWS, 1: {0: "rows"}, 2: {0: "length"}, 3: _ROWS}),
+    "finished": Source(
+        _scale_and_add_bias, (3,), _scale_and_add_bias_example, {0: _ROWS, 1: {0: "rows"}, 2: {0: "length"}, 3: _ROWS}
+    ),
     "stored-int8": Source(_stored_int8, (2,), _stored_int8_example, _STORED),
     "stored-int4": Source(
         _stored_nibbles, (3,), _stored_nibbles_example, {0: _ROWS, 1: {0: "rows"}, 2: {0: "rows"}, 3: _ROWS}

@@ -1,8 +1,8 @@
-"""Makes packages of kernels, each in a Python of its own: export, AOTInductor, comparison with the source.
+"""Compiles kernels, each in a subprocess: torch.export, AOTInductor, comparison with the source.
 
-The children end with this process, however it ends: each holds the reading end of a pipe, and when the other end is
-closed it removes its folder and kills its own process group, compilers included. This process waits in short steps, so
-an interrupt is heard at once; it holds no lock of threads.
+The subprocesses end with this process, however it ends: each reads from a pipe, and when this process's end is closed, it
+removes its folder and kills its own process group, including compilers. This process polls at short intervals, so that
+KeyboardInterrupt works, and holds no thread lock meanwhile.
 """
 
 from __future__ import annotations
@@ -25,68 +25,65 @@ from pathlib import Path
 from typing import Any
 
 from requanto.linear.cpu.aot.trust import (
-    WITHOUT,
+    OR_DISABLE,
     CannotBeMade,
     KernelUnavailable,
+    check_not_noexec,
+    check_owner_and_mode,
     intact,
-    refuse_noexec,
-    refuse_others,
     write,
 )
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that making a kernel may take: ten times what it takes on two busy cores.
-PATIENCE = 600.0
-#: Seconds between two looks at the children.
-STEP = 0.05
-#: Programs that start a compiler; torch takes the compiler alone.
+#: Most seconds for compiling a kernel: ten times what it takes on two busy cores.
+TIMEOUT = 600.0
+#: Seconds between two polls of the subprocesses.
+POLL_SECONDS = 0.05
+#: Compiler launchers in $CXX, which torch does not support.
 _LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 _FOLDER = ".build-"
-#: Bytes that making a kernel takes for a while; 3 MB stay.
-ROOM = 64 * 2**20
+#: Free disk space in bytes that compiling a kernel needs; the library takes 3 MB.
+MIN_FREE_BYTES = 64 * 2**20
 
 
 def compiler() -> str | None:
-    """The C++ compiler: that of $CXX, without a launcher before it or options behind it, else torch's usual one.
-
-    None where it is not there.
-    """
+    """Path of the C++ compiler: $CXX without launchers and options, else torch's default; None if it does not exist."""
     usual = {"Darwin": "clang++", "Windows": "cl"}.get(platform.system(), "g++")
     chosen = os.environ.get("CXX") or usual
     if found := shutil.which(chosen):
         return found
     try:
         words = [word for word in shlex.split(chosen) if Path(word).stem not in _LAUNCHERS]
-    except ValueError:  # a quotation mark without its other one
+    except ValueError:  # unbalanced quotation marks
         return None
     return shutil.which(words[0]) if words else None
 
 
 class _Job:
-    """One kernel that is being made."""
+    """One kernel that is being compiled."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path, self.work = name, path, Path()
         self.process: subprocess.Popen[bytes] | None = None
-        self.until = time.monotonic() + PATIENCE
+        self.until = time.monotonic() + TIMEOUT
         self._lock: Any = None
         self._made_by = os.getpid()
 
     def begin(self) -> bool | None:
-        """True: it runs; None: it is made already; False: another process makes it.
+        """Starts the subprocess. True: started; None: the kernel is in the cache; False: another process compiles it.
 
         Raises:
-            CannotBeMade: there is no place to write, or Python does not start.
-            KernelUnavailable: another process makes it, for longer than it should take.
+            CannotBeMade: the cache cannot be written, or Python does not start.
+            KernelUnavailable: another process has been compiling it for too long.
         """
-        from filelock import FileLock, Timeout  # torch needs it too
+        from filelock import FileLock, Timeout  # a dependency of torch
 
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # native code: nobody else writes here
-            refuse_others(self.path.parent)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # only this user may write native code here
+            check_owner_and_mode(self.path.parent)
             lock = FileLock(f"{self.path}.lock")
-            with contextlib.suppress(NotImplementedError):  # a file system without locks: made twice at worst
+            with contextlib.suppress(NotImplementedError):  # no locks on this file system: may be compiled twice
                 lock.acquire(timeout=0)
             self._lock = lock
             if intact(self.path):
@@ -94,31 +91,32 @@ class _Job:
             self._start()
         except Timeout:
             if time.monotonic() > self.until:
-                raise self._late("another process, which holds its lock, has not made it in") from None
+                raise self._timed_out("another process holds its lock and has not compiled it in") from None
             return False
         except OSError as error:
-            raise self._no_place(error) from error
+            raise self._cannot_write(error) from error
         return True
 
     def _start(self) -> None:
-        _sweep(self.path.parent)
-        if shutil.disk_usage(self.path.parent).free < ROOM:  # said now, not in a minute by a compiler
+        _remove_stale_folders(self.path.parent)
+        # Checked now, because compilation would fail only after a minute.
+        if shutil.disk_usage(self.path.parent).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        refuse_noexec(self.path.parent)
-        # Beside the packages, not in TMPDIR: where the one lets code be loaded, so does the other.
+        check_not_noexec(self.path.parent)
+        # In the cache folder, not in TMPDIR: code can be loaded from it (checked above).
         self.work = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=self.path.parent))
-        kept = {
+        inherited = {
             key: value for key, value in os.environ.items() if not key.startswith(("TORCHINDUCTOR_", "TORCH_COMPILE"))
         }
         environment = {
-            **kept,
+            **inherited,
             "PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path if entry),
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
             "TMPDIR": str(self.work),
-            "CUDA_VISIBLE_DEVICES": "",  # nothing here is an accelerator's business
+            "CUDA_VISIBLE_DEVICES": "",
             "REQUANTO_COMPILE": "0",
         }
-        if "CXX" in kept:
+        if "CXX" in inherited:
             environment["CXX"] = compiler() or ""
         command = [sys.executable, "-m", "requanto.linear.cpu.aot.build", str(self._fresh), self.name, str(os.getpid())]
         with (self.work / "log").open("wb") as log:
@@ -130,43 +128,43 @@ class _Job:
                     stdout=log,
                     stderr=log,
                     cwd=self.work,
-                    start_new_session=True,  # a group of its own: compilers end with it
+                    start_new_session=True,  # its own process group, so that its compilers can be killed with it
                 )
             except OSError as error:
-                why = f"making the kernel {self.name!r} failed: {sys.executable} did not start: {error}"
+                why = f"compiling the kernel {self.name!r} failed: {sys.executable} did not start: {error}"
                 raise CannotBeMade(why) from error
-        self.until = time.monotonic() + PATIENCE
+        self.until = time.monotonic() + TIMEOUT
 
     @property
     def _fresh(self) -> Path:
         return self.work / "kernel.so"
 
     def finished(self) -> bool:
-        """True once the child has ended and its package lies in its place.
+        """True if the subprocess has ended and the library is in the cache; False if it is still running.
 
         Raises:
-            CannotBeMade: the compiler does not work, or there is no place to write.
-            KernelUnavailable: it failed by its own fault, or for lack of time.
+            CannotBeMade: the compiler does not work, or the cache cannot be written.
+            KernelUnavailable: compiling this kernel failed or took too long.
         """
         status = self.process.poll() if self.process is not None else 0
         if status is None:
             if time.monotonic() > self.until:
-                raise self._late("it takes longer than")
+                raise self._timed_out("compiling it takes longer than")
             return False
         try:
             if status or not self._fresh.exists():
                 log = (self.work / "log").read_text(errors="replace")
-                why = f"making the kernel {self.name!r} failed (exit status {status}): {_telling(log)}"
-                here = _compiles(self.work) and shutil.disk_usage(self.work).free >= ROOM // 2
+                why = f"compiling the kernel {self.name!r} failed (exit status {status}): {_error_text(log)}"
+                here = _compiler_works(self.work) and shutil.disk_usage(self.work).free >= MIN_FREE_BYTES // 2
                 raise KernelUnavailable(why) if here else CannotBeMade(why)
             write(self.path, self._fresh.read_bytes())
         except OSError as error:
-            raise self._no_place(error) from error
+            raise self._cannot_write(error) from error
         return True
 
     def end(self) -> None:
-        """Nothing of it is left but the package."""
-        if os.getpid() != self._made_by:  # forked: they are the parent's
+        """Ends the subprocess, removes its folder and releases the lock."""
+        if os.getpid() != self._made_by:  # in a fork: they belong to the parent
             return
         if self.process is not None:
             if self.process.poll() is None:
@@ -181,26 +179,26 @@ class _Job:
                 self._lock.release()
             self._lock = None
 
-    def _late(self, why: str) -> KernelUnavailable:
-        return KernelUnavailable(f"the kernel {self.name!r} could not be made: {why} {PATIENCE:.0f} s")
+    def _timed_out(self, why: str) -> KernelUnavailable:
+        return KernelUnavailable(f"the kernel {self.name!r} could not be compiled: {why} {TIMEOUT:.0f} s")
 
-    def _no_place(self, error: OSError) -> CannotBeMade:
+    def _cannot_write(self, error: OSError) -> CannotBeMade:
         return CannotBeMade(
-            f"the kernel {self.name!r} cannot be kept in {self.path.parent}: {error}. Set REQUANTO_CACHE to a directory "
-            f"that can be written, {WITHOUT}."
+            f"the kernel {self.name!r} cannot be written to {self.path.parent}: {error}. Set REQUANTO_CACHE to a writable "
+            f"directory, {OR_DISABLE}."
         )
 
 
 def make(paths: dict[str, Path]) -> None:
-    """Writes the packages of kernels, each made by a process of its own, as many at a time as there are processors.
+    """Compiles kernels in subprocesses, as many at a time as there are CPUs, and writes them to ``paths``.
 
     Raises:
-        CannotBeMade: no compiler that works, or no place to write.
-        KernelUnavailable: one of these kernels failed, by its own fault or for lack of time. The others are made.
+        CannotBeMade: no working compiler, or the cache cannot be written.
+        KernelUnavailable: one kernel failed or took too long; the others are written.
     """
     waiting = [_Job(name, path) for name, path in paths.items()]
     jobs, running, errors = list(waiting), [], []
-    most, process, said = os.cpu_count() or 1, os.getpid(), False
+    most, process, logged = os.cpu_count() or 1, os.getpid(), False
 
     def step(of: Callable[[], bool | None]) -> bool | None:
         try:
@@ -217,11 +215,11 @@ def make(paths: dict[str, Path]) -> None:
                     job.end()
             for job in waiting[: most - len(running)] if len(running) < most else []:
                 begun = step(job.begin)
-                if begun and not said:
-                    said = True
+                if begun and not logged:
+                    logged = True
                     logger.warning(
-                        "requanto: compiling %s for the CPU, once on this machine: 20 s or more. They are kept in %s; "
-                        "REQUANTO_COMPILE=0 does without.",
+                        "requanto: compiling CPU kernels %s, once on this machine, for 20 s or more. They are cached in %s. "
+                        "REQUANTO_COMPILE=0 disables them.",
                         ", ".join(repr(name) for name in paths),
                         job.path.parent,
                     )
@@ -229,11 +227,11 @@ def make(paths: dict[str, Path]) -> None:
                     waiting.remove(job)
                     running.append(job) if begun else job.end()
             if any(isinstance(error, CannotBeMade) for error in errors):
-                waiting.clear()  # they would fail as well
+                waiting.clear()  # the others would fail for the same reason
             if waiting or running:
-                time.sleep(STEP)
+                time.sleep(POLL_SECONDS)
             if os.getpid() != process or not threading.main_thread().is_alive():
-                raise KernelUnavailable("kernels are not made any more: the process that makes them ends")
+                raise KernelUnavailable("compilation of kernels was stopped because the process ends")
     finally:
         for job in jobs:
             job.end()
@@ -241,11 +239,11 @@ def make(paths: dict[str, Path]) -> None:
         raise next((error for error in errors if isinstance(error, CannotBeMade)), errors[0])
 
 
-def _telling(log: str) -> str:
-    """The line of a log that says what went wrong, and its end."""
-    lines = log.strip().splitlines() or ["it said nothing"]
-    told = [line for line in lines if "error" in line.lower()] or lines
-    return "\n".join([told[-1].strip(), *lines[-15:]])
+def _error_text(log: str) -> str:
+    """The last line with an error in a log, followed by the end of the log."""
+    lines = log.strip().splitlines() or ["no output"]
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    return "\n".join([errors[-1].strip(), *lines[-15:]])
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -257,16 +255,16 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _sweep(folder: Path) -> None:
-    """Removes folders that were left when a machine went down: nothing that works is that old."""
+def _remove_stale_folders(folder: Path) -> None:
+    """Removes folders left by a crash of the machine: those older than any compilation can be."""
     for left in folder.glob(f"{_FOLDER}*"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > 4 * PATIENCE:
+            if time.time() - left.stat().st_mtime > 4 * TIMEOUT:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _compiles(work: Path) -> bool:
-    """Whether the compiler does at all: then it was this kernel's fault."""
+def _compiler_works(work: Path) -> bool:
+    """True if the compiler builds an empty program, so that a failure concerns this kernel only."""
     source = work / "nothing.cpp"
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         source.write_text("int main() { return 0; }\n")

@@ -1,4 +1,4 @@
-"""What a CPU kernel is made from, and the digests that a package is kept under."""
+"""`Source`, from which a CPU kernel is compiled, and the digests that are part of its file name in the cache."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pathlib import Path
 
 import torch
 
-from requanto.runtime.tracing import unwatched
+from requanto.runtime.tracing import outside_tracing
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a kernel is made from.
+    """The source of a kernel.
 
     Attributes:
-        function: of tensors, in torch's operators; it returns one, or writes into its arguments and returns nothing.
+        function: takes tensors; returns a tensor, or writes into its arguments and returns None.
         written: positions of the arguments that it writes.
-        example: makes arguments, all contiguous, whose dynamic axes are two long or longer.
-        dynamic: axes whose lengths may change from call to call, by position of the argument: a name for each axis.
-        largest_error: of the kernel beside its source, relative to the largest number.
+        example: returns example arguments, all contiguous, with dynamic axes of length 2 or more.
+        dynamic: dynamic axes, by position of the argument: the name of each axis.
+        largest_error: tolerance when the kernel is compared with ``function``, relative to the value.
     """
 
     function: Callable[..., torch.Tensor | None]
@@ -40,14 +40,14 @@ class Source:
 
 @contextlib.contextmanager
 def plain_mode() -> Iterator[None]:
-    """Whatever modes the caller is in (inference, fake tensors, a default device): tensors are made as anywhere."""
-    with unwatched(), torch._C.DisableTorchFunction():
+    """Disables the caller's modes (inference mode, fake tensors, default device), for tensors made inside."""
+    with outside_tracing(), torch._C.DisableTorchFunction():
         yield
 
 
 @functools.cache
 def machine() -> str:
-    """A digest of what code for this processor depends on, with this process's bound on vectors."""
+    """A digest of what compiled code depends on: torch's version, the CPU's features, ATEN_CPU_CAPABILITY."""
     features = ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -59,31 +59,33 @@ def machine() -> str:
 
 
 def vector_options() -> dict[str, int]:
-    """The width of this process's vectors: torch's compiler takes the processor's own, whatever ATEN_CPU_CAPABILITY says,
-    and code for longer vectors, built with shorter ones, writes half of the numbers."""
+    """Sets the vector width of ATEN_CPU_CAPABILITY, which inductor ignores.
+
+    It generates code for the CPU's widest vectors; built with shorter ones, that code writes only half of the values.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     width = 512 if capability.startswith("AVX512") else 256 if capability == "AVX2" else None
     return {} if width is None else {"cpp.simdlen": width}
 
 
 def compile_options() -> dict[str, object]:
-    """Options of torch's compiler, by the names of ``torch._inductor.config``."""
+    """Options of inductor, by their names in ``torch._inductor.config``."""
     return {
         **vector_options(),
-        # Headers compiled beforehand serve many kernels, this is one; what calls it is not worth optimizing; and the
-        # processor's instructions need no trial by compiling, since the result is compared with its source.
+        # Shortens compilation: precompiled headers pay only for several kernels, the wrapper is not worth optimizing, and
+        # vector instructions need no test program because the kernel is compared with its source.
         "aot_inductor.precompile_headers": False,
         "aot_inductor.compile_wrapper_opt_level": "O0",
         "cpp.vec_isa_ok": True,
-        # The examples are small; what is really computed is worth several threads, as many as the process has then.
+        # Use as many threads as the process has at run time, although the example arguments are small.
         "cpp.dynamic_threads": True,
-        # A product and the sum after it are one operation, and rounded once.
+        # Allow fused multiply-add.
         "cpp.enable_floating_point_contract_flag": "fast",
     }
 
 
 def digest_of(source: Source) -> str:
-    """Of the function and its example, of all they take from Requanto (functions, constants), and of how it is compiled."""
+    """Digest of the function, its example, all that they use from Requanto (functions, constants), and compiler options."""
     how = Path(__file__).with_name("build.py").read_text(), sorted(compile_options().items())
     facts = how, source.written, source.dynamic, source.largest_error
     digest = hashlib.sha256(repr(facts).encode())
@@ -94,7 +96,7 @@ def digest_of(source: Source) -> str:
 
 
 def _parts(function: Callable[..., object]) -> Iterator[str]:
-    """Texts of a function and of those it calls, and the constants that they read, wherever those are defined."""
+    """Yields the texts of a function and of those it calls, and the constants that they read, from all of Requanto."""
     start = inspect.unwrap(function)
     ours = {"requanto", start.__module__.partition(".")[0]}
     seen, left = set(), [start]
@@ -103,7 +105,7 @@ def _parts(function: Callable[..., object]) -> Iterator[str]:
         if function in seen:
             continue
         seen.add(function)
-        if not isinstance(function, types.FunctionType):  # torch's own, or Python's
+        if not isinstance(function, types.FunctionType):  # a builtin
             yield repr(function)
             continue
         yield _text(function)
@@ -118,7 +120,7 @@ def _parts(function: Callable[..., object]) -> Iterator[str]:
 
 
 def _values(function: types.FunctionType, ours: set[str]) -> Iterator[tuple[str, object]]:
-    """What the names in a function stand for: globals, attributes of Requanto's modules, variables of an outer function."""
+    """Yields names in a function and their values: globals, attributes of Requanto's modules, closure variables."""
     names = _names(function.__code__)
     spaces = [function.__globals__]
     for name in sorted(names & function.__globals__.keys()):  # the same order in every process
@@ -128,7 +130,7 @@ def _values(function: types.FunctionType, ours: set[str]) -> Iterator[tuple[str,
     for space in spaces:
         yield from ((name, space[name]) for name in names & space.keys())
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with contextlib.suppress(ValueError):  # not bound yet
+        with contextlib.suppress(ValueError):  # the variable has no value yet
             yield name, cell.cell_contents
 
 
@@ -140,7 +142,7 @@ def _names(code: types.CodeType) -> set[str]:
 def _text(function: types.FunctionType) -> str:
     try:
         return inspect.getsource(function)
-    except (OSError, TypeError):  # installed without its text
+    except (OSError, TypeError):  # installed without source files
         code = function.__code__
         return repr((code.co_code, code.co_names, [c for c in code.co_consts if not isinstance(c, types.CodeType)]))
 

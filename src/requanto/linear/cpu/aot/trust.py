@@ -1,12 +1,12 @@
-"""Which files of the kernel cache may be opened: they are native code, and run with all that this process may do.
+"""Decides which files of the kernel cache may be loaded. They are native code that runs with this process's rights.
 
-A package ``NAME.so`` is opened where
+A library ``NAME.so`` is loaded only if
 
-* it and the folder belong to this user or to root, and nobody else may write to either (not checked on Windows);
-* ``NAME.so.sha256`` beside it holds the digest of its name and its bytes. The name says which kernel it is, what it was
-  made from and for which machine: a file cut off, changed, or put under another name is none.
+* it and its folder belong to this user or to root, and no other user can write to either (not checked on Windows);
+* ``NAME.so.sha256`` in the same folder has the digest of its name and its bytes. The name identifies the kernel, its source
+  and the machine. So truncated, changed or renamed files are rejected.
 
-The digest guards against damage, not against somebody who may write there; the owner and the mode do that.
+The digest protects against damage; owner and mode protect against other users.
 """
 
 from __future__ import annotations
@@ -19,54 +19,53 @@ from pathlib import Path
 
 
 class KernelUnavailable(RuntimeError):
-    """A kernel could not be made or loaded on this machine; the message says why, and what to do."""
+    """A kernel could not be compiled or loaded on this machine; the message says why, and what to do."""
 
 
 class CannotBeMade(KernelUnavailable):
-    """No kernel can, as far as is known: there is no compiler that works, or no place to write."""
+    """A reason that prevents compiling any kernel: no working compiler, or the cache cannot be written."""
 
 
 class CannotBeLoaded(KernelUnavailable):
-    """No kernel can, as far as is known: the cache is not this user's own, or the system loads no code from there."""
+    """A reason that prevents loading any kernel: the cache does not belong to this user, or is mounted noexec."""
 
 
-WITHOUT = "or do without (requanto.settings.compiled = False, REQUANTO_COMPILE=0)"
+OR_DISABLE = "or disable compiled kernels (requanto.settings.compiled = False, REQUANTO_COMPILE=0)"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without torch's trace of C++."""
+    """First line of an error's message, without torch's C++ stack trace."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def directory() -> Path:
-    """Where packages are kept.
+    """The folder of the kernel cache.
 
     Raises:
-        CannotBeLoaded: neither the environment nor the user's home names a place.
+        CannotBeLoaded: neither the environment nor the user's home directory provides one.
     """
     chosen = os.environ.get("REQUANTO_CACHE")
     usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "requanto"
     try:
         return (Path(chosen) if chosen else usual).expanduser().absolute()
-    except (OSError, RuntimeError) as error:  # no home, or no working directory
+    except (OSError, RuntimeError) as error:  # no home directory, or no working directory
         raise CannotBeLoaded(
             f"there is no place for the kernel cache: {first_line(error).rstrip('.')}. Set REQUANTO_CACHE to a "
-            f"directory, {WITHOUT}."
+            f"directory, {OR_DISABLE}."
         ) from error
 
 
 def intact(path: Path) -> bool:
-    """True where a package may be opened; False where there is none, or a damaged one.
+    """True if a library exists, is complete and may be loaded; False if it is missing or damaged.
 
     Raises:
-        CannotBeLoaded: it is somebody else's, or others may write to it.
-        KernelUnavailable: it cannot be read.
+        CannotBeLoaded: it belongs to another user, others can write to it, or it cannot be read.
     """
     try:
-        # Links are followed: who may write to the link's folder, or to the file's, decides what is loaded.
+        # Whoever can write to the folder of a symbolic link, or of its target, controls what is loaded: check both.
         real = path.resolve(strict=True)
         for place in (path.parent, real.parent, real):
-            refuse_others(place)
+            check_owner_and_mode(place)
         return _digest_path(path).read_text().strip() == digest(path.name, real.read_bytes())
     except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
         return False
@@ -75,49 +74,49 @@ def intact(path: Path) -> bool:
             raise
         raise CannotBeLoaded(
             f"the kernel {path} cannot be read: {error}. Let this user read it, set REQUANTO_CACHE to a directory of "
-            f"your own, {WITHOUT}."
+            f"your own, {OR_DISABLE}."
         ) from error
 
 
-def refuse_others(place: Path) -> None:
-    """Refuses a file or folder that others own or may write to; on Windows, where modes say nothing, none.
+def check_owner_and_mode(place: Path) -> None:
+    """Checks that a file or folder belongs to this user or root and that others cannot write to it (not on Windows).
 
     Raises:
-        CannotBeLoaded: with what to do.
-        OSError: it is not there.
+        CannotBeLoaded: it does not, with instructions.
+        OSError: it does not exist.
     """
     if not hasattr(os, "geteuid"):
         return
     info, me = place.stat(), os.geteuid()
     if info.st_uid not in (me, 0):
-        wrong, remedy = f"belongs to user {info.st_uid}, not to this one ({me}) or root", "Have it given to you (chown)"
+        wrong, remedy = f"belongs to user {info.st_uid}, not to this one ({me}) or root", "Change its owner (chown)"
     elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        wrong = f"may be written by others (mode {stat.S_IMODE(info.st_mode):o})"
+        wrong = f"is writable by other users (mode {stat.S_IMODE(info.st_mode):o})"
         remedy = f"Run `chmod go-w {place}`"
     else:
         return
     raise CannotBeLoaded(
-        f"{place} {wrong}, and code is loaded from there. {remedy}, set REQUANTO_CACHE to a directory of your "
-        f"own, {WITHOUT}."
+        f"{place} {wrong}, but native code is loaded from it. {remedy}, set REQUANTO_CACHE to a directory of your "
+        f"own, {OR_DISABLE}."
     )
 
 
-def refuse_noexec(folder: Path) -> None:
-    """Refuses a folder whose file system runs no code, where that can be told (Linux).
+def check_not_noexec(folder: Path) -> None:
+    """Checks that a folder is not on a file system mounted noexec (only on Linux).
 
     Raises:
-        CannotBeLoaded: with what to do.
-        OSError: it is not there.
+        CannotBeLoaded: it is, with instructions.
+        OSError: it does not exist.
     """
     if hasattr(os, "ST_NOEXEC") and os.statvfs(folder).f_flag & os.ST_NOEXEC:
         raise CannotBeLoaded(
-            f"{folder} lies on a file system mounted noexec: no code is loaded from there. Set REQUANTO_CACHE to another "
-            f"directory, {WITHOUT}."
+            f"{folder} is on a file system mounted noexec: no code can be loaded from it. Set REQUANTO_CACHE to another "
+            f"directory, {OR_DISABLE}."
         )
 
 
 def digest(name: str, content: bytes) -> str:
-    """Of a package's name and its bytes: 64 hexadecimal digits."""
+    """SHA-256 of a library's file name and its bytes, 64 hexadecimal digits."""
     return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
 
 
@@ -126,19 +125,19 @@ def _digest_path(path: Path) -> Path:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a package and its digest, each as a whole.
+    """Writes a library and its digest, each atomically.
 
-    A process that looks in between sees a damaged one at worst, waits for the lock and looks again.
+    A process that reads between the two writes sees a damaged library; it then waits for the lock and reads again.
 
     Raises:
-        OSError: no room, or no right to write. What was there before is still there.
+        OSError: disk full, or no permission to write. Existing files are not changed.
     """
     texts = {_digest_path(path): f"{digest(path.name, content)}\n".encode(), path: content}
     parts = {place: place.with_name(f"{place.name}.{os.getpid()}") for place in texts}
     try:
         for place, text in texts.items():
             parts[place].unlink(missing_ok=True)
-            # Never writable by others, whatever the umask: it would be refused.
+            # Not writable by others whatever the umask is: such a file would not be loaded.
             with open(os.open(parts[place], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
                 file.write(text)
         for place, part in parts.items():
