@@ -165,7 +165,7 @@ def _checked(
     input_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     if not x.is_floating_point() or x.dtype.itemsize < 2:
-        raise ValueError(f"linear: x must be a float tensor of 16 bits or more, found {x.dtype}")
+        raise ValueError(f"linear: x must be a float tensor, found {x.dtype}; expected 16 bits or more")
     if _autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     shape = weight._spec.seen_shape

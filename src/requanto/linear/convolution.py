@@ -52,7 +52,7 @@ def convolution(
         RuntimeError: x is not a float tensor. Errors of ``function`` are passed on.
     """
     if not x.is_floating_point():
-        raise RuntimeError(f"{function.__name__} with a quantized weight: x must be a float tensor, found {x.dtype}")
+        raise RuntimeError(f"{function.__name__}: expected a float tensor for x, found {x.dtype}")
     bias, *rest = args or (kwargs.pop("bias", None),)
     regular = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
     needs_grad = needs_gradient(x, bias)

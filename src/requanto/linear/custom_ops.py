@@ -30,7 +30,7 @@ def run(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[rows, K] -> [rows, N]`` with the implementation that the registry selects."""
-    if not x.shape[0] or not x.shape[1]:
+    if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
         out = x.new_zeros(x.shape[0], weight.shape[0])
         return out if bias is None else out.add_(bias)
     found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
@@ -52,7 +52,7 @@ def _weight(
     spec, layout, named = operator_weight(parts, words, shape, dtype)
     if flip:
         spec = spec.replace(transposed=not spec.transposed)
-    found = storage_of(named, layout) if layout is not PLAIN else None
+    found = storage_of(named, layout, spec) if layout is not PLAIN else None
     return QTensor._of(spec, named, layout) if found is None else QTensor._over(spec, found)
 
 

@@ -40,6 +40,8 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qt
     On a CPU, transposed weights and those of convolutions are packed for GEMMs with their stored matrix.
     """
     spec = weight._spec
+    if not weight.numel():
+        return None
     if gpu_layout.fits(weight, activation):
         return gpu_layout.EXEC
     if weight.device.type != "cpu" or spec.axis != 0 or len(spec.shape) not in (2, 4):
@@ -136,13 +138,11 @@ def shared(weight: QTensor) -> str | None:
     """Why the codes share memory with other tensors, which packing would separate from them; None if they do not."""
     storage = weight._storage
     if storage.base is not None:
-        return "it is a part of a packed weight"
+        return "it is a slice of another weight"
     codes = storage.parts["qdata"]
     if codes.is_shared() and codes.device.type == "cpu":
         return "other processes share its memory"
-    # A view references its base tensor, which references the memory as well.
-    own = _OWN_REFERENCES + (codes._base is not None)
-    if torch._C._storage_Use_Count(codes.untyped_storage()._cdata) > own:  # type: ignore[attr-defined]
+    if torch._C._storage_Use_Count(codes.untyped_storage()._cdata) > _OWN_REFERENCES:  # type: ignore[attr-defined]
         return "another tensor, such as a slice of it, shares its memory"
     return None
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from requanto.runtime.tracing import is_tracing, runs_eagerly
+from requanto.runtime.tracing import is_tracing
+from requanto.scales.compact import pack_codes, unpack_codes
 from requanto.tensor.dispatch import implements_aten
-from requanto.tensor.layout import PLAIN
+from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec, swapped
 from requanto.tensor.storage import SlicedStorage
@@ -25,12 +26,12 @@ def map_parts(
     keep: Collection[str] = (),
     **changes: Any,
 ) -> QTensor:
-    """A new weight with ``change`` applied to each stored tensor, except those named in ``keep``.
+    """A new weight with ``change`` applied to each stored tensor; those named in ``keep`` are copied.
 
     Args:
         changes: fields of the spec to replace, see `QTensor.with_inner`.
     """
-    inner = {name: t if name in keep else change(t) for name, t in tensor.inner_tensors().items()}
+    inner = {name: t.clone() if name in keep else change(t) for name, t in tensor.inner_tensors().items()}
     return tensor.with_inner(inner, **changes)
 
 
@@ -47,10 +48,7 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> QTensor:
     if layout is PLAIN:
         return map_parts(tensor, torch.clone)
     copied = {n: p.clone() for n, p in parts.items() if n not in ("qdata", *layout.extra)}
-    new = type(tensor)._of(tensor._spec, {**layout.clone(tensor._spec, parts), **copied}, layout)
-    if runs_eagerly():
-        new._storage.register()
-    return new
+    return type(tensor)._of(tensor._spec, {**layout.clone(tensor._spec, parts), **copied}, layout)
 
 
 @implements_aten(aten.contiguous.default)
@@ -210,30 +208,33 @@ def _slice(func: Any, args: tuple, kwargs: dict) -> QTensor:
 
 
 def part_of(
-    tensor: QTensor, spec: WeightSpec, view: Callable[[str, torch.Tensor], torch.Tensor], *, rows: bool = True
+    tensor: QTensor,
+    spec: WeightSpec,
+    view: Callable[[str, torch.Tensor], torch.Tensor],
+    *,
+    rows: bool = True,
+    read_only: str | None = None,
 ) -> QTensor:
-    """A slice of a weight that shares its memory.
+    """A slice of a weight: a write into either is a write into both.
 
     Args:
         spec: spec of the slice.
-        view: ``view(name, part)`` is the slice of one stored tensor, as a view.
+        view: ``view(name, part)`` is the slice of one stored tensor, as a view; the tensor itself if it is shared.
         rows: True if the slice consists of whole rows (or experts).
+        read_only: why nothing can be written into the slice; None if it can.
     """
 
     def slice_parts(parts: Any) -> dict[str, torch.Tensor]:
         return {name: view(name, part) for name, part in parts.items()}
 
-    storage = tensor._storage
-    layout, parts = storage.state
-    base = storage.base
-    if base is not None:  # a slice of a slice of a packed weight
-        first = storage.slice_parts
-        return type(tensor)._over(spec, SlicedStorage(base, storage.spec, lambda parts: slice_parts(first(parts))))
-    if layout is PLAIN or (rows and layout.rows_are_views):
-        return type(tensor)._of(spec, slice_parts(parts), layout)
-    if is_tracing():
+    def viewable(layout: Layout) -> bool:
+        return layout is PLAIN or (rows and layout.rows_are_views)
+
+    if tensor.is_packed and is_tracing():
         return type(tensor)._of(spec, slice_parts(tensor.inner_tensors()))
-    return type(tensor)._over(spec, SlicedStorage(storage, tensor._spec, slice_parts))
+    new = SlicedStorage(tensor._storage, tensor._spec, slice_parts, viewable, read_only)
+    new.layout.check(spec, new.parts)
+    return type(tensor)._over(spec, new)
 
 
 def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QTensor:
@@ -269,14 +270,14 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         whole = tensor.shared_along(axis)
         rows = (slice(None),) * axis + (slice(start, end, step),)
         return part_of(tensor, new, lambda name, t: t if name in whole else t[rows])
-    if spec.scale_bits is not None and spec.scale_bits < 8:
-        # The first code of a scale may be inside a byte, so the scales are repacked and this slice is a copy.
-        groups = slice(start // group, end // group)
-        inner = {**tensor.inner_tensors(), **tensor.scales(lambda t: t[..., groups])}
-        inner["qdata"] = inner["qdata"][..., first // 8 : last // 8]
-        if "down" in inner:
-            inner["down"] = inner["down"][..., start:end]
-        return tensor.with_inner(inner, shape=shape)
+    groups = slice(start // group, end // group)
+    bits, read_only = spec.scale_bits, None
+    if bits is not None and bits < 8:
+        # The first code of a scale may be inside a byte, so the scales are repacked.
+        read_only = (
+            f"copy_ into columns of a quantized weight whose scales are stored in {bits} bits: their codes share bytes with "
+            f"others. Write the whole weight instead."
+        )
 
     def columns(name: str, t: torch.Tensor) -> torch.Tensor:
         if name == "qdata":
@@ -284,10 +285,12 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         if name == "down":
             return t[..., start:end]
         if name in ("scale", "shift") and spec.group_size is not None:
-            return t[..., start // group : end // group]
+            if bits is None or bits == 8:
+                return t[..., groups]
+            return pack_codes(unpack_codes(t, bits, spec.groups)[..., groups].contiguous(), bits)
         return t
 
-    return part_of(tensor, new, columns, rows=False)
+    return part_of(tensor, new, columns, rows=False, read_only=read_only)
 
 
 @implements_aten(aten.split.Tensor, aten.split_with_sizes.default)
@@ -297,10 +300,12 @@ def _split(func: Any, args: tuple, kwargs: dict) -> list[QTensor]:
     length = tensor.shape[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
+    unpacked = tensor._storage.stored(tensor._spec)  # one copy for all slices of a prepacked weight
     parts, start = [], 0
     for size in sizes:
         parts.append(narrow(tensor, dim, start, start + size))
         start += size
+    del unpacked
     return parts
 
 

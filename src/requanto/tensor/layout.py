@@ -111,6 +111,13 @@ class Layout:
         Raises:
             ValueError: see `WeightSpec.check`.
         """
+        if not self.accepts(spec):
+            raise ValueError(f"layout {self.name!r} is not for {spec.text()}")
+        for name, part in parts.items():
+            if part is not None and part.layout is not torch.strided:
+                raise ValueError(f"{spec.text()}: {name} is a {part.layout} tensor, expected a strided one")
+        if self.name != "plain" and not all(self.is_readable(parts[n]) for n in ("qdata", *self.extra) if n in parts):
+            raise ValueError(f"{spec.text()} in layout {self.name!r}: the codes are not contiguous")
         if not self.extra:
             spec.check(parts, self.codes_shape_dtype(spec))
             return
@@ -122,6 +129,14 @@ class Layout:
                 raise ValueError(
                     f"{spec.text()} in layout {self.name!r}: {name} is {found}, expected {dtype} {tuple(shape)}"
                 )
+
+    def accepts(self, spec: WeightSpec) -> bool:
+        """True if weights of that type can be in this layout."""
+        return True
+
+    def is_readable(self, codes: torch.Tensor) -> bool:
+        """True if kernels can read codes with these strides."""
+        return codes.is_contiguous()
 
     def names(self, spec: WeightSpec) -> list[str]:
         """Names, in order, of the parts that are arguments of custom operators: all except the low-rank factors."""

@@ -26,6 +26,7 @@ through one alias (``.data``, ``.detach()``, ``.t()``, an entry of a state dict)
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ from requanto.tensor import dispatch
 from requanto.tensor.layout import PLAIN, Layout, layout_named
 from requanto.tensor.rotation import check_rotation, fit_rotation, rotate
 from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
-from requanto.tensor.storage import WeightStorage
+from requanto.tensor.storage import SlicedStorage, WeightStorage
 
 
 class QTensor(torch.Tensor):
@@ -120,7 +121,7 @@ class QTensor(torch.Tensor):
             ValueError: the parts do not fit the spec.
         """
         layout.check(spec, parts)
-        return cls._over(spec, WeightStorage(parts, layout))
+        return cls._over(spec, WeightStorage(parts, layout, spec))
 
     @classmethod
     def _over(cls, spec: WeightSpec, storage: WeightStorage) -> QTensor:
@@ -268,8 +269,8 @@ class QTensor(torch.Tensor):
         return self._spec.activation
 
     @activation.setter
-    def activation(self, value: qtype | None) -> None:
-        self._spec = self._spec.replace(activation=value)
+    def activation(self, value: str | qtype | None) -> None:
+        self._spec = self._spec.replace(activation=None if value is None else resolve_qtype(value))
 
     @property
     def canonical_shape(self) -> torch.Size:
@@ -362,11 +363,12 @@ class QTensor(torch.Tensor):
 
     @property
     def scale(self) -> torch.Tensor:
-        """Float scales ``[*lead, G]``; with ``scale_bits`` computed from their codes."""
-        parts, bits = self._storage.parts, self._spec.scale_bits
-        if bits is None:
+        """Float scales ``[*lead, G]``; with ``scale_bits`` computed from their codes, and not to be changed in place."""
+        parts = self._storage.parts
+        if self._spec.scale_bits is None:
             return parts["scale"]
-        return expand_scale(unpack_codes(parts["scale"], bits, self._spec.groups), parts["row_scale"])
+        with _read_only():
+            return float_scale(self._spec, parts)
 
     @scale.setter
     def scale(self, value: torch.Tensor) -> None:
@@ -374,12 +376,12 @@ class QTensor(torch.Tensor):
 
     @property
     def shift(self) -> torch.Tensor | None:
-        """Float shifts ``[*lead, G]``, or None."""
-        parts, bits = self._storage.parts, self._spec.scale_bits
-        if bits is None or "shift" not in parts:
+        """Float shifts ``[*lead, G]``, or None; with ``scale_bits`` as `scale`."""
+        parts = self._storage.parts
+        if self._spec.scale_bits is None or "shift" not in parts:
             return parts.get("shift")
-        zeros = unpack_codes(parts["shift"], bits, self._spec.groups)
-        return expand_shift(zeros, self.scale, self.qtype, bits)
+        with _read_only():
+            return float_shift(self._spec, parts)
 
     @shift.setter
     def shift(self, value: torch.Tensor) -> None:
@@ -409,7 +411,9 @@ class QTensor(torch.Tensor):
         """The parts in the plain layout, by name; the codes of a prepacked weight are a copy."""
         layout, parts = self._storage.state
         if layout is PLAIN:
-            return dict(parts)
+            codes = parts["qdata"].detach()  # its holder is counted: see `requanto.linear.prepack.shared`
+            codes = codes if codes.shape == self._spec.codes_shape else codes.view(self._spec.codes_shape)
+            return {**parts, "qdata": codes}
         if is_tracing():
             others = {name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}
             return {"qdata": self._traced_codes(), **others}
@@ -516,8 +520,11 @@ class QTensor(torch.Tensor):
         """The weight without its low-rank term."""
         if not self.rank:
             return self
-        layout, parts = self._storage.state
-        return type(self)._of(self._spec, {n: part for n, part in parts.items() if n not in ("up", "down")}, layout)
+
+        def without(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: part for name, part in parts.items() if name not in ("up", "down")}
+
+        return type(self)._over(self._spec, SlicedStorage(self._storage, self._spec, without, lambda layout: True))
 
     # ------------------------------------------------------------------ dequantization
 
@@ -598,10 +605,19 @@ class QTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         parts = dict(self.inner_tensors())
+        if self.is_packed:  # a copy throughout: with the codes copied and the scales shared a write would corrupt both
+            parts = {name: part if name == "qdata" else part.clone() for name, part in parts.items()}
         if self.qtype.is_floating_point:  # pickle does not support float8 (only torch.save does): pickle the bytes
             parts["qdata"] = parts["qdata"].view(torch.uint8)
         is_parameter = bool(getattr(self, "_is_param", False))
         return _rebuild, (self._spec.words, tuple(self._spec.shape), self.dtype, parts, is_parameter)
+
+    def __copy__(self) -> QTensor:
+        """Another view of the same storage, as ``copy.copy`` of a float tensor shares its memory."""
+        copy = self.view_of_storage()
+        if getattr(self, "_is_param", False):
+            copy._is_param = True
+        return copy
 
     def __deepcopy__(self, memo: dict) -> QTensor:
         if id(self) not in memo:
@@ -620,6 +636,27 @@ class QTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return dispatch.torch_dispatch(func, types, args, kwargs or {})
+
+
+def float_scale(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Float scales ``[*lead, G]`` from a weight's parts."""
+    if spec.scale_bits is None:
+        return parts["scale"]
+    return expand_scale(unpack_codes(parts["scale"], spec.scale_bits, spec.groups), parts["row_scale"])
+
+
+def float_shift(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Float shifts ``[*lead, G]`` from a weight's parts; None if it is symmetric."""
+    bits, shift = spec.scale_bits, parts.get("shift")
+    if bits is None or shift is None:
+        return shift
+    return expand_shift(unpack_codes(shift, bits, spec.groups), float_scale(spec, parts), spec.qtype, bits)
+
+
+def _read_only() -> contextlib.AbstractContextManager:
+    """For values computed from a weight's parts: torch refuses to change inference tensors in place, which would have no
+    effect on the weight."""
+    return torch.inference_mode() if runs_eagerly() else contextlib.nullcontext()
 
 
 def _part(name: str) -> property:
@@ -663,7 +700,9 @@ NO_GRADIENT = (
 def _stored_codes(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
     """The plain codes of a prepacked weight, as an operator for traced graphs."""
     spec, layout, named = operator_weight(parts, words, shape, torch.float32)
-    return layout.unpack(spec, named).view(spec.codes_shape)
+    layout.check(spec, named)
+    codes = layout.unpack(spec, named).view(spec.codes_shape)
+    return codes.clone() if layout is PLAIN else codes
 
 
 @_stored_codes.register_fake

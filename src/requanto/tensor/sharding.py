@@ -100,7 +100,8 @@ def with_groups(tensor: QTensor, group: int) -> QTensor:
         change = _every(group // now)
     else:
         raise ValueError(f"groups of {now} cannot be converted to groups of {group}")
-    return tensor.with_inner({**tensor.inner_tensors(), **tensor.scales(change)}, group_size=group)
+    others = {name: part.clone() for name, part in tensor.inner_tensors().items()}
+    return tensor.with_inner({**others, **tensor.scales(change)}, group_size=group)
 
 
 def _repeat(times: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -101,6 +101,11 @@ class WeightSpec:
             return self.shape
         return torch.Size([*self.lead, packed_length(self.row_length, self.qtype.bits)])
 
+    @functools.cached_property
+    def key(self) -> WeightSpec:
+        """The spec without what does not concern the stored tensors: dtype, activation and orientation."""
+        return self.replace(dtype=torch.float32, activation=None, transposed=False)
+
     def replace(self, **changes: Any) -> WeightSpec:
         """A copy with other values for some fields."""
         return dataclasses.replace(self, **changes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from requanto.runtime.tracing import outside_tracing
+from requanto.runtime.tracing import is_fake, outside_tracing, runs_eagerly
 from requanto.tensor.layout import LOCK, PLAIN, Layout
 from requanto.tensor.spec import WeightSpec
 
@@ -36,19 +36,34 @@ class WeightStorage:
         version: number of changes.
         stays_plain: the reason why this weight is never prepacked, or None.
         declined: the conditions under which prepacking was last found not to help (`requanto.linear.prepack`), or None.
+        packed_as: `WeightSpec.key` of the codes in a layout other than the plain one; None if they are plain.
     """
 
-    __slots__ = ("__weakref__", "declined", "derived", "plans", "state", "stays_plain", "version")
+    __slots__ = (
+        "__weakref__",
+        "_unpacked",
+        "declined",
+        "derived",
+        "packed_as",
+        "plans",
+        "state",
+        "stays_plain",
+        "version",
+    )
 
     state: tuple[Layout, dict[str, torch.Tensor]]
 
-    def __init__(self, parts: dict[str, torch.Tensor], layout: Layout = PLAIN) -> None:
-        self.state = layout, parts
+    def __init__(self, parts: Parts, layout: Layout = PLAIN, spec: WeightSpec | None = None) -> None:
+        self.state = layout, _owned(parts, layout)
         self.plans: dict[Any, Any] = {}
         self.derived: dict[Any, Any] = {}
         self.version = 0
         self.stays_plain: str | None = None
         self.declined: Any = None
+        self.packed_as: WeightSpec | None = None
+        self._unpacked: weakref.ref[torch.Tensor] | None = None
+        if layout is not PLAIN and spec is not None:
+            self.register(spec)
 
     @property
     def layout(self) -> Layout:
@@ -62,7 +77,7 @@ class WeightStorage:
 
     @property
     def base(self) -> WeightStorage | None:
-        """The storage of the prepacked weight of which this is a slice; None if there is none or it was freed."""
+        """The storage of which this is a slice; None if it is none."""
         return None
 
     def stored(self, spec: WeightSpec) -> dict[str, torch.Tensor]:
@@ -70,28 +85,35 @@ class WeightStorage:
         layout, parts = self.state
         if layout is PLAIN:
             return parts
-        with outside_tracing():
-            codes = layout.unpack(spec, parts)
+        codes = None if self._unpacked is None else self._unpacked()  # one copy for all who hold one
+        if codes is None:
+            with outside_tracing():
+                codes = layout.unpack(spec, parts)
+            self._unpacked = weakref.ref(codes)
         return {"qdata": codes, **{name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}}
 
-    def set(self, parts: Parts, layout: Layout = PLAIN) -> None:
+    def set(self, parts: Parts, layout: Layout = PLAIN, spec: WeightSpec | None = None) -> None:
         """Replaces all tensors and the layout; parts that are None are omitted."""
         with LOCK:
-            self.state = layout, {name: part for name, part in parts.items() if part is not None}
+            self.state = layout, _owned(parts, layout)
             self.changed()
-            self.register()
+            if layout is PLAIN:
+                self.packed_as = None
+            elif spec is not None or self.packed_as is not None:
+                self.register(spec or self.packed_as)  # type: ignore[arg-type]
 
-    def register(self) -> None:
+    def register(self, spec: WeightSpec) -> None:
         """Makes `storage_of` find this storage: custom operators only receive the tensors."""
-        layout, parts = self.state
-        if layout is not PLAIN:
-            _packed[parts["qdata"].data_ptr()] = self
+        codes = self.parts["qdata"]
+        if runs_eagerly() and not is_fake(codes):
+            self.packed_as = spec.key
+            _packed[codes.data_ptr()] = self
 
     def changed(self) -> None:
-        """Clears the caches; to be called after any change of the tensors."""
+        """Drops the caches; to be called after any change of the tensors."""
         self.version += 1
-        self.plans.clear()
-        self.derived.clear()
+        # New dictionaries: another thread may be about to put something into the old ones, which nobody reads any more.
+        self.plans, self.derived, self._unpacked = {}, {}, None
 
     def write(self, spec: WeightSpec, source: Parts) -> None:
         """Copies the values of another weight of the same spec into this memory.
@@ -100,15 +122,18 @@ class WeightStorage:
             spec: spec of both weights.
             source: parts in the plain layout.
         """
-        layout, parts = self.state
-        for name, part in parts.items():
-            if name != "qdata" and name not in layout.extra:
-                part.copy_(source[name])
-        if layout is PLAIN:
-            parts["qdata"].copy_(source["qdata"])
-        else:
-            layout.write(spec, parts, {**source, "qdata": source["qdata"].to(parts["qdata"].device)})
-        self.changed()
+        with LOCK:
+            layout, parts = self.state
+            for name, part in parts.items():
+                if name != "qdata" and name not in layout.extra:
+                    part.copy_(source[name])
+            if layout is PLAIN:
+                parts["qdata"].copy_(source["qdata"])
+            else:
+                layout.write(spec, parts, {**source, "qdata": source["qdata"].to(parts["qdata"].device)})
+            # Autograd refuses a backward through values that were overwritten. Below the dispatcher copy_ counts nothing.
+            torch.autograd.graph.increment_version([part for part in parts.values() if not part.is_inference()])
+            self.changed()
 
     def pack(self, spec: WeightSpec, layout: Layout) -> None:
         """Converts the codes from the plain layout to another one. The plain codes are freed."""
@@ -116,10 +141,8 @@ class WeightStorage:
             if self.layout is not PLAIN:
                 return
             with outside_tracing():
-                # Inference tensors have no version counter, so caches derived from them could not detect changes.
-                parts = {name: part.clone() if part.is_inference() else part for name, part in self.parts.items()}
-                packed = layout.pack(spec, parts)
-            self.set({**parts, **packed}, layout)
+                packed = layout.pack(spec, self.parts)
+            self.set({**self.parts, **packed}, layout, spec)
 
     def unpack(self, spec: WeightSpec) -> None:
         """Converts the codes back to the plain layout.
@@ -138,60 +161,128 @@ class WeightStorage:
         return sum(tensor.nbytes for tensor in (*self.parts.values(), *self.derived.values()))
 
 
-def storage_of(parts: Parts, layout: Layout) -> WeightStorage | None:
-    """The storage of the prepacked weight that owns exactly these tensors, or None."""
+def _owned(parts: Parts, layout: Layout) -> dict[str, torch.Tensor]:
+    """The parts as a storage holds them.
+
+    The codes become a tensor of the storage's own over the same memory, so that holders of the original can be counted
+    before the memory is replaced (`requanto.linear.prepack`). Inference tensors have no version counter, so caches derived
+    from them could not detect changes: a prepacked weight gets copies.
+    """
+    owned = {name: part for name, part in parts.items() if part is not None}
+    owned["qdata"] = owned["qdata"].detach()
+    if layout is not PLAIN and runs_eagerly() and any(part.is_inference() for part in owned.values()):
+        with outside_tracing():
+            beside = {n: p.clone() for n, p in owned.items() if n not in ("qdata", *layout.extra) and p.is_inference()}
+        owned |= beside
+    return owned
+
+
+def storage_of(parts: Parts, layout: Layout, spec: WeightSpec) -> WeightStorage | None:
+    """The storage of the prepacked weight that owns exactly these tensors and is what the spec says, or None."""
     found = _packed.get(parts["qdata"].data_ptr())
-    if found is None or found.layout is not layout:
+    if found is None or found.layout is not layout or found.packed_as != spec.key:
         return None
     own = found.parts
-    same = all(name in own and own[name].data_ptr() == part.data_ptr() for name, part in parts.items())
-    return found if same and own["qdata"].shape == parts["qdata"].shape else None
+    for name, part in parts.items():
+        mine = own.get(name)
+        if mine is None or mine.data_ptr() != part.data_ptr() or mine.dtype != part.dtype:
+            return None
+        if mine.shape != part.shape or mine.stride() != part.stride():
+            return None
+    return found
 
 
 _STATE = WeightStorage.__dict__["state"]  # the slot descriptor, which `SlicedStorage.state` overrides
 
 
 class SlicedStorage(WeightStorage):
-    """Storage of a slice of a prepacked weight. Its codes are a plain copy, which is renewed after the base has changed.
+    """Storage of a part of a weight: rows, columns, experts, or the codes without the low-rank term.
 
-    A slice of a plain weight is an ordinary `WeightStorage` of views.
+    Its tensors are views of the base's where the base's layout allows it, otherwise a plain copy. Both are renewed after the
+    base has changed, and a write goes through to the base.
 
     Args:
-        base: storage of the sliced weight.
-        spec: spec of the sliced weight.
-        slice_parts: maps plain parts of the base to those of the slice, as views.
+        base: storage of the whole weight.
+        spec: spec of the whole weight.
+        slice_parts: maps parts of the base to those of the slice, as views; parts that it returns unchanged are shared with
+            the rest of the weight.
+        viewable: ``viewable(layout)`` is True if ``slice_parts`` can be applied to the parts in that layout.
+        read_only: why nothing can be written into the slice; None if it can.
     """
 
-    __slots__ = ("_base", "_base_version", "slice_parts", "spec")
+    __slots__ = ("_base", "_base_version", "read_only", "shared", "slice_parts", "spec", "viewable")
 
     def __init__(
-        self, base: WeightStorage, spec: WeightSpec, slice_parts: Callable[[Parts], dict[str, torch.Tensor]]
+        self,
+        base: WeightStorage,
+        spec: WeightSpec,
+        slice_parts: Callable[[Parts], dict[str, torch.Tensor]],
+        viewable: Callable[[Layout], bool],
+        read_only: str | None = None,
     ) -> None:
-        self._base, self.spec, self.slice_parts, self._base_version = weakref.ref(base), spec, slice_parts, base.version
-        super().__init__(slice_parts(base.stored(spec)))
+        self._base: WeightStorage | None = base
+        self.spec, self.slice_parts, self.viewable, self.read_only = spec, slice_parts, viewable, read_only
+        layout, parts = base.state
+        self._base_version = base.version
+        views, layout = self._slice(base)
+        self.shared = [name for name, part in views.items() if part is parts.get(name)]
+        super().__init__(views, layout)
+
+    def _slice(self, base: WeightStorage) -> tuple[dict[str, torch.Tensor], Layout]:
+        if self.viewable(base.layout):
+            return self.slice_parts(base.parts), base.layout
+        parts = self.slice_parts(base.stored(self.spec))
+        return {**parts, "qdata": parts["qdata"].clone()}, PLAIN  # the clone lets go of the whole unpacked copy
 
     @property
     def base(self) -> WeightStorage | None:
-        return self._base()
+        return self._base
 
     @property
     def state(self) -> tuple[Layout, dict[str, torch.Tensor]]:  # type: ignore[override]
-        base = self._base()
-        if base is not None and base.version != self._base_version:
-            self._base_version = base.version
-            self.set(self.slice_parts(base.stored(self.spec)))
+        base = self._base
+        if base is not None:
+            _ = base.state  # a slice itself, perhaps: it renews itself first
+            if base.version != self._base_version:
+                with LOCK:
+                    version = base.version
+                    views, layout = self._slice(base)
+                    _STATE.__set__(self, (layout, _owned(views, layout)))
+                    super().changed()
+                    self._base_version = version
         return _STATE.__get__(self)
 
     @state.setter
     def state(self, value: tuple[Layout, dict[str, torch.Tensor]]) -> None:
         _STATE.__set__(self, value)
 
+    def set(self, parts: Parts, layout: Layout = PLAIN, spec: WeightSpec | None = None) -> None:
+        """Other tensors make the slice a weight of its own."""
+        with LOCK:
+            self._base = None
+            super().set(parts, layout, spec)
+
     def write(self, spec: WeightSpec, source: Parts) -> None:
-        base = self._base()
+        base = self._base
         if base is None:
             super().write(spec, source)
             return
+        if self.read_only is not None:
+            raise NotImplementedError(self.read_only)
         with LOCK:
+            _, parts = self.state
+            for name in self.shared:
+                if not torch.equal(parts[name], source[name].to(parts[name])):
+                    raise ValueError(
+                        f"copy_ into a part of a quantized weight: its {name} is shared with the rest of the weight, and "
+                        f"the source has another one. Write the whole weight instead."
+                    )
+            if self.viewable(base.layout):
+                super().write(spec, source)
+                while base is not None:
+                    base.changed()
+                    base = base.base
+                return
             stored = dict(base.stored(self.spec))
             for name, part in self.slice_parts(stored).items():
                 part.copy_(source[name])

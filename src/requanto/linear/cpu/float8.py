@@ -32,6 +32,9 @@ class Float8Layout(Layout):
     name = "float8-64"
     rows_are_views = False
 
+    def accepts(self, spec: WeightSpec) -> bool:
+        return spec.qtype == qfloat8_e4m3fn and not spec.affine and spec.group_size is None
+
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         rows, length = spec.matrix_shape
         blocks, long, block = self.codes_shape_dtype(spec)[0]

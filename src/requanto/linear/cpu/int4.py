@@ -27,7 +27,7 @@ from requanto.linear.cpu.onednn_int8 import checked_index
 from requanto.linear.registry import Gemm
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.layout import Layout, Parts, register_layout
-from requanto.tensor.qtensor import QTensor
+from requanto.tensor.qtensor import QTensor, float_scale, float_shift
 from requanto.tensor.spec import WeightSpec
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ class Int4Layout(Layout):
         """N and K, padded."""
         rows, length = spec.matrix_shape
         return rows + -rows % self.block, _padded_length(length)
+
+    def accepts(self, spec: WeightSpec) -> bool:
+        return spec.qtype.bits in (2, 3, 4) and not spec.qtype.is_codebook
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         rows, length = spec.matrix_shape
@@ -177,23 +180,26 @@ class Scales:
     detected, because torch does not count them; assign ``weight.scale`` instead.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spec: WeightSpec, parts: Parts) -> None:
+        self._spec = spec
+        self._parts = {name: parts[name] for name in ("scale", "shift", "row_scale") if name in parts}
         self._pairs: dict[torch.dtype, torch.Tensor] = {}
         self._words: torch.Tensor | None = None
-        self._state: tuple[object, ...] = ()
+        self._state: list[tuple[int, int]] = []
 
     @classmethod
     def of(cls, weight: QTensor) -> Scales:
-        """The cached object of a weight, cleared if its scales have changed."""
-        derived = weight._storage.derived
+        """The cached object of a weight."""
+        derived = weight._storage.derived  # before the parts: a change in another thread replaces this dictionary
         found = derived.get("int4 scales")
         if found is None:
-            found = derived["int4 scales"] = cls()
-        parts = weight._storage.parts
-        state = _version_of(parts["scale"]), _version_of(parts.get("shift")), _version_of(parts.get("row_scale"))
-        if state != found._state:
-            found._pairs, found._words, found._state = {}, None, state
+            found = derived["int4 scales"] = cls(weight._spec, weight._storage.parts)
         return found
+
+    def _refresh(self) -> None:
+        state = [(part.data_ptr(), part._version) for part in self._parts.values()]
+        if state != self._state:
+            self._pairs, self._words, self._state = {}, None, state
 
     @property
     def nbytes(self) -> int:
@@ -201,53 +207,51 @@ class Scales:
         words = 0 if self._words is None else self._words.nbytes
         return words + sum(pairs.nbytes for pairs in list(self._pairs.values()))
 
-    def pairs(self, weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
+    def pairs(self, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
         """Scale and zero point, ``[groups, padded N, 2]``, with ``w = (code - 8) * scale + zero``."""
+        self._refresh()
         found, words = self._pairs.get(dtype), self._words
         if found is None and dtype == torch.bfloat16 and words is not None:
             blocks = words.view(len(codes.blocks), -1, codes.block)
             found = blocks.transpose(0, 1).reshape(blocks.shape[1], -1, 1).view(torch.bfloat16)
             self._pairs[dtype], self._words = found, None
         if found is None:
-            found = self._pairs[dtype] = _make_pairs(weight, codes, dtype)
+            found = self._pairs[dtype] = self._make_pairs(codes, dtype)
         return found
 
-    def words(self, weight: QTensor, codes: Packed) -> torch.Tensor:
+    def words(self, codes: Packed) -> torch.Tensor:
         """`pairs` in bfloat16 in the order of blocks, int32 ``[N / block * K / group, 1, 2, block / 2]``.
 
         The lower half of a word is the scale, the upper half the zero point. Compiled kernels read it (`cpu.aot.calls`),
         for many rows of x. Only the order used last is cached, and the other one is converted from it, once per prompt:
         caching both would take an eighth of the codes' bytes more.
         """
+        self._refresh()
         found = self._words
         if found is None:
-            pairs = self.pairs(weight, codes, torch.bfloat16).view(torch.int32)
+            pairs = self.pairs(codes, torch.bfloat16).view(torch.int32)
             blocks = pairs.view(len(pairs), -1, codes.block).transpose(0, 1).contiguous()
             found = self._words = blocks.view(-1, 1, 2, codes.block // 2)
             self._pairs.pop(torch.bfloat16, None)
         return found
 
-
-def _make_pairs(weight: QTensor, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
-    with without_ambient_state():
-        scale = weight.scale.float().reshape(codes.out_features, -1)
-        if weight.shift is None:
-            zero = torch.zeros_like(scale)
-        else:
-            shift = weight.shift.float().reshape(codes.out_features, -1)
-            zero = weight.qtype.zero_code * scale - shift
-            # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would lose it.
-            zero = torch.where(codes.flat, -shift, zero)
-            scale = scale.masked_fill(codes.flat, 0)
-        pad_columns, pad_rows = codes.groups - scale.shape[1], len(codes.codes) - codes.out_features
-        if pad_columns or pad_rows:
-            scale, zero = (torch.nn.functional.pad(part, (0, pad_columns, 0, pad_rows)) for part in (scale, zero))
-        return torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
-
-
-def _version_of(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Address of a tensor and its version counter: both are equal only if it has not changed."""
-    return None if tensor is None else (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+    def _make_pairs(self, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
+        with without_ambient_state():
+            scale = float_scale(self._spec, self._parts).float().reshape(codes.out_features, -1)
+            shift = float_shift(self._spec, self._parts)
+            if shift is None:
+                zero = torch.zeros_like(scale)
+            else:
+                shift = shift.float().reshape(codes.out_features, -1)
+                zero = self._spec.qtype.zero_code * scale - shift
+                # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would lose
+                # it.
+                zero = torch.where(codes.flat, -shift, zero)
+                scale = scale.masked_fill(codes.flat, 0)
+            pad_columns, pad_rows = codes.groups - scale.shape[1], len(codes.codes) - codes.out_features
+            if pad_columns or pad_rows:
+                scale, zero = (torch.nn.functional.pad(part, (0, pad_columns, 0, pad_rows)) for part in (scale, zero))
+            return torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
 
 
 @functools.cache
@@ -309,22 +313,21 @@ def run(
     """Computes ``x @ w.T + bias`` with torch's operator (fused dequantize), which is fast for few rows."""
     found = packed(weight)
     assert found is not None
-    return _gemm(found, x.dtype)(x, weight, bias)
+    return _gemm(found, Scales.of(weight), x.dtype)(x, weight, bias)
 
 
 def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """Plan of `run` for one shape of x; None for float16, which has to be converted to float32."""
     found = packed(weight)
-    return _gemm(found, dtype) if found is not None and dtype != torch.float16 else None
+    return _gemm(found, Scales.of(weight), dtype) if found is not None and dtype != torch.float16 else None
 
 
-def _gemm(found: Packed, dtype: torch.dtype) -> Gemm:
+def _gemm(found: Packed, scales: Scales, dtype: torch.dtype) -> Gemm:
     operator, codes = torch.ops.aten._weight_int4pack_mm_for_cpu.default, found.codes
     group, rows, length = found.group_size, found.out_features, found.length
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        pairs = Scales.of(weight).pairs(weight, found, dtype)
-        out = operator(x.reshape(-1, length).contiguous(), codes, group, pairs)
+        out = operator(x.reshape(-1, length).contiguous(), codes, group, scales.pairs(found, dtype))
         out = (out if out.shape[1] == rows else out[:, :rows].contiguous()).view(*x.shape[:-1], rows)
         return out if bias is None else out.add_(bias)
 

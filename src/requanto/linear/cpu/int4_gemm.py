@@ -34,7 +34,7 @@ _UPPER_NIBBLES = -0x0F0F0F0F0F0F0F10
 def run_large(x: torch.Tensor, weight: QTensor, packed: Packed) -> torch.Tensor:
     """Computes ``x @ w.T``, ``[rows, N]``, in x's dtype, float32 or bfloat16."""
     if cache.wanted(calls.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(packed):
-        return _compiled_gemm(packed, x.shape[0])(x, weight, None)
+        return _compiled_gemm(packed, Scales.of(weight), x.shape[0])(x, weight, None)
     x = (
         x
         if packed.length == packed.in_features
@@ -51,7 +51,9 @@ def run_large(x: torch.Tensor, weight: QTensor, packed: Packed) -> torch.Tensor:
 def run_large_transposed(x: torch.Tensor, weight: QTensor, packed: Packed) -> torch.Tensor:
     """Computes ``x @ w``, ``[rows, K]``, in x's dtype, float32 or bfloat16: the GEMM of the backward."""
     if cache.wanted(calls.NIBBLES) and x.dtype == torch.bfloat16 and _compilable(packed):
-        out = onednn_bf16.matmul_transposed(x, weight, packed.out_features, packed.length, _fill(packed))
+        out = onednn_bf16.matmul_transposed(
+            x, weight, packed.out_features, packed.length, _fill(packed, Scales.of(weight))
+        )
         return out if packed.length == packed.in_features else out[:, : packed.in_features].contiguous()
     pad_columns = packed.codes.shape[0] - packed.out_features
     x = torch.nn.functional.pad(x, (0, pad_columns)) if pad_columns else x
@@ -66,7 +68,7 @@ def run_large_transposed(x: torch.Tensor, weight: QTensor, packed: Packed) -> to
 def _dequantized(weight: QTensor, packed: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields slices of blocks and their dequantized weights ``[2, K, blocks * half]``, valid until the next iteration."""
     half, length = packed.block // 2, packed.length
-    scales = Scales.of(weight).pairs(weight, packed, dtype)
+    scales = Scales.of(weight).pairs(packed, dtype)
     column = length * packed.block * dtype.itemsize
     count = max(1, min(max(MIN_BLOCKS, BLOCK_BYTES // column), settings.workspace_bytes // 4 // column))
     for first in range(0, len(packed.blocks), count):
@@ -89,25 +91,25 @@ def _compilable(packed: Packed) -> bool:
 def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """Plan of `run_large` with a compiled kernel, for one shape of x; None if there is no such kernel."""
     found = int4.packed(weight)
-    return _compiled_gemm(found, rows) if found is not None and dtype == torch.bfloat16 and _compilable(found) else None
+    if found is None or dtype != torch.bfloat16 or not _compilable(found):
+        return None
+    return _compiled_gemm(found, Scales.of(weight), rows)
 
 
-def _fill(packed: Packed) -> Callable[[slice], onednn_bf16.Fill]:
+def _fill(packed: Packed, scales: Scales) -> Callable[[slice], onednn_bf16.Fill]:
     codes, groups = packed.blocks, packed.groups
 
     def fill(part: slice) -> onednn_bf16.Fill:
         if part == slice(0, len(codes)):
-            return calls.fill_nibbles(codes, groups, lambda weight: Scales.of(weight).words(weight, packed))
+            return calls.fill_nibbles(codes, groups, lambda weight: scales.words(packed))
         groups_of_part = slice(part.start * groups, part.stop * groups)
-        return calls.fill_nibbles(
-            codes[part], groups, lambda weight: Scales.of(weight).words(weight, packed)[groups_of_part]
-        )
+        return calls.fill_nibbles(codes[part], groups, lambda weight: scales.words(packed)[groups_of_part])
 
     return fill
 
 
-def _compiled_gemm(packed: Packed, rows: int) -> Gemm:
-    gemm = onednn_bf16.make_plan(packed.out_features, packed.length, rows, _fill(packed))
+def _compiled_gemm(packed: Packed, scales: Scales, rows: int) -> Gemm:
+    gemm = onednn_bf16.make_plan(packed.out_features, packed.length, rows, _fill(packed, scales))
     return onednn_bf16.with_padded_columns(gemm, packed.in_features, packed.length)
 
 

@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from requanto.dtypes.qtypes import qtype
+from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.activations import (
     coarse_rows,
     nan_rows,
@@ -34,7 +34,7 @@ from requanto.linear.cpu.onednn_bf16 import padded
 from requanto.linear.cpu.scales import row_scale
 from requanto.runtime.buffers import rows_that_fit
 from requanto.runtime.tracing import without_ambient_state
-from requanto.tensor.layout import Layout, Parts, register_layout
+from requanto.tensor.layout import LOCK, Layout, Parts, register_layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
@@ -61,6 +61,9 @@ class Int8Layout(Layout):
 
     name = "onednn-int8"
     rows_are_views = False
+
+    def accepts(self, spec: WeightSpec) -> bool:
+        return spec.qtype == qint8 and not spec.affine and spec.group_size is None
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         codes = parts["qdata"].reshape(spec.matrix_shape)
@@ -90,7 +93,7 @@ class Int8Layout(Layout):
         return found.contiguous().view(torch.int8).view(len(index), -1)[:, :length].contiguous()
 
     def clone(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
-        return {"qdata": bytes_of(opaque(parts["qdata"].clone(), *spec.matrix_shape))}
+        return {"qdata": parts["qdata"].clone()}  # oneDNN's tensor is made when a GEMM needs it: `qlinear_weight`
 
     def codes_shape_dtype(self, spec: WeightSpec) -> tuple[torch.Size, torch.dtype]:
         rows, length = (padded(size) for size in spec.matrix_shape)
@@ -144,9 +147,13 @@ def _nbytes(rows: int, length: int) -> int:
 _opaque: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()
 
 
+def _bytes_of_opaque(packed: torch.Tensor) -> int:
+    return int(torch.ops.mkldnn._nbytes(packed))
+
+
 def bytes_of(packed: torch.Tensor) -> torch.Tensor:
     """A uint8 tensor over the memory of oneDNN's tensor, which it keeps alive."""
-    address, size = torch.ops.mkldnn.data_ptr(packed), int(torch.ops.mkldnn._nbytes(packed))
+    address, size = torch.ops.mkldnn.data_ptr(packed), _bytes_of_opaque(packed)
     memory = (ctypes.c_char * size).from_address(address)
     memory.owner = packed
     _opaque[address] = packed
@@ -156,7 +163,7 @@ def bytes_of(packed: torch.Tensor) -> torch.Tensor:
 def opaque(codes: torch.Tensor, rows: int, length: int) -> torch.Tensor:
     """oneDNN's tensor for these bytes; with a copy of them if oneDNN did not allocate them (e.g. loaded from a file)."""
     found = _opaque.get(codes.data_ptr())
-    if found is not None:
+    if found is not None and tuple(found.shape) == (length, rows) and codes.numel() == _bytes_of_opaque(found):
         return found
     with without_ambient_state():
         packed = _prepacked(torch.zeros(rows, length, dtype=torch.int8, device="cpu"))
@@ -261,11 +268,19 @@ class QLinearWeight:
 
 def qlinear_weight(weight: QTensor) -> QLinearWeight:
     """The `QLinearWeight` of a weight in this layout, cached in its storage."""
-    storage = weight._storage
-    found = storage.derived.get("int8 gemm")
+    storage, (rows, length) = weight._storage, weight.matrix_shape
+    derived = storage.derived  # before the parts: a change in another thread replaces this dictionary
+    found = derived.get("int8 gemm")
     if found is None:
-        rows, length = weight.matrix_shape
-        found = storage.derived["int8 gemm"] = QLinearWeight(opaque(storage.parts["qdata"], rows, length), rows)
+        layout, parts = storage.state
+        packed = opaque(parts["qdata"], rows, length)
+        if torch.ops.mkldnn.data_ptr(packed) != parts["qdata"].data_ptr():
+            # The codes are a clone: its memory is replaced by that of oneDNN's tensor, so that they are stored once.
+            with LOCK:
+                if storage.state[1] is parts and storage.base is None:
+                    storage.set({**parts, "qdata": bytes_of(packed)}, layout, weight._spec)
+                    derived = storage.derived
+        found = derived["int8 gemm"] = QLinearWeight(packed, rows)
     return found
 
 
@@ -406,7 +421,7 @@ def _gemm_with_one_scale(
     """GEMM for x with a single scale: oneDNN applies the scale, adds the bias and rounds to x's dtype."""
     codes = quantize_with_scale(x, activation, step)
     return torch.ops.onednn.qlinear_pointwise(
-        codes, step, 128, packed.packed, scale, packed.zeros, None if bias is None else bias.float(),
+        codes, step, 128, packed.packed, scale, packed.zeros, None if bias is None else bias.float().contiguous(),
         1.0, 0, x.dtype, "none", [], "",
     )  # fmt: skip
 

@@ -52,9 +52,9 @@ def run_int8pack(
     if codes.data_ptr() % 64 or not codes.is_contiguous():
         codes = aligned(codes)
     x = aligned(x)
-    scale = weight.scale.reshape(-1)
+    scale = weight.scale.reshape(-1).contiguous()  # it reads the scale's memory, whatever its strides
     if x.dtype == torch.float32:
-        out = torch._weight_int8pack_mm(x, codes, scale.float())
+        out = torch._weight_int8pack_mm(x, codes, aligned(scale.float()))
     else:  # scaled afterwards: the operator would round the scale to x's dtype
         out = torch._weight_int8pack_mm(x, codes, torch.ones_like(scale, dtype=x.dtype)).float().mul_(scale).to(x.dtype)
     return out if bias is None else out.add_(bias)

@@ -26,6 +26,9 @@ class ExecLayout(Layout):
 
     name = "exec"
 
+    def accepts(self, spec: WeightSpec) -> bool:
+        return spec.qtype in rules.KINDS and spec.qtype.is_packed and len(spec.shape) - spec.axis == 2
+
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         from requanto_kernels import to_exec_layout
 
@@ -41,6 +44,9 @@ class ExecLayout(Layout):
 
     def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
         return self._unpacked(spec, torch.index_select(parts["qdata"].reshape(spec.matrix_shape[0], -1), 0, index))
+
+    def is_readable(self, codes: torch.Tensor) -> bool:
+        return not codes.numel() or codes.stride(-1) == 1 or codes.shape[-1] == 1
 
     def check_unpack(self, parts: Parts) -> None:
         if is_pinned(parts["qdata"]):

@@ -60,7 +60,9 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     from requanto_kernels import wq_gemm_dx, wq_gemm_grouped
 
     codes, layout = codes_of(weight)
-    bounds = F.pad(offsets.to(x.device), (1, 0))
+    # Kernels write the rows between two bounds: none may be beyond the result, nor before the one before it.
+    ends = offsets.to(x.device).clamp(0, x.shape[0]).cummax(0).values
+    bounds = F.pad(ends.to(offsets.dtype), (1, 0))
     out = x.new_zeros(x.shape[0], weight.shape[1])
     if not x.shape[0]:
         return out
