@@ -39,6 +39,7 @@ from requanto.dtypes.qtypes import (
     quint8,
 )
 from requanto.integrations.optimum_quanto.install import install_as_optimum_quanto
+from requanto.linear import functions as _functions  # noqa: F401  (registers QTensor's GEMMs)
 from requanto.linear.explain import explain
 from requanto.linear.prepack import prepare, unpack
 from requanto.model.calibrate import Calibration

@@ -106,7 +106,7 @@ def others():
     from requanto.scales import correction
     from requanto.scales.codebook import nearest_codes, values_of
     from requanto.scales.observers import MseObserver, PercentileObserver, absmax_scale
-    from requanto.tensor.rotation import rotate
+    from requanto.scales.rotation import rotate
 
     generator = torch.Generator("cpu").manual_seed(6)
     x = torch.randn(40, 64, generator=generator, dtype=torch.float32, device="cpu")

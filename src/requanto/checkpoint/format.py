@@ -15,7 +15,7 @@ The words after type and shape:
     activation=TYPE  inputs are quantized on the fly
     rank=R           low-rank term ``W_up``, ``W_down`` (e.g. a merged adapter): the weight is ``dequant(W) + up @ down``
     scales=B         ``W_scale`` and ``W_shift`` are codes of B bits, with ``W_row_scale`` (`requanto.scales.compact`)
-    rotation=B       rows were rotated in blocks of B before quantization (`requanto.tensor.rotation`)
+    rotation=B       rows were rotated in blocks of B before quantization (`requanto.scales.rotation`)
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from requanto.config.limit import Limit, parse_candidates
 from requanto.dtypes.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
+from requanto.scales.rotation import check_rotation
 from requanto.scales.search import check_method
-from requanto.tensor.rotation import check_rotation
 
 FORMAT = "requanto"
 #: newest checkpoint format version that can be read; a checkpoint that needs no feature of version 2 is written as version 1

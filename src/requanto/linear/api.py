@@ -17,9 +17,9 @@ from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
 from requanto.linear.registry import find_plan, remember_plan
 from requanto.runtime.tracing import in_functorch_transform, in_jit_trace, is_tracing, needs_gradient, runs_eagerly
+from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.rotation import rotate
 
 __all__ = ["cpu", "gpu", "linear", "packed_gemm", "reference", "times"]
 

@@ -17,7 +17,8 @@ import torch
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.registry import choose, problem_of
 from requanto.tensor.layout import PLAIN
-from requanto.tensor.qtensor import QTensor, operator_weight
+from requanto.tensor.qtensor import QTensor
+from requanto.tensor.rebuild import operator_weight
 from requanto.tensor.spec import swapped
 from requanto.tensor.storage import storage_of
 

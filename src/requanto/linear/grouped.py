@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from requanto.linear import custom_ops
+from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.rotation import rotate
 
 
 def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:

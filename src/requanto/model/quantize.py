@@ -35,9 +35,9 @@ from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
 from requanto.scales.optimizers import Optimizer, check_optimizer
+from requanto.scales.rotation import check_rotation
 from requanto.scales.search import CALIBRATED, SEARCHES, check_method
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.rotation import check_rotation
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -17,9 +17,9 @@ from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.scales.compact import check_scale_bits
+from requanto.scales.rotation import check_rotation
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.rotation import check_rotation
 from requanto.tensor.spec import WeightSpec
 
 _OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale")

@@ -28,8 +28,8 @@ from requanto.scales.compact import (
     round_scales,
     stored_length,
 )
+from requanto.scales.rotation import rotate
 from requanto.scales.search import ScaleSearch, find_search
-from requanto.tensor.rotation import rotate
 
 #: Weights quantized at once per torch thread, for up to four threads: the float32 temporaries (2 MB per thread, reused) then
 #: stay in the cores' caches. With fewer, operators on groups (a hundredth of the weights) would run on one thread only.
@@ -74,7 +74,7 @@ def quantize_weight_data(
         search: how scale and shift are chosen; a name (`requanto.scales.search`), a function, or None: the type's default.
         name: name of the weight in messages.
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
-        rotation: block in which the rows are rotated first (`requanto.tensor.rotation`).
+        rotation: block in which the rows are rotated first (`requanto.scales.rotation`).
         dtype: dtype of the stored scales of groups; None: that of ``weight``.
 
     Raises:

@@ -1,10 +1,10 @@
 """The operators on QTensor, in two registries: torch functions and aten operators.
 
-`functions.py` and `aliases.py` implement torch functions (GEMMs on codes; memory), `aten.py` aten operators (copies, moves,
-views). Other aten operators raise: a QTensor is never dequantized implicitly.
+`requanto.linear.functions` and `aliases.py` implement torch functions (GEMMs on codes; memory), `aten.py` aten operators
+(copies, moves, views). Other aten operators raise: a QTensor is never dequantized implicitly.
 """
 
-from requanto.tensor import aliases, aten, distributed, functions, merge  # noqa: F401  (register operators)
+from requanto.tensor import aliases, aten, distributed, merge, rebuild  # noqa: F401  (register operators)
 from requanto.tensor.dispatch import torch_dispatch, torch_function
 
 __all__ = ["torch_dispatch", "torch_function"]

@@ -14,7 +14,7 @@ shows the shape, dtype and device of that weight. A `WeightSpec` describes it (`
 
 ``W = dequant(qdata, scale, shift) + up @ down``. An adapter that is merged into a quantized weight becomes its low-rank
 term, since rounding the sum to few bits would lose most of the adapter (`requanto.tensor.lowrank`). With ``rotation`` the
-codes are those of rotated rows (`requanto.tensor.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
+codes are those of rotated rows (`requanto.scales.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
 
 ``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the other sizes.
 A ``transposed`` tensor shows its last two axes swapped; its stored tensors are the same. GPT-2's ``Conv1D``, with a weight
@@ -26,27 +26,26 @@ through one alias (``.data``, ``.detach()``, ``.t()``, an entry of a state dict)
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
-from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, runs_eagerly, without_autocast
+from requanto.dtypes.qtypes import qtype, resolve_qtype
+from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
-from requanto.scales.compact import check_scale_bits, expand_scale, expand_shift, pack_codes, unpack_codes
+from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank, corrected
+from requanto.scales.rotation import check_rotation, fit_rotation, rotate
 from requanto.scales.search import ScaleSearch
 from requanto.tensor import dispatch
 from requanto.tensor.layout import PLAIN, Layout, layout_named
-from requanto.tensor.rotation import check_rotation, fit_rotation, rotate
+from requanto.tensor.parts import WeightParts
 from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
-from requanto.tensor.storage import SlicedStorage, WeightStorage
+from requanto.tensor.storage import WeightStorage
 
 
-class QTensor(torch.Tensor):
+class QTensor(WeightParts, torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Args:
@@ -170,7 +169,7 @@ class QTensor(torch.Tensor):
                 function (`requanto.scales.search`); None: the type's default.
             scale_bits: 4 to 8: bits in which a group's scale and shift are stored (`scales.compact`); None or 16: as
                 floats. No effect on a weight with one scale per row, which stays float32.
-            rotation: True, ``"hadamard"`` or the largest block: quantize the rotated rows (`tensor.rotation`).
+            rotation: True, ``"hadamard"`` or the largest block: quantize the rotated rows (`scales.rotation`).
             low_rank: rank of a low-rank term that corrects rounding errors (`scales.correction`).
             name: name of the weight in messages.
 
@@ -225,306 +224,6 @@ class QTensor(torch.Tensor):
             return cls._of(spec, {part: tensor for part, tensor in parts.items() if tensor is not None})
 
         return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
-
-    # ------------------------------------------------------------------ fields of the spec
-
-    @property
-    def qtype(self) -> qtype:
-        """Type of the codes."""
-        return self._spec.qtype
-
-    @property
-    def axis(self) -> int:
-        """Last of the leading axes that have separate scales."""
-        return self._spec.axis
-
-    @property
-    def group_size(self) -> int | None:
-        """Number of weights that share a scale; None: one scale per row."""
-        return self._spec.group_size
-
-    @property
-    def affine(self) -> bool:
-        """True if the weight has a shift."""
-        return self._spec.affine
-
-    @property
-    def transposed(self) -> bool:
-        """True if the tensor shows the last two axes swapped."""
-        return self._spec.transposed
-
-    @property
-    def scale_bits(self) -> int | None:
-        """Bits in which scales and shifts are stored; None: they are floats."""
-        return self._spec.scale_bits
-
-    @property
-    def rotation(self) -> int | None:
-        """Size of the blocks in which rows were rotated before rounding; None: no rotation."""
-        return self._spec.rotation
-
-    @property
-    def activation(self) -> qtype | None:
-        """Type to which the inputs of a GEMM are quantized, per token; None: they stay float."""
-        return self._spec.activation
-
-    @activation.setter
-    def activation(self, value: str | qtype | None) -> None:
-        self._spec = self._spec.replace(activation=None if value is None else resolve_qtype(value))
-
-    @property
-    def canonical_shape(self) -> torch.Size:
-        """The stored shape: that of the tensor, with the last two axes swapped back if ``transposed``."""
-        return self._spec.shape
-
-    @property
-    def lead(self) -> torch.Size:
-        """Sizes of the leading axes that have separate scales."""
-        return self._spec.lead
-
-    @property
-    def row_length(self) -> int:
-        """K: number of weights in a row."""
-        return self._spec.row_length
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """N and K of the stored codes as a matrix."""
-        return self._spec.matrix_shape
-
-    @property
-    def groups(self) -> int:
-        """Number of scales per row."""
-        return self._spec.groups
-
-    def spec(self) -> dict[str, Any]:
-        """A JSON description of the weight, without the tensors."""
-        spec = self._spec
-        return {
-            "qtype": spec.qtype.name,
-            "shape": list(spec.seen_shape),
-            "axis": spec.axis,
-            "group_size": spec.group_size,
-            "affine": spec.affine,
-            "transposed": spec.transposed,
-            "activation": None if spec.activation is None else spec.activation.name,
-            "rank": self.rank,
-            "scale_bits": spec.scale_bits,
-            "rotation": spec.rotation,
-        }
-
-    # ------------------------------------------------------------------ layout
-
-    @property
-    def layout_name(self) -> str:
-        """Name of the layout of the codes: ``"plain"``, as in checkpoints, or that of a kernel."""
-        return self._storage.layout.name
-
-    @property
-    def is_packed(self) -> bool:
-        """True if the weight is prepacked: its codes are in a kernel's layout."""
-        return self._storage.layout is not PLAIN
-
-    def pack(self, layout: Layout) -> None:
-        """Converts the codes to a layout, for this weight and all its aliases; `requanto.prepare` selects one."""
-        self._storage.pack(self._spec, layout)
-
-    def unpack(self) -> None:
-        """Converts the codes to the plain layout, for this weight and all its aliases."""
-        self._storage.unpack(self._spec)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory, including copies of scales for a kernel."""
-        return self._storage.nbytes
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight in memory, including scales and shifts."""
-        return self.nbytes * 8 / max(1, self.shape.numel())
-
-    # ------------------------------------------------------------------ parts
-
-    @property
-    def qdata(self) -> torch.Tensor:
-        """The codes in the plain layout; of a prepacked weight a copy, as inference tensor, so in-place changes raise."""
-        layout, parts = self._storage.state
-        if layout is PLAIN:
-            # A new tensor over the same memory: while a caller holds it, the weight is not prepacked.
-            return parts["qdata"].detach()
-        if not runs_eagerly():
-            return self.inner_tensors()["qdata"]
-        with torch.inference_mode():
-            return layout.unpack(self._spec, parts)
-
-    @qdata.setter
-    def qdata(self, value: torch.Tensor) -> None:
-        self.set_inner({**self.inner_tensors(), "qdata": value})
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """Float scales ``[*lead, G]``; with ``scale_bits`` computed from their codes, and not to be changed in place."""
-        parts = self._storage.parts
-        if self._spec.scale_bits is None:
-            return parts["scale"]
-        with _read_only():
-            return float_scale(self._spec, parts)
-
-    @scale.setter
-    def scale(self, value: torch.Tensor) -> None:
-        self._set_float("scale", value)
-
-    @property
-    def shift(self) -> torch.Tensor | None:
-        """Float shifts ``[*lead, G]``, or None; with ``scale_bits`` as `scale`."""
-        parts = self._storage.parts
-        if self._spec.scale_bits is None or "shift" not in parts:
-            return parts.get("shift")
-        with _read_only():
-            return float_shift(self._spec, parts)
-
-    @shift.setter
-    def shift(self, value: torch.Tensor) -> None:
-        self._set_float("shift", value)
-
-    def _set_float(self, name: str, value: torch.Tensor) -> None:
-        if self.scale_bits is not None:
-            raise AttributeError(
-                f"a {name} that is stored in {self.scale_bits} bits cannot be set; set the stored parts with set_inner()"
-            )
-        layout, parts = self._storage.state
-        parts = {**parts, name: value}
-        layout.check(self._spec, parts)
-        self._storage.set(parts, layout)
-
-    @property
-    def row_scale(self) -> torch.Tensor | None:
-        """One scale per row for weights with ``scale_bits``, else None."""
-        return self._storage.parts.get("row_scale")
-
-    @property
-    def codebook(self) -> torch.Tensor | None:
-        """Value of each code for learned types, else None."""
-        return self._storage.parts.get("codebook")
-
-    def inner_tensors(self) -> dict[str, torch.Tensor]:
-        """The parts in the plain layout, by name; the codes of a prepacked weight are a copy."""
-        layout, parts = self._storage.state
-        if layout is PLAIN:
-            codes = parts["qdata"].detach()  # its holder is counted: see `requanto.linear.prepack.shared`
-            codes = codes if codes.shape == self._spec.codes_shape else codes.view(self._spec.codes_shape)
-            return {**parts, "qdata": codes}
-        if is_tracing():
-            others = {name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}
-            return {"qdata": self._traced_codes(), **others}
-        return self._storage.stored(self._spec)
-
-    def _traced_codes(self) -> torch.Tensor:
-        layout, parts = self._storage.state
-        named = [parts[name] for name in layout.names(self._spec)]
-        words = f"{self._spec.words} layout={layout.name}"
-        return torch.ops.requanto.stored_codes(named, words, list(self._spec.shape))  # type: ignore[no-any-return]
-
-    def set_inner(self, inner: Mapping[str, torch.Tensor | None]) -> None:
-        """Replaces all parts of the weight, for all its aliases.
-
-        Args:
-            inner: parts in the plain layout.
-
-        Raises:
-            ValueError: they do not fit this weight's spec.
-        """
-        parts = {name: part for name, part in inner.items() if part is not None}
-        PLAIN.check(self._spec, parts)
-        self._storage.set(parts)
-
-    def with_inner(self, inner: Mapping[str, torch.Tensor | None], **changes: Any) -> QTensor:
-        """A new weight of the same spec with other parts.
-
-        Args:
-            inner: all parts, in the plain layout.
-            changes: fields of the spec to change; ``shape`` is the one that the tensor shows.
-        """
-        transposed = changes.get("transposed", self._spec.transposed)
-        if "shape" in changes:
-            changes["shape"] = swapped(changes["shape"]) if transposed else torch.Size(changes["shape"])
-        parts = {name: part for name, part in inner.items() if part is not None}
-        spec = self._spec.replace(**changes, affine="shift" in parts)
-        return type(self)._of(spec, parts)
-
-    def view_of_storage(self, **changes: Any) -> QTensor:
-        """A view of this weight's storage, which sees its changes and the other way round.
-
-        Args:
-            changes: fields of the spec to change: dtype, activation, shape, axis or transposed; the last three only if the
-                stored rows stay the same.
-        """
-        spec = self._spec.replace(**changes) if changes else self._spec
-        return type(self)._over(spec, self._storage)
-
-    def as_matrix(self) -> QTensor:
-        """The weight as its stored matrix ``[N, K]``, a view of the same storage."""
-        if len(self._spec.shape) == 2 and not self._spec.transposed:
-            return self
-        return self.view_of_storage(shape=torch.Size(self._spec.matrix_shape), axis=0, transposed=False)
-
-    def shared_along(self, axis: int) -> frozenset[str]:
-        """Names of the parts that do not have the stored ``axis``: slices along it share them."""
-        return frozenset(("codebook", "down") if axis == self.axis else ("codebook",))
-
-    def scale_codes(self) -> dict[str, torch.Tensor]:
-        """The stored scale and shift ``[*lead, G]``; with ``scale_bits`` as unpacked codes, one per byte."""
-        parts, bits = self._storage.parts, self._spec.scale_bits
-        stored = {name: parts[name] for name in ("scale", "shift") if name in parts}
-        if bits is None:
-            return stored
-        return {name: unpack_codes(part, bits, self._spec.groups) for name, part in stored.items()}
-
-    def scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The stored scale and shift after ``change``, which gets them (or their unpacked codes) as ``[*lead, G]``."""
-        bits, codes = self.scale_bits, self.scale_codes()
-        if bits is None:
-            return {name: change(part) for name, part in codes.items()}
-        return {name: pack_codes(change(part).contiguous(), bits) for name, part in codes.items()}
-
-    # ------------------------------------------------------------------ the low-rank term
-
-    @property
-    def up(self) -> torch.Tensor | None:
-        """``[*lead, r]``, the left factor of the low-rank term, or None."""
-        return self._storage.parts.get("up")
-
-    @property
-    def down(self) -> torch.Tensor | None:
-        """``[*lead[:-1], r, K]``, the right factor of the low-rank term, or None."""
-        return self._storage.parts.get("down")
-
-    @property
-    def rank(self) -> int:
-        """Rank of the low-rank term, 0 without one."""
-        up = self.up
-        return 0 if up is None else up.shape[-1]
-
-    def set_lowrank(self, up: torch.Tensor | None, down: torch.Tensor | None) -> None:
-        """Replaces the low-rank term, in place, for all aliases and all modules that share the weight.
-
-        Raises:
-            ValueError: one of the two is missing, or their shapes do not fit the weight.
-        """
-        if up is not None or down is not None:
-            self._spec.check_low_rank(up, down)
-        layout, parts = self._storage.state
-        self._storage.set({**parts, "up": up, "down": down}, layout)  # type: ignore[dict-item]
-
-    def without_lowrank(self) -> QTensor:
-        """The weight without its low-rank term."""
-        if not self.rank:
-            return self
-
-        def without(parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            return {name: part for name, part in parts.items() if name not in ("up", "down")}
-
-        return type(self)._over(self._spec, SlicedStorage(self._storage, self._spec, without, lambda layout: True))
 
     # ------------------------------------------------------------------ dequantization
 
@@ -610,6 +309,8 @@ class QTensor(torch.Tensor):
         if self.qtype.is_floating_point:  # pickle does not support float8 (only torch.save does): pickle the bytes
             parts["qdata"] = parts["qdata"].view(torch.uint8)
         is_parameter = bool(getattr(self, "_is_param", False))
+        from requanto.tensor.rebuild import _rebuild
+
         return _rebuild, (self._spec.words, tuple(self._spec.shape), self.dtype, parts, is_parameter)
 
     def __copy__(self) -> QTensor:
@@ -638,38 +339,6 @@ class QTensor(torch.Tensor):
         return dispatch.torch_dispatch(func, types, args, kwargs or {})
 
 
-def float_scale(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Float scales ``[*lead, G]`` from a weight's parts."""
-    if spec.scale_bits is None:
-        return parts["scale"]
-    return expand_scale(unpack_codes(parts["scale"], spec.scale_bits, spec.groups), parts["row_scale"])
-
-
-def float_shift(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Float shifts ``[*lead, G]`` from a weight's parts; None if it is symmetric."""
-    bits, shift = spec.scale_bits, parts.get("shift")
-    if bits is None or shift is None:
-        return shift
-    return expand_shift(unpack_codes(shift, bits, spec.groups), float_scale(spec, parts), spec.qtype, bits)
-
-
-def _read_only() -> contextlib.AbstractContextManager:
-    """For values computed from a weight's parts: torch refuses to change inference tensors in place, which would have no
-    effect on the weight."""
-    return torch.inference_mode() if runs_eagerly() else contextlib.nullcontext()
-
-
-def _part(name: str) -> property:
-    return property(
-        lambda self: self._storage.parts.get(name), doc=f"The part {name!r} in the current layout, or None."
-    )
-
-
-# The attributes that `__tensor_flatten__` names: the parts in the current layout.
-for _name in (*PART_NAMES, "flat"):
-    setattr(QTensor, f"_{_name}", _part(_name))
-
-
 def scaled_values(
     values: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Tensor | None, length: int
 ) -> torch.Tensor:
@@ -694,95 +363,3 @@ NO_GRADIENT = (
     "a quantized weight cannot require a gradient: its codes are integers. Train an adapter on top of it (LoRA), or "
     "train before freezing with requanto.quantize(model, ...) and requanto.freeze(model)."
 )
-
-
-@torch.library.custom_op("requanto::stored_codes", mutates_args=())
-def _stored_codes(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
-    """The plain codes of a prepacked weight, as an operator for traced graphs."""
-    spec, layout, named = operator_weight(parts, words, shape, torch.float32)
-    layout.check(spec, named)
-    codes = layout.unpack(spec, named).view(spec.codes_shape)
-    return codes.clone() if layout is PLAIN else codes
-
-
-@_stored_codes.register_fake
-def _(parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
-    spec = WeightSpec.from_words(words.partition(" layout=")[0], shape, torch.float32)
-    return parts[0].new_empty(spec.codes_shape, dtype=spec.qtype.storage_dtype)
-
-
-def operator_weight(
-    parts: list[torch.Tensor], words: str, shape: Any, dtype: torch.dtype
-) -> tuple[WeightSpec, Layout, dict[str, torch.Tensor]]:
-    """Spec, layout and parts by name from the arguments of a custom operator; not checked yet.
-
-    Args:
-        parts: in the order of `Layout.names`.
-        words: `WeightSpec.words`, followed by ``layout=NAME``.
-        shape: the stored shape.
-        dtype: dtype that the weight shows.
-
-    Raises:
-        ValueError: the number of parts does not fit the spec.
-    """
-    plain, _, name = words.partition(" layout=")
-    spec, layout = WeightSpec.from_words(plain, shape, dtype), layout_named(name or PLAIN.name)
-    names = layout.names(spec)
-    if len(names) != len(parts):
-        raise ValueError(f"{spec.text()}: found {len(parts)} tensors, expected {', '.join(names)}")
-    return spec, layout, dict(zip(names, parts))
-
-
-def _rebuild(
-    words: str, shape: tuple[int, ...], dtype: torch.dtype, parts: dict[str, torch.Tensor], is_parameter: bool
-) -> QTensor:
-    """Unpickles a QTensor. Its device is that of the codes, so ``map_location`` works."""
-    spec = WeightSpec.from_words(words, shape, dtype)
-    codes = parts["qdata"]
-    tensor = QTensor._of(spec, {**parts, "qdata": codes.view(spec.qtype.storage_dtype)})
-    if is_parameter:
-        tensor._is_param = True
-    return tensor
-
-
-def _rebuild_qtensor(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    axis: int,
-    group_size: int | None,
-    transposed: bool,
-    is_param: bool,
-    activation: str | None = None,
-    up: torch.Tensor | None = None,
-    down: torch.Tensor | None = None,
-    later: dict[str, Any] | None = None,
-) -> QTensor:
-    """Unpickles a QTensor that was written by version 0.1 before November 2026."""
-    tensor = QTensor(
-        qdata.view(qtypes[name].storage_dtype),
-        scale,
-        shift,
-        qtype=qtypes[name],
-        shape=shape,
-        dtype=dtype,
-        axis=axis,
-        group_size=group_size,
-        transposed=transposed,
-        activation=None if activation is None else qtypes[activation],
-        up=up,
-        down=down,
-        **(later or {}),
-    )
-    if is_param:
-        tensor._is_param = True
-    return tensor
-
-
-# Pickles refer to these functions by module and name, so the module name must not change when files move.
-_rebuild.__module__ = _rebuild_qtensor.__module__ = "requanto.qtensor"
-# torch.load(weights_only=True) only calls registered functions; these build tensors and have no side effects.
-torch.serialization.add_safe_globals([_rebuild, _rebuild_qtensor, (QTensor, "requanto.qtensor.QTensor"), QTensor])

@@ -20,7 +20,7 @@ import torch
 from requanto.dtypes.bit_packing import packed_length
 from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales.compact import check_scale_bits, stored_length
-from requanto.tensor.rotation import check_rotation
+from requanto.scales.rotation import check_rotation
 
 #: Possible dtypes of scales and low-rank factors.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -27,7 +27,8 @@ from requanto.linear.cpu.onednn_int8 import checked_index
 from requanto.linear.registry import Gemm
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.layout import Layout, Parts, register_layout
-from requanto.tensor.qtensor import QTensor, float_scale, float_shift
+from requanto.tensor.parts import float_scale, float_shift
+from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
 logger = logging.getLogger(__name__)

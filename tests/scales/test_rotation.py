@@ -14,7 +14,7 @@ from requanto.checkpoint import flatten, rebuild, spec_text
 from requanto.config.config import format_version_of
 from requanto.dtypes.qtypes import qint8
 from requanto.linear import linear
-from requanto.tensor.rotation import fit_rotation, rotate
+from requanto.scales.rotation import fit_rotation, rotate
 from requanto.tensor.sharding import join_weights, slice_weight
 
 KINDS = ["int4", "int2", "int8", "float8", "nf4", "codebook3"]

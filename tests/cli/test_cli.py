@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
-sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
+sys.path.append(str(Path(__file__).parents[2] / "integration_tests"))
 
 from tiny_models import TINY, output, save_tiny, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from torch import nn
 from requanto import QTensor, QuantoConfig, qtypes
 
 KINDS = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
-NUMBERS = [*KINDS, "int3", "int6"]  # codes that are numbers; tests/test_types.py has the values of the others
+NUMBERS = [*KINDS, "int3", "int6"]  # codes that are numbers; tests/dtypes/test_types.py has the values of the others
 KINDS = [*NUMBERS, "uint8", "nf4", "fp6_e2m3", "codebook3"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -21,7 +21,7 @@ from requanto.report.compare_images import as_arrays, psnr
 from requanto.report.lockstep import Lockstep
 
 pytest.importorskip("transformers")
-sys.path.append(str(Path(__file__).parents[1] / "integration_tests"))
+sys.path.append(str(Path(__file__).parents[2] / "integration_tests"))
 
 from tiny_models import TINY, save_tiny, tiny_tokenizer
 
