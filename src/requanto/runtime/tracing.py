@@ -28,9 +28,9 @@ def runs_eagerly() -> bool:
     """
     return (
         not is_tracing()  # first: Dynamo then traces nothing else of this function
-        and not in_functorch_transform()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not in_jit_trace()
+        and torch._C._functorch.peek_interpreter_stack() is None  # `in_functorch_transform` and `in_jit_trace`, without
+        and torch._C._len_torch_dispatch_stack() == 0  # the calls: this runs before every GEMM
+        and torch._C._get_tracing_state() is None
     )
 
 

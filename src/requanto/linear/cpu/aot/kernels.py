@@ -79,12 +79,14 @@ def _row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -
 def _int8_row_times_int8(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     wide = x.float()
     x_scale = wide.abs().amax().clamp_min(TINY) / 127
+    x_scale = x_scale + 0 * x_scale  # NaN for an infinite one, and so is the result
     return _row_times_int8((wide * x_scale.reciprocal()).round(), codes, scale) * x_scale
 
 
 def _rows_to_int8(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
     wide = x.float()
     x_scale = wide.abs().amax(1, keepdim=True).clamp_min(TINY) / 127
+    x_scale = x_scale + 0 * x_scale  # NaN for an infinite one, and so is the row of the result
     # round() is separate from + 128. Rounding with a large constant would be fused with the multiplication, which gives
     # other codes than eager operators.
     codes.copy_(((wide * x_scale.reciprocal()).round() + 128).to(torch.uint8))
