@@ -34,8 +34,10 @@ def _new_zeros(func: Any, args: tuple, kwargs: dict) -> QTensor:
     def room(inner: torch.Tensor) -> torch.Tensor:
         return func(inner, [size[0], *inner.shape[1:]], **kwargs)
 
+    # Parts that do not grow with the rows are those of the weight: FSDP2 copies shards of it into slices of this one.
     shared = tensor.shared_along(0)
-    whole = {n: func(t, list(t.shape), **kwargs) for n, t in tensor.inner_tensors().items() if n in shared}
+    device = kwargs.get("device", tensor.device)
+    whole = {n: t.to(device, copy=True) for n, t in tensor.inner_tensors().items() if n in shared}
     grown = {n: room(t) for n, t in tensor.inner_tensors().items() if n not in shared}
     return tensor.with_inner(whole | grown, shape=size, dtype=dtype)
 
