@@ -62,8 +62,10 @@ def worker(models: bool) -> None:
 
             loaded.clear()
             name, _, activation = kind.partition(" x ")
-            config = requanto.QuantoConfig(weights=name, activations=activation or None)
-            options = {} if kind == "bf16" else {"quantization_config": config}
+            options: dict[str, Any] = {}
+            if kind != "bf16":
+                config = requanto.QuantoConfig(weights=name, activations=activation or None)
+                options["quantization_config"] = config
             loaded[kind] = transformers.AutoModelForCausalLM.from_pretrained(
                 smollm2_dir(), dtype=torch.bfloat16, device_map="cpu", **options
             ).eval()
@@ -174,6 +176,7 @@ def main() -> None:
 
     children = {"before": Child(options.before.resolve()), "now": Child(HERE.parent)}
     rows: list[dict[str, Any]] = []
+    commits = {"before": commit(options.before), "now": commit(HERE.parent)}
     for cell in cells(options.models, options.only):
         taken = [
             {name: child.ask(cell, options.seconds) for name, child in children.items()} for _ in range(options.rounds)
@@ -187,8 +190,7 @@ def main() -> None:
         }
         rows.append(row)
         print(f"{row['cell']:44s} {row['ratio']:6.3f}  best {row['best_ratio']:6.3f}  {row['ms']:9.3f} ms", flush=True)
-    commits = {"before": commit(options.before), "now": commit(HERE.parent)}
-    write(RESULTS / f"{options.name}.json", {"commits": commits, "rows": rows})
+        write(RESULTS / f"{options.name}.json", {"commits": commits, "rows": rows})
     slower = [row for row in rows if row["ratio"] < 0.97 and row["best_ratio"] < 0.97]
     print(f"{len(slower)} of {len(rows)} cells are slower by more than 3 % both by median and by the best call")
     for row in slower:

@@ -815,7 +815,9 @@ def in_child(function) -> int:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(20)
-            torch.set_num_threads(1)  # OpenMP's threads are not there after a fork; kernels of torch itself would wait too
+            torch.set_num_threads(
+                1
+            )  # OpenMP's threads are not there after a fork; kernels of torch itself would wait too
             status = 0 if function() else 2
         finally:
             os._exit(status)

@@ -19,8 +19,6 @@ from tqdm import tqdm
 from requanto.config.plan import PlannedWeight
 from requanto.methods.block import Block, Carried
 from requanto.methods.chains import Chain, find_lists
-from requanto.methods.gptq import Rounded
-from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer, find_layers
 from requanto.methods.method import Method
 from requanto.methods.moments import InputHooks, Moments
@@ -88,7 +86,6 @@ class _Engine:
         self.resume, self.progress = resume, progress
         self.bar: Any = None
         #: (grid, start, float weight) of the layers that the method will tune
-        self.kept: dict[Layer, tuple[Grid, Rounded, torch.Tensor]] = {}
 
     def run(self) -> None:
         holding = {module for layer in self.layers for module in layer.modules}

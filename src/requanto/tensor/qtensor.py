@@ -277,7 +277,7 @@ class QTensor(WeightParts, torch.Tensor):
         packed = f", packed for {self.layout_name}" if self.is_packed else ""
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}{packed}, "
-            f"{f'rank {self.rank} beside, ' if self.rank else ''}device={self.device}, "
+            f"{f'low-rank term of rank {self.rank}, ' if self.rank else ''}device={self.device}, "
             f"{self.bits_per_weight:.2f} bits a weight)"
         )
 

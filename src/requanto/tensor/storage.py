@@ -172,8 +172,8 @@ def _owned(parts: Parts, layout: Layout) -> dict[str, torch.Tensor]:
     owned["qdata"] = owned["qdata"].detach()
     if layout is not PLAIN and runs_eagerly() and any(part.is_inference() for part in owned.values()):
         with outside_tracing():
-            beside = {n: p.clone() for n, p in owned.items() if n not in ("qdata", *layout.extra) and p.is_inference()}
-        owned |= beside
+            copies = {n: p.clone() for n, p in owned.items() if n not in ("qdata", *layout.extra) and p.is_inference()}
+        owned |= copies
     return owned
 
 
