@@ -216,6 +216,8 @@ def _codes_gemm(
     ):
         # torch.func, torch.jit.trace and fake tensors support only regular torch operators.
         out = reference.run(rows, weight, bias, activation, input_scale)
+    elif needs_grad and not tracing and runs_eagerly():
+        out = custom_ops.EagerLinear.apply(rows, bias, weight, activation, input_scale)
     elif needs_grad or tracing:
         # The reshapes stay outside the operator: if its result were a view, autograd would forbid in-place changes to it.
         out = torch.ops.requanto.linear(rows, bias, *custom_ops.arguments(weight, activation), input_scale)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.registry import choose, problem_of
@@ -20,7 +21,7 @@ from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.rebuild import operator_weight
 from requanto.tensor.spec import swapped
-from requanto.tensor.storage import storage_of
+from requanto.tensor.storage import WeightStorage, storage_of
 
 
 def run(
@@ -36,6 +37,39 @@ def run(
         return out if bias is None else out.add_(bias)
     found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
     return found.implementation.run(x, weight, bias, activation, input_scale)
+
+
+class EagerLinear(torch.autograd.Function):
+    """`run` with a gradient for x and bias, outside of graphs: it costs half of what the operator costs there."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: QTensor,
+        activation: qtype | None,
+        input_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.spec, (ctx.layout, parts) = weight._spec, weight._storage.state
+        ctx.names = ctx.layout.names(ctx.spec)
+        ctx.save_for_backward(*(parts[name] for name in ctx.names))  # autograd raises if they are overwritten meanwhile
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out = run(x, weight, bias, activation, input_scale)
+        return out if out._base is None else out.clone()  # autograd forbids in-place changes of a view made here
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            parts = dict(zip(ctx.names, ctx.saved_tensors))
+            spec = ctx.spec.replace(transposed=not ctx.spec.transposed, activation=None)
+            found = storage_of(parts, ctx.layout, spec) if ctx.layout is not PLAIN else None
+            grad_x = run(grad, QTensor._over(spec, found or WeightStorage(parts, ctx.layout)), None)
+        if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None, None
 
 
 def arguments(weight: QTensor, activation: qtype | None = None) -> tuple[list[torch.Tensor], str, list[int]]:
