@@ -348,3 +348,45 @@ def test_writes_while_other_threads_pack_and_multiply(kind):
         thread.join()
     assert "a write was lost" not in wrong
     assert gemm_error(made, made.weight.dequantize(torch.float32)) < 1e-2
+
+
+# ------------------------------------------------------------------ training outside of graphs
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_gradients(kind, packed):
+    """A gradient penalty: the first gradient is built with create_graph=True and differentiated again."""
+    made = module(kind, packed)
+    dense = made.weight.dequantize().double()
+    x = torch.randn(4, 256)
+    found = []
+    for values, weight in ((x.clone(), made.weight), (x.double(), dense)):
+        values.requires_grad_()
+        loss = F.linear(values, weight).pow(2).sum()
+        (slope,) = torch.autograd.grad(loss, values, create_graph=True)
+        slope.pow(2).sum().backward()
+        found.append(values.grad)
+    assert error(*found) < 2e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_written_between_the_forward_and_the_backward_pass_is_noticed(kind):
+    made = module(kind, packed=False)
+    x = torch.randn(4, 256, requires_grad=True)
+    out = F.linear(x, made.weight)
+    with torch.no_grad():
+        made.weight.copy_(quantized(kind, seed=1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_packed_between_the_forward_and_the_backward_pass(kind):
+    made = module(kind, packed=False)
+    want = torch.ones(4, 320, dtype=torch.double) @ made.weight.dequantize().double()
+    x = torch.randn(4, 256, requires_grad=True)
+    out = F.linear(x, made.weight)
+    prepare(made, smallest=0)
+    out.sum().backward()
+    assert error(x.grad, want) < 2e-2

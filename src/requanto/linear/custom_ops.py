@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.registry import choose, problem_of
@@ -59,14 +58,17 @@ class EagerLinear(torch.autograd.Function):
         return out if out._base is None else out.clone()  # autograd forbids in-place changes of a view made here
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             parts = dict(zip(ctx.names, ctx.saved_tensors))
             spec = ctx.spec.replace(transposed=not ctx.spec.transposed, activation=None)
             found = storage_of(parts, ctx.layout, spec) if ctx.layout is not PLAIN else None
-            grad_x = run(grad, QTensor._over(spec, found or WeightStorage(parts, ctx.layout)), None)
+            weight = QTensor._over(spec, found or WeightStorage(parts, ctx.layout))
+            if torch.is_grad_enabled():  # create_graph=True: a gradient penalty differentiates this product too
+                grad_x = EagerLinear.apply(grad, None, weight, None, None)
+            else:
+                grad_x = run(grad, weight, None)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None
