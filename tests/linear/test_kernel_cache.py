@@ -614,8 +614,9 @@ def test_no_compiler_and_a_damaged_file(monkeypatch, caplog):
 
 
 MAKES = """
-import os, sys, threading
+import os, signal, sys, threading
 from requanto.linear.cpu.aot import cache, calls
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that SIGINT is ignored
 def make():
     try:
         cache.load({"stored-int8": calls.SOURCES["stored-int8"]})
