@@ -1,8 +1,8 @@
 """`linear` and `times`: they check arguments, pick an implementation and support gradients and torch.compile.
 
 A call runs the plan that the weight has cached for x's shape (`requanto.linear.registry.find_plan`), else the implementation
-that the registry selects. Under torch.compile, and when a gradient is needed, the GEMM is one custom operator
-(`requanto.linear.custom_ops`).
+that the registry selects. Under torch.compile the GEMM is one custom operator, and with a gradient one
+`autograd.Function` (both in `requanto.linear.custom_ops`).
 """
 
 from __future__ import annotations

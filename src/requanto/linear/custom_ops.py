@@ -1,9 +1,10 @@
-"""Custom operators for autograd and torch.compile: a GEMM with a quantized weight is one node on the weight's tensors.
+"""The GEMM for autograd and torch.compile: `EagerLinear` outside of graphs, custom operators in them.
 
-All of them take the weight as ``parts``, its tensors in the order of `Layout.names`; ``words``, its description
-(`WeightSpec.words` and the layout's name); and ``shape``, its stored shape. So one graph serves all layers of a shape, and a
-new property of weights changes no signature. The low-rank term is not part of the operators, because its factors may be
-trained. No argument has a default, because autograd leaves out arguments that have their default value.
+Each operator is one node of a graph. It takes the weight as ``parts``, its tensors in the order of `Layout.names`;
+``words``, its description (`WeightSpec.words` and the layout's name); and ``shape``, its stored shape. So one graph serves
+all layers of a shape, and a new property of weights changes no signature. The low-rank term is not part of the operators,
+because its factors may be trained. No argument has a default, because autograd leaves out arguments that have their default
+value.
 
 The backward is a GEMM with the same codes, transposed; no dequantized weight is saved for it.
 """
@@ -16,10 +17,10 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.registry import choose, problem_of
-from requanto.tensor.layout import PLAIN
+from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.rebuild import operator_weight
-from requanto.tensor.spec import swapped
+from requanto.tensor.spec import WeightSpec, swapped
 from requanto.tensor.storage import WeightStorage, storage_of
 
 
@@ -59,19 +60,30 @@ class EagerLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
-        grad_x = grad_bias = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
             parts = dict(zip(ctx.names, ctx.saved_tensors))
             spec = ctx.spec.replace(transposed=not ctx.spec.transposed, activation=None)
-            found = storage_of(parts, ctx.layout, spec) if ctx.layout is not PLAIN else None
-            weight = QTensor._over(spec, found or WeightStorage(parts, ctx.layout))
+            weight = _prepacked(spec, parts, ctx.layout)
+            if weight is None:
+                weight = QTensor._over(spec, WeightStorage(parts, ctx.layout))
             if torch.is_grad_enabled():  # create_graph=True: a gradient penalty differentiates this product too
                 grad_x = EagerLinear.apply(grad, None, weight, None, None)
             else:
                 grad_x = run(grad, weight, None)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None
+        return grad_x, _bias_gradient(ctx, grad), None, None, None
+
+
+def _bias_gradient(ctx: Any, grad: torch.Tensor) -> torch.Tensor | None:
+    if ctx.bias_dtype is None or not ctx.needs_input_grad[1]:
+        return None
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+
+
+def _prepacked(spec: WeightSpec, parts: dict[str, torch.Tensor], layout: Layout) -> QTensor | None:
+    """The weight over the storage that owns these packed codes, with its cached plans; None if there is none."""
+    found = None if layout is PLAIN else storage_of(parts, layout, spec)
+    return None if found is None else QTensor._over(spec, found)
 
 
 def arguments(weight: QTensor, activation: qtype | None = None) -> tuple[list[torch.Tensor], str, list[int]]:
@@ -89,8 +101,8 @@ def _weight(
     spec, layout, named = operator_weight(parts, words, shape, dtype)
     if flip:
         spec = spec.replace(transposed=not spec.transposed)
-    found = storage_of(named, layout, spec) if layout is not PLAIN else None
-    return QTensor._of(spec, named, layout) if found is None else QTensor._over(spec, found)
+    found = _prepacked(spec, named, layout)
+    return QTensor._of(spec, named, layout) if found is None else found
 
 
 def _seen(words: str, shape: Any) -> Any:
@@ -133,13 +145,11 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    grad_x = grad_bias = None
+    grad_x = None
     parts = list(ctx.saved_tensors)
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.requanto.linear_backward(grad, parts, ctx.words, ctx.shape)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[1]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_bias, [None] * len(parts), None, None, None
+    return grad_x, _bias_gradient(ctx, grad), [None] * len(parts), None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup)
