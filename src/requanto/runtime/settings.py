@@ -21,13 +21,11 @@ def parse_compiled(text: str) -> bool | None:
     Raises:
         ValueError: the text is not "1", "0" or "".
     """
-    known = {"": None, "0": False, "1": True}
-    if text not in known:
-        raise ValueError(
-            f"REQUANTO_COMPILE is {text!r}, expected 1 (compiled CPU kernels, or an error), 0 (no compiled kernels) or "
-            "nothing (compiled kernels where there is a C++ compiler)"
-        )
-    return known[text]
+    expected = (
+        "1 (compiled CPU kernels, or an error), 0 (no compiled kernels) or nothing (compiled kernels where there is a C++ "
+        "compiler)"
+    )
+    return _switch("REQUANTO_COMPILE", text, None, expected)
 
 
 def parse_packing(text: str) -> bool:
@@ -36,12 +34,14 @@ def parse_packing(text: str) -> bool:
     Raises:
         ValueError: the text is not "1", "0" or "".
     """
-    known = {"": True, "0": False, "1": True}
+    expected = "1 or nothing (weights are prepacked in their first GEMM) or 0 (they are not)"
+    return bool(_switch("REQUANTO_PACK", text, True, expected))
+
+
+def _switch(variable: str, text: str, default: bool | None, expected: str) -> bool | None:
+    known = {"": default, "0": False, "1": True}
     if text not in known:
-        raise ValueError(
-            f"REQUANTO_PACK is {text!r}, expected 1 or nothing (weights are prepacked in their first GEMM) or 0 (they are "
-            "not)"
-        )
+        raise ValueError(f"{variable} is {text!r}, expected {expected}")
     return known[text]
 
 
