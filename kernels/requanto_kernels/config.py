@@ -7,7 +7,7 @@ number of rows; any other file in `tables/` has entries for exact shapes. The us
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -142,7 +142,3 @@ def split_for(config: Config, m: int, n: int, k: int, programs: int) -> int:
     while split < 16 and tiles * split < programs and steps >= split * 2 * 4:
         split *= 2
     return split
-
-
-def with_split(config: Config, split: int) -> Config:
-    return replace(config, split_k=split)

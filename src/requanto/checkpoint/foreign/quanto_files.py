@@ -39,14 +39,6 @@ def is_quanto_part(key: str) -> bool:
     return key.endswith(PARTS)
 
 
-def qtype_of(parts: Mapping[str, torch.Tensor]) -> qtype | None:
-    """Returns the type of an 8-bit weight, from the dtype of its codes; None for a packed one (int2 or int4)."""
-    from requanto.dtypes.qtypes import resolve_qtype
-
-    data = parts.get("._data")
-    return None if data is None else resolve_qtype(data.dtype)
-
-
 def to_qtensor(
     parts: Mapping[str, torch.Tensor], kind: qtype, shape: torch.Size | tuple[int, ...], name: str = "weight"
 ) -> QTensor:
