@@ -96,17 +96,7 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
     if target.shape != source.shape:
         raise ValueError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
     if not isinstance(source, QTensor):
-        source = QTensor.quantize(
-            source.to(target.dtype),
-            target.qtype,
-            group_size=target.group_size,
-            symmetric=not target.affine,
-            scale_bits=target.scale_bits,
-            rotation=target.rotation,
-            low_rank=target.rank or None,
-            axis=target.axis,
-            transposed=target.transposed,
-        )
+        source = target._quantize_like(source.to(target.dtype), low_rank=target.rank or None)
     if _kind(source) != _kind(target):
         raise ValueError(f"copy_ between unlike quantized weights: {_kind(source)} into {_kind(target)}")
     if source._storage is not target._storage:

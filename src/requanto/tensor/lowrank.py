@@ -209,16 +209,7 @@ def _rank(values: torch.Tensor, tolerance: float) -> int:
 
 def fold(weight: QTensor) -> QTensor:
     """The weight with its low-rank term rounded into the codes: same type and groups, less memory, not exact."""
-    folded = QTensor.quantize(
-        weight.dequantize(torch.float32),
-        weight.qtype,
-        group_size=weight.group_size,
-        symmetric=not weight.affine,
-        scale_bits=weight.scale_bits,
-        rotation=weight.rotation,
-        axis=weight.axis,
-        transposed=weight.transposed,
-    )
+    folded = weight._quantize_like(weight.dequantize(torch.float32))
     scales = folded.scales(lambda t: t.to(weight.inner_tensors()["scale"].dtype))
     return weight.with_inner({**folded.inner_tensors(), **scales})
 

@@ -225,6 +225,20 @@ class QTensor(WeightParts, torch.Tensor):
 
         return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
 
+    def _quantize_like(self, values: torch.Tensor, *, low_rank: int | None = None) -> QTensor:
+        """Values of this weight's shape, quantized with its type, groups, scales, rotation, axis and orientation."""
+        return QTensor.quantize(
+            values,
+            self.qtype,
+            group_size=self.group_size,
+            symmetric=not self.affine,
+            scale_bits=self.scale_bits,
+            rotation=self.rotation,
+            low_rank=low_rank,
+            axis=self.axis,
+            transposed=self.transposed,
+        )
+
     # ------------------------------------------------------------------ dequantization
 
     def codes(self) -> torch.Tensor:
