@@ -4,7 +4,6 @@ The states are those of a process, and so are the caches that must not keep what
 forks one child for each state, which has never quantized anything.
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -13,38 +12,9 @@ import traceback
 
 import pytest
 import torch
+from ambient import default_device, default_dtype, threads
 
 PARTS = ("qdata", "scale", "shift", "row_scale", "codebook", "up", "down")
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
 
 STATES = {
     "default bfloat16": lambda: default_dtype(torch.bfloat16),

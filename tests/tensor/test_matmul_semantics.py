@@ -3,11 +3,10 @@
 Every case is held against torch on the dequantized weight: values in float64, all else as torch gives it.
 """
 
-import contextlib
-
 import pytest
 import torch
 import torch.nn.functional as F
+from ambient import default_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -362,16 +361,6 @@ def test_autocast():
         want = call(x.double(), weight.dequantize(torch.float64), experts.dequantize(torch.float64))
         assert got.dtype == torch.float64, name
         assert (got - want).norm() <= 1e-6 * want.norm(), name
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 AMBIENT = {
