@@ -19,7 +19,7 @@ from common import RESULTS, write
 from requanto import QTensor, qint8
 from requanto.linear import convolution as images
 from requanto.linear.activations import quantize_unsigned
-from requanto.linear.cpu import int4, int4_gemm, int8, onednn_bf16, onednn_int8
+from requanto.linear.cpu import int4, int4_gemm, int8, int8_gemm, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import calls
 from requanto.linear.registry import MakePlan
 
@@ -64,13 +64,13 @@ def gemms(shape: tuple[int, int]) -> dict[str, dict[str, float]]:
         x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
         paths = {
             "bf16": (lambda w, x=x: F.linear(x, w), floats),
-            "int8, split": (lambda w, x=x: onednn_int8.run_split(x, w, None), eights),
+            "int8, split": (lambda w, x=x: int8_gemm.run_split(x, w, None), eights),
             "int8, compiled": planned(int8.make_plan, x, eights),
             "int4, compiled": planned(int4_gemm.make_plan, x, fours),
         }
         if rows <= 128:
             paths["int4, operator"] = planned(int4.make_plan, x, others)
-        paths["int8 x int8, oneDNN"] = (lambda w, x=x: onednn_int8.run_int8(x, w, None, qint8), eights)
+        paths["int8 x int8, oneDNN"] = (lambda w, x=x: int8_gemm.run_int8(x, w, None, qint8), eights)
         paths["int8 x int8, compiled"] = planned(int8.make_plan_quantized, x, eights)
         found[str(rows)] = timed(paths)
         print(shape, rows, found[str(rows)], flush=True)
@@ -84,7 +84,7 @@ def quantizing() -> dict[str, dict[str, float]]:
         xs = [torch.randn(rows, length, dtype=torch.bfloat16) for _ in range(20)]
         codes, steps = torch.empty(rows, length, dtype=torch.uint8), torch.empty(rows, 1)
         paths = {
-            "operators": (lambda x: quantize_unsigned(x, qint8, None, onednn_int8.MIN_ROWS), xs),
+            "operators": (lambda x: quantize_unsigned(x, qint8, None, int8_gemm.MIN_ROWS), xs),
             "kernel": (lambda x, codes=codes, steps=steps: calls.rows_to_int8(x, codes, steps), xs),
         }
         found[f"{rows} x {length}"] = timed(paths)

@@ -23,7 +23,7 @@ from requanto.linear.activations import (
     split_32bit,
     split_row_32bit,
 )
-from requanto.linear.cpu import onednn_int8
+from requanto.linear.cpu import int8_gemm, onednn_int8
 
 blocked = pytest.mark.skipif(not onednn_int8.works(), reason="oneDNN's int8 product is not exact here")
 HALVES = (torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ def test_one_large_element_whose_weight_is_zero(dtype, rows, large):
     weight, values = packed(64, 4096, dtype, zero=[17])
     x = torch.randn(rows, 4096).to(dtype)
     x[:, 17] = large
-    got = onednn_int8.run_split(x, weight, None)
+    got = int8_gemm.run_split(x, weight, None)
     assert error(got, x.double() @ values.t()) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
@@ -79,7 +79,7 @@ def test_against_float64(data):
     weight, values = packed(
         32, length, dtype, zero=outliers.nonzero().flatten().tolist(), seed=data.draw(st.integers(0, 99))
     )
-    got = onednn_int8.run_split(x, weight, None).double()
+    got = int8_gemm.run_split(x, weight, None).double()
     want = x.double() @ values.t()
     # What the docstring says: of the row cut off at 1/254 of its largest element, times the weights' norms.
     cut = torch.minimum(x.double().abs(), x.double().abs().amax(1, keepdim=True) / 254)
@@ -92,10 +92,10 @@ def test_against_float64(data):
 def test_a_row_does_not_depend_on_its_neighbours(caplog):
     weight, _ = packed(64, 512)
     x = torch.randn(6, 512).bfloat16()
-    want = onednn_int8.run_split(x, weight, None)
+    want = int8_gemm.run_split(x, weight, None)
     x[[1, 4], 3] = 1e4
     with caplog.at_level(logging.DEBUG, logger="requanto"):
-        got = onednn_int8.run_split(x, weight, None)
+        got = int8_gemm.run_split(x, weight, None)
     assert torch.equal(got[[0, 2, 3, 5]], want[[0, 2, 3, 5]])
     assert [record.getMessage() for record in caplog.records].count(caplog.records[0].getMessage()) == 1
     assert "2 of 6 rows" in caplog.text
@@ -144,7 +144,7 @@ def test_float_rows_that_are_not_finite(rows, value):
     weight, _ = packed(64, 128)
     x = torch.randn(rows, 128).bfloat16()
     x[rows // 2, 5] = value
-    got = onednn_int8.run_split(x, weight, torch.ones(64).bfloat16())
+    got = int8_gemm.run_split(x, weight, torch.ones(64).bfloat16())
     assert got[rows // 2].isnan().all()
     others = [row for row in range(rows) if row != rows // 2]
     assert got[others].isfinite().all()
@@ -163,14 +163,14 @@ def test_int8_rows_that_are_not_finite(dtype, static, rows, value):
     bias = torch.randn(64).to(dtype)
     scale = torch.tensor(0.03) if static else None
     x = torch.randn(rows, 128).to(dtype)
-    clean = onednn_int8.run_int8(x, weight, bias, qint8, scale)
+    clean = int8_gemm.run_int8(x, weight, bias, qint8, scale)
     x[rows // 2, 5] = value
-    got = onednn_int8.run_int8(x, weight, bias, qint8, scale)
+    got = int8_gemm.run_int8(x, weight, bias, qint8, scale)
     others = [row for row in range(rows) if row != rows // 2]
     assert torch.equal(got[others], clean[others])
     if static and not math.isnan(value):  # saturated
         x[rows // 2, 5] = math.copysign(1e4, value)
-        assert torch.equal(got, onednn_int8.run_int8(x, weight, bias, qint8, scale))
+        assert torch.equal(got, int8_gemm.run_int8(x, weight, bias, qint8, scale))
     else:
         assert got[rows // 2].isnan().all()
 
@@ -209,7 +209,7 @@ def test_static_scales_that_are_none(dtype, rows, scale):
     bias = torch.randn(64).to(dtype)
     x = torch.randn(rows, 128).to(dtype)
     x[0, :3] = torch.tensor([0.0, 1e3, -1e3])
-    got = onednn_int8.run_int8(x, weight, bias, qint8, torch.tensor(scale))
+    got = int8_gemm.run_int8(x, weight, bias, qint8, torch.tensor(scale))
     codes, step = quantize_activations(x, qint8, torch.tensor(scale))
     if math.isfinite(scale):
         assert torch.equal(got, bias.expand_as(got))
@@ -218,7 +218,7 @@ def test_static_scales_that_are_none(dtype, rows, scale):
         assert got.isnan().all()
         assert (codes * step).isnan().all()
     x[0, 7] = NAN
-    assert onednn_int8.run_int8(x, weight, bias, qint8, torch.tensor(scale))[0].isnan().all()
+    assert int8_gemm.run_int8(x, weight, bias, qint8, torch.tensor(scale))[0].isnan().all()
 
 
 # ---------------------------------------------------------------------- shapes, strides, dtypes
@@ -240,7 +240,7 @@ def test_nothing_to_round(shape, dtype):
 
 
 @blocked
-@pytest.mark.parametrize("run", [onednn_int8.run_split, onednn_int8.run_int8])
+@pytest.mark.parametrize("run", [int8_gemm.run_split, int8_gemm.run_int8])
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_rows(run, bias):
     weight, _ = packed(64, 128)
@@ -283,7 +283,7 @@ def test_strides_and_dtypes(dtype, how):
 
 @blocked
 @pytest.mark.parametrize("how", ["transposed", "misaligned", "expanded"])
-@pytest.mark.parametrize("run", [onednn_int8.run_split, onednn_int8.run_int8])
+@pytest.mark.parametrize("run", [int8_gemm.run_split, int8_gemm.run_int8])
 def test_gemms_of_strides(run, how):
     weight, _ = packed(64, 96)
     x = torch.randn(6, 96).bfloat16()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.cpu import onednn_bf16, onednn_int8
+from requanto.linear.cpu import int8_gemm, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import calls
 from requanto.linear.cpu.scales import row_scale, with_current_scales
 from requanto.linear.registry import Gemm
@@ -50,7 +50,7 @@ def run(
     """Computes ``x @ w.T + bias`` in x's dtype."""
     gemm = make_plan(weight, x.shape[0], x.dtype)
     if gemm is None:
-        return onednn_int8.run_split(x, weight, bias, activation, input_scale)
+        return int8_gemm.run_split(x, weight, bias, activation, input_scale)
     return gemm(x, weight, bias)
 
 
@@ -85,7 +85,7 @@ def run_quantized(
     """
     gemm = make_plan_quantized(weight, x.shape[0], x.dtype) if input_scale is None else None
     if gemm is None:
-        return onednn_int8.run_int8(x, weight, bias, activation, input_scale)
+        return int8_gemm.run_int8(x, weight, bias, activation, input_scale)
     return gemm(x, weight, bias)
 
 
@@ -105,7 +105,7 @@ def make_plan_quantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm 
     packed, scale = onednn_int8.qlinear_weight(weight), row_scale(weight, out_features)
     step = min(rows, rows_at_once(length, out_features))
     # Rounded up to a power of two, so that prompts of all lengths share a few buffers.
-    room = 1 << (max(step, onednn_int8.MIN_ROWS) - 1).bit_length()
+    room = 1 << (max(step, int8_gemm.MIN_ROWS) - 1).bit_length()
     slot = ("int8 rows", room, length)
     no_bias = packed.zeros.view(torch.float32)
 
@@ -139,7 +139,7 @@ def rows_at_once(length: int, sums: int) -> int:
         length: K.
         sums: N.
     """
-    most = min(onednn_int8.SUMS_BYTES, settings.workspace_bytes // 8)
+    most = min(int8_gemm.SUMS_BYTES, settings.workspace_bytes // 8)
     return max(32, min(most // (4 * sums), settings.workspace_bytes // 8 // length))
 
 
@@ -153,12 +153,12 @@ class _Rows:
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views of the first rows: the codes that the GEMM reads (at least `onednn_int8.MIN_ROWS`), codes, scales."""
+        """Views of the first rows: the codes that the GEMM reads (at least `int8_gemm.MIN_ROWS`), codes, scales."""
         found = self._views.get(count)
         if found is None:
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            read = self.codes[: max(count, onednn_int8.MIN_ROWS)]
+            read = self.codes[: max(count, int8_gemm.MIN_ROWS)]
             found = self._views[count] = (read, self.codes[:count], self.steps[:count])
         return found
 

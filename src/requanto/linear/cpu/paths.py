@@ -19,7 +19,7 @@ import torch
 
 from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.activations import quantize_activations
-from requanto.linear.cpu import float8, fused_dequantize, int4, int4_gemm, int8, onednn_bf16, onednn_int8
+from requanto.linear.cpu import float8, fused_dequantize, int4, int4_gemm, int8, int8_gemm, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.cpu.dequantize import dequantize_rows, row_scaled
 from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
@@ -235,7 +235,7 @@ register(
 register(
     Implementation(
         name="cpu-onednn-int8",
-        run=onednn_int8.run_int8,
+        run=int8_gemm.run_int8,
         supports=lambda p: _int8(p) and _onednn_layout(p) and p.activation == qint8,
         reason="int8 times int8 in oneDNN's blocked layout, exact int32 sums",
     ),
@@ -244,7 +244,7 @@ register(
 register(
     Implementation(
         name="cpu-onednn-split",
-        run=onednn_int8.run_split,
+        run=int8_gemm.run_split,
         supports=lambda p: _int8(p) and _onednn_layout(p) and p.activation is None and p.dtype in _HALVES,
         reason="x as 16-bit integers: two int8 GEMMs, the weight is not dequantized",
     ),
