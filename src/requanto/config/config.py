@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 from requanto.config.limit import Limit, parse_candidates
+from requanto.config.stored_weights import plain_type, stored_text
 from requanto.dtypes.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
@@ -118,6 +119,7 @@ class QuantoConfig:
     ) -> None:
         stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
         _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig")
+        weights, weights_dtype = plain_type(weights), plain_type(weights_dtype)  # type: ignore[assignment]
         if weights is not None and weights_dtype is not None and _type_name(weights) != _type_name(weights_dtype):
             raise ValueError(f"weights={weights!r} and weights_dtype={weights_dtype!r} differ; give one of them")
         chosen = weights if weights is not None else weights_dtype
@@ -236,7 +238,10 @@ class QuantoConfig:
     # ------------------------------------------------------------------ methods that the libraries call
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, from which :meth:`from_dict` makes an equal object."""
+        """Plain JSON values, from which :meth:`from_dict` makes an equal object.
+
+        Of a quantized model, ``weights`` also says that Requanto is needed to load it; the attribute is the plain type.
+        """
         values: dict[str, Any] = {"quant_method": self.quant_method.value}
         for key in self.parameters():
             if key != "weights_dtype" and (key not in _LATER_KEYS or getattr(self, key) is not None):
@@ -249,6 +254,8 @@ class QuantoConfig:
                 "format_version": self.format_version or format_version_of(self.tensors),
                 "tensors": dict(self.tensors),
             }
+            # What the libraries' own QuantoConfigs read: without Requanto they stop with this text.
+            values |= {key: stored_text(self.weights) for key in ("weights", "weights_dtype")}
         if self.activation_modules:
             values["activation_modules"] = dict(self.activation_modules)
         return values
@@ -290,11 +297,9 @@ class QuantoConfig:
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
-        shown = {
-            k: v
-            for k, v in self.to_dict().items()
-            if k not in ("tensors", "quant_method", "budget") and v not in (None, {})
-        }
+        hidden = ("tensors", "quant_method", "budget", "weights_dtype")
+        shown = {k: v for k, v in self.to_dict().items() if k not in hidden and v not in (None, {})}
+        shown["weights"] = self.weights
         return f"QuantoConfig({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
 

@@ -37,7 +37,9 @@ def is_quanto_directory(directory: str | os.PathLike) -> bool:
     if (directory / MAP_NAME).is_file():
         return True
     stored = _read_json(directory / "config.json").get("quantization_config") or {}
-    return stored.get("quant_method") == "quanto" and "weights_dtype" in stored and stored.get("format") is None
+    return (
+        stored.get("quant_method") == "quanto" and "weights_dtype" in stored and not {"format", "tensors"} & set(stored)
+    )
 
 
 def convert_quanto_directory(
