@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from requanto.config.limit import Limit, parse_candidates
-from requanto.config.stored_weights import plain_type, stored_text
+from requanto.config.stored_weights import is_stored, plain_type, stored_text
 from requanto.dtypes.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
@@ -119,7 +119,9 @@ class QuantoConfig:
     ) -> None:
         stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
         _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig")
-        weights, weights_dtype = plain_type(weights), plain_type(weights_dtype)  # type: ignore[assignment]
+        if is_stored(weights_dtype):  # a copy of `weights`, which is the one that counts
+            weights_dtype = None
+        weights = plain_type(weights)  # type: ignore[assignment]
         if weights is not None and weights_dtype is not None and _type_name(weights) != _type_name(weights_dtype):
             raise ValueError(f"weights={weights!r} and weights_dtype={weights_dtype!r} differ; give one of them")
         chosen = weights if weights is not None else weights_dtype

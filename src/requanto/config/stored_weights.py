@@ -18,6 +18,11 @@ def stored_text(weights: str) -> str:
     return f"{weights} {_NOTE}"
 
 
+def is_stored(weights: object) -> bool:
+    """Whether a value is a text of :func:`stored_text`."""
+    return isinstance(weights, str) and _STORED.fullmatch(weights) is not None
+
+
 def plain_type(weights: object) -> object:
     """Returns the type in a text of :func:`stored_text`, of this or a later version; any other value unchanged."""
     found = _STORED.fullmatch(weights) if isinstance(weights, str) else None
