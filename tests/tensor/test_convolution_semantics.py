@@ -225,14 +225,11 @@ def test_autocast(name, grad, way):
     torch.testing.assert_close(got, FUNCTIONS[name](x, weight.dequantize(torch.float64), bias.double()))
 
 
-def test_what_else_is_quantized_is_refused():
-    x, weight = random(1, 4, 5, 5), quantized(4, 4, 3, 3)
-    for call in (lambda: F.conv2d(weight, weight), lambda: F.conv2d(weight, random(4, 4, 3, 3))):
-        with pytest.raises(NotImplementedError, match=r"a convolution with a quantized input: call \.dequantize"):
-            call()
-    for kernel in (weight, weight.dequantize()):
-        with pytest.raises(NotImplementedError, match=r"a convolution with a quantized bias: call \.dequantize"):
-            F.conv2d(x, kernel, quantized(4, 4))
+def test_a_quantized_input_is_read_as_floats():
+    weight = quantized(4, 4, 3, 3)
+    for kernel in (weight, random(4, 4, 3, 3)):
+        float_kernel = kernel.dequantize() if isinstance(kernel, QTensor) else kernel
+        torch.testing.assert_close(F.conv2d(weight, kernel), F.conv2d(weight.dequantize(), float_kernel))
 
 
 def test_a_gemm_of_patches_is_among_them(way, monkeypatch):

@@ -1,7 +1,11 @@
 """torch functions on QTensor: linear, embedding, matmul and convolution, which run through `requanto.linear`.
 
-Shapes, broadcasting and error types are those of torch, with two exceptions. The GEMM runs in the dtype of x, any float
-dtype, where torch requires both operands to have the same. Two quantized operands, ``out=`` and ``out_dtype=`` raise.
+Shapes, broadcasting and error types are those of torch, with one exception. The GEMM runs in the dtype of x, any float
+dtype, where torch requires both operands to have the same. Where a quantized weight is not the weight of the function (it
+is the input, or the tensor to add), and with ``out=`` or ``out_dtype=``, it is dequantized (`requanto.tensor.values`).
+
+The aten operators of the products are registered too: torch's own composite functions, such as
+``F.multi_head_attention_forward``, multiply below the torch functions.
 """
 
 from __future__ import annotations
@@ -16,17 +20,18 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from requanto.linear import embedding, linear, times
 from requanto.linear.convolution import as_autocast, convolution
 from requanto.runtime.tracing import in_functorch_transform, is_tracing
-from requanto.tensor.dispatch import implements_function
+from requanto.tensor.dispatch import implements_aten, implements_function
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.values import run_on_values, values_of
 
 
 @implements_function(F.linear)
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if isinstance(input, QTensor):
-        raise NotImplementedError("F.linear with a quantized input: call .dequantize() on it first")
-    if not isinstance(weight, QTensor):  # only the bias is a QTensor
-        raise NotImplementedError("F.linear with a quantized bias: call .dequantize() on it first")
-    return linear(input, weight, bias)
+        input = values_of(input, "linear")
+    if isinstance(bias, QTensor):
+        bias = values_of(bias, "linear")
+    return linear(input, weight, bias) if isinstance(weight, QTensor) else F.linear(input, weight, bias)
 
 
 @implements_function(F.embedding)
@@ -44,6 +49,8 @@ def _embedding(
         raise NotImplementedError("F.embedding with quantized indices: expected int32 or int64 indices")
     if max_norm is not None:
         raise NotImplementedError("max_norm rewrites the embedding table, which a quantized table does not support")
+    if weight.dim() == 2 and (weight.transposed or weight.axis != 0):
+        return run_on_values(F.embedding, input, weight, padding_idx)
     if weight.dim() != 2:
         raise RuntimeError(f"embedding: the table must have two axes, found shape {tuple(weight.shape)}")
     if input.dtype not in (torch.int32, torch.int64):
@@ -53,14 +60,6 @@ def _embedding(
             f"embedding: padding_idx {padding_idx} is out of range for a table of {weight.shape[0]} rows"
         )
     return embedding(input, weight)
-
-
-@implements_function(F.embedding_bag, torch.embedding_bag)
-def _embedding_bag(*args: Any, **kwargs: Any) -> torch.Tensor:
-    raise NotImplementedError(
-        "embedding_bag on a quantized table: look the rows up with F.embedding and reduce them, e.g. "
-        "F.embedding(indices, table).sum(-2), or call .dequantize() on the table first"
-    )
 
 
 # ---------------------------------------------------------------------- matmul, mm, bmm, mv, addmm ...
@@ -74,10 +73,11 @@ def _multiply(name: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | 
         bias: float ``[N]``, only with a quantized ``b`` of two axes.
     """
     if isinstance(a, QTensor) and isinstance(b, QTensor):
-        raise NotImplementedError("a matmul of two quantized weights: call .dequantize() on one of them")
+        a = values_of(a, name)
     weight, x = (a, b) if isinstance(a, QTensor) else (b, a)
-    if not isinstance(weight, QTensor):
-        raise NotImplementedError(f"{name}: only the tensor to add is quantized; call .dequantize() on it first")
+    if not isinstance(weight, QTensor):  # only the tensor to add was quantized
+        out = torch.matmul(a, b)
+        return out if bias is None else out + bias
     if not x.is_floating_point() or x.dtype.itemsize < 2:
         raise RuntimeError(f"{name}: expected a float tensor with a quantized weight, found {x.dtype}")
     if x.dim() == 0:
@@ -90,11 +90,8 @@ def _multiply(name: str, a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | 
     for one, two in zip(reversed(a.shape[:-2]), reversed(b.shape[:-2])):
         if one != two and one != 1 and two != 1:
             raise RuntimeError(f"{name}: {_shapes(a, b)} do not fit: batches of {one} and {two} do not broadcast")
-    if weight.dim() != weight.axis + 2:
-        raise NotImplementedError(
-            f"{name}: a quantized weight of shape {tuple(weight.shape)} has scales along axes 0..{weight.axis} only, as for "
-            f"a convolution; call .dequantize() first"
-        )
+    if weight.dim() != weight.axis + 2:  # a convolution's: a scale is shared by several of its last axes
+        return run_on_values(torch.matmul, a, b)
     if 0 in weight.shape:
         values = x.new_empty(weight.shape)
         out = torch.matmul(x, values) if weight is b else torch.matmul(values, x)
@@ -145,15 +142,15 @@ def _check_axes(name: str, a: torch.Tensor, b: torch.Tensor, axes: tuple[int, in
         raise RuntimeError(f"{name}: {_shapes(a, b)} do not fit: batches of {a.shape[0]} and {b.shape[0]}")
 
 
-def _reject_out(name: str, out: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> None:
-    if out is not None or out_dtype is not None:
-        argument = "out" if out_dtype is None else "out_dtype"
-        raise NotImplementedError(f"{name} with a quantized weight takes no {argument}=; use the returned tensor")
+def _given(out: torch.Tensor | None, out_dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The keywords for a result's place and dtype, which only torch's own functions take."""
+    return {k: v for k, v in {"out": out, "out_dtype": out_dtype}.items() if v is not None}
 
 
 @implements_function(torch.matmul, torch.linalg.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 def _matmul(input: torch.Tensor, other: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    _reject_out("matmul", out)
+    if out is not None:
+        return run_on_values(torch.matmul, input, other, out=out)
     return _multiply("matmul", input, other)
 
 
@@ -170,7 +167,8 @@ def _mm(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _reject_out("mm", out, out_dtype)
+    if given := _given(out, out_dtype):
+        return run_on_values(torch.mm, input, mat2, **given)
     _check_axes("mm", input, mat2, (2, 2))
     return _multiply("mm", input, mat2)
 
@@ -183,14 +181,16 @@ def _bmm(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    _reject_out("bmm", out, out_dtype)
+    if given := _given(out, out_dtype):
+        return run_on_values(torch.bmm, input, mat2, **given)
     _check_axes("bmm", input, mat2, (3, 3))
     return _multiply("bmm", input, mat2)
 
 
 @implements_function(torch.mv, torch.Tensor.mv)
 def _mv(input: torch.Tensor, vec: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    _reject_out("mv", out)
+    if out is not None:
+        return run_on_values(torch.mv, input, vec, out=out)
     _check_axes("mv", input, vec, (2, 1))
     return _multiply("mv", input, vec)
 
@@ -214,9 +214,10 @@ def _add_matmul(
         axes: expected number of axes of a and of b.
         batches_add: sum over the batch axis (addbmm).
     """
-    _reject_out(name, out, out_dtype)
+    if given := _given(out, out_dtype):
+        return run_on_values(getattr(torch, name), input, a, b, beta=beta, alpha=alpha, **given)
     if isinstance(input, QTensor):
-        raise NotImplementedError(f"{name}: the tensor to add is quantized; call .dequantize() on it first")
+        input = values_of(input, name)
     _check_axes(name, a, b, axes)
     shape = (*a.shape[1 if batches_add else 0 : -1], *b.shape[1:][-1:])
     if input.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(input.shape), reversed(shape))):
@@ -268,10 +269,8 @@ def _grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Rows sorted by expert times each expert's weight ``[E, K, N]``; ``offs`` holds the end row of each expert."""
-    if not isinstance(mat2, QTensor) or offs is None or bias is not None:
-        raise NotImplementedError(
-            "grouped_mm on a quantized weight needs it as mat2 [E, K, N], with offs, without bias"
-        )
+    if isinstance(input, QTensor) or offs is None or bias is not None or mat2.dim() == 2:
+        return run_on_values(F.grouped_mm, input, mat2, offs=offs, bias=bias, out_dtype=out_dtype)
     if input.dim() != 2 or mat2.dim() != 3 or input.shape[1] != mat2.shape[1]:
         raise RuntimeError(f"grouped_mm: {_shapes(input, mat2)} do not fit: expected [rows, K] and [experts, K, N]")
     if offs.shape != mat2.shape[:1]:
@@ -295,8 +294,7 @@ for _name in ("grouped_mm", "_grouped_mm"):
 def _convolution(function: Any) -> Any:
     def run(input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if isinstance(input, QTensor) or not isinstance(weight, QTensor):
-            what = "input" if isinstance(input, QTensor) else "bias"
-            raise NotImplementedError(f"a convolution with a quantized {what}: call .dequantize() on it first")
+            return run_on_values(function, input, weight, *args, **kwargs)
         return convolution(function, input, weight, *args, **kwargs)
 
     return run
@@ -309,3 +307,26 @@ for _function in (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_trans
 @implements_function(torch.Tensor.dequantize, torch.dequantize)
 def _dequantize(self: QTensor) -> torch.Tensor:
     return self.dequantize()
+
+
+# ---------------------------------------------------------------------- the same below the torch functions
+
+aten = torch.ops.aten
+_PRODUCTS = {
+    aten.mm.default: _mm,
+    aten.bmm.default: _bmm,
+    aten.mv.default: _mv,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.addbmm.default: _addbmm,
+    aten.addmv.default: _addmv,
+}
+
+
+def _below_autograd(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+    # Autograd has recorded the operator already, with the derivative of torch's own.
+    with torch.no_grad():
+        return _PRODUCTS[func](*args, **kwargs)
+
+
+implements_aten(*_PRODUCTS)(_below_autograd)

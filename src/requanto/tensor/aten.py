@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from requanto.runtime.tracing import is_tracing
 from requanto.scales.compact import pack_codes, unpack_codes
-from requanto.tensor.dispatch import implements_aten
+from requanto.tensor.dispatch import NeedsValues, implements_aten
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec, swapped
@@ -122,7 +122,7 @@ def _transpose(func: Any, args: tuple, kwargs: dict) -> QTensor:
     if order == list(range(count)):
         return _alias(func, args, kwargs)
     if order[:-2] != list(range(count - 2)) or tensor.axis != count - 2:
-        raise NotImplementedError(
+        raise NeedsValues(
             f"only the last two axes of a quantized weight of shape {tuple(tensor.shape)} can be swapped, found order "
             f"{order}; call .dequantize() first"
         )
@@ -144,7 +144,7 @@ def _select(func: Any, args: tuple, kwargs: dict) -> QTensor:
     """One expert of a fused weight."""
     tensor, dim, index = args
     if dim % tensor.dim() != 0 or tensor.axis == 0:
-        raise NotImplementedError(
+        raise NeedsValues(
             f"select along axis {dim} of a quantized weight of shape {tuple(tensor.shape)}: only whole experts (axis 0 "
             f"of a 3D weight) can be selected; call .dequantize() first"
         )
@@ -176,7 +176,7 @@ def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
         indices = [i for i in args[1] if i is not None]
         dim, index = args[1].index(indices[0]) if len(indices) == 1 else -1, indices[0]
     if dim != 0 or index.dim() != 1 or stored_axis(tensor, 0) != 0:
-        raise NotImplementedError(
+        raise NeedsValues(
             f"a quantized weight of shape {tuple(tensor.shape)} can be indexed by one 1D tensor along its rows or "
             f"experts (axis 0) only; call .dequantize() first"
         )
@@ -246,12 +246,12 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         between_groups = spec.group_size is None or (not start % group and not end % group)
         one_axis = spec.row_length == spec.shape[axis]
         if not (one_axis and between_bytes and between_groups):
-            raise NotImplementedError(
+            raise NeedsValues(
                 f"a quantized weight can be sliced along its rows between groups of {group} only, found "
                 f"[{start}:{end}:{step}]; call .dequantize() first"
             )
         if spec.rotation is not None and (start % spec.rotation or end % spec.rotation):
-            raise NotImplementedError(
+            raise NeedsValues(
                 f"a weight whose rows are rotated in blocks of {spec.rotation} can be sliced between blocks only, found "
                 f"[{start}:{end}]; quantize with smaller blocks, e.g. rotation={(start | end) & -(start | end)}"
             )
@@ -319,7 +319,7 @@ def _view(func: Any, args: tuple, kwargs: dict) -> QTensor:
         rest = -torch.Size(size).numel()
         size[size.index(-1)] = tensor.numel() // rest if rest else 0
     if torch.Size(size) != tensor.shape:
-        raise NotImplementedError(
+        raise NeedsValues(
             f"{func} of a quantized weight from {tuple(tensor.shape)} to {tuple(size)}: only its own shape is possible; "
             f"call .dequantize() first"
         )

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 
+
+class NeedsValues(NotImplementedError):
+    """Raised by the implementation of an operator where it is not possible on the codes, only on the values."""
+
+
 ATEN: dict[Any, Callable] = {}
 FUNCTIONS: dict[Any, Callable] = {}
 
@@ -46,23 +51,31 @@ def torch_function(func: Any, types: Any, args: tuple, kwargs: dict | None) -> A
 def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:
     """Runs an aten operator with a QTensor among its arguments.
 
+    An operator without an implementation on the codes runs on the dequantized weight (`requanto.tensor.values`).
+
     Raises:
-        NotImplementedError: the operator is not registered.
+        NotImplementedError: the operator would write float values into the codes.
     """
-    implementation = ATEN.get(func)
-    if implementation is None:
-        # In inference mode composite operators arrive undecomposed; autograd decomposes them otherwise.
-        if func._can_decompose():
-            return func.decompose(*args, **kwargs)
-        raise NotImplementedError(
-            f"{func} is not defined on a quantized weight (QTensor). If the float values are what you want, call "
-            f".dequantize() on the weight, or model.dequantize() on the model; nothing is dequantized silently."
-        )
+    # In inference mode composite operators arrive undecomposed; autograd decomposes them otherwise.
+    if func not in ATEN and func._can_decompose():
+        return func.decompose(*args, **kwargs)
     if torch.is_inference_mode_enabled() and is_view(func) and not args[0].is_inference():
         # A view of a normal tensor must share its version counter; tensors made in inference mode have none.
         with torch.inference_mode(False), torch.no_grad():
+            return _run(func, args, kwargs)
+    return _run(func, args, kwargs)
+
+
+def _run(func: Any, args: tuple, kwargs: dict) -> Any:
+    implementation = ATEN.get(func)
+    if implementation is not None:
+        try:
             return implementation(func, args, kwargs)
-    return implementation(func, args, kwargs)
+        except NeedsValues:
+            pass
+    from requanto.tensor.values import on_values  # which imports QTensor
+
+    return on_values(func, args, kwargs)
 
 
 @functools.cache

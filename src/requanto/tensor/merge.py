@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from requanto.tensor.aten import aten, map_parts
-from requanto.tensor.dispatch import ATEN, implements_aten, implements_function
+from requanto.tensor.dispatch import ATEN, NeedsValues, implements_aten, implements_function
 from requanto.tensor.lowrank import add_dense
 from requanto.tensor.qtensor import QTensor
 
@@ -23,7 +23,7 @@ from requanto.tensor.qtensor import QTensor
 def _add_(func: Any, args: tuple, kwargs: dict) -> QTensor:
     weight, delta = args
     if not isinstance(weight, QTensor):
-        raise NotImplementedError("adding a quantized weight into a float tensor: call .dequantize() on it first")
+        raise NeedsValues("a quantized weight is added into a float tensor")
     if not isinstance(delta, torch.Tensor) or isinstance(delta, QTensor):
         raise NotImplementedError("only a float tensor can be added to a quantized weight")
     sign = kwargs.get("alpha", 1) * (1 if func is aten.add_.Tensor else -1)

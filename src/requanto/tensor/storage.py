@@ -37,6 +37,8 @@ class WeightStorage:
         stays_plain: the reason why this weight is never prepacked, or None.
         declined: the conditions under which prepacking was last found not to help (`requanto.linear.prepack`), or None.
         packed_as: `WeightSpec.key` of the codes in a layout other than the plain one; None if they are plain.
+        name: name of the weight in log lines; "" if it was never told.
+        read_logged: True once it was logged that an operator reads the values (`requanto.tensor.values`).
     """
 
     __slots__ = (
@@ -44,8 +46,10 @@ class WeightStorage:
         "_unpacked",
         "declined",
         "derived",
+        "name",
         "packed_as",
         "plans",
+        "read_logged",
         "state",
         "stays_plain",
         "version",
@@ -61,6 +65,7 @@ class WeightStorage:
         self.stays_plain: str | None = None
         self.declined: Any = None
         self.packed_as: WeightSpec | None = None
+        self.name, self.read_logged = "", False
         self._unpacked: weakref.ref[torch.Tensor] | None = None
         if layout is not PLAIN and spec is not None:
             self.register(spec)
