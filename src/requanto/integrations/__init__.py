@@ -1,4 +1,4 @@
-"""Patches for other libraries (Transformers, Diffusers, accelerate, PEFT), one module per library.
+"""Patches for other libraries (Transformers, Diffusers, accelerate, PEFT, safetensors, torch), one module per library.
 
 `install()` imports none of them: a library module that is already imported is patched at once, any other when it is first
 imported.
@@ -26,6 +26,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "diffusers.hooks.group_offloading": ("requanto.integrations.diffusers_hooks", "register_group_offloading"),
     "diffusers.hooks.layerwise_casting": ("requanto.integrations.diffusers_hooks", "register_layerwise_casting"),
     "accelerate": ("requanto.integrations.accelerate", "register"),
+    "safetensors.torch": ("requanto.integrations.safetensors", "register"),
     "peft": ("requanto.integrations.peft", "register"),
 }
 
@@ -78,6 +79,9 @@ def install() -> None:
     """Installs the import hooks; a second call does nothing."""
     if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         return
+    from requanto.integrations import torch_modules
+
+    torch_modules.register()
     sys.meta_path.insert(0, _AfterImport())
     for name in HOOKS:
         if sys.modules.get(name) is not None:  # None: importing the module is blocked

@@ -19,16 +19,17 @@ from requanto.integrations.patching import replace_everywhere
 from requanto.tensor.qtensor import QTensor
 
 #: key of an index entry that holds the parts of a quantized weight
-_ENTRY = "requanto"
+ENTRY = "requanto"
 
 
 def register() -> None:
     """Patches accelerate; called after it is imported."""
     from accelerate.utils import modeling, offload
 
-    from requanto.integrations import accelerate_fsdp
+    from requanto.integrations import accelerate_checkpoints, accelerate_fsdp
 
     accelerate_fsdp.register()
+    accelerate_checkpoints.register()
 
     replace_everywhere(offload.offload_weight, _wrap_offload_dat)
     replace_everywhere(modeling.compute_module_sizes, _wrap_module_sizes)
@@ -59,7 +60,7 @@ def _wrap_offload_dat(original: Callable) -> Callable:
         for name, part in flatten({weight_name: weight.detach()}).items():
             original(part.contiguous(), name, offload_folder, parts)
         if index is not None:
-            index[weight_name] = _entry(weight, {_ENTRY: spec_text(weight), "parts": parts})
+            index[weight_name] = _entry(weight, {ENTRY: spec_text(weight), "parts": parts})
         return index
 
     return offload_weight
@@ -79,7 +80,7 @@ def _wrap_offload_safetensors(original: Callable) -> Callable:
         parts: dict[str, Any] = {}
         for name, part in flatten({weight_name: weight.detach()}).items():
             original(part.contiguous(), name, offload_folder, parts)
-        offload_index[weight_name] = _entry(weight, {_ENTRY: spec_text(weight), "parts": parts})
+        offload_index[weight_name] = _entry(weight, {ENTRY: spec_text(weight), "parts": parts})
         return offload_index
 
     return offload_weight
@@ -89,23 +90,28 @@ def _wrap_getitem(original: Callable) -> Callable:
     @functools.wraps(original)
     def __getitem__(self: Any, key: str) -> torch.Tensor:
         entry = None if key in self.state_dict else self.index.get(key)
-        if not isinstance(entry, dict) or _ENTRY not in entry:
+        if not isinstance(entry, dict) or ENTRY not in entry:
             return original(self, key)
-        from accelerate.utils.offload import OffloadedWeightsLoader, load_offloaded_weight
-
-        found = {}
-        for name, info in entry["parts"].items():
-            if "safetensors_file" in info:
-                value = OffloadedWeightsLoader(index={name: info}, device=self.device)[name]
-            else:
-                value = load_offloaded_weight(os.path.join(self.save_folder, f"{name}.dat"), info)
-            found[name.removeprefix(f"{key}_")] = value
-        # This process wrote the file from a checked weight; checking all scales again at every forward would be slow.
-        tensor = rebuild(key, entry[_ENTRY], found, getattr(torch, entry["dtype"]), check_values=False)
-        return nn.Parameter(tensor, requires_grad=False)
+        return read_entry(key, entry, self.save_folder, self.device)
 
     __getitem__._requanto = True  # type: ignore[attr-defined]
     return __getitem__
+
+
+def read_entry(key: str, entry: dict[str, Any], folder: str, device: Any = None) -> nn.Parameter:
+    """The weight of an index entry, from the files of its parts."""
+    from accelerate.utils.offload import OffloadedWeightsLoader, load_offloaded_weight
+
+    found = {}
+    for name, info in entry["parts"].items():
+        if "safetensors_file" in info:
+            value = OffloadedWeightsLoader(index={name: info}, device=device)[name]
+        else:
+            value = load_offloaded_weight(os.path.join(folder, f"{name}.dat"), info)
+        found[name.removeprefix(f"{key}_")] = value
+    # This process wrote the file from a checked weight; checking all scales again at every forward would be slow.
+    tensor = rebuild(key, entry[ENTRY], found, getattr(torch, entry["dtype"]), check_values=False)
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 # ---------------------------------------------------------------------- Transformers' loading
@@ -134,12 +140,12 @@ def _wrap_dispatch(original: Callable) -> Callable:
         model: Any, hf_quantizer: Any, device_map: Any, folder: Any, index: Any, offload_buffers: Any
     ) -> None:
         for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            if index and _ENTRY in (index.get(source) or {}):
+            if index and ENTRY in (index.get(source) or {}):
                 # Part names start with the entry's name, so a tied weight needs its own part names.
                 parts = {f"{name}{part.removeprefix(source)}": info for part, info in index[source]["parts"].items()}
                 index[name] = index[source] | {"parts": parts}
         for name, entry in (index or {}).items():
-            if _ENTRY in entry:
+            if ENTRY in entry:
                 _set_placeholder(model, name, entry)
         original(model, hf_quantizer, device_map, folder, index, offload_buffers)
 
@@ -148,9 +154,9 @@ def _wrap_dispatch(original: Callable) -> Callable:
 
 def _set_placeholder(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     """Replaces a float parameter on the meta device by a meta QTensor, so that sizes and transfers count its true bytes."""
-    parts = expected_parts(entry[_ENTRY], name)
+    parts = expected_parts(entry[ENTRY], name)
     meta = {part: torch.empty(shape, dtype=dtypes[0], device="meta") for part, (shape, dtypes) in parts.items()}
-    tensor = rebuild(name, entry[_ENTRY], meta, getattr(torch, entry["dtype"]))
+    tensor = rebuild(name, entry[ENTRY], meta, getattr(torch, entry["dtype"]))
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 

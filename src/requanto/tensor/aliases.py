@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from requanto.tensor import float_targets
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import NO_GRADIENT, QTensor
 
 
 @implements_function(torch.Tensor.requires_grad_)
 def _requires_grad_(self: QTensor, requires_grad: bool = True) -> QTensor:
-    if requires_grad:
+    if requires_grad and not float_targets.assigning():
         raise RuntimeError(NO_GRADIENT)
     return self
 

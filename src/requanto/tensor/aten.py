@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from requanto.runtime.tracing import is_tracing
 from requanto.scales.compact import pack_codes, unpack_codes
+from requanto.tensor import float_targets
 from requanto.tensor.dispatch import NeedsValues, implements_aten
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
@@ -85,18 +86,30 @@ def _empty_like(func: Any, args: tuple, kwargs: dict) -> QTensor:
 
 
 @implements_aten(aten.copy_.default)
-def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """Copies the parts between QTensors of the same spec; a float source is quantized like the target."""
-    target, source = args[0], args[1]
+def _copy_(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+    return copy_(args[0], args[1])
+
+
+def copy_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """``target.copy_(source)``: the parts between QTensors of the same spec; a float source is quantized like the target.
+
+    Raises:
+        NotImplementedError: the target is float (see `requanto.tensor.float_targets`).
+        ValueError: the shapes or the types of two quantized weights differ.
+    """
     if not isinstance(target, QTensor):
-        raise NotImplementedError(
-            "copy_ of a quantized weight into a float tensor: call .dequantize() on the source, nothing is "
-            "dequantized silently."
-        )
+        return float_targets.copy_into_float(target, source)  # type: ignore[arg-type]
     if target.shape != source.shape:
         raise ValueError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
     if not isinstance(source, QTensor):
         source = target._quantize_like(source.to(target.dtype), low_rank=target.rank or None)
+    if source.rank != target.rank and target._storage.base is None and _kind(source, 0) == _kind(target, 0):
+        # A merged adapter, or one less. The whole weight is written, so no alias keeps another term.
+        up, down = source.up, source.down
+        if up is None or down is None:
+            target.set_lowrank(None, None)
+        else:
+            target.set_lowrank(up.to(target.device, copy=True), down.to(target.device, copy=True))
     if _kind(source) != _kind(target):
         raise ValueError(f"copy_ between unlike quantized weights: {_kind(source)} into {_kind(target)}")
     if source._storage is not target._storage:
@@ -104,9 +117,9 @@ def _copy_(func: Any, args: tuple, kwargs: dict) -> QTensor:
     return target
 
 
-def _kind(tensor: QTensor) -> str:
+def _kind(tensor: QTensor, rank: int | None = None) -> str:
     """Text that is equal for two weights whose parts can be copied: the spec without dtype and activation."""
-    return tensor._spec.replace(dtype=torch.float32, activation=None).text(tensor.rank)
+    return tensor._spec.replace(dtype=torch.float32, activation=None).text(tensor.rank if rank is None else rank)
 
 
 @implements_aten(aten.t.default, aten.transpose.int, aten.permute.default)

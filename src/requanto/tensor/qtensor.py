@@ -376,5 +376,6 @@ def scaled_values(
 
 NO_GRADIENT = (
     "a quantized weight cannot require a gradient: its codes are integers. Train an adapter on top of it (LoRA), or "
-    "train before freezing with requanto.quantize(model, ...) and requanto.freeze(model)."
+    "train before freezing with requanto.quantize(model, ...) and requanto.freeze(model). To train the float parameters of "
+    "a quantized model, turn on those: for p in model.parameters(): p.requires_grad_(not isinstance(p, requanto.QTensor))."
 )

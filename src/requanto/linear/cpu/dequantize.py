@@ -12,7 +12,7 @@ import functools
 
 import torch
 
-from requanto.dtypes.bit_packing import unpack, unpack_pairs
+from requanto.dtypes.bit_packing import pack, unpack, unpack_pairs
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import fused_dequantize
 from requanto.runtime.buffers import scratch_buffer
@@ -53,6 +53,8 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         part = out[begin - start : end - start]
         if qdata is None:
             stored = layout.codes(weight._spec, parts, begin, end)
+            if pairs is not None:
+                stored = pack(stored, weight.qtype.bits)
         else:
             stored = qdata[begin:end]
         if pairs is not None:

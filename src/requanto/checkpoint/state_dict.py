@@ -1,0 +1,135 @@
+"""Quantized weights in state dicts and files of ordinary tensors, such as those of ``safetensors.torch.save_file``.
+
+A weight ``W`` becomes its parts ``W_qdata``, ``W_scale`` ... and ``W_spec``, a uint8 tensor with the text that describes it:
+such a file has no config.json, and a dict that was read from it no metadata. No tensor is named ``W``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from requanto.checkpoint.format import PARTS, CheckpointError, check_version, rebuild, spec_text
+from requanto.config.config import FORMAT, format_version_of
+from requanto.tensor.qtensor import QTensor
+
+#: name of the tensor that describes a weight
+SPEC = "spec"
+_SUFFIXES = tuple(f"_{part}" for part in (*PARTS, SPEC))
+_BLOCK = 64
+
+
+def described(weight: QTensor) -> torch.Tensor:
+    """The tensor ``W_spec``: JSON in UTF-8, with spaces up to a multiple of 64 bytes so that what follows is aligned."""
+    line = spec_text(weight)
+    fields = {
+        "format": FORMAT,
+        "format_version": format_version_of({"weight": line}),
+        "weight": line,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+    text = json.dumps(fields).encode()
+    return torch.frombuffer(bytearray(text.ljust(-(-len(text) // _BLOCK) * _BLOCK)), dtype=torch.uint8)
+
+
+def flatten_described(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict of tensors with every QTensor ``W`` replaced by its parts and ``W_spec``.
+
+    Raises:
+        ValueError: another tensor of the dict has the name of a part.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tensors.items():
+        if not isinstance(value, QTensor):
+            flat[name] = value
+            continue
+        parts = {f"{name}_{part}": inner.contiguous() for part, inner in value.inner_tensors().items()}
+        parts[f"{name}_{SPEC}"] = described(value)
+        taken = sorted(parts.keys() & tensors.keys())
+        if taken:
+            raise ValueError(
+                f"the quantized weight {name} is stored as {', '.join(parts)}, but {taken[0]} is the name of another "
+                f"tensor; rename it"
+            )
+        flat |= parts
+    return flat
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """What a tensor ``W_spec`` says; None for any other tensor."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or value.dim() != 1:
+        return None
+    if value.device.type == "meta" or not 0 < value.numel() <= 4096:
+        return None
+    try:
+        fields = json.loads(bytes(value.tolist()).decode())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return fields if isinstance(fields, dict) and fields.get("format") == FORMAT else None
+
+
+def join_described(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flatten_described`; a dict without described weights is returned with the same entries.
+
+    Raises:
+        CheckpointError: parts are missing or do not fit their description, or the dict also holds a tensor of the weight's
+            name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in tensors:
+        if isinstance(key, str) and key.endswith(f"_{SPEC}"):
+            fields = _fields(tensors[key])
+            if fields is not None:
+                found[key.removesuffix(f"_{SPEC}")] = fields
+    if not found:
+        return dict(tensors)
+    joined: dict[str, Any] = {}
+    for key, value in tensors.items():
+        owner = _owner(key, found)
+        if owner is None:
+            joined[key] = value
+        elif owner not in joined:
+            if owner in tensors:
+                raise CheckpointError(
+                    f"{owner} is there as a tensor and as the parts of a quantized weight; remove one"
+                )
+            joined[owner] = _rebuilt(owner, found[owner], tensors)
+    return joined
+
+
+def _owner(key: Any, found: Iterable[str]) -> str | None:
+    if isinstance(key, str):
+        for suffix in _SUFFIXES:
+            if key.endswith(suffix) and key.removesuffix(suffix) in found:
+                return key.removesuffix(suffix)
+    return None
+
+
+def _rebuilt(name: str, fields: dict[str, Any], tensors: Mapping[str, Any]) -> QTensor:
+    line, dtype = fields.get("weight"), getattr(torch, str(fields.get("dtype")), None)
+    if not isinstance(line, str) or not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{name}_{SPEC} is damaged: found {fields}, expected the fields weight and dtype")
+    check_version(fields.get("format"), fields.get("format_version"), f"{name}_{SPEC}")
+    parts = {part: tensors[f"{name}_{part}"] for part in PARTS if f"{name}_{part}" in tensors}
+    if "qdata" in parts:  # a loader that picks a device by a parameter's name finds none for its parts
+        parts = {part: tensor.to(parts["qdata"].device) for part, tensor in parts.items()}
+    return rebuild(name, line, parts, dtype)
+
+
+def stray_part(tensors: Iterable[str], parameters: Iterable[str], known: Iterable[str]) -> tuple[str, str] | None:
+    """A key that is a part of one of a model's parameters and was not joined, and that parameter's name; None without one.
+
+    Args:
+        tensors: keys of a state dict after `join_described`.
+        parameters: names of the model's parameters.
+        known: keys that the model reads itself.
+    """
+    parameters, known = set(parameters), set(known)
+    for key in tensors:
+        owner = None if key in known else _owner(key, parameters)
+        if owner is not None:
+            return key, owner
+    return None
