@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
+from requanto.config import checks
+from requanto.config.checks import AUTO
 from requanto.config.limit import Limit, parse_candidates
 from requanto.config.stored_weights import is_stored, plain_type, stored_text
-from requanto.dtypes.qtypes import qfloat8, qint8, qtype, resolve_qtype, short_name
+from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
 from requanto.scales.rotation import check_rotation
@@ -50,10 +52,7 @@ _BUDGET_KEYS = ("bits", "max_memory", "candidates")
 _LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
 #: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
 _LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", *_BUDGET_KEYS})
-_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget")
-
-#: value of ``weights``: a type is chosen for each layer within a budget
-AUTO = "auto"
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "digests", "budget")
 
 
 class QuantoConfig:
@@ -118,50 +117,52 @@ class QuantoConfig:
         **unknown: Any,
     ) -> None:
         stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
-        _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig")
+        _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig", stored)
         if is_stored(weights_dtype):  # a copy of `weights`, which is the one that counts
             weights_dtype = None
-        weights = plain_type(weights)  # type: ignore[assignment]
-        if weights is not None and weights_dtype is not None and _type_name(weights) != _type_name(weights_dtype):
+        given, other = (
+            None if value is None else checks.type_name(value, key)
+            for key, value in (("weights", plain_type(weights)), ("weights_dtype", weights_dtype))
+        )
+        if given is not None and other is not None and given != other:
             raise ValueError(f"weights={weights!r} and weights_dtype={weights_dtype!r} differ; give one of them")
-        chosen = weights if weights is not None else weights_dtype
         self.quant_method = QuantizationMethod.QUANTO
-        self.weights = _type_name("int8" if chosen is None else chosen)
-        self.activations = _activation_name(activations)
-        if isinstance(modules_to_not_convert, str):
-            modules_to_not_convert = [modules_to_not_convert]
-        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
-        self.group_size = _checked_group_size(group_size, "group_size")
-        self.modules = {pattern: _checked_choice(pattern, choice) for pattern, choice in (modules or {}).items()}
-        self.symmetric = symmetric
-        self.method = method
-        self.embeddings = bool(embeddings)
-        self.lm_head = bool(lm_head)
-        self.convolutions = bool(convolutions)
-        self.default_skips = bool(default_skips)
+        self.weights = given or other or "int8"
+        self.activations = checks.activation_name(activations, "activations")
+        self.modules_to_not_convert = checks.patterns(modules_to_not_convert, "modules_to_not_convert")
+        self.group_size = checks.group_size_value(group_size, "group_size")
+        chosen = checks.mapping(modules, "modules")
+        self.modules = {pattern: _checked_choice(pattern, choice) for pattern, choice in chosen.items()}
+        self.symmetric = checks.symmetric_value(symmetric, "symmetric")
+        self.method = checks.method_name(method, "method")
+        self.embeddings = checks.flag(embeddings, "embeddings")
+        self.lm_head = checks.flag(lm_head, "lm_head")
+        self.convolutions = checks.flag(convolutions, "convolutions")
+        self.default_skips = checks.flag(default_skips, "default_skips")
         self.scale_bits = check_scale_bits(scale_bits)
-        self.rotation = check_rotation(rotation)
-        self.low_rank = check_low_rank(low_rank)
+        self.rotation = check_rotation(checks.small(rotation, "rotation"))
+        self.low_rank = check_low_rank(checks.small(low_rank, "low_rank"))
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty until a model was quantized
-        self.tensors: dict[str, str] = dict(stored.get("tensors") or {})
+        self.tensors: dict[str, str] = checks.table(stored.get("tensors"), "tensors", "the description of a weight")
         #: name of a module that holds activation scales -> their type (`requanto.checkpoint.activation_table`)
-        self.activation_modules: dict[str, str] = dict(stored.get("activation_modules") or {})
+        self.activation_modules: dict[str, str] = checks.table(
+            stored.get("activation_modules"), "activation_modules", "a type"
+        )
+        #: name of a stored weight or module with activation scales -> digest (`requanto.checkpoint.digests`)
+        self.digests: dict[str, str] = checks.digests(stored.get("digests"))
         #: True if several models (components of a pipeline) use this config: patterns may match in another. Not stored.
         self.shared = False
         #: None if the checkpoint was not written by Requanto
-        self.format: str | None = stored.get("format")
+        self.format: str | None = checks.text_or_none(stored.get("format"), "format")
         self.format_version: int | None = stored.get("format_version")
         check_method(self.method)
         for pattern in (None, *self.modules):
             self.choice_for(pattern)
         self.bits, self.max_memory = bits, max_memory
-        self.candidates = None if candidates is None else list(candidates)
+        self.candidates = checks.strings(candidates, "candidates")
         self._check_budget()
         #: result of a budget, with each layer's error (`requanto.budget.Choice.record`); None: no budget was given
-        self.budget: dict[str, Any] | None = copy.deepcopy(stored.get("budget"))
-        for flag in ("symmetric",):
-            if getattr(self, flag) not in (None, True, False):
-                raise ValueError(f"{flag} must be True, False or None, found {getattr(self, flag)!r}")
+        self.budget: dict[str, Any] | None = copy.deepcopy(checks.budget(stored.get("budget")))
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
@@ -212,9 +213,15 @@ class QuantoConfig:
                 del self.modules[pattern]
         self.bits = self.max_memory = self.candidates = None
 
-    def record(self, tensors: dict[str, str]) -> None:
-        """Records the specs of a model's quantized weights (`requanto.checkpoint.format`) in the config."""
+    def record(self, tensors: dict[str, str], digests: Mapping[str, str] | None = None) -> None:
+        """Records the specs of a model's quantized weights (`requanto.checkpoint.format`) in the config.
+
+        Args:
+            tensors: name -> spec.
+            digests: of the tensors that are being saved; None while the model is in memory, where they may change.
+        """
         self.tensors, self.format, self.format_version = tensors, FORMAT, format_version_of(tensors)
+        self.digests = dict(digests or {})
 
     def choice_for(self, pattern: str | None) -> LayerOptions:
         """The options of layers that match ``pattern`` of ``modules``; None: of layers without a match."""
@@ -260,6 +267,8 @@ class QuantoConfig:
             values |= {key: stored_text(self.weights) for key in ("weights", "weights_dtype")}
         if self.activation_modules:
             values["activation_modules"] = dict(self.activation_modules)
+        if self.digests:
+            values["digests"] = dict(self.digests)
         return values
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -294,12 +303,15 @@ class QuantoConfig:
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, QuantoConfig) and self.to_dict() == other.to_dict()
+        if not isinstance(other, QuantoConfig):
+            return False
+        ours, theirs = self.to_dict(), other.to_dict()
+        return {**ours, "digests": None} == {**theirs, "digests": None}  # digests are of the files, not of the choice
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
     def __repr__(self) -> str:
-        hidden = ("tensors", "quant_method", "budget", "weights_dtype")
+        hidden = ("tensors", "quant_method", "budget", "weights_dtype", "digests")
         shown = {k: v for k, v in self.to_dict().items() if k not in hidden and v not in (None, {})}
         shown["weights"] = self.weights
         return f"QuantoConfig({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
@@ -335,32 +347,19 @@ class LayerOptions:
         return f"LayerOptions({self.qtype.name}, group_size={self.group_size}, symmetric={self.symmetric})"
 
 
-def _refuse_unknown(unknown: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+def _refuse_unknown(
+    unknown: dict[str, Any], known: tuple[str, ...], where: str, stored: Mapping[str, Any] | None = None
+) -> None:
     for key in unknown:
+        if stored:  # what a newer version wrote
+            raise TypeError(
+                f"quantization_config has the key {checks.shown(key)}, which this Requanto does not know. If the checkpoint "
+                f"is not damaged, a newer version wrote it: pip install -U requanto. Known: "
+                f"{', '.join((*known, *_STORED_KEYS))}"
+            )
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"{where} got an unknown keyword {key!r}{hint} Known: {', '.join(known)}")
-
-
-def _type_name(value: str | qtype) -> str:
-    return AUTO if value == AUTO else short_name(resolve_qtype(value))
-
-
-def _activation_name(value: str | qtype | None) -> str | None:
-    if value is None or value == "none":
-        return None
-    kind = resolve_qtype(value)
-    if kind not in (qint8, qfloat8):
-        raise ValueError(f"activations must be None, 'int8' or 'float8', found {value!r}")
-    return short_name(kind)
-
-
-def _checked_group_size(value: Any, name: str) -> int | None:
-    if value is None or value == -1:
-        return value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, -1 (one scale a row) or None (default), found {value!r}")
-    return value
 
 
 def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
@@ -368,17 +367,24 @@ def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
     if choice is None:
         return None
     if isinstance(choice, (str, qtype)):
-        return _type_name(choice)
+        return checks.type_name(choice, where)
     if not isinstance(choice, dict):
-        raise ValueError(f"{where} must be a type, a dict or None, found {choice!r}")
+        raise ValueError(f"{where} must be a type, a dict or None, found {checks.shown(choice)}")
     _refuse_unknown({k: v for k, v in choice.items() if k not in _LAYER_KEYS}, _LAYER_KEYS, where)
     checked = dict(choice)
-    if "weights" in checked:
-        checked["weights"] = _type_name(checked["weights"])
-    if "activations" in checked:
-        checked["activations"] = _activation_name(checked["activations"])
-    _checked_group_size(checked.get("group_size"), f"{where}['group_size']")
-    for key, check in (("scale_bits", check_scale_bits), ("rotation", check_rotation), ("low_rank", check_low_rank)):
+    for key, check in _LAYER_CHECKS.items():
         if key in checked:
-            checked[key] = check(checked[key], f"{where}[{key!r}]")
+            checked[key] = check(checks.small(checked[key], f"{where}[{key!r}]"), f"{where}[{key!r}]")
     return checked
+
+
+_LAYER_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "weights": checks.type_name,
+    "activations": checks.activation_name,
+    "group_size": checks.group_size_value,
+    "symmetric": checks.symmetric_value,
+    "method": checks.method_name,
+    "scale_bits": check_scale_bits,
+    "rotation": check_rotation,
+    "low_rank": check_low_rank,
+}

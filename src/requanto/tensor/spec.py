@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,7 @@ class WeightSpec:
         block = self.rotation
         if block is not None and (block < 2 or block & (block - 1) or length % block):
             raise ValueError(f"rotation must be a power of two that divides rows of {length} weights, found {block}")
-        if self.activation is not None and self.activation.bits != 8:
+        if self.activation is not None and (self.activation.bits != 8 or self.activation.is_unsigned):
             raise ValueError(f"activations are quantized to int8 or float8, found {self.activation.name}")
         if self.qtype.is_unsigned or self.qtype.is_codebook:
             self.qtype.affine(not self.affine)
@@ -264,6 +265,17 @@ def swapped(shape: Any) -> torch.Size:
     return torch.Size([*shape[:-2], shape[-1], shape[-2]])
 
 
+def _number(text: str) -> int:
+    """A size from its decimal digits; ``int`` would also take ``+8``, ``6_4`` and digits of other scripts.
+
+    Raises:
+        ValueError: it is something else, or larger than any size of a tensor.
+    """
+    if not (text.isascii() and text.isdigit() and len(text) <= 12):
+        raise ValueError(f"{text!r} is no size")
+    return int(text)
+
+
 def parse_words(text: str) -> dict[str, Any]:
     """Fields of `WeightSpec` from `WeightSpec.words`; also ``rank``, if the text has it.
 
@@ -277,13 +289,13 @@ def parse_words(text: str) -> dict[str, Any]:
         if key in ("affine", "transposed") and not value:
             found: dict[str, Any] = {key: True}
         elif key == "group":
-            found = {"group_size": int(value)}
+            found = {"group_size": _number(value)}
         elif key in ("axis", "rank"):
-            found = {key: int(value)}
+            found = {key: _number(value)}
         elif key == "scales":
-            found = {"scale_bits": check_scale_bits(int(value))}
+            found = {"scale_bits": check_scale_bits(_number(value))}
         elif key == "rotation":
-            found = {"rotation": check_rotation(int(value))}
+            found = {"rotation": check_rotation(_number(value))}
         elif key == "activation":
             found = {"activation": resolve_qtype(value)}
         else:
@@ -303,8 +315,8 @@ def parse_text(text: str, dtype: torch.dtype) -> tuple[WeightSpec, int]:
     kind, shape, *words = text.split()
     fields = parse_words(" ".join([kind, *words]))
     rank = fields.pop("rank", 0)
-    sizes = torch.Size(int(size) for size in shape.split("x"))
-    if rank < 0 or any(size < 0 for size in sizes):
-        raise ValueError("a size or rank is negative")
+    sizes = torch.Size(_number(size) for size in shape.split("x"))
+    if math.prod(sizes) >= 2**48:
+        raise ValueError(f"no tensor has {math.prod(sizes)} elements")
     stored = swapped(sizes) if fields.get("transposed") and len(sizes) > 1 else sizes
     return WeightSpec(shape=stored, dtype=dtype, **fields), rank
