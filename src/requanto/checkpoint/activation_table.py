@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from requanto.checkpoint.digests import check_scales
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, parse_spec
 from requanto.dtypes.qtypes import resolve_qtype
@@ -49,6 +50,7 @@ def add_activation_modules(
     tensors: Mapping[str, str],
     files: Iterable[str | Path] = (),
     local: Callable[[str], Iterable[str]] = lambda name: (name,),
+    digests: Mapping[str, str] | None = None,
 ) -> None:
     """Replaces the modules of ``table`` by their quantized counterparts, on the model's device (meta before loading).
 
@@ -57,6 +59,7 @@ def add_activation_modules(
         table: the result of :func:`activation_table` for the saved model.
         tensors: name -> description of the quantized weights.
         files: safetensors files that the scales will be read from; they are checked against the table.
+        digests: ``quantization_config.digests``.
         local: maps a module name of the checkpoint to the names it may have in this model.
 
     Raises:
@@ -83,7 +86,9 @@ def add_activation_modules(
             f"the model has none of the {len(table)} modules of quantization_config.activation_modules, e.g. "
             f"{next(iter(table))!r}"
         )
-    _check_files(model, table, [file for file in files if str(file).endswith(".safetensors")])
+    stored = [file for file in files if str(file).endswith(".safetensors")]
+    _check_files(model, table, stored)
+    check_scales(table, digests or {}, stored)
 
 
 def _check_files(model: nn.Module, table: Mapping[str, str], files: list[str | Path]) -> None:

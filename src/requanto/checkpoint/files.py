@@ -7,7 +7,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.format import PARTS, CheckpointError
+
+#: what a quantized weight's name is followed by in a file: Requanto's parts, and those of optimum-quanto
+_SUFFIXES = (*(f"_{part}" for part in PARTS), "._data", "._data._data")
 
 
 def stored_keys(files: Iterable[str | Path]) -> set[str]:
@@ -23,7 +26,7 @@ def stored_keys(files: Iterable[str | Path]) -> set[str]:
                 keys.update(opened.keys())
         except FileNotFoundError as error:
             raise CheckpointError(f"{file} is missing: the checkpoint is incomplete") from error
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file} cannot be read as safetensors ({error}): it is truncated or damaged, download or save it again"
             ) from error
@@ -41,7 +44,14 @@ def check_files(tensors: dict[str, str], files: Iterable[str | Path]) -> None:
     files = [str(f) for f in files if str(f).endswith(".safetensors")]
     if not files:
         return
-    stored = {key.removesuffix("_qdata") for key in stored_keys(files) if key.endswith("_qdata")}
+    keys = stored_keys(files)
+    plain = next((name for name in tensors if name in keys), None)
+    if plain is not None:
+        raise CheckpointError(
+            f"the files hold a tensor {plain}, which quantization_config.tensors describes as quantized: its parts are "
+            f"{plain}_qdata, {plain}_scale ... The files belong to another checkpoint, or were damaged"
+        )
+    stored = {key.removesuffix("_qdata") for key in keys if key.endswith("_qdata")}
     missing = [name for name in tensors if name not in stored]
     unknown = sorted(name for name in stored if name not in tensors)
     if unknown and len(stored) > len(tensors):
@@ -54,4 +64,27 @@ def check_files(tensors: dict[str, str], files: Iterable[str | Path]) -> None:
             f"{len(tensors) - len(stored)} of {len(tensors)} quantized weights are not in the files, e.g. "
             f"{missing[0]}_qdata: a shard is missing, or the files belong to another checkpoint "
             f"({', '.join(Path(f).name for f in files[:4])})"
+        )
+
+
+def check_all_read(unread: Iterable[str], missing: Iterable[str], model: str) -> None:
+    """Raises if a model lacks weights whose quantized parts are in the files, because nothing describes them.
+
+    Args:
+        unread: names of stored tensors that no parameter of the model took.
+        missing: names of parameters that got no value.
+        model: its class, for the message.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    absent = set(missing)
+    lost = sorted(
+        key for key in unread if any(key.endswith(end) and key.removesuffix(end) in absent for end in _SUFFIXES)
+    )
+    if lost:
+        raise CheckpointError(
+            f"the files hold quantized weights ({lost[0]} and {len(lost) - 1} more), but the config does not "
+            f"describe them, so {model} would have random weights. Leave quantization_config out instead "
+            f"of passing None, and use the config.json (or quanto_qmap.json) that was saved with the files."
         )

@@ -112,7 +112,12 @@ def _expected(spec: WeightSpec, rank: int) -> dict[str, tuple[torch.Size, tuple[
 
 
 def rebuild(
-    name: str, text: str, parts: dict[str, torch.Tensor], dtype: torch.dtype, check_values: bool = True
+    name: str,
+    text: str,
+    parts: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    check_values: bool = True,
+    check_codes: bool = True,
 ) -> QTensor:
     """Builds a QTensor from its stored parts and its line.
 
@@ -122,10 +127,11 @@ def rebuild(
         parts: ``qdata``, ``scale``, ``shift`` if affine, ``codebook`` for learned types, ``up`` and ``down`` if it has a
             low-rank term.
         dtype: ``tensor.dtype`` of the result.
-        check_values: raise if scales or shifts hold NaN or Inf.
+        check_values: raise for values that no quantization writes (`checkpoint.values`).
+        check_codes: with ``check_values``, also look at the codes of float8 weights; not needed where a digest is checked.
 
     Raises:
-        CheckpointError: parts are missing, differ in shape or dtype from the description, or are not finite.
+        CheckpointError: parts are missing, differ in shape or dtype from the description, or hold damaged values.
     """
     spec, rank = read_spec(text, name, dtype)
     expected = _expected(spec, rank)
@@ -142,15 +148,10 @@ def rebuild(
                 f"{' or '.join(map(str, dtypes))} {tuple(shape)} for {text!r}. Config and tensors do not belong together: "
                 f"restore the config.json that was saved with these files."
             )
-        if (
-            check_values
-            and found.dtype.itemsize > 1
-            and found.device.type != "meta"
-            and not bool(torch.isfinite(found).all())
-        ):
-            raise CheckpointError(
-                f"{name}_{part} holds NaN or Inf: the checkpoint is damaged, download or save it again"
-            )
+    if check_values:
+        from requanto.checkpoint.values import check_values as check
+
+        check(spec, parts, name, check_codes)
     return QTensor._of(spec, parts)
 
 
@@ -162,7 +163,7 @@ def check_version(format_name: str | None, version: int | None, where: str) -> N
     """
     if format_name != FORMAT:
         raise CheckpointError(f"{where}: format {format_name!r} is unknown, expected {FORMAT!r}")
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
             f"{where} is of format version {version!r}; this Requanto reads versions 1 to {FORMAT_VERSION}. "
             f"Install a newer one: pip install -U requanto"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from requanto.checkpoint.directory import _umask
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.opening import weight_map
 
 
 class SafetensorsFiles(Mapping):
@@ -33,7 +34,7 @@ class SafetensorsFiles(Mapping):
         single = self.directory / f"{stem}.safetensors"
         self._open_files: dict[str, Any] = {}
         if index.is_file():
-            self._where: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._where = weight_map(index)
         elif single.is_file():
             self._where = dict.fromkeys(self._file(single.name).keys(), single.name)
         else:
@@ -43,12 +44,20 @@ class SafetensorsFiles(Mapping):
         if name not in self._open_files:
             try:
                 self._open_files[name] = safe_open(self.directory / name, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.directory / name} cannot be read: {error}") from error
+            except (OSError, ValueError, SafetensorError) as error:
+                raise CheckpointError(f"{self.directory / name} cannot be read as safetensors: {error}") from error
         return self._open_files[name]
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._file(self._where[key]).get_tensor(key)
+        file = self._where[key]
+        try:
+            return self._file(file).get_tensor(key)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{key} cannot be read from {self.directory / file} ({error}): the index and its files do not "
+                "belong together, "
+                f"or one is damaged"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import os
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 
 from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
+from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.config.config import QuantizationMethod, QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
@@ -104,7 +106,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             self.planned = plan_model(model, config, keep_in_fp32_modules or ())
             self.planned = resolve_from_files(model, config, self.planned, self._files, state=state_dict)
         else:
-            add_activation_modules(model, self.quantization_config.activation_modules, self.table)
+            config = self.quantization_config
+            add_activation_modules(model, config.activation_modules, self.table, self._files, digests=config.digests)
         model.register_to_config(quantization_config=self.quantization_config)
 
     # ------------------------------------------------------------------ sizes, for device maps
@@ -134,8 +137,16 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         Raises:
             CheckpointError: a weight is in the files but not in the config, or the reverse.
         """
-        self._files = checkpoint_files
-        found = set(loaded_keys)
+        self._files = [file for file in checkpoint_files if os.path.isfile(file)]
+        config, found = self.quantization_config, set(loaded_keys)
+        if self.pre_quantized:
+            check_names(config.digests, self.table)
+        plain = next((name for name in self.table if name in found), None)
+        if plain is not None:
+            raise CheckpointError(
+                f"the files hold a tensor {plain}, which quantization_config.tensors describes as quantized: its parts are "
+                f"{plain}_qdata, {plain}_scale ... The files belong to another checkpoint, or were damaged"
+            )
         unknown = [key for key in loaded_keys if key.endswith("_qdata") and self._owner(key) is None]
         if unknown:
             raise CheckpointError(
@@ -173,8 +184,12 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
                 parts[part] = value
                 if all(needed in parts for needed in needed_parts(self.table[name], name)):
                     complete.append((name, self._parts.pop(name)))
+        checks = DigestChecks(self.quantization_config.digests)
         for name, parts in complete:
-            new[name] = rebuild(name, self.table[name], parts, self.dtype)
+            new[name] = rebuild(name, self.table[name], parts, self.dtype, check_codes=not checks.covers(name))
+            checks.add(name, self.table[name], parts)
+        for error in checks.finish().values():
+            raise error
         return new
 
     def _detect_quantized(self, state_dict: dict[str, Any]) -> None:
@@ -227,6 +242,11 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         apply_loaded_scales(model)
+        empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if empty:
+            raise CheckpointError(
+                f"the files lack {len(empty)} of the model's tensors, e.g. {empty[0]}: a file is missing or damaged"
+            )
         record_weights(model, self.quantization_config)
         missing = [name for name in (*self.planned, *self.table) if name not in self.quantization_config.tensors]
         if missing:
@@ -278,10 +298,11 @@ def plan_model(model: Any, config: QuantoConfig, always_float: Any = ()) -> dict
     return plan(model, config, default_skips=stays_float, always_float=always_float)
 
 
-def record_weights(model: Any, config: QuantoConfig) -> None:
-    """Records the quantized weights and activation types of a model in its config."""
-    config.record(table_of(model.named_parameters()))
+def record_weights(model: Any, config: QuantoConfig, saving: bool = False) -> None:
+    """Records the quantized weights and activation types of a model in its config; with ``saving`` their digests too."""
     config.activation_modules = activation_table(model)
+    digests = digests_of(model.state_dict(), config.activation_modules) if saving else None
+    config.record(table_of(model.named_parameters()), digests)
 
 
 def attach_quantizer(model: Any) -> RequantoDiffusersQuantizer:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.files import stored_keys
+from requanto.checkpoint.files import check_all_read, stored_keys
 from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.opening import checked_config, read_json, stored_config
 from requanto.checkpoint.readme import write_readme
 from requanto.config.config import QuantoConfig
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
@@ -27,6 +27,8 @@ def register() -> None:
     wrap_from_pretrained(ModelMixin)
     ModelMixin.from_pretrained = classmethod(_wrap_from_pretrained(ModelMixin.from_pretrained.__func__))
     ModelMixin.save_pretrained = _wrap_save_pretrained(ModelMixin.save_pretrained)
+    if hasattr(ModelMixin, "_load_pretrained_model"):
+        ModelMixin._load_pretrained_model = classmethod(_wrap_load(ModelMixin._load_pretrained_model.__func__))
     ModelMixin.get_memory_footprint = _wrap_memory_footprint(ModelMixin.get_memory_footprint)
 
 
@@ -38,6 +40,20 @@ def register_single_file() -> None:
         FromOriginalModelMixin.from_single_file = classmethod(
             _wrap_from_single_file(FromOriginalModelMixin.from_single_file.__func__)
         )
+
+
+def _wrap_load(original: Any) -> Any:
+    """Raises if stored codes would not be loaded: Diffusers would leave these weights without values."""
+
+    @functools.wraps(original)
+    def _load_pretrained_model(
+        cls: Any, model: Any, state_dict: Any, files: Any, path: Any, keys: Any, **kwargs: Any
+    ) -> Any:
+        wanted = model.state_dict().keys()
+        check_all_read(set(keys) - wanted, wanted - set(keys), cls.__name__)
+        return original(cls, model, state_dict, files, path, keys, **kwargs)
+
+    return _load_pretrained_model
 
 
 def _wrap_memory_footprint(original: Any) -> Any:
@@ -76,14 +92,20 @@ def _wrap_save_pretrained(original: Any) -> Any:
                 f"the model was loaded with {type(quantizer).__name__} and also holds weights quantized by Requanto, but a "
                 f"directory can hold only one of them. Load the float model and quantize all of it with one library."
             )
-        record_weights(self, quantizer.quantization_config)
+        record_weights(self, quantizer.quantization_config, saving=kwargs.get("is_main_process") is not False)
         if world_size() > 1 or kwargs.get("is_main_process") is False:
             # Several ranks write into one directory, so none of them may replace it.
-            return original(self, save_directory, *args, **kwargs)
+            try:
+                return original(self, save_directory, *args, **kwargs)
+            finally:
+                quantizer.quantization_config.digests = {}
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
         with replaced_directory(save_directory) as scratch:
-            result = original(self, scratch, *args, **kwargs)
+            try:
+                result = original(self, scratch, *args, **kwargs)
+            finally:
+                quantizer.quantization_config.digests = {}  # those of the files; weights in memory may change
             write_readme(
                 scratch, self, quantizer.quantization_config, library="diffusers", replaces=Path(save_directory)
             )
@@ -115,10 +137,19 @@ def _wrap_from_single_file(original: Any) -> Any:
         config = _config_of_file(pretrained_model_link_or_path_or_dict, kwargs)
         if config is not None:
             kwargs["quantization_config"] = config
+            _check_file(pretrained_model_link_or_path_or_dict, config)
         return original(cls, pretrained_model_link_or_path_or_dict, **kwargs)
 
     from_single_file._requanto = True
     return from_single_file
+
+
+def _check_file(source: Any, config: QuantoConfig) -> None:
+    """Raises unless a single file holds the weights that its config describes; Diffusers looks for names in it first."""
+    from requanto.integrations.diffusers import RequantoDiffusersQuantizer
+
+    keys = list(source) if isinstance(source, dict) else list(stored_keys([source]))
+    RequantoDiffusersQuantizer(config, pre_quantized=True).maybe_update_loaded_keys(keys, [str(source)[:200]])
 
 
 def _config_of_file(source: Any, kwargs: dict[str, Any]) -> QuantoConfig | None:
@@ -140,11 +171,9 @@ def _config_of_file(source: Any, kwargs: dict[str, Any]) -> QuantoConfig | None:
         return given
     folders = [Path(kwargs["config"], kwargs.get("subfolder") or "")] if kwargs.get("config") else []
     for folder in folders + ([parent] if parent else []):
-        path = folder / "config.json"
-        if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
-            if stored.get("tensors"):
-                return QuantoConfig.from_dict(stored)
+        stored = stored_config(read_json(folder / "config.json"), folder)
+        if stored.get("tensors"):
+            return checked_config(stored)
     raise CheckpointError(
         f"{source if parent else 'the state dict'} holds quantized weights, but no config.json that describes them was "
         f"found (searched {', '.join(map(str, [*folders, *([parent] if parent else [])])) or 'no directory'}). Pass "

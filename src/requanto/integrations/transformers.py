@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
+from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
 from requanto.checkpoint.files import check_files
 from requanto.checkpoint.format import (
     PARTS,
@@ -62,6 +64,10 @@ class RequantoHfQuantizer(HfQuantizer):
         self.planned: dict[str, PlannedWeight] = {}
         #: errors of single weights while loading, raised at the end; Transformers would only list them in its load report
         self.problems: dict[str, Exception] = {}
+        #: leaf names of the model's parameters; the files' own names must not become patterns
+        self.leaves: frozenset[str] = frozenset()
+        #: checks of digests, which run while weights are loaded
+        self.digests = DigestChecks(self.quantization_config.digests)
         #: weights sharded by tensor parallelism, and how (`integrations.tensor_parallel`)
         self.sharded: dict[str, Any] = {}
 
@@ -81,12 +87,16 @@ class RequantoHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         model.__dict__[LOADING] = self
+        self.leaves = frozenset(name.rpartition(".")[2] for name, _ in model.named_parameters(remove_duplicate=False))
         if self.pre_quantized:
             config, files = self.quantization_config, kwargs.get("checkpoint_files") or []
+            check_names(config.digests, config.tensors)
             check_files(config.tensors, files)
             for name, text in config.tensors.items():
                 parse_spec(text, name)
-            add_activation_modules(model, config.activation_modules, config.tensors, files, self._names(model))
+            add_activation_modules(
+                model, config.activation_modules, config.tensors, files, self._names(model), config.digests
+            )
             return
         self.planned = plan(
             model,
@@ -131,11 +141,14 @@ class RequantoHfQuantizer(HfQuantizer):
 
     @property
     def serialized_names(self) -> dict[str, list[str]]:
-        """Maps the leaf name of each stored weight to the leaf names of its parts."""
+        """Maps the leaf name of each stored weight to patterns of the leaf names of its parts.
+
+        Transformers takes both for regular expressions. Only leaf names that the model has are used, and escaped.
+        """
         if not self.pre_quantized:
             return {}
-        leaves = {name.rpartition(".")[2] for name in self.quantization_config.tensors}
-        return {leaf: [f"{leaf}_{part}" for part in PARTS] for leaf in sorted(leaves)}
+        leaves = {name.rpartition(".")[2] for name in self.quantization_config.tensors} & self.leaves
+        return {leaf: [f"{re.escape(leaf)}_{part}" for part in PARTS] for leaf in sorted(leaves)}
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """Returns the operation that joins stored parts into a weight."""
@@ -150,8 +163,12 @@ class RequantoHfQuantizer(HfQuantizer):
 
     def _spec(self, model: Any, name: str) -> str | None:
         """Returns the stored line of a weight, or None. The saved model may have been this model's base, or the reverse."""
-        tensors = self.quantization_config.tensors
-        return next((tensors[candidate] for candidate in self._names(model)(name) if candidate in tensors), None)
+        found = self._stored_name(model, name)
+        return None if found is None else self.quantization_config.tensors[found]
+
+    def _stored_name(self, model: Any, name: str) -> str | None:
+        """Returns the name under which the config describes a weight of this model, or None."""
+        return next((n for n in self._names(model)(name) if n in self.quantization_config.tensors), None)
 
     @staticmethod
     def _names(model: Any) -> Callable[[str], tuple[str, ...]]:
@@ -166,6 +183,7 @@ class RequantoHfQuantizer(HfQuantizer):
         model.__dict__.pop(LOADING, None)
         if self.sharded:
             finish_sharding(model)
+        self.problems |= {n: error for n, error in self.digests.finish().items() if n not in self.problems}
         if self.problems:
             raise _combined_error(self.problems)
         _drop_converters(model)
@@ -207,9 +225,10 @@ class RequantoHfQuantizer(HfQuantizer):
         sharded = any(local_quantized(parameter) is not None for parameter in model.parameters())
         found = full_state_dict(model, self.sharded) if sharded else load_offloaded(model)
         state_dict = {k: v for k, v in found.items() if not (isinstance(v, QTensor) and k in tied)}
-        self.quantization_config.record(table_of(state_dict.items()))
-        self.quantization_config.activation_modules = activation_table(model)
-        return flatten(state_dict), {}
+        config, flat = self.quantization_config, flatten(state_dict)
+        config.activation_modules = activation_table(model)
+        config.record(table_of(state_dict.items()), digests_of(state_dict, config.activation_modules, flat))
+        return flat, {}
 
     def is_serializable(self) -> bool:
         """Always True."""
@@ -278,10 +297,11 @@ class _Rebuild(_Operation):
                 )
             parts = {}
             for key, value in input_dict.items():
-                name = key.rpartition(".")[2].removeprefix(f"{leaf}_")
+                name = key.rpartition(".")[2].removeprefix(f"{re.escape(leaf)}_")
                 parts[name] = value[0] if isinstance(value, list) else value
             expected = getattr(module, leaf)
-            tensor = rebuild(full_layer_name, text, parts, expected.dtype)
+            checked = quantizer.digests.covers(quantizer._stored_name(model, full_layer_name))
+            tensor = rebuild(full_layer_name, text, parts, expected.dtype, check_codes=not checked)
             if tensor.shape != expected.shape:
                 raise CheckpointError(
                     f"{full_layer_name}: the checkpoint holds shape {tuple(tensor.shape)}, the model expects "
@@ -289,6 +309,7 @@ class _Rebuild(_Operation):
                 )
         except CheckpointError as error:
             return _record_problem(quantizer, full_layer_name, error, missing_keys)
+        quantizer.digests.add(full_layer_name, text, parts, quantizer._stored_name(model, full_layer_name))
         return _loaded(quantizer, model, full_layer_name, tensor, missing_keys)
 
 

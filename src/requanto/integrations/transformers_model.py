@@ -13,9 +13,12 @@ import torch.distributed as dist
 
 from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.files import check_all_read
 from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.opening import stored_config
 from requanto.checkpoint.readme import write_readme
+from requanto.integrations import tensor_parallel
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.shards import local_quantized
 
@@ -24,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Patches the methods; models without quantized weights are not affected."""
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
-    from requanto.integrations import tensor_parallel
     from requanto.integrations.accelerate import register_transformers
 
     if hasattr(PreTrainedModel.save_pretrained, "_requanto"):
@@ -36,6 +39,8 @@ def register() -> None:
     wrap_from_pretrained(PreTrainedModel)
     PreTrainedModel.save_pretrained = _wrap_save_pretrained(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _wrap_memory_footprint(PreTrainedModel.get_memory_footprint)
+    if not hasattr(PreTrainedConfig.get_config_dict, "_requanto"):
+        PreTrainedConfig.get_config_dict = classmethod(_wrap_get_config(PreTrainedConfig.get_config_dict.__func__))
     PreTrainedModel._finalize_model_loading = staticmethod(
         _wrap_finalize_loading(PreTrainedModel._finalize_model_loading)
     )
@@ -49,17 +54,37 @@ def _wrap_finalize_loading(original: Any) -> Any:
 
     @functools.wraps(original)
     def finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        unread = sorted(key for key in loading_info.unexpected_keys if key.endswith("_qdata"))
-        unread = [key for key in unread if key.removesuffix("_qdata") in loading_info.missing_keys]
-        if unread:
-            raise CheckpointError(
-                f"the files hold quantized weights ({unread[0]} and {len(unread) - 1} more), but the config does not "
-                f"describe them, so {type(model).__name__} would have random weights. Leave quantization_config out instead "
-                f"of passing None, and use the config.json that was saved with the files."
-            )
+        check_all_read(loading_info.unexpected_keys, loading_info.missing_keys, type(model).__name__)
+        quantizer = model.__dict__.get(tensor_parallel.LOADING)
+        if quantizer is not None and quantizer.pre_quantized:
+            _check_shapes(loading_info.mismatched_keys, getattr(load_config, "ignore_mismatched_sizes", False))
         return original(model, load_config, loading_info)
 
     return finalize_model_loading
+
+
+def _check_shapes(mismatched: Any, ignore: bool) -> None:
+    """Raises for tensors of a wrong shape in a quantized checkpoint; Transformers would only print a table."""
+    if mismatched and not ignore:
+        name, found, expected = sorted(mismatched, key=str)[0]
+        raise CheckpointError(
+            f"{name}: the checkpoint holds shape {tuple(found)}, the model expects {tuple(expected)} "
+            f"({len(mismatched)} such tensors): a file or config.json is damaged, or they do not belong together"
+        )
+
+
+def _wrap_get_config(original: Any) -> Any:
+    """Raises for a ``quantization_config`` that is no object, which Transformers would take for a config object."""
+
+    @functools.wraps(original)
+    def get_config_dict(cls: Any, path: Any, **kwargs: Any) -> Any:
+        found, rest = original(cls, path, **kwargs)
+        if isinstance(found, dict):
+            stored_config(found, path)
+        return found, rest
+
+    get_config_dict._requanto = True  # type: ignore[attr-defined]
+    return get_config_dict
 
 
 def _wrap_memory_footprint(original: Any) -> Any:
@@ -104,7 +129,10 @@ def _wrap_save_pretrained(original: Any) -> Any:
         )
         # Other ranks take part in gathering weights but write nothing; Transformers still lists their save directory.
         with replaced_directory(save_directory) if main else tempfile.TemporaryDirectory() as scratch:
-            result = original(self, scratch, *args, **kwargs)
+            try:
+                result = original(self, scratch, *args, **kwargs)
+            finally:
+                quantizer.quantization_config.digests = {}  # those of the files; weights in memory may change
             if main:
                 write_readme(scratch, self, quantizer.quantization_config, replaces=Path(save_directory))
         if world_size() > 1 and any(local_quantized(parameter) is not None for parameter in self.parameters()):

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from requanto.budget.models import auto_limit, choose_in_memory
+from requanto.checkpoint.digests import digest_of
 from requanto.config.plan import parameter_holders
 from requanto.dtypes.qtypes import qint8, qtype, resolve_qtype
 from requanto.methods import quantize_with_samples
@@ -261,16 +262,20 @@ def _choice(module: QModuleMixin) -> tuple:
     return kind, module.weight_group_size, module.weight_symmetric, module.weight_options
 
 
-def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
+def quantization_map(model: nn.Module, digests: bool = False) -> dict[str, dict[str, Any]]:
     """The quantized types by module name, as plain JSON; :func:`requantize` needs it in addition to the tensors.
 
     Each entry has ``weights`` and ``activations`` (a type's name or ``"none"``), as in optimum-quanto, and ``group_size``,
     ``symmetric`` and further options if they apply. The key of a parameter not named ``weight`` is its full name.
+
+    Args:
+        model: a quantized model.
+        digests: add a digest of each weight, which :func:`requantize` compares (docs/format.md).
     """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QModuleMixin):
-            found[name] = _entry(module.weight, module.weight_qtype, module.activation_qtype)
+            found[name] = _entry(module.weight, module.weight_qtype, module.activation_qtype, digests)
             if module.weight_qtype is not None and not module.frozen and module.weight_qtype.bits < 8:
                 found[name] |= {"group_size": module.weight_group_size, "symmetric": module.weight_symmetric}
             if module.weight_qtype is not None and not module.frozen:
@@ -279,11 +284,11 @@ def quantization_map(model: nn.Module) -> dict[str, dict[str, Any]]:
         for leaf, parameter in module._parameters.items():
             if isinstance(parameter, QTensor):
                 key = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
-                found[key] = _entry(parameter, parameter.qtype, parameter.activation)
+                found[key] = _entry(parameter, parameter.qtype, parameter.activation, digests)
     return found
 
 
-def _entry(weight: Any, kind: qtype | None, activation: qtype | None) -> dict[str, Any]:
+def _entry(weight: Any, kind: qtype | None, activation: qtype | None, digests: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "weights": "none" if kind is None else kind.name,
         "activations": "none" if activation is None else activation.name,
@@ -294,6 +299,8 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None) -> dict[st
         entry |= {"group_size": weight.group_size, "scale_bits": weight.scale_bits}
     if isinstance(weight, QTensor) and weight.rotation is not None:
         entry["rotation"] = weight.rotation
+    if isinstance(weight, QTensor) and digests:
+        entry["digest"] = digest_of(weight, activation)
     return entry
 
 

@@ -8,14 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from requanto.checkpoint.foreign.quanto_files import PARTS, drop_old_metadata, to_qtensor
+from requanto.checkpoint.digests import digest_of
+from requanto.checkpoint.foreign.quanto_files import PARTS, checked_map, drop_old_metadata, to_qtensor
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.values import check_values
+from requanto.config import checks
 from requanto.config.plan import parameter_holders
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.model.quantize import progress, weight_options
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
+from requanto.runtime.settings import settings
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.rotation import check_rotation
 from requanto.tensor import lowrank
@@ -55,6 +59,7 @@ def requantize(
             then not usable.
     """
     device = torch.device(device) if device is not None else _device_of(model)
+    checked_map(quantization_map, "the quantization map")
     source = _Source(state_dict, quantization_map)
     modules = dict(model.named_modules())
     holders = parameter_holders(model)
@@ -73,6 +78,8 @@ def requantize(
             weight = parameter
         elif kind is not None:
             weight = source.weight(full, kind, parameter, _is_transposed(module), entry)
+        if weight is not None and entry.get("digest") is not None:
+            _check_digest(full, weight, activation, entry["digest"])
         if activation is not None or (kind is not None and weight is None):
             _make_qmodule(module, name, kind, activation, entry)
         if weight is not None:
@@ -140,6 +147,7 @@ class _Source:
                     f"{name}: the map says {kind.name} and the model {tuple(parameter.shape)}, the state dict holds "
                     f"{value.qtype.name} {tuple(value.shape)}"
                 )
+            check_values(value._spec, value.inner_tensors(), name)
             return self.take(name)
         own = {part: self.take(name + part) for part in _OWN_PARTS if name + part in self.left}
         if own:
@@ -156,13 +164,23 @@ def _from_own_parts(
     name: str,
     entry: Mapping[str, Any],
 ) -> QTensor:
+    absent = [part for part in ("_qdata", "_scale") if not isinstance(parts.get(part), torch.Tensor)]
+    if absent or not all(isinstance(part, torch.Tensor) for part in parts.values()):
+        raise CheckpointError(
+            f"{name} is {kind.name} according to the map, and the state dict has no tensor {name}{(absent or ['...'])[0]} "
+            f"(it has {', '.join(name + part for part in parts)})"
+        )
     shape = list(parameter.shape)
     if transposed:
         shape[-1], shape[-2] = shape[-2], shape[-1]
     axis = 1 if len(shape) == 3 and parts["_scale"].dim() == 3 else 0
     length = torch.Size(shape[axis + 1 :]).numel()
     bits = check_scale_bits(entry.get("scale_bits"), f"scale_bits of {name}")
-    groups = parts["_scale"].shape[-1] if bits is None else length // (entry.get("group_size") or length)
+    group = checks.group_size_value(entry.get("group_size"), f"group_size of {name} in the map")
+    if bits is None:
+        groups = parts["_scale"].shape[-1] if parts["_scale"].dim() else 0
+    else:
+        groups = length // (group if group not in (None, -1) else length)
     if not groups or length % groups:
         raise CheckpointError(f"{name}: {groups} scales a row do not divide its {length} weights")
     own = {part[1:]: tensor for part, tensor in parts.items()}
@@ -180,11 +198,22 @@ def _from_own_parts(
             scale_bits=bits,
             rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
         )
-        return QTensor._of(spec, own)
+        tensor = QTensor._of(spec, own)
     except ValueError as error:
         raise CheckpointError(
             f"{name} is {kind.name} according to the map (scale_bits={bits}); map and tensors disagree: {error}"
         ) from error
+    check_values(spec, own, name)
+    return tensor
+
+
+def _check_digest(name: str, weight: QTensor, activation: qtype | None, wanted: Any) -> None:
+    if settings.check_digests and (found := digest_of(weight, activation)) != wanted:
+        raise CheckpointError(
+            f"{name}: the tensors that were loaded have the digest {found}, but the map says "
+            f"{checks.shown(wanted)}. The file or "
+            f"the map is damaged, was edited, or belongs to another save (REQUANTO_CHECK_DIGESTS=0 loads it all the same)"
+        )
 
 
 def _make_qmodule(

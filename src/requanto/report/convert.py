@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from requanto.checkpoint.model_class import first_architecture, named_class
+from requanto.checkpoint.opening import read_json
 from requanto.config.config import QuantoConfig
 
 # Files of a model that save_pretrained does not write: tokenizer, processor, templates.
@@ -124,21 +125,26 @@ def description_of(source: Path) -> dict[str, Any]:
         if (source / "model_index.json").is_file():
             raise ValueError(f"{source} is a Diffusers pipeline; quantize one of its models, e.g. {source}/transformer")
         raise FileNotFoundError(f"{source} holds no config.json; expected a directory that save_pretrained wrote")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def class_of(source: Path, description: dict[str, Any]) -> Any:
     """Returns the Transformers or Diffusers class that a config.json names."""
+    where = f"{source}/config.json"
     if "_class_name" in description:
-        import diffusers
-
-        return getattr(diffusers, description["_class_name"])
+        found = named_class("diffusers", description["_class_name"], where)
+        if found is None:
+            raise ValueError(
+                f"{where} names the model class {description['_class_name']!r}, which this Diffusers lacks"
+            )
+        return found
     import transformers
 
-    names = description.get("architectures") or []
-    for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    first_architecture(description, where)
+    for name in description.get("architectures") or []:
+        found = named_class("transformers", name, where)
+        if found is not None:
+            return found
     if "model_type" not in description:
         raise ValueError(
             f"{source}/config.json has neither architectures nor a model_type; it is not the config of a model"

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from requanto.budget.models import budget_of
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, parse_spec
+from requanto.checkpoint.opening import checked_config, is_ours, read_json, stored_config
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
@@ -146,17 +147,17 @@ def _named(values: dict[str, float], name: str) -> float | None:
 
 
 def _specs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    stored = config.get("quantization_config") or {}
-    if stored.get("quant_method") != "quanto":
+    stored = stored_config(config, "config.json")
+    if stored.get("quant_method") != "quanto" or not is_ours(stored):
         return {}
-    return {name: parse_spec(text, name) for name, text in QuantoConfig.from_dict(stored).tensors.items()}
+    return {name: parse_spec(text, name) for name, text in checked_config(stored).tensors.items()}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} holds no config.json; found {_listing(directory)}")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def _listing(directory: Path) -> str:

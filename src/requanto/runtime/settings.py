@@ -38,6 +38,16 @@ def parse_packing(text: str) -> bool:
     return bool(_switch("REQUANTO_PACK", text, True, expected))
 
 
+def parse_digests(variable: str, text: str) -> bool:
+    """The value of ``settings.write_digests`` and ``check_digests`` for a text of their variables.
+
+    Raises:
+        ValueError: the text is not "1", "0" or "".
+    """
+    what = "are written when saving" if "WRITE" in variable else "are checked when loading"
+    return bool(_switch(variable, text, True, f"1 or nothing (digests of weights {what}) or 0 (they are not)"))
+
+
 def _switch(variable: str, text: str, default: bool | None, expected: str) -> bool | None:
     known = {"": default, "0": False, "1": True}
     if text not in known:
@@ -107,6 +117,10 @@ class Settings:
             minute and needs a C++ compiler; later ones load a file (`cpu.aot.cache`). None: if there is a compiler; a
             failed compilation is logged and falls back to eager operators. True: a failure raises. False: never.
             (environment: REQUANTO_COMPILE=1 or 0; default None)
+        write_digests: write a digest of each quantized weight into config.json when saving (docs/format.md).
+            (environment: REQUANTO_WRITE_DIGESTS=0 turns it off)
+        check_digests: compare these digests with the stored tensors when loading.
+            (environment: REQUANTO_CHECK_DIGESTS=0 turns it off)
 
     Raises:
         AttributeError: there is no setting of that name.
@@ -116,6 +130,8 @@ class Settings:
     workspace_bytes: int = parse_workspace(os.environ.get("REQUANTO_WORKSPACE_MB", ""))
     pack_on_first_use: bool = parse_packing(os.environ.get("REQUANTO_PACK", ""))
     compiled: bool | None = parse_compiled(os.environ.get("REQUANTO_COMPILE", ""))
+    write_digests: bool = parse_digests("REQUANTO_WRITE_DIGESTS", os.environ.get("REQUANTO_WRITE_DIGESTS", ""))
+    check_digests: bool = parse_digests("REQUANTO_CHECK_DIGESTS", os.environ.get("REQUANTO_CHECK_DIGESTS", ""))
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, _checked(name, value))
@@ -128,7 +144,7 @@ class Settings:
 def _checked(name: str, value: object) -> object:
     if name == "workspace_bytes":
         return _bytes(value)
-    if name == "pack_on_first_use":
+    if name in ("pack_on_first_use", "write_digests", "check_digests"):
         return _one_of(name, value, (True, False))
     if name == "compiled":
         return _one_of(name, value, (None, True, False))

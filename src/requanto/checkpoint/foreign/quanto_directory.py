@@ -19,9 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto.checkpoint.digests import digests_of
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.foreign.quanto_files import PARTS, is_quanto_part, quantized_names, to_qtensor
+from requanto.checkpoint.foreign.quanto_files import PARTS, checked_map, is_quanto_part, quantized_names, to_qtensor
 from requanto.checkpoint.format import CheckpointError, flatten, table_of
+from requanto.checkpoint.model_class import first_architecture, named_class
+from requanto.checkpoint.opening import check_directory, read_json, stored_config
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtype, resolve_qtype, short_name
@@ -36,7 +39,7 @@ def is_quanto_directory(directory: str | os.PathLike) -> bool:
     directory = Path(directory)
     if (directory / MAP_NAME).is_file():
         return True
-    stored = _read_json(directory / "config.json").get("quantization_config") or {}
+    stored = stored_config(read_json(directory / "config.json"), directory)
     return (
         stored.get("quant_method") == "quanto" and "weights_dtype" in stored and not {"format", "tensors"} & set(stored)
     )
@@ -62,13 +65,13 @@ def convert_quanto_directory(
         CheckpointError: quanto_qmap.json and the tensors disagree.
     """
     source, target = Path(source), Path(target)
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json", must_exist=True)
     diffusers = "_class_name" in config
     stem = "diffusion_pytorch_model" if diffusers else "model"
     files = SafetensorsFiles(source, stem)
-    qmap = _read_json(source / MAP_NAME)
+    qmap = checked_map(read_json(source / MAP_NAME), source / MAP_NAME)
     kinds = _kinds(source, qmap, config, files)
-    activations = _activations(qmap)
+    activations = {module: entry["activations"].name for module, entry in qmap.items() if entry["activations"]}
     shapes = {
         name: p.shape for name, p in _skeleton(source, config, model_class).named_parameters(remove_duplicate=False)
     }
@@ -103,18 +106,20 @@ def convert_quanto_directory(
 
 
 def _kinds(
-    source: Path, qmap: Mapping[str, Mapping[str, str]], config: Mapping[str, Any], files: SafetensorsFiles
+    source: Path, qmap: Mapping[str, Mapping[str, qtype | None]], config: Mapping[str, Any], files: SafetensorsFiles
 ) -> dict[str, qtype]:
     """Maps parameter names to types: from quanto_qmap.json, or the one type of a Diffusers config."""
     names = quantized_names(files)
     if (source / MAP_NAME).is_file():
-        kinds = {
-            f"{module}.weight": resolve_qtype(entry["weights"])
-            for module, entry in qmap.items()
-            if entry.get("weights", "none") != "none"
-        }
+        kinds = {f"{module}.weight": entry["weights"] for module, entry in qmap.items() if entry["weights"]}
     else:
-        kinds = dict.fromkeys(sorted(names), resolve_qtype(config["quantization_config"]["weights_dtype"]))
+        one = {"": {"weights": stored_config(config, source).get("weights_dtype")}}
+        kind = checked_map(one, f"quantization_config.weights_dtype of {source}")[""]["weights"]
+        if kind is None:
+            raise CheckpointError(
+                f"{source}: quantization_config.weights_dtype names no type, and there is no {MAP_NAME}"
+            )
+        kinds = dict.fromkeys(sorted(names), kind)
     for name in names ^ set(kinds):
         where = (
             f"its tensors, not in its map ({MAP_NAME})"
@@ -125,51 +130,45 @@ def _kinds(
     return kinds
 
 
-def _activations(qmap: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Maps module names to the type of their activations."""
-    kinds = {module: entry.get("activations", "none") for module, entry in qmap.items()}
-    return {module: resolve_qtype(kind).name for module, kind in kinds.items() if kind not in (None, "none")}
-
-
 def _our_config(state: Mapping[str, Any], activations: dict[str, str]) -> dict[str, Any]:
     table = table_of(state.items())
     if not table and not activations:
         raise CheckpointError("found no quantized weight")
     kinds = [text.split()[0] for text in table.values()]
     config = QuantoConfig(weights=short_name(resolve_qtype(max(set(kinds), key=kinds.count))) if kinds else None)
-    config.record(table)
     config.activation_modules = activations
+    config.record(table, digests_of(state, activations))
     return config.to_dict()
 
 
 def _skeleton(source: Path, config: Mapping[str, Any], model_class: type | None) -> nn.Module:
     with torch.device("meta"):
         if "_class_name" in config:
-            import diffusers
-
-            cls = getattr(diffusers, config["_class_name"])
+            cls = named_class("diffusers", config["_class_name"], f"_class_name in {source}/config.json") or model_class
+            if cls is None:
+                raise CheckpointError(
+                    f"{source}: config.json names the model class {config['_class_name']!r}, which this Diffusers "
+                    "does not have"
+                )
             plain = {key: value for key, value in config.items() if key != "quantization_config"}
             return cls.from_config(plain)
         import transformers
 
-        named = (config.get("architectures") or [""])[0]
-        cls = getattr(transformers, named, None) or model_class
-        if cls is None:
+        where = f"{source}/config.json"
+        named = first_architecture(config, where)
+        cls = (named and named_class("transformers", named, where)) or model_class
+        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
             raise CheckpointError(
                 f"{source}: config.json names the model class {named!r}, which this Transformers does not have"
             )
         loaded = transformers.AutoConfig.from_pretrained(source)
         loaded.quantization_config = None
+        if cls.config_class is not None and not isinstance(loaded, cls.config_class):
+            raise CheckpointError(
+                f"{where} is a {type(loaded).__name__} and names the model class {cls.__name__}, which takes a "
+                f"{cls.config_class.__name__}"
+            )
         return cls(loaded)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
 
 
 def wrap_from_pretrained(model_class: type) -> None:
@@ -183,6 +182,8 @@ def wrap_from_pretrained(model_class: type) -> None:
         path = pretrained_model_name_or_path
         where = Path(path or "", kwargs.get("subfolder") or "") if isinstance(path, (str, os.PathLike)) else None
         if where is None or not path or not where.is_dir() or not is_quanto_directory(where):
+            if where is not None and path:
+                check_directory(where)
             return original(cls, path, *args, **kwargs)
         kwargs.pop("subfolder", None)
         # Loaded tensors are memory-mapped and stay valid after the directory is deleted.
@@ -190,7 +191,7 @@ def wrap_from_pretrained(model_class: type) -> None:
             converted = convert_quanto_directory(where, Path(scratch) / "model", cls)
             if hasattr(kwargs.get("config"), "to_dict"):  # a config object that was read from the unconverted directory
                 kwargs["config"] = copy.deepcopy(kwargs["config"])
-                kwargs["config"].quantization_config = _read_json(converted / "config.json")["quantization_config"]
+                kwargs["config"].quantization_config = read_json(converted / "config.json")["quantization_config"]
             return original(cls, converted, *args, **kwargs)
 
     from_pretrained._reads_quanto = True  # type: ignore[attr-defined]

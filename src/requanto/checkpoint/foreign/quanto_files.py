@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.values import check_values
+from requanto.config.checks import shown
 from requanto.dtypes.bit_packing import pack
-from requanto.dtypes.qtypes import qtype
+from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.scales.quanto import group_size_rule, pack_split, unpack_split
 from requanto.tensor.qtensor import QTensor
 
@@ -32,6 +34,35 @@ OLD_METADATA = (".qtype", ".axis", ".group_size", ".size", ".stride", ".activati
 def quantized_names(keys: Iterable[str]) -> set[str]:
     """Returns the parameter names of the quantized weights among the keys of an optimum-quanto checkpoint."""
     return {key.removesuffix("._data._data").removesuffix("._data") for key in keys if key.endswith("._data")}
+
+
+def checked_map(qmap: Any, where: Any) -> dict[str, dict[str, qtype | None]]:
+    """The types of a quanto_qmap.json: module name -> ``weights`` and ``activations``, each a type or None.
+
+    Raises:
+        CheckpointError: the map has another form, or an unknown type.
+    """
+    if not isinstance(qmap, Mapping):
+        raise CheckpointError(f"{where} holds {shown(qmap)}, expected an object: module name -> types")
+    found: dict[str, dict[str, qtype | None]] = {}
+    for name, entry in qmap.items():
+        if not isinstance(entry, Mapping):
+            raise CheckpointError(
+                f"{where}: the entry of {shown(name)} is {shown(entry)}, expected an object with its types"
+            )
+        kinds: dict[str, qtype | None] = {}
+        for key in ("weights", "activations"):
+            value = entry.get(key)
+            try:
+                kinds[key] = None if value in (None, "none") else resolve_qtype(value)
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"{where} says {key}={shown(value)} for {shown(name)}: {error}") from error
+        if kinds["activations"] is not None and kinds["activations"].bits != 8:
+            raise CheckpointError(
+                f"{where} says activations={shown(entry['activations'])} for {shown(name)}: activations have 8 bits"
+            )
+        found[name] = kinds
+    return found
 
 
 def is_quanto_part(key: str) -> bool:
@@ -66,8 +97,11 @@ def to_qtensor(
     if not scale.is_floating_point():
         raise CheckpointError(f"{name}._scale must be a float tensor, found {scale.dtype}")
     if kind.bits == 8:
-        return _bytes(parts["._data"], scale, kind, shape, name)
-    return _bits(parts["._data._data"], scale, parts["._shift"], kind, shape, name)
+        tensor = _bytes(parts["._data"], scale, kind, shape, name)
+    else:
+        tensor = _bits(parts["._data._data"], scale, parts["._shift"], kind, shape, name)
+    check_values(tensor._spec, tensor.inner_tensors(), name)
+    return tensor
 
 
 def _require_known(kind: qtype, name: str) -> None:
@@ -101,7 +135,7 @@ def _bits(
     width = group or length
     groups = rows * length // width
     wanted = (-(-groups // (8 // kind.bits)), width)
-    found = (data.shape[0], data[0].numel()) if data.dim() > 1 else tuple(data.shape)
+    found = (data.shape[0], data.shape[1:].numel()) if data.dim() > 1 else tuple(data.shape)
     if data.dtype != torch.uint8 or found != wanted or scale.numel() != groups or shift.numel() != groups:
         raise CheckpointError(
             f"{name}: expected uint8 {wanted} and {groups} scales and shifts for {kind.name} of shape {tuple(shape)}, "
@@ -186,8 +220,6 @@ def drop_old_metadata(state: dict[str, Any], qmap: Mapping[str, Mapping[str, Any
     Raises:
         CheckpointError: a stored type differs from quanto_qmap.json, or is unknown.
     """
-    from requanto.dtypes.qtypes import resolve_qtype
-
     for key in [key for key in state if key.endswith(OLD_METADATA) and not isinstance(state[key], torch.Tensor)]:
         value = state.pop(key)
         if not key.endswith("weight.qtype"):

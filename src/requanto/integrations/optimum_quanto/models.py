@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.foreign.quanto_files import from_qtensor
+from requanto.checkpoint.foreign.quanto_files import checked_map, from_qtensor
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.opening import read_json
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.model.quantize import freeze, quantization_map
@@ -196,10 +197,8 @@ class _Wrapper:
         map_file = directory / MAP_NAME
         if not map_file.is_file():
             raise ValueError(f"{directory} holds no {MAP_NAME}: it is not a model saved in optimum-quanto's format")
-        try:
-            qmap = json.loads(map_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{map_file} is not valid JSON: {error}") from error
+        qmap = read_json(map_file)
+        checked_map(qmap, map_file)
         model = cls._skeleton(directory, **kwargs)
         cls._load(model, SafetensorsFiles(directory, cls.stem), qmap)
         if hasattr(model, "tie_weights") and getattr(model.config, "tie_word_embeddings", False):
@@ -268,7 +267,7 @@ class QuantizedDiffusersModel(_Wrapper):
         config_file = directory / "config.json"
         if not config_file.is_file():
             raise ValueError(f"{directory} holds no config.json")
-        named = json.loads(config_file.read_text()).get("_class_name")
+        named = read_json(config_file).get("_class_name")
         if named != cls.base_class.__name__:
             raise ValueError(f"{cls.__name__} loads a {cls.base_class.__name__}, the directory holds a {named}")
         config = cls.base_class.load_config(directory, **kwargs)
