@@ -1,0 +1,122 @@
+"""Loads many damaged checkpoints and counts what comes of it.
+
+    make fuzz COUNT=1000 SEED=0 MINUTES=10
+    python tests/fuzz/run.py --only 4711                   # one seed again, with what was changed and what came of it
+
+Prints a JSON summary: the number of each outcome (`fuzz_child`), also by kind of mutation and by checkpoint, the places of
+obscure errors, and the seeds of everything that is not as promised. The exit status is 1 if there is any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("REQUANTO_COMPILE", "0")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "integration_tests")]
+
+#: Outcomes that are not faults.
+ALLOWED = ("right", "clear", "float_bits", "foreign_bits", "model_config", "not_ours")
+
+
+def one(base: Path, scratch: Path, seed: int, wanted: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Mutates and loads one checkpoint, all drawn from the seed."""
+    import fuzz_child
+    import fuzz_mutations
+    from fuzz_checkpoints import CASES
+
+    rng = random.Random(seed)
+    name = rng.choice(sorted(wanted))
+    place = scratch / "model"
+    shutil.rmtree(place, ignore_errors=True)
+    fuzz_mutations.copy_checkpoint(base / name / "model", place)
+    kind, changed = fuzz_mutations.mutate(place, rng)
+    started = time.monotonic()
+    outcome = fuzz_child.run(CASES[name].load, place, wanted[name])
+    outcome = fuzz_child.without_digest(outcome, name, kind)
+    return {
+        "seed": seed, "checkpoint": name, "mutation": kind, "changed": changed, "outcome": outcome.kind,
+        "place": outcome.place, "text": outcome.text, "seconds": time.monotonic() - started,
+    }  # fmt: skip
+
+
+def summary(results: list[dict[str, Any]], first: int) -> dict[str, Any]:
+    """Counts of the results, with the seeds that repeat what is not as promised."""
+    by_kind: dict[str, Counter] = defaultdict(Counter)
+    by_checkpoint: dict[str, Counter] = defaultdict(Counter)
+    seeds: dict[str, list[int]] = defaultdict(list)
+    places: Counter = Counter()
+    for result in results:
+        by_kind[result["mutation"]][result["outcome"]] += 1
+        by_checkpoint[result["checkpoint"]][result["outcome"]] += 1
+        if result["outcome"] not in ALLOWED:
+            seeds[result["outcome"]].append(result["seed"])
+        if result["outcome"] == "obscure":
+            places[result["place"]] += 1
+    return {
+        "loads": len(results),
+        "seed": first,
+        "outcomes": dict(Counter(result["outcome"] for result in results).most_common()),
+        "longest_seconds": round(max((result["seconds"] for result in results), default=0.0), 2),
+        "mutations": {kind: dict(counts.most_common()) for kind, counts in sorted(by_kind.items())},
+        "checkpoints": {name: dict(counts.most_common()) for name, counts in sorted(by_checkpoint.items())},
+        "obscure_places": dict(places.most_common(40)),
+        "seeds": {outcome: found[:50] for outcome, found in seeds.items()},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the harness; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=1000, help="number of loads")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; each load has its own, one after the other")
+    parser.add_argument("--minutes", type=float, default=10, help="stop after this time")
+    parser.add_argument("--only", type=int, help="repeat this seed and say what was changed")
+    parser.add_argument("--checkpoints", nargs="*", help="only these checkpoints (the seeds then draw from them)")
+    parser.add_argument("--out", type=Path, help="write the summary here as well")
+    parser.add_argument("--log", type=Path, help="write every result here, one JSON object a line")
+    options = parser.parse_args(argv)
+    if options.count < 0 or options.minutes <= 0:
+        parser.error("--count must be 0 or more and --minutes more than 0")
+
+    import logging
+
+    import torch
+    from fuzz_checkpoints import build_all
+
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="requanto-fuzz-") as scratch:
+        base = Path(scratch) / "base"
+        wanted = build_all(base, options.checkpoints)
+        if options.only is not None:
+            result = one(base, Path(scratch), options.only, wanted)
+            print(json.dumps(result, indent=2))
+            return int(result["outcome"] not in ALLOWED)
+        results, until = [], time.monotonic() + 60 * options.minutes
+        with open(options.log or os.devnull, "w") as log:
+            for seed in range(options.seed, options.seed + options.count):
+                results.append(one(base, Path(scratch), seed, wanted))
+                print(json.dumps(results[-1]), file=log, flush=True)
+                if time.monotonic() > until:
+                    break
+    found = summary(results, options.seed)
+    text = json.dumps(found, indent=2)
+    print(text)
+    if options.out is not None:
+        options.out.write_text(text + "\n")
+    return int(any(outcome not in ALLOWED for outcome in found["outcomes"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
