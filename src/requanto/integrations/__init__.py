@@ -28,6 +28,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "accelerate": ("requanto.integrations.accelerate", "register"),
     "safetensors.torch": ("requanto.integrations.safetensors", "register"),
     "peft": ("requanto.integrations.peft", "register"),
+    "torch.onnx": ("requanto.integrations.onnx", "register"),
 }
 
 

@@ -16,6 +16,7 @@ from requanto.linear.cpu import paths as cpu
 from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
 from requanto.linear.registry import find_plan, remember_plan
+from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_functorch_transform, in_jit_trace, is_tracing, needs_gradient, runs_eagerly
 from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
@@ -211,7 +212,9 @@ def _codes_gemm(
     out_features, in_features = weight._spec.seen_shape
     rows = x.reshape(-1, in_features) if in_features else x.reshape(x.shape[:-1].numel(), 0)
     tracing, needs_grad = is_tracing(), needs_gradient(x, bias)
-    if in_jit_trace() or (
+    if tracing and onnx_nodes.exporting():
+        out = custom_ops.onnx_linear(rows, bias, weight, activation, input_scale)
+    elif in_jit_trace() or (
         not tracing and (in_functorch_transform() or (rows.is_cpu and not needs_grad and not runs_eagerly()))
     ):
         # torch.func, torch.jit.trace and fake tensors support only regular torch operators.
@@ -219,6 +222,7 @@ def _codes_gemm(
     elif needs_grad and not tracing and runs_eagerly():
         out = custom_ops.EagerLinear.apply(rows, bias, weight, activation, input_scale)
     elif needs_grad or tracing:
+        onnx_nodes.check_wrapped()
         # The reshapes stay outside the operator: if its result were a view, autograd would forbid in-place changes to it.
         out = torch.ops.requanto.linear(rows, bias, *custom_ops.arguments(weight, activation), input_scale)
     else:

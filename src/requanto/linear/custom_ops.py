@@ -17,6 +17,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.registry import choose, problem_of
+from requanto.runtime import onnx_nodes
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.rebuild import operator_weight
@@ -93,6 +94,19 @@ def arguments(weight: QTensor, activation: qtype | None = None) -> tuple[list[to
         spec = spec.replace(activation=activation)
     layout, parts = weight._storage.state
     return [parts[name] for name in layout.names(spec)], f"{spec.words} layout={layout.name}", list(spec.shape)
+
+
+def onnx_linear(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    weight: QTensor,
+    activation: qtype | None,
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """`run` as a node of an ONNX graph."""
+    parts, words, shape = arguments(weight, activation)
+    inputs, out_features = [x, bias, input_scale, *parts], weight._spec.seen_shape[0]
+    return onnx_nodes.node("Linear", inputs, {"words": words, "shape": shape}, x, (x.shape[0], out_features))
 
 
 def _weight(

@@ -7,7 +7,9 @@ import torch
 from requanto.dtypes.bit_packing import pack
 from requanto.linear.cpu.dequantize import codes_to_float
 from requanto.linear.prepack import EMBEDDING_WEIGHT
+from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, runs_eagerly
+from requanto.scales.rotation import rotate
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor, scaled_values
 
@@ -34,13 +36,26 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
         if in_jit_trace():
             return torch.nn.functional.embedding(indices, weight.dequantize())
         flat = indices.reshape(-1)
-        if weight.is_packed and is_tracing():
+        if is_tracing() and onnx_nodes.exporting():
+            rows = _onnx_rows(weight, flat)
+        elif weight.is_packed and is_tracing():
             rows = weight.dequantize()[flat]
         elif _simple(weight):
             rows = _values(weight, flat)
         else:
             rows = _picked(weight, flat).dequantize()
         return rows.view(*indices.shape, *weight.shape[1:])
+
+
+def _onnx_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
+    """These rows, dequantized, of which the codes are looked up by a node of an ONNX graph."""
+    parts, attributes = weight.onnx_inputs()
+    shape = (indices.shape[0], weight.row_length)
+    values = onnx_nodes.node("Rows", [indices, *parts], attributes, parts[0], shape, torch.float32)
+    values = values if weight.rotation is None else rotate(values, weight.rotation)
+    if weight.up is not None and weight.down is not None:
+        values = values + torch.index_select(weight.up, 0, indices).float() @ weight.down.float()
+    return values.to(weight.dtype)
 
 
 def _picked(weight: QTensor, indices: torch.Tensor) -> QTensor:

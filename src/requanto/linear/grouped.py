@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from requanto.linear import custom_ops
+from requanto.runtime import onnx_nodes
+from requanto.runtime.tracing import is_tracing
 from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
@@ -23,6 +25,11 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     """
     block, transposed = weight.rotation, weight.transposed
     x_codes = x if block is None or transposed else rotate(x, block)
-    out = torch.ops.requanto.grouped_linear(x_codes, offsets, *custom_ops.arguments(weight), False)
+    if is_tracing() and onnx_nodes.exporting():
+        parts, words, shape = custom_ops.arguments(weight)
+        attributes, out_shape = {"words": words, "shape": shape}, (x.shape[0], weight._spec.seen_shape[-2])
+        out = onnx_nodes.node("GroupedLinear", [x_codes, offsets, *parts], attributes, x, out_shape)
+    else:
+        out = torch.ops.requanto.grouped_linear(x_codes, offsets, *custom_ops.arguments(weight), False)
     out = rotate(out, block) if block is not None and transposed else out
     return out if weight.up is None else out + lowrank.grouped_lowrank_matmul(x, weight, offsets)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import is_tracing, without_ambient_state, without_autocast
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def fit_rotation(wanted: int | None, length: int, name: str = "weight") -> int |
 
 
 @functools.lru_cache(maxsize=64)
-def _hadamard(size: int, device: torch.device) -> torch.Tensor:
+def hadamard(size: int, device: torch.device) -> torch.Tensor:
     with without_ambient_state():
         matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
         while matrix.shape[0] < size:
@@ -69,8 +70,8 @@ def _rotated(x: torch.Tensor, block: int) -> torch.Tensor:
     left, right = 2 ** ((power + 1) // 2), 2 ** (power // 2)
     with without_autocast(x.device):
         wide = x.float().reshape(-1, right)
-        wide = wide @ _hadamard(right, x.device) if right > 1 else wide
-        wide = wide.view(-1, left, right).transpose(1, 2) @ _hadamard(left, x.device)
+        wide = wide @ hadamard(right, x.device) if right > 1 else wide
+        wide = wide.view(-1, left, right).transpose(1, 2) @ hadamard(left, x.device)
     return wide.transpose(1, 2).to(x.dtype).reshape(x.shape)
 
 
@@ -105,6 +106,8 @@ def rotate(x: torch.Tensor, block: int) -> torch.Tensor:
     Returns:
         A new tensor of x's shape and dtype.
     """
+    if is_tracing() and onnx_nodes.exporting():
+        return onnx_nodes.node("Rotate", [x], {"block": block}, x, x.shape)
     # Tracers, fake tensors and dispatch modes must see one operator, not the cached matrix.
     use_op = is_tracing() or isinstance(x, FakeTensor) or torch._C._len_torch_dispatch_stack()
     if use_op or (torch.is_grad_enabled() and x.requires_grad):

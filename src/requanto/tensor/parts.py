@@ -222,6 +222,12 @@ class WeightParts:
             return {"qdata": self._traced_codes(), **others}
         return self._storage.stored(self._spec)
 
+    def onnx_inputs(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """The parts in the order of `Layout.names`, and the attributes of a node (`requanto.runtime.onnx_nodes`)."""
+        layout, parts = self._storage.state
+        words = f"{self._spec.words} layout={layout.name}"
+        return [parts[name] for name in layout.names(self._spec)], {"words": words, "shape": list(self._spec.shape)}
+
     def _traced_codes(self) -> torch.Tensor:
         layout, parts = self._storage.state
         named = [parts[name] for name in layout.names(self._spec)]

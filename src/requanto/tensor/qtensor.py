@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from requanto.dtypes.qtypes import qtype, resolve_qtype
+from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
@@ -272,6 +273,10 @@ class QTensor(WeightParts, torch.Tensor):
         if in_jit_trace():
             with jit_trace_paused():
                 return self.stored_values()
+        if is_tracing() and onnx_nodes.exporting():
+            parts, attributes = self.onnx_inputs()
+            shape = (*self.lead, self.row_length)
+            return onnx_nodes.node("Values", parts, attributes, parts[0], shape, torch.float32)
         return scaled_values(self._code_values(), self.qtype, self.scale, self.shift, self.row_length)
 
     def _code_values(self) -> torch.Tensor:
