@@ -20,9 +20,9 @@ codes are those of rotated rows (`requanto.scales.rotation`), and ``W = rotated(
 A ``transposed`` tensor shows its last two axes swapped; its stored tensors are the same. GPT-2's ``Conv1D``, with a weight
 [in, out], is stored so.
 
-`requanto.tensor.ops` lists the operators that work on the codes. Any other aten operator reads the dequantized values, with a
-log line (`requanto.tensor.values`), or raises if it writes. Reading changes nothing. A change
-through one alias (``.data``, ``.detach()``, ``.t()``, an entry of a state dict) changes all aliases.
+`requanto.tensor.ops` lists the operators that work on the codes. Any other aten operator reads the dequantized values, with
+a log line (`requanto.tensor.values`), or raises if it writes. Reading changes nothing. A change through one alias
+(``.data``, ``.detach()``, ``.t()``, an entry of a state dict) changes all aliases.
 """
 
 from __future__ import annotations
