@@ -144,7 +144,6 @@ READS = {
     "aten.expand.default": lambda q: q.expand(2, 5, 64),
     "aten.unsqueeze.default": lambda q: q[None],
     "aten.view.default": lambda q: q.view(5, 4, 16),
-    "aten.select.int": lambda q: q[0],
     "aten.index.Tensor": lambda q: q[torch.tensor([0, 2]), torch.tensor([1, 1])],
     "aten.native_layer_norm.default": lambda q: F.layer_norm(q, (64,)),
     "aten.var_mean.correction": lambda q: torch.var_mean(q, 1)[0],

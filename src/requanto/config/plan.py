@@ -7,11 +7,14 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from requanto.config.config import LayerOptions, QuantoConfig
+from requanto.config.own_forward import BASES, reason_for_float, unusual
+from requanto.config.routers import Routers
 from requanto.scales.search import ScaleSearch
 from requanto.tensor.qtensor import QTensor
 
@@ -57,6 +60,7 @@ class PlannedWeight:
             name=name,
         )
         tensor.activation = self.options.activations
+        tensor._storage.name = name
         return tensor
 
 
@@ -94,6 +98,8 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str], where: str, sh
 
 def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[str, int, bool] | None:
     """(kind, axis, transposed) of a parameter that can be quantized, or None."""
+    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        return None
     if name == "weight":
         if isinstance(module, nn.Linear):
             return "linear", 0, False
@@ -108,15 +114,6 @@ def weight_kind(module: nn.Module, name: str, parameter: torch.Tensor) -> tuple[
         transposed = bool(getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS))
         return "experts", 1, transposed
     return None
-
-
-def is_router(modules: dict[str, nn.Module], name: str) -> bool:
-    """True for a gate or router with experts among its siblings. It stays float: its errors change which experts run."""
-    parent, _, leaf = name.rpartition(".")
-    siblings = modules[parent].named_children() if parent in modules else ()
-    return ("router" in leaf or leaf.endswith("gate")) and any(
-        "expert" in child for child, _ in siblings if child != leaf
-    )
 
 
 def plan(
@@ -146,18 +143,21 @@ def plan(
     check_patterns(config.modules_to_not_convert or (), names, "modules_to_not_convert", config.shared)
     check_patterns(config.modules, names, "modules", config.shared)
     listed = () if callable(default_skips) else list(default_skips)
+    routers = Routers(model, modules)
 
     def skipped(name: str) -> bool:
         if not config.default_skips:
             return False
         by_library = default_skips(name) if callable(default_skips) else any(matches(p, name) for p in listed)
-        return by_library or is_router(modules, name)
+        return by_library or routers.has(name, modules[name])
 
     embedding_ids = {id(m) for m in modules.values() if isinstance(m, nn.Embedding)}
     output_id = id(output_embeddings) if output_embeddings is not None else None
 
+    float_layers = _FloatLayers()
     planned: dict[str, PlannedWeight] = {}
     for module_name, module in modules.items():
+        float_layers.note_computed(module_name, module, config)
         for leaf, parameter in module.named_parameters(recurse=False):
             found = weight_kind(module, leaf, parameter)
             full = f"{module_name}.{leaf}" if module_name else leaf
@@ -182,7 +182,11 @@ def plan(
                         continue
                 elif id(module) not in embedding_ids and skipped(module_name):
                     continue
+                reason = None if kind == "experts" else float_layers.reason(module_name, module, axis, transposed)
+                if reason is not None:
+                    continue
             planned[full] = PlannedWeight(config.choice_for(pattern), axis, transposed, kind)
+    float_layers.log()
     for target, source in (tied or {}).items():
         if target in planned and source not in planned:
             # One tensor under two names: quantizing the head quantizes the embedding table too.
@@ -197,6 +201,45 @@ def plan(
             f"convolutions=True, embeddings=True; modules_to_not_convert={config.modules_to_not_convert}."
         )
     return planned
+
+
+class _FloatLayers:
+    """Layers that stay float since their forward is not the one of their kind, found once for each class."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[Any, ...], str | None] = {}
+        self._names: dict[tuple[str, str], list[str]] = {}
+
+    def reason(self, name: str, module: nn.Module, axis: int, transposed: bool) -> str | None:
+        """Why a layer stays float; None if it is quantized."""
+        weight = module._parameters["weight"]
+        kind = (type(module), getattr(module, "max_norm", None), type(weight))
+        if kind not in self._of:
+            self._of[kind] = reason_for_float(module, weight, axis, transposed)
+        reason = self._of[kind]
+        if reason is not None:
+            self._names.setdefault((type(module).__name__, reason), []).append(name)
+        return reason
+
+    def note_computed(self, name: str, module: nn.Module, config: QuantoConfig) -> None:
+        """Notes a layer without a weight of its own to quantize, which is computed from other parameters."""
+        weight = module._parameters.get("weight")
+        known = isinstance(module, nn.Linear) or (config.convolutions and isinstance(module, BASES[2:]))
+        if known and (weight is None or isinstance(weight, nn.parameter.UninitializedTensorMixin)):
+            reason = unusual(module, weight)
+            if reason is not None:
+                self._names.setdefault((type(module).__name__, reason), []).append(name)
+
+    def log(self) -> None:
+        """Logs a line for each class and reason."""
+        for (kind, reason), names in self._names.items():
+            logger.warning(
+                "%s stays float (%d in all, class %s): %s",
+                names[0] or "the model",
+                len(names),
+                kind,
+                reason,
+            )
 
 
 def parameter_holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -31,6 +31,8 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         input = values_of(input, "linear")
     if isinstance(bias, QTensor):
         bias = values_of(bias, "linear")
+    if input.is_nested and isinstance(weight, QTensor):
+        weight = values_of(weight, "linear of a nested tensor")
     return linear(input, weight, bias) if isinstance(weight, QTensor) else F.linear(input, weight, bias)
 
 

@@ -76,8 +76,12 @@ class QModuleMixin:
         if optimizer is not None and self.weight_qtype is not None:
             check_optimizer(optimizer, self.weight_qtype)
         self.calibrated = False
+        self._quantize_hooks: dict[str, Any] = {}
         if self.activation_qtype is not None:
             self._add_scales(device)
+        elif self.weight_qtype is not None:
+            # A layer with a hook keeps nn.TransformerEncoderLayer off its fast path, which would read the float weight.
+            self._quantize_hooks["seen"] = self.register_forward_pre_hook(_nothing)
 
     def _add_scales(self, device: torch.device | None = None) -> None:
         weight = getattr(self, "weight", None)
@@ -253,6 +257,10 @@ def _quantized(values: torch.Tensor, kind: qtype, scale: torch.Tensor) -> torch.
         return quantize_activation(values, kind, scale)
     rounded = scale * symmetric_codes(values, kind.dtype, scale).to(scale.dtype)
     return values + (rounded - values).detach() if torch.is_grad_enabled() else rounded
+
+
+def _nothing(module: QModuleMixin, args: tuple) -> None:
+    """A hook that changes nothing."""
 
 
 def _quantize_input(module: QModuleMixin, args: tuple) -> Any:

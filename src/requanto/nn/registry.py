@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from requanto.config.own_forward import overrides_forward, unusual
+
 logger = logging.getLogger(__name__)
 
 
@@ -34,13 +36,18 @@ class Registry:
     def find(self, module: nn.Module) -> type | None:
         """The quantized class for a module: that of the nearest registered base class.
 
-        None, with a warning, for a subclass that overrides forward: it must be registered itself.
+        None, with a warning, for a subclass that overrides forward, which must be registered itself, and for a layer whose
+        weight no quantized module can hold (`requanto.config.own_forward`).
         """
+        reason = unusual(module, module._parameters.get("weight"))
+        if reason is not None:
+            logger.warning("%s stays float: %s", type(module).__qualname__, reason)
+            return None
         for base in type(module).__mro__:
             found = self._table.get(base) or self._table.get(f"{base.__module__}.{base.__qualname__}")
             if found is None:
                 continue
-            if type(module).forward is not base.forward:
+            if overrides_forward(module, base):
                 logger.warning(
                     "%s derives from %s but overrides forward, so it stays float; register a quantized class for it with "
                     "requanto.register_qmodule",

@@ -17,6 +17,7 @@ from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec, swapped
 from requanto.tensor.storage import SlicedStorage
+from requanto.tensor.values import read_only
 
 aten = torch.ops.aten
 
@@ -156,6 +157,11 @@ def stored_axis(tensor: QTensor, dim: int) -> int:
 def _select(func: Any, args: tuple, kwargs: dict) -> QTensor:
     """One expert of a fused weight."""
     tensor, dim, index = args
+    if (
+        dim % tensor.dim() == 0 and tensor.axis == 0 and stored_axis(tensor, 0) == 0
+    ):  # a row, of which the values are wanted
+        index = range(tensor.shape[0])[index]
+        return read_only(narrow(tensor, 0, index, index + 1).dequantize()[0])
     if dim % tensor.dim() != 0 or tensor.axis == 0:
         raise NeedsValues(
             f"select along axis {dim} of a quantized weight of shape {tuple(tensor.shape)}: only whole experts (axis 0 "
@@ -180,14 +186,22 @@ def _unbind(func: Any, args: tuple, kwargs: dict) -> list[QTensor]:
 
 
 @implements_aten(aten.index.Tensor, aten.index_select.default)
-def _index(func: Any, args: tuple, kwargs: dict) -> QTensor:
-    """Experts or rows picked by an index tensor along axis 0."""
+def _index(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Experts or rows picked by an index tensor along axis 0; values of rows if the index has several axes."""
     tensor = args[0]
     if func is aten.index_select.default:
         dim, index = args[1] % tensor.dim(), args[2]
     else:
         indices = [i for i in args[1] if i is not None]
         dim, index = args[1].index(indices[0]) if len(indices) == 1 else -1, indices[0]
+    if dim == 0 and index.dim() > 1 and index.dtype in (torch.int32, torch.int64) and stored_axis(tensor, 0) == 0:
+        rows = map_parts(
+            tensor,
+            lambda t: t[index.reshape(-1)],
+            keep=tensor.shared_along(0),
+            shape=(index.numel(), *tensor.shape[1:]),
+        )
+        return rows.dequantize().view(*index.shape, *tensor.shape[1:])
     if dim != 0 or index.dim() != 1 or stored_axis(tensor, 0) != 0:
         raise NeedsValues(
             f"a quantized weight of shape {tuple(tensor.shape)} can be indexed by one 1D tensor along its rows or "
@@ -331,12 +345,29 @@ def _view(func: Any, args: tuple, kwargs: dict) -> QTensor:
     if -1 in size:
         rest = -torch.Size(size).numel()
         size[size.index(-1)] = tensor.numel() // rest if rest else 0
+    if len(size) == 3 and tensor.dim() == 2 and size[0] * size[1] == tensor.shape[0] and size[2] == tensor.shape[1]:
+        return _rows_in_groups(func, args, kwargs, size)
     if torch.Size(size) != tensor.shape:
         raise NeedsValues(
             f"{func} of a quantized weight from {tuple(tensor.shape)} to {tuple(size)}: only its own shape is possible; "
             f"call .dequantize() first"
         )
     return _alias(func, args, kwargs)
+
+
+def _rows_in_groups(func: Any, args: tuple, kwargs: dict, size: list[int]) -> QTensor:
+    """The rows of a matrix as a matrix for each group of rows: ``[G * N, K]`` as ``[G, N, K]``."""
+    tensor = args[0]
+    if tensor.transposed or tensor.axis != 0 or tensor.rank:
+        raise NeedsValues("only the rows of a weight without a low-rank term can be viewed in groups")
+    whole = tensor.shared_along(0)
+    new = part_of(
+        tensor,
+        tensor._spec.replace(shape=torch.Size(size), axis=1),
+        lambda name, t: t if name in whole else t.view(*size[:2], *t.shape[1:]),
+        rows=False,
+    )
+    return return_and_correct_aliasing(func, args, kwargs, new)
 
 
 @implements_aten(aten.is_pinned.default)

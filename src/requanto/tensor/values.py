@@ -10,8 +10,10 @@ a slice between groups) is a copy that nobody can write into: the change would b
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,19 @@ from requanto.tensor.dispatch import is_view
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
+#: Where `values_of` notes its readers instead of logging them; see `reads_of_values`.
+_noted: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("reads", default=None)
+
+
+@contextlib.contextmanager
+def reads_of_values() -> Iterator[list[str]]:
+    """Notes which operators read the values of quantized weights, in place of logging them."""
+    found: list[str] = []
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
 
 
 class ReadOnlyValues(torch.Tensor):
@@ -73,6 +88,10 @@ def values_of(weight: QTensor, reader: str) -> torch.Tensor:
             f"{reader} reads the values of a quantized weight of shape {tuple(weight.shape)} whose adapter is trained: the "
             f"adapter would get no gradient. Leave this layer float (modules_to_not_convert), or out of target_parameters."
         )
+    noted = _noted.get()
+    if noted is not None:
+        noted.append(reader)
+        return weight.dequantize()
     storage = weight._storage
     while storage.base is not None:  # of a slice
         storage = storage.base
