@@ -376,11 +376,3 @@ def test_a_model_that_was_not_frozen_cannot_be_saved(folder: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"under quantization but still float: call requanto\.freeze"):
         model.save_pretrained(tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
-
-
-def test_casting_a_quantized_model_is_refused(folder: Path) -> None:
-    model = _load(folder / "int8")
-    for cast in (lambda: model.half(), lambda: model.to(torch.float16)):
-        with pytest.raises(ValueError, match="quantized"):
-            cast()
-    assert model.to("cpu") is model

@@ -21,6 +21,12 @@ HOOKS: dict[str, tuple[str, str]] = {
     "diffusers.pipelines.pipeline_utils": ("requanto.integrations.diffusers_pipeline", "register_pipelines"),
     "diffusers.modular_pipelines.modular_pipeline": ("requanto.integrations.diffusers_pipeline", "register_modular"),
     "diffusers.models.modeling_utils": ("requanto.integrations.diffusers_model", "register"),
+    "diffusers.models.attention": ("requanto.integrations.diffusers_made_from", "register_attention"),
+    "diffusers.models.attention_processor": (
+        "requanto.integrations.diffusers_made_from",
+        "register_attention_processor",
+    ),
+    "diffusers.training_utils": ("requanto.integrations.diffusers_made_from", "register_training"),
     "diffusers.loaders.single_file_model": ("requanto.integrations.diffusers_model", "register_single_file"),
     "diffusers.loaders.lora_pipeline": ("requanto.integrations.diffusers_hooks", "register_lora_expansion"),
     "diffusers.hooks.group_offloading": ("requanto.integrations.diffusers_hooks", "register_group_offloading"),

@@ -15,7 +15,9 @@ from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import checked_config, read_json, stored_config
 from requanto.checkpoint.readme import write_readme
 from requanto.config.config import QuantoConfig
+from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
+from requanto.integrations.diffusers_made_from import register_models, without_fused_layers
 
 
 def register() -> None:
@@ -26,10 +28,12 @@ def register() -> None:
         return
     wrap_from_pretrained(ModelMixin)
     ModelMixin.from_pretrained = classmethod(_wrap_from_pretrained(ModelMixin.from_pretrained.__func__))
-    ModelMixin.save_pretrained = _wrap_save_pretrained(ModelMixin.save_pretrained)
+    ModelMixin.save_pretrained = without_fused_layers(_wrap_save_pretrained(ModelMixin.save_pretrained))
     if hasattr(ModelMixin, "_load_pretrained_model"):
         ModelMixin._load_pretrained_model = classmethod(_wrap_load(ModelMixin._load_pretrained_model.__func__))
     ModelMixin.get_memory_footprint = _wrap_memory_footprint(ModelMixin.get_memory_footprint)
+    allow_casts(ModelMixin)
+    register_models()
 
 
 def register_single_file() -> None:

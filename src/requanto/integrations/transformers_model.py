@@ -18,7 +18,8 @@ from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import stored_config
 from requanto.checkpoint.readme import write_readme
-from requanto.integrations import tensor_parallel
+from requanto.integrations import tensor_parallel, transformers_resize
+from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.shards import local_quantized
 
@@ -36,11 +37,13 @@ def register() -> None:
         return
     register_transformers()
     tensor_parallel.register()
+    transformers_resize.register()
     wrap_from_pretrained(PreTrainedModel)
     PreTrainedModel.save_pretrained = _wrap_save_pretrained(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _wrap_memory_footprint(PreTrainedModel.get_memory_footprint)
     if not hasattr(PreTrainedConfig.get_config_dict, "_requanto"):
         PreTrainedConfig.get_config_dict = classmethod(_wrap_get_config(PreTrainedConfig.get_config_dict.__func__))
+    allow_casts(PreTrainedModel)
     PreTrainedModel._finalize_model_loading = staticmethod(
         _wrap_finalize_loading(PreTrainedModel._finalize_model_loading)
     )

@@ -105,7 +105,8 @@ def quantize_weight_data(
     if kind.is_learned:
         codebook = torch.empty(2**kind.bits, dtype=torch.float32, device=weight.device)
         if numbers:
-            kind = kind.with_values(fit_codebook(rows if rotation is None else rotate(rows, rotation), kind, group))
+            if kind.values is None:
+                kind = kind.with_values(fit_codebook(rows if rotation is None else rotate(rows, rotation), kind, group))
             codebook.copy_(torch.tensor(kind.values, dtype=torch.float32, device="cpu"))
     if numbers and rows.numel():
         chunk = CHUNK * min(torch.get_num_threads(), 4) if weight.device.type == "cpu" else CHUNK_ACCELERATOR

@@ -154,6 +154,7 @@ class QTensor(WeightParts, torch.Tensor):
         scale_bits: int | None = None,
         rotation: bool | str | int | None = None,
         low_rank: int | None = None,
+        codebook: torch.Tensor | None = None,
         name: str = "weight",
     ) -> QTensor:
         """Quantizes a float weight.
@@ -173,6 +174,7 @@ class QTensor(WeightParts, torch.Tensor):
                 floats. No effect on a weight with one scale per row, which stays float32.
             rotation: True, ``"hadamard"`` or the largest block: quantize the rotated rows (`scales.rotation`).
             low_rank: rank of a low-rank term that corrects rounding errors (`scales.correction`).
+            codebook: values ``[2^bits]`` for a learned type (``"codebook4"``); None: they are fitted to the weight.
             name: name of the weight in messages.
 
         Raises:
@@ -214,8 +216,17 @@ class QTensor(WeightParts, torch.Tensor):
             rotation=block,
         )
 
+        valued = kind
+        if codebook is not None:
+            if not kind.is_learned or codebook.shape != (2**kind.bits,):
+                raise ValueError(
+                    f"{name}: a codebook of shape {tuple(codebook.shape)} was given for {kind.name}; expected shape "
+                    f"({2**kind.bits},) and a learned type such as codebook4"
+                )
+            valued = kind.with_values(tuple(codebook.float().tolist()))
+
         def rounded(values: torch.Tensor) -> QTensor:
-            data = quantize_weight_data(values, kind, group, affine, search, name, scale_bits, block, weight.dtype)
+            data = quantize_weight_data(values, valued, group, affine, search, name, scale_bits, block, weight.dtype)
             parts = {
                 "qdata": data.qdata.view(spec.codes_shape),
                 "scale": data.scale,
@@ -227,8 +238,14 @@ class QTensor(WeightParts, torch.Tensor):
 
         return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
 
-    def _quantize_like(self, values: torch.Tensor, *, low_rank: int | None = None) -> QTensor:
-        """Values of this weight's shape, quantized with its type, groups, scales, rotation, axis and orientation."""
+    def _quantize_like(
+        self, values: torch.Tensor, *, low_rank: int | None = None, same_codebook: bool = False
+    ) -> QTensor:
+        """Values with rows of this weight's length, quantized with its type, groups, scales, rotation, axis, orientation.
+
+        Args:
+            same_codebook: of a learned type, with this weight's codebook instead of one of their own.
+        """
         return QTensor.quantize(
             values,
             self.qtype,
@@ -237,6 +254,7 @@ class QTensor(WeightParts, torch.Tensor):
             scale_bits=self.scale_bits,
             rotation=self.rotation,
             low_rank=low_rank,
+            codebook=self.codebook if same_codebook else None,
             axis=self.axis,
             transposed=self.transposed,
         )
