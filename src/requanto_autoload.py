@@ -88,7 +88,18 @@ def _wrap(owner, name, look):
 
 
 def _transformers_configs(module):
-    _wrap(module.PreTrainedConfig, "get_config_dict", lambda result, *args: _look_at(result[0]))
+    _wrap(module.PreTrainedConfig, "get_config_dict", lambda result, *args: _read_by_transformers(result[0]))
+
+
+def _read_by_transformers(config):
+    if "requanto" in sys.modules:
+        return
+    _look_at(config)
+    if "requanto" in sys.modules:
+        # The call that read this config began before Requanto was there to keep it: a class of a part needs it.
+        from requanto.integrations.transformers_parts import remember_config
+
+        remember_config(config)
 
 
 def _transformers_quantizers(module):

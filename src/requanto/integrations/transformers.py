@@ -7,12 +7,14 @@ Requanto: the stored parts of each weight are joined into a QTensor. The model's
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -21,7 +23,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
-from requanto.checkpoint.files import check_files
+from requanto.checkpoint.files import check_files, stored_keys
 from requanto.checkpoint.format import (
     PARTS,
     CheckpointError,
@@ -39,6 +41,7 @@ from requanto.integrations.budget import resolve_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full_state_dict, place_shard
+from requanto.integrations.transformers_names import StoredNames, saved_renaming
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
 
@@ -70,6 +73,14 @@ class RequantoHfQuantizer(HfQuantizer):
         self.digests = DigestChecks(self.quantization_config.digests)
         #: weights sharded by tensor parallelism, and how (`integrations.tensor_parallel`)
         self.sharded: dict[str, Any] = {}
+        #: names of the stored weights in the model that is loaded; None until its files are known
+        self.names: StoredNames | None = None
+        # Set by `integrations.transformers_parts`: arguments of from_pretrained, and a function that reads config.json.
+        self.key_mapping: dict[str, str] | None = None
+        self.resizes = False
+        self.whole_config: Callable[[], dict[str, Any]] = dict
+        #: weights of another shape, left out with ``ignore_mismatched_sizes``
+        self.resized: set[str] = set()
 
     # ------------------------------------------------------------------ before the weights
 
@@ -94,8 +105,10 @@ class RequantoHfQuantizer(HfQuantizer):
             check_files(config.tensors, files)
             for name, text in config.tensors.items():
                 parse_spec(text, name)
+            keys = stored_keys(f for f in files if str(f).endswith(".safetensors"))
+            self.names = self.stored_names(model, keys) if keys else None
             add_activation_modules(
-                model, config.activation_modules, config.tensors, files, self._names(model), config.digests
+                model, config.activation_modules, config.tensors, files, self._local_modules, config.digests
             )
             return
         self.planned = plan(
@@ -147,7 +160,8 @@ class RequantoHfQuantizer(HfQuantizer):
         """
         if not self.pre_quantized:
             return {}
-        leaves = {name.rpartition(".")[2] for name in self.quantization_config.tensors} & self.leaves
+        names = [*self.quantization_config.tensors, *(self.names.table_name if self.names is not None else ())]
+        leaves = {name.rpartition(".")[2] for name in names} & self.leaves
         return {leaf: [f"{re.escape(leaf)}_{part}" for part in PARTS] for leaf in sorted(leaves)}
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
@@ -162,20 +176,34 @@ class RequantoHfQuantizer(HfQuantizer):
         return [WeightConverter(parts, leaf, [_Rebuild(self)]) for leaf, parts in self.serialized_names.items()]
 
     def _spec(self, model: Any, name: str) -> str | None:
-        """Returns the stored line of a weight, or None. The saved model may have been this model's base, or the reverse."""
+        """Returns the stored line of a weight, or None."""
         found = self._stored_name(model, name)
         return None if found is None else self.quantization_config.tensors[found]
 
     def _stored_name(self, model: Any, name: str) -> str | None:
-        """Returns the name under which the config describes a weight of this model, or None."""
-        return next((n for n in self._names(model)(name) if n in self.quantization_config.tensors), None)
+        """Returns the name under which the config describes a weight of this model, or None.
 
-    @staticmethod
-    def _names(model: Any) -> Callable[[str], tuple[str, ...]]:
-        """Returns a function from a name to the names it may have: unchanged, with and without the base model's prefix."""
-        # Submodules have no prefix; device maps call this for them.
+        Another class may have saved it: see `transformers_names`.
+        """
+        tensors = self.quantization_config.tensors
+        if self.names is not None:
+            found = self.names.table_name.get(name)
+            return found if found in tensors else None
+        # The keys of a state dict are known only when it is loaded: as the library names a base model and one with a head.
         prefix = getattr(model, "base_model_prefix", "")
-        return lambda name: (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+        return next((candidate for candidate in candidates if candidate in tensors), None)
+
+    def stored_names(self, model: Any, keys: Iterable[str]) -> StoredNames:
+        """Returns the names of the weights among the keys of a checkpoint."""
+        transforms = get_model_conversion_mapping(model, self.key_mapping)
+        whole = self.whole_config()
+        saved = functools.partial(saved_renaming, whole)
+        return StoredNames(model, self.quantization_config, keys, transforms, whole.get("architectures") or [], saved)
+
+    def _local_modules(self, name: str) -> list[str]:
+        found = None if self.names is None else self.names.local_module(name)
+        return [name] if found is None else [found]
 
     # ------------------------------------------------------------------ after the weights
 
@@ -195,18 +223,27 @@ class RequantoHfQuantizer(HfQuantizer):
                     "tensor parallelism is not supported for a model with static activation scales"
                 )
             apply_loaded_scales(model)
-        config.record(config.tensors if self.sharded else table_of(model.named_parameters()))
+        config.record(self._own_table(model) if self.sharded else table_of(model.named_parameters()))
+        self.names = None  # the table has this model's names from here on
         experts.use_requanto_experts(model)
         return model
 
+    def _own_table(self, model: Any) -> dict[str, str]:
+        """Returns the table under the names of this model, which another class may have saved."""
+        if self.names is None:
+            return self.quantization_config.tensors
+        lines = ((name, self._spec(model, name)) for name, _ in model.named_parameters())
+        return {name: text for name, text in lines if text is not None}
+
     def _check_complete(self, model: Any) -> None:
+        """Raises if the files lack a weight that the table names. `check_loaded` finds what the files have."""
         found = table_of(model.named_parameters(remove_duplicate=False))
         names = dict(model.named_parameters(remove_duplicate=False))
+        stored = () if self.names is None else {*self.names.targets, *self.names.table_name.values()}
         for name in self.quantization_config.tensors:
-            here = next((candidate for candidate in self._names(model)(name) if candidate in names), None)
-            if here is not None and here not in found and local_quantized(names[here]) is None:
+            if name in names and name not in found and name not in stored and local_quantized(names[name]) is None:
                 raise CheckpointError(
-                    f"{here} is quantized according to quantization_config, but no {name}_qdata was found in the files: "
+                    f"{name} is quantized according to quantization_config, but no {name}_qdata was found in the files: "
                     f"a shard is missing or belongs to another checkpoint"
                 )
 
@@ -256,24 +293,33 @@ class _Operation(ConversionOps):
 
 
 class _Quantize(_Operation):
-    """Quantizes one float weight."""
+    """Quantizes one float weight, or those of the several that a stored one is split into."""
 
     @torch.no_grad()
     def convert(
         self, input_dict: dict[str, Any], *, full_layer_name: str, missing_keys: set[str] | None = None, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """Returns the quantized weight under its name; an error is recorded in ``problems``."""
-        (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        try:
-            tensor = self.hf_quantizer.planned[full_layer_name].quantize(weight, full_layer_name)
-        except ValueError as error:
-            return _record_problem(self.hf_quantizer, full_layer_name, error, missing_keys)
-        return _loaded(self.hf_quantizer, kwargs.get("model"), full_layer_name, tensor, missing_keys)
+        """Returns the quantized weights under their names; an error is recorded in ``problems``."""
+        quantizer, result = self.hf_quantizer, {}
+        for key, value in input_dict.items():
+            name = full_layer_name if len(input_dict) == 1 else key
+            weight = value[0] if isinstance(value, list) else value
+            if name not in quantizer.planned:
+                result[name] = weight
+                continue
+            try:
+                tensor = quantizer.planned[name].quantize(weight, name)
+            except ValueError as error:
+                result |= _record_problem(quantizer, name, error, missing_keys)
+            else:
+                result |= _loaded(quantizer, kwargs.get("model"), name, tensor, missing_keys)
+        return result
 
 
 class _Rebuild(_Operation):
     """Joins the stored parts of one weight into a QTensor."""
+
+    is_rebuild = True
 
     @torch.no_grad()
     def convert(
@@ -302,6 +348,13 @@ class _Rebuild(_Operation):
             expected = getattr(module, leaf)
             checked = quantizer.digests.covers(quantizer._stored_name(model, full_layer_name))
             tensor = rebuild(full_layer_name, text, parts, expected.dtype, check_codes=not checked)
+            if tensor.shape != expected.shape and quantizer.resizes:
+                logger.warning(
+                    "%s: the checkpoint holds shape %s, the model has %s; ignore_mismatched_sizes leaves it random",
+                    *(full_layer_name, tuple(tensor.shape), tuple(expected.shape)),
+                )
+                quantizer.resized.add(full_layer_name)
+                return {}
             if tensor.shape != expected.shape:
                 raise CheckpointError(
                     f"{full_layer_name}: the checkpoint holds shape {tuple(tensor.shape)}, the model expects "
@@ -347,11 +400,7 @@ def _drop_converters(model: Any) -> None:
     Renamings are kept: they are reversed when saving and applied again when loading.
     """
     conversions = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [c for c in conversions if type(c) is WeightRenaming or _is_prefix(c)]
-
-
-def _is_prefix(conversion: Any) -> bool:
-    return type(conversion).__name__ == "PrefixChange"
+    model._weight_conversions = [c for c in conversions if isinstance(c, WeightRenaming)]
 
 
 def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> RequantoHfQuantizer:

@@ -31,6 +31,7 @@ def register() -> None:
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
+    from requanto.integrations import transformers_parts
     from requanto.integrations.accelerate import register_transformers
 
     if hasattr(PreTrainedModel.save_pretrained, "_requanto"):
@@ -38,6 +39,7 @@ def register() -> None:
     register_transformers()
     tensor_parallel.register()
     transformers_resize.register()
+    transformers_parts.register()
     wrap_from_pretrained(PreTrainedModel)
     PreTrainedModel.save_pretrained = _wrap_save_pretrained(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _wrap_memory_footprint(PreTrainedModel.get_memory_footprint)
@@ -50,13 +52,13 @@ def register() -> None:
 
 
 def _wrap_finalize_loading(original: Any) -> Any:
-    """Raises if stored codes were not loaded.
+    """Raises if stored codes that belong to weights of the model were not loaded, before these are initialized."""
 
-    An explicit ``quantization_config=None`` overrides config.json; without this check the model would run on random weights.
-    """
+    from requanto.integrations import transformers_parts
 
     @functools.wraps(original)
     def finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        transformers_parts.check_loaded(model, set(loading_info.missing_keys))
         check_all_read(loading_info.unexpected_keys, loading_info.missing_keys, type(model).__name__)
         quantizer = model.__dict__.get(tensor_parallel.LOADING)
         if quantizer is not None and quantizer.pre_quantized:
