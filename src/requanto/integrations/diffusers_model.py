@@ -18,6 +18,7 @@ from requanto.config.config import QuantoConfig
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.diffusers_made_from import register_models, without_fused_layers
+from requanto.integrations.float_configs import forget_in_diffusers, is_float
 
 
 def register() -> None:
@@ -73,6 +74,8 @@ def _wrap_memory_footprint(original: Any) -> Any:
 def _wrap_save_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        if is_float(self):
+            forget_in_diffusers(self)
         if not has_quantized(self) and not activation_table(self):
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("use_flashpack"):

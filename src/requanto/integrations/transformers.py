@@ -263,6 +263,8 @@ class RequantoHfQuantizer(HfQuantizer):
         found = full_state_dict(model, self.sharded) if sharded else load_offloaded(model)
         state_dict = {k: v for k, v in found.items() if not (isinstance(v, QTensor) and k in tied)}
         config, flat = self.quantization_config, flatten(state_dict)
+        if getattr(model.config, "quantization_config", None) is not config:  # somebody replaced the model's config
+            model.config.quantization_config = config
         config.activation_modules = activation_table(model)
         config.record(table_of(state_dict.items()), digests_of(state_dict, config.activation_modules, flat))
         return flat, {}
@@ -414,6 +416,8 @@ def attach_quantizer(model: Any, config: QuantoConfig | None = None) -> Requanto
         config = QuantoConfig(weights=max(set(kinds), key=kinds.count) if kinds else None)
         config.budget = budget_of(model)
     quantizer = RequantoHfQuantizer(config, pre_quantized=False)
+    if getattr(model.config, "quantization_config", None) is not None:
+        model.config = copy.deepcopy(model.config)  # a part of a quantized model, whose config it shares
     model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
     model.is_quantized, model.quantization_method = True, quantizer.quantization_config.quant_method
     _drop_converters(model)

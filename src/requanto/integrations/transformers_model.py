@@ -21,6 +21,7 @@ from requanto.checkpoint.readme import write_readme
 from requanto.integrations import tensor_parallel, transformers_resize
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
+from requanto.integrations.float_configs import forget_in_transformers, is_float
 from requanto.integrations.shards import local_quantized
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ def _wrap_save_pretrained(original: Any) -> Any:
     def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         quantizer = getattr(self, "hf_quantizer", None)
         adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not adapter and is_float(self):
+            forget_in_transformers(self)
+            quantizer = getattr(self, "hf_quantizer", None)
         if adapter or not (has_quantized(self) or activation_table(self)):
             return original(self, save_directory, *args, **kwargs)
         if quantizer is None and kwargs.get("state_dict") is not None:
