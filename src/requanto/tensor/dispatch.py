@@ -16,6 +16,9 @@ class NeedsValues(NotImplementedError):
 ATEN: dict[Any, Callable] = {}
 FUNCTIONS: dict[Any, Callable] = {}
 
+#: runs torch functions instead of `torch_function` while code reads weights as floats (`requanto.tensor.reading`)
+reader: Callable[[Any, tuple, dict], Any] | None = None
+
 
 def implements_aten(*operators: Any) -> Callable[[Callable], Callable]:
     """Registers ``implementation(func, args, kwargs)`` for aten operator overloads."""
@@ -41,11 +44,18 @@ def implements_function(*functions: Any) -> Callable[[Callable], Callable]:
 
 def torch_function(func: Any, types: Any, args: tuple, kwargs: dict | None) -> Any:
     """Runs a torch function with a QTensor among its arguments."""
+    if reader is not None:
+        return reader(func, args, kwargs or {})
+    return run_function(func, args, kwargs or {})
+
+
+def run_function(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs a torch function by its registered implementation, or by the aten operators that it calls."""
     implementation = FUNCTIONS.get(func)
     if implementation is not None:
         return implementation(*args, **kwargs) if kwargs else implementation(*args)
     with torch._C.DisableTorchFunctionSubclass():
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def torch_dispatch(func: Any, types: Any, args: tuple, kwargs: dict) -> Any:

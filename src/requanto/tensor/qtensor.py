@@ -360,7 +360,10 @@ class QTensor(WeightParts, torch.Tensor):
 
     def __deepcopy__(self, memo: dict) -> QTensor:
         if id(self) not in memo:
-            copy = self.clone()
+            if dispatch.reader is not None and not memo:  # a copy of this tensor alone, to compute with
+                return self.clone()
+            with torch._C.DisableTorchFunctionSubclass():  # quantized also where clones are floats (tensor.reading)
+                copy = self.clone()
             if getattr(self, "_is_param", False):
                 copy._is_param = True
             memo[id(self)] = copy
