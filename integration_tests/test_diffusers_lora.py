@@ -1,5 +1,7 @@
 """LoRA on quantized pipelines: what the adapter changes is what it changes on the float model."""
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,28 @@ def test_an_adapter_of_a_wider_input_rebuilds_a_quantized_layer(folder: Path) ->
     weight = _maybe_dequantize_weight_for_expanded_lora(model, model.x_embedder)
     assert not isinstance(weight, requanto.QTensor)
     assert torch.equal(weight, model.x_embedder.weight.dequantize())
+
+
+@pytest.mark.parametrize("call", ["model", "pipeline"])
+def test_fusing_is_all_or_nothing(folder: Path, call: str) -> None:
+    """One broken layer among many: nothing is fused, no scale is changed, and afterwards fusing works."""
+    pipe = _pipe(folder, "int4")
+    pipe.load_lora_weights(folder / "one", adapter_name="one")
+    layers = [module for module in pipe.transformer.modules() if hasattr(module, "lora_B")]
+    weight = layers[-1].lora_B["one"].weight
+    good = weight.detach().clone()
+    before, scales = run_pipeline(pipe), [dict(layer.scaling) for layer in layers]
+    weight.data[0, 0] = float("nan")
+    bits = copy.deepcopy(pipe.transformer.state_dict())
+    fuse = pipe.transformer.fuse_lora if call == "model" else partial(pipe.fuse_lora, components=["transformer"])
+    with pytest.raises(ValueError, match="NaN"):
+        fuse(lora_scale=0.5)
+    assert not any(layer.merged_adapters for layer in layers)
+    assert [dict(layer.scaling) for layer in layers] == scales
+    for name, value in pipe.transformer.state_dict().items():
+        same = [t.dequantize() if isinstance(t, requanto.QTensor) else t for t in (value, bits[name])]
+        assert torch.equal(same[0].nan_to_num(), same[1].nan_to_num()), name
+    weight.data.copy_(good)
+    _close(run_pipeline(pipe), before)
+    pipe.fuse_lora(components=["transformer"])
+    _close(run_pipeline(pipe), before)

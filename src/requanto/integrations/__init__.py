@@ -35,6 +35,9 @@ HOOKS: dict[str, tuple[str, str]] = {
     "safetensors.torch": ("requanto.integrations.safetensors", "register"),
     "peft": ("requanto.integrations.peft", "register"),
     "torch.onnx": ("requanto.integrations.onnx", "register"),
+    "peft.tuners.lora.corda": ("requanto.integrations.peft", "register_corda"),
+    "diffusers.loaders.peft": ("requanto.integrations.diffusers_fusing", "register_models"),
+    "diffusers.loaders.lora_base": ("requanto.integrations.diffusers_fusing", "register_pipelines"),
 }
 
 

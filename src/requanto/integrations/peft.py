@@ -1,231 +1,229 @@
-"""Patches of PEFT for quantized weights: exact merging, DoRA, adapters on fused experts, preparation for training.
+"""Patches of PEFT for quantized weights: which of its functions run differently, and why.
 
-PEFT merges with ``weight.data += delta``; a weight of few bits would lose most of the delta to rounding. For a QTensor, the
-adapter's two factors are stored as a low-rank term next to the codes (`lowrank`), and unmerging restores the previous
-weight bit for bit. The rest of PEFT is unchanged.
+- Layers: merging and unmerging are exact or refused (`peft_merge`); forwards and initializations that need the values of a
+  weight read them as floats (`requanto.tensor.reading`). LoRA's forward needs none and is left alone.
+- Models: whatever adds, merges or removes adapters leaves the model as it was if it fails (`peft_undo`).
+- ``QuantizationBackend`` of PEFT 0.21 and later: `Backend`.
+
+Layers and models without a QTensor are not affected.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
+from peft.tuners import tuners_utils
 from peft.tuners.lora import dora, variants
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import integrations as peft_integrations
 from peft.utils import other as peft_other
 from torch import nn
 
+from requanto.integrations import peft_lora, peft_merge
 from requanto.integrations.patching import replace_everywhere
-from requanto.runtime.tracing import without_autocast
-from requanto.tensor import lowrank
+from requanto.integrations.peft_backend import register_backend
+from requanto.integrations.peft_twin import float_twin
+from requanto.integrations.peft_undo import all_or_nothing
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.reading import as_floats
 
-_DORA = (variants.DoraLinearVariant, variants._DoraConvNdVariant)
+logger = logging.getLogger(__name__)
+
+#: methods of a tuner that change the model, and whether they write into float weights
+_CHANGES = {
+    "merge_adapter": True,
+    "unmerge_adapter": True,
+    "_unload_and_optionally_merge": True,
+    "add_weighted_adapter": False,
+    "delete_adapter": False,
+}
 
 
 def register() -> None:
-    """Patches PEFT's layers; layers whose weight is not a QTensor are not affected."""
+    """Patches PEFT."""
     if hasattr(lora.Linear.merge, "_requanto"):
         return
-    for layer in (lora.Linear, lora.Embedding, lora._ConvNd, lora.ParamWrapper):
-        layer.merge = _where_quantized(layer.merge, merge)
-        layer.unmerge = _where_quantized(layer.unmerge, unmerge)
-    lora.ParamWrapper._activate_lora = _where_quantized(lora.ParamWrapper._activate_lora, activate)
+    for cls in _with_subclasses(tuners_utils.BaseTunerLayer):
+        _patch_layer(cls)
+    _patch_later_subclasses(tuners_utils.BaseTunerLayer, _patch_layer)
+    for cls in _with_subclasses(tuners_utils.BaseTuner):
+        _patch_tuner(cls)
+    _patch_later_subclasses(tuners_utils.BaseTuner, _patch_tuner)
+    for cls in (peft.PeftModel, peft.PeftMixedModel):
+        _patch(cls, "__init__", lambda original: _building(original, of=1))
+        _patch(cls, "add_adapter", lambda original: _building(original, of=0))
+    lora.ParamWrapper._activate_lora = _where_quantized(lora.ParamWrapper._activate_lora, peft_lora.activate)
     for norm in (dora.DoraLinearLayer, dora._DoraConvNdLayer):
         norm.get_weight_norm = _with_float_weight(norm.get_weight_norm)
+    _patch(peft_other.ModulesToSaveWrapper, "update", _with_float_copy)
+    kasa = getattr(variants, "KasaLinearVariant", None)
+    if kasa is not None:  # with low_cpu_mem_usage=True the weight is rewritten by the first forward
+        truncate = kasa._truncate_base_weight
+        kasa._truncate_base_weight = staticmethod(_reading(truncate))
+    register_backend()
     replace_everywhere(peft_integrations.dequantize_module_weight, _wrap_dequantize_module_weight)
     replace_everywhere(peft_other.prepare_model_for_kbit_training, _wrap_prepare_for_kbit_training)
+
+
+def _with_subclasses(cls: type) -> Iterator[type]:
+    seen, waiting = set(), [cls]
+    while waiting:
+        found = waiting.pop()
+        if found not in seen:
+            seen.add(found)
+            yield found
+            waiting += found.__subclasses__()
+
+
+def _patch_later_subclasses(cls: type, patch: Callable[[type], None]) -> None:
+    """Patches classes that are defined later too: PEFT imports some lazily, and users register their own."""
+    original = cls.__dict__.get("__init_subclass__")
+
+    def init_subclass(new: type, **kwargs: Any) -> None:
+        if original is not None:
+            original.__get__(None, new)(**kwargs)
+        else:
+            super(cls, new).__init_subclass__(**kwargs)
+        patch(new)
+
+    cls.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]
+
+
+def _patch(cls: type, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    original = cls.__dict__.get(name)
+    if callable(original) and not hasattr(original, "_requanto"):
+        new = wrap(original)
+        new._requanto = True  # type: ignore[attr-defined]
+        setattr(cls, name, new)
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def _patch_layer(cls: type) -> None:
+    _patch(cls, "merge", _merging)
+    _patch(cls, "unmerge", _unmerging)
+    _patch(cls, "get_merged_weights", _reading)
+    if not cls.__module__.startswith("peft.tuners.lora."):
+        _patch(cls, "forward", _reading)
+        _patch(cls, "get_delta_weight", _reading)
+
+
+def _merging(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> Any:
+        if not peft_merge.quantized_weights(self):
+            return original(self, safe_merge=safe_merge, adapter_names=adapter_names)
+        return peft_merge.merge(original, self, safe_merge, adapter_names)
+
+    return merge
+
+
+def _unmerging(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def unmerge(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not peft_merge.quantized_weights(self):
+            return original(self, *args, **kwargs)
+        return peft_merge.unmerge(self)
+
+    return unmerge
+
+
+def _reading(original: Callable) -> Callable:
+    who = f"{original.__module__.removeprefix('peft.tuners.')}.{original.__qualname__}"
+
+    @functools.wraps(original)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with as_floats(who):
+            return original(*args, **kwargs)
+
+    return run
 
 
 def _where_quantized(original: Callable, ours: Callable) -> Callable:
     @functools.wraps(original)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (original if _weight(self) is None else ours)(self, *args, **kwargs)
+        return (original if peft_lora.weight_of(self) is None else ours)(self, *args, **kwargs)
 
     run._requanto = True  # type: ignore[attr-defined]
     return run
 
 
-def _weight(layer: Any) -> QTensor | None:
-    """Returns the quantized weight that a LoRA layer adapts, or None."""
-    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
-    if isinstance(getattr(weight, "_local_tensor", None), QTensor):
-        raise NotImplementedError(
-            "the quantized weight is sharded over several ranks (a DTensor): save the adapter, then load model and "
-            "adapter in one process and merge there"
-        )
-    return weight if isinstance(weight, QTensor) else None
+# ---------------------------------------------------------------------- models
 
 
-# ---------------------------------------------------------------------- merging
+def _patch_tuner(cls: type) -> None:
+    _patch(cls, "__init__", lambda original: _building(original, of=1))
+    _patch(cls, "inject_adapter", lambda original: _building(original, of=1))
+    for name, values in _CHANGES.items():
+        _patch(cls, name, functools.partial(_changing, values=values))
+    _patch(cls, "set_adapter", _switching)
 
 
-@dataclass
-class _Merged:
-    """What is needed to undo one merge."""
+def _building(original: Callable, of: int) -> Callable:
+    """Adds an adapter to the model that is argument number ``of``: weights can be read as floats; all or nothing."""
 
-    before: lowrank.State
-    after: lowrank.State
-    factors: tuple[torch.Tensor, torch.Tensor]
-    bias: torch.Tensor | None
+    @functools.wraps(original)
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self if of == 0 else (args[0] if args else kwargs.get("model"))
+        if not isinstance(model, nn.Module):
+            return original(self, *args, **kwargs)
+        with all_or_nothing(model, values=False), as_floats(f"the initialization of {type(self).__name__}"):
+            return original(self, *args, **kwargs)
 
-
-def factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (up, down) of an adapter in the stored orientation of the weight, with gradients.
-
-    ``up @ down`` is PEFT's ``layer.get_delta_weight(adapter)``.
-    """
-    weight, scaling = _weight(layer), layer.scaling[adapter]
-    assert weight is not None
-    if isinstance(layer, lora.Embedding):
-        left, right = layer.lora_embedding_A[adapter].T, layer.lora_embedding_B[adapter].T
-    else:
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if isinstance(layer, lora._ConvNd):
-            if layer.get_base_layer().groups > 1:
-                raise NotImplementedError("PEFT cannot merge into a convolution with groups > 1")
-            left, right = up.flatten(1), down.flatten(1)
-        elif isinstance(layer, lora.ParamWrapper) and layer.num_experts > 1:
-            down = down.reshape(layer.num_experts, -1, down.shape[-1])  # [E, r, in]
-            up = up.reshape(up.shape[0], -1, layer.num_experts).permute(2, 0, 1)  # [E, out, r]
-            left, right = (up, down) if layer._did_swap_in_out_features else (down.mT, up.mT)
-        else:
-            left, right = (down.T, up.T) if layer.fan_in_fan_out else (up, down)
-    return lowrank.stored_orientation(weight, left * scaling, right)
+    return build
 
 
-@torch.no_grad()
-def merge(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-    """Merges adapters into a quantized weight without rounding (same signature as PEFT's; always checks for NaN)."""
-    own = layer.lora_embedding_A if isinstance(layer, lora.Embedding) else layer.lora_A
-    for adapter in check_adapters_to_merge(layer, adapter_names):
-        if adapter in own:
-            _merge_one(layer, adapter)
-            layer.merged_adapters.append(adapter)
+def _changing(original: Callable, values: bool) -> Callable:
+    @functools.wraps(original)
+    def change(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing(self, values):
+            return original(self, *args, **kwargs)
+
+    return change
 
 
-def _merge_one(layer: Any, adapter: str) -> None:
-    weight = _weight(layer)
-    assert weight is not None
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None and (not _is_dora(variant) or isinstance(layer, lora.Embedding)):
-        raise NotImplementedError(
-            f"adapter {adapter!r} ({_name(variant)}) cannot be merged exactly into a {weight.qtype.name} weight, because "
-            f"its update is not a low-rank term. Leave the adapter unmerged, or merge it into the float model and quantize "
-            f"afterwards."
-        )
-    up, down = factors(layer, adapter)
-    row_factor = None if variant is None else _dora_factor(layer, adapter, weight, up, down)
-    bias = _bias(layer, adapter)
-    new_bias = None if bias is None else bias + layer.lora_B[adapter].bias * layer.scaling[adapter]
-    for tensor in (up, down, row_factor, new_bias):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+def _switching(original: Callable) -> Callable:
+    """``set_adapter`` unmerges a merged model first; otherwise it changes no weight."""
 
-    before = lowrank.State.of(weight)
-    lowrank.append(weight, up.to(weight.dtype), down.to(weight.dtype))
-    if row_factor is not None:
-        lowrank.scale_rows(weight, row_factor)
-    if bias is not None and new_bias is not None:
-        layer.get_base_layer().bias.data = new_bias.to(bias.dtype)
-    merged = _Merged(before, lowrank.State.of(weight), (up.clone(), down.clone()), bias)
-    layer.__dict__.setdefault("_requanto_merged", {})[adapter] = merged
+    @functools.wraps(original)
+    def set_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with all_or_nothing(self, any(getattr(module, "merged_adapters", None) for module in self.modules())):
+            return original(self, *args, **kwargs)
+
+    return set_adapter
 
 
-def _name(variant: Any) -> str:
-    return (variant if isinstance(variant, type) else type(variant)).__name__.removesuffix("Variant")
+def _with_float_copy(original: Callable) -> Callable:
+    """``modules_to_save`` trains a copy of a module: the copy of a quantized one is float."""
+
+    @functools.wraps(original)
+    def update(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.original_module
+        if not any(isinstance(p, QTensor) for p in module.parameters()):
+            return original(self, *args, **kwargs)
+        logger.info("modules_to_save: the copy of a quantized %s that is trained is float", type(module).__name__)
+        self.original_module = float_twin(module, None)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.original_module = module
+
+    return update
 
 
-def _is_dora(variant: Any) -> bool:
-    return issubclass(variant if isinstance(variant, type) else type(variant), _DORA)
+# ---------------------------------------------------------------------- functions
 
 
-def _dora_factor(layer: Any, adapter: str, weight: QTensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Returns DoRA's magnitude / norm per row. As in the forward, the norm is without other merged adapters."""
-    earlier = [layer._requanto_merged[name] for name in layer.merged_adapters]
-    base = earlier[0].before.weight(weight) if earlier else weight
-    value = base.dequantize(torch.float32)
-    value = (value.mT if weight.transposed else value).reshape(weight.shape[-1 if weight.transposed else 0], -1)
-    with without_autocast(value.device):
-        norm = (value + up.float() @ down.float()).norm(dim=1)
-    return layer.lora_magnitude_vector[adapter].weight.flatten().to(norm.device, torch.float32) / norm
-
-
-def _bias(layer: Any, adapter: str) -> torch.Tensor | None:
-    if not getattr(layer, "lora_bias", {}).get(adapter, False):
-        return None
-    bias = getattr(layer.get_base_layer(), "bias", None)
-    if bias is None:
-        raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-    return bias.data
-
-
-@torch.no_grad()
-def unmerge(layer: Any) -> None:
-    """Undoes all merges of a layer in reverse order."""
-    weight = _weight(layer)
-    assert weight is not None
-    while layer.merged_adapters:
-        adapter = layer.merged_adapters.pop()
-        merged = layer.__dict__.get("_requanto_merged", {}).pop(adapter, None)
-        if merged is None:
-            raise RuntimeError(
-                f"adapter {adapter!r} was merged before the weight was quantized, so it cannot be unmerged"
-            )
-        if merged.after.matches(weight):
-            merged.before.restore(weight)
-        elif merged.before.rows is not merged.after.rows:
-            raise RuntimeError(
-                f"adapter {adapter!r} (DoRA) cannot be unmerged: after the merge, another layer that shares the weight "
-                f"changed it. Unmerge in the reverse order of merging, or load the model again."
-            )
-        else:  # another layer that shares the weight merged later: subtract only this term
-            up, down = merged.factors
-            lowrank.append(weight, -up.to(weight.device), down)
-            lowrank.compress(weight)
-        if merged.bias is not None:
-            bias = layer.get_base_layer().bias
-            bias.data = merged.bias.to(bias.device)
-
-
-# ---------------------------------------------------------------------- adapters on parameters (fused experts)
-
-
-@contextmanager
-def activate(layer: Any, active_adapters: list[str]) -> Iterator[None]:
-    """Inside the block, the base layer's parameter has the adapters as low-rank terms; gradients reach their factors.
-
-    PEFT itself adds a dense delta to all experts at every forward. Here nothing is dequantized: the output is the GEMM with
-    the codes plus the GEMMs with the two factors.
-    """
-    weight, adapters = _weight(layer), [name for name in active_adapters if name in layer.lora_A]
-    assert weight is not None
-    if not adapters:
-        yield
-        return
-    found = [factors(layer, name) for name in adapters]
-    ups, downs = [up for up, _ in found], [down for _, down in found]
-    if weight.up is not None and weight.down is not None:
-        ups.insert(0, weight.up.to(ups[0].dtype))
-        downs.insert(0, weight.down.to(downs[0].dtype))
-    adapted = weight.with_inner({**weight.inner_tensors(), "up": torch.cat(ups, -1), "down": torch.cat(downs, -2)})
-    base, name = layer.get_base_layer(), layer.parameter_name
-    parameter = base._parameters.pop(name)
-    base.__dict__[name] = adapted
-    try:
-        yield
-    finally:
-        del base.__dict__[name]
-        base._parameters[name] = parameter
-
-
-# ---------------------------------------------------------------------- helpers of PEFT that handle QTensors
+def register_corda() -> None:
+    """CorDA reads the values of weights before the adapter is built."""
+    replace_everywhere(importlib.import_module("peft.tuners.lora.corda").preprocess_corda, _reading)
 
 
 def _with_float_weight(original: Callable) -> Callable:
