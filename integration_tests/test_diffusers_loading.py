@@ -252,10 +252,10 @@ def test_dequantize_leaves_a_plain_model(folder: Path) -> None:
         torch.testing.assert_close(TINY_FLUX.run(FLUX.from_pretrained(folder / "plain")), out, rtol=0.05, atol=0.05)
 
 
-def test_a_process_that_is_not_the_main_one_writes_beside_it(folder: Path) -> None:
+def test_a_process_that_is_not_the_main_one_writes_nothing(folder: Path) -> None:
     model = _load(folder / "int8")
     model.save_pretrained(folder / "two", is_main_process=False)
-    assert [p.name for p in (folder / "two").iterdir()] == ["diffusion_pytorch_model.safetensors"]
+    assert not any((folder / "two").iterdir())
     model.save_pretrained(folder / "two")
     _same(FLUX.from_pretrained(folder / "two"), model)
 

@@ -1,47 +1,68 @@
-"""Atomic replacement of a checkpoint directory: it holds the old checkpoint or the new one, never a mix."""
+"""Atomic replacement of a checkpoint directory: a loader finds the old checkpoint or the new one, never a mix.
+
+`requanto.checkpoint.commit` says how. Nobody else's file is deleted: only the weight files that an earlier save of the same
+model and variant wrote (`requanto.checkpoint.weight_files.obsolete`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import errno
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-logger = logging.getLogger(__name__)
+from requanto.checkpoint.commit import commit, unfinished
+from requanto.checkpoint.readme import keep_readmes
+from requanto.checkpoint.scratch import Scratch
 
-# Weight files. Those of an earlier save are deleted, or a loader could read old shards together with new ones.
-_WEIGHTS = re.compile(r".*(\.safetensors|\.safetensors\.index\.json|\.bin|\.bin\.index\.json|\.distcp|\.metadata)$")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @contextlib.contextmanager
-def replaced_directory(target: str | os.PathLike) -> Iterator[Path]:
-    """Yields a scratch directory next to ``target`` that replaces ``target`` when the block ends without an exception.
+def replaced_directory(target: str | os.PathLike, remove: Sequence[str] = ()) -> Iterator[Path]:
+    """Yields a scratch directory whose files replace those of ``target`` when the block ends without an exception.
 
-    Files of the old directory that the block did not write (e.g. a tokenizer) are moved to the new one, except weights.
-    If the block raises (disk full, interrupted), the scratch directory is deleted and the old one is unchanged.
+    The target itself stays the same directory, with its permissions and with every file that the block did not write (e.g. a
+    tokenizer, an adapter), except weight files that an earlier save of the same model and variant wrote. A symbolic link is
+    followed. If the block raises (disk full, interrupted), the target is unchanged.
+
+    Args:
+        target: the directory; created if it does not exist.
+        remove: names of further files of the old checkpoint to delete. It is read when the block has ended.
 
     Raises:
         NotADirectoryError: ``target`` is a file.
+        OSError: nothing can be written there, or there is no space.
     """
-    target = Path(os.path.abspath(target))
+    given, target = target, Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"cannot save to {target}: it is a file, expected a directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.saving-", dir=target.parent))
+        raise NotADirectoryError(f"cannot save to {given}: it is a file, expected a directory")
     try:
-        yield scratch
-        os.chmod(scratch, 0o777 & ~_umask())
-        _sync(scratch)
-        _swap(scratch, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Scratch(target)
+    except OSError as error:
+        raise _explained(error, target) from error
+    try:
+        yield scratch.new
+        keep_readmes(scratch.new, target)
+        commit(scratch, remove)
+    except Exception as error:
+        explained = _explained(error, target)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if unfinished(scratch.folder, scratch.target):
+            scratch.leave()  # not all files could be put in place; the next load or save tries again
+        else:
+            scratch.remove()
 
 
 @contextlib.contextmanager
@@ -72,54 +93,24 @@ def replaced_by_all_ranks(target: str | os.PathLike) -> Iterator[Path]:
     dist.barrier()  # rank 0 has replaced the directory
 
 
-def _swap(scratch: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(scratch, target)
-        return
-    carried_over = [p for p in target.iterdir() if not (scratch / p.name).exists() and not _WEIGHTS.fullmatch(p.name)]
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-    try:
-        os.rename(target, old / "dir")
-    except OSError as error:  # a mount point, or a directory another process holds
-        old.rmdir()
-        logger.warning("%s cannot be renamed (%s); its files are replaced one by one", target, error)
-        _replace_files(scratch, target)
-        return
-    try:
-        os.rename(scratch, target)
-    except BaseException:
-        os.rename(old / "dir", target)
-        old.rmdir()
-        raise
-    for path in carried_over:
-        os.rename(old / "dir" / path.name, target / path.name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace_files(scratch: Path, target: Path) -> None:
-    written = {p.name for p in scratch.iterdir()}
-    # The config is deleted first and written last: a half-replaced directory then has none and does not load.
-    for name in ("config.json", "model_index.json"):
-        (target / name).unlink(missing_ok=True)
-    for path in list(target.iterdir()):
-        if _WEIGHTS.fullmatch(path.name) and path.name not in written:
-            path.unlink()
-    for path in sorted(scratch.iterdir(), key=lambda p: p.name in ("config.json", "model_index.json")):
-        os.replace(path, target / path.name)
-
-
-def _sync(directory: Path) -> None:
-    """Flushes all files to disk (fsync), so that the rename does not publish unwritten data."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _explained(error: Exception, target: Path) -> Exception:
+    """Returns an OSError that says what to do, or the error itself where its own message must do."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):  # of safetensors
+        number = int(found[1])
+    if number in _NO_SPACE:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(target if target.is_dir() else target.parent).free
+            return OSError(
+                number,
+                f"{os.strerror(number)}: the checkpoint does not fit into {target}, where {free / 1e6:.0f} MB are free. "
+                f"What was there is unchanged and needs its space until the new files are complete: free some, or save "
+                f"elsewhere",
+            )
+    if number in _NOT_ALLOWED:
+        return OSError(
+            number,
+            f"{os.strerror(number)}: cannot save to {target} ({error}). What was there is unchanged: change the "
+            f"permissions, or save elsewhere",
+        )
+    return error

@@ -38,13 +38,22 @@ back, which saves and loads without Requanto.
 """
 
 
-def write_readme(
-    directory: Path, model: Any, config: QuantoConfig, library: str = "transformers", replaces: Path | None = None
-) -> None:
-    """Writes ``README.md``, unless ``directory`` has one or the directory it ``replaces`` has one that a user wrote."""
+def written_by_user(readme: Path) -> bool:
+    """Whether there is a README that a user wrote, or whose mark a user deleted."""
+    return readme.is_file() and _MARK not in readme.read_text(encoding="utf-8", errors="replace")
+
+
+def keep_readmes(new: Path, target: Path) -> None:
+    """Deletes every README below ``new`` that :func:`write_readme` wrote, if the user has written one in its place."""
+    for path in new.rglob("README.md"):
+        if written_by_user(target / path.relative_to(new)) and not written_by_user(path):
+            path.unlink()
+
+
+def write_readme(directory: Path, model: Any, config: QuantoConfig, library: str = "transformers") -> None:
+    """Writes ``README.md``, unless there is one that the library or a user wrote."""
     path = directory / "README.md"
-    earlier = path if replaces is None else replaces / "README.md"
-    if path.exists() or (earlier.is_file() and _MARK not in earlier.read_text(encoding="utf-8", errors="replace")):
+    if path.exists():
         return
     counts = Counter(text.split()[0].removeprefix("q") for text in config.tensors.values())
     listed = ", ".join(f"{count} weights in {name}" for name, count in counts.most_common())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from requanto.checkpoint.directory import _umask
+from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import weight_map
+from requanto.checkpoint.weight_files import model_files
 
 
 class SafetensorsFiles(Mapping):
     """Read-only mapping from tensor name to tensor of a directory's safetensors files; each access reads the tensor.
+
+    A save to this directory that was interrupted is finished first.
 
     Args:
         directory: directory of the files.
@@ -30,15 +35,18 @@ class SafetensorsFiles(Mapping):
 
     def __init__(self, directory: str | os.PathLike, stem: str = "model") -> None:
         self.directory = Path(directory)
+        finish_interrupted(self.directory)
         index = self.directory / f"{stem}.safetensors.index.json"
-        single = self.directory / f"{stem}.safetensors"
+        files = model_files(self.directory, stem)
         self._open_files: dict[str, Any] = {}
-        if index.is_file():
-            self._where = weight_map(index)
-        elif single.is_file():
-            self._where = dict.fromkeys(self._file(single.name).keys(), single.name)
+        if not files:
+            raise CheckpointError(
+                f"{self.directory} holds neither {stem}.safetensors nor {index.name}, or an empty index"
+            )
+        if files[0].name == f"{stem}.safetensors":
+            self._where = dict.fromkeys(self._file(files[0].name).keys(), files[0].name)
         else:
-            raise CheckpointError(f"{self.directory} holds neither {single.name} nor {index.name}")
+            self._where = weight_map(index)
 
     def _file(self, name: str) -> Any:
         if name not in self._open_files:
@@ -70,12 +78,19 @@ class SafetensorsFiles(Mapping):
 
 
 def save_shards(
-    state: Mapping[str, torch.Tensor], directory: str | os.PathLike, stem: str = "model", max_shard_size: str = "5GB"
+    state: Mapping[str, torch.Tensor],
+    directory: str | os.PathLike,
+    stem: str = "model",
+    max_shard_size: str = "5GB",
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes tensors to ``<stem>.safetensors``, or to shards with an index if they exceed ``max_shard_size``.
 
     Each file is written under a temporary name and renamed when it is complete. A tensor that appears under several names
     is written once, under the first name.
+
+    Args:
+        metadata: of each file, in addition to ``format``.
 
     Returns:
         The files written.
@@ -97,13 +112,22 @@ def save_shards(
     )
     written = []
     for file, names in split.filename_to_tensors.items():
-        partial = directory / f"{file}.partial"
-        save_file({name: unique[name].cpu() for name in names}, partial, metadata={"format": "pt"})
-        os.chmod(partial, 0o666 & ~_umask())  # save_file makes it readable for the owner only
-        os.replace(partial, directory / file)
+        partial = directory / f".{secrets.token_hex(8)}.partial"
+        with open(partial, "xb"):
+            mode = stat.S_IMODE(partial.stat().st_mode)  # what the umask and the directory's ACL allow
+        try:
+            save_file(
+                {name: unique[name].cpu() for name in names}, partial, metadata={"format": "pt", **(metadata or {})}
+            )
+            os.chmod(partial, mode)  # save_file makes it readable for the owner only
+            os.replace(partial, directory / file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         written.append(directory / file)
     if split.is_sharded:
         index = directory / f"{stem}.safetensors.index.json"
-        index.write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
+        text = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2)
+        index.write_text(text, encoding="utf-8")
         written.append(index)
     return written

@@ -52,7 +52,9 @@ _BUDGET_KEYS = ("bits", "max_memory", "candidates")
 _LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
 #: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
 _LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", *_BUDGET_KEYS})
-_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "digests", "budget")
+#: of the files, not of the choice
+_OF_FILES = ("digests", "save_id")
+_STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget", *_OF_FILES)
 
 
 class QuantoConfig:
@@ -155,6 +157,10 @@ class QuantoConfig:
         #: None if the checkpoint was not written by Requanto
         self.format: str | None = checks.text_or_none(stored.get("format"), "format")
         self.format_version: int | None = stored.get("format_version")
+        #: of the save that wrote the config (`requanto.checkpoint.save_id`); only while a checkpoint is loaded or saved
+        self.save_id: str | bool | None = stored.get("save_id")
+        if self.save_id is not False:
+            checks.text_or_none(self.save_id, "save_id")
         check_method(self.method)
         for pattern in (None, *self.modules):
             self.choice_for(pattern)
@@ -265,6 +271,8 @@ class QuantoConfig:
             }
             # What the libraries' own QuantoConfigs read: without Requanto they stop with this text.
             values |= {key: stored_text(self.weights) for key in ("weights", "weights_dtype")}
+        if self.save_id is not None:
+            values["save_id"] = self.save_id
         if self.activation_modules:
             values["activation_modules"] = dict(self.activation_modules)
         if self.digests:
@@ -305,8 +313,8 @@ class QuantoConfig:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantoConfig):
             return False
-        ours, theirs = self.to_dict(), other.to_dict()
-        return {**ours, "digests": None} == {**theirs, "digests": None}  # digests are of the files, not of the choice
+        own, others = ({k: v for k, v in c.to_dict().items() if k not in _OF_FILES} for c in (self, other))
+        return own == others
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 

@@ -22,6 +22,7 @@ from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
+from requanto.checkpoint.save_id import check_ids, metadata_for
 from requanto.config.config import QuantizationMethod, QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations.budget import resolve_from_files
@@ -160,6 +161,9 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
                     f"{lost[0]} is described by quantization_config.tensors but not in the files: a file is missing or "
                     f"belongs to another checkpoint (found {len(found)} tensors in {len(checkpoint_files)} files)"
                 )
+        if not self.from_file:
+            check_ids(self.quantization_config.save_id, checkpoint_files)
+        self.quantization_config.save_id = None
         return [key for key in loaded_keys if self._owner(key) is None] + list(self.table)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -256,12 +260,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Returns the flat state dict and no metadata.
-
-        Everything else is in config.json: safetensors writes several metadata keys in no fixed order, and saving a model
-        twice must give the same bytes.
-        """
-        return flatten(state_dict), {}
+        """Returns the flat state dict and the metadata of the files."""
+        return flatten(state_dict), metadata_for(self.quantization_config)
 
     def _dequantize(self, model: Any) -> Any:
         from diffusers.configuration_utils import FrozenDict

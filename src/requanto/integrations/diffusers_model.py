@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -14,11 +15,14 @@ from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import checked_config, read_json, stored_config
 from requanto.checkpoint.readme import write_readme
+from requanto.checkpoint.save_id import awaiting_id, check_ids, stamp
+from requanto.checkpoint.watched_load import watch_from_pretrained
 from requanto.config.config import QuantoConfig
 from requanto.integrations.casts import allow_casts
-from requanto.integrations.conversion import has_quantized, true_bytes, world_size
+from requanto.integrations.conversion import has_quantized, true_bytes
 from requanto.integrations.diffusers_made_from import register_models, without_fused_layers
 from requanto.integrations.float_configs import forget_in_diffusers, is_float
+from requanto.integrations.patching import stamped_before_upload
 
 
 def register() -> None:
@@ -29,6 +33,8 @@ def register() -> None:
         return
     wrap_from_pretrained(ModelMixin)
     ModelMixin.from_pretrained = classmethod(_wrap_from_pretrained(ModelMixin.from_pretrained.__func__))
+    watch_from_pretrained(ModelMixin, "diffusion_pytorch_model")
+    ModelMixin._upload_folder = stamped_before_upload(ModelMixin._upload_folder)
     ModelMixin.save_pretrained = without_fused_layers(_wrap_save_pretrained(ModelMixin.save_pretrained))
     if hasattr(ModelMixin, "_load_pretrained_model"):
         ModelMixin._load_pretrained_model = classmethod(_wrap_load(ModelMixin._load_pretrained_model.__func__))
@@ -99,23 +105,24 @@ def _wrap_save_pretrained(original: Any) -> Any:
                 f"the model was loaded with {type(quantizer).__name__} and also holds weights quantized by Requanto, but a "
                 f"directory can hold only one of them. Load the float model and quantize all of it with one library."
             )
-        record_weights(self, quantizer.quantization_config, saving=kwargs.get("is_main_process") is not False)
-        if world_size() > 1 or kwargs.get("is_main_process") is False:
-            # Several ranks write into one directory, so none of them may replace it.
-            try:
-                return original(self, save_directory, *args, **kwargs)
-            finally:
-                quantizer.quantization_config.digests = {}
+        if not (args[0] if args else kwargs.get("is_main_process", True)):
+            # As for a float model, except that Diffusers itself would also write the weights.
+            os.makedirs(save_directory, exist_ok=True)
+            return None
+        config = quantizer.quantization_config
+        record_weights(self, config, saving=True)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
-        with replaced_directory(save_directory) as scratch:
+        # A .bin file holds no metadata.
+        safe = args[2] if len(args) > 2 else kwargs.get("safe_serialization", True)
+        identified = awaiting_id(config) if safe else contextlib.nullcontext()
+        with identified, replaced_directory(save_directory) as scratch:
             try:
-                result = original(self, scratch, *args, **kwargs)
+                result = original(self, str(scratch), *args, **kwargs)
             finally:
-                quantizer.quantization_config.digests = {}  # those of the files; weights in memory may change
-            write_readme(
-                scratch, self, quantizer.quantization_config, library="diffusers", replaces=Path(save_directory)
-            )
+                config.digests = {}  # those of the files; weights in memory may change
+            stamp(scratch)
+            write_readme(scratch, self, config, library="diffusers")
         return result
 
     save_pretrained._requanto = True
@@ -180,6 +187,8 @@ def _config_of_file(source: Any, kwargs: dict[str, Any]) -> QuantoConfig | None:
     for folder in folders + ([parent] if parent else []):
         stored = stored_config(read_json(folder / "config.json"), folder)
         if stored.get("tensors"):
+            if parent:
+                check_ids(stored.pop("save_id", None), [source])
             return checked_config(stored)
     raise CheckpointError(
         f"{source if parent else 'the state dict'} holds quantized weights, but no config.json that describes them was "

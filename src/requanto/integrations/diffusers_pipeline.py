@@ -6,10 +6,16 @@ import copy
 import functools
 import importlib
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from requanto.checkpoint.commit import finish_interrupted
+from requanto.checkpoint.directory import replaced_directory
 from requanto.config.config import QuantoConfig
-from requanto.integrations.conversion import as_config
+from requanto.integrations.conversion import as_config, has_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +33,16 @@ def register() -> None:
 
 
 def register_pipelines() -> None:
-    """Makes an unknown component name an error if the config contains a QuantoConfig; Diffusers only warns."""
+    """Makes an unknown component name an error if the config contains a QuantoConfig; Diffusers only warns.
+
+    Saving a pipeline with quantized components replaces all of its files or none.
+    """
     from diffusers.pipelines import pipeline_utils
 
+    pipeline = pipeline_utils.DiffusionPipeline
+    if not hasattr(pipeline.save_pretrained, "_requanto"):
+        pipeline.save_pretrained = _wrap_save_pretrained(pipeline.save_pretrained)
+        pipeline.from_pretrained = classmethod(_wrap_from_pretrained(pipeline.from_pretrained.__func__))
     original = pipeline_utils._maybe_warn_for_wrong_component_in_quant_config
     if hasattr(original, "_requanto"):
         return
@@ -44,6 +57,32 @@ def register_pipelines() -> None:
 
     check._requanto = True
     pipeline_utils._maybe_warn_for_wrong_component_in_quant_config = check
+
+
+def _wrap_save_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        named = (name for name, value in self.config.items() if isinstance(value, (list, tuple)))
+        components = [getattr(self, name, None) for name in named]
+        if not any(isinstance(component, nn.Module) and has_quantized(component) for component in components):
+            return original(self, save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
+        with replaced_directory(save_directory) as scratch:
+            return original(self, str(scratch), *args, **kwargs)
+
+    save_pretrained._requanto = True
+    return save_pretrained
+
+
+def _wrap_from_pretrained(original: Any) -> Any:
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.path.isdir(pretrained_model_name_or_path or ""):
+            finish_interrupted(pretrained_model_name_or_path)
+        return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    return from_pretrained
 
 
 def register_modular() -> None:

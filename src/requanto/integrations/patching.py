@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from requanto.checkpoint.save_id import stamp
 
 
 def replace_everywhere(original: Callable, make: Callable[[Callable], Callable]) -> None:
@@ -20,3 +24,14 @@ def replace_everywhere(original: Callable, make: Callable[[Callable], Callable])
             module.__dict__.get(original.__name__) is original
         ):
             setattr(module, original.__name__, new)
+
+
+def stamped_before_upload(original: Callable) -> Callable:
+    """Returns a model's upload method that first fills in the save id: ``push_to_hub=True`` uploads from within a save."""
+
+    @functools.wraps(original)
+    def upload(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        stamp(working_dir)
+        return original(self, working_dir, *args, **kwargs)
+
+    return upload

@@ -33,6 +33,7 @@ from requanto.checkpoint.format import (
     rebuild,
     table_of,
 )
+from requanto.checkpoint.save_id import check_ids, metadata_for
 from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations import experts
@@ -103,6 +104,8 @@ class RequantoHfQuantizer(HfQuantizer):
             config, files = self.quantization_config, kwargs.get("checkpoint_files") or []
             check_names(config.digests, config.tensors)
             check_files(config.tensors, files)
+            check_ids(config.save_id, files)
+            config.save_id = None
             for name, text in config.tensors.items():
                 parse_spec(text, name)
             keys = stored_keys(f for f in files if str(f).endswith(".safetensors"))
@@ -253,11 +256,7 @@ class RequantoHfQuantizer(HfQuantizer):
         return dequantize_(model, dtype)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Returns the flat state dict and no metadata; updates the config's table.
-
-        Everything else is in config.json: safetensors writes several metadata keys in no fixed order, and saving a model
-        twice must give the same bytes.
-        """
+        """Returns the flat state dict and the metadata of the files; updates the config's table."""
         tied = getattr(model, "all_tied_weights_keys", {})
         sharded = any(local_quantized(parameter) is not None for parameter in model.parameters())
         found = full_state_dict(model, self.sharded) if sharded else load_offloaded(model)
@@ -267,7 +266,7 @@ class RequantoHfQuantizer(HfQuantizer):
             model.config.quantization_config = config
         config.activation_modules = activation_table(model)
         config.record(table_of(state_dict.items()), digests_of(state_dict, config.activation_modules, flat))
-        return flat, {}
+        return flat, metadata_for(config)
 
     def is_serializable(self) -> bool:
         """Always True."""

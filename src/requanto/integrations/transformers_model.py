@@ -18,10 +18,13 @@ from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import stored_config
 from requanto.checkpoint.readme import write_readme
+from requanto.checkpoint.save_id import awaiting_id, stamp
+from requanto.checkpoint.watched_load import watch_from_pretrained
 from requanto.integrations import tensor_parallel, transformers_resize
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.float_configs import forget_in_transformers, is_float
+from requanto.integrations.patching import stamped_before_upload
 from requanto.integrations.shards import local_quantized
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ def register() -> None:
     transformers_resize.register()
     transformers_parts.register()
     wrap_from_pretrained(PreTrainedModel)
+    watch_from_pretrained(PreTrainedModel, "model")
+    PreTrainedModel._upload_modified_files = stamped_before_upload(PreTrainedModel._upload_modified_files)
     PreTrainedModel.save_pretrained = _wrap_save_pretrained(PreTrainedModel.save_pretrained)
     PreTrainedModel.get_memory_footprint = _wrap_memory_footprint(PreTrainedModel.get_memory_footprint)
     if not hasattr(PreTrainedConfig.get_config_dict, "_requanto"):
@@ -133,17 +138,21 @@ def _wrap_save_pretrained(original: Any) -> Any:
             )
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
-        main = world_size() == 1 or self.should_save_on_this_rank(
-            args[0] if args else kwargs.get("is_main_process", True)
-        )
+        chosen = args[0] if args else kwargs.get("is_main_process", True)
+        main = bool(chosen) and (world_size() == 1 or self.should_save_on_this_rank(chosen))
+        if not chosen:
+            os.makedirs(save_directory, exist_ok=True)  # as for a float model
+        config = quantizer.quantization_config
         # Other ranks take part in gathering weights but write nothing; Transformers still lists their save directory.
-        with replaced_directory(save_directory) if main else tempfile.TemporaryDirectory() as scratch:
+        place = replaced_directory(save_directory) if main else tempfile.TemporaryDirectory()
+        with awaiting_id(config), place as scratch:
             try:
                 result = original(self, scratch, *args, **kwargs)
             finally:
-                quantizer.quantization_config.digests = {}  # those of the files; weights in memory may change
+                config.digests = {}  # those of the files; weights in memory may change
             if main:
-                write_readme(scratch, self, quantizer.quantization_config, replaces=Path(save_directory))
+                stamp(scratch)
+                write_readme(scratch, self, config)
         if world_size() > 1 and any(local_quantized(parameter) is not None for parameter in self.parameters()):
             dist.barrier()  # wait until rank 0 has replaced the directory
         return result

@@ -12,7 +12,8 @@ from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.data import calibration_text
 from requanto.methods import find_method, quantize_with_samples, text_samples
-from requanto.report.convert import checked_source, class_of, copy_companions, load_model
+from requanto.report.companions import save_with_companions
+from requanto.report.convert import checked_source, class_of, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ def calibrate_directory(
     from requanto.integrations.transformers import attach_quantizer
 
     attach_quantizer(loaded, config)
-    loaded.save_pretrained(out)
-    copy_companions(source, out)
+    save_with_companions(loaded, source, out)
 
 
 def planned_for(model: Any, config: QuantoConfig) -> dict[str, PlannedWeight]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.model_class import first_architecture, named_class
 from requanto.checkpoint.opening import read_json
 from requanto.config.config import QuantoConfig
-
-# Files of a model that save_pretrained does not write: tokenizer, processor, templates.
-_COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+from requanto.report.companions import save_with_companions
 
 
 def local_directory(model: str | Path) -> Path:
@@ -22,6 +20,7 @@ def local_directory(model: str | Path) -> Path:
     """
     path = Path(model)
     if path.is_dir():
+        finish_interrupted(path)
         return path
     if path.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise FileNotFoundError(
@@ -47,9 +46,7 @@ def quantize_directory(
         ValueError: it is already quantized, or its class is unknown.
     """
     source, description = checked_source(model, out)
-    loaded = load_model(class_of(source, description), source, config, dtype, device)
-    loaded.save_pretrained(out)
-    copy_companions(source, out)
+    save_with_companions(load_model(class_of(source, description), source, config, dtype, device), source, out)
 
 
 def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -69,14 +66,6 @@ def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
             f"OUT is the model's own directory {source}, whose float weights would be lost; choose another directory"
         )
     return source, description
-
-
-def copy_companions(source: Path, out: Path) -> None:
-    """Copies tokenizer, processor and templates, except files that the save has written."""
-    for pattern in _COMPANIONS:
-        for file in source.glob(pattern):
-            if not (out / file.name).exists() and not file.name.endswith(".index.json"):
-                shutil.copy2(file, out / file.name)
 
 
 def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:

@@ -12,9 +12,12 @@ import torch
 from safetensors import safe_open
 
 from requanto.budget.models import budget_of
+from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import CheckpointError, parse_spec
 from requanto.checkpoint.opening import checked_config, is_ours, read_json, stored_config
+from requanto.checkpoint.save_id import KEY, check_ids
+from requanto.checkpoint.weight_files import model_files
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
@@ -96,10 +99,14 @@ def inspect_directory(directory: str | Path) -> ModelReport:
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; expected one that save_pretrained wrote")
-    files = sorted(directory.glob("*.safetensors"))
+    finish_interrupted(directory)
+    files = model_files(directory)
     if not files:
         raise FileNotFoundError(f"{directory} holds no .safetensors file; found {_listing(directory)}")
     config = _read_config(directory)
+    stored = config.get("quantization_config") or {}
+    if stored.get("format") is not None:
+        check_ids(stored.get(KEY), files)
     owners = {key.removesuffix("_qdata") for key in stored_keys(files) if key.endswith("_qdata")}
     found: dict[str, WeightReport] = {}
     parts: dict[str, int] = {}
@@ -127,7 +134,7 @@ def inspect_directory(directory: str | Path) -> ModelReport:
         found[name] = WeightReport(
             name, short_name(spec["qtype"]), tuple(spec["shape"]), spec["group_size"], size, size * 8 / count
         )
-    budget = (config.get("quantization_config") or {}).get("budget")
+    budget = stored.get("budget")
     return _with_budget(_report([found[name] for name in sorted(found)], None), budget)
 
 

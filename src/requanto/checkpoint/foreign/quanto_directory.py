@@ -25,11 +25,12 @@ from requanto.checkpoint.foreign.quanto_files import PARTS, checked_map, is_quan
 from requanto.checkpoint.format import CheckpointError, flatten, table_of
 from requanto.checkpoint.model_class import first_architecture, named_class
 from requanto.checkpoint.opening import check_directory, read_json, stored_config
+from requanto.checkpoint.save_id import KEY, PLACEHOLDER, stamp
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
+from requanto.checkpoint.weight_files import MAP_NAME
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtype, resolve_qtype, short_name
 
-MAP_NAME = "quanto_qmap.json"
 #: scalars that optimum-quanto stores for every quantized module
 SCALES = ("input_scale", "output_scale")
 
@@ -100,8 +101,10 @@ def convert_quanto_directory(
             rewritten = path.name in (MAP_NAME, "config.json") or ".safetensors" in path.name
             if path.is_file() and not rewritten:
                 shutil.copy2(path, scratch / path.name)
-        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_shards(flatten(state), scratch, stem)
+        config["quantization_config"][KEY] = PLACEHOLDER
+        (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_shards(flatten(state), scratch, stem, metadata={KEY: PLACEHOLDER})
+        stamp(scratch)
     return target
 
 

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.directory import replaced_directory
 from requanto.checkpoint.foreign.quanto_files import checked_map, from_qtensor
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import read_json
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
+from requanto.checkpoint.weight_files import MAP_NAME
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.model.quantize import freeze, quantization_map
 from requanto.model.quantize import quantize as quantize_native
 from requanto.nn.mixin import QModuleMixin
 from requanto.scales.optimizers import Optimizer, default_optimizer
 from requanto.tensor.qtensor import QTensor
-
-MAP_NAME = "quanto_qmap.json"
 
 
 def core_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -166,7 +166,7 @@ class _Wrapper:
         state, qmap = self._state(model), self._map(model)
         with replaced_directory(save_directory) as directory:
             self._save_config(model, directory)
-            (directory / MAP_NAME).write_text(json.dumps(qmap, indent=4))
+            (directory / MAP_NAME).write_text(json.dumps(qmap, indent=4), encoding="utf-8")
             save_shards(state, directory, self.stem, max_shard_size)
 
     @classmethod
@@ -194,6 +194,7 @@ class _Wrapper:
             from huggingface_hub import snapshot_download
 
             directory = Path(snapshot_download(str(pretrained_model_name_or_path), **kwargs))
+        finish_interrupted(directory)
         map_file = directory / MAP_NAME
         if not map_file.is_file():
             raise ValueError(f"{directory} holds no {MAP_NAME}: it is not a model saved in optimum-quanto's format")
