@@ -14,7 +14,8 @@ from typing import Any
 
 #: audit events of calls that change or list files; `os.fsync` and the writer of safetensors, which have none, are wrapped
 EVENTS = frozenset(
-    "open os.rename os.remove os.mkdir os.rmdir os.link os.symlink os.chmod os.chown os.scandir os.listdir os.truncate".split()
+    ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown")
+    + ("os.scandir", "os.listdir", "os.truncate")
 )
 
 
@@ -25,11 +26,13 @@ class Result:
     Attributes:
         killed: it was killed.
         calls: number of calls it made, if it was not killed.
+        renames: which of them renamed a file.
         error: an exception's class and text; None: it succeeded or was killed.
     """
 
     killed: bool
     calls: int = 0
+    renames: tuple[int, ...] = ()
     error: str | None = None
 
 
@@ -37,6 +40,7 @@ class _Calls:
     def __init__(self, at: int, fail: int | None, lasting: bool) -> None:
         self.at, self.fail, self.lasting = at, fail, lasting
         self.count = 0
+        self.renames: list[int] = []
 
     def tick(self, half_written: str | None = None) -> None:
         self.count += 1
@@ -56,6 +60,8 @@ class _Calls:
             writes = event != "open" or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if self.fail is None or (writes and event not in ("os.scandir", "os.listdir", "os.remove", "os.rmdir")):
                 self.tick()
+            if event == "os.rename":
+                self.renames.append(self.count)
 
         sys.addaudithook(hook)
         fsync = os.fsync
@@ -103,7 +109,7 @@ def run(function: Callable[[], None], at: int = 0, fail: int | None = None, last
             error = f"{type(found).__name__}: {found}"
             if not isinstance(found, OSError):
                 error += "\n" + "".join(traceback.format_exception(found)[-3:])
-        os.write(writer, json.dumps([calls.count, error]).encode()[:60000])
+        os.write(writer, json.dumps([calls.count, calls.renames, error]).encode()[:60000])
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
@@ -111,8 +117,8 @@ def run(function: Callable[[], None], at: int = 0, fail: int | None = None, last
     os.waitpid(pid, 0)
     if not told:
         return Result(True)
-    count, error = json.loads(told)
-    return Result(False, count, error)
+    count, renames, error = json.loads(told)
+    return Result(False, count, tuple(renames), error)
 
 
 FAILURES = (errno.ENOSPC, errno.EIO, errno.EACCES)

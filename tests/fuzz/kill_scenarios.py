@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -159,7 +158,7 @@ def _read_plain(target: Path) -> str:
 
     finish_interrupted(target)
     names = [".metadata", "model_index.json", *(f"__{n}_0.distcp" for n in range(3))]
-    names += [f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+    names += [name for name in _pipeline_files("") if "/" in name]
     return " ".join((target / name).read_text() for name in names if (target / name).is_file())
 
 
@@ -178,7 +177,6 @@ def _link(place: Path) -> None:
 def scenarios(place: Path) -> dict[str, Scenario]:
     """All scenarios; ``place`` is for files that they share."""
     tf.utils.logging.disable_progress_bar()
-    logging.getLogger("requanto").setLevel(logging.ERROR)
     shutil.rmtree(place, ignore_errors=True)
     one, other, third = _saver(1, "int8"), _saver(2, "int4"), _saver(3, "int8")
     shards, fewer = _saver(2, "int4", max_shard_size="5KB"), _saver(1, "int8", max_shard_size="9KB")

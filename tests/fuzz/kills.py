@@ -1,6 +1,6 @@
 """Kills saves at every call to the file system, and lets calls fail; counts what is there afterwards.
 
-    python tests/fuzz/kills.py --count 1000 --seed 0 --out kills.json
+    python tests/fuzz/kills.py --count 1500 --failures 500 --seed 0 --out kills.json
 
 A save is killed with SIGKILL before its n-th call, for every n of every scenario if ``--count`` allows, else for a seeded
 choice. Then the directory is loaded: it must hold the old checkpoint or the new one, with its companions; files of others
@@ -12,7 +12,9 @@ permission) must leave the old checkpoint, or the new one if the save reports no
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import logging
 import random
 import shutil
 import sys
@@ -42,7 +44,9 @@ class Bench:
         result = kill_calls.run(lambda: scenario.save(place))
         if result.error is not None:
             raise RuntimeError(f"{name}: {result.error}")
-        self.calls = result.calls
+        self.calls, self.renames = result.calls, result.renames
+        self.fresh()
+        self.writes = kill_calls.run(lambda: scenario.save(place), fail=errno.ENOSPC).calls
         self.states[scenario.state(place)] = "new"
         scenario.after(place / scenario.target)
         self.after = scenario.state(place)
@@ -113,32 +117,35 @@ def run(places: list[Place], benches: dict[str, Bench], seconds: float) -> dict[
     }
 
 
-def choose(benches: dict[str, Bench], count: int, seed: int) -> list[Place]:
-    """Returns ``count`` places: every call of every scenario is killed before any choice is repeated or left to chance."""
-    kills: list[Place] = [(name, at, None, False) for name, b in benches.items() for at in range(1, b.calls + 1)]
+def choose(benches: dict[str, Bench], kills: int, failures: int, seed: int) -> list[Place]:
+    """Returns kills and failing calls in a seeded order; all there are, if fewer are there than asked for."""
     rng = random.Random(seed)
-    rng.shuffle(kills)
-    failures: list[Place] = [
+    killed: list[Place] = [
+        (name, at, None, False) for name, bench in benches.items() for at in range(1, bench.calls + 1)
+    ]
+    failing: list[Place] = [
         (name, at, fail, lasting)
-        for name, b in benches.items()
-        for at in range(1, b.calls + 1)
+        for name, bench in benches.items()
+        for at in range(1, bench.writes + 1)
         for fail in kill_calls.FAILURES
         for lasting in (False, True)
     ]
-    rng.shuffle(failures)
-    chosen = kills[:count]
-    return chosen + failures[: count - len(chosen)] if len(chosen) < count else chosen
+    rng.shuffle(killed)
+    rng.shuffle(failing)
+    return killed[:kills] + failing[:failures]
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=2000, help="kills, then calls that fail, at most")
+    parser.add_argument("--count", type=int, default=1500, help="kills, at most")
+    parser.add_argument("--failures", type=int, default=0, help="calls that fail, at most")
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--only", help="part of a scenario's name")
     parser.add_argument("--out", type=Path, help="file for the summary; default: standard output only")
     options = parser.parse_args(argv)
+    logging.getLogger("requanto").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="requanto-kills-") as folder:
         found = scenarios(Path(folder) / "shared")
         benches = {
@@ -146,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             for number, (name, scenario) in enumerate(found.items())
             if options.only is None or options.only in name
         }
-        result = run(choose(benches, options.count, options.seed), benches, options.minutes * 60)
+        result = run(choose(benches, options.count, options.failures, options.seed), benches, options.minutes * 60)
     text = json.dumps({"seed": options.seed, **result}, indent=2)
     print(text)
     if options.out is not None:

@@ -81,7 +81,7 @@ def save_shards(
     state: Mapping[str, torch.Tensor],
     directory: str | os.PathLike,
     stem: str = "model",
-    max_shard_size: str = "5GB",
+    max_shard_size: str | int = "5GB",
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes tensors to ``<stem>.safetensors``, or to shards with an index if they exceed ``max_shard_size``.
