@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.weight_files import Family, model_files, obsolete
+from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.weight_files import Family, entry_file, model_files, obsolete
 
 FOREIGN = (
     "adapter_model.safetensors",
@@ -138,7 +139,10 @@ def test_the_files_that_a_library_loads(tmp_path):
     names = [other / name for name in shards(other, "diffusion_pytorch_model", 2)[:2]]
     fill(other, ["diffusion_pytorch_model.safetensors"])
     assert model_files(other) == names  # Diffusers looks for the index first
-    assert model_files(other, "model") == []
+    assert entry_file(other, "model") is None
+    (other / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        model_files(other)
 
 
 @pytest.mark.parametrize(

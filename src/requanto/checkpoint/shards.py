@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import weight_map
-from requanto.checkpoint.weight_files import model_files
+from requanto.checkpoint.weight_files import entry_file
 
 
 class SafetensorsFiles(Mapping):
@@ -36,17 +36,15 @@ class SafetensorsFiles(Mapping):
     def __init__(self, directory: str | os.PathLike, stem: str = "model") -> None:
         self.directory = Path(directory)
         finish_interrupted(self.directory)
-        index = self.directory / f"{stem}.safetensors.index.json"
-        files = model_files(self.directory, stem)
+        entry = entry_file(self.directory, stem)
         self._open_files: dict[str, Any] = {}
-        if not files:
-            raise CheckpointError(
-                f"{self.directory} holds neither {stem}.safetensors nor {index.name}, or an empty index"
-            )
-        if files[0].name == f"{stem}.safetensors":
-            self._where = dict.fromkeys(self._file(files[0].name).keys(), files[0].name)
+        if entry is None:
+            name = f"{stem}.safetensors"
+            raise CheckpointError(f"{self.directory} holds neither {name} nor {name}.index.json")
+        if entry.suffix == ".json":
+            self._where = weight_map(entry)
         else:
-            self._where = weight_map(index)
+            self._where = dict.fromkeys(self._file(entry.name).keys(), entry.name)
 
     def _file(self, name: str) -> Any:
         if name not in self._open_files:

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from requanto.checkpoint.opening import weight_map
+
 logger = logging.getLogger(__name__)
 
 MAP_NAME = "quanto_qmap.json"
@@ -102,21 +104,29 @@ def obsolete(directory: Path, written: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys(found) if name not in written and (directory / name).is_file()]
 
 
-def model_files(directory: str | Path, stem: str | None = None) -> list[Path]:
+def entry_file(directory: str | Path, stem: str) -> Path | None:
+    """Returns the file that the library opens first: that of a model in one file, or the index; without a variant."""
+    family = Family(stem, "", "safetensors")
+    # Transformers looks for the single file first, Diffusers for the index.
+    order = (family.single, *family.indexes) if stem == "model" else (*family.indexes, family.single)
+    return next((Path(directory, name) for name in order if Path(directory, name).is_file()), None)
+
+
+def model_files(directory: str | Path) -> list[Path]:
     """Returns the safetensors files that the library loads from a directory without ``variant=``.
 
-    Args:
-        directory: directory of a saved model.
-        stem: of the files; None: both stems are tried, then all files with the suffix ``.safetensors``.
+    If there is none with a name of a library, all files with the suffix ``.safetensors`` are returned.
+
+    Raises:
+        CheckpointError: the index is damaged.
     """
     directory = Path(directory)
-    for tried in STEMS if stem is None else (stem,):
-        family = Family(tried, "", "safetensors")
-        # Transformers looks for the single file first, Diffusers for the index.
-        order = (family.single, *family.indexes) if tried == "model" else (*family.indexes, family.single)
-        first = next((name for name in order if (directory / name).is_file()), None)
-        if first is not None:
-            return [
-                directory / name for name in (index_files(directory / first) if first.endswith("json") else [first])
-            ]
-    return sorted(directory.glob("*.safetensors")) if stem is None else []
+    for stem in STEMS:
+        entry = entry_file(directory, stem)
+        if entry is not None:
+            return (
+                [directory / name for name in sorted(set(weight_map(entry).values()))]
+                if entry.suffix == ".json"
+                else [entry]
+            )
+    return sorted(directory.glob("*.safetensors"))
