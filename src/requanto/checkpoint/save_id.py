@@ -51,17 +51,20 @@ def metadata_for(config: Any) -> dict[str, str]:
 
 
 def stamp(directory: str | os.PathLike) -> None:
-    """Computes the id of a directory's new files and fills it in; without effect if no config.json waits for it."""
+    """Computes the id of a directory's new files and fills it in; without effect if no file waits for it."""
     directory = Path(directory)
-    config = directory / "config.json"
-    if not config.is_file() or PLACEHOLDER not in (text := config.read_text(encoding="utf-8")):
-        return
     files = sorted(path for path in directory.glob("*.safetensors") if read_metadata(path).get(KEY) == PLACEHOLDER)
-    found = _id_of(files, json.loads(text).get("quantization_config") or {})
+    names = ("config.json", *directory.glob("*.index*.json"))
+    texts = {path: path.read_text(encoding="utf-8") for name in names if (path := directory / name).is_file()}
+    waiting = {path: text for path, text in texts.items() if PLACEHOLDER in text}
+    if not files and not waiting:
+        return
+    config = json.loads(texts.get(directory / "config.json", "{}")).get("quantization_config") or {}
+    found = _id_of(files, config)
     for file in files:
         _fill_in(file, found)
-    for path in (config, *directory.glob("*.index*.json")):
-        path.write_text(path.read_text(encoding="utf-8").replace(PLACEHOLDER, found), encoding="utf-8")
+    for path, text in waiting.items():
+        path.write_text(text.replace(PLACEHOLDER, found), encoding="utf-8")
 
 
 def _id_of(files: list[Path], config: Mapping[str, Any]) -> str:
