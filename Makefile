@@ -4,6 +4,7 @@
 # make gpu-test     tests on a GPU                } each ends within ten minutes; benchmarks list what they left out, and
 # make gpu-matmul   kernels compared with peers   } write figures (JSON), a table and a plot to benchmarks/results
 # make gpu-model    whole models                  }
+# make fuzz         loads of damaged checkpoints, and kills while saving: a JSON summary, and the seeds of what is not as promised
 # make lint, wheel, clean
 #
 # Variables:
@@ -11,6 +12,7 @@
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
 #   PY      the interpreter of gpu-check and its parts
 #   WORKERS processes among which `make test` distributes the test files; 0: no additional process
+#   COUNT, SEED, MINUTES, JOBS  of `make fuzz`: number of loads, the first seed, the longest time, processes
 #   ARGS    further arguments: for pytest in `make test` and `gpu-test`, for the program in `make quickstart`, `gpu-matmul` ...
 
 PYTHON ?= python3
@@ -18,13 +20,17 @@ PY ?= python3
 # The tests were run with the CPU build of exactly this version; pip's configuration decides from where it is installed.
 TORCH ?= torch==2.13.0
 ARGS ?=
+COUNT ?= 1000
+SEED ?= 0
+MINUTES ?= 10
+JOBS ?= 1
 WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: help quickstart test lint gpu-check gpu-test gpu-matmul gpu-model wheel clean
+.PHONY: help quickstart test fuzz lint gpu-check gpu-test gpu-matmul gpu-model wheel clean
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -35,6 +41,11 @@ quickstart: $(VENV)/.quickstart
 # OMP_WAIT_POLICY=passive: idle threads sleep. Two workers with two threads each would otherwise spin most of the time on two cores.
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
+
+# One seed again: make fuzz ARGS="--only 4711". The harness of kills is there if it is in the checkout.
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=src:kernels $(BIN)/python tests/fuzz/run.py \
+		--count $(COUNT) --seed $(SEED) --minutes $(MINUTES) --jobs $(JOBS) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Loads many damaged checkpoints and counts what comes of it.
 
-    make fuzz COUNT=1000 SEED=0 MINUTES=10
+    make fuzz COUNT=1000 SEED=0 MINUTES=10 JOBS=2
     python tests/fuzz/run.py --only 4711                   # one seed again, with what was changed and what came of it
 
 Prints a JSON summary: the number of each outcome (`fuzz_child`), also by kind of mutation and by checkpoint, the places of
@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def one(base: Path, scratch: Path, seed: int, wanted: dict[str, dict[str, str]])
     rng = random.Random(seed)
     name = rng.choice(sorted(wanted))
     place = scratch / "model"
+    os.makedirs(scratch, exist_ok=True)
     shutil.rmtree(place, ignore_errors=True)
     fuzz_mutations.copy_checkpoint(base / name / "model", place)
     kind, changed = fuzz_mutations.mutate(place, rng)
@@ -48,6 +50,33 @@ def one(base: Path, scratch: Path, seed: int, wanted: dict[str, dict[str, str]])
         "seed": seed, "checkpoint": name, "mutation": kind, "changed": changed, "outcome": outcome.kind,
         "place": outcome.place, "text": outcome.text, "seconds": time.monotonic() - started,
     }  # fmt: skip
+
+
+def many(
+    base: Path, scratch: Path, seeds: range, wanted: dict[str, dict[str, str]], jobs: int, seconds: float
+) -> list[dict[str, Any]]:
+    """The results of all seeds that fit in ``seconds``, in the order of the seeds, from ``jobs`` processes."""
+    until, children = time.monotonic() + seconds, []
+    for job in range(jobs):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        try:
+            with open(scratch / f"results-{job}", "w") as out:
+                for seed in seeds[job::jobs]:
+                    if time.monotonic() > until:
+                        break
+                    print(json.dumps(one(base, scratch / str(job), seed, wanted)), file=out, flush=True)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    failed = [child for child in children if os.waitpid(child, 0)[1]]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {jobs} processes of the harness ended early; their error is above")
+    lines = [line for job in range(jobs) for line in (scratch / f"results-{job}").read_text().splitlines()]
+    return sorted(map(json.loads, lines), key=lambda result: result["seed"])
 
 
 def summary(results: list[dict[str, Any]], first: int) -> dict[str, Any]:
@@ -81,13 +110,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="number of loads")
     parser.add_argument("--seed", type=int, default=0, help="first seed; each load has its own, one after the other")
     parser.add_argument("--minutes", type=float, default=10, help="stop after this time")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that load at the same time")
     parser.add_argument("--only", type=int, help="repeat this seed and say what was changed")
     parser.add_argument("--checkpoints", nargs="*", help="only these checkpoints (the seeds then draw from them)")
     parser.add_argument("--out", type=Path, help="write the summary here as well")
     parser.add_argument("--log", type=Path, help="write every result here, one JSON object a line")
     options = parser.parse_args(argv)
-    if options.count < 0 or options.minutes <= 0:
-        parser.error("--count must be 0 or more and --minutes more than 0")
+    if options.count < 0 or options.minutes <= 0 or options.jobs < 1:
+        parser.error("--count must be 0 or more, --minutes more than 0 and --jobs 1 or more")
 
     import logging
 
@@ -103,13 +133,10 @@ def main(argv: list[str] | None = None) -> int:
             result = one(base, Path(scratch), options.only, wanted)
             print(json.dumps(result, indent=2))
             return int(result["outcome"] not in ALLOWED)
-        results, until = [], time.monotonic() + 60 * options.minutes
-        with open(options.log or os.devnull, "w") as log:
-            for seed in range(options.seed, options.seed + options.count):
-                results.append(one(base, Path(scratch), seed, wanted))
-                print(json.dumps(results[-1]), file=log, flush=True)
-                if time.monotonic() > until:
-                    break
+        seeds = range(options.seed, options.seed + options.count)
+        results = many(base, Path(scratch), seeds, wanted, options.jobs, 60 * options.minutes)
+    if options.log is not None:
+        options.log.write_text("".join(json.dumps(result) + "\n" for result in results))
     found = summary(results, options.seed)
     text = json.dumps(found, indent=2)
     print(text)

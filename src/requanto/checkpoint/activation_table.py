@@ -107,6 +107,15 @@ def _check_files(model: nn.Module, table: Mapping[str, str], files: list[str | P
             f"{lost[0]} is not in the files, and quantization_config.activation_modules names its module "
             f"({len(lost) - len(extra)} scales are missing): a shard is missing, or the files belong to another checkpoint"
         )
+    # A module of the model whose scales the files hold under its own name: nothing was renamed, its line was lost.
+    modules = {name for name, module in model.named_modules() if not isinstance(module, QModuleMixin)}
+    plain = [key for key in extra if key.rpartition(".")[0] in modules]
+    if plain:
+        raise CheckpointError(
+            f"the files hold {plain[0]}, which quantization_config.activation_modules does not describe; restore "
+            "the config.json "
+            f"that was saved with these files"
+        )
     if extra and len(extra) > len(lost):
         raise CheckpointError(
             f"the files hold {extra[0]} ({len(extra) - len(lost)} such scales), which quantization_config."

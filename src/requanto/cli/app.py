@@ -193,11 +193,23 @@ def inspect(
         Path | None,
         typer.Option(help="Write a PNG with error and size of each layer; for models quantized with --weights auto."),
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Instead read every quantized weight and compare it with its digest in config.json."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show type, shape and size of each weight; for a float model, its size in each type. Reads only file headers."""
     from requanto.report.inspect import inspect_directory
 
+    if verify:
+        with reported():
+            intact = _verify(directory, all_layers, as_json)
+        if not intact:
+            raise typer.Exit(1)
+        return
     with reported():
         if parallel is not None:
             _inspect_parallel(str(directory), parallel, as_json)
@@ -231,6 +243,29 @@ def inspect(
         )
         for kind, size in report.would_take.items():
             console.print(f"  in {kind:<7} it would take {size_text(size)} ({size / report.total_bytes:.0%})")
+
+
+def _verify(directory: Path, all_layers: bool, as_json: bool) -> bool:
+    from requanto.report.verify import DAMAGED, HOLDS, MISSING, UNKNOWN, verify_directory
+
+    found = verify_directory(directory)
+    if as_json:
+        print(found.to_json())
+    else:
+        table = Table("file", HOLDS, UNKNOWN, DAMAGED, MISSING, title=str(directory))
+        for file, counts in found.by_file().items():
+            table.add_row(file, *(str(counts[state] or "") for state in (HOLDS, UNKNOWN, DAMAGED, MISSING)))
+        console.print(table)
+        for weight in found.weights:
+            if all_layers or weight.state in (DAMAGED, MISSING):
+                files = f" ({', '.join(weight.files)})" if weight.files else ""
+                reason = f": {weight.reason}" if weight.reason else ""
+                console.print(
+                    f"{weight.state}: {weight.name}{files}{reason}", markup=False, highlight=False, soft_wrap=True
+                )
+        if any(weight.state == UNKNOWN for weight in found.weights):
+            console.print("Weights without a digest were saved by an earlier version or without digests.")
+    return found.intact
 
 
 def _inspect_parallel(model: str, parallel: str, as_json: bool) -> None:
