@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from requanto.checkpoint import scratch as scratch_module
-from requanto.checkpoint.directory import replaced_directory
+from requanto.checkpoint.directory import replace_file, replaced_directory
 
 NEW = {"config.json": "new", "model.safetensors": "new"}
 
@@ -238,6 +238,29 @@ def test_many_savers_at_once(target):
     assert found["config.json"] == found["model.safetensors"] in "abcd"
     assert found["tokenizer.json"] == "old tokenizer.json"
     assert len(found) == 3
+
+
+def test_one_file_is_replaced_when_it_is_complete(tmp_path):
+    path = tmp_path / ("x" * 250 + ".json")
+    replace_file(path, lambda part: part.write_text("one"))
+    mode = path.stat().st_mode
+
+    def failing(part):
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, failing)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "one"
+
+    def private(part):
+        part.unlink()
+        part.touch(0o600)
+        part.write_text("two")
+
+    replace_file(path, private)
+    assert (path.read_text(), path.stat().st_mode) == ("two", mode)
 
 
 _MOUNTED = """

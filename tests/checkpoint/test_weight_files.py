@@ -81,10 +81,13 @@ def test_files_that_an_index_cannot_mean_stay(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', "null"])
-def test_an_index_that_cannot_be_read_goes_alone_with_a_warning(tmp_path, caplog, text):
-    shards(tmp_path, "model", 2)
-    (tmp_path / "model.safetensors.index.json").write_text(text)
-    assert obsolete(tmp_path, ["model.safetensors"]) == ["model.safetensors.index.json"]
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_an_index_that_cannot_be_read(tmp_path, caplog, text, stem):
+    shards(tmp_path, stem, 2)
+    index = f"{stem}.safetensors.index.json"
+    (tmp_path / index).write_text(text)
+    # Diffusers would look for it first and fail.
+    assert obsolete(tmp_path, [f"{stem}.safetensors"]) == ([] if stem == "model" else [index])
     assert "no readable index" in caplog.text
 
 

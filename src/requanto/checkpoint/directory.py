@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,33 @@ def replaced_by_all_ranks(target: str | os.PathLike) -> Iterator[Path]:
         yield place[0]
         dist.barrier()  # all ranks have written
     dist.barrier()  # rank 0 has replaced the directory
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Replaces one file when the new one is complete and on disk; permissions are those that the umask and the ACL give.
+
+    Args:
+        path: the file.
+        write: called with the path of a temporary file beside it. One that a killed process left is overwritten.
+    """
+    part = path.with_name(
+        f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.part"
+    )  # names may have 255 bytes
+    try:
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)
+        write(part)
+        os.chmod(part, mode)  # safetensors makes files that only their owner can read
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _explained(error: Exception, target: Path) -> Exception:

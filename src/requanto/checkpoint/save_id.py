@@ -186,7 +186,7 @@ class Watched:
         names = {"config.json", family.single, *family.indexes}
         for index in family.indexes:
             if (directory / index).is_file():
-                names |= set(index_files(directory / index))
+                names |= set(index_files(directory / index) or ())
         return cls(directory, {name: _state(directory / name) for name in names})
 
     def changed(self) -> str | None:

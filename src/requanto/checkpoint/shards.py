@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from requanto.checkpoint.commit import finish_interrupted
+from requanto.checkpoint.directory import replace_file
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import weight_map
 from requanto.checkpoint.weight_files import entry_file
@@ -109,19 +108,10 @@ def save_shards(
         unique, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
     written = []
+    extra = {"format": "pt", **(metadata or {})}
     for file, names in split.filename_to_tensors.items():
-        partial = directory / f".{secrets.token_hex(8)}.partial"
-        with open(partial, "xb"):
-            mode = stat.S_IMODE(partial.stat().st_mode)  # what the umask and the directory's ACL allow
-        try:
-            save_file(
-                {name: unique[name].cpu() for name in names}, partial, metadata={"format": "pt", **(metadata or {})}
-            )
-            os.chmod(partial, mode)  # save_file makes it readable for the owner only
-            os.replace(partial, directory / file)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        shard = {name: unique[name].cpu() for name in names}
+        replace_file(directory / file, lambda part, shard=shard: save_file(shard, part, metadata=extra))
         written.append(directory / file)
     if split.is_sharded:
         index = directory / f"{stem}.safetensors.index.json"

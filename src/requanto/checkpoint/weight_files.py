@@ -62,22 +62,25 @@ class Family:
 
     def files(self, directory: Path) -> list[str]:
         """Returns the names that exist in a directory: the single file, the index, and the shards that the index lists."""
-        found = [name for name in (self.single, *self.indexes) if (directory / name).is_file()]
+        found = [self.single] if (directory / self.single).is_file() else []
         for index in self.indexes:
-            if index in found:
-                listed = index_files(directory / index)
-                found += [name for name in listed if self.is_shard(name) and (directory / name).is_file()]
+            if not (directory / index).is_file():
+                continue
+            listed = index_files(directory / index)
+            if listed is None and self.stem == "model":
+                continue  # Transformers looks for the single file first, so this one does no harm
+            found += [index, *(n for n in listed or () if self.is_shard(n) and (directory / n).is_file())]
         return list(dict.fromkeys(found))
 
 
-def index_files(index: Path) -> list[str]:
-    """Returns the files that an index lists; none, with a warning, if it cannot be read."""
+def index_files(index: Path) -> list[str] | None:
+    """Returns the files that an index lists; None, with a warning, if it cannot be read."""
     try:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(name for name in listed if isinstance(name, str))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is no readable index of shards (%s); shards that it listed stay", index, error)
-        return []
+        return None
 
 
 def obsolete(directory: Path, written: Iterable[str]) -> list[str]:

@@ -59,8 +59,11 @@ def compare(
             progress=not as_json,
         )
         if out is not None:
+            from requanto.checkpoint.directory import replace_file
+
             result.plot(out / "compare.png")
-            (out / "compare.json").write_text(result.to_json() + "\n", encoding="utf-8")
+            text = result.to_json() + "\n"
+            replace_file(out / "compare.json", lambda part: part.write_text(text, encoding="utf-8"))
         if as_json:
             print(result.to_json())
         else:

@@ -11,13 +11,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from requanto.checkpoint.directory import replace_file
 from requanto.checkpoint.format import flatten, rebuild, spec_text
 from requanto.config.plan import PlannedWeight
 from requanto.methods.layers import Layer
@@ -54,7 +54,7 @@ class Resume:
                 )
         else:
             text = json.dumps({"fingerprint": dict(fingerprint)}, indent=2)
-            _replace(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+            replace_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
     def path(self, key: str) -> Path:
         """Returns the path of a block's file."""
@@ -67,7 +67,9 @@ class Resume:
         tensors = flatten({name: tensor.detach() for name, tensor in named.items()})
         tensors |= {f":{name}": p.detach() for name, p in _others(block)}
         tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-        _replace(self.path(key), lambda scratch: save_file(tensors, scratch, metadata={"tensors": json.dumps(specs)}))
+        replace_file(
+            self.path(key), lambda scratch: save_file(tensors, scratch, metadata={"tensors": json.dumps(specs)})
+        )
 
     def restore(self, key: str, layers: list[Layer], block: nn.Module | None = None) -> bool:
         """Loads a finished block's weights into the model; returns False if it is not finished."""
@@ -88,12 +90,6 @@ class Resume:
 
 def _others(block: nn.Module | None) -> list[tuple[str, nn.Parameter]]:
     return [] if block is None else [(n, p) for n, p in block.named_parameters() if not isinstance(p, QTensor)]
-
-
-def _replace(path: Path, write: Any) -> None:
-    scratch = path.with_name(f".{path.name}.part")
-    write(scratch)
-    os.replace(scratch, path)
 
 
 def fingerprint(
