@@ -7,17 +7,22 @@ autograd graph is followed back to the first product. The weight of that product
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import transformers as tf
+from shrunk_models import cases, families, inputs
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from requanto import QuantoConfig
 from requanto.config.plan import plan
+from requanto.integrations.diffusers import plan_model
 
 CHOICES = {"topk", "argmax", "max", "sort", "argsort", "multinomial", "kthvalue"}
 PRODUCTS = ("MmBackward0", "AddmmBackward0", "BmmBackward0", "LinearBackward0", "ConvolutionBackward0")
@@ -50,6 +55,7 @@ def with_gradients() -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setattr(torch.no_grad, "__enter__", lambda self: None)
     patch.setattr(torch.no_grad, "__exit__", lambda self, *args: None)
+    patch.setattr(torch.Tensor, "detach", lambda self: self)
     try:
         with torch.enable_grad():
             yield
@@ -108,6 +114,7 @@ def about_experts(model: nn.Module, name: str) -> bool:
 
 
 def planned(model: nn.Module, **options: Any) -> set[str]:
+    """Names of the layers that loading quantizes."""
     found = plan(
         model,
         QuantoConfig(weights="int4", **options),
@@ -115,3 +122,89 @@ def planned(model: nn.Module, **options: Any) -> set[str]:
         output_embeddings=model.get_output_embeddings(),
     )
     return {name.removesuffix(".weight") for name in found}
+
+
+def has_experts(family: str) -> bool:
+    """True if the config of a family, or a part of it, has a number of experts."""
+    try:
+        config = next(cases(family)).cls.config_class()
+    except Exception:
+        return False
+    parts = [config, *(getattr(config, name, None) for name in getattr(type(config), "sub_configs", {}))]
+    return any("expert" in name for part in parts if part is not None for name in part.to_dict())
+
+
+PARTS = 4
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_routers_stay_float_in_every_family_with_experts(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, with_layers, missed, others = 0, 0, {}, {}
+    for family in sorted(filter(has_experts, families()))[part::PARTS]:
+        for case in list(cases(family))[-1:]:
+            try:
+                model = case.build()
+                routers = routers_of(model, inputs(model))
+            except Exception:  # not to be made small by rules, or wants other inputs
+                continue
+            ran += 1
+            with_layers += bool(routers)
+            quantized = planned(model)
+            with monkeypatch.context() as patch:
+                patch.setattr("requanto.config.routers.Routers.has", lambda *args: False)
+                left = planned(model) - quantized
+            if routers & quantized:
+                missed[case.class_name] = routers & quantized
+            # Besides the routers: gates of a shared expert, with one output, and the first layers of a router.
+            beside = {name.rpartition(".")[0] for name in routers}
+            left = {n for n in left - routers if n.rpartition(".")[0] not in beside}
+            left = {n for n in left if model.get_submodule(n).out_features > 1}
+            if left:
+                others[case.class_name] = left
+    assert not missed
+    assert not others
+    assert ran >= 15
+    assert with_layers >= 2
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_trial_costs_milliseconds_for_a_large_model(enabled: bool) -> None:
+    """94 layers of 128 experts, as in the largest Qwen3: on the meta device, as when it is loaded."""
+    config = tf.HunYuanMoEV1Config(
+        num_hidden_layers=94 if enabled else 4,
+        num_experts=128,
+        moe_topk=8,
+        hidden_size=512,
+        head_dim=64,
+        vocab_size=1000,
+    )
+    with torch.device("meta"):
+        model = tf.HunYuanMoEV1ForCausalLM(config)
+    planned(model)  # the first operator on the meta device imports a part of torch
+    start = time.perf_counter()
+    quantized = planned(model)
+    seconds = time.perf_counter() - start
+    assert not any("gate.wg" in name for name in quantized)
+    assert seconds < 2  # 0.05 s on a free core
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "NucleusMoEImageTransformer2DModel"), reason="not in this Diffusers")
+def test_diffusers_routers_by_which_experts_choose_their_tokens() -> None:
+    with torch.device("meta"):
+        model = diffusers.NucleusMoEImageTransformer2DModel(
+            in_channels=16,
+            num_layers=6,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+            num_experts=8,
+            moe_intermediate_dim=32,
+        )
+    quantized = {name.removesuffix(".weight") for name in plan_model(model, QuantoConfig("int8"))}
+    gates = {
+        name for name, module in model.named_modules() if name.endswith("mlp.gate") and isinstance(module, nn.Linear)
+    }
+    assert gates
+    assert not gates & quantized
+    assert any("shared_expert" in name for name in quantized)

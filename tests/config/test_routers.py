@@ -159,6 +159,17 @@ class Unnamed(nn.Module):
         return sum(self.parts[i](x) for i in index.unique().tolist())
 
 
+class ExpertsChoose(Block):
+    """Each expert takes the tokens with the largest scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.affinity = nn.Linear(WIDTH, EXPERTS)
+
+    def scores(self, x):
+        return self.affinity(x).softmax(-1).t().topk(max(1, len(x) // 2), dim=-1)
+
+
 class ManyArguments(Block):
     """A trial cannot know what to pass, so the layer with one output per expert stays float."""
 
@@ -181,6 +192,7 @@ KINDS = {
     TwoKeys: {"keys"},
     LayerItself: {"scores"},
     Unnamed: {"proj"},
+    ExpertsChoose: {"affinity"},
     ManyArguments: {"z"},
 }
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from requanto.config.trial import choices_of
+from requanto.config.trial import Choice, choices_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,10 @@ class Routers:
     def _numbers(self, around: str, block: nn.Module) -> set[int]:
         """What may be the number of experts in a block."""
         found = set(self._lengths(around, block))
-        for holder in (block, getattr(block, "config", None)):
+        holders = [block]
+        if any("expert" in name for name in block._modules):
+            holders.append(getattr(block, "config", None))  # of the whole model: it says little about other blocks
+        for holder in holders:
             for name, value in vars(holder).items() if holder is not None else ():
                 if "expert" in name and isinstance(value, int) and value > 1:
                     found.add(value)
@@ -162,18 +165,23 @@ def _routers_of(block: nn.Module, layers: dict[str, nn.Module]) -> tuple[frozens
         for shape in ((3, 7, width), (21, width)):
             chosen, finished = choices_of(block, layers, shape)
             sure = sure or finished
-            for sources, through, size in chosen:
-                direct = {n for n in sources if size > 1 and _outputs(layers[n], layers[n].weight) % size == 0}
+            for choice in chosen:
+                direct = {n for n in choice.last if _per_expert(_outputs(layers[n], layers[n].weight), choice)}
                 found |= direct
                 # A router of several layers: all of them, if no other weight is in their module.
                 for holder in {n.rpartition(".")[0] for n in direct}:
-                    inside = {n for n in direct | through if n.rpartition(".")[0] == holder}
+                    inside = {n for n in direct | choice.before if n.rpartition(".")[0] == holder}
                     weights = [p for p in block.get_submodule(holder).parameters() if _dims(p) != 1]
                     if {id(p) for p in weights} <= {id(layers[n].weight) for n in inside}:
                         found |= inside
             if found:
                 return frozenset(found), True
     return frozenset(found), sure
+
+
+def _per_expert(outputs: int, choice: Choice) -> bool:
+    """True if a layer's outputs are what is chosen among, all or in equal parts, or what each of which chooses tokens."""
+    return (choice.size > 1 and outputs % choice.size == 0) or outputs in choice.shape
 
 
 @functools.cache

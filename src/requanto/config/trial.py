@@ -7,6 +7,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,16 +52,33 @@ class _Enough(Exception):
     """Ends a trial."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A choice by score.
+
+    Attributes:
+        last: layers whose output the scores are, with no other product in between.
+        before: layers whose output those layers got.
+        size: number of candidates.
+        shape: shape of the scores.
+    """
+
+    last: frozenset[str]
+    before: frozenset[str]
+    size: int
+    shape: tuple[int, ...]
+
+
 class Tensors(TorchDispatchMode):
     """Follows the weights of some layers through a run.
 
     Attributes:
-        chosen: (layers whose output was chosen from, layers before those, size of the axis) of each choice by score.
+        chosen: each choice by score.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.chosen: list[tuple[frozenset[str], frozenset[str], int]] = []
+        self.chosen: list[Choice] = []
         # id -> (made of weights only, layers it was multiplied with last, layers before those); kept alive by `_all`.
         self._of: dict[int, tuple[bool, frozenset[str], frozenset[str]]] = {}
         self._all: list[Any] = []
@@ -84,7 +102,7 @@ class Tensors(TorchDispatchMode):
             dim = args[where] if len(args) > where else kwargs.get("dim", default)
             size = args[0].numel() if dim is None or args[0].dim() == 0 else args[0].shape[dim]
             if not weight:
-                self.chosen.append((last, before, size))
+                self.chosen.append(Choice(last, before, size, tuple(args[0].shape)))
         out = func(*args, **kwargs)
         if func in _PRODUCTS:
             one, two = (self._of.get(id(args[i]), (False, frozenset(), frozenset())) for i in _PRODUCTS[func])
@@ -104,9 +122,7 @@ class Tensors(TorchDispatchMode):
         return out
 
 
-def choices_of(
-    block: nn.Module, layers: dict[str, nn.Module], shape: tuple[int, ...]
-) -> tuple[list[tuple[frozenset[str], frozenset[str], int]], bool]:
+def choices_of(block: nn.Module, layers: dict[str, nn.Module], shape: tuple[int, ...]) -> tuple[list[Choice], bool]:
     """What is chosen by score when a module runs on an input of this shape.
 
     Args:

@@ -45,6 +45,7 @@ from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full
 from requanto.integrations.transformers_names import StoredNames, saved_renaming
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.values import ReadOnlyValues
 
 logger = logging.getLogger(__name__)
 
@@ -438,3 +439,8 @@ def _hook_grouped_mm_fallback() -> None:
 
 
 _hook_grouped_mm_fallback()
+
+# Transformers' initialization leaves tensors with this mark alone. A loaded weight has it, but rows of it, which some models
+# zero after loading, do not: those of a quantized weight were loaded too, and cannot be written.
+QTensor._is_hf_initialized = True  # type: ignore[attr-defined]
+ReadOnlyValues._is_hf_initialized = True  # type: ignore[attr-defined]
