@@ -27,6 +27,7 @@ TOKENS = 12
 
 #: (pattern of an attribute's name, value): the first match counts. Only ints (and lists of ints) that are larger shrink.
 RULES: tuple[tuple[str, int], ...] = (
+    (r"num_feat_extract_layers", 99),  # as many as the lists of its convolutions are long
     (r".*vocab_size.*", VOCABULARY),
     (r".*(num_labels|num_classes)", 5),
     (
@@ -75,6 +76,10 @@ def _shrunk(name: str, value: Any) -> Any:
             if isinstance(value, int):
                 return small if "experts" in name and "per_tok" not in name and value == 1 else min(value, small)
             if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
+                if name.endswith("heads"):
+                    return type(value)(small for v in value)
+                if "intermediate" in name:
+                    return type(value)([small] * 2)
                 return type(value)(min(v, small) for v in value)
             return value
     return value
@@ -204,12 +209,10 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if "input_ids" in names:
         found["input_ids"] = ids
-    if "pixel_values" in names and (
-        main == "pixel_values"
-        or "input_ids" not in names
-        or names["pixel_values"].default is inspect.Parameter.empty
-        or "clip" in type(model).__name__.lower()
-    ):
+    # A model of two towers wants both inputs; one that writes about images also runs without.
+    towers = hasattr(config, "text_config") and not any("image_token" in name for name in vars(config))
+    needed = "pixel_values" in names and names["pixel_values"].default is inspect.Parameter.empty
+    if "pixel_values" in names and (main == "pixel_values" or "input_ids" not in names or needed or towers):
         found["pixel_values"] = image
     if "decoder_input_ids" in names:
         found["decoder_input_ids"] = ids[:, :5]
