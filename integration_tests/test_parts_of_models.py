@@ -40,7 +40,7 @@ WHOLE = {
     "Idefics3ForConditionalGeneration": 2,
     "InternVLForConditionalGeneration": 2,
     "Mistral3ForConditionalGeneration": 2,
-    "Qwen2AudioForConditionalGeneration": 2,
+    "Qwen2AudioForConditionalGeneration": 1,
     "Kimi_K25ForConditionalGeneration": 2,
     "MixtralForCausalLM": 4,
 }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_diffusers import tiny_pipeline
 from tiny_models import TINY, save_tiny
-from without_import import diffusers_model, own_class, pipeline
+from without_import import diffusers_model, own_class, pipeline, text_tower
 
 import requanto
 
@@ -64,19 +64,20 @@ def value_of(step, path):
 
 @pytest.mark.parametrize(
     ("library", "steps"),
-    [("as-it-is", ["transformers_model", "own_class"]), ("no-quanto", ["config_by_hand"])],
+    [("as-it-is", ["text_tower", "transformers_model"]), ("no-quanto", ["config_by_hand", "own_class"])],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
 def test_loads_where_it_is_installed(library, steps, saved):
+    model = dict.fromkeys(steps, "llama") | {"text_tower": "clip"}  # CLIP's text model out of the whole CLIP
     before = [f"float_model={saved['llama-float']}"]
     before += [f"requantized={saved['llama-float']}"] if library == "as-it-is" else []
-    found = run(SOURCE, library, [*before, *(f"{step}={saved['llama']}" for step in steps)])
+    found = run(SOURCE, library, [*before, *(f"{step}={saved[model[step]]}" for step in steps)])
     # Nothing changes before a checkpoint of Requanto is opened: not for float models, not for optimum-quanto.
     assert (found["float_model"]["class"], found["float_model"]["imported"]) == ("Parameter", False)
     if library == "as-it-is":
         assert (found["requantized"]["class"], found["requantized"]["imported"]) == ("QuantoHfQuantizer", False)
     for step in steps:
-        wanted = value_of(own_class, saved["llama"])
+        wanted = value_of(text_tower, saved["clip"]) if step == "text_tower" else value_of(own_class, saved["llama"])
         assert (found[step].get("class"), found[step].get("sum"), found[step]["imported"]) == (*wanted, True), found
 
 
