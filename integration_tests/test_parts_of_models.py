@@ -139,14 +139,21 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_config_of_a_part_however_it_is_given(clip):
     wanted = parameters(tf.CLIPTextModel.from_pretrained(clip))
     whole = tf.AutoConfig.from_pretrained(clip)
-    assert not hasattr(whole.text_config, "quantization_config")
+    assert whole.text_config.quantization_config["part"]  # what config.json says there, for a library without Requanto
     for config in (whole.text_config, tf.CLIPTextConfig.from_pretrained(clip)):
         found = tf.CLIPTextModel.from_pretrained(clip, config=config)
         assert all(same(p, wanted[name]) for name, p in parameters(found).items())
         assert found.config.quantization_config.tensors.keys() == {
             n for n, p in wanted.items() if isinstance(p, QTensor)
         }
-    assert not hasattr(whole.text_config, "quantization_config")  # the caller's object is unchanged
+    assert whole.text_config.quantization_config["part"]  # the caller's object is unchanged
+    loaded = tf.CLIPModel.from_pretrained(clip)
+    assert not hasattr(loaded.config.text_config, "quantization_config")
+    assert not hasattr(loaded.vision_model.config, "quantization_config")
+    # Of a float checkpoint, the mark is no obstacle.
+    assert not hasattr(
+        tf.CLIPTextModel.from_pretrained(clip.parent / "float", config=whole.text_config).config, "quantization_config"
+    )
     # A float model loaded next is float, and a sub-config of it has nothing of the one before.
     assert not hasattr(tf.CLIPTextConfig.from_pretrained(clip.parent / "float"), "quantization_config")
     plain = tf.CLIPTextModel.from_pretrained(clip.parent / "float")

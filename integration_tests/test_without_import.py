@@ -95,6 +95,7 @@ def test_loads_in_diffusers(steps, saved):
 def test_stops_without_it_and_names_the_package(library, saved):
     steps = [f"{step}={saved['llama']}" for step in ("transformers_model", "own_class", "config_by_hand")]
     steps += [f"diffusers_model={saved['transformer']}", f"pipeline={saved['pipe']}"]
+    steps += [f"text_tower={saved['clip']}"]
     quanto = [f"of_optimum_quanto={saved['llama']}"] if library == "as-it-is" else []
     found = run("-", library, steps + quanto)
     if quanto:  # its own loader
@@ -102,7 +103,7 @@ def test_stops_without_it_and_names_the_package(library, saved):
     for step in found.values():
         assert NEEDED in step["error"], step
         assert "optimum" not in step["error"]
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 def test_config_in_memory_is_plain_and_old_files_load(saved, tmp_path):

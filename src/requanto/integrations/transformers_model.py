@@ -24,6 +24,7 @@ from requanto.integrations import tensor_parallel, transformers_resize
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes, world_size
 from requanto.integrations.float_configs import forget_in_transformers, is_float
+from requanto.integrations.part_markers import marked
 from requanto.integrations.patching import stamped_before_upload
 from requanto.integrations.shards import local_quantized
 
@@ -147,7 +148,8 @@ def _wrap_save_pretrained(original: Any) -> Any:
         place = replaced_directory(save_directory) if main else tempfile.TemporaryDirectory()
         with awaiting_id(config), place as scratch:
             try:
-                result = original(self, scratch, *args, **kwargs)
+                with marked(self.config, config):
+                    result = original(self, scratch, *args, **kwargs)
             finally:
                 config.digests = {}  # those of the files; weights in memory may change
             if main:

@@ -18,6 +18,7 @@ from typing import Any
 
 from requanto.checkpoint.format import CheckpointError
 from requanto.config.config import FORMAT
+from requanto.integrations.part_markers import unmark
 from requanto.integrations.transformers_names import Renaming, parts_of, stems_of
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def _wrap_get_quantizer(original: Any) -> Any:
     def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
         path, options = _state.path, _state.options
         read = functools.partial(_read_config, path, {key: options[key] for key in _PLACE if key in options})
+        unmark(config)
         text = config.get_text_config(decoder=True)
         if not hasattr(config, "quantization_config") and not hasattr(text, "quantization_config"):
             whole = _state.read or read()
