@@ -183,6 +183,17 @@ def test_a_saved_adapter_loads_on_a_fresh_quantized_model(method, tmp_path):
     assert relative(loaded(x), model(x)) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["LORA", "OFT", "HIRA"])
+def test_a_method_compiles(method):
+    if not METHODS[method].available:
+        pytest.skip(f"this PEFT has no {method}")
+    model = with_adapter(quantized("linear", "int4"), method)
+    x = model.get_base_model().example()
+    expected = model(x)
+    torch._dynamo.reset()
+    assert relative(torch.compile(model, backend="eager")(x), expected) < 1e-5
+
+
 def test_every_method_of_peft_is_listed():
     known = {name.split()[0] for name in (*METHODS, *LANGUAGE_MODEL, *ELSEWHERE)}
     unknown = {name.value for name in PEFT_TYPE_TO_CONFIG_MAPPING} - known

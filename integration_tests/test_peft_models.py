@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora import config as lora_configs
 from peft_methods import LANGUAGE_MODEL, METHODS
 from test_peft_lora import assert_same_gradients, directories, output, quantized, relative, with_adapter  # noqa: F401
 from tiny_models import TINY
@@ -275,6 +275,22 @@ def test_x_lora(llama, tmp_path):
     assert count(model) == 14
 
 
+def test_arrow_routes_between_saved_adapters(llama, tmp_path):
+    arrow = pytest.importorskip("peft.tuners.lora.arrow")
+    for name, seed in (("one", 3), ("two", 5)):
+        with_adapter(llama(), name=name, seed=seed, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    model, same = pair(
+        llama, lambda base: arrow.create_arrow_model(base, paths, lora_configs.ArrowConfig(top_k=1, rng_seed=0))
+    )
+    before, bits = output(model, INPUTS), copy.deepcopy(model.state_dict())
+    assert relative(before, output(same, INPUTS)) < 1e-5
+    with pytest.raises(RuntimeError, match="Cannot merge an active Arrow router"):
+        model.merge_adapter()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, bits[name]), name
+
+
 def start_as_no_change(llama, build) -> None:
     plain = output(llama(), INPUTS)
     model, same = pair(llama, build)
@@ -301,7 +317,7 @@ def test_corda_looks_at_activations_and_rewrites_the_weight(llama):
     from peft.tuners.lora import corda
 
     def build(base):
-        how = CordaConfig(corda_method="kpm")
+        how = lora_configs.CordaConfig(corda_method="kpm")
         config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="corda", corda_config=how)
         single = {name: value[:1] for name, value in INPUTS.items()}
         corda.preprocess_corda(base, config, run_model=lambda: base(**single))
@@ -310,23 +326,18 @@ def test_corda_looks_at_activations_and_rewrites_the_weight(llama):
     start_as_no_change(llama, build)
 
 
-def test_float16_and_bfloat16_adapters(llama):
-    for dtype in (torch.bfloat16, torch.float16):
-        for autocast in (False, True):
-            for method in ("LORA", "LORA pissa", "IA3", "HRA", "HIRA"):
-                base = llama().to(dtype)
-                model = peft.get_peft_model(
-                    base, METHODS[method].config(Target()), autocast_adapter_dtype=autocast
-                ).eval()
-                adapters = {p.dtype for p in model.parameters() if p.requires_grad}
-                assert adapters == {torch.float32 if autocast or method == "LORA pissa" else dtype} or not autocast
-                with torch.autocast("cpu", dtype):
-                    before = output(model, INPUTS)
-                    if method == "HIRA":
-                        with pytest.raises(NotImplementedError, match="cannot be merged exactly"):
-                            model.merge_adapter()
-                        continue
-                    assert relative(output(model.merge_and_unload(), INPUTS), before) < 3e-2, (dtype, autocast, method)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, True)]
+)
+def test_half_precision_and_autocast(llama, dtype, autocast):
+    for method in ("LORA pissa", "IA3", "HRA"):
+        base, config = llama().to(dtype), METHODS[method].config(Target())
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=autocast).eval()
+        adapters = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        assert adapters == {torch.float32} or not autocast
+        with torch.autocast("cpu", dtype):
+            before = output(model, INPUTS)
+            assert relative(output(model.merge_and_unload(), INPUTS), before) < 3e-2, method
 
 
 def test_peft_reports_its_backend(llama):

@@ -1,6 +1,7 @@
 """Inside `as_floats` code that knows nothing of quantized weights reads floats, and writes what is exact."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -131,4 +132,31 @@ def test_blocks_nest_and_end_with_an_error():
 
     with pytest.raises(KeyError):
         fails()
+    assert dispatch.reader is None
+
+
+def test_a_block_belongs_to_its_thread():
+    """Blocks that overlap in two threads; a third thread is in none."""
+    weight, seen = layer().weight, {}
+    barrier = threading.Barrier(3, timeout=30)
+
+    def inside(name: str) -> None:
+        barrier.wait()
+        for _ in range(300):
+            with as_floats(name):
+                seen[name] = type(weight.clone())
+
+    def outside() -> None:
+        barrier.wait()
+        for _ in range(300):
+            assert isinstance(weight.clone(), QTensor)
+        seen["outside"] = QTensor
+
+    threads = [threading.Thread(target=inside, args=(name,)) for name in ("one", "two")]
+    threads.append(threading.Thread(target=outside))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"one": torch.Tensor, "two": torch.Tensor, "outside": QTensor}
     assert dispatch.reader is None

@@ -131,9 +131,15 @@ def _as_term(weight: QTensor, delta: torch.Tensor, bound: torch.Tensor) -> Chang
             return bool(((delta - term).abs() <= bound).all())
 
         high = min(limit, values.shape[-1])
-        if not within(high):
+        # Rounding errors of the elements have singular values of about this size.
+        noise = float(bound.mean()) / TOLERANCE * sum(n**0.5 for n in delta.shape[-2:])
+        guess = int((values > noise).sum(-1).amax())
+        if 0 < guess < high and within(guess):
+            low, high = guess - 1, guess
+        elif within(high):
+            low = 0  # not within the bound: the change is larger than rounding
+        else:
             continue
-        low = 0  # not within the bound: the change is larger than rounding
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if within(middle) else (middle, high)

@@ -361,7 +361,9 @@ class QTensor(WeightParts, torch.Tensor):
     def __deepcopy__(self, memo: dict) -> QTensor:
         if id(self) not in memo:
             if dispatch.reader is not None and not memo:  # a copy of this tensor alone, to compute with
-                return self.clone()
+                values = self.clone()
+                if not isinstance(values, QTensor):
+                    return values
             with torch._C.DisableTorchFunctionSubclass():  # quantized also where clones are floats (tensor.reading)
                 copy = self.clone()
             if getattr(self, "_is_param", False):

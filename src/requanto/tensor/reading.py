@@ -9,12 +9,14 @@ the values in every forward. Inside `as_floats` such code works unchanged:
 - a change in place (``weight.data = new``, ``copy_``, ``add_``, ``mul_`` ...) is stored exactly, or refused
   (`requanto.tensor.exact`).
 
-Outside of the block a model's own code can read values too (`requanto.tensor.values`), but not write them.
+A block belongs to the thread that opened it. Outside of it a model's own code can read values too
+(`requanto.tensor.values`), but not write them.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +70,9 @@ _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__id
 
 #: who has been told of in the log
 _told: set[str] = set()
+#: thread -> its open blocks, innermost last: whose code runs, or None where a function runs as outside of them
+_blocks: dict[int, list[str | None]] = {}
+_LOCK = threading.Lock()
 
 
 @contextmanager
@@ -77,19 +82,26 @@ def as_floats(who: str) -> Iterator[None]:
     Args:
         who: whose code runs in the block, for the log: one line at the first weight that is dequantized.
     """
-    before = dispatch.reader
-
-    def read(func: Any, args: tuple, kwargs: dict) -> Any:
-        return _read(who, func, args, kwargs)
-
-    dispatch.reader = read
+    thread = threading.get_ident()
+    with _LOCK:
+        _blocks.setdefault(thread, []).append(who)
+        dispatch.reader = _read
     try:
         yield
     finally:
-        dispatch.reader = before
+        with _LOCK:
+            _blocks[thread].pop()
+            if not _blocks[thread]:
+                del _blocks[thread]
+            if not _blocks:
+                dispatch.reader = None
 
 
-def _read(who: str, func: Any, args: tuple, kwargs: dict) -> Any:
+def _read(func: Any, args: tuple, kwargs: dict) -> Any:
+    own = _blocks.get(threading.get_ident())
+    if not own or own[-1] is None:  # another thread's block
+        return dispatch.run_function(func, args, kwargs)
+    who = own[-1]
     is_gemm = func in _GEMMS or (func in _ADDMM and len(args) == 3 and not _holds_weight((args[:2], kwargs)))
     if is_gemm or func in _AS_THEY_ARE or _is_property(func):
         return _run_plain(func, args, kwargs)
@@ -117,11 +129,12 @@ def _read(who: str, func: Any, args: tuple, kwargs: dict) -> Any:
 
 def _run_plain(func: Any, args: tuple, kwargs: dict) -> Any:
     """Runs a function as outside of the block."""
-    reader, dispatch.reader = dispatch.reader, None
+    own = _blocks[threading.get_ident()]
+    own.append(None)
     try:
         return dispatch.run_function(func, args, kwargs)
     finally:
-        dispatch.reader = reader
+        own.pop()
 
 
 def _is_property(func: Any) -> bool:
