@@ -181,7 +181,18 @@ def test_a_directory_of_save_model_with_the_config_loads_as_a_checkpoint(load, t
     expected = logits(model)
     accelerate.Accelerator(cpu=True).save_model(model, tmp_path)
     model.config.save_pretrained(tmp_path)
-    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), expected)
+    again, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert torch.equal(logits(again.eval()), expected)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+
+    described = json.loads((tmp_path / "config.json").read_text())
+    tensors = described["quantization_config"]["tensors"]
+    name = next(iter(tensors))
+    tensors[name] += " activation=qint8"
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"according to the file and .* according to config\.json"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_trainer_checkpoints_and_resume(load, tmp_path):

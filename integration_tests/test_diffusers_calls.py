@@ -1,12 +1,14 @@
 """Common calls on quantized Diffusers models: fused projections, casts, from_pipe, models made from them, averages."""
 
 import copy
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
+import safetensors.torch
 import torch
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
@@ -405,6 +407,24 @@ def test_attention_processors_and_layerwise_casting(load):
     model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     TINY["unet"].run(model)
     assert all(torch.equal(value, before[key]) for key, value in codes(model).items())
+
+
+@pytest.mark.parametrize("kind", ["int8", "codebook4"])
+def test_a_file_of_safetensors_own_functions_loads_as_a_checkpoint(load, kind, tmp_path):
+    model = load("flux", kind)
+    safetensors.torch.save_model(model, tmp_path / "diffusion_pytorch_model.safetensors")
+    model.save_config(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert all(torch.equal(value, codes(model)[key]) for key, value in codes(again).items())
+    torch.testing.assert_close(TINY["flux"].run(again), TINY["flux"].run(model))
+
+    described = json.loads((tmp_path / "config.json").read_text())
+    tensors = described["quantization_config"]["tensors"]
+    name = next(iter(tensors))
+    tensors[name] += " activation=qint8"
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"according to the file and .* according to config\.json"):
+        type(model).from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------------- EMAModel

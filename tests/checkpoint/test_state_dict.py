@@ -199,6 +199,12 @@ def test_weights_of_another_type_are_refused():
     assert torch.equal(model[0].weight, before["0.weight"])
 
 
+def test_requantize_takes_described_parts(kind):
+    model, other = build(kind), build(None, seed=1)
+    requanto.requantize(other, flatten_described(model.state_dict()), requanto.quantization_map(model))
+    assert_equal(other.state_dict(), model.state_dict())
+
+
 # ---------------------------------------------------------------------- assign
 
 

@@ -108,6 +108,25 @@ def _owner(key: Any, found: Iterable[str]) -> str | None:
     return None
 
 
+def check_described(name: str, found: Any, line: str) -> None:
+    """Checks that a weight is what config.json says, where both describe it.
+
+    Args:
+        name: name of the weight.
+        found: the tensor ``W_spec``, or the weight itself.
+        line: its line in ``quantization_config.tensors``.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    says = spec_text(found) if isinstance(found, QTensor) else (_fields(found) or {}).get("weight")
+    if says != line:
+        raise CheckpointError(
+            f"{name} is {says!r} according to the file and {line!r} according to config.json: Config and tensors do not "
+            f"belong together. Use the config.json of the model that the file was saved from."
+        )
+
+
 def _rebuilt(name: str, fields: dict[str, Any], tensors: Mapping[str, Any]) -> QTensor:
     line, dtype = fields.get("weight"), getattr(torch, str(fields.get("dtype")), None)
     if not isinstance(line, str) or not isinstance(dtype, torch.dtype):

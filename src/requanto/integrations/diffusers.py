@@ -21,8 +21,10 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
+from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.checkpoint.save_id import check_ids, metadata_for
+from requanto.checkpoint.state_dict import check_described
 from requanto.config.config import QuantizationMethod, QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations.budget import resolve_from_files
@@ -142,7 +144,10 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         config, found = self.quantization_config, set(loaded_keys)
         if self.pre_quantized:
             check_names(config.digests, self.table)
-        plain = next((name for name in self.table if name in found), None)
+        # safetensors' load_file puts together the weights of a file that save_file wrote.
+        joined = [name for name in self.table if name in found]
+        stored = stored_keys(self._files) if joined and self._files else found
+        plain = next((name for name in joined if name in stored), None)
         if plain is not None:
             raise CheckpointError(
                 f"the files hold a tensor {plain}, which quantization_config.tensors describes as quantized: its parts are "
@@ -155,7 +160,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
                 f"config.json that was saved with them"
             )
         for name, text in self.table.items():
-            lost = [f"{name}_{part}" for part in needed_parts(text, name) if f"{name}_{part}" not in found]
+            parts = () if name in joined else needed_parts(text, name)
+            lost = [f"{name}_{part}" for part in parts if f"{name}_{part}" not in found]
             if lost:
                 raise CheckpointError(
                     f"{lost[0]} is described by quantization_config.tensors but not in the files: a file is missing or "
@@ -164,7 +170,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         if not self.from_file:
             check_ids(self.quantization_config.save_id, checkpoint_files)
         self.quantization_config.save_id = None
-        return [key for key in loaded_keys if self._owner(key) is None] + list(self.table)
+        return [key for key in loaded_keys if self._owner(key) is None and key not in self.table] + list(self.table)
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the state dict of a file with the parts of each weight joined into a QTensor.
@@ -180,6 +186,10 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         with _LOCK:
             for key, value in state_dict.items():
                 owner = self._owner(key)
+                if isinstance(value, QTensor) and key in self.table:
+                    check_described(key, value, self.table[key])
+                    complete.append((key, value.inner_tensors()))
+                    continue
                 if owner is None:
                     new[key] = value
                     continue

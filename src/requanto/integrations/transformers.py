@@ -34,6 +34,7 @@ from requanto.checkpoint.format import (
     table_of,
 )
 from requanto.checkpoint.save_id import check_ids, metadata_for
+from requanto.checkpoint.state_dict import SPEC, check_described
 from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations import experts
@@ -166,7 +167,7 @@ class RequantoHfQuantizer(HfQuantizer):
             return {}
         names = [*self.quantization_config.tensors, *(self.names.table_name if self.names is not None else ())]
         leaves = {name.rpartition(".")[2] for name in names} & self.leaves
-        return {leaf: [f"{re.escape(leaf)}_{part}" for part in PARTS] for leaf in sorted(leaves)}
+        return {leaf: [f"{re.escape(leaf)}_{part}" for part in (*PARTS, SPEC)] for leaf in sorted(leaves)}
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
         """Returns the operation that joins stored parts into a weight."""
@@ -347,6 +348,8 @@ class _Rebuild(_Operation):
             for key, value in input_dict.items():
                 name = key.rpartition(".")[2].removeprefix(f"{re.escape(leaf)}_")
                 parts[name] = value[0] if isinstance(value, list) else value
+            if SPEC in parts:  # a file of safetensors' or accelerate's own functions
+                check_described(full_layer_name, parts.pop(SPEC), text)
             expected = getattr(module, leaf)
             checked = quantizer.digests.covers(quantizer._stored_name(model, full_layer_name))
             tensor = rebuild(full_layer_name, text, parts, expected.dtype, check_codes=not checked)

@@ -11,6 +11,7 @@ from torch import nn
 from requanto.checkpoint.digests import digest_of
 from requanto.checkpoint.foreign.quanto_files import PARTS, checked_map, drop_old_metadata, to_qtensor
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.state_dict import SPEC
 from requanto.checkpoint.values import check_values
 from requanto.config import checks
 from requanto.config.plan import parameter_holders
@@ -151,6 +152,8 @@ class _Source:
             return self.take(name)
         own = {part: self.take(name + part) for part in _OWN_PARTS if name + part in self.left}
         if own:
+            if f"{name}_{SPEC}" in self.left:  # a file of safetensors' or accelerate's own functions
+                self.take(f"{name}_{SPEC}")
             return _from_own_parts(own, kind, parameter, transposed, name, entry)
         parts = {part: self.take(name + part) for part in PARTS if name + part in self.left}
         return to_qtensor(parts, kind, parameter.shape, name)
