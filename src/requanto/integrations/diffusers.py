@@ -31,11 +31,12 @@ from requanto.integrations.budget import resolve_from_files
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.diffusers_builtin import refuse_other_backends, silence_deprecation
 from requanto.integrations.diffusers_skips import stays_float
+from requanto.runtime.fork import new_in_child
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
-_LOCK = threading.Lock()  # Diffusers may read several files in parallel
+_LOCK = new_in_child(threading.Lock())  # Diffusers may read several files in parallel
 
 
 def register() -> None:

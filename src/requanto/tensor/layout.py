@@ -9,30 +9,20 @@ Backends register their layouts here.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 
 import torch
 
 from requanto.dtypes.bit_packing import unpack
+from requanto.runtime.fork import new_in_child
 from requanto.runtime.tracing import is_fake
 from requanto.tensor.spec import WeightSpec
 
 __all__ = ["LOCK", "PLAIN", "Layout", "is_fake", "layout_named", "register_layout"]
 
 #: Held while a weight's parts are replaced, since several threads may run one layer. Not held while a kernel is compiled.
-LOCK = threading.RLock()
-
-
-def _new_lock_in_child() -> None:
-    # A forked child lacks the thread that may hold the lock, and would wait for it forever.
-    global LOCK
-    LOCK._at_fork_reinit()  # type: ignore[attr-defined]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock_in_child)
+LOCK = new_in_child(threading.RLock())
 
 Parts = Mapping[str, torch.Tensor]
 

@@ -11,6 +11,7 @@ by integer arithmetic. A result that is not contiguous, or a view of another ten
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 
@@ -132,6 +133,16 @@ def nibble_units() -> torch.Tensor:
 
 #: A separate generator, so that loading a kernel does not change the random numbers of the caller.
 _GENERATOR = torch.Generator()
+
+
+def _after_fork() -> None:
+    # Another thread of the parent may have been drawing numbers; its generator stays locked in the child.
+    global _GENERATOR
+    _GENERATOR = torch.Generator()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _uniform(*shape: int) -> torch.Tensor:

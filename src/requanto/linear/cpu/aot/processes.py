@@ -31,6 +31,7 @@ from requanto.linear.cpu.aot.trust import (
     check_not_noexec,
     check_owner_and_mode,
     intact,
+    mark,
     write,
 )
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 #: Most seconds for compiling a kernel: ten times what it takes on two busy cores.
 TIMEOUT = 600.0
+#: Most seconds for compiling an empty program.
+CHECK_SECONDS = 60.0
 #: Seconds between two polls of the subprocesses.
 POLL_SECONDS = 0.05
 #: Compiler launchers in $CXX, which torch does not support.
@@ -80,7 +83,8 @@ class _Job:
         from filelock import FileLock, Timeout  # a dependency of torch
 
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # only this user may write native code here
+            # Only this user may write native code here; others may read it, as those of an image in which root compiled it.
+            self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             check_owner_and_mode(self.path.parent)
             lock = FileLock(f"{self.path}.lock")
             with contextlib.suppress(NotImplementedError):  # no locks on this file system: may be compiled twice
@@ -157,7 +161,7 @@ class _Job:
                 why = f"compiling the kernel {self.name!r} failed (exit status {status}): {_error_text(log)}"
                 here = _compiler_works(self.work) and shutil.disk_usage(self.work).free >= MIN_FREE_BYTES // 2
                 raise KernelUnavailable(why) if here else CannotBeMade(why)
-            write(self.path, self._fresh.read_bytes())
+            write(self.path, self._fresh.read_bytes() + mark(self.path.name))
         except OSError as error:
             raise self._cannot_write(error) from error
         return True
@@ -266,8 +270,12 @@ def _remove_stale_folders(folder: Path) -> None:
 def _compiler_works(work: Path) -> bool:
     """True if the compiler builds an empty program, so that a failure concerns this kernel only."""
     source = work / "nothing.cpp"
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         source.write_text("int main() { return 0; }\n")
-        command = [compiler() or "", str(source)]
-        return not subprocess.run(command, capture_output=True, timeout=60, check=False, cwd=work).returncode
+        process = subprocess.Popen([compiler() or "", str(source)], cwd=work, start_new_session=True, **quiet)
+        try:
+            return process.wait(CHECK_SECONDS) == 0
+        finally:
+            _kill(process)  # with its children: a compiler may be a script that waits for another program
     return False

@@ -3,10 +3,12 @@
 A library ``NAME.so`` is loaded only if
 
 * it and its folder belong to this user or to root, and no other user can write to either (not checked on Windows);
-* ``NAME.so.sha256`` in the same folder has the digest of its name and its bytes. The name identifies the kernel, its source
-  and the machine. So truncated, changed or renamed files are rejected.
+* both are regular files, not pipes or devices, which could be read for ever;
+* ``NAME.so.sha256`` in the same folder has the digest of its name and its bytes, and the bytes end with its name (`mark`).
+  The name identifies the kernel, its source and the machine. So truncated, changed or renamed files are rejected.
 
-The digest protects against damage; owner and mode protect against other users.
+Digest and mark protect against damage and mistakes, not against this user: who writes a changed library with a new digest
+can end the process. Owner and mode protect against other users.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import hashlib
 import os
 import stat
+import sys
 from pathlib import Path
 
 
@@ -29,6 +32,9 @@ class CannotBeMade(KernelUnavailable):
 class CannotBeLoaded(KernelUnavailable):
     """A reason that prevents loading any kernel: the cache does not belong to this user, or is mounted noexec."""
 
+
+#: Larger files are damaged: a digest has 65 bytes, a library takes 3 MB.
+MAX_DIGEST_BYTES, MAX_LIBRARY_BYTES = 1024, 2**28
 
 OR_DISABLE = "or disable compiled kernels (requanto.settings.compiled = False, REQUANTO_COMPILE=0)"
 
@@ -66,8 +72,11 @@ def intact(path: Path) -> bool:
         real = path.resolve(strict=True)
         for place in (path.parent, real.parent, real):
             check_owner_and_mode(place)
-        return _digest_path(path).read_text().strip() == digest(path.name, real.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+        found, content = _read(_digest_path(path), MAX_DIGEST_BYTES), _read(real, MAX_LIBRARY_BYTES)
+        if content is None or found is None or not content.endswith(mark(path.name)):
+            return False
+        return found.strip() == digest(path.name, content).encode()
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, RuntimeError) as error:
         if isinstance(error, KernelUnavailable):
@@ -76,6 +85,18 @@ def intact(path: Path) -> bool:
             f"the kernel {path} cannot be read: {error}. Let this user read it, set REQUANTO_CACHE to a directory of "
             f"your own, {OR_DISABLE}."
         ) from error
+
+
+def _read(path: Path, limit: int) -> bytes | None:
+    """The bytes of a regular file of at most ``limit`` bytes; None for anything else, such as a pipe or a device.
+
+    Raises:
+        OSError: it does not exist or cannot be read.
+    """
+    # O_NONBLOCK: opening a named pipe would wait for somebody who writes to it.
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        info = os.fstat(file.fileno())
+        return file.read(limit) if stat.S_ISREG(info.st_mode) and info.st_size <= limit else None
 
 
 def check_owner_and_mode(place: Path) -> None:
@@ -118,6 +139,15 @@ def check_not_noexec(folder: Path) -> None:
 def digest(name: str, content: bytes) -> str:
     """SHA-256 of a library's file name and its bytes, 64 hexadecimal digits."""
     return hashlib.sha256(name.encode() + b"\0" + content).hexdigest()
+
+
+def mark(name: str) -> bytes:
+    """What is appended to a library when it is compiled: its file name. Empty where files may not be extended.
+
+    Another kernel's library is then recognized even if somebody has written a digest for it under this name: kernels of
+    other arguments would end the process.
+    """
+    return b"\0requanto:" + name.encode() if sys.platform == "linux" else b""
 
 
 def _digest_path(path: Path) -> Path:
