@@ -200,6 +200,12 @@ def test_renamed_keys_and_key_mapping(tmp_path):
     found = tf.LlamaForCausalLM.from_pretrained(tmp_path / "int8", key_mapping={"net.blocks": "model.layers"}).eval()
     inputs = TINY["llama"].inputs()
     assert torch.equal(output(found, inputs), output(model.eval(), inputs))
+    # A rule that names a whole weight means its stored parts too.
+    one = {key.replace("model.layers.0.mlp.up_proj", "first.up"): value for key, value in state.items()}
+    save_file(one, tmp_path / "int8" / "model.safetensors", {"format": "pt"})
+    mapping = {r"^first\.up\.weight$": "model.layers.0.mlp.up_proj.weight"}
+    found = tf.LlamaForCausalLM.from_pretrained(tmp_path / "int8", key_mapping=mapping).eval()
+    assert torch.equal(output(found, inputs), output(model.eval(), inputs))
 
 
 def test_a_class_of_another_family_is_refused_with_the_one_to_load(tmp_path):
