@@ -12,7 +12,7 @@
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
 #   PY      the interpreter of gpu-check and its parts
 #   WORKERS processes among which `make test` distributes the test files; 0: no additional process
-#   COUNT, SEED, MINUTES, JOBS  of `make fuzz`: number of loads, the first seed, the longest time, processes
+#   COUNT, SEED, MINUTES, JOBS, KILLS  of `make fuzz`: loads, the first seed, the longest time of them, processes, kills
 #   ARGS    further arguments: for pytest in `make test` and `gpu-test`, for the program in `make quickstart`, `gpu-matmul` ...
 
 PYTHON ?= python3
@@ -24,6 +24,7 @@ COUNT ?= 1000
 SEED ?= 0
 MINUTES ?= 10
 JOBS ?= 1
+KILLS ?= 50
 WORKERS ?= 2
 
 VENV := .venv
@@ -42,10 +43,11 @@ quickstart: $(VENV)/.quickstart
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
-# One seed again: make fuzz ARGS="--only 4711". The harness of kills is there if it is in the checkout.
+# One seed again: make fuzz ARGS="--only 4711", without kills.
 fuzz: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=src:kernels $(BIN)/python tests/fuzz/run.py \
 		--count $(COUNT) --seed $(SEED) --minutes $(MINUTES) --jobs $(JOBS) $(ARGS)
+	$(if $(findstring --only,$(ARGS)),,OMP_NUM_THREADS=1 PYTHONPATH=src:kernels $(BIN)/python tests/fuzz/kills.py --count $(KILLS) --seed $(SEED))
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

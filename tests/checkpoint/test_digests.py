@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from requanto import QTensor
 from requanto.checkpoint import CheckpointError, spec_text
 from requanto.checkpoint.digests import DigestChecks, check_names, digest, digests_of, mismatch
+from requanto.checkpoint.state_dict import flatten_described, join_described
 from requanto.runtime.settings import settings
 
 KINDS = ["int2", "int3", "int4", "int8", "uint8", "float8", "nf4", "codebook4"]
@@ -106,3 +107,16 @@ def test_a_weight_on_the_meta_device_has_no_digest():
     checks.add("w", spec_text(meta), meta.inner_tensors())
     assert checks.finish() == {}
     assert mismatch("w", spec_text(weight()), stored(weight()), digests_of({"w": weight()})["w"]) is None
+
+
+def test_weights_that_describe_themselves_have_one_too(monkeypatch):
+    flat = flatten_described({"w": weight()})
+    assert torch.equal(join_described(flat)["w"], weight())
+    flat["w_qdata"] = flat["w_qdata"].clone()
+    flat["w_qdata"][3, 3] ^= 1
+    with pytest.raises(CheckpointError, match=r"have the digest .* but w_spec says"):
+        join_described(flat)
+    monkeypatch.setattr(settings, "check_digests", False)
+    join_described(flat)
+    monkeypatch.setattr(settings, "write_digests", False)
+    assert b"digest" not in bytes(flatten_described({"w": weight()})["w_spec"].tolist())

@@ -135,7 +135,20 @@ def test_parts_that_no_parameter_took():
 
 
 @pytest.mark.parametrize(
-    "name", ["pipeline", "logging", "AutoModel", "LlamaConfig", "set_seed", "__name__", "os.system", "", 3, None]
+    "name",
+    [
+        "pipeline",
+        "logging",
+        "AutoModel",
+        "LlamaConfig",
+        "set_seed",
+        "PreTrainedModel",
+        "__name__",
+        "os.system",
+        "",
+        3,
+        None,
+    ],
 )
 def test_a_name_that_is_no_model_class(name):
     pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ right         the model is the undamaged one, bit for bit
 clear         an error that names what was found: raised by Requanto, or by a library with the file's or key's name
 not_ours      torch.load or json.loads, which the program calls before it calls Requanto, raised
 obscure       any other exception, with the place that raised it
-foreign_bits  as wrong, after a change of stored values in optimum-quanto's format, which has no digest
+foreign_bits  as wrong, after a change of stored values or types in optimum-quanto's format, which has no digest
 float_bits    no error, and only tensors that are stored as floats differ (there is no digest of those)
 model_config  no error and the same weights, but another answer: config.json describes another model
 wrong         no error, and a quantized weight or an activation scale differs
@@ -32,8 +32,8 @@ from typing import Any
 SECONDS = 20
 BYTES = 8 * 2**30
 
-#: Changes of stored values that may leave valid ones.
-_VALUES = ("data_flip", "data_fill", "number", "factor", "exchange", "rows")
+#: Changes of stored values and types that may leave valid ones.
+_VALUES = ("data_flip", "data_fill", "number", "factor", "exchange", "rows", "quanto_map")
 
 _WATCHED = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect", "os.fork", "pty.spawn")
 
@@ -181,6 +181,8 @@ def _names(text: str, directory: Path) -> bool:
         "safetensors",
         "model type",
         "quantization type",
+        "_class_name",
+        "expected shape",
     )
     return any(name in text for name in (*names, str(directory), *said))
 

@@ -149,14 +149,15 @@ def check_names(digests: Mapping[str, str], tensors: Iterable[str]) -> None:
         )
 
 
-def mismatch(name: str, text: str, parts: Mapping[str, torch.Tensor], wanted: str) -> CheckpointError | None:
-    """The error for stored tensors whose digest is not ``wanted``, or None."""
+def mismatch(
+    name: str, text: str, parts: Mapping[str, torch.Tensor], wanted: str, where: str = "quantization_config.digests"
+) -> CheckpointError | None:
+    """The error for stored tensors whose digest is not ``wanted``, which ``where`` holds; None if it is."""
     found = digest(text, parts)
     if found == wanted:
         return None
     return CheckpointError(
-        f"{name}: its tensors in the files have the digest {found}, but quantization_config.digests says "
-        f"{wanted!r}. A file or "
+        f"{name}: its tensors in the files have the digest {found}, but {where} says {wanted!r}. A file or "
         f"config.json is damaged, was edited, or belongs to another save: download or save it again. If it was changed on "
         f"purpose, load it with REQUANTO_CHECK_DIGESTS=0 and save it anew"
     )

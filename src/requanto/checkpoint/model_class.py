@@ -30,7 +30,7 @@ def named_class(library: str, name: Any, where: str) -> type | None:
         raise CheckpointError(f"{where} names the model class {name!r}, which cannot be imported: {error}") from error
     if found is None:
         return None
-    if not isinstance(found, type) or not issubclass(found, base):
+    if not isinstance(found, type) or not issubclass(found, base) or found is base:
         raise CheckpointError(f"{where} names {name!r}, which is no model class of {library.capitalize()}")
     return found
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from requanto.checkpoint.digests import digest, mismatch
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, rebuild, spec_text
 from requanto.config.config import FORMAT, format_version_of
+from requanto.runtime.settings import settings
 from requanto.tensor.qtensor import QTensor
 
 #: name of the tensor that describes a weight
@@ -31,6 +33,8 @@ def described(weight: QTensor) -> torch.Tensor:
         "weight": line,
         "dtype": str(weight.dtype).removeprefix("torch."),
     }
+    if settings.write_digests and weight.device.type != "meta":
+        fields["digest"] = digest(line, weight.inner_tensors())
     text = json.dumps(fields).encode()
     return torch.frombuffer(bytearray(text.ljust(-(-len(text) // _BLOCK) * _BLOCK)), dtype=torch.uint8)
 
@@ -135,7 +139,13 @@ def _rebuilt(name: str, fields: dict[str, Any], tensors: Mapping[str, Any]) -> Q
     parts = {part: tensors[f"{name}_{part}"] for part in PARTS if f"{name}_{part}" in tensors}
     if "qdata" in parts:  # a loader that picks a device by a parameter's name finds none for its parts
         parts = {part: tensor.to(parts["qdata"].device) for part, tensor in parts.items()}
-    return rebuild(name, line, parts, dtype)
+    wanted = fields.get("digest")
+    tensor = rebuild(name, line, parts, dtype, check_codes=wanted is None)
+    if wanted is not None and settings.check_digests and not parts["qdata"].is_meta:
+        error = mismatch(name, line, parts, wanted, f"{name}_{SPEC}")
+        if error is not None:
+            raise error
+    return tensor
 
 
 def stray_part(tensors: Iterable[str], parameters: Iterable[str], known: Iterable[str]) -> tuple[str, str] | None:
