@@ -259,6 +259,29 @@ def test_a_reader_meanwhile_gets_one_or_the_other_or_an_error(float_dir: Path, t
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".requanto")]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_while_weights_are_loaded_is_noticed(
+    fails: bool, float_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from requanto.integrations.transformers import RequantoHfQuantizer
+
+    old, new = (_model("transformers", float_dir, kind) for kind in ("int8", "int4"))
+    old.save_pretrained(tmp_path)
+    original = RequantoHfQuantizer._process_model_after_weight_loading
+
+    def saved_meanwhile(self: Any, model: Any, **kwargs: Any) -> Any:
+        new.save_pretrained(tmp_path)
+        if fails:
+            raise KeyError("a tensor that the new files lack")
+        return original(self, model, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RequantoHfQuantizer, "_process_model_after_weight_loading", saved_meanwhile)
+        with pytest.raises(CheckpointError, match=r"config.json, model.safetensors .* changed while .* Load again"):
+            LLAMA.from_pretrained(tmp_path)
+    assert _same(LLAMA.from_pretrained(tmp_path), new)
+
+
 def test_quantizing_another_model_into_a_directory(float_dir: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(float_dir, source)

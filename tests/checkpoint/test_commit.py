@@ -67,6 +67,25 @@ def test_old_before_the_config_and_new_from_then_on(killed, after):
     assert not folders_in(target)
 
 
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (["README.md", "config.json", "a.json"], "config.json"),
+        (["model_index.json", "a/config.json"], "model_index.json"),
+        (["__0_0.distcp", ".metadata"], ".metadata"),
+        (["a/README.md", "a/config.json"], "a/config.json"),
+    ],
+)
+def test_what_a_loader_reads_first_is_replaced_first(tmp_path, monkeypatch, names, first):
+    real, replaced = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda source, place: (replaced.append(place), real(source, place)))
+    with replaced_directory(tmp_path) as scratch:
+        for name in names:
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_text("new")
+    assert replaced[0] == tmp_path / first
+
+
 def test_a_part_of_a_pipeline_finishes_the_save_of_the_pipeline(tmp_path, killed):
     target = killed(1)
     (target / "model_index.json").write_text("{}")
