@@ -113,6 +113,9 @@ def test_an_index_that_leads_out_of_the_directory(tmp_path, file):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": STORED}))
     with pytest.raises(CheckpointError, match=r"weight_map\['b'\]"):
         check_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": STORED, "architectures": 3}))
+    with pytest.raises(CheckpointError, match="architectures is 3, expected a list of class names"):
+        check_directory(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     check_directory(tmp_path)  # not ours
 

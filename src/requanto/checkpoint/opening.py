@@ -10,6 +10,7 @@ from typing import Any
 
 from requanto.checkpoint.digests import check_names
 from requanto.checkpoint.format import CheckpointError, check_version, read_spec
+from requanto.checkpoint.model_class import first_architecture
 from requanto.config.checks import shown
 from requanto.config.config import FORMAT, QuantoConfig
 
@@ -111,9 +112,11 @@ def check_directory(directory: Path) -> None:
     """
     if not (directory / "config.json").is_file():
         return
-    stored = stored_config(read_json(directory / "config.json"), directory)
+    config = read_json(directory / "config.json")
+    stored = stored_config(config, directory)
     if not is_ours(stored):
         return
+    first_architecture(config, f"{directory}/config.json")
     checked_config(stored)
     for index in sorted(directory.glob("*.safetensors.index.json")):
         weight_map(index)
