@@ -4,7 +4,8 @@
 # make gpu-test     tests on a GPU                } each ends within ten minutes; benchmarks list what they left out, and
 # make gpu-matmul   kernels compared with peers   } write figures (JSON), a table and a plot to benchmarks/results
 # make gpu-model    whole models                  }
-# make fuzz         loads of damaged checkpoints, and kills while saving: a JSON summary, and the seeds of what is not as promised
+# make fuzz         damaged checkpoints, kills while saving, damaged kernel caches and forks: JSON summaries (docs/reliability.md)
+# make fuzz-loads, fuzz-kills, fuzz-cache   its parts
 # make lint, wheel, clean
 #
 # Variables:
@@ -12,7 +13,9 @@
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
 #   PY      the interpreter of gpu-check and its parts
 #   WORKERS processes among which `make test` distributes the test files; 0: no additional process
-#   COUNT, SEED, MINUTES, JOBS, KILLS  of `make fuzz`: loads, the first seed, the longest time of them, processes, kills
+#   COUNT, KILLS, CACHES   of `make fuzz`: damaged loads, kills, damaged caches and as many forks
+#   SEED, MINUTES, JOBS    of `make fuzz`: the first seed, the longest time of each part, processes that load
+#   OUT     of `make fuzz`: folder for the summaries, fuzz.json, kills.json and fuzz_cache.json
 #   ARGS    further arguments: for pytest in `make test` and `gpu-test`, for the program in `make quickstart`, `gpu-matmul` ...
 
 PYTHON ?= python3
@@ -25,13 +28,15 @@ SEED ?= 0
 MINUTES ?= 10
 JOBS ?= 1
 KILLS ?= 50
+CACHES ?= 40
+OUT ?=
 WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: help quickstart test fuzz lint gpu-check gpu-test gpu-matmul gpu-model wheel clean
+.PHONY: help quickstart test fuzz fuzz-loads fuzz-kills fuzz-cache lint gpu-check gpu-test gpu-matmul gpu-model wheel clean
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -43,11 +48,23 @@ quickstart: $(VENV)/.quickstart
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests integration_tests -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
-# One seed again: make fuzz ARGS="--only 4711", without kills.
-fuzz: $(VENV)/.test
-	OMP_NUM_THREADS=1 PYTHONPATH=src:kernels $(BIN)/python tests/fuzz/run.py \
-		--count $(COUNT) --seed $(SEED) --minutes $(MINUTES) --jobs $(JOBS) $(ARGS)
-	$(if $(findstring --only,$(ARGS)),,OMP_NUM_THREADS=1 PYTHONPATH=src:kernels $(BIN)/python tests/fuzz/kills.py --count $(KILLS) --seed $(SEED))
+# All three run, even if one finds a fault.
+fuzz:
+	@failed=; for part in fuzz-loads fuzz-kills fuzz-cache; do $(MAKE) $$part || failed="$$failed $$part"; done; \
+		test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+FUZZ = OMP_NUM_THREADS=1 PYTHONPATH=src:kernels $(BIN)/python tests/fuzz
+FUZZ_ARGS = --seed $(SEED) --minutes $(MINUTES) $(if $(OUT),--out $(OUT)/$(1).json) $(ARGS)
+
+# One seed again: make fuzz-loads ARGS="--only 4711"
+fuzz-loads: $(VENV)/.test
+	$(FUZZ)/run.py --count $(COUNT) --jobs $(JOBS) $(call FUZZ_ARGS,fuzz)
+
+fuzz-kills: $(VENV)/.test
+	$(FUZZ)/kills.py --count $(KILLS) $(call FUZZ_ARGS,kills)
+
+fuzz-cache: $(VENV)/.test
+	$(FUZZ)/fuzz_cache.py --count $(CACHES) --forks $(CACHES) $(call FUZZ_ARGS,fuzz_cache)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Loads many damaged checkpoints and counts what comes of it.
 
     make fuzz COUNT=1000 SEED=0 MINUTES=10 JOBS=2
-    python tests/fuzz/run.py --only 4711                   # one seed again, with what was changed and what came of it
+    make fuzz-loads ARGS="--only 4711"                      # one seed again, with what was changed and what came of it
 
 Prints a JSON summary: the number of each outcome (`fuzz_child`), also by kind of mutation and by checkpoint, the places of
 obscure errors, and the seeds of everything that is not as promised. The exit status is 1 if there is any.
