@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.plan import read_plan
 from requanto.checkpoint.scratch import (
     NEW,
+    OLD,
     PLAN,
     PREFIX,
     Scratch,
@@ -32,7 +34,6 @@ from requanto.checkpoint.weight_files import obsolete
 
 logger = logging.getLogger(__name__)
 
-_OLD = "old"
 # The file that a loader reads first is replaced first.
 _FIRST = ("model_index.json", "config.json", ".metadata")
 
@@ -154,7 +155,7 @@ def _link_old(folder: Path, target: Path, plan: dict[str, Any]) -> None:
     for name in plan["install"]:
         if plan["old"][name] is None:
             continue
-        link = folder / _OLD / name
+        link = folder / OLD / name
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(target / name, link, follow_symlinks=False)
@@ -174,8 +175,8 @@ def _forward(folder: Path, target: Path, plan: dict[str, Any]) -> None:
                 sync_directory((target / name).parent)  # on disk before any other file changes
     for name in plan["remove"]:
         if _stamp(target / name) == plan["old"][name]:
-            (folder / _OLD / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(target / name, folder / _OLD / name)
+            (folder / OLD / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(target / name, folder / OLD / name)
     for parent in {os.path.dirname(name) for name in (*plan["install"], *plan["remove"])}:
         sync_directory(target / parent)
     sync_directory(target)
@@ -184,25 +185,24 @@ def _forward(folder: Path, target: Path, plan: dict[str, Any]) -> None:
 def _back(folder: Path, target: Path, plan: dict[str, Any]) -> None:
     """Puts the old files back. Only what has been replaced is touched, and the first file last."""
     for name in reversed(plan["remove"]):
-        if os.path.lexists(folder / _OLD / name) and not os.path.lexists(target / name):
-            os.replace(folder / _OLD / name, target / name)
+        if os.path.lexists(folder / OLD / name) and not os.path.lexists(target / name):
+            os.replace(folder / OLD / name, target / name)
     for name in reversed(plan["install"]):
         if os.path.lexists(folder / NEW / name):
             continue
         if plan["old"][name] is None:
             os.replace(target / name, folder / NEW / name)
-        elif os.path.lexists(folder / _OLD / name):
+        elif os.path.lexists(folder / OLD / name):
             os.link(target / name, folder / NEW / name, follow_symlinks=False)
-            os.replace(folder / _OLD / name, target / name)  # there is a file of this name at every moment
+            os.replace(folder / OLD / name, target / name)  # there is a file of this name at every moment
         else:
             raise OSError(f"there is no link to the old {name}")
 
 
 def unfinished(folder: Path, target: Path) -> bool:
     """Whether some files of the target have been replaced by those of a scratch folder, and others have not."""
-    try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    plan = read_plan(folder, target)
+    if plan is None:
         return False
     waiting = any(os.path.lexists(folder / NEW / name) for name in plan["install"])
     waiting |= any(_stamp(target / name) == plan["old"][name] for name in plan["remove"])
@@ -218,27 +218,21 @@ def finish(folder: Path, target: Path) -> bool:
 
     ``target`` must be locked, and the process that made the folder must have ended.
     """
-    try:
-        plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        if not _begun(folder, plan):
+    plan = read_plan(folder, target)
+    if plan is None or not _begun(folder, plan):
+        return False
+    for name in (*plan["install"], *plan["remove"]):
+        waiting = name in plan["remove"] or os.path.lexists(folder / NEW / name)
+        expected = plan["old"][name] if waiting else plan["new"][name]
+        found = _stamp(target / name)
+        if found != expected and not (name in plan["remove"] and found is None):
+            logger.warning(
+                "%s was changed after a save to %s had been interrupted; what that save left in %s is not used",
+                target / name,
+                target,
+                folder,
+            )
             return False
-        for name in (*plan["install"], *plan["remove"]):
-            waiting = name in plan["remove"] or os.path.lexists(folder / NEW / name)
-            expected = plan["old"][name] if waiting else plan["new"][name]
-            found = _stamp(target / name)
-            if found != expected and not (name in plan["remove"] and found is None):
-                logger.warning(
-                    "%s was changed after a save to %s had been interrupted; what that save left in %s is not used",
-                    target / name,
-                    target,
-                    folder,
-                )
-                return False
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s) and not used", folder / PLAN, error)
-        return False
     _forward(folder, target, plan)
     logger.warning("%s: a save was interrupted while it replaced the files; it is now complete", target)
     return True
@@ -257,11 +251,11 @@ def finish_interrupted(directory: str | os.PathLike) -> None:
     if (directory.parent / "model_index.json").is_file():
         places.append(directory.parent)
     for place in places:
-        if not any((folder / PLAN).is_file() for folder in folders_in(place)):
+        if not any(_has_plan(folder) for folder in folders_in(place)):
             continue
         with locked(place):
             for folder in folders_in(place):
-                if not (folder / PLAN).is_file() or in_use(folder):
+                if not _has_plan(folder) or in_use(folder):
                     continue
                 try:
                     if finish(folder, place):
@@ -271,6 +265,14 @@ def finish_interrupted(directory: str | os.PathLike) -> None:
                         f"a save to {place} was interrupted while it replaced the files, and cannot be finished ({error}). "
                         f"Load it once as a user who may write there, or save it again."
                     ) from error
+
+
+def _has_plan(folder: Path) -> bool:
+    """Whether there is a plan; another user's folder cannot be looked into."""
+    try:
+        return stat.S_ISREG((folder / PLAN).lstat().st_mode)
+    except OSError:
+        return False
 
 
 def _files(directory: Path) -> list[str]:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 #: start of the name of every such folder
 PREFIX = ".requanto-saving-"
 NEW = "new"
+OLD = "old"
 OWNER = "owner.json"
 PLAN = "plan.json"
 #: seconds to wait for another process that replaces the same directory
@@ -165,7 +166,7 @@ class Scratch:
 
 def remove_folder(folder: Path) -> None:
     """Deletes a scratch folder. Its plan goes first, so that a half-deleted folder is not taken for a save to finish."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # there is none, or the folder is another user's
         os.unlink(folder / PLAN)
     shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
@@ -214,8 +215,9 @@ def in_use(folder: Path) -> bool:
         if free is False:
             return True
         try:
-            owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            # a FIFO or device of a downloaded directory would never end
+            owner = json.loads((folder / OWNER).read_text(encoding="utf-8")) if (folder / OWNER).is_file() else None
+        except (OSError, ValueError, RecursionError):
             owner = None
         here = _this_process()
         if owner is None or not isinstance(owner, dict):
