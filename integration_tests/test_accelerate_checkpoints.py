@@ -231,3 +231,16 @@ def test_a_data_loader_and_a_scheduler_in_the_same_state(load, tmp_path):
     accelerator.load_state(tmp_path)
     assert scheduler.get_last_lr() == [0.1]
     assert json.dumps(sorted(file.name for file in tmp_path.iterdir())).count("model.safetensors") == 1
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_accelerate_refuses_parts_without_their_description(device_map, load, tmp_path):
+    load().save_pretrained(tmp_path)  # its config.json describes the weights, which accelerate does not read
+    model = TINY[load.name].build()
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(requanto.checkpoint.format.CheckpointError, match=r"_spec that describes it.*from_pretrained"):
+        accelerate.utils.load_checkpoint_in_model(model, str(tmp_path), device_map=device_map)
+    assert all(map(torch.equal, before, model.parameters()))
+    accelerate.utils.load_checkpoint_in_model(
+        model, str(save_tiny(load.name, tmp_path / "float")), device_map=device_map
+    )

@@ -81,6 +81,14 @@ def test_loads_where_it_is_installed(library, steps, saved):
         assert (found[step].get("class"), found[step].get("sum"), found[step]["imported"]) == (*wanted, True), found
 
 
+@pytest.mark.parametrize("step", ["plain_config", "files_of_accelerate"])
+def test_files_without_their_description_are_refused(step, saved):
+    found = run(SOURCE, "as-it-is", [f"float_model={saved['llama-float']}", f"{step}={saved['llama']}"])
+    assert found["float_model"]["imported"] is False
+    assert "CheckpointError" in found[step].get("error", ""), found
+    assert "quantized weight" in found[step]["error"]
+
+
 @pytest.mark.parametrize("steps", [["pipeline"], ["single_file", "diffusers_model"]], ids=lambda steps: steps[0])
 def test_loads_in_diffusers(steps, saved):
     paths = {"pipeline": saved["pipe"], "single_file": saved["transformer"], "diffusers_model": saved["transformer"]}

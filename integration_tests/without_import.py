@@ -63,6 +63,33 @@ def text_tower(path):
     return type(weight).__name__, answer
 
 
+def plain_config(path):
+    """The caller's own config, which says nothing of how the weights are stored."""
+    import torch
+    import transformers
+
+    with open(f"{path}/config.json") as file:
+        fields = json.load(file)
+    del fields["quantization_config"]
+    model = transformers.LlamaForCausalLM.from_pretrained(path, config=transformers.LlamaConfig.from_dict(fields))
+    return type(model.model.layers[0].self_attn.q_proj.weight).__name__, torch.ones(1)
+
+
+def files_of_accelerate(path):
+    """accelerate's loader, which reads no config."""
+    import accelerate
+    import torch
+    import transformers
+
+    with open(f"{path}/config.json") as file:
+        fields = json.load(file)
+    del fields["quantization_config"]
+    with accelerate.init_empty_weights():
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(fields))
+    accelerate.load_checkpoint_and_dispatch(model, f"{path}/model.safetensors", device_map={"": "cpu"})
+    return type(model.model.layers[0].self_attn.q_proj.weight).__name__, torch.ones(1)
+
+
 def pipeline(path):
     """A saved pipeline of Diffusers."""
     import diffusers

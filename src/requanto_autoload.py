@@ -1,7 +1,8 @@
-"""Imports Requanto when Transformers or Diffusers opens a checkpoint that it wrote, without ``import requanto``.
+"""Imports Requanto when Transformers, Diffusers or accelerate opens a checkpoint that it wrote, without ``import requanto``.
 
-Python runs `install` at start-up, from ``requanto_autoload.pth``. It imports nothing: it adds a finder that waits for four
-modules of the two libraries, and these are patched to look at each config they read. ``REQUANTO_AUTOLOAD=0`` turns it off.
+Python runs `install` at start-up, from ``requanto_autoload.pth``. It imports nothing: it adds a finder that waits for a few
+modules of the two libraries and of accelerate. These are patched to look at each config that they read, and at the names in
+files that are loaded without one. ``REQUANTO_AUTOLOAD=0`` turns it off.
 
 Nothing changes for float models, and for users of optimum-quanto, until a checkpoint of Requanto is opened.
 """
@@ -111,6 +112,53 @@ def _transformers_quantizers(module):
     )
 
 
+def _transformers_models(module):
+    # A config that says nothing of the weights: the parts of these would be left unread, and the layers random.
+    original = module.convert_and_load_state_dict_in_model
+
+    def convert_and_load_state_dict_in_model(*args, **kwargs):
+        if "requanto" not in sys.modules and _without_quantizer(*args, **kwargs):
+            _import_requanto()
+            if module.convert_and_load_state_dict_in_model is not convert_and_load_state_dict_in_model:
+                return module.convert_and_load_state_dict_in_model(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    convert_and_load_state_dict_in_model.__wrapped__ = original
+    module.convert_and_load_state_dict_in_model = convert_and_load_state_dict_in_model
+
+
+def _without_quantizer(model=None, state_dict=(), load_config=None, *args, **kwargs):
+    return getattr(load_config, "hf_quantizer", None) is None and _has_codes(state_dict)
+
+
+def _accelerate_files(module):
+    import threading
+
+    read, load = module.load_state_dict, module.load_checkpoint_in_model
+    state = threading.local()
+
+    def load_state_dict(*args, **kwargs):
+        result = read(*args, **kwargs)
+        if "requanto" not in sys.modules and _has_codes(result):
+            _import_requanto()
+            if module.load_state_dict is not load_state_dict:  # Requanto replaced it
+                from requanto.integrations.accelerate_checkpoints import loading
+
+                with loading(getattr(state, "model", None)):
+                    return module.load_state_dict(*args, **kwargs)
+        return result
+
+    def load_checkpoint_in_model(model, *args, **kwargs):
+        state.model = model
+        try:
+            return load(model, *args, **kwargs)
+        finally:
+            state.model = None
+
+    load_state_dict.__wrapped__, load_checkpoint_in_model.__wrapped__ = read, load
+    module.load_state_dict, module.load_checkpoint_in_model = load_state_dict, load_checkpoint_in_model
+
+
 def _diffusers_configs(module):
     _wrap(module.ConfigMixin, "_dict_from_json_file", lambda result, *args: _look_at(result))
 
@@ -133,7 +181,7 @@ def _diffusers_single_files(module):
 def _holds_codes(source):
     """Whether a safetensors file (its header is read) or a state dict has a tensor ``..._qdata``."""
     if isinstance(source, dict):
-        return any(str(name).endswith("_qdata") for name in source)
+        return _has_codes(source)
     if not str(source).endswith(".safetensors"):
         return False
     try:
@@ -143,10 +191,17 @@ def _holds_codes(source):
         return False  # a file of the Hub, or none
 
 
+def _has_codes(names):
+    # torchao's weights have a part of this name too, after a dot.
+    return any(str(name).endswith("_qdata") and not str(name).endswith("._weight_qdata") for name in names)
+
+
 _LOADERS.update(
     {
         "transformers.configuration_utils": _transformers_configs,
         "transformers.quantizers.auto": _transformers_quantizers,
+        "transformers.modeling_utils": _transformers_models,
+        "accelerate.utils.modeling": _accelerate_files,
         "diffusers.configuration_utils": _diffusers_configs,
         "diffusers.loaders.single_file_model": _diffusers_single_files,
     }

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from requanto.checkpoint.digests import digest, mismatch
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, rebuild, spec_text
@@ -162,3 +163,27 @@ def stray_part(tensors: Iterable[str], parameters: Iterable[str], known: Iterabl
         if owner is not None:
             return key, owner
     return None
+
+
+def check_joined(tensors: Iterable[str], model: nn.Module) -> None:
+    """Checks that a state dict holds no part of one of the model's parameters that was not joined.
+
+    A loader that is not strict would ignore such a part, and the parameter would keep its old values.
+
+    Args:
+        tensors: keys of a state dict after `join_described`.
+        model: the model that it is loaded into.
+
+    Raises:
+        CheckpointError: it holds one, so its description is missing.
+    """
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+    stray = stray_part(tensors, parameters, [*parameters, *buffers])
+    if stray is not None:
+        raise CheckpointError(
+            f"the state dict holds {stray[0]}, a part of a quantized weight, without the {stray[1]}_spec that "
+            f"describes it, so the weight cannot be put together. Load a checkpoint that save_pretrained wrote with "
+            f"from_pretrained (its config.json describes the weights); safetensors.torch.save_file(model.state_dict(), ...) "
+            f"with Requanto imported writes the description too."
+        )

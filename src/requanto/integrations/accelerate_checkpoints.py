@@ -7,17 +7,28 @@ index of shards holds the weight's own name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from requanto.checkpoint.state_dict import join_described
+from requanto.checkpoint.state_dict import check_joined, join_described
 from requanto.integrations.accelerate import ENTRY, read_entry
 from requanto.integrations.patching import replace_everywhere
 from requanto.tensor.float_targets import assign_frozen
 from requanto.tensor.qtensor import QTensor
+
+
+class _State(threading.local):
+    """The model whose checkpoint this thread loads."""
+
+    model: nn.Module | None = None
+
+
+_state = _State()
 
 
 def register() -> None:
@@ -25,6 +36,7 @@ def register() -> None:
     from accelerate.utils import modeling
 
     replace_everywhere(modeling.id_tensor_storage, _wrap_id_tensor_storage)
+    replace_everywhere(modeling.load_checkpoint_in_model, _wrap_load_checkpoint)
     replace_everywhere(modeling.load_state_dict, _wrap_load_state_dict)
     replace_everywhere(modeling.set_module_tensor_to_device, _wrap_set_tensor)
     replace_everywhere(modeling.load_offloaded_weights, _wrap_load_offloaded)
@@ -44,9 +56,33 @@ def _wrap_id_tensor_storage(original: Callable) -> Callable:
 def _wrap_load_state_dict(original: Callable) -> Callable:
     @functools.wraps(original)
     def load_state_dict(checkpoint_file: Any, device_map: Any = None) -> dict[str, torch.Tensor]:
-        return join_described(original(checkpoint_file, device_map))
+        tensors = join_described(original(checkpoint_file, device_map))
+        if _state.model is not None:
+            check_joined(tensors, _state.model)
+        return tensors
 
     return load_state_dict
+
+
+@contextmanager
+def loading(model: nn.Module | None) -> Iterator[None]:
+    """A block in which files are read for ``model``; None: for nothing that is known."""
+    before, _state.model = _state.model, model
+    try:
+        yield
+    finally:
+        _state.model = before
+
+
+def _wrap_load_checkpoint(original: Callable) -> Callable:
+    """Lets `load_state_dict` know the model: accelerate only warns of parts that nothing reads."""
+
+    @functools.wraps(original)
+    def load_checkpoint_in_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with loading(model):
+            return original(model, *args, **kwargs)
+
+    return load_checkpoint_in_model
 
 
 def _wrap_set_tensor(original: Callable) -> Callable:

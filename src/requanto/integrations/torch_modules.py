@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from requanto.checkpoint.format import CheckpointError
-from requanto.checkpoint.state_dict import join_described, stray_part
+from requanto.checkpoint.state_dict import check_joined, join_described
 from requanto.tensor.aten import copy_
 from requanto.tensor.float_targets import assign_frozen
 from requanto.tensor.qtensor import QTensor
@@ -74,16 +73,7 @@ def _joined(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any
         found = OrderedDict(join_described(state_dict))
         if hasattr(state_dict, "_metadata"):
             found._metadata = state_dict._metadata  # type: ignore[attr-defined]
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    buffers = [name for name, _ in model.named_buffers(remove_duplicate=False)]
-    stray = stray_part(found, parameters, [*parameters, *buffers])
-    if stray is not None:
-        raise CheckpointError(
-            f"the state dict holds {stray[0]}, a part of a quantized weight, without the {stray[1]}_spec that "
-            f"describes it, so the weight cannot be put together. Load a checkpoint that save_pretrained wrote with "
-            f"from_pretrained (its config.json describes the weights); safetensors.torch.save_file(model.state_dict(), ...) "
-            f"with Requanto imported writes the description too."
-        )
+    check_joined(found, model)
     return found
 
 
