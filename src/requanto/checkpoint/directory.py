@@ -27,6 +27,24 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+def check_target(target: str | os.PathLike) -> None:
+    """Checks that a directory can be saved to, before a long computation whose result goes there.
+
+    Raises:
+        NotADirectoryError: it, or one of its parents, is a file.
+        PermissionError: it may not be written to.
+    """
+    folder = resolved = Path(os.path.realpath(target))
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        what = "it" if folder == resolved else folder
+        raise NotADirectoryError(f"cannot save to {target}: {what} is a file, expected a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        error = PermissionError(errno.EACCES, "no permission to write", str(folder))
+        raise _explained(error, folder)
+
+
 @contextlib.contextmanager
 def replaced_directory(target: str | os.PathLike, remove: Sequence[str] = ()) -> Iterator[Path]:
     """Yields a scratch directory whose files replace those of ``target`` when the block ends without an exception.
@@ -43,9 +61,8 @@ def replaced_directory(target: str | os.PathLike, remove: Sequence[str] = ()) ->
         NotADirectoryError: ``target`` is a file.
         OSError: nothing can be written there, or there is no space.
     """
-    given, target = target, Path(os.path.realpath(target))
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"cannot save to {given}: it is a file, expected a directory")
+    check_target(target)
+    target = Path(os.path.realpath(target))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Scratch(target)

@@ -38,7 +38,12 @@ _METHOD_HELP = (
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Output directory; an existing one is replaced after a complete save.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Output directory. What an earlier run saved there is replaced when the new files are complete."
+        ),
+    ],
     weights: Annotated[
         str,
         typer.Option(
@@ -201,7 +206,7 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Show type, shape and size of each weight; for a float model, its size in each type. Reads only file headers."""
+    """Show type, shape and size of each weight; for a float model, its size in each type. --verify: is it what was saved?"""
     from requanto.report.inspect import inspect_directory
 
     if verify:

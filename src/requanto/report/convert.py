@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.commit import finish_interrupted
+from requanto.checkpoint.directory import check_target
 from requanto.checkpoint.model_class import first_architecture, named_class
 from requanto.checkpoint.opening import read_json
 from requanto.config.config import QuantoConfig
@@ -55,6 +56,7 @@ def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         FileNotFoundError: no such model.
         ValueError: it is already quantized, or ``out`` is its own directory.
+        OSError: ``out`` is a file, or may not be written to.
     """
     source = local_directory(model)
     description = description_of(source)
@@ -65,6 +67,7 @@ def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
         raise ValueError(
             f"OUT is the model's own directory {source}, whose float weights would be lost; choose another directory"
         )
+    check_target(out)
     return source, description
 
 
