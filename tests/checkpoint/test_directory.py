@@ -75,6 +75,14 @@ def test_no_space_says_what_to_do(target, error):
         raise error
 
 
+def test_a_directory_that_is_taken_away_is_named(target):
+    with pytest.raises(FileNotFoundError, match="was deleted, renamed or replaced while .* save again"):
+        with replaced_directory(target) as scratch:
+            (scratch / "config.json").write_text("new")
+            target.rename(target.with_name("elsewhere"))
+    assert not target.exists()
+
+
 def test_a_file_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotADirectoryError, match="it is a file, expected a directory"):

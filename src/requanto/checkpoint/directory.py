@@ -73,7 +73,7 @@ def replaced_directory(target: str | os.PathLike, remove: Sequence[str] = ()) ->
         keep_readmes(scratch.new, target)
         commit(scratch, remove)
     except Exception as error:
-        explained = _explained(error, target)
+        explained = _explained(error, target) if scratch.new.is_dir() else _removed(error, target)
         if explained is error:
             raise
         raise explained from error
@@ -137,6 +137,15 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _removed(error: Exception, target: Path) -> Exception:
+    """Returns an error that says what happened to the folder of the new files while they were written."""
+    return FileNotFoundError(
+        errno.ENOENT,
+        f"{target} was deleted, renamed or replaced while a checkpoint was saved there ({error}): the new files went with "
+        f"it; save again",
+    )
 
 
 def _explained(error: Exception, target: Path) -> Exception:
