@@ -244,3 +244,14 @@ def test_accelerate_refuses_parts_without_their_description(device_map, load, tm
     accelerate.utils.load_checkpoint_in_model(
         model, str(save_tiny(load.name, tmp_path / "float")), device_map=device_map
     )
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}], ids=["no-map", "map"])
+def test_accelerate_refuses_a_damaged_description(load, tmp_path, device_map):
+    accelerate.Accelerator(cpu=True).save_model(load(seed=1), tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    assert b'{"format": "requanto"' in content
+    file.write_bytes(content.replace(b'{"format": "requanto"', b'{"format": "requantq"', 1))
+    with pytest.raises(requanto.CheckpointError, match=r"without the .*_spec that describes it"):
+        accelerate.load_checkpoint_and_dispatch(TINY[load.name].build(), str(tmp_path), device_map=device_map)
