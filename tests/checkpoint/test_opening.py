@@ -64,6 +64,12 @@ def test_any_entry_of_a_table_is_taken_or_refused_by_name(name, value):
             assert key in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize("key", ["self", "cls", "__class__", "__init__", "kwargs", "config_dict", "auto_map"])
+def test_a_key_that_means_something_to_python_only(key):
+    with pytest.raises(TypeError, match=f"quantization_config has the key {key!r}, which this Requanto does not know"):
+        checked_config({**STORED, key: 1})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -114,3 +114,22 @@ def test_a_directory_that_changes_while_it_is_read(tmp_path):
     assert watched.changed() is None
     saved(tmp_path, max_shard_size=20)
     assert "config.json, model-00001-of-00002.safetensors" in watched.changed()
+
+
+@pytest.mark.parametrize("metadata", [b"3", b"[]", b'"x"', b"null", b"[" * 50_000, b'{"a":' * 50_000])
+def test_metadata_of_another_kind_are_none(tmp_path, metadata):
+    header = b'{"__metadata__":' + metadata + b"}"
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert read_metadata(tmp_path / "model.safetensors") == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"weight_map": {"a": "a\\u0000b.safetensors"}}', "[" * 100_000, '{"weight_map": {"a": "' + "x" * 5000 + '"}}'],
+)
+def test_a_damaged_index_is_left_to_the_check_that_names_it(tmp_path, text):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    Watched.start(tmp_path, None, "model")
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        SafetensorsFiles(tmp_path)

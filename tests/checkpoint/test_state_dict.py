@@ -271,3 +271,9 @@ def test_torch_save_and_load_with_its_default_of_weights_only(model, kind, tmp_p
     for other, assign in ((build(kind, seed=1), False), (build(None, seed=1), True)):
         other.load_state_dict(loaded, assign=assign)
         assert_equal(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("text", ["[" * 4000, '{"a":' * 800, "{" * 4096])
+def test_a_description_nested_too_deeply_is_an_ordinary_tensor(text):
+    found = join_described({"a_spec": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)})
+    assert [*found] == ["a_spec"]

@@ -122,14 +122,18 @@ def read_metadata(file: str | os.PathLike) -> dict[str, str]:
             if not start.startswith(_START):
                 return {}
             try:
-                return json.JSONDecoder().raw_decode(start.decode(errors="replace"), len(_START))[0]
+                return _object(start)
             except ValueError:
                 if length <= len(start) or length > os.fstat(opened.fileno()).st_size:
                     return {}
-                whole = (start + opened.read(length - len(start))).decode(errors="replace")
-                return json.JSONDecoder().raw_decode(whole, len(_START))[0]
-    except (OSError, ValueError):
+                return _object(start + opened.read(length - len(start)))
+    except (OSError, ValueError, RecursionError):
         return {}
+
+
+def _object(header: bytes) -> dict[str, str]:
+    found = json.JSONDecoder().raw_decode(header.decode(errors="replace"), len(_START))[0]
+    return found if isinstance(found, dict) else {}
 
 
 def check_ids(expected: str | bool | None, files: Iterable[str | os.PathLike]) -> None:
@@ -203,6 +207,6 @@ class Watched:
 def _state(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have is refused where the index is checked
         return ()
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

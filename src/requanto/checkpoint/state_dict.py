@@ -71,7 +71,7 @@ def _fields(value: Any) -> dict[str, Any] | None:
         return None
     try:
         fields = json.loads(bytes(value.tolist()).decode())
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) and fields.get("format") == FORMAT else None
 

@@ -78,7 +78,7 @@ def index_files(index: Path) -> list[str] | None:
     try:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return sorted(name for name in listed if isinstance(name, str))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is no readable index of shards (%s); shards that it listed stay", index, error)
         return None
 

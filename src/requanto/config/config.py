@@ -296,7 +296,9 @@ class QuantoConfig:
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The config that a dict describes. Keywords that name a known parameter replace the dict's value."""
         known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.parameters()}
-        config = cls(**{**config_dict, **known})
+        fields = {**config_dict, **known}
+        _refuse_unknown({key: fields[key] for key in ("self",) if key in fields}, cls.parameters(), "", config_dict)
+        config = cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
