@@ -19,6 +19,7 @@ from typing import Any
 from requanto.checkpoint.format import CheckpointError
 from requanto.config.config import FORMAT
 from requanto.integrations.part_markers import unmark
+from requanto.integrations.transformers_arguments import taken_recipe, with_stored_state_dict
 from requanto.integrations.transformers_names import Renaming, parts_of, stems_of
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def _wrap_from_pretrained(original: Any) -> Any:
     @functools.wraps(original)
     def from_pretrained(cls: type, pretrained_model_name_or_path: Any = None, *args: Any, **kwargs: Any) -> Any:
         before = _state.path, _state.options, _state.read
+        kwargs = with_stored_state_dict(kwargs)
         _state.path, _state.options, _state.read = pretrained_model_name_or_path, kwargs, None
         try:
             return original(cls, pretrained_model_name_or_path, *args, **kwargs)
@@ -98,17 +100,20 @@ def _wrap_get_quantizer(original: Any) -> Any:
     """Gives the config of a part the quantization_config of the whole model, and the quantizer what it needs for names."""
 
     @functools.wraps(original)
-    def get_hf_quantizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
         path, options = _state.path, _state.options
         read = functools.partial(_read_config, path, {key: options[key] for key in _PLACE if key in options})
         unmark(config)
+        recipe = taken_recipe(config)
         text = config.get_text_config(decoder=True)
         if not hasattr(config, "quantization_config") and not hasattr(text, "quantization_config"):
             whole = _state.read or read()
             if whole is not None:
                 logger.info("%s: the quantization_config of the whole model is used", type(config).__name__)
                 config.quantization_config = copy.deepcopy(whole["quantization_config"])
-        quantizer, *rest = original(config, *args, **kwargs)
+            elif quantization_config is None:
+                quantization_config = recipe
+        quantizer, *rest = original(config, quantization_config, *args, **kwargs)
         if type(quantizer).__module__.startswith("requanto."):
             quantizer.key_mapping = options.get("key_mapping")
             quantizer.resizes = bool(options.get("ignore_mismatched_sizes"))
