@@ -163,7 +163,7 @@ def test_routers_stay_float_in_every_family_with_experts(part: int, monkeypatch:
                 others[case.class_name] = left
     assert not missed
     assert not others
-    assert ran >= 15
+    assert ran >= 10
     assert with_layers >= 2
 
 

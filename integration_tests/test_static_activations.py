@@ -134,7 +134,7 @@ def test_files_and_config_that_disagree_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=f"{scale} is not in the files"):
         CAUSAL.from_pretrained(tmp_path)
     write({name: kind for name, kind in table.items() if "layers.1.mlp.up" not in name}, state)
-    with pytest.raises(CheckpointError, match=f"the files hold {scale} .2 such scales., which"):
+    with pytest.raises(CheckpointError, match=f"the files hold {scale}, which"):
         CAUSAL.from_pretrained(tmp_path)
     write({**table, "model.layers.1.mlp.act_fn": "qint8"}, state)
     with pytest.raises(CheckpointError, match=r"act_fn', a SiLU\w*, which has no quantized counterpart"):

@@ -16,6 +16,7 @@ crash, hang, memory
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import re
@@ -78,6 +79,7 @@ def run(load: Callable[[Path], dict[str, str]], directory: Path, wanted: dict[st
 def _child(load: Callable[[Path], dict[str, str]], directory: Path, wanted: dict[str, str], pipe: int) -> None:
     outcome = Outcome("crash", text="no outcome")
     try:
+        faulthandler.disable()  # a crash is an outcome like others
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))

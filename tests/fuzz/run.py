@@ -22,8 +22,6 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("REQUANTO_COMPILE", "0")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "integration_tests")]
 
 #: Outcomes that are not faults.
@@ -146,4 +144,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("REQUANTO_COMPILE", "0")
     sys.exit(main())

@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_any, tree_map
 
+from requanto.runtime.fork import new_in_child
 from requanto.tensor import dispatch, exact
 from requanto.tensor.qtensor import QTensor
 
@@ -72,7 +73,7 @@ _IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__id
 _told: set[str] = set()
 #: thread -> its open blocks, innermost last: whose code runs, or None where a function runs as outside of them
 _blocks: dict[int, list[str | None]] = {}
-_LOCK = threading.Lock()
+_LOCK = new_in_child(threading.Lock())
 
 
 @contextmanager
