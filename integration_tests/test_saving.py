@@ -95,6 +95,28 @@ def test_variants_stay_beside_each_other(library: str, float_dir: Path, tmp_path
 
 
 @pytest.mark.parametrize("library", ["transformers", "diffusers"])
+def test_a_save_says_which_variants_no_longer_load(
+    library: str, float_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = "model.safetensors" if library == "transformers" else "diffusion_pytorch_model.safetensors"
+    model = _model(library, float_dir)
+    for variant in (None, "x", None):  # the same weights: one config describes both
+        model.save_pretrained(tmp_path / "same", variant=variant)
+    model.save_pretrained(tmp_path / "other", variant="x", max_shard_size="20KB")
+    (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"somebody's")
+    assert "will not load any more" not in caplog.text
+    assert _same(_load(library, tmp_path / "same"), model)
+    _model(library, float_dir, "int4").save_pretrained(tmp_path / "other")
+    assert caplog.text.count("-00001-of-") == caplog.text.count("will not load any more") == 1
+    assert "adapter_model" not in caplog.text
+    with pytest.raises(CheckpointError):
+        _load(library, tmp_path / "other", variant="x")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "same" / first)  # a float model
+    model.save_pretrained(tmp_path / "same", variant="y")
+    assert f"{tmp_path / 'same'}: {first} will not load any more" in caplog.text
+
+
+@pytest.mark.parametrize("library", ["transformers", "diffusers"])
 @pytest.mark.parametrize("as_keyword", [True, False])
 def test_a_process_that_is_not_the_main_one_writes_nothing(
     library: str, as_keyword: bool, float_dir: Path, tmp_path: Path

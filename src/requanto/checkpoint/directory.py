@@ -22,6 +22,7 @@ import torch.distributed as dist
 from requanto.checkpoint.commit import commit, unfinished
 from requanto.checkpoint.readme import keep_readmes
 from requanto.checkpoint.scratch import Scratch
+from requanto.checkpoint.variants import warn_of_variants
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -71,6 +72,7 @@ def replaced_directory(target: str | os.PathLike, remove: Sequence[str] = ()) ->
     try:
         yield scratch.new
         keep_readmes(scratch.new, target)
+        warn_of_variants(scratch.new, target)
         commit(scratch, remove)
     except Exception as error:
         explained = _explained(error, target) if scratch.new.is_dir() else _removed(error, target)
