@@ -1,5 +1,6 @@
 """Saving to a directory: what is replaced, what stays, and what an interruption leaves."""
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -73,6 +74,28 @@ def test_an_interrupted_save_leaves_all_as_it_was(target, error):
 def test_no_space_says_what_to_do(target, error):
     with pytest.raises(OSError, match=r"does not fit .* free some, or save elsewhere"), replaced_directory(target):
         raise error
+
+
+@pytest.mark.parametrize("when", ["rmtree", "unlink", "flock", "mkdir", "dumps"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_ctrl_c_while_the_folder_is_made_or_deleted(target, monkeypatch, when, call):
+    """The next save of the same process deletes what was left."""
+    where = {"rmtree": scratch_module.shutil, "flock": scratch_module.fcntl, "dumps": scratch_module.json}.get(when, os)
+    real, calls = getattr(where, when), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(where, when, interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            save(target)
+    save(target, {**NEW, "config.json": "newer"})
+    assert [name for name in os.listdir(target) if name.startswith(".")] == []
+    assert contents(target) == {**NEW, "config.json": "newer", "tokenizer.json": "old tokenizer.json"}
 
 
 def test_a_directory_that_is_taken_away_is_named(target):

@@ -62,7 +62,13 @@ class Lock:
         descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
         _held.add(descriptor)
         self._descriptor = descriptor
-        deadline = time.monotonic() + wait
+        try:
+            return self._wait(descriptor, time.monotonic() + wait)
+        except BaseException:  # Ctrl-C: nobody would release it
+            self.release()
+            raise
+
+    def _wait(self, descriptor: int, deadline: float) -> bool | None:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,9 +89,11 @@ class Lock:
         if descriptor is None or descriptor not in _held:  # not held, or in a child after a fork
             return
         _held.discard(descriptor)
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -96,12 +104,12 @@ def locked(directory: Path) -> Iterator[None]:
         TimeoutError: another process has held it for two minutes.
     """
     lock = Lock(directory)
-    if lock.acquire(_PATIENCE) is False:
-        raise TimeoutError(
-            f"another process has been replacing the files of {directory} for {_PATIENCE:.0f} seconds; try again when it "
-            f"has ended"
-        )
     try:
+        if lock.acquire(_PATIENCE) is False:
+            raise TimeoutError(
+                f"another process has been replacing the files of {directory} for {_PATIENCE:.0f} seconds; try again when "
+                f"it has ended"
+            )
         yield
     finally:
         lock.release()
@@ -120,17 +128,20 @@ class Scratch:
         inside = target.is_dir()
         base = target if inside else target.parent
         name = PREFIX if inside else _beside(target)
-        with locked(base):
-            remove_debris(target)
-            self.folder = base / f"{name}{secrets.token_hex(4)}"
-            os.mkdir(self.folder, 0o700)  # keeps the setgid bit that it gets from a setgid directory
-            self._lock = Lock(self.folder)
-            self._lock.acquire(0)
+        self.folder = base / f"{name}{secrets.token_hex(4)}"
+        self._lock = Lock(self.folder)
+        made = False
         try:
+            with locked(base):
+                remove_debris(target)
+                os.mkdir(self.folder, 0o700)  # keeps the setgid bit that it gets from a setgid directory
+                made = True
+                self._lock.acquire(0)
             (self.folder / OWNER).write_text(json.dumps(_this_process()), encoding="utf-8")
             os.mkdir(self.new)
         except BaseException:
-            self.remove()
+            if made:
+                self.remove()
             raise
 
     @property
@@ -156,8 +167,10 @@ class Scratch:
 
     def remove(self) -> None:
         """Deletes the folder and releases its lock."""
-        remove_folder(self.folder)
-        self._lock.release()
+        try:
+            remove_folder(self.folder)
+        finally:  # interrupted: while this process held the lock, no later save could delete what is left
+            self._lock.release()
 
     def leave(self) -> None:
         """Releases the lock; the folder stays, for `requanto.checkpoint.commit.finish_interrupted`."""
