@@ -34,6 +34,7 @@ READERS = [
     Case("deepseek_v4", "DeepseekV4ForCausalLM"),  # a grouped projection
     Case("wavlm", "WavLMModel"),  # projections handed to a function
     Case("opt", "OPTForCausalLM"),
+    Case("rwkv", "RwkvForCausalLM"),  # halves weights before its first forward
 ]
 
 

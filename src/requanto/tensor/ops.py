@@ -5,7 +5,7 @@
 writes raises.
 """
 
-from requanto.tensor import aliases, aten, distributed, joining, merge, rebuild  # noqa: F401  (register operators)
+from requanto.tensor import aliases, aten, distributed, joining, merge, rebuild, scaling  # noqa: F401  (register operators)
 from requanto.tensor.dispatch import torch_dispatch, torch_function
 
 __all__ = ["torch_dispatch", "torch_function"]
