@@ -176,7 +176,7 @@ WRITES = {
     "aten.zero_.default": lambda q: q.zero_(),
     "aten.fill_.Scalar": lambda q: q.fill_(1.0),
     "aten.normal_.default": lambda q: nn.init.normal_(q),
-    "aten.mul_.Tensor": lambda q: q.mul_(2),
+    "aten.mul_.Tensor": lambda q: q.mul_(3),
     "aten.add.out": lambda q: torch.add(torch.ones(5, 64), 1, out=q),
 }
 
