@@ -85,6 +85,6 @@ def check_all_read(unread: Iterable[str], missing: Iterable[str], model: str) ->
     if lost:
         raise CheckpointError(
             f"the files hold quantized weights ({lost[0]} and {len(lost) - 1} more), but the config does not "
-            f"describe them, so {model} would have random weights. Leave quantization_config out instead "
-            f"of passing None, and use the config.json (or quanto_qmap.json) that was saved with the files."
+            f"describe them, so {model} would have random weights. Use the config.json (or "
+            f"quanto_qmap.json) that was saved with the files, and do not pass quantization_config=None."
         )

@@ -59,8 +59,8 @@ def read_spec(text: str, name: str, dtype: torch.dtype = torch.float32) -> tuple
     except (KeyError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"quantization_config.tensors[{name!r}] is {text!r}, which is no description of a quantized weight "
-            f"({error}); expected e.g. 'qint4 1536x576 group=64 affine'. If it was edited, Config and tensors do not belong "
-            f"together: restore the config.json that was saved with these files."
+            f"({error}); expected e.g. 'qint4 1536x576 group=64 affine'. Restore the config.json that was saved with these "
+            f"files."
         ) from error
 
 
@@ -145,8 +145,8 @@ def rebuild(
         if found.shape != shape or found.dtype not in dtypes:
             raise CheckpointError(
                 f"{name}_{part}: found {found.dtype} {tuple(found.shape)}, expected "
-                f"{' or '.join(map(str, dtypes))} {tuple(shape)} for {text!r}. Config and tensors do not belong together: "
-                f"restore the config.json that was saved with these files."
+                f"{' or '.join(map(str, dtypes))} {tuple(shape)} for {text!r}. The config and the tensors do not "
+                f"belong together: restore the config.json that was saved with these files."
             )
     if check_values:
         from requanto.checkpoint.values import check_values as check
@@ -162,8 +162,16 @@ def check_version(format_name: str | None, version: int | None, where: str) -> N
         CheckpointError: an unknown format, or a newer version of it.
     """
     if format_name != FORMAT:
-        raise CheckpointError(f"{where}: format {format_name!r} is unknown, expected {FORMAT!r}")
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where}: format {format_name!r} is unknown, expected {FORMAT!r}: another program wrote it, or it was edited. "
+            f"Restore the config.json that was saved with the files"
+        )
+    if type(version) is not int or version < 1:
+        raise CheckpointError(
+            f"{where}: format_version must be an integer from 1 on, found {version!r}. Restore the config.json that was "
+            f"saved with the files"
+        )
+    if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{where} is of format version {version!r}; this Requanto reads versions 1 to {FORMAT_VERSION}. "
             f"Install a newer one: pip install -U requanto"

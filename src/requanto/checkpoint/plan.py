@@ -37,7 +37,7 @@ def read_plan(folder: Path, target: Path) -> dict[str, Any] | None:
         return None
     try:
         if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST:
-            raise ValueError("it is no file of a plan's size")
+            raise ValueError("it is not a regular file, or larger than any plan")
         _check_owner(folder, target)
         plan = json.loads(path.read_text(encoding="utf-8"))
         _check(plan)
@@ -77,7 +77,7 @@ def _check(plan: Any) -> None:
         for name in wanted:
             stamp = stamps[name]
             if stamp is not None and not (isinstance(stamp, list) and all(type(v) is int for v in stamp)):
-                raise ValueError(f"the state of {name[:200]!r} is no size and time")
+                raise ValueError(f"the state of {name[:200]!r} is not a size and a time")
 
 
 def _check_inside(place: Path, name: str) -> None:

@@ -127,8 +127,8 @@ def check_described(name: str, found: Any, line: str) -> None:
     says = spec_text(found) if isinstance(found, QTensor) else (_fields(found) or {}).get("weight")
     if says != line:
         raise CheckpointError(
-            f"{name} is {says!r} according to the file and {line!r} according to config.json: Config and tensors do not "
-            f"belong together. Use the config.json of the model that the file was saved from."
+            f"{name} is {says!r} according to the file and {line!r} according to config.json: they do not belong "
+            f"together. Use the config.json of the model that the file was saved from."
         )
 
 

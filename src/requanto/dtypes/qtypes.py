@@ -183,7 +183,7 @@ def resolve_qtype(value: str | qtype | torch.dtype) -> qtype:
         return _ALIASES[key]
     near = difflib.get_close_matches(key, _ALIASES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown quantized type {value!r}{hint} Known: {', '.join(sorted(_ALIASES))}")
+    raise ValueError(f"unknown quantized type {value!r}{hint}. Known: {', '.join(sorted(_ALIASES))}")
 
 
 def short_name(value: qtype) -> str:

@@ -395,7 +395,7 @@ def _record_problem(
 
 def _combined_error(problems: dict[str, Exception]) -> Exception:
     first = next(iter(problems.values()))
-    more = f"\n(and {len(problems) - 1} more weights with problems)" if len(problems) > 1 else ""
+    more = f"\n(and {len(problems) - 1} more with errors)" if len(problems) > 1 else ""
     return type(first)(f"{first}{more}")
 
 

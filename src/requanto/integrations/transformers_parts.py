@@ -252,9 +252,9 @@ def check_loaded(model: Any, missing: set[str]) -> None:
     if unread and not ours:
         raise CheckpointError(
             f"the files hold quantized weights ({unread[0][0]}_qdata and {len(unread) - 1} more), but the config does not "
-            f"describe them, so {name} would have random weights. Leave quantization_config out instead of passing None, "
-            f"and use the config.json that was saved with the files; in the config of a part, set quantization_config to "
-            f"that of the whole model."
+            f"describe them, so {name} would have random weights. Use the config.json that was saved with the "
+            f"files, and pass neither quantization_config=None nor a config that lacks its quantization_config. (The config "
+            f"of a part needs the quantization_config of the whole model.)"
         )
     if unread:
         raise CheckpointError(

@@ -312,6 +312,8 @@ def parse_text(text: str, dtype: torch.dtype) -> tuple[WeightSpec, int]:
     Raises:
         KeyError, ValueError, IndexError: the text is not a valid spec.
     """
+    if len(text.split()) < 2:
+        raise ValueError("a type and a shape are needed")
     kind, shape, *words = text.split()
     fields = parse_words(" ".join([kind, *words]))
     rank = fields.pop("rank", 0)
