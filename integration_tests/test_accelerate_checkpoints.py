@@ -255,3 +255,13 @@ def test_accelerate_refuses_a_damaged_description(load, tmp_path, device_map):
     file.write_bytes(content.replace(b'{"format": "requanto"', b'{"format": "requantq"', 1))
     with pytest.raises(requanto.CheckpointError, match=r"without the .*_spec that describes it"):
         accelerate.load_checkpoint_and_dispatch(TINY[load.name].build(), str(tmp_path), device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}])
+def test_accelerate_makes_a_float_model_quantized(device_map, load, tmp_path):
+    model = load()
+    accelerate.Accelerator().save_model(model, str(tmp_path))
+    again = TINY[load.name].build().eval()
+    accelerate.utils.load_checkpoint_in_model(again, str(tmp_path), device_map=device_map)
+    assert sum(isinstance(parameter, QTensor) for parameter in again.parameters()) > 0
+    assert torch.equal(logits(again), logits(model))

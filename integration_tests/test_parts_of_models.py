@@ -216,6 +216,27 @@ def test_a_class_of_another_family_is_refused_with_the_one_to_load(tmp_path):
         tf.LlamaForCausalLM.from_pretrained(tmp_path / "int8")
 
 
+def test_a_class_that_reads_no_quantized_weight_is_refused(tmp_path):
+    source = save_tiny("llama", tmp_path / "float")
+    whole = TINY["llama"].auto.from_pretrained(source, quantization_config=QuantoConfig(weights="int8"))
+    whole.save_pretrained(tmp_path / "int8")
+    with pytest.raises(
+        CheckpointError, match=r"reads none of the 14 .*transformers\.LlamaForCausalLM\.from_pretrained"
+    ):
+        tf.GPT2LMHeadModel.from_pretrained(tmp_path / "int8")
+
+
+def test_a_float_part_may_have_a_new_head(tmp_path):
+    """None of its weights is quantized: only the other part's are."""
+    model = shrunk(tf.CLIPModel)
+    model.save_pretrained(tmp_path / "float")
+    config = QuantoConfig(weights="int8", modules_to_not_convert=["vision_model"])
+    tf.CLIPModel.from_pretrained(tmp_path / "float", quantization_config=config).save_pretrained(tmp_path / "int8")
+    found, missing = load(tf.CLIPForImageClassification, tmp_path / "int8", num_labels=3)
+    assert missing == {"classifier.weight", "classifier.bias"}
+    assert not any(isinstance(p, QTensor) for p in found.parameters())
+
+
 def test_a_head_of_another_size(tmp_path):
     model = shrunk(tf.BertForSequenceClassification)
     requanto.quantize(model, weights="int8", exclude=())

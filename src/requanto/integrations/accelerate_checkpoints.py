@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,9 +60,32 @@ def _wrap_load_state_dict(original: Callable) -> Callable:
         tensors = join_described(original(checkpoint_file, device_map))
         if _state.model is not None:
             check_joined(tensors, _state.model)
+            _quantize_targets(_state.model, tensors, only_tied=device_map is not None)
         return tensors
 
     return load_state_dict
+
+
+def _quantize_targets(model: nn.Module, tensors: dict[str, Any], only_tied: bool) -> None:
+    """Makes float weights of the model quantized, with all that is tied to them.
+
+    With a device map accelerate replaces parameters, but it ties them again to the first of each group, which the files may
+    lack. Without one it copies values, which a float weight cannot take.
+    """
+    targets, groups = {}, defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not isinstance(parameter, QTensor):
+            targets[name] = parameter
+            groups[id(parameter)].append(name)
+    found = {}
+    for name, value in tensors.items():
+        if not isinstance(value, QTensor) or name not in targets:
+            continue
+        old, group = targets[name], groups[id(targets[name])]
+        if not only_tied or (len(group) > 1 and not old.is_meta):
+            found |= dict.fromkeys(group, value.to(value.device if old.is_meta else old.device, old.dtype))
+    if found:
+        model.load_state_dict(found, strict=False, assign=True)
 
 
 @contextmanager

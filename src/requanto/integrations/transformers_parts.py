@@ -252,9 +252,9 @@ def check_loaded(model: Any, missing: set[str]) -> None:
     if unread and not ours:
         raise CheckpointError(
             f"the files hold quantized weights ({unread[0][0]}_qdata and {len(unread) - 1} more), but the config does not "
-            f"describe them, so {name} would have random weights. Use the config.json that was saved with the "
-            f"files, and pass neither quantization_config=None nor a config that lacks its quantization_config. (The config "
-            f"of a part needs the quantization_config of the whole model.)"
+            f"describe them, so {name} would have random weights. Use the config.json that was saved with the files, "
+            f"and pass neither quantization_config=None nor a config that lacks its quantization_config; in the config of a "
+            f"part, set quantization_config to that of the whole model."
         )
     if unread:
         raise CheckpointError(
@@ -280,6 +280,12 @@ def check_loaded(model: Any, missing: set[str]) -> None:
             f"{name} would have random weights: {key} is not in the files under a name that {name} reads, but {stem} is "
             f"({len(others)} quantized weights stay unread). The float checkpoint would load no better. "
             f"{_advice(loaded, name)}"
+        )
+    # A class that reads other weights of the file, and has a new head, lacks only few.
+    if loaded.stems and len(others) == len(loaded.stems) and 2 * len(wanted) > len(loaded.names):
+        raise CheckpointError(
+            f"{name} would have random weights: it reads none of the {len(others)} quantized weights in the files, and "
+            f"{len(wanted)} of its own {len(loaded.names)} tensors, e.g. {wanted[0]}, are not there. {_advice(loaded, name)}"
         )
 
 

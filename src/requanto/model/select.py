@@ -52,7 +52,7 @@ def planned_weights(
     for name, module, kind in chosen:
         weight = module._parameters.get("weight")
         found = None if weight is None or kind is None else weight_kind(module, "weight", weight)
-        if found is None or (registry.find(module) is None and not isinstance(module, QModuleMixin)):
+        if found is None or (registry.find(module, name) is None and not isinstance(module, QModuleMixin)):
             continue
         if isinstance(weight, QTensor):
             raise ValueError(

@@ -33,15 +33,19 @@ class Registry:
 
         return add
 
-    def find(self, module: nn.Module) -> type | None:
+    def find(self, module: nn.Module, name: str = "") -> type | None:
         """The quantized class for a module: that of the nearest registered base class.
 
         None, with a warning, for a subclass that overrides forward, which must be registered itself, and for a layer whose
         weight no quantized module can hold (`requanto.config.own_forward`).
+
+        Args:
+            name: the module's name in its model, for the warning.
         """
+        shown = f"{name} ({type(module).__qualname__})" if name else type(module).__qualname__
         reason = unusual(module, module._parameters.get("weight"))
         if reason is not None:
-            logger.warning("%s stays float: %s", type(module).__qualname__, reason)
+            logger.warning("%s stays float: %s", shown, reason)
             return None
         for base in type(module).__mro__:
             found = self._table.get(base) or self._table.get(f"{base.__module__}.{base.__qualname__}")
@@ -51,12 +55,12 @@ class Registry:
                 logger.warning(
                     "%s derives from %s but overrides forward, so it stays float; register a quantized class for it with "
                     "requanto.register_qmodule",
-                    type(module).__qualname__,
+                    shown,
                     base.__qualname__,
                 )
                 return None
             return found
-        return self._parent.find(module) if self._parent is not None else None
+        return self._parent.find(module, name) if self._parent is not None else None
 
 
 #: the registry that requanto.quantize uses

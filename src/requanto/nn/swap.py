@@ -36,7 +36,7 @@ def quantize_in_place(
     Args:
         options: further keywords of `QTensor.quantize`.
     """
-    qmodule_cls = registry.find(module)
+    qmodule_cls = registry.find(module, name)
     if qmodule_cls is None:
         return False
     qmodule = qmodule_cls.from_module(module, weights=weights, activations=activations, optimizer=optimizer)
