@@ -133,3 +133,10 @@ def test_a_damaged_index_is_left_to_the_check_that_names_it(tmp_path, text):
     Watched.start(tmp_path, None, "model")
     with pytest.raises(CheckpointError, match=r"index\.json"):
         SafetensorsFiles(tmp_path)
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, 3, True])
+def test_an_id_of_another_kind_is_named(tmp_path, value):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"save_id": "x"})
+    with pytest.raises(CheckpointError, match=r"quantization_config\.save_id is .*, expected a text"):
+        check_ids(value, [tmp_path / "model.safetensors"])

@@ -148,8 +148,13 @@ def check_ids(expected: str | bool | None, files: Iterable[str | os.PathLike]) -
     Raises:
         CheckpointError: the message names the files that do not belong together.
     """
+    if not isinstance(expected, str) and expected is not None and expected is not False:
+        raise CheckpointError(
+            f"quantization_config.save_id is {expected!r}, expected a text, or false for no comparison: restore the "
+            f"config.json that was saved with these files"
+        )
     paths = [str(file) for file in files if str(file).endswith(".safetensors")]
-    ids = {path: read_metadata(path).get(KEY) for path in paths}
+    ids = {path: None if (found := read_metadata(path).get(KEY)) is None else str(found) for path in paths}
     if expected is False or not ids:
         return
     by_id: dict[str | None, list[str]] = {}
