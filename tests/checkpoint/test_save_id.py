@@ -140,3 +140,15 @@ def test_an_id_of_another_kind_is_named(tmp_path, value):
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors", metadata={"save_id": "x"})
     with pytest.raises(CheckpointError, match=r"quantization_config\.save_id is .*, expected a text"):
         check_ids(value, [tmp_path / "model.safetensors"])
+
+
+def test_a_weight_with_a_digest_counts_by_it(tmp_path):
+    """Its bytes were read for the digest already."""
+    found = {}
+    for name, codes, digest in (("a", 1, "0" * 16), ("b", 1, "1" * 16), ("c", 2, "0" * 16), ("d", 1, None)):
+        (tmp_path / name).mkdir()
+        digests = {} if digest is None else {"digests": {"w": digest}}
+        found[name] = saved(tmp_path / name, {"w_qdata": torch.full((4,), codes), "b": torch.ones(2)}, digests)
+    assert found["a"] != found["b"], "another digest"
+    assert found["a"] == found["c"], "codes are not read again"
+    assert found["d"] not in found["a"] + found["b"]

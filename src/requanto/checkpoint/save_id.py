@@ -12,14 +12,14 @@ import json
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.commit import finish_interrupted
-from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.format import PARTS, CheckpointError
 from requanto.checkpoint.weight_files import Family, index_files
 
 logger = logging.getLogger(__name__)
@@ -68,21 +68,27 @@ def stamp(directory: str | os.PathLike) -> None:
 
 
 def _id_of(files: list[Path], config: Mapping[str, Any]) -> str:
-    """Returns the first half of a SHA-256 over all tensors, in whatever files they are, and the config."""
+    """Returns the first half of a SHA-256 over all tensors, in whatever files they are, and the config.
+
+    Weights with a digest are not read again: their digests are in the config.
+    """
+    digested = {f"{name}_{part}" for name in config.get("digests") or () for part in PARTS}
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        lines = [line for file in files for line in _tensor_lines(file, pool)]
+        lines = [line for file in files for line in _tensor_lines(file, digested, pool)]
     digest = hashlib.sha256("\n".join(sorted(lines)).encode())
     digest.update(json.dumps({k: v for k, v in config.items() if k != KEY}, sort_keys=True).encode())
     return digest.hexdigest()[:_LENGTH]
 
 
-def _tensor_lines(file: Path, pool: ThreadPoolExecutor) -> list[str]:
+def _tensor_lines(file: Path, digested: Set[str], pool: ThreadPoolExecutor) -> list[str]:
     size, header = _header(file)
     entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
 
         def line(item: tuple[str, dict[str, Any]]) -> str:
             name, entry = item
+            if name in digested:
+                return f"{name} {entry['dtype']} {entry['shape']}"
             first, last = (size + offset for offset in entry["data_offsets"])
             with memoryview(mapped) as whole, whole[first:last] as part:
                 found = hashlib.sha256(part).hexdigest()
