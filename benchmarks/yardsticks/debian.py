@@ -57,8 +57,31 @@ def paragraphs(html: str) -> list[str]:
 class _Reader(HTMLParser):
     """Collects the text of block elements; text in `pre` keeps its lines."""
 
-    BLOCKS = frozenset("p li dd dt h1 h2 h3 h4 h5 h6 pre td th blockquote div table ul ol dl section".split())
-    IGNORED = frozenset("script style nav head footer header form svg".split())
+    BLOCKS = frozenset(
+        [
+            "p",
+            "li",
+            "dd",
+            "dt",
+            "h1",
+            "h2",
+            "h3",
+            "h4",
+            "h5",
+            "h6",
+            "pre",
+            "td",
+            "th",
+            "blockquote",
+            "div",
+            "table",
+            "ul",
+            "ol",
+            "dl",
+            "section",
+        ]
+    )
+    IGNORED = frozenset(["script", "style", "nav", "head", "footer", "header", "form", "svg"])
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

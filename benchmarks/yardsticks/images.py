@@ -2,8 +2,8 @@
 
     PYTHONPATH=benchmarks:examples python -m yardsticks.images           # a few minutes on one core
 
-Both are Transformers' own classes, in float32. 500 of the 1797 digits are kept for the measurement; the others are trained on
-with noise and shifts, so that an answer is no matter of course.
+Both are Transformers' own classes, in float32. 500 of the 1797 digits are kept for the measurement; the others are trained
+on with noise and shifts, so that an answer is no matter of course.
 """
 
 from __future__ import annotations
