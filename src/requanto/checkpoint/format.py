@@ -1,4 +1,4 @@
-"""The checkpoint format of a quantized weight, versions 1 and 2 (docs/format.md).
+"""The checkpoint format of a quantized weight, versions 1 to 3 (docs/format.md).
 
 A weight ``W`` is stored as ``W_qdata``, ``W_scale``, ``W_shift`` if affine, and ``W_codebook`` for learned types. No tensor
 is named ``W``: a loader without Requanto then reports a missing weight instead of loading codes as values. The rest of the
@@ -16,6 +16,7 @@ The words after type and shape:
     rank=R           low-rank term ``W_up``, ``W_down`` (e.g. a merged adapter): the weight is ``dequant(W) + up @ down``
     scales=B         ``W_scale`` and ``W_shift`` are codes of B bits, with ``W_row_scale`` (`requanto.scales.compact`)
     rotation=B       rows were rotated in blocks of B before quantization (`requanto.scales.rotation`)
+    columns          column scale ``W_column``, by which dequantized rows are multiplied (`requanto.scales.columns`)
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
         CheckpointError: the line cannot be parsed.
     """
     spec, rank = read_spec(text, name)
-    names = ("qtype", "group_size", "axis", "affine", "transposed", "activation", "scale_bits", "rotation")
+    names = ("qtype", "group_size", "axis", "affine", "transposed", "activation", "scale_bits", "rotation", "column")
     return {"shape": spec.seen_shape, "rank": rank, **{field: getattr(spec, field) for field in names}}
 
 

@@ -31,7 +31,7 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
 
     Raises:
         CheckpointError: NaN or Inf in a part or among float8 codes, a negative scale, a scale of 0 for codes that differ,
-            or a scale or shift that makes weights absurdly large.
+            a column scale that is not positive, or a scale or shift that makes weights absurdly large.
     """
     if parts["qdata"].is_meta:
         return
@@ -42,6 +42,10 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
         raise CheckpointError(f"{name}_qdata holds NaN among its {spec.qtype.name} codes: {_DAMAGED}")
     if not parts["scale"].numel():
         return
+    if spec.column and parts["column"].numel() and float(parts["column"].min()) <= 0:
+        raise CheckpointError(
+            f"{name}_column holds {float(parts['column'].min()):g}, and a column scale is positive: {_DAMAGED}"
+        )
     rows = "scale" if spec.scale_bits is None else "row_scale"
     smallest = float(parts[rows].min())
     if smallest < 0:
@@ -76,6 +80,16 @@ def _check_zeros(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str)
         raise CheckpointError(f"{name} has a scale of 0 for weights that are not all the same: {_DAMAGED}")
 
 
+def _columns_of_scales(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | float:
+    """The largest column scale that each stored scale is multiplied by."""
+    if not spec.column or not parts["column"].numel():
+        return 1.0
+    column = parts["column"].float().unsqueeze(-2)  # [..., 1, K]
+    if spec.scale_bits is None and spec.rotation is None:
+        return column.unflatten(-1, (spec.groups, -1)).amax(-1)
+    return column.amax(-1, keepdim=True)
+
+
 def _check_size(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str) -> None:
     kind = spec.qtype
     steps = kind.span if kind.is_codebook else kind.qmax if kind.is_floating_point else 2.0 ** (kind.bits - 1)
@@ -86,10 +100,11 @@ def _check_size(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str) 
                 f"{name}_codebook holds {largest:g}, and its values are fitted to -1 to 1: {_DAMAGED}"
             )
     top = 2.0**spec.scale_bits - 1 if spec.scale_bits is not None else 1.0
-    scales = parts["scale" if spec.scale_bits is None else "row_scale"].float() * (steps * top)
+    columns = _columns_of_scales(spec, parts)
+    scales = parts["scale" if spec.scale_bits is None else "row_scale"].float() * (steps * top) * columns
     sizes = {"scale": scales}
     if spec.affine and spec.scale_bits is None:
-        sizes["shift"] = parts["shift"].float().abs()
+        sizes["shift"] = parts["shift"].float().abs() * columns
     if "up" in parts:
         sizes["up"], sizes["down"] = parts["up"].float().abs(), parts["down"].float().abs()
     for part, size in sizes.items():

@@ -72,6 +72,13 @@ def quantize(
     low_rank: Annotated[
         int | None, typer.Option(help="Rank of a low-rank correction stored with the codes; default: none.")
     ] = None,
+    column_scale: Annotated[
+        str | None,
+        typer.Option(
+            help="Divide columns by a scale before rounding: std, root, true (the better of the two) or false (none); "
+            "default: what is best for the type."
+        ),
+    ] = None,
     modules_to_not_convert: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,6 +125,7 @@ def quantize(
             scale_bits=scale_bits,
             rotation=rotation,
             low_rank=low_rank,
+            column_scale={"true": True, "false": False}.get(column_scale or "", column_scale),
             modules_to_not_convert=modules_to_not_convert or None,
             modules=_pairs(module or []),
             embeddings=embeddings,

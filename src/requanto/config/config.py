@@ -14,14 +14,16 @@ from requanto.config.checks import AUTO
 from requanto.config.limit import Limit, parse_candidates
 from requanto.config.stored_weights import is_stored, plain_type, stored_text
 from requanto.dtypes.qtypes import qtype, resolve_qtype
+from requanto.scales.columns import check_column_scale
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
 from requanto.scales.rotation import check_rotation
 from requanto.scales.search import check_method
 
 FORMAT = "requanto"
-#: newest checkpoint format version that can be read; a checkpoint that needs no feature of version 2 is written as version 1
-FORMAT_VERSION = 2
+#: newest checkpoint format version that can be read; a checkpoint is written as the first version that has what it needs
+FORMAT_VERSION = 3
+_VERSION_3_WORDS = frozenset({"columns"})
 _VERSION_2_WORDS = frozenset({"scales", "rotation"})
 _VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
 
@@ -32,8 +34,10 @@ def format_version_of(tensors: Mapping[str, str]) -> int:
 
 
 def _version_of(kind: str, _shape: str, *words: str) -> int:
-    later = any(word.partition("=")[0] in _VERSION_2_WORDS for word in words)
-    return 2 if later or kind not in _VERSION_1_TYPES else 1
+    found = {word.partition("=")[0] for word in words}
+    if found & _VERSION_3_WORDS:
+        return 3
+    return 2 if found & _VERSION_2_WORDS or kind not in _VERSION_1_TYPES else 1
 
 
 class QuantizationMethod(str, Enum):
@@ -49,9 +53,21 @@ class QuantizationMethod(str, Enum):
 LayerChoice = str | dict[str, Any] | None
 
 _BUDGET_KEYS = ("bits", "max_memory", "candidates")
-_LAYER_KEYS = ("weights", "group_size", "symmetric", "activations", "scale_bits", "method", "rotation", "low_rank")
+_LAYER_KEYS = (
+    *(
+        "weights",
+        "group_size",
+        "symmetric",
+        "activations",
+        "scale_bits",
+        "method",
+        "rotation",
+        "low_rank",
+        "column_scale",
+    ),
+)
 #: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
-_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", *_BUDGET_KEYS})
+_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", "column_scale", *_BUDGET_KEYS})
 #: of the files, not of the choice
 _OF_FILES = ("digests", "save_id")
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget", *_OF_FILES)
@@ -69,8 +85,8 @@ class QuantoConfig:
             per row for 8 bits; -1: one scale per row. A size that does not divide a row is halved until it does.
         modules: options for single modules: glob on the dotted name -> type, None for float, or a dict with the keys
             ``weights``, ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, ``rotation``,
-            ``low_rank``. The first match is used. A full name (no glob) also overrides the library's default skips:
-            ``modules={"lm_head": "int8"}``.
+            ``low_rank``, ``column_scale``. The first match is used. A full name (no glob) also overrides the library's
+            default skips: ``modules={"lm_head": "int8"}``.
         symmetric: codes without a shift; None: integers below 8 bits and unsigned ones have a shift, other types none.
         method: how scales are chosen, without data: ``"minmax"``, ``"mse"``, ``"weighted"``, ``"aligned"`` or ``"hqq"``;
             None: the most accurate one for the type as measured (docs/accuracy.md). Methods that need calibration samples
@@ -84,6 +100,9 @@ class QuantoConfig:
             before rounding, and inputs are rotated alike. None: no rotation.
         low_rank: rank of a low-rank term, two thin matrices in addition to the codes, that corrects most of the rounding
             error; None: no term.
+        column_scale: ``"std"`` or ``"root"``: weights are divided by a scale of each column before rounding, and inputs
+            multiplied by it (docs/accuracy.md); True: the better of the two as measured; False: no column scale; None: the
+            type's default.
         default_skips: leave float what the library or this package skips by default. False clears that list.
         weights_dtype: Diffusers' name for ``weights``.
         bits, max_memory: with ``weights="auto"``, one of the two: a budget within which each layer's type is chosen
@@ -111,6 +130,7 @@ class QuantoConfig:
         scale_bits: int | None = None,
         rotation: bool | str | int | None = None,
         low_rank: int | None = None,
+        column_scale: bool | str | None = None,
         weights_dtype: str | qtype | None = None,
         method: str | None = None,
         bits: float | None = None,
@@ -144,6 +164,7 @@ class QuantoConfig:
         self.scale_bits = check_scale_bits(scale_bits)
         self.rotation = check_rotation(checks.small(rotation, "rotation"))
         self.low_rank = check_low_rank(checks.small(low_rank, "low_rank"))
+        self.column_scale = check_column_scale(checks.small(column_scale, "column_scale"))
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty until a model was quantized
         self.tensors: dict[str, str] = checks.table(stored.get("tensors"), "tensors", "the description of a weight")
         #: name of a module that holds activation scales -> their type (`requanto.checkpoint.activation_table`)
@@ -187,6 +208,7 @@ class QuantoConfig:
             "scale_bits",
             "rotation",
             "low_rank",
+            "column_scale",
             "weights_dtype",
             "method",
             *_BUDGET_KEYS,
@@ -240,6 +262,7 @@ class QuantoConfig:
             "method": self.method,
             "rotation": self.rotation,
             "low_rank": self.low_rank,
+            "column_scale": self.column_scale,
         }
         choice = self.modules[pattern] if pattern is not None else options
         if isinstance(choice, str):
@@ -340,6 +363,7 @@ class LayerOptions:
         method: str | None = None,
         rotation: int | None = None,
         low_rank: int | None = None,
+        column_scale: bool | str | None = None,
     ) -> None:
         #: True while a budget has not chosen the type; qtype is int8 until then
         self.auto = weights == AUTO
@@ -350,6 +374,8 @@ class LayerOptions:
         self.symmetric = symmetric
         self.activations = None if activations is None else resolve_qtype(activations)
         self.scale_bits, self.rotation, self.low_rank = scale_bits, rotation, low_rank
+        #: kind of column scale; False: none; None: the type's default
+        self.column_scale = column_scale
         #: name of the scale search; None: the type's default
         self.method = method
 
@@ -397,4 +423,5 @@ _LAYER_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "scale_bits": check_scale_bits,
     "rotation": check_rotation,
     "low_rank": check_low_rank,
+    "column_scale": check_column_scale,
 }

@@ -120,7 +120,7 @@ def _wrap_set_tensor(original: Callable) -> Callable:
             owner, _, leaf = tensor_name.rpartition(".")
             old = module.get_submodule(owner)._parameters.get(leaf)
             if isinstance(old, QTensor) and value.shape == old.shape:
-                value = old._quantize_like(value.to(old.dtype), low_rank=old.rank or None)
+                value = old._quantize_like(value.to(old.dtype), low_rank=old.rank or None, same_column=False)
         with assign_frozen():
             original(module, tensor_name, device, value, *args, **kwargs)
 

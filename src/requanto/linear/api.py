@@ -12,6 +12,7 @@ import torch
 from requanto.linear import reference  # isort: skip  (registered first: the others are inserted before it)
 from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.linear import custom_ops
+from requanto.linear.columns import scale_columns
 from requanto.linear.cpu import paths as cpu
 from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
@@ -43,7 +44,8 @@ def linear(
         bias: float ``[N]``.
         activation: type that x is quantized to (``qint8``, float8); None: ``weight.activation``, by default no
             quantization.
-        input_scale: static scale of quantized activations, one element; None: one scale per token.
+        input_scale: static scale of quantized activations, one element; None: one scale per token. It belongs to what is
+            quantized: of a weight with a column scale, to ``x * weight.column``.
 
     Returns:
         ``[..., N]`` in x's dtype, or autocast's if autocast is enabled.
@@ -184,20 +186,26 @@ def _checked(
             "linear: input_scale needs an activation type, and neither the call nor the weight has one; pass "
             "activation=..."
         )
-    # Implementations handle only the codes; the low-rank term and the rotation are applied here.
-    block = weight.rotation
-    if block is None:
+    # Implementations handle only the codes; the low-rank term, the rotation and the column scale are applied here.
+    block, column = weight.rotation, weight.column
+    if block is None and column is None:
         out = _codes_gemm(x, weight, bias, activation, input_scale)
-    elif input_scale is not None:
+    elif block is not None and input_scale is not None:
         raise ValueError(
             f"linear: a static input_scale belongs to the unrotated x, but this weight needs x rotated in blocks of "
             f"{block}. Use dynamic activation quantization (one scale per token), or a weight without rotation."
         )
     elif weight.transposed:
-        out = rotate(_codes_gemm(x, weight, None, activation, None), block)
+        # Divided by a small column scale, a result may leave float16's range.
+        wide = x.float() if column is not None and x.dtype == torch.float16 else x
+        out = _codes_gemm(wide, weight, None, activation, input_scale)
+        out = out if block is None else rotate(out, block)
+        out = scale_columns(out, weight).to(x.dtype)
         out = out if bias is None else out + bias.to(out.dtype)
     else:
-        out = _codes_gemm(rotate(x, block), weight, bias, activation, None)
+        scaled = scale_columns(x, weight)
+        scaled = scaled if block is None else rotate(scaled, block)
+        out = _codes_gemm(scaled, weight, bias, activation, input_scale)
     return out if weight.up is None else out + lowrank.lowrank_matmul(x, weight)
 
 

@@ -53,6 +53,7 @@ def _onnx_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
     shape = (indices.shape[0], weight.row_length)
     values = onnx_nodes.node("Rows", [indices, *parts], attributes, parts[0], shape, torch.float32)
     values = values if weight.rotation is None else rotate(values, weight.rotation)
+    values = values if weight.column is None else values * weight.column.float()
     if weight.up is not None and weight.down is not None:
         values = values + torch.index_select(weight.up, 0, indices).float() @ weight.down.float()
     return values.to(weight.dtype)
@@ -94,7 +95,8 @@ def _values(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
     else:
         values = codes.to(torch.float32)
     shift = _rows(parts["shift"], indices) if "shift" in parts else None
-    return scaled_values(values, kind, scale, shift, weight.row_length).to(weight.dtype)
+    values = scaled_values(values, kind, scale, shift, weight.row_length)
+    return (values * parts["column"].float() if "column" in parts else values).to(weight.dtype)
 
 
 def _rows(part: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

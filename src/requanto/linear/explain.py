@@ -79,6 +79,8 @@ def explain(
             kind += f", scales in {parameter.scale_bits} bits"
         if parameter.rotation is not None:
             kind += f", rotated in blocks of {parameter.rotation}"
+        if parameter.column is not None:
+            kind += ", column scale"
         if parameter.rank:
             kind += f", plus a term of rank {parameter.rank}"
         static = id(parameter) in calibrated

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 
 from requanto.linear import custom_ops
+from requanto.linear.columns import column_for
 from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import is_tracing
 from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
+
+
+def _columns_of_rows(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The column scale of the expert of each row: ``[rows, K]`` in x's dtype."""
+    column = column_for(weight, x.dtype)
+    rows = torch.arange(x.shape[0], device=x.device)
+    experts = torch.searchsorted(offsets, rows, right=True)
+    return column[experts.clamp(max=column.shape[0] - 1)]  # rows after the last end give zeros
 
 
 def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -23,8 +32,13 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     Returns:
         ``[rows, N]``
     """
-    block, transposed = weight.rotation, weight.transposed
-    x_codes = x if block is None or transposed else rotate(x, block)
+    block, transposed, column = weight.rotation, weight.transposed, None
+    if "column" in weight._storage.parts:
+        column = _columns_of_rows(x, weight, offsets)
+    x_codes = x if column is None or transposed else x * column
+    x_codes = x_codes if block is None or transposed else rotate(x_codes, block)
+    if column is not None and transposed and x.dtype == torch.float16:
+        x_codes = x.float()  # divided by a small column scale, a result may leave float16's range
     if is_tracing() and onnx_nodes.exporting():
         parts, words, shape = custom_ops.arguments(weight)
         attributes, out_shape = {"words": words, "shape": shape}, (x.shape[0], weight._spec.seen_shape[-2])
@@ -32,4 +46,5 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     else:
         out = torch.ops.requanto.grouped_linear(x_codes, offsets, *custom_ops.arguments(weight), False)
     out = rotate(out, block) if block is not None and transposed else out
+    out = (out * column).to(x.dtype) if column is not None and transposed else out
     return out if weight.up is None else out + lowrank.grouped_lowrank_matmul(x, weight, offsets)

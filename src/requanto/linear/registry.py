@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from requanto.dtypes.qtypes import qtype
+from requanto.linear.columns import column_for
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import needs_gradient, runs_eagerly
 from requanto.tensor.layout import LOCK
@@ -200,12 +201,24 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     matrix = weight.as_matrix()
     found = choose(problem_of(matrix, x.dtype, x.numel() // x.shape[-1], spec.activation)).implementation
     gemm = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if found.make_plan is not None else None
-    plan = Plan(gemm or _plan_without_preparation(found, spec.activation), spec.activation, x.is_cpu)
+    gemm = gemm or _plan_without_preparation(found, spec.activation)
+    if "column" in storage.parts:
+        gemm = _with_columns(gemm)
+    plan = Plan(gemm, spec.activation, x.is_cpu)
     with LOCK:  # another thread may have changed the weight meanwhile
         if storage.version == version:
             if len(storage.plans) >= MAX_PLANS:
                 storage.plans.clear()
             storage.plans[key] = plan
+
+
+def _with_columns(gemm: Gemm) -> Gemm:
+    """The plan of a weight with a column scale, from that of its codes."""
+
+    def scaled(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return gemm(x * column_for(weight, x.dtype), weight, bias)
+
+    return scaled
 
 
 def _plan_without_preparation(found: Implementation, activation: qtype | None) -> Gemm:

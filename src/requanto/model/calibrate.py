@@ -130,7 +130,11 @@ class Calibration(TorchFunctionMode):
             return
         self._modules[module] = None
         module.reuse_quantized(True)
-        value = args[0]
+        value, column = args[0], module.input_column
+        if column is not None and torch.is_tensor(value) and value.is_floating_point():
+            # The scale is that of what is quantized. A quantized input is of no use here: its values are quantized anew.
+            value = value.dequantize() if isinstance(value, QActivation) else value
+            value = value * column.to(value.dtype)
         if isinstance(value, QActivation):
             self._consumed |= set(getattr(value, _SOURCES, ()))
             module.input_scale = value._scale.detach().clone()

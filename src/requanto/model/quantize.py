@@ -33,6 +33,7 @@ from requanto.model.select import (
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as qmodules
 from requanto.nn.swap import quantize_in_place, restore_float_class
+from requanto.scales.columns import check_column_scale
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
 from requanto.scales.optimizers import Optimizer, check_optimizer
@@ -68,6 +69,7 @@ def quantize(
     scale_bits: int | None = None,
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
+    column_scale: bool | str | None = None,
 ) -> Module:
     """Turns a model's modules into quantized modules, in place.
 
@@ -100,7 +102,8 @@ def quantize(
         method_options: options of the method.
         resume: directory for finished blocks, from which an interrupted run continues.
         progress: show a progress bar while samples run.
-        scale_bits, rotation, low_rank: storage of scales, rotation of rows, correction of errors; see `QTensor.quantize`.
+        scale_bits, rotation, low_rank, column_scale: storage of scales, rotation of rows, correction of errors, scales of
+            columns; see `QTensor.quantize`.
 
     Returns:
         ``model`` itself.
@@ -133,9 +136,11 @@ def quantize(
         search=method if calibration is None else None,
         rotation=rotation,
         low_rank=low_rank,
+        column_scale=column_scale,
     )
-    if optimizer is not None and options:
-        raise ValueError(f"an optimizer's codes are optimum-quanto's, which does not support {', '.join(options)}")
+    refused = [name for name, value in options.items() if value is not False]
+    if optimizer is not None and refused:
+        raise ValueError(f"an optimizer's codes are optimum-quanto's, which does not support {', '.join(refused)}")
     include, exclude = listed(include), listed(exclude)
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
@@ -143,8 +148,10 @@ def quantize(
     if limit is not None or calibration is not None:
         if optimizer is not None:
             raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= needs one type, not weights='auto'")
-        if calibration is not None and (rotation or low_rank):
-            raise ValueError(f"method={method or 'gptq'!r} does not support rotation= and low_rank=; leave them out")
+        if calibration is not None and (rotation or low_rank or column_scale):
+            raise ValueError(
+                f"method={method or 'gptq'!r} does not support rotation=, low_rank= and column_scale=; leave them out"
+            )
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
         planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
         if not planned:
@@ -158,7 +165,11 @@ def quantize(
                 if choice is not None:
                     o = choice.options
                     more = weight_options(
-                        scale_bits=o.scale_bits, search=o.method, rotation=o.rotation, low_rank=o.low_rank
+                        scale_bits=o.scale_bits,
+                        search=o.method,
+                        rotation=o.rotation,
+                        low_rank=o.low_rank,
+                        column_scale=o.column_scale,
                     )
                     _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
             return model
@@ -299,6 +310,8 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None, digests: b
         entry |= {"group_size": weight.group_size, "scale_bits": weight.scale_bits}
     if isinstance(weight, QTensor) and weight.rotation is not None:
         entry["rotation"] = weight.rotation
+    if isinstance(weight, QTensor) and weight.column is not None:
+        entry["column_scale"] = True
     if isinstance(weight, QTensor) and digests:
         entry["digest"] = digest_of(weight, activation)
     return entry
@@ -310,6 +323,7 @@ def weight_options(
     search: str | None = None,
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
+    column_scale: bool | str | None = None,
 ) -> dict[str, Any]:
     """Checks further keywords of `QTensor.quantize`, and returns those that are not None.
 
@@ -321,6 +335,7 @@ def weight_options(
         "search": check_method(search, where="search"),
         "rotation": check_rotation(rotation),
         "low_rank": check_low_rank(low_rank),
+        "column_scale": check_column_scale(column_scale),
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -27,7 +27,7 @@ from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
-_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale")
+_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale", "_column")
 
 
 def requantize(
@@ -200,6 +200,7 @@ def _from_own_parts(
             transposed=transposed,
             scale_bits=bits,
             rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
+            column="column" in own,
         )
         tensor = QTensor._of(spec, own)
     except ValueError as error:
@@ -225,7 +226,9 @@ def _make_qmodule(
     if isinstance(module, QModuleMixin):
         restore_float_class(module)
     group, symmetric = entry.get("group_size", "default"), entry.get("symmetric")
-    options = weight_options(**{k: entry.get(k) for k in ("scale_bits", "search", "rotation", "low_rank")})
+    options = weight_options(
+        **{k: entry.get(k) for k in ("scale_bits", "search", "rotation", "low_rank", "column_scale")}
+    )
     if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry, options):
         raise CheckpointError(f"the map quantizes {name!r}, and {type(module).__name__} has no quantized counterpart")
 

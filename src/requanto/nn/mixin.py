@@ -12,6 +12,7 @@ from requanto.nn.activation import QActivation, quantize_activation
 from requanto.nn.ste import round_per_token, straight_through
 from requanto.runtime.tracing import is_tracing
 from requanto.scales import fit_group_size
+from requanto.scales.columns import default_column_scale
 from requanto.scales.optimizers import Optimizer, check_optimizer, quantize_as_quanto
 from requanto.scales.quanto import group_size_rule, symmetric_codes
 from requanto.tensor.qtensor import QTensor
@@ -202,6 +203,22 @@ class QModuleMixin:
 
     # ------------------------------------------------------------------ activations
 
+    @property
+    def input_column(self) -> torch.Tensor | None:
+        """What the input is multiplied by before it is quantized: the weight's column scale ``[K]``; None: nothing."""
+        if not self.fuses_input or self.weight_qtype is None or self.weight is None:
+            return None
+        if self.frozen:
+            return self.weight.column
+        asked = self.weight_options.get("column_scale")
+        if self.optimizer is not None or not (default_column_scale(self.weight_qtype) if asked is None else asked):
+            return None
+        if self._reused is None:
+            return self.quantized(self.weight.detach()).column
+        if not self._reused:
+            self._reused.append(self.quantized(self.weight))
+        return self._reused[0].column
+
     def quantize_input(self, input: torch.Tensor) -> torch.Tensor:
         """The input for forward: quantized, rounded, or unchanged."""
         if isinstance(input, QActivation):
@@ -210,14 +227,25 @@ class QModuleMixin:
                     f"this module expects {self.activation_qtype.name} activations, found {input.qtype.name}: modules that "
                     f"follow one another must quantize activations to the same type"
                 )
-            return input
+            return input if self.input_column is None else self.quantize_input(input.dequantize())
         if not self.quantizes_input or not input.is_floating_point():
             return input
         if self.frozen and self.fuses_input:
             return input  # the GEMM quantizes it, with the static scale or one per token
+        column = self.input_column
+        if column is not None:  # rounded as the GEMM of the frozen weight will do, then as x again for the float weight
+            column = column.to(input.dtype)
+            return self._rounded(input * column) / column
         if self.calibrated:
             return _quantized(input, self.activation_qtype, self.input_scale)
         return round_per_token(input, self.activation_qtype, self.token_dims)
+
+    def _rounded(self, input: torch.Tensor) -> torch.Tensor:
+        """The input rounded to the activation type, as floats, with a straight-through gradient."""
+        if not self.calibrated:
+            return round_per_token(input, self.activation_qtype, self.token_dims)
+        quantized = _quantized(input, self.activation_qtype, self.input_scale)
+        return quantized.dequantize() if isinstance(quantized, QActivation) else quantized
 
     def quantize_output(self, output: torch.Tensor) -> torch.Tensor:
         """The output for the next module: quantized if there is a static scale, else unchanged."""

@@ -51,14 +51,15 @@ class QLinear(QModuleMixin, nn.Linear):
 def _linear(module: QModuleMixin, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``input @ weight.T + bias``, or ``input @ weight + bias`` for a weight [in, out].
 
-    With a QTensor, quantized activations are multiplied as codes.
+    With a QTensor, quantized activations are multiplied as codes. With a column scale, what is quantized is the input times
+    the column scale, so an input that is quantized already is quantized anew.
     """
     kind, scale, transposed = module.activation_qtype, None, module.transposed_weight
     if not isinstance(weight, QTensor) or (kind is None and isinstance(input, QActivation)):
         return F.linear(input, weight.t() if transposed else weight, module.bias)
     if kind is None:
         return times(input, weight, module.bias) if transposed else F.linear(input, weight, module.bias)
-    if isinstance(input, QActivation):
+    if isinstance(input, QActivation) and weight.column is None:
         input, scale = input.dequantize(), input._scale
     elif module.calibrated:
         scale = module.input_scale

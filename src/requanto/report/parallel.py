@@ -16,6 +16,7 @@ from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight, plan
 from requanto.dtypes.bit_packing import packed_length
 from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.columns import LEAST_ROWS, default_column_scale
 from requanto.scales.compact import ROW_DTYPE, stored_length
 from requanto.scales.weights import scale_dtype
 from requanto.tensor.qtensor import QTensor
@@ -173,6 +174,12 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     codes = packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize
     shared = 4 * 2**kind.bits if kind.is_learned else 0
     factors = rank * (rows_here + torch.Size(shape[:axis]).numel() * length_here) * parameter.element_size()
+    column = isinstance(parameter, QTensor) and parameter.column is not None
+    if planned is not None:
+        asked = planned.options.column_scale
+        column = bool(default_column_scale(kind) if asked is None else asked) and shape[axis] >= LEAST_ROWS
+    if column:
+        shared += torch.Size(shape[:axis]).numel() * length_here * parameter.element_size()
     return shared + rows_here * (codes + each * (2 if affine else 1) + row) + factors
 
 

@@ -20,6 +20,7 @@ from requanto.dtypes.bit_packing import pack, packed_length
 from requanto.dtypes.qtypes import qtype
 from requanto.runtime.buffers import release_scratch, scratch_like
 from requanto.scales.codebook import fit_codebook, nearest_codes
+from requanto.scales.columns import divide_columns
 from requanto.scales.compact import (
     ROW_DTYPE,
     expand_scale,
@@ -63,6 +64,7 @@ def quantize_weight_data(
     scale_bits: int | None = None,
     rotation: int | None = None,
     dtype: torch.dtype | None = None,
+    column: torch.Tensor | None = None,
 ) -> QuantizedData:
     """Quantizes the rows of ``weight``, in chunks of rows that bound the temporary memory.
 
@@ -76,6 +78,7 @@ def quantize_weight_data(
         scale_bits: bits of a group's scale and shift (`scales.compact`); None: they are floats.
         rotation: block in which the rows are rotated first (`requanto.scales.rotation`).
         dtype: dtype of the stored scales of groups; None: that of ``weight``.
+        column: column scale ``[..., K]`` by which the rows are divided first (`requanto.scales.columns`).
 
     Raises:
         ValueError: the weight contains NaN or Inf, is not float, or the type does not support ``affine``.
@@ -92,6 +95,12 @@ def quantize_weight_data(
     stored = scale_dtype(dtype or weight.dtype, groups > 1)
     search = find_search(search, kind)
 
+    def prepared(block: torch.Tensor, start: int) -> torch.Tensor:
+        """What is rounded for rows ``start ..``; changes ``block``, which is float32."""
+        if column is not None:
+            block = divide_columns(block, column, start, weight.shape[-2])
+        return block if rotation is None else rotate(block, rotation)
+
     width = packed_length(length, kind.bits) if kind.is_packed else length
     qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
     if scale_bits is None:
@@ -106,7 +115,8 @@ def quantize_weight_data(
         codebook = torch.empty(2**kind.bits, dtype=torch.float32, device=weight.device)
         if numbers:
             if kind.values is None:
-                kind = kind.with_values(fit_codebook(rows if rotation is None else rotate(rows, rotation), kind, group))
+                wide = rows if column is None and rotation is None else prepared(rows.to(torch.float32, copy=True), 0)
+                kind = kind.with_values(fit_codebook(wide, kind, group))
             codebook.copy_(torch.tensor(kind.values, dtype=torch.float32, device="cpu"))
     if numbers and rows.numel():
         chunk = CHUNK * min(torch.get_num_threads(), 4) if weight.device.type == "cpu" else CHUNK_ACCELERATOR
@@ -115,9 +125,7 @@ def quantize_weight_data(
             part = slice(start, start + step)
             # Sums depend on the memory order, so a transposed view is copied: it must give the same result as its copy.
             block = scratch_like(rows[part], "block").copy_(rows[part])
-            if rotation is not None:
-                block = rotate(block, rotation)
-            block = block.reshape(-1, groups, group)
+            block = prepared(block, start).reshape(-1, groups, group)
             found, offset = _search(search, block, kind, affine)
             _require_finite(found, name)
             if row_scale is None:

@@ -103,7 +103,9 @@ def copy_(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     if target.shape != source.shape:
         raise ValueError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
     if not isinstance(source, QTensor):
-        source = target._quantize_like(source.to(target.dtype), low_rank=target.rank or None)
+        # A part of a weight has the column scale of the whole; another weight gets one of its own.
+        same = target._storage.base is not None
+        source = target._quantize_like(source.to(target.dtype), low_rank=target.rank or None, same_column=same)
     if source.rank != target.rank and target._storage.base is None and _kind(source, 0) == _kind(target, 0):
         # A merged adapter, or one less. The whole weight is written, so no alias keeps another term.
         up, down = source.up, source.down
@@ -299,7 +301,7 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     def columns(name: str, t: torch.Tensor) -> torch.Tensor:
         if name == "qdata":
             return t[..., first // 8 : last // 8]
-        if name == "down":
+        if name in ("down", "column"):
             return t[..., start:end]
         if name in ("scale", "shift") and spec.group_size is not None:
             if bits is None or bits == 8:
@@ -360,13 +362,17 @@ def _rows_in_groups(func: Any, args: tuple, kwargs: dict, size: list[int]) -> QT
     tensor = args[0]
     if tensor.transposed or tensor.axis != 0 or tensor.rank:
         raise NeedsValues("only the rows of a weight without a low-rank term can be viewed in groups")
-    whole = tensor.shared_along(0)
-    new = part_of(
-        tensor,
-        tensor._spec.replace(shape=torch.Size(size), axis=1),
-        lambda name, t: t if name in whole else t.view(*size[:2], *t.shape[1:]),
-        rows=False,
-    )
+    whole, refused = tensor.shared_along(0), None
+    if tensor.column is not None:
+        refused = "copy_ into rows in groups of a quantized weight with a column scale, which all groups share."
+
+    def grouped(name: str, t: torch.Tensor) -> torch.Tensor:
+        if name == "column":
+            return t.expand(size[0], *t.shape)
+        return t if name in whole else t.view(*size[:2], *t.shape[1:])
+
+    spec = tensor._spec.replace(shape=torch.Size(size), axis=1)
+    new = part_of(tensor, spec, grouped, rows=False, read_only=refused)
     return return_and_correct_aliasing(func, args, kwargs, new)
 
 

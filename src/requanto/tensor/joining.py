@@ -54,7 +54,8 @@ def concatenate(pieces: Sequence[torch.Tensor], dim: int) -> QTensor:
     """Joins quantized weights along one axis; the result has exactly their values.
 
     Raises:
-        UnlikeWeights: a weight is float, or their types, rotations or codebooks differ, or rows end inside a byte.
+        UnlikeWeights: a weight is float, or their types, rotations, codebooks or column scales differ, or rows end inside a
+            byte.
         RuntimeError: their shapes differ in another axis.
     """
     weights = _quantized(pieces, "cat")
@@ -69,6 +70,8 @@ def concatenate(pieces: Sequence[torch.Tensor], dim: int) -> QTensor:
         return first.clone()
     _check_alike(weights)
     axis = stored_axis(first, dim)
+    if axis == first.axis:
+        _check_columns(weights)
     shape = list(first.shape)
     shape[dim] = sum(weight.shape[dim] for weight in weights)
     if axis > first.axis:
@@ -79,10 +82,13 @@ def concatenate(pieces: Sequence[torch.Tensor], dim: int) -> QTensor:
         group = weights[0].group_size
     lowrank = _joined_lowrank(weights, axis)
     parts = [weight.inner_tensors() for weight in weights]
-    names = [name for name in parts[0] if name not in ("up", "down", "codebook")]
+    alone = ("up", "down", "codebook", "column") if axis == first.axis else ("up", "down", "codebook")
+    names = [name for name in parts[0] if name not in alone]
     inner: dict[str, torch.Tensor] = {name: torch.cat([part[name] for part in parts], axis) for name in names}
     if first.codebook is not None:
         inner["codebook"] = first.codebook.clone()
+    if first.column is not None and "column" not in inner:
+        inner["column"] = first.column.clone()
     return weights[0].with_inner({**inner, **lowrank}, shape=shape, group_size=group)
 
 
@@ -112,6 +118,21 @@ def _check_alike(weights: Sequence[QTensor]) -> None:
                 f"{first.qtype.name} weights with codebooks of their own cannot be joined without rounding. Use a type with "
                 f"fixed values (nf4, int4), or call .dequantize() on them."
             )
+        if (first.column is None) != (other.column is None):
+            raise UnlikeWeights(
+                "quantized weights with and without a column scale cannot be joined without rounding. Quantize them alike, "
+                "or call .dequantize() on them."
+            )
+
+
+def _check_columns(weights: Sequence[QTensor]) -> None:
+    """Rows that are joined have one column scale in common."""
+    first = weights[0].column
+    if first is not None and not all(torch.equal(first, w.column) for w in weights[1:]):  # type: ignore[arg-type]
+        raise UnlikeWeights(
+            "rows of quantized weights with different column scales cannot be joined without rounding. Quantize them with "
+            "one column_scale tensor or with column_scale=False, or call .dequantize() on them."
+        )
 
 
 def _same_groups(weights: Sequence[QTensor]) -> list[QTensor]:

@@ -114,6 +114,7 @@ class WeightParts:
             "rank": self.rank,
             "scale_bits": spec.scale_bits,
             "rotation": spec.rotation,
+            "column": spec.column,
         }
 
     # ------------------------------------------------------------------ layout
@@ -210,6 +211,11 @@ class WeightParts:
         """Value of each code for learned types, else None."""
         return self._storage.parts.get("codebook")
 
+    @property
+    def column(self) -> torch.Tensor | None:
+        """The column scale ``[*lead[:-1], K]``, or None (`requanto.scales.columns`)."""
+        return self._storage.parts.get("column")
+
     def inner_tensors(self) -> dict[str, torch.Tensor]:
         """The parts in the plain layout, by name; the codes of a prepacked weight are a copy."""
         layout, parts = self._storage.state
@@ -258,7 +264,7 @@ class WeightParts:
         if "shape" in changes:
             changes["shape"] = swapped(changes["shape"]) if transposed else torch.Size(changes["shape"])
         parts = {name: part for name, part in inner.items() if part is not None}
-        spec = self._spec.replace(**changes, affine="shift" in parts)
+        spec = self._spec.replace(**changes, affine="shift" in parts, column="column" in parts)
         return type(self)._of(spec, parts)
 
     def view_of_storage(self, **changes: Any) -> QTensor:
@@ -279,7 +285,7 @@ class WeightParts:
 
     def shared_along(self, axis: int) -> frozenset[str]:
         """Names of the parts that do not have the stored ``axis``: slices along it share them."""
-        return frozenset(("codebook", "down") if axis == self.axis else ("codebook",))
+        return frozenset(("codebook", "down", "column") if axis == self.axis else ("codebook",))
 
     def scale_codes(self) -> dict[str, torch.Tensor]:
         """The stored scale and shift ``[*lead, G]``; with ``scale_bits`` as unpacked codes, one per byte."""

@@ -11,10 +11,12 @@ shows the shape, dtype and device of that weight. A `WeightSpec` describes it (`
         packed along the groups, and the attributes of those names compute the floats (`requanto.scales.compact`)
     codebook  value of each code, ``[2^bits]``, only for learned types (``codebook4``)
     up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``: factors of the low-rank term
+    column  ``[*lead[:-1], K]``: the column scale (`requanto.scales.columns`)
 
 ``W = dequant(qdata, scale, shift) + up @ down``. An adapter that is merged into a quantized weight becomes its low-rank
 term, since rounding the sum to few bits would lose most of the adapter (`requanto.tensor.lowrank`). With ``rotation`` the
-codes are those of rotated rows (`requanto.scales.rotation`), and ``W = rotated(dequant(...)) + up @ down``.
+codes are those of rotated rows (`requanto.scales.rotation`), and ``W = rotated(dequant(...)) + up @ down``. With a column
+scale ``W = rotated(dequant(...)) * column + up @ down``.
 
 ``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the other sizes.
 A ``transposed`` tensor shows its last two axes swapped; its stored tensors are the same. GPT-2's ``Conv1D``, with a weight
@@ -30,12 +32,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
+from requanto.scales.columns import fit_column
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.rotation import check_rotation, fit_rotation, rotate
@@ -51,7 +55,7 @@ class QTensor(WeightParts, torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Args:
-        qdata, scale, shift, up, down, codebook, row_scale: the parts (see the module's docstring).
+        qdata, scale, shift, up, down, codebook, row_scale, column: the parts (see the module's docstring).
         qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation: see `WeightSpec`; ``shape`` is
             the one that the tensor shows.
 
@@ -85,6 +89,7 @@ class QTensor(WeightParts, torch.Tensor):
         row_scale: torch.Tensor | None = None,
         scale_bits: int | None = None,
         rotation: int | None = None,
+        column: torch.Tensor | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -107,8 +112,9 @@ class QTensor(WeightParts, torch.Tensor):
             activation=activation,
             scale_bits=scale_bits,
             rotation=rotation,
+            column=column is not None,
         )
-        given = zip(PART_NAMES, (qdata, scale, shift, up, down, codebook, row_scale))
+        given = zip(PART_NAMES, (qdata, scale, shift, up, down, codebook, row_scale, column))
         return cls._of(spec, {name: part for name, part in given if part is not None})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -155,6 +161,7 @@ class QTensor(WeightParts, torch.Tensor):
         rotation: bool | str | int | None = None,
         low_rank: int | None = None,
         codebook: torch.Tensor | None = None,
+        column_scale: bool | str | torch.Tensor | None = None,
         name: str = "weight",
     ) -> QTensor:
         """Quantizes a float weight.
@@ -175,11 +182,14 @@ class QTensor(WeightParts, torch.Tensor):
             rotation: True, ``"hadamard"`` or the largest block: quantize the rotated rows (`scales.rotation`).
             low_rank: rank of a low-rank term that corrects rounding errors (`scales.correction`).
             codebook: values ``[2^bits]`` for a learned type (``"codebook4"``); None: they are fitted to the weight.
+            column_scale: divide each column by a scale before rounding (`scales.columns`): ``"std"`` or ``"root"``, computed
+                from the weight; True: the better of the two as measured; or float ``[K]``, ``[E, K]`` for experts, positive.
+                False: none. None: the type's default. With ``rotation`` the divided rows are rotated.
             name: name of the weight in messages.
 
         Raises:
             ValueError: the type is unknown or does not support ``symmetric``; or the weight is not float, has fewer than
-                two axes, or contains NaN or Inf.
+                two axes, or contains NaN or Inf; or a column scale does not fit (`scales.columns.fit_column`).
         """
         kind = resolve_qtype(kind)
         if isinstance(weight, QTensor):
@@ -204,6 +214,7 @@ class QTensor(WeightParts, torch.Tensor):
         block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)
         rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
+        column = fit_column(column_scale, rows, kind, weight.dtype, name)
         spec = WeightSpec(
             qtype=kind,
             shape=canonical.shape,
@@ -214,6 +225,7 @@ class QTensor(WeightParts, torch.Tensor):
             transposed=transposed,
             scale_bits=scale_bits,
             rotation=block,
+            column=column is not None,
         )
 
         valued = kind
@@ -226,25 +238,36 @@ class QTensor(WeightParts, torch.Tensor):
             valued = kind.with_values(tuple(codebook.float().tolist()))
 
         def rounded(values: torch.Tensor) -> QTensor:
-            data = quantize_weight_data(values, valued, group, affine, search, name, scale_bits, block, weight.dtype)
+            data = quantize_weight_data(
+                values, valued, group, affine, search, name, scale_bits, block, weight.dtype, column
+            )
+            if column is not None:
+                _require_finite_scales(data.scale, data.shift, name)
             parts = {
                 "qdata": data.qdata.view(spec.codes_shape),
                 "scale": data.scale,
                 "shift": data.shift,
                 "codebook": data.codebook,
                 "row_scale": data.row_scale,
+                "column": column,
             }
             return cls._of(spec, {part: tensor for part, tensor in parts.items() if tensor is not None})
 
         return rounded(rows) if rank is None or not weight.numel() else corrected(rows, rank, rounded)
 
     def _quantize_like(
-        self, values: torch.Tensor, *, low_rank: int | None = None, same_codebook: bool = False
+        self,
+        values: torch.Tensor,
+        *,
+        low_rank: int | None = None,
+        same_codebook: bool = False,
+        same_column: bool = True,
     ) -> QTensor:
         """Values with rows of this weight's length, quantized with its type, groups, scales, rotation, axis, orientation.
 
         Args:
             same_codebook: of a learned type, with this weight's codebook instead of one of their own.
+            same_column: with this weight's column scale; False: with one of their own, if this weight has one.
         """
         return QTensor.quantize(
             values,
@@ -255,6 +278,7 @@ class QTensor(WeightParts, torch.Tensor):
             rotation=self.rotation,
             low_rank=low_rank,
             codebook=self.codebook if same_codebook else None,
+            column_scale=self.column if self.column is not None and same_column else self.column is not None,
             axis=self.axis,
             transposed=self.transposed,
         )
@@ -282,12 +306,13 @@ class QTensor(WeightParts, torch.Tensor):
         return values.transpose(-1, -2) if self.transposed else values
 
     def values_without_lowrank(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: the dequantized codes, rotated back if the weight is rotated, without low-rank term."""
-        values = self.stored_values()
-        return values if self.rotation is None else rotate(values, self.rotation)
+        """float32 ``[*lead, K]``: the dequantized codes, rotated back and times the column scale, without low-rank term."""
+        values, column = self.stored_values(), self.column
+        values = values if self.rotation is None else rotate(values, self.rotation)
+        return values if column is None else values * column.to(torch.float32).unsqueeze(-2)
 
     def stored_values(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: the dequantized codes, of a rotated weight in the rotated basis."""
+        """float32 ``[*lead, K]``: the dequantized codes, in the rotated basis and without the column scale."""
         if in_jit_trace():
             with jit_trace_paused():
                 return self.stored_values()
@@ -312,6 +337,8 @@ class QTensor(WeightParts, torch.Tensor):
             kind += f", scales in {self.scale_bits} bits"
         if self.rotation is not None:
             kind += f", rotated in blocks of {self.rotation}"
+        if self.column is not None:
+            kind += ", column scale"
         packed = f", packed for {self.layout_name}" if self.is_packed else ""
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}{packed}, "
@@ -400,6 +427,17 @@ def scaled_values(
     if shift is not None:
         groups = groups - shift.to(torch.float32).unsqueeze(-1)
     return groups.reshape(values.shape)
+
+
+def _require_finite_scales(scale: torch.Tensor, shift: torch.Tensor | None, name: str) -> None:
+    for part in (scale, shift):
+        if part is None or not part.is_floating_point() or part.is_meta or isinstance(part, FakeTensor):
+            continue
+        if not bool(torch.isfinite(part).all()):
+            raise ValueError(
+                f"{name}: divided by the column scale the weight has groups that do not fit into {part.dtype}. Use a column "
+                f"scale of a smaller range, column_scale=False, or a weight in float32 or bfloat16."
+            )
 
 
 NO_GRADIENT = (

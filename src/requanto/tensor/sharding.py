@@ -57,7 +57,7 @@ def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
         shared = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
         shared |= {"row_scale"}
         axis = -1
-        known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale"}
+        known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale", "column"}
         if unknown := first.inner_tensors().keys() - known:
             raise NotImplementedError(f"joining pieces of rows that have parts {sorted(unknown)}")
     if first.group_size is not None:

@@ -26,7 +26,7 @@ from requanto.scales.rotation import check_rotation
 #: Possible dtypes of scales and low-rank factors.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Names of all parts of the plain layout. A weight has only those that it needs.
-PART_NAMES = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale")
+PART_NAMES = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale", "column")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class WeightSpec:
         activation: type to which inputs are quantized, per token; None: they stay float.
         scale_bits: bits in which scale and shift are stored; None: they are floats.
         rotation: size of the blocks in which rows were rotated before rounding; None: no rotation.
+        column: True if there is a column scale, by which dequantized rows and the inputs of a GEMM are multiplied.
     """
 
     qtype: qtype
@@ -56,6 +57,7 @@ class WeightSpec:
     activation: qtype | None = None
     scale_bits: int | None = None
     rotation: int | None = None
+    column: bool = False
 
     # ------------------------------------------------------------------ shapes
 
@@ -125,6 +127,8 @@ class WeightSpec:
             parts["codebook"] = (torch.Size([2**self.qtype.bits]), FLOATS)
         if self.scale_bits is not None:
             parts["row_scale"] = (torch.Size([*self.lead, 1]), FLOATS)
+        if self.column:
+            parts["column"] = (torch.Size([*self.lead[:-1], self.row_length]), FLOATS)
         return parts
 
     def low_rank_shapes(self, rank: int) -> dict[str, torch.Size]:
@@ -236,6 +240,8 @@ class WeightSpec:
             words.append(f"scales={self.scale_bits}")
         if self.rotation is not None:
             words.append(f"rotation={self.rotation}")
+        if self.column:
+            words.append("columns")
         return " ".join(words)
 
     def text(self, rank: int = 0) -> str:
@@ -243,7 +249,8 @@ class WeightSpec:
         name, *rest = self.words.split()
         words = [name, "x".join(map(str, self.seen_shape)), *rest]
         if rank:
-            place = next((i for i, word in enumerate(words) if word.startswith(("scales=", "rotation="))), len(words))
+            later = ("scales=", "rotation=", "columns")
+            place = next((i for i, word in enumerate(words) if word.startswith(later)), len(words))
             words.insert(place, f"rank={rank}")
         return " ".join(words)
 
@@ -288,6 +295,8 @@ def parse_words(text: str) -> dict[str, Any]:
         key, _, value = word.partition("=")
         if key in ("affine", "transposed") and not value:
             found: dict[str, Any] = {key: True}
+        elif word == "columns":
+            found = {"column": True}
         elif key == "group":
             found = {"group_size": _number(value)}
         elif key in ("axis", "rank"):

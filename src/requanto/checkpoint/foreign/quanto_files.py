@@ -177,8 +177,10 @@ def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tenso
     """
     _require_known(tensor.qtype, name)
     advice = "quantize with optimizer=AbsmaxOptimizer() (8 bits) or MaxOptimizer(), which do what optimum-quanto does"
-    if tensor.rotation is not None or tensor.rank:
-        raise CheckpointError(f"{name}: optimum-quanto's format has no rotated weights and no low-rank terms; {advice}")
+    if tensor.rotation is not None or tensor.rank or tensor.column is not None:
+        raise CheckpointError(
+            f"{name}: optimum-quanto's format has no rotated weights, no low-rank terms and no column scales; {advice}"
+        )
     if tensor.axis != 0 or tensor.transposed:
         raise CheckpointError(
             f"{name}: optimum-quanto stores only weights of shape [out, in ...] quantized along axis 0; leave it float"

@@ -72,14 +72,18 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
 
 
 def rows_rounded_once(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
-    """`dequantize_rows` with each value computed in float32 and rounded once, because scales may be float32."""
-    if out.dtype.itemsize > 2 or fused_dequantize.ready(weight, out.dtype):
+    """`dequantize_rows` times the column scale, with each value computed in float32 and rounded once."""
+    column = weight.column
+    if column is not None:
+        column = column.float()
+    elif out.dtype.itemsize > 2 or fused_dequantize.ready(weight, out.dtype):
         return dequantize_rows(weight, start, stop, out)
     step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, 4 * weight.row_length))
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
         wide = scratch_buffer((end - begin, weight.row_length), torch.float32, slot=6)
-        out[begin - start : end - start].copy_(dequantize_rows(weight, begin, end, wide))
+        wide = dequantize_rows(weight, begin, end, wide)
+        out[begin - start : end - start].copy_(wide if column is None else wide.mul_(column))
     return out
 
 

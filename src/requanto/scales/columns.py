@@ -1,0 +1,176 @@
+"""Column scales: one number for each column of a weight, by which the weight is divided before it is rounded.
+
+    W[n, k] = dequant(codes)[n, k] * column[k]        W x = dequant(codes) (column * x)
+
+Columns of a trained weight differ in size, because the inputs do that they are multiplied with. A group along a row holds
+weights of several columns, so its scale is that of the largest of them. Divided by a column scale, they fill the same grid
+alike. The GEMM multiplies x instead, which costs K multiplications for each token. (SINQ, Mueller et al. 2025,
+arXiv:2509.22944, finds scales of rows and columns in turns; here the rows have scales already, those of the groups.)
+
+For a convolution a column is one weight of a row: one input channel at one place of the kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from requanto.dtypes.qtypes import qtype
+
+logger = logging.getLogger(__name__)
+
+#: Exponent of the size of a column, by the name of the kind.
+KINDS = {"std": 1.0, "root": 0.5}
+#: What ``column_scale=True`` means.
+DEFAULT_KIND = "root"
+#: A computed column scale lies between 1 / LIMIT and LIMIT times the geometric mean of its weight.
+LIMIT = 64.0
+#: Least ratio of the smallest to the largest column scale. Below it float16 has fewer digits than bfloat16.
+SMALLEST = 2.0**-14
+#: Fewer rows get no computed column scale: it would take more than half a bit for each weight.
+LEAST_ROWS = 32
+#: Weights that are read at once.
+_CHUNK = 2**20
+
+
+def check_column_scale(value: Any, where: str = "column_scale") -> str | bool | None:
+    """A kind (True becomes `DEFAULT_KIND`), False (none) or None (the type's default).
+
+    Raises:
+        ValueError: another value.
+    """
+    if value is True:
+        return DEFAULT_KIND
+    if value is None or value is False or (isinstance(value, str) and value in KINDS):
+        return value
+    raise ValueError(f"{where} must be {', '.join(map(repr, KINDS))}, True, False or None, found {value!r}")
+
+
+def default_column_scale(kind: qtype) -> str | None:
+    """The kind of column scale that weights of a type get if none is asked for; None: they get none."""
+    return None
+
+
+def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """A column scale from the weight alone: geometric mean 1, cut to 1 / `LIMIT` .. `LIMIT`; 1 for columns of zeros.
+
+    Args:
+        weight: float ``[..., N, K]``, without NaN and Inf.
+        kind: ``"std"``: in proportion to the root mean square of each column; ``"root"``: to the square root of that.
+
+    Returns:
+        float32 ``[..., K]``.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"column_scale must be {', '.join(map(repr, KINDS))}, found {kind!r}")
+    *lead, rows, length = weight.shape
+    if weight.device.type == "meta" or isinstance(weight, FakeTensor) or not weight.numel():
+        return torch.ones(*lead, length, dtype=torch.float32, device=weight.device)
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    square = torch.zeros(*lead, length, dtype=wide, device=weight.device)
+    step = max(1, _CHUNK // max(1, weight.shape[:-2].numel() * length))
+    for start in range(0, rows, step):
+        # Contiguous, since sums of a transposed view could differ in their last bits.
+        block = weight[..., start : start + step, :].to(torch.float32).contiguous()
+        square += block.square().sum(-2, dtype=wide)
+    size = (square / rows).sqrt()
+    alive = size > 0
+    # The logarithms of dead columns are zeros, which do not count in the mean.
+    logs = torch.where(alive, size, 1.0).log() * KINDS[kind]
+    logs = logs - logs.sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
+    found = logs.exp().clamp(1 / LIMIT, LIMIT)
+    return torch.where(alive, found, 1.0).to(torch.float32)
+
+
+def fit_column(
+    asked: str | bool | torch.Tensor | None, rows: torch.Tensor, kind: qtype, dtype: torch.dtype, name: str
+) -> torch.Tensor | None:
+    """The column scale to store for a weight, ``[..., K]`` in ``dtype``; None: it gets none.
+
+    It is multiplied by a power of two such that the largest value is at most 1: then ``column * x`` cannot overflow, in
+    float16 either. (The codes' scales take the inverse.)
+
+    Args:
+        asked: a kind, True, False or None as in `check_column_scale`, or a tensor of the result's shape.
+        rows: the weight, float ``[..., N, K]``.
+        kind: type of the codes.
+        dtype: dtype of the weight.
+        name: name of the weight in messages.
+
+    Raises:
+        ValueError: a given tensor is not float, has another shape, is not positive and finite, or its smallest value is
+            less than `SMALLEST` times its largest.
+    """
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    if isinstance(asked, torch.Tensor):
+        column = _checked(asked, rows, name)
+    else:
+        asked = check_column_scale(asked, f"{name}: column_scale")
+        asked = default_column_scale(kind) if asked is None else asked
+        if not asked:
+            return None
+        if rows.shape[-2] < LEAST_ROWS:
+            logger.info(
+                "%s: a weight of %d rows gets no column scale, which would take %.2g bits for each weight",
+                name,
+                rows.shape[-2],
+                8 * stored.itemsize / max(1, rows.shape[-2]),
+            )
+            return None
+        column = column_scale(rows, asked)
+    if column.device.type == "meta" or isinstance(column, FakeTensor) or not column.numel():
+        return column.to(stored)
+    if not bool(torch.isfinite(column).all()):
+        return torch.ones_like(
+            column, dtype=stored
+        )  # of a weight with NaN or Inf, which is refused with its own message
+    largest = column.amax(-1, keepdim=True)
+    power = torch.frexp(largest).exponent
+    half = power // 2  # in two steps: the whole power may exceed float32
+    return torch.ldexp(torch.ldexp(column, -half), half - power).to(stored)
+
+
+def _checked(given: torch.Tensor, rows: torch.Tensor, name: str) -> torch.Tensor:
+    shape = (*rows.shape[:-2], rows.shape[-1])
+    if tuple(given.shape) != shape or not given.is_floating_point():
+        raise ValueError(
+            f"{name}: a column scale of shape {tuple(given.shape)} and {given.dtype} was given; expected a float tensor of "
+            f"shape {shape}, one number for each column of the weight"
+        )
+    column = given.detach().to(rows.device, torch.float32)
+    if column.device.type == "meta" or isinstance(column, FakeTensor) or not column.numel():
+        return column
+    bad = ~(torch.isfinite(column) & (column > 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name}: {int(bad.sum())} of the {column.numel()} column scales given are zero, negative, NaN or Inf; they "
+            f"have to be positive numbers. Use 1 for columns that are not to be scaled."
+        )
+    ratio = float((column.amin(-1) / column.amax(-1)).min())
+    if ratio < SMALLEST:
+        raise ValueError(
+            f"{name}: the smallest column scale given is {ratio:.2g} of the largest, and would underflow in float16; "
+            f"expected at least {SMALLEST:.2g}. Limit them, e.g. column.clamp(min=column.max() * {SMALLEST:.2g})."
+        )
+    return column
+
+
+def divide_columns(block: torch.Tensor, column: torch.Tensor, start: int, rows: int) -> torch.Tensor:
+    """Divides rows ``start ..`` of a weight by its column scale, in place.
+
+    Args:
+        block: float32 ``[count, K]``, rows of the weight seen as a matrix.
+        column: ``[..., K]``; each covers ``rows`` rows.
+        start: index of the first row.
+    """
+    columns = column.reshape(-1, column.shape[-1]).to(block.dtype)
+    if len(columns) == 1:
+        return block.div_(columns)
+    owner = torch.arange(start, start + len(block), device=block.device) // rows
+    return block.div_(columns[owner])
