@@ -76,11 +76,11 @@ def _launcher(op, bits, group, m, n, k, dtype, device) -> tuple[Callable[[Config
     """(launch, copies): launch(config, i) runs the op with copy i of a random weight; the copies exceed the L2 cache."""
     copies = max(1, min(64, int(256e6 / (n * k * bits / 8))))
     groups = k // group if group else 1
-    scale = torch.rand((n, groups), device=device) * 0.01 + 0.01
+    scale = torch.rand((n, groups), dtype=torch.float32, device=device) * 0.01 + 0.01
     if op == "scaled_mm":
         ws = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
-        xs = torch.rand(m, device=device)
+        xs = torch.rand(m, dtype=torch.float32, device=device)
         return lambda c, i: scaled_mm(x, ws[i], xs, scale[:, 0], config=c), copies
     if bits == 8:
         ws = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device) for _ in range(copies)]
@@ -90,7 +90,7 @@ def _launcher(op, bits, group, m, n, k, dtype, device) -> tuple[Callable[[Config
     common = {"bits": bits, "group_size": group or None, "layout": "exec"}
     if op == "w4a8_gemm":
         x = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=device)
-        xs = torch.rand(m, device=device)
+        xs = torch.rand(m, dtype=torch.float32, device=device)
         return lambda c, i: w4a8_gemm(x, xs, ws[i], scale, **common, config=c), copies
     x = torch.randn((m, k), dtype=dtype, device=device)
     return lambda c, i: wq_gemm(x, ws[i], scale, **common, config=c), copies

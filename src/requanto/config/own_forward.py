@@ -126,4 +126,4 @@ def _meta_weight(weight: torch.Tensor, axis: int, transposed: bool) -> QTensor:
         transposed=transposed,
     )
     codes = torch.empty(spec.codes_shape, dtype=torch.int8, device="meta")
-    return QTensor._of(spec, {"qdata": codes, "scale": torch.empty(*spec.lead, 1, device="meta")})
+    return QTensor._of(spec, {"qdata": codes, "scale": torch.empty(*spec.lead, 1, dtype=weight.dtype, device="meta")})

@@ -152,7 +152,7 @@ def _svd(delta: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor, to
     if size == min(delta.shape[-2:]):
         return torch.linalg.svd(delta, full_matrices=False)
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(delta.shape[-1], size, generator=generator).to(delta)
+    random = torch.randn(delta.shape[-1], size, generator=generator, dtype=torch.float32, device="cpu").to(delta)
     basis, _ = torch.linalg.qr(delta @ random)
     left, values, right = torch.linalg.svd(basis.mT @ delta, full_matrices=False)
     return basis @ left, values, right

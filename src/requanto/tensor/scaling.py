@@ -27,7 +27,7 @@ def _scale_(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     if not _is_power_of_two(factor) or weight._storage.base is not None or not _exact(weight, factor):
         return on_values(func, args, kwargs)
     rows = dict(weight.inner_tensors())["scale"].shape[:-1]
-    scale_rows(weight, torch.full(rows, factor, device=weight.device))
+    scale_rows(weight, torch.full(rows, factor, dtype=torch.float32, device=weight.device))
     return weight
 
 

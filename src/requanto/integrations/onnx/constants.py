@@ -63,7 +63,7 @@ def _moved(node: ir.Node, data: torch.Tensor, rest: list) -> torch.Tensor:
         return data.permute(node.attributes["perm"].as_ints() if "perm" in node.attributes else range(data.dim())[::-1])
     if kind == "Gather":
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        index = torch.tensor(rest[0])
+        index = torch.tensor(rest[0], dtype=torch.int64, device="cpu")
         bytes_ = data.view(torch.uint8) if data.dtype.itemsize == 1 else data
         found = bytes_.index_select(axis, index.reshape(-1) % data.shape[axis]).view(data.dtype)
         return found.reshape(*data.shape[:axis], *index.shape, *data.shape[axis + 1 :])

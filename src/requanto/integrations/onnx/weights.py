@@ -126,9 +126,9 @@ class Weight:
         if kind.is_learned:
             return to.initializer(f"{self.name}_codebook", self.parts["codebook"].float())
         if kind.is_floating_point:
-            values = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kind.dtype).float()
+            values = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8).view(kind.dtype).float()
         else:
-            values = torch.tensor(kind.values, dtype=torch.float32)
+            values = torch.tensor(kind.values, dtype=torch.float32, device="cpu")
         return to.initializer(f"requanto.{kind.name}", values)
 
     def _unpacked(self, to: Builder, stored: ir.Value) -> ir.Value:

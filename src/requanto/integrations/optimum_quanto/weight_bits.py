@@ -68,7 +68,7 @@ class WeightQBitsTensor(Weight, QBitsTensor):
             missing_keys.extend(absent)
             return None
         shape = torch.Size(size) if group_size is None else torch.Size(grouped_shape(size, axis, group_size))
-        strides = torch.empty(shape, device="meta").stride()
+        strides = torch.empty(shape, dtype=torch.uint8, device="meta").stride()
         packed = PackedTensor.load_from_state_dict(
             state_dict, prefix + "_data.", qtype.bits, shape, strides, missing_keys
         )
