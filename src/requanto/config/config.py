@@ -139,7 +139,7 @@ class QuantoConfig:
         **unknown: Any,
     ) -> None:
         stored = {key: unknown.pop(key) for key in _STORED_KEYS if key in unknown}
-        _refuse_unknown(unknown, type(self).parameters(), "QuantoConfig", stored)
+        refuse_unknown(unknown, type(self).parameters(), "QuantoConfig", stored)
         if is_stored(weights_dtype):  # a copy of `weights`, which is the one that counts
             weights_dtype = None
         given, other = (
@@ -320,7 +320,7 @@ class QuantoConfig:
         """The config that a dict describes. Keywords that name a known parameter replace the dict's value."""
         known = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.parameters()}
         fields = {**config_dict, **known}
-        _refuse_unknown({key: fields[key] for key in ("self",) if key in fields}, cls.parameters(), "", config_dict)
+        refuse_unknown({key: fields[key] for key in ("self",) if key in fields}, cls.parameters(), "", config_dict)
         config = cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -383,7 +383,7 @@ class LayerOptions:
         return f"LayerOptions({self.qtype.name}, group_size={self.group_size}, symmetric={self.symmetric})"
 
 
-def _refuse_unknown(
+def refuse_unknown(
     unknown: dict[str, Any], known: tuple[str, ...], where: str, stored: Mapping[str, Any] | None = None
 ) -> None:
     for key in unknown:
@@ -394,7 +394,7 @@ def _refuse_unknown(
                 f"{', '.join((*known, *_STORED_KEYS))}"
             )
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise TypeError(f"{where} got an unknown keyword {key!r}{hint} Known: {', '.join(known)}")
 
 
@@ -406,7 +406,7 @@ def _checked_choice(pattern: str, choice: LayerChoice) -> LayerChoice:
         return checks.type_name(choice, where)
     if not isinstance(choice, dict):
         raise ValueError(f"{where} must be a type, a dict or None, found {checks.shown(choice)}")
-    _refuse_unknown({k: v for k, v in choice.items() if k not in _LAYER_KEYS}, _LAYER_KEYS, where)
+    refuse_unknown({k: v for k, v in choice.items() if k not in _LAYER_KEYS}, _LAYER_KEYS, where)
     checked = dict(choice)
     for key, check in _LAYER_CHECKS.items():
         if key in checked:

@@ -15,8 +15,10 @@ from types import ModuleType
 #: module of a library -> (our module, function to call after the library's module is imported)
 HOOKS: dict[str, tuple[str, str]] = {
     "transformers.quantizers.auto": ("requanto.integrations.transformers", "register"),
+    "transformers.utils.quantization_config": ("requanto.integrations.builtin_configs", "register_transformers"),
     "transformers.modeling_utils": ("requanto.integrations.transformers_model", "register"),
     "diffusers.quantizers.auto": ("requanto.integrations.diffusers", "register"),
+    "diffusers.quantizers.quantization_config": ("requanto.integrations.builtin_configs", "register_diffusers"),
     "diffusers.quantizers.pipe_quant_config": ("requanto.integrations.diffusers_pipeline", "register"),
     "diffusers.pipelines.pipeline_utils": ("requanto.integrations.diffusers_pipeline", "register_pipelines"),
     "diffusers.modular_pipelines.modular_pipeline": ("requanto.integrations.diffusers_pipeline", "register_modular"),

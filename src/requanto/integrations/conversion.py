@@ -25,12 +25,8 @@ def as_config(config: Any) -> QuantoConfig:
     if isinstance(config, dict):
         return QuantoConfig.from_dict(config)
     if type(config).__name__ == "QuantoConfig":
-        weights = getattr(config, "weights", None) or getattr(config, "weights_dtype", None)
-        return QuantoConfig(
-            weights=weights,
-            activations=getattr(config, "activations", None),
-            modules_to_not_convert=config.modules_to_not_convert,
-        )
+        # Further keywords than the library's own: `requanto.integrations.builtin_configs`.
+        return QuantoConfig(**{key: getattr(config, key) for key in QuantoConfig.parameters() if hasattr(config, key)})
     raise TypeError(f"expected a QuantoConfig, found {type(config).__module__}.{type(config).__name__}")
 
 
