@@ -3,16 +3,19 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+import transformers
 from tiny_diffusers import run_pipeline, tiny_pipeline
 from typer.testing import CliRunner
 
 import requanto
 from requanto.cli.app import app
 from requanto.report import compare
+from requanto.report.lockstep import Lockstep
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "digits_diffusion"
 
@@ -73,6 +76,73 @@ def test_pipelines_by_directory(tmp_path):
     found.plot(tmp_path / "out" / "grid.png")
     with pytest.raises(ValueError, match="takes no prompt"):
         compare(tmp_path / "float", tmp_path / "int8", prompts=["a cat"], progress=False)
+
+
+def _with_text(folder: Path, dtype: torch.dtype) -> diffusers.StableDiffusionPipeline:
+    """A pipeline of parts of both libraries, with a tokenizer of letters."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+        ),
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=len(words), **sizes, **ends)),
+        tokenizer=transformers.CLIPTokenizer(
+            str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77
+        ),
+        unet=diffusers.UNet2DConditionModel(
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            sample_size=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        ),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_pipeline_runs_in_the_dtype_that_it_is_stored_in(dtype, tmp_path, monkeypatch):
+    """Diffusers alone loads its models in float32 beside a text encoder in the stored dtype, and the run fails."""
+    pipe = _with_text(tmp_path / "tokenizer", dtype)
+    pipe.save_pretrained(tmp_path / "float")
+    requanto.quantize(pipe.unet, weights="int8", progress=False)
+    requanto.freeze(pipe.unet)
+    pipe.save_pretrained(tmp_path / "int8")
+    dtypes = set()
+    monkeypatch.setattr(Lockstep, "run", _observed(Lockstep.run, dtypes))
+    arguments = ["--prompt", "a", "--seeds", 1, "--steps", 1, "--json", "--out", tmp_path / "out"]
+    done = run("compare", tmp_path / "float", tmp_path / "int8", *arguments)
+    assert done.exit_code == 0, done.output
+    assert 20 < json.loads(done.stdout)["summary"]["psnr_mean"] < 100
+    assert dtypes == {dtype}
+    done = run("compare", tmp_path / "float", tmp_path / "int8", "--seeds", 1)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "needs a prompt" in done.stderr
+
+
+def _observed(original: Any, dtypes: set[torch.dtype]) -> Any:
+    def lockstep_run(self: Any, first: Any, second: Any) -> Any:
+        dtypes.update(one.weight.dtype for pair in self.pairs.values() for one in pair)
+        return original(self, first, second)
+
+    return lockstep_run
 
 
 def test_a_pipeline_with_prompts_asks_for_one_and_runs_by_function():

@@ -15,9 +15,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import requanto
+from requanto.cli import compare as cli_compare
 from requanto.cli.app import app
 from requanto.report import compare
 from requanto.report.compare_images import as_arrays, psnr
+from requanto.report.compare_load import Compared
 from requanto.report.lockstep import Lockstep
 
 pytest.importorskip("transformers")
@@ -222,6 +224,75 @@ def test_command_line_writes_picture_table_and_json(pair, tmp_path):
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     shown = run("compare", *pair, "--weights-only", "--layers", 3)
     assert "Shown: the 3 of 16 weights with the largest errors" in " ".join(shown.stdout.split())
+
+
+@pytest.fixture
+def without_matplotlib(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def test_without_matplotlib_the_json_is_written_and_said_first(pair, tmp_path, without_matplotlib, monkeypatch):
+    said = []
+
+    def compared(*arguments, **options):
+        said.append("running")
+        return compare(*arguments, **options)
+
+    monkeypatch.setattr(requanto.report, "compare", compared)
+    monkeypatch.setattr(cli_compare.errors, "print", lambda *lines, **options: said.append(lines[0]))
+    done = run("compare", *pair, "--weights-only", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "without compare.png: plots need matplotlib" in said[0]
+    assert 'pip install "requanto[plot]"' in said[0]
+    assert said[1:] == ["running"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["compare.json"]
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["kind"] == "weights"
+
+
+def test_a_plot_that_fails_leaves_the_json(pair, tmp_path, monkeypatch):
+    def fails(self, path):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(requanto.report.Comparison, "plot", fails)
+    done = run("compare", *pair, "--weights-only", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert json.loads((tmp_path / "compare.json").read_text())["layers"]
+
+
+def test_what_is_lacking_is_said_before_anything_is_loaded(pair, tmp_path, without_matplotlib, monkeypatch):
+    def loaded(*arguments):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(Compared, "load", loaded)
+    monkeypatch.setattr("requanto.report.inspect.inspect_directory", loaded)
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        (["compare", *pair, "--out", tmp_path / "file"], "is a file, expected a directory"),
+        (["compare", *pair, "--seeds", 0], "seeds must be at least 1"),
+        (["compare", pair[1], pair[1].parent / "bare"], "tokenizer"),
+        (["inspect", pair[1], "--plot", tmp_path / "x.png"], "plots need matplotlib, which cannot be imported"),
+    ):
+        if "bare" in str(arguments):
+            for directory in ("bare", "bare2"):
+                save_tiny("llama", pair[1].parent / directory)
+            arguments[1] = pair[1].parent / "bare2"
+        done = run(*arguments)
+        assert done.exit_code == 1
+        assert message in " ".join(done.stderr.split())
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_extra(pair, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    folder = pair[0].parent / "pipeline"
+    folder.mkdir(exist_ok=True)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    done = run("compare", folder, folder)
+    assert done.exit_code == 1
+    assert 'pip install "requanto[diffusers]"' in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize(

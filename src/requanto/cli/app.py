@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from requanto.checkpoint.directory import check_target
 from requanto.cli.common import Json, Model, console, reported, size_text
 from requanto.cli.compare import compare
 
@@ -227,10 +228,14 @@ def inspect(
         if parallel is not None:
             _inspect_parallel(str(directory), parallel, as_json)
             return
-        report = inspect_directory(directory)
         if plot is not None:
             from requanto.report.budget_plot import plot_budget
+            from requanto.report.compare_plot import pyplot
 
+            pyplot()  # raises before anything is read
+            check_target(plot.parent)
+        report = inspect_directory(directory)
+        if plot is not None:
             plot_budget(report, plot)
         if as_json:
             print(report.to_json())

@@ -23,8 +23,25 @@ def reported() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, NotImplementedError) as error:
         errors.print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
+        errors.print(str(error) + _advice(error), markup=False, highlight=False)
         raise typer.Exit(1) from error
+
+
+#: package -> the extra of Requanto that installs it
+_EXTRAS = {
+    "transformers": "transformers",
+    "diffusers": "diffusers",
+    "accelerate": "transformers",
+    "triton": "triton",
+    "matplotlib": "plot",
+    "PIL": "diffusers",
+}
+
+
+def _advice(error: Exception) -> str:
+    """How to install what an import lacks; "" for any other error."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return f'. To install it: pip install "requanto[{_EXTRAS[name]}]"' if name in _EXTRAS else ""
 
 
 def size_text(count: int) -> str:

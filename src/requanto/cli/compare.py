@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from requanto.cli.common import Json, console, reported
+from requanto.checkpoint.directory import check_target, replace_file
+from requanto.cli.common import Json, console, errors, reported
 
 Compared = Annotated[str, typer.Argument(help="Directory of a model or a pipeline, or a name on the hub.")]
 
@@ -33,7 +34,9 @@ def compare(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Compare only weights; do not run the models.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Directory for compare.png and compare.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for compare.json, and compare.png with matplotlib installed.")
+    ] = None,
     layers: Annotated[int, typer.Option(help="Layers in the table, largest error first; 0: all.")] = 12,
     dtype: Annotated[str, typer.Option(help="dtype to load in: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Device to run on, e.g. cuda; default: CPU.")] = None,
@@ -43,6 +46,7 @@ def compare(
     from requanto.report import compare as compare_models
 
     with reported():
+        plots = out is not None and prepared(out)
         result = compare_models(
             a,
             b,
@@ -59,15 +63,35 @@ def compare(
             progress=not as_json,
         )
         if out is not None:
-            from requanto.checkpoint.directory import replace_file
-
-            result.plot(out / "compare.png")
-            text = result.to_json() + "\n"
-            replace_file(out / "compare.json", lambda part: part.write_text(text, encoding="utf-8"))
+            out.mkdir(parents=True, exist_ok=True)
+            content = result.to_json() + "\n"
+            replace_file(out / "compare.json", lambda part: part.write_text(content, encoding="utf-8"))
+            if plots:
+                result.plot(out / "compare.png")
         if as_json:
             print(result.to_json())
         else:
             show(result, layers)
+
+
+def prepared(out: Path) -> bool:
+    """Checks, before a long run, that its results can be written to a directory; returns whether a plot can be, too.
+
+    Raises:
+        OSError: the directory is a file, or may not be written to.
+    """
+    from requanto.report.compare_plot import missing
+
+    check_target(out)
+    lacking = missing()
+    if lacking is not None:
+        errors.print(
+            f"Only {out / 'compare.json'} will be written, without compare.png: {lacking}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+    return lacking is None
 
 
 def imported(place: str) -> Callable[[Any, int], Any]:

@@ -19,35 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from requanto.dtypes.qtypes import short_name
 from requanto.report._inputs import Tokenizer
-from requanto.tensor.qtensor import QTensor
-
-#: Float weights are compared in pieces of at most this many values: 64 MB of float32 each.
-_PIECE = 16 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class LayerComparison:
-    """One weight and the layer that holds it.
-
-    Attributes:
-        name: the weight's name.
-        type_a, type_b: ``"int4"`` ... or the float dtype.
-        bytes_a, bytes_b: size, including scales.
-        weight_error: relative error of the weight; 0 if equal.
-        output_error: relative error of the layer's output; None if it was not run.
-    """
-
-    name: str
-    type_a: str
-    type_b: str
-    bytes_a: int
-    bytes_b: int
-    weight_error: float
-    output_error: float | None = None
+from requanto.report.compare_weights import LayerComparison, compare_weights, parameters_of, ratio, total_bytes
 
 
 @dataclass(frozen=True)
@@ -135,14 +109,25 @@ def compare(
         FileNotFoundError: no such model.
     """
     from requanto.report import compare_images, compare_text
-    from requanto.report.compare_load import load_compared
+    from requanto.report.compare_load import Compared
 
     labels = [str(x) if isinstance(x, (str, Path)) else name for x, name in ((a, "A"), (b, "B"))]
-    (a, tokenizer_a), (b, tokenizer_b) = (
-        load_compared(x, dtype, device, run is None and not weights_only) for x in (a, b)
-    )
-    if a is b:
+    if a is b and not isinstance(a, (str, Path)):
         raise ValueError("a and b are the same model object; pass the float model and the quantized one")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, found {seeds}")
+    both = Compared(a), Compared(b)
+    in_memory = [model_parts(x.model) for x in both if x.source is None]
+    if len(in_memory) == 2:
+        check_same(*in_memory, labels)
+    call, common = run, None
+    if not weights_only and run is None:  # what is missing is found before anything is loaded
+        if both[0].is_model:
+            given = (tokenizer, tokenizer) if tokenizer is not None else [x.tokenizer() for x in both]
+            common = compare_text.common_tokenizer(*given, labels)
+        else:
+            call = compare_images.pipeline_call(both[0].cls, prompts, steps)
+    a, b = (x.load(dtype, device) for x in both)
     parts_a, parts_b = model_parts(a), model_parts(b)
     check_same(parts_a, parts_b, labels)
     kind, summary, images = "weights", {}, []
@@ -150,17 +135,14 @@ def compare(
     if not weights_only:
         for part in (*parts_a.values(), *parts_b.values()):
             part.eval()
-        if run is not None:
-            kind, (summary, images) = "run", compare_images.run_both(a, b, run, seeds, errors, progress)
-        elif not isinstance(a, nn.Module):
-            kind = "pipeline"
-            call = compare_images.pipeline_call(a, prompts, steps)
+        if call is not None:
+            kind = "pipeline" if run is None else "run"
             summary, images = compare_images.run_both(a, b, call, seeds, errors, progress)
         else:
-            found = compare_text.common_tokenizer(tokenizer or tokenizer_a, tokenizer or tokenizer_b, labels)
-            kind, summary = compare_text.read_both(a, b, found, text, window, max_tokens, errors, progress)
-    layers = compare_weights(parts_a, parts_b, errors, progress)
-    sizes = {"bytes_a": _total_bytes(parts_a), "bytes_b": _total_bytes(parts_b)}
+            assert common is not None
+            kind, summary = compare_text.read_both(a, b, common, text, window, max_tokens, errors, progress)
+    layers = compare_weights(parts_a, parts_b, errors.of, progress)
+    sizes = {"bytes_a": total_bytes(parts_a), "bytes_b": total_bytes(parts_b)}
     return Comparison(labels[0], labels[1], kind, layers, {**sizes, **summary}, images)
 
 
@@ -198,15 +180,11 @@ def check_same(a: dict[str, nn.Module], b: dict[str, nn.Module], labels: Sequenc
 
 
 def _shapes(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in _parameters(parts)}
+    return {name: tuple(p.shape) for name, p in parameters_of(parts)}
 
 
 def _classes(parts: dict[str, nn.Module]) -> str:
     return ", ".join(type(part).__name__ for part in parts.values())
-
-
-def _parameters(parts: dict[str, nn.Module]) -> list[tuple[str, Tensor]]:
-    return [(f"{p}.{n}" if p else n, w) for p, part in parts.items() for n, w in part.named_parameters()]
 
 
 def layer_pairs(a: dict[str, nn.Module], b: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, nn.Module]]:
@@ -241,72 +219,3 @@ class OutputErrors:
     def of(self, name: str) -> float | None:
         """Returns the relative error of a layer's output; None if it never ran."""
         return ratio(*self._sums[name]) if name in self._sums else None
-
-
-def ratio(error: float, reference: float) -> float:
-    """Returns sqrt(error / reference): 0 if the error is 0, infinite if only the reference is 0."""
-    if error == 0:
-        return 0.0
-    return math.sqrt(error / reference) if reference else math.inf
-
-
-# ---------------------------------------------------------------------- weights
-
-
-def compare_weights(
-    a: dict[str, nn.Module], b: dict[str, nn.Module], errors: OutputErrors, progress: bool
-) -> list[LayerComparison]:
-    """Compares all weights; at most two are dequantized at a time, and float weights are read in pieces."""
-    others = dict(_parameters(b))
-    found = []
-    for name, one in tqdm(_parameters(a), desc="weights", unit="weight", disable=not progress, leave=False):
-        if one.dim() < 2 or not one.is_floating_point():
-            continue
-        other = others[name]
-        for weight in (one, other):
-            if weight.device.type == "meta":
-                raise ValueError(f"{name} is offloaded (on the meta device); load both models onto one device")
-        found.append(
-            LayerComparison(
-                name,
-                *(_type(w) for w in (one, other)),
-                *(_bytes(w) for w in (one, other)),
-                weight_error(one.detach(), other.detach()),
-                errors.of(name.rpartition(".")[0]),
-            )
-        )
-    return found
-
-
-@torch.no_grad()
-def weight_error(a: Tensor, b: Tensor) -> float:
-    """Returns ``|a - b| / |a|`` (Frobenius norms) of float or quantized weights of the same shape."""
-    error = reference = 0.0
-    for one, other in _pieces(a, b):
-        one = one.float()
-        error += (other.to(one.device).float() - one).square().sum(dtype=torch.float64).item()
-        reference += one.square().sum(dtype=torch.float64).item()
-    return ratio(error, reference)
-
-
-def _pieces(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]] | zip[tuple[Tensor, Tensor]]:
-    if isinstance(a, QTensor) or isinstance(b, QTensor):
-        values = [w.dequantize(torch.float32) if isinstance(w, QTensor) else w for w in (a, b)]
-        return [(values[0], values[1])]
-    rows = max(1, _PIECE // max(1, a[0].numel())) if len(a) else 1
-    return zip(a.split(rows), b.split(rows))
-
-
-def _type(weight: Tensor) -> str:
-    if isinstance(weight, QTensor):
-        group = "" if weight.group_size is None else f" g{weight.group_size}"
-        return f"{short_name(weight.qtype)}{group}"
-    return str(weight.dtype).removeprefix("torch.")
-
-
-def _bytes(weight: Tensor) -> int:
-    return weight.nbytes if isinstance(weight, QTensor) else weight.numel() * weight.element_size()
-
-
-def _total_bytes(parts: dict[str, nn.Module]) -> int:
-    return sum(_bytes(weight) for _, weight in _parameters(parts))

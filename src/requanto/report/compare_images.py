@@ -18,21 +18,21 @@ from requanto.report.lockstep import Lockstep
 MOST_IMAGES = 16
 
 
-def pipeline_call(pipeline: Any, prompts: Sequence[str], steps: int | None) -> Callable[[Any, int], Any]:
-    """Returns a function (pipeline, seed) that generates images for all prompts.
+def pipeline_call(pipeline: type, prompts: Sequence[str], steps: int | None) -> Callable[[Any, int], Any]:
+    """Returns a function (pipeline, seed) that generates images for all prompts, for pipelines of a class.
 
     Raises:
         ValueError: the pipeline takes prompts and none is given, or the reverse.
     """
-    known = inspect.signature(type(pipeline).__call__).parameters
+    known = inspect.signature(pipeline.__call__).parameters
     if "prompt" in known and not prompts:
         raise ValueError(
-            f"{type(pipeline).__name__} needs a prompt, but none is given: prompts=['a red bicycle'], or "
+            f"{pipeline.__name__} needs a prompt, but none is given: prompts=['a red bicycle'], or "
             f"--prompt 'a red bicycle' on the command line"
         )
     if "prompt" not in known and prompts:
         raise ValueError(
-            f"{type(pipeline).__name__} takes no prompt; its arguments: {', '.join(k for k in known if k != 'self')}"
+            f"{pipeline.__name__} takes no prompt; its arguments: {', '.join(k for k in known if k != 'self')}"
         )
     missing = [
         name
@@ -43,7 +43,7 @@ def pipeline_call(pipeline: Any, prompts: Sequence[str], steps: int | None) -> C
     ]
     if missing:
         raise ValueError(
-            f"{type(pipeline).__name__} also needs {', '.join(missing)}: pass run=, a function (pipeline, seed) -> images"
+            f"{pipeline.__name__} also needs {', '.join(missing)}: pass run=, a function (pipeline, seed) -> images"
         )
     options: dict[str, Any] = {} if steps is None else {"num_inference_steps": steps}
     if "output_type" in known:
@@ -67,10 +67,8 @@ def run_both(
     """Runs both models with seeds 0, 1, ...; returns (results, pairs of images). Layer outputs are passed to ``errors``.
 
     Raises:
-        ValueError: ``seeds`` is below 1, or the outputs of the two models differ in number or shape.
+        ValueError: the outputs of the two models differ in number or shape.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, found {seeds}")
     lockstep = Lockstep(errors.pairs, errors.observe)
     psnrs: list[float] = []
     images: list[tuple[Any, Any]] = []

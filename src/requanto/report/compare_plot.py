@@ -14,16 +14,26 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e
 FLOOR = 1e-6
 
 
+def missing() -> str | None:
+    """Returns why nothing can be plotted and what to do, or None. Call it before a computation whose result is plotted."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        return f'plots need matplotlib, which cannot be imported ({error}): pip install "requanto[plot]"'
+    return None
+
+
 def pyplot() -> Any:
     """Returns matplotlib.pyplot with a backend that writes files.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "requanto[plot]"') from error
+    lacking = missing()
+    if lacking is not None:
+        raise ImportError(lacking)
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

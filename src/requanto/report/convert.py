@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.directory import check_target
+from requanto.checkpoint.format import PARTS
 from requanto.checkpoint.model_class import first_architecture, named_class
 from requanto.checkpoint.opening import read_json
+from requanto.checkpoint.weight_files import model_files
 from requanto.config.config import QuantoConfig
 from requanto.report.companions import save_with_companions
+
+logger = logging.getLogger(__name__)
+
+#: float dtypes by their names in safetensors files
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def local_directory(model: str | Path) -> Path:
@@ -76,8 +90,9 @@ def load_causal_lm(directory: str | Path, *, dtype: str = "auto", device: str | 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = local_directory(directory)
+    tokenizer = AutoTokenizer.from_pretrained(source)  # first: it may need a package that is not installed
     model = AutoModelForCausalLM.from_pretrained(source, dtype=float_dtype(dtype), device_map=device)
-    return model.eval(), AutoTokenizer.from_pretrained(source)
+    return model.eval(), tokenizer
 
 
 def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
@@ -89,8 +104,6 @@ def meta_model(model: str | Path) -> tuple[Any, QuantoConfig | None]:
     Raises:
         ValueError: a Diffusers model, which Transformers' tensor parallelism does not support.
     """
-    import torch
-
     from requanto.report.parallel import LLAMA_SHAPES, llama
 
     if str(model) in LLAMA_SHAPES:
@@ -156,10 +169,28 @@ def load_model(model_class: Any, source: Path, config: QuantoConfig | None, dtyp
     return model_class.from_pretrained(source, **options)
 
 
+def stored_dtype(directories: Iterable[Path]) -> torch.dtype | None:
+    """Returns the float dtype of most bytes of the weights in the directories' safetensors files; None without any.
+
+    Codes and scales of quantized weights do not count. Only headers are read.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for file in (file for directory in directories for file in model_files(directory)):
+        with safe_open(str(file), framework="pt") as opened:
+            keys = set(opened.keys())
+            for key in keys:
+                name, _, part = key.rpartition("_")
+                dtype = _FLOATS.get(opened.get_slice(key).get_dtype())
+                if dtype is not None and not (part in PARTS and f"{name}_qdata" in keys):
+                    sizes[dtype] += dtype.itemsize * math.prod(opened.get_slice(key).get_shape())
+    if len(sizes) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in sizes))
+        logger.info("the files hold weights in %s: all are loaded in the dtype of most bytes", names)
+    return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)), default=None)
+
+
 def float_dtype(name: str) -> Any:
     """Returns the torch dtype of that name; "auto" is returned unchanged."""
-    import torch
-
     if name == "auto":
         return name
     found = getattr(torch, name, None)
