@@ -16,6 +16,7 @@ from requanto.budget.allocate import Allocation, Option, allocate
 from requanto.budget.candidates import ALL_CANDIDATES, FLOAT, GROUPED_CANDIDATES, Candidate
 from requanto.budget.measure import Importance
 from requanto.budget.tables import Pieces, candidates_by_label, mean_costs, measure_module, scaled_costs
+from requanto.config.few_bits import warn_few_bits_of_budget
 from requanto.config.limit import Limit
 from requanto.config.plan import PlannedWeight
 from requanto.dtypes.qtypes import short_name
@@ -182,6 +183,8 @@ def choose(
         *(limit, len(groups), chosen.bytes, chosen.bits),
         ", ".join(f"{count} {label}" for label, count in Counter(labels.values()).most_common()),
     )
+    if not importance:
+        warn_few_bits_of_budget(chosen.bits)
     return chosen
 
 

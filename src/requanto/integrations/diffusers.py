@@ -26,6 +26,7 @@ from requanto.checkpoint.format import PARTS, CheckpointError, check_version, fl
 from requanto.checkpoint.save_id import check_ids, metadata_for
 from requanto.checkpoint.state_dict import check_described
 from requanto.config.config import QuantizationMethod, QuantoConfig
+from requanto.config.few_bits import warn_few_bits
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations.budget import resolve_from_files
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
@@ -108,6 +109,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             config = self.quantization_config
             config.tensors, config.format, config.format_version = {}, None, None
             self.planned = plan_model(model, config, keep_in_fp32_modules or ())
+            warn_few_bits(planned.options.qtype for planned in self.planned.values())
             self.planned = resolve_from_files(model, config, self.planned, self._files, state=state_dict)
         else:
             config = self.quantization_config

@@ -36,6 +36,7 @@ from requanto.checkpoint.format import (
 from requanto.checkpoint.save_id import check_ids, metadata_for
 from requanto.checkpoint.state_dict import SPEC, check_described
 from requanto.config.config import QuantoConfig
+from requanto.config.few_bits import warn_few_bits
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations import experts
 from requanto.integrations.accelerate import load_offloaded
@@ -124,6 +125,7 @@ class RequantoHfQuantizer(HfQuantizer):
             always_float=model._keep_in_fp32_modules or (),
             tied=model.all_tied_weights_keys,
         )
+        warn_few_bits(planned.options.qtype for planned in self.planned.values())
         self.planned = resolve_for_transformers(
             model, self.quantization_config, self.planned, kwargs.get("checkpoint_files")
         )

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from requanto.budget.models import auto_limit, choose_in_memory
 from requanto.checkpoint.digests import digest_of
+from requanto.config.few_bits import warn_few_bits
 from requanto.config.plan import parameter_holders
 from requanto.dtypes.qtypes import qint8, qtype, resolve_qtype
 from requanto.methods import quantize_with_samples
@@ -184,6 +185,7 @@ def quantize(
             progress=progress,
         )
         return model
+    warn_few_bits((kind, *special.values()))
     touched = 0
     for name, module, asked in chosen_modules(model, named, kind, special, include, exclude):
         if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric, options):

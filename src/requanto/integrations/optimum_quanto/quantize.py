@@ -11,6 +11,7 @@ from torch import nn
 
 from requanto.checkpoint.foreign.quanto_files import drop_old_metadata
 from requanto.checkpoint.format import CheckpointError
+from requanto.config.few_bits import warn_few_bits
 from requanto.config.plan import parameter_holders
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.integrations.optimum_quanto.modules import QModuleMixin, registry
@@ -40,6 +41,7 @@ def quantize(
     """
     kind = None if weights is None else resolve_qtype(weights)
     activation = None if activations is None else resolve_qtype(activations)
+    warn_few_bits((kind,))
     include = [include] if isinstance(include, str) else include
     exclude = [exclude] if isinstance(exclude, str) else exclude
     for name, module in list(model.named_modules()):
