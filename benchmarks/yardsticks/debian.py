@@ -57,31 +57,8 @@ def paragraphs(html: str) -> list[str]:
 class _Reader(HTMLParser):
     """Collects the text of block elements; text in `pre` keeps its lines."""
 
-    BLOCKS = frozenset(
-        [
-            "p",
-            "li",
-            "dd",
-            "dt",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "pre",
-            "td",
-            "th",
-            "blockquote",
-            "div",
-            "table",
-            "ul",
-            "ol",
-            "dl",
-            "section",
-        ]
-    )
-    IGNORED = frozenset(["script", "style", "nav", "head", "footer", "header", "form", "svg"])
+    BLOCKS = re.compile("p|li|dd|dt|h[1-6]|pre|td|th|blockquote|div|table|ul|ol|dl|section")
+    IGNORED = re.compile("script|style|nav|head|footer|header|form|svg")
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -91,14 +68,14 @@ class _Reader(HTMLParser):
         self._pre = False
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._ignored += tag in self.IGNORED
-        if tag in self.BLOCKS:
+        self._ignored += self.IGNORED.fullmatch(tag) is not None
+        if self.BLOCKS.fullmatch(tag):
             self._end()
             self._pre = tag == "pre"
 
     def handle_endtag(self, tag: str) -> None:
-        self._ignored -= tag in self.IGNORED and self._ignored > 0
-        if tag in self.BLOCKS:
+        self._ignored -= self._ignored > 0 and self.IGNORED.fullmatch(tag) is not None
+        if self.BLOCKS.fullmatch(tag):
             self._end()
 
     def handle_data(self, data: str) -> None:
