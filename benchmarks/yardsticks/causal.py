@@ -1,6 +1,6 @@
 """Trains the small causal language model: 11 M parameters, from scratch, on Debian's documentation (`debian.training_text`).
 
-    PYTHONPATH=benchmarks:examples python -m yardsticks.causal              # 45 minutes on one core; continues after a stop
+    PYTHONPATH=benchmarks python -m yardsticks.causal              # 45 minutes on one core; continues after a stop
 
 The architecture is Llama's (grouped queries, tied embeddings), the tokenizer a byte-level BPE of 4096 tokens trained on the
 same text. Nothing is chosen by it: it is a model that no file format and no quantizer has ever touched. The checkpoint is in
@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import torch
-from real_models import cache_dir
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from yardsticks import example
 from yardsticks.debian import training_text
+
+real_models = example("real_models.py")
 
 NAME = "debian-causal-11m"
 VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 8, 2400
@@ -62,10 +64,10 @@ def tokens(folder: Path) -> torch.Tensor:
 
 def train(minutes: float) -> Path:
     """Trains for `STEPS` steps or the given minutes, whichever ends first; returns the directory of the model."""
-    target = cache_dir() / NAME
+    target = real_models.cache_dir() / NAME
     if target.is_dir():
         return target
-    work = cache_dir() / f".{NAME}-training"
+    work = real_models.cache_dir() / f".{NAME}-training"
     work.mkdir(parents=True, exist_ok=True)
     ids = tokens(work)
     ids, kept_back = ids[:-20_480], ids[-20_480:].long().view(-1, WINDOW)

@@ -16,7 +16,9 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-from real_models import ModelNotAvailable, cache_dir
+from yardsticks import example
+
+real_models = example("real_models.py")
 
 TRAINING = (
     "debian-reference-en",
@@ -96,7 +98,7 @@ class _Reader(HTMLParser):
 
 
 def _cached(name: str, packages: Sequence[str]) -> str:
-    path = cache_dir() / f"{name}.txt"
+    path = real_models.cache_dir() / f"{name}.txt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
@@ -118,9 +120,9 @@ def _text_of(package: str, work: Path) -> str:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        raise ModelNotAvailable(
+        raise real_models.ModelNotAvailable(
             f"the Debian package {package} could not be downloaded: {said.strip()}\nThese texts need `apt-get` and "
-            f"`dpkg-deb` (Debian 12), or the files of another machine's {cache_dir()}"
+            f"`dpkg-deb` (Debian 12), or the files of another machine's {real_models.cache_dir()}"
         ) from error
     print(f"Reading {archive.name}", flush=True)
     seen: set[str] = set()

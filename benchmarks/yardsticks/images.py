@@ -1,6 +1,6 @@
 """Trains two small image classifiers on scikit-learn's digits: a vision transformer and a convolutional network.
 
-    PYTHONPATH=benchmarks:examples python -m yardsticks.images           # a few minutes on one core
+    PYTHONPATH=benchmarks python -m yardsticks.images           # a few minutes on one core
 
 Both are Transformers' own classes, in float32. 500 of the 1797 digits are kept for the measurement; the others are trained
 on with noise and shifts, so that an answer is no matter of course.
@@ -13,8 +13,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from real_models import cache_dir
 from torch import Tensor
+
+from yardsticks import example
+
+real_models = example("real_models.py")
 
 STEPS, BATCH, RATE, TESTED = {"vit": 1000, "resnet": 600}, 64, 1e-3, 500
 
@@ -72,7 +75,7 @@ def size_of(model: torch.nn.Module) -> int:
 
 def trained(kind: str) -> Path:
     """The directory of the trained model; trains it if there is none."""
-    target = cache_dir() / f"digits-{kind}"
+    target = real_models.cache_dir() / f"digits-{kind}"
     if target.is_dir():
         return target
     torch.manual_seed(0)

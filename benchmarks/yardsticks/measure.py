@@ -10,12 +10,9 @@ their half. `reactions`: the same for masked tokens. `vision`, `convolutional`: 
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import requanto
-
-from yardsticks import CHOOSE, REPORT, images
+from yardsticks import CHOOSE, REPORT, example, images
 from yardsticks.choices import answered, questions
 from yardsticks.makers import MAKERS
 from yardsticks.reactions import masked_reactions
 from yardsticks.texts import TEXTS
 
-sys.path.append(str(Path(__file__).parents[2] / "examples" / "digits_diffusion"))
-sample = importlib.import_module("sample")
+sample = example("digits_diffusion/sample.py")
 
 Quantizer = Callable[[nn.Module], object]
 TOKENS, WINDOW, QUESTIONS = 1024, 512, 100
