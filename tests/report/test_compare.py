@@ -151,7 +151,7 @@ class Differing:
         (Other(4), nn.Linear(8, 4), {}, "different architectures .*: A holds layer.weight .* does not"),
         (Other(4), Other(4), {}, "neither A nor B has a tokenizer"),
         (Other(4), 3, {}, "expected a model or a Diffusers pipeline to compare, found builtins.int"),
-        (Other(4), Other(4), {"run": noise, "seeds": 0}, "seeds must be at least 1"),
+        (Other(4), Other(4), {"run": noise, "seeds": 0}, "seeds must be at least 1 and"),
     ],
 )
 def test_refusals(a, b, options, message):
@@ -270,7 +270,7 @@ def test_what_is_lacking_is_said_before_anything_is_loaded(pair, tmp_path, witho
     (tmp_path / "file").write_text("")
     for arguments, message in (
         (["compare", *pair, "--out", tmp_path / "file"], "is a file, expected a directory"),
-        (["compare", *pair, "--seeds", 0], "seeds must be at least 1"),
+        (["compare", *pair, "--seeds", 0], "seeds must be at least 1 and"),
         (["compare", pair[1], pair[1].parent / "bare"], "tokenizer"),
         (["inspect", pair[1], "--plot", tmp_path / "x.png"], "plots need matplotlib, which cannot be imported"),
     ):

@@ -31,6 +31,10 @@ def compare(
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to read.")] = 4096,
+    questions: Annotated[
+        int,
+        typer.Option(help="Multiple-choice questions made of the text; for encoders: passages to rank. 0: none."),
+    ] = 200,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Compare only weights; do not run the models.")
     ] = False,
@@ -57,6 +61,7 @@ def compare(
             steps=steps,
             window=window,
             max_tokens=max_tokens,
+            questions=questions,
             weights_only=weights_only,
             dtype=dtype,
             device=device,

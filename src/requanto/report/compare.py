@@ -33,9 +33,12 @@ class Comparison:
         kind: ``"causal_lm"``, ``"masked_lm"``, ``"encoder"``, ``"pipeline"``, ``"run"`` or ``"weights"``.
         layers: one for each weight of two or more axes, in the model's order.
         summary: results for the whole model, by name: ``bytes_a``, ``bytes_b`` and, depending on the kind,
-            ``perplexity_a``, ``perplexity_b``, ``kl`` (mean KL(a, b) in nats per token), ``top1_agreement``, ``tokens``;
-            ``cosine_mean``, ``cosine_min`` (of mean-pooled embeddings), ``token_cosine``; ``psnr_mean``, ``psnr_min`` (dB),
-            ``images``.
+            ``perplexity_a``, ``perplexity_b``, ``perplexity_ratio``, ``kl`` (mean KL(a, b) in nats per token),
+            ``top1_agreement``, ``tokens``; ``choice_a``, ``choice_b`` (share of the multiple-choice ``questions`` answered
+            rightly), ``choice_difference``; ``cosine_mean``, ``cosine_min`` (of mean-pooled embeddings), ``token_cosine``,
+            ``rank_correlation`` (of the similarities of ``pairs`` of passages); ``psnr_mean``, ``psnr_min`` (dB),
+            ``images``, and ``top1_agreement`` if the outputs are vectors (scores of classes). Names with ``_error`` are
+            standard errors.
         images: pairs of images ``[height, width, channels]`` in 0 .. 1, of a and b; empty if there are none.
     """
 
@@ -79,6 +82,7 @@ def compare(
     steps: int | None = None,
     window: int = 512,
     max_tokens: int | None = 4096,
+    questions: int = 200,
     weights_only: bool = False,
     dtype: str = "auto",
     device: str | None = None,
@@ -100,6 +104,8 @@ def compare(
         steps: denoising steps of a pipeline; None: its default.
         window: tokens per window.
         max_tokens: maximum number of tokens; None: the whole text.
+        questions: multiple-choice questions made of the text for causal language models (`requanto.report.choice`), passages
+            whose similarities are ranked for encoders; 0: none.
         weights_only: compare only weights; do not run the models.
         dtype, device: for models loaded from directories.
         progress: show progress bars.
@@ -114,8 +120,8 @@ def compare(
     labels = [str(x) if isinstance(x, (str, Path)) else name for x, name in ((a, "A"), (b, "B"))]
     if a is b and not isinstance(a, (str, Path)):
         raise ValueError("a and b are the same model object; pass the float model and the quantized one")
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, found {seeds}")
+    if seeds < 1 or questions < 0:
+        raise ValueError(f"seeds must be at least 1 and questions at least 0, found {seeds} and {questions}")
     both = Compared(a), Compared(b)
     in_memory = [model_parts(x.model) for x in both if x.source is None]
     if len(in_memory) == 2:
@@ -140,7 +146,7 @@ def compare(
             summary, images = compare_images.run_both(a, b, call, seeds, errors, progress)
         else:
             assert common is not None
-            kind, summary = compare_text.read_both(a, b, common, text, window, max_tokens, errors, progress)
+            kind, summary = compare_text.read_both(a, b, common, text, window, max_tokens, questions, errors, progress)
     layers = compare_weights(parts_a, parts_b, errors.of, progress)
     sizes = {"bytes_a": total_bytes(parts_a), "bytes_b": total_bytes(parts_b)}
     return Comparison(labels[0], labels[1], kind, layers, {**sizes, **summary}, images)

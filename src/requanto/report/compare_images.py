@@ -71,6 +71,7 @@ def run_both(
     """
     lockstep = Lockstep(errors.pairs, errors.observe)
     psnrs: list[float] = []
+    same: list[bool] = []
     images: list[tuple[Any, Any]] = []
     for seed in tqdm(range(seeds), desc="comparing", unit="seed", disable=not progress, leave=False):
         found = lockstep.run(lambda seed=seed: run(a, seed), lambda seed=seed: run(b, seed))
@@ -83,6 +84,8 @@ def run_both(
         low, high = value_range(ones)
         for one, other in zip(ones, others):
             psnrs.append(psnr(one, other, peak=high - low))
+            if one.ndim == 1 and one.size > 1:  # scores of classes
+                same.append(bool(one.argmax() == other.argmax()))
             if len(images) < MOST_IMAGES and one.ndim == 3:
                 images.append((_to_unit_range(one, low, high), _to_unit_range(other, low, high)))
     results: dict[str, float | int] = {
@@ -91,6 +94,9 @@ def run_both(
         "images": len(psnrs),
         "seeds": seeds,
     }
+    if same:
+        share = sum(same) / len(same)
+        results |= {"top1_agreement": share, "top1_error": math.sqrt(share * (1 - share) / len(same))}
     return results, images
 
 

@@ -109,14 +109,28 @@ def summary_lines(comparison: Comparison) -> list[tuple[str, str]]:
         ("size", f"{s['bytes_a'] / 1e6:.1f} MB -> {s['bytes_b'] / 1e6:.1f} MB ({s['bytes_b'] / s['bytes_a']:.0%})")
     ]
     if "perplexity_a" in s:
-        rise = s["perplexity_b"] / s["perplexity_a"]
-        lines.append(("perplexity", f"{s['perplexity_a']:.3f} -> {s['perplexity_b']:.3f} ({rise:.1%})"))
+        rise = f"{s['perplexity_ratio']:.1%}{_plus_minus(s['perplexity_ratio_error'])}"
+        lines.append(("perplexity", f"{s['perplexity_a']:.3f} -> {s['perplexity_b']:.3f} ({rise})"))
     if "kl" in s:
-        lines.append(("KL of the logits", f"{s['kl']:.4f} nats per token"))
-        lines.append(("top-1 agreement", f"{s['top1_agreement']:.1%} of {s['tokens']} tokens"))
+        lines.append(("KL of the logits", f"{s['kl']:.4f} +- {s['kl_error']:.4f} nats per token"))
+        agreement = f"{s['top1_agreement']:.1%}{_plus_minus(s['top1_error'])} of {s['tokens']} tokens"
+        lines.append(("top-1 agreement", agreement))
+    if "choice_a" in s:
+        shares = " -> ".join(f"{s[f'choice_{x}']:.1%}{_plus_minus(s[f'choice_error_{x}'])}" for x in "ab")
+        points = f"{100 * s['choice_difference']:+.1f} +- {100 * s['choice_difference_error']:.1f} points"
+        lines.append((f"multiple choice, {s['questions']} questions", f"{shares}, difference {points}"))
     if "cosine_mean" in s:
         lines.append(("cosine of embeddings", f"{s['cosine_mean']:.5f} (minimum {s['cosine_min']:.5f})"))
         lines.append(("cosine of last hidden states", f"{s['token_cosine']:.5f} over {s['tokens']} tokens"))
+    if "rank_correlation" in s:
+        lines.append(("rank correlation of similarities", f"{s['rank_correlation']:.5f} over {s['pairs']} pairs"))
     if "psnr_mean" in s:
         lines.append(("PSNR", f"{s['psnr_mean']:.1f} dB (minimum {s['psnr_min']:.1f}) over {s['images']} outputs"))
+        if "top1_agreement" in s:
+            agreement = f"{s['top1_agreement']:.1%}{_plus_minus(s['top1_error'])} of {s['images']} outputs"
+            lines.append(("top-1 agreement", agreement))
     return lines
+
+
+def _plus_minus(error: float) -> str:
+    return f" +- {error:.1%}"

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from requanto.data import eval_text
+from requanto.report import choice, similarity
 from requanto.report._inputs import Tokenizer, model_device, start_token, token_ids
 from requanto.report.lockstep import Lockstep
-from requanto.report.perplexity import exponential
+from requanto.report.text_metrics import Metrics, metrics_for
 
 logger = logging.getLogger(__name__)
 
-# Rows of logits in float32 at a time, as in `perplexity`.
-_ROWS = 128
 # Two tokenizers count as equal if they give the same token ids for this text.
 _SAMPLE = "The year 1986: naïve café, 東京. def f(x):\n\treturn x**2  # 100 %\n"
 
@@ -53,6 +51,7 @@ def read_both(
     text: str | None,
     window: int,
     max_tokens: int | None,
+    questions: int,
     errors: Any,
     progress: bool,
 ) -> tuple[str, dict[str, float | int]]:
@@ -62,8 +61,75 @@ def read_both(
         ValueError: the text is too short, or the models return neither logits nor hidden states.
     """
     text = eval_text() if text is None else text
+    windows = token_windows(a, tokenizer, text, window, max_tokens)
+    lockstep = Lockstep(errors.pairs, errors.observe)
+    metrics: Metrics | None = None
+    with tqdm(total=sum(map(len, windows)), unit="tok", desc="comparing", disable=not progress, leave=False) as bar:
+        for tokens in windows:
+            inputs = torch.tensor([tokens], dtype=torch.int64, device="cpu")
+            outputs = lockstep.run(*(_call(model, inputs) for model in (a, b)))
+            metrics = metrics or metrics_for(a, outputs[0], inputs)
+            metrics.add(inputs, *outputs)
+            bar.update(len(tokens))
+    assert metrics is not None
+    more = {"causal_lm": _task, "encoder": _similarity}.get(metrics.kind)
+    if more is None or questions < 1:
+        return metrics.kind, metrics.values()
+    return metrics.kind, {**metrics.values(), **more(a, b, tokenizer, text, questions, progress)}
+
+
+def _task(
+    a: nn.Module, b: nn.Module, tokenizer: Tokenizer, text: str, count: int, progress: bool
+) -> dict[str, float | int]:
+    try:
+        asked = choice.questions(text, count)
+    except ValueError as error:
+        logger.warning("no multiple choice: %s", error)
+        return {}
+    one, other = (choice.multiple_choice(model, tokenizer, asked, progress) for model in (a, b))
+    difference, error = choice.paired_difference(one, other)
+    return {
+        "questions": len(asked),
+        "choice_a": one.accuracy,
+        "choice_b": other.accuracy,
+        "choice_error_a": one.standard_error,
+        "choice_error_b": other.standard_error,
+        "choice_difference": difference,
+        "choice_difference_error": error,
+    }
+
+
+def _similarity(
+    a: nn.Module, b: nn.Module, tokenizer: Tokenizer, text: str, count: int, progress: bool
+) -> dict[str, float | int]:
+    try:
+        texts = similarity.passages(text, count)
+    except ValueError as error:
+        logger.warning("no rank correlation: %s", error)
+        return {}
+    found = similarity.similarity(*(similarity.embeddings(model, tokenizer, texts, progress) for model in (a, b)))
+    return {"rank_correlation": found["rank_correlation"], "pairs": found["pairs"]}
+
+
+def _call(model: nn.Module, inputs: Tensor) -> Any:
+    return lambda: model(input_ids=inputs.to(model_device(model)))
+
+
+def token_windows(
+    model: nn.Module, tokenizer: Tokenizer, text: str, window: int, max_tokens: int | None
+) -> list[list[int]]:
+    """Splits a text into windows of at least two token ids, each with the start token if the tokenizer has one.
+
+    Args:
+        model: a window is at most as long as it allows.
+        window: tokens in a window.
+        max_tokens: maximum number of tokens of the text; None: all.
+
+    Raises:
+        ValueError: the text or the window is too short.
+    """
     prefix = start_token(tokenizer)
-    longest = getattr(getattr(a, "config", None), "max_position_embeddings", None)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     size = min(window, longest) if isinstance(longest, int) else window
     ids = token_ids(tokenizer, text if max_tokens is None else text[: 16 * max_tokens])[:max_tokens]
     if len(ids) < 2 or size < 2 + len(prefix):
@@ -72,106 +138,5 @@ def read_both(
             f"{size} tokens: pass a longer text, or a larger window or max_tokens"
         )
     step = size - len(prefix)
-    windows = [ids[start : start + step] for start in range(0, len(ids), step)]
-    lockstep = Lockstep(errors.pairs, errors.observe)
-    metrics: _Metrics | None = None
-    with tqdm(total=len(ids), unit="tok", desc="comparing", disable=not progress, leave=False) as bar:
-        for tokens in windows:
-            if len(prefix) + len(tokens) > 1:
-                inputs = torch.tensor([prefix + tokens], dtype=torch.int64, device="cpu")
-                outputs = lockstep.run(*(_call(model, inputs) for model in (a, b)))
-                metrics = metrics or _metrics_for(a, outputs[0], inputs)
-                metrics.add(inputs, *outputs)
-            bar.update(len(tokens))
-    if metrics is None:
-        raise ValueError("the text has no window of at least two tokens")
-    return metrics.kind, metrics.values()
-
-
-def _call(model: nn.Module, inputs: Tensor) -> Any:
-    return lambda: model(input_ids=inputs.to(model_device(model)))
-
-
-def _metrics_for(model: nn.Module, output: Any, inputs: Tensor) -> _Metrics:
-    logits, hidden = getattr(output, "logits", None), getattr(output, "last_hidden_state", None)
-    if logits is not None and logits.shape[:2] == inputs.shape:
-        can_generate = getattr(model, "can_generate", None)
-        return _LogitMetrics(causal=can_generate is None or bool(can_generate()))
-    if hidden is not None and hidden.shape[:2] == inputs.shape:
-        return _HiddenMetrics()
-    raise ValueError(
-        f"{type(model).__name__} returns neither logits nor a last_hidden_state for each token: pass run=, a function that "
-        f"runs it, or weights_only=True"
-    )
-
-
-class _Metrics:
-    kind: str
-
-    def add(self, inputs: Tensor, a: Any, b: Any) -> None:
-        raise NotImplementedError
-
-    def values(self) -> dict[str, float | int]:
-        raise NotImplementedError
-
-
-class _LogitMetrics(_Metrics):
-    """Perplexity of both models (if causal), Kullback-Leibler divergence, top-1 agreement."""
-
-    def __init__(self, causal: bool) -> None:
-        self.causal = causal
-        self.kind = "causal_lm" if causal else "masked_lm"
-        self.nll_a = self.nll_b = self.kl = 0.0
-        self.same = self.predicted = self.tokens = 0
-
-    def add(self, inputs: Tensor, a: Any, b: Any) -> None:
-        rows_a, rows_b = a.logits[0], b.logits[0]
-        targets = inputs[0, 1:].to(rows_b.device)
-        for start in range(0, len(rows_a), _ROWS):
-            part = slice(start, start + _ROWS)
-            log_a = F.log_softmax(rows_a[part].to(rows_b.device).float(), -1)
-            log_b = F.log_softmax(rows_b[part].float(), -1)
-            self.kl += (log_a.exp() * (log_a - log_b)).sum(dtype=torch.float64).item()
-            self.same += int((log_a.argmax(-1) == log_b.argmax(-1)).sum())
-            self.tokens += len(log_a)
-            wanted = targets[part]
-            for name, logs in (("nll_a", log_a), ("nll_b", log_b)):
-                loss = F.nll_loss(logs[: len(wanted)], wanted, reduction="none").sum(dtype=torch.float64).item()
-                setattr(self, name, getattr(self, name) + loss)
-            self.predicted += len(wanted)
-
-    def values(self) -> dict[str, float | int]:
-        found: dict[str, float | int] = {
-            "kl": self.kl / self.tokens,
-            "top1_agreement": self.same / self.tokens,
-            "tokens": self.tokens,
-        }
-        if self.causal:
-            found["perplexity_a"] = exponential(self.nll_a / self.predicted)
-            found["perplexity_b"] = exponential(self.nll_b / self.predicted)
-        return found
-
-
-class _HiddenMetrics(_Metrics):
-    """Cosine of the last hidden states, per token and of their mean over each window."""
-
-    kind = "encoder"
-
-    def __init__(self) -> None:
-        self.pooled: list[float] = []
-        self.token_cosine, self.tokens = 0.0, 0
-
-    def add(self, inputs: Tensor, a: Any, b: Any) -> None:
-        states_b = b.last_hidden_state[0].float()
-        states_a = a.last_hidden_state[0].to(states_b.device).float()
-        self.token_cosine += F.cosine_similarity(states_a, states_b, -1).sum(dtype=torch.float64).item()
-        self.pooled.append(F.cosine_similarity(states_a.mean(0), states_b.mean(0), 0).item())
-        self.tokens += len(states_a)
-
-    def values(self) -> dict[str, float | int]:
-        return {
-            "cosine_mean": sum(self.pooled) / len(self.pooled),
-            "cosine_min": min(self.pooled),
-            "token_cosine": self.token_cosine / self.tokens,
-            "tokens": self.tokens,
-        }
+    windows = [prefix + ids[start : start + step] for start in range(0, len(ids), step)]
+    return [tokens for tokens in windows if len(tokens) > 1]
