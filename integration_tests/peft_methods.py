@@ -186,8 +186,8 @@ METHODS: dict[str, Method] = {
     "IA3 feedforward_modules": Method(
         "IA3",
         {"feedforward_modules": ["one"], "init_ia3_weights": True},
-        refused="linear conv1d conv2d",
-        why="on such a layer it scales columns, which share their scales",
+        exact="linear conv1d conv2d",
+        why="on such a layer factors of columns, which become a column scale; they have to be positive",
     ),
     "LN_TUNING": Method("LN_TUNING", {"target_modules": ["norm"]}, exact=ALL, why="it changes norms, which are float"),
     "LOHA": Method("LOHA", {"r": 2, "init_weights": False}, exact="linear conv2d", why=f"rank r x r: {RANK}"),

@@ -23,10 +23,11 @@ TYPES = {
     "int4-low-rank": {"kind": "int4", "group_size": 16, "low_rank": 2},
     "int4-scale-bits": {"kind": "int4", "group_size": 16, "scale_bits": 6},
     "int4-rotation": {"kind": "int4", "group_size": 16, "rotation": True},
+    "int4-columns": {"kind": "int4", "group_size": 16, "column_scale": "root"},
 }
 #: One method for each way in which weights are read and changed. The others are tried on two types, and all of them on one
 #: type where the layer is no Linear.
-EVERY_TYPE = ("LORA", "LORA use_dora", "LORA pissa", "IA3", "OFT", "OSF")
+EVERY_TYPE = ("LORA", "LORA use_dora", "LORA pissa", "IA3", "IA3 feedforward_modules", "OFT", "OSF")
 #: versions in which PEFT supports fewer layers
 OLDER = Version(peft.__version__) < Version("0.21")
 

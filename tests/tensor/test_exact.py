@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from requanto import QTensor
-from requanto.tensor import exact
+from requanto.tensor import exact, lowrank
+from requanto.tensor.layout import Layout, register_layout
 
 KINDS = {
     "int8": {},
@@ -17,6 +18,25 @@ KINDS = {
     "int2": {"group_size": 16, "rotation": True},
 }
 SHAPES = [(24, 32), (40, 64), (3, 24, 32), (20, 8, 3, 3)]
+
+
+class Reversed(Layout):
+    """Last row first."""
+
+    name = "test-reversed-columns"
+    rows_are_views = False
+
+    def pack(self, spec, parts):
+        return {"qdata": parts["qdata"].view(torch.uint8).flip(0).view(parts["qdata"].dtype)}
+
+    def unpack(self, spec, parts):
+        return self.pack(spec, parts)["qdata"]
+
+    def codes(self, spec, parts, start, stop):
+        return super().codes(spec, {"qdata": self.unpack(spec, parts)}, start, stop)
+
+
+REVERSED = register_layout(Reversed())
 
 
 def make(kind: str, shape: tuple[int, ...], transposed: bool, seed: int = 0) -> QTensor:
@@ -96,6 +116,48 @@ def test_factors_of_rows_are_stored_and_scales_stay_positive(kind, shape, transp
         assert weight.rank == make(kind, shape, weight.transposed).rank
 
 
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    shape=st.sampled_from(SHAPES),
+    transposed=st.booleans(),
+    scaled=st.booleans(),
+    packed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_factors_of_columns_become_a_column_scale(kind, shape, transposed, scaled, packed, seed):
+    weight = make(kind, shape, transposed and len(shape) == 2)
+    generator = torch.Generator().manual_seed(seed)
+    if scaled:
+        lowrank.scale_columns(weight, 0.5 + torch.rand(*weight.lead[:-1], weight.row_length, generator=generator))
+    if packed and len(shape) == 2:
+        weight.pack(REVERSED)
+    before, state = parts(weight), lowrank.State.of(weight)
+    old = rows_of(weight, weight.dequantize(torch.float32))
+    factor = 0.2 + torch.rand(*old.shape[:-2], old.shape[-1], generator=generator)
+    wanted = seen(weight, old * factor.unsqueeze(-2))
+    exact.assign(weight, wanted)
+    assert error(weight, wanted) < 2e-6
+    assert weight._spec.words.endswith("columns")
+    assert weight.column.dtype == torch.float32
+    if len(shape) == 2:
+        x = torch.randn(3, weight.shape[1], generator=generator)
+        torch.testing.assert_close(torch.nn.functional.linear(x, weight), x @ wanted.T, rtol=1e-4, atol=1e-4)
+    state.restore(weight)
+    assert parts(weight).keys() == before.keys()
+    assert all(torch.equal(part.view(torch.uint8), before[n].view(torch.uint8)) for n, part in parts(weight).items())
+    assert weight._spec.column is scaled
+
+
+def test_factors_of_columns_that_are_not_positive_are_refused():
+    weight = make("int4", (40, 64), False)
+    factor = torch.ones(64)
+    factor[:20] = -1
+    with pytest.raises(NotImplementedError, match="by a positive factor for each row or each column"):
+        exact.assign(weight, weight.dequantize() * factor)
+    assert weight.column is None
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -103,8 +165,8 @@ def test_any_other_change_is_refused_and_leaves_every_bit(kind, size, shape):
     weight = make(kind, shape, False)
     before = parts(weight)
     dense = weight.dequantize(torch.float32) + size * torch.randn(shape)
-    columns = weight.dequantize(torch.float32) * (1 + size * torch.rand(shape[-1]))
-    for wanted in (dense, columns):
+    spread = weight.dequantize(torch.float32) * (1 + size * torch.rand(shape))
+    for wanted in (dense, spread):
         with pytest.raises(NotImplementedError, match="rounding it to the codes would lose most"):
             exact.assign(weight, wanted)
     for wanted, message in ((torch.full(shape, float("nan")), "NaN"), (torch.ones(shape[1:]), "shape")):

@@ -1,9 +1,10 @@
 """Changing a quantized weight to given float values without rounding, where that is possible.
 
-A weight's codes cannot take a small change, but two changes need no new codes:
+A weight's codes cannot take a small change, but three changes need no new codes:
 
 - one of low rank, ``W' = W + up @ down``, is stored next to the codes (`requanto.tensor.lowrank`);
-- one that multiplies rows by positive factors, ``W' = factor[:, None] * W``, changes scales and shifts only.
+- one that multiplies rows by positive factors, ``W' = factor[:, None] * W``, changes scales and shifts only;
+- one that multiplies columns by positive factors, ``W' = W * factor``, changes the column scale only.
 
 `plan` finds which of them the change is, and checks the result against the wanted values. Anything else is refused:
 rounded to codes, most of it would be lost without a word.
@@ -27,14 +28,17 @@ FULL_SVD = 256
 
 @dataclass
 class Change:
-    """A change that needs no new codes: a factor per stored row, then a low-rank term (stored orientation)."""
+    """A change that needs no new codes: factors of stored rows or columns, then a low-rank term (stored orientation)."""
 
     up: torch.Tensor | None = None
     down: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
     def apply(self, weight: QTensor) -> None:
         """Changes the weight, in place."""
+        if self.columns is not None:
+            lowrank.scale_columns(weight, self.columns)
         if self.rows is not None:
             lowrank.scale_rows(weight, self.rows)
         if self.up is not None and self.down is not None:
@@ -47,7 +51,7 @@ def assign(weight: QTensor, values: torch.Tensor) -> None:
 
     Raises:
         ValueError: the values have another shape, or contain NaN or Inf.
-        NotImplementedError: the change can be stored neither as a low-rank term nor as factors of rows.
+        NotImplementedError: the change can be stored neither as a low-rank term nor as factors of rows or columns.
     """
     change = plan(weight, values)
     if change is not None:
@@ -71,13 +75,13 @@ def plan(weight: QTensor, values: torch.Tensor) -> Change | None:
         bound = _bound(old, new, values.dtype)
         if bool(((new - old).abs() <= bound / 4).all()):
             return None
-        change = _as_rows(old, new, bound) or _as_term(weight, new - old, bound)
+        change = _as_rows(old, new, bound) or _as_columns(old, new, bound) or _as_term(weight, new - old, bound)
         if change is not None and _gives(weight, change, new):
             return change
     raise NotImplementedError(
         f"a {weight.qtype.name} weight of shape {tuple(weight.shape)} can be changed without loss by a low-rank term "
-        f"(up to rank {_limit(old)}) or by a positive factor for each row. This change is neither, and rounding it to the "
-        f"codes would lose most of it."
+        f"(up to rank {_limit(old)}) or by a positive factor for each row or each column. This change is none of these, and "
+        f"rounding it to the codes would lose most of it."
     )
 
 
@@ -113,6 +117,14 @@ def _as_rows(old: torch.Tensor, new: torch.Tensor, bound: torch.Tensor) -> Chang
     up = torch.nn.functional.one_hot(others[:, 0], len(factor)).to(old.dtype).mT
     kept = torch.where(factor > 0, factor, torch.ones_like(factor))
     return Change(up=up, down=(new - old)[others[:, 0]], rows=kept)
+
+
+def _as_columns(old: torch.Tensor, new: torch.Tensor, bound: torch.Tensor) -> Change | None:
+    square = (old * old).sum(-2)
+    factor = torch.where(square > 0, (old * new).sum(-2) / square.clamp_min(1e-30), torch.ones_like(square))
+    if bool((factor <= 0).any()) or not bool(((new - old * factor.unsqueeze(-2)).abs() <= bound).all()):
+        return None
+    return Change(columns=factor)
 
 
 def _as_term(weight: QTensor, delta: torch.Tensor, bound: torch.Tensor) -> Change | None:

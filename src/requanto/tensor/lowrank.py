@@ -92,12 +92,27 @@ def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
     set_parts(weight, changed)
 
 
+def scale_columns(weight: QTensor, factor: torch.Tensor) -> None:
+    """Multiplies each stored column by its factor ``[*lead[:-1], K]``, in place. Changes the column scale and down, not the
+    codes; a weight without a column scale gets one, in float32."""
+    factor = factor.detach().to(weight.device, torch.float32)
+    changed = {"column": factor.clone() if weight.column is None else weight.column.float() * factor}
+    if weight.down is not None:
+        changed["down"] = (weight.down.float() * factor.unsqueeze(-2)).to(weight.down.dtype)
+    set_parts(weight, changed)
+
+
 def set_parts(weight: QTensor, changed: Mapping[str, torch.Tensor | None]) -> None:
-    """Replaces some tensors of a weight, for all its aliases; codes and layout stay."""
+    """Replaces some tensors of a weight, for all its aliases; codes and layout stay.
+
+    A column scale can come or go. Other aliases then compute with it too, but only this one can be stored.
+    """
     layout, parts = weight._storage.state
     parts = {name: part for name, part in {**parts, **changed}.items() if part is not None}
-    layout.check(weight._spec, parts)
-    weight._storage.set(parts, layout)
+    spec = weight._spec.replace(column="column" in parts)
+    layout.check(spec, parts)
+    weight._spec = spec
+    weight._storage.set(parts, layout, spec)
 
 
 def _without_codes(weight: QTensor) -> dict[str, torch.Tensor]:
@@ -123,7 +138,7 @@ class State:
 
     def restore(self, weight: QTensor) -> None:
         """Restores this state of the weight, bit for bit."""
-        set_parts(weight, {"up": None, "down": None, **{n: part.to(weight.device) for n, part in self.parts.items()}})
+        set_parts(weight, {"up": None, "down": None, "column": None, **{n: part.to(weight.device) for n, part in self.parts.items()}})
 
     @property
     def rows(self) -> torch.Tensor:
