@@ -1,4 +1,4 @@
-"""Scales in few bits, rotated and corrected weights in both libraries: quantized on loading, saved, loaded, offloaded."""
+"""Scales in few bits and of columns, rotated and corrected weights in both libraries: quantized, saved, loaded, moved."""
 
 import json
 
@@ -19,6 +19,7 @@ OPTIONS = {
     "rotated": ({"weights": "int4", "rotation": 16}, "rotation=16"),
     "corrected": ({"weights": "int2", "low_rank": 4, "scale_bits": 8, "group_size": 16}, "rank=4"),
     "scales in 4 bits": ({"weights": "int2", "group_size": 16, "scale_bits": 4}, "scales=4"),
+    "scales of columns": ({"weights": "int4", "group_size": 16, "column_scale": "root"}, "columns"),
 }
 
 
@@ -45,7 +46,7 @@ def test_transformers_there_and_back(name, float_dir, tmp_path):
     model = load(float_dir, quantization_config=QuantoConfig(**options))
     model.save_pretrained(tmp_path / "one")
     stored = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
-    assert stored["format_version"] == 2
+    assert stored["format_version"] == (3 if word == "columns" else 2)
     assert all(word in line.split() for line in stored["tensors"].values())
     again = load(tmp_path / "one")
     assert torch.equal(answer(again), answer(model))
@@ -56,11 +57,14 @@ def test_transformers_there_and_back(name, float_dir, tmp_path):
 
 
 def test_a_module_may_differ(float_dir, tmp_path):
-    config = QuantoConfig(weights="int4", group_size=16, modules={"*.mlp": {"scale_bits": 4}})
+    modules = {"*.mlp": {"scale_bits": 4, "column_scale": "std"}}
+    config = QuantoConfig(weights="int4", group_size=16, column_scale=False, modules=modules)
     model = load(float_dir, quantization_config=config)
     model.save_pretrained(tmp_path)
     layer = load(tmp_path).model.layers[0]
     assert (layer.mlp.up_proj.weight.scale_bits, layer.self_attn.q_proj.weight.scale_bits) == (4, None)
+    assert layer.mlp.up_proj.weight.column.shape == (64,)
+    assert layer.self_attn.q_proj.weight.column is None
 
 
 def test_what_version_1_can_say_is_written_as_version_1(float_dir, tmp_path):
@@ -88,7 +92,8 @@ def test_diffusers_there_and_back(name, tmp_path):
     assert any(isinstance(parameter, QTensor) for parameter in first.values())
     assert all(torch.equal(parameter, second[key]) for key, parameter in first.items())
     stored = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
-    assert (stored["format_version"], word in next(iter(stored["tensors"].values()))) == (2, True)
+    assert stored["format_version"] == (3 if word == "columns" else 2)
+    assert word in next(iter(stored["tensors"].values()))
     # Group offloading to disk keeps its own files.
     quantized = {key: value for key, value in first.items() if isinstance(value, QTensor)}
     save_file(quantized, str(tmp_path / "group.safetensors"))

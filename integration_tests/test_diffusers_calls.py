@@ -103,7 +103,7 @@ def test_fused_projections_of_each_type(load, kind):
     torch.testing.assert_close(TINY["flux"].run(model), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [{"kind": "codebook4"}, {"modules": {"*.to_v": "int8"}}])
+@pytest.mark.parametrize("config", [{"kind": "codebook4"}, {"column_scale": "root"}, {"modules": {"*.to_v": "int8"}}])
 def test_projections_of_unlike_weights_stay_unfused_and_are_logged(load, config, caplog):
     model = load("flux", **config)
     expected, before = TINY["flux"].run(model), dict(model.named_modules())

@@ -19,8 +19,8 @@ MODELS = {
     "llama-int4": ("llama", {"weights": "int4"}),
     "qwen3-int8": ("qwen3", {"weights": "int8"}),
     "gemma3-tied-int4": ("gemma3", {"weights": "int4", **ALL}),
-    "llama-heads-float8": ("llama", {"weights": "float8", **ALL}),
-    "mixtral-int4": ("mixtral", {"weights": "int4"}),
+    "llama-heads-float8": ("llama", {"weights": "float8", "column_scale": "std", **ALL}),
+    "mixtral-int4": ("mixtral", {"weights": "int4", "column_scale": "root"}),
     "qwen3-moe-int2": ("qwen3-moe", {"weights": "int2", **ALL}),
 }
 PLANS = {"tp": {"tp_plan": "auto"}, "ep": {"distributed_config": {"tp_size": 2, "ep_size": 2}}}

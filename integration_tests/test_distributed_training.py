@@ -17,7 +17,8 @@ WORLD = 2
 
 
 def make(directory: Path, weights: str):
-    model = TINY["llama"].auto.from_pretrained(directory, quantization_config=QuantoConfig(weights=weights))
+    config = QuantoConfig(weights=weights, column_scale="root" if weights == "codebook3" else None)
+    model = TINY["llama"].auto.from_pretrained(directory, quantization_config=config)
     torch.manual_seed(0)
     return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
 
@@ -212,7 +213,10 @@ def test_fsdp2_trains_as_one_process_and_saves(directory, run, one_process, weig
     for found in both:
         assert found["losses"] == pytest.approx(one_process[weights], rel=1e-5)
         assert found["quantized"] == 14
-        shared = 14 * 8 * 4 if weights == "codebook3" else 0  # every rank holds the values of each weight
+        # Every rank holds the codebook and the column scale of each weight.
+        whole = [p for p in make(directory, weights).parameters() if isinstance(p, QTensor)]
+        shared = sum(part.nbytes for p in whole for part in (p.codebook, p.column) if part is not None)
+        assert (shared > 14 * 64 * 4) == (weights == "codebook3")
         assert found["local bytes"] * 2 == both[0]["full bytes"] + shared
         assert found["dcp"]
     model = make(directory, weights)

@@ -47,6 +47,7 @@ OPTIONS = {
     "groups of 128": {"group_size": 128},
     "rotated": {"rotation": True},
     "low rank": {"low_rank": 4},
+    "column scale and rotation": {"column_scale": torch.linspace(0.1, 1, 128), "rotation": True, "low_rank": 4},
     "stored transposed": {"transposed": True},
 }
 
@@ -182,6 +183,7 @@ MIXED = [
     ("float8", {}),
     ("int4", {"rotation": True}),
     ("int3", {"scale_bits": 6}),
+    ("int8", {"column_scale": "root"}),
 ]
 
 

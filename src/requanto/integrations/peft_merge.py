@@ -231,8 +231,8 @@ def _undo(
         before.restore(weight)
     elif term is None:
         raise RuntimeError(
-            f"adapter {adapter!r} cannot be unmerged: it multiplied rows or columns of the weight, and after that another layer that "
-            f"shares the weight changed it. Unmerge in the reverse order of merging, or load the model again."
+            f"adapter {adapter!r} cannot be unmerged: it multiplied rows or columns of the weight, and after that another "
+            f"layer that shares the weight changed it. Unmerge in the reverse order of merging, or load the model again."
         )
     else:  # another layer that shares the weight merged later: subtract only this term
         up, down = term

@@ -138,7 +138,10 @@ class State:
 
     def restore(self, weight: QTensor) -> None:
         """Restores this state of the weight, bit for bit."""
-        set_parts(weight, {"up": None, "down": None, "column": None, **{n: part.to(weight.device) for n, part in self.parts.items()}})
+        set_parts(
+            weight,
+            {"up": None, "down": None, "column": None, **{n: part.to(weight.device) for n, part in self.parts.items()}},
+        )
 
     @property
     def rows(self) -> torch.Tensor:
