@@ -54,6 +54,24 @@ def error(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8", "nf4"])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_a_column_scale(kind, dtype):
+    module = layer(kind, dtype=dtype, column_scale="root")
+    expected, bound = values(module), 2 * BOUND[dtype]
+    for stored in (dtype, torch.float32):  # of the scale, which is the dtype of x or another
+        parts = {**module.weight.inner_tensors(), "column": module.weight.column.to(stored)}
+        module.weight.data = module.weight.with_inner(parts)
+        for rows in (1, 16, 300):
+            x = torch.randn(rows, 1024, device=DEVICE, dtype=dtype, requires_grad=rows == 16)
+            wanted = x.detach().double() @ expected.t() + module.bias.double()
+            for _ in range(2):
+                assert error(module(x).detach(), wanted) < bound
+            if x.requires_grad:
+                module(x).sum().backward()
+                assert error(x.grad, torch.ones(rows, 384, device=DEVICE).double() @ expected) < bound
+
+
 @pytest.mark.parametrize(
     ("kind", "group", "dtype"),
     [

@@ -168,6 +168,13 @@ def test_nan_in_a_weight_is_named_as_without_a_scale():
         QTensor.quantize(weight, "int4", column_scale="std", name="layer")
 
 
+def test_columns_too_large_to_square_get_none_and_the_log_names_the_layer(caplog):
+    quantized = QTensor.quantize(random(64, 64) * 1e30, "int8", column_scale="std", name="a.b.weight")
+    assert quantized.column is None
+    assert torch.isfinite(quantized.dequantize()).all()
+    assert "a.b.weight: its columns are too large" in caplog.text
+
+
 def test_few_rows_get_none_and_the_log_names_the_layer(caplog):
     with caplog.at_level(logging.INFO, logger="requanto"):
         quantized = QTensor.quantize(random(LEAST_ROWS - 1, 64), "int4", column_scale="std", name="a.b.weight")

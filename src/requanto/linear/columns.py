@@ -17,12 +17,14 @@ def column_for(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
     column = storage.parts["column"]
     if not runs_eagerly():
         return column.to(dtype)
-    if column.is_inference():  # autograd cannot save it, and it has no version
-        key: tuple = ("column", dtype)
-    elif column.dtype == dtype:
+    if column.dtype == dtype and not column.is_inference():
         return column
-    else:
-        key = ("column", dtype, column._version)
+    if (
+        not column.is_cpu
+    ):  # not kept: a captured graph would go on reading a copy that is dropped when the weight changes
+        return column.to(dtype, copy=True)
+    # An inference tensor has no version, and autograd cannot save it.
+    key = ("column", dtype, None if column.is_inference() else column._version)
     copy = storage.derived.get(key)
     if copy is None:
         with without_ambient_state():

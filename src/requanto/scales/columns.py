@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import release_scratch, scratch_like
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +75,13 @@ def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
         return torch.ones(*lead, length, dtype=torch.float32, device=weight.device)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     square = torch.zeros(*lead, length, dtype=wide, device=weight.device)
-    step = max(1, _CHUNK // max(1, weight.shape[:-2].numel() * length))
+    # Sums of a few thousand rows in float32, which is ten times as fast; and all of them in float64.
+    step = min(4096, max(1, _CHUNK // max(1, weight.shape[:-2].numel() * length)))
     for start in range(0, rows, step):
-        # Contiguous, since sums of a transposed view could differ in their last bits.
-        block = weight[..., start : start + step, :].to(torch.float32).contiguous()
-        square += block.square().sum(-2, dtype=wide)
+        part = weight[..., start : start + step, :]
+        # A copy, since sums of a transposed view could differ in their last bits.
+        square += scratch_like(part, "block").copy_(part).square_().sum(-2)
+    release_scratch()
     size = (square / rows).sqrt()
     alive = size > 0
     # The logarithms of dead columns are zeros, which do not count in the mean.
@@ -126,10 +129,9 @@ def fit_column(
         column = column_scale(rows, asked)
     if column.device.type == "meta" or isinstance(column, FakeTensor) or not column.numel():
         return column.to(stored)
-    if not bool(torch.isfinite(column).all()):
-        return torch.ones_like(
-            column, dtype=stored
-        )  # of a weight with NaN or Inf, which is refused with its own message
+    if not bool(torch.isfinite(column).all()):  # a weight with Inf is refused later, with a message of its own
+        logger.warning("%s: its columns are too large to compute a column scale: it gets none", name)
+        return None
     largest = column.amax(-1, keepdim=True)
     power = torch.frexp(largest).exponent
     half = power // 2  # in two steps: the whole power may exceed float32
