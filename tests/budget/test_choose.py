@@ -51,6 +51,14 @@ def test_bits_count_everything_and_are_kept(bits):
     assert model(torch.randn(2, 128)).isfinite().all()
 
 
+def test_a_budget_with_column_scales_counts_them():
+    model = auto(Net(), bits=5.0, column_scale="root")
+    weights = [m.weight for m in model.children()]
+    assert all(w.column is not None for w in weights if isinstance(w, QTensor))
+    taken = sum(w.nbytes if isinstance(w, QTensor) else w.numel() * w.element_size() for w in weights)
+    assert requanto.budget.budget_of(model)["bytes"] == taken <= 5 * sum(w.numel() for w in weights) / 8
+
+
 def test_max_memory_counts_the_whole_model():
     for size in (9_000, 12_000, 20_000, 30_000):
         model = auto(Net(), max_memory=size)

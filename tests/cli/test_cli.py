@@ -54,6 +54,8 @@ def test_quantize_takes_the_options_of_the_config(float_dir, tmp_path):
         "2",
         "--scale-bits",
         "8",
+        "--column-scale",
+        "std",
         "--modules-to-not-convert",
         "q_proj",
         "--modules-to-not-convert",
@@ -70,10 +72,24 @@ def test_quantize_takes_the_options_of_the_config(float_dir, tmp_path):
     assert config["dtype"] == "bfloat16"
     tensors = config["quantization_config"]["tensors"]
     assert tensors["model.layers.0.mlp.up_proj.weight"].startswith("qint4")
-    assert [config["quantization_config"][k] for k in ("scale_bits", "rotation", "low_rank")] == [8, 32, 2]
+    given = ("scale_bits", "rotation", "low_rank", "column_scale")
+    assert [config["quantization_config"][k] for k in given] == [8, 32, 2, "std"]
+    assert tensors["model.layers.0.mlp.up_proj.weight"].endswith("columns")
     assert tensors["model.layers.0.self_attn.v_proj.weight"].startswith("qint8")
     assert tensors["lm_head.weight"].startswith("qint8")
     assert not [name for name in tensors if "q_proj" in name or "k_proj" in name]
+
+
+def test_the_column_scale_takes_true_and_false_and_refuses_other_words(float_dir, tmp_path):
+    for word, stored in (("true", "root"), ("false", False)):
+        done = run("quantize", float_dir, tmp_path / word, "--weights", "int4", "--column-scale", word, "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["config"]["column_scale"] == stored
+        config = json.loads((tmp_path / word / "config.json").read_text())["quantization_config"]
+        assert all(line.endswith("columns") == bool(stored) for line in config["tensors"].values())
+    done = run("quantize", float_dir, tmp_path / "out", "--column-scale", "yes")
+    assert done.exit_code == 1
+    assert "column_scale must be 'std', 'root', True, False or None, found 'yes'" in done.output.replace("\n", " ")
 
 
 def test_inspect_counts_the_bytes_of_the_files(int4_dir):

@@ -18,14 +18,15 @@ def model():
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "int2", "float8"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_bytes_are_those_of_the_cut_weights(model, weights, tp):
+@pytest.mark.parametrize("column_scale", [False, "root"])
+def test_bytes_are_those_of_the_cut_weights(model, weights, tp, column_scale):
     held = 0
     for name, parameter in model.named_parameters():
         if "proj" in name:
-            whole = QTensor.quantize(parameter.data, weights)
+            whole = QTensor.quantize(parameter.data, weights, column_scale=column_scale)
             dim = 1 if "o_proj" in name or "down_proj" in name else 0
             held += slice_weight(whole, dim, 0, whole.shape[dim] // tp).nbytes
-    report = parallel_report(model, QuantoConfig(weights=weights), tp=tp)
+    report = parallel_report(model, QuantoConfig(weights=weights, column_scale=column_scale), tp=tp)
     # A group cut in two costs a scale on both sides; the report counts one, the cut may need finer groups.
     assert report.quantized <= held
     assert report.quantized == pytest.approx(held, rel=0 if tp == 1 else 0.15)

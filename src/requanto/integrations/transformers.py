@@ -45,6 +45,7 @@ from requanto.integrations.conversion import as_config, dequantize_, frozen_para
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full_state_dict, place_shard
 from requanto.integrations.transformers_names import StoredNames, saved_renaming
+from requanto.scales.columns import default_column_scale
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.values import ReadOnlyValues
@@ -140,17 +141,22 @@ class RequantoHfQuantizer(HfQuantizer):
         if text is not None:
             spec = parse_spec(text, param_name)
             kind, group, bits, rank = spec["qtype"], spec["group_size"], spec["scale_bits"], spec["rank"]
+            column = spec["column"]
         elif param_name in self.planned:
             options = self.planned[param_name].options
             kind, group, bits = options.qtype, options.group_size, options.scale_bits
             rank = options.low_rank or 0
             group = 32 if group == "default" else group
+            asked = options.column_scale
+            column = bool(default_column_scale(kind) if asked is None else asked)
         else:
             return param.element_size()
         element = param.element_size() if bits is None else bits / 8
         overhead = 2 * element / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
         if rank and param.dim() > 1:
             overhead += rank * param.element_size() * (1 / max(1, param.shape[-1]) + 1 / max(1, param.shape[-2]))
+        if column and param.dim() > 1:
+            overhead += param.element_size() / max(1, param.shape[-2])
         return kind.bits / 8 + overhead
 
     # ------------------------------------------------------------------ the weights
