@@ -1,0 +1,11 @@
+"""Transformations of the float weights that make rounding less harmful and cost nothing at run time.
+
+    requanto.quantize(model, weights="int4", rotation="fold")     # rotations, folded into the weights
+    requanto.quantize(model, weights="int4", fold=True)           # column scales, folded into norms and earlier layers
+
+They are tried on a float copy of the model (`requanto.transforms.twin`); the model changes when the copy gives the same output.
+"""
+
+from requanto.transforms.fold import Folded, fold_model
+
+__all__ = ["Folded", "fold_model"]
