@@ -65,7 +65,7 @@ def random_rotation(size: int, seed: int, keep_mean: bool = False) -> torch.Tens
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
     q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()  # makes it uniform over all orthogonal matrices
+    return (q * r.diagonal().sign()).contiguous()  # makes it uniform over all orthogonal matrices
 
 
 def _paley(order: int) -> torch.Tensor | None:
