@@ -80,11 +80,17 @@ def test_rotations_leave_the_answer_as_it_is(name):
     assert found.done == EXPECTED[name][0]
     assert_same(tiny_models.output(model, inputs), before)
     changed = [key for key, value in model.state_dict().items() if not torch.equal(value, weights[key])]
-    values = [key for key in changed if ("v_proj" in key or "value" in key or "c_attn" in key or "SelfAttention.v" in key)]
+    values = [
+        key for key in changed if ("v_proj" in key or "value" in key or "c_attn" in key or "SelfAttention.v" in key)
+    ]
     assert values
     if "rotation" in found.done:
         assert {w.name for w in float_weights(model)} <= set(changed)
-        norms = [m for n, m in model.named_modules() if ("norm" in n or "ln_" in n) and "q_norm" not in n and "k_norm" not in n]
+        norms = [
+            m
+            for n, m in model.named_modules()
+            if ("norm" in n or "ln_" in n) and "q_norm" not in n and "k_norm" not in n
+        ]
         assert norms and all(bool((norm.weight == 1).all()) for norm in norms)
     assert model.config.requanto_folded == found.done
 

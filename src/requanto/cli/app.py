@@ -68,8 +68,18 @@ def quantize(
         int | None, typer.Option(help="Bits of each group's scale and shift, 4 to 8; default: float.")
     ] = None,
     rotation: Annotated[
-        int | None, typer.Option(help="Rotate rows with Hadamard blocks of up to this size, e.g. 1024.")
+        str | None,
+        typer.Option(
+            help="Rotate rows with Hadamard blocks of up to this size, e.g. 1024; fold: rotate the float model instead, which "
+            "costs nothing at run time."
+        ),
     ] = None,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold", help="Put column scales into the norms and layers before, where exact: no cost at run time."
+        ),
+    ] = False,
     low_rank: Annotated[
         int | None, typer.Option(help="Rank of a low-rank correction stored with the codes; default: none.")
     ] = None,
@@ -124,7 +134,8 @@ def quantize(
             activations=activations,
             group_size=group_size,
             scale_bits=scale_bits,
-            rotation=rotation,
+            rotation=int(rotation) if rotation is not None and rotation.isdigit() else rotation,
+            fold=fold or None,
             low_rank=low_rank,
             column_scale={"true": True, "false": False}.get(column_scale or "", column_scale),
             modules_to_not_convert=modules_to_not_convert or None,

@@ -17,7 +17,7 @@ from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.scales.columns import check_column_scale
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
-from requanto.scales.rotation import check_rotation
+from requanto.scales.rotation import FOLD, check_rotation
 from requanto.scales.search import check_method
 
 FORMAT = "requanto"
@@ -67,7 +67,7 @@ _LAYER_KEYS = (
     ),
 )
 #: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
-_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", "column_scale", *_BUDGET_KEYS})
+_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", "column_scale", "fold", *_BUDGET_KEYS})
 #: of the files, not of the choice
 _OF_FILES = ("digests", "save_id")
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget", *_OF_FILES)
@@ -97,12 +97,15 @@ class QuantoConfig:
         scale_bits: 4 to 8: bits in which the scale and the shift of a group are stored (docs/accuracy.md); None or 16: as
             floats.
         rotation: True, ``"hadamard"`` or the largest block (a power of two): rows are rotated by a block Hadamard matrix
-            before rounding, and inputs are rotated alike. None: no rotation.
+            before rounding, and inputs are rotated alike. None: no rotation. ``"fold"``: the float model is rotated before
+            its weights are rounded, at no cost at run time (docs/accuracy.md).
         low_rank: rank of a low-rank term, two thin matrices in addition to the codes, that corrects most of the rounding
             error; None: no term.
         column_scale: ``"std"`` or ``"root"``: weights are divided by a scale of each column before rounding, and inputs
             multiplied by it (docs/accuracy.md); True: the better of the two as measured; False: no column scale; None: the
             type's default.
+        fold: column scales are put into the norms and layers before, where a trial shows that exact, so that they cost
+            nothing at run time (docs/accuracy.md).
         default_skips: leave float what the library or this package skips by default. False clears that list.
         weights_dtype: Diffusers' name for ``weights``.
         bits, max_memory: with ``weights="auto"``, one of the two: a budget within which each layer's type is chosen
@@ -131,6 +134,7 @@ class QuantoConfig:
         rotation: bool | str | int | None = None,
         low_rank: int | None = None,
         column_scale: bool | str | None = None,
+        fold: bool | None = None,
         weights_dtype: str | qtype | None = None,
         method: str | None = None,
         bits: float | None = None,
@@ -162,9 +166,13 @@ class QuantoConfig:
         self.convolutions = checks.flag(convolutions, "convolutions")
         self.default_skips = checks.flag(default_skips, "default_skips")
         self.scale_bits = check_scale_bits(scale_bits)
-        self.rotation = check_rotation(checks.small(rotation, "rotation"))
+        self.rotation: int | str | None = (
+            FOLD if rotation == FOLD else check_rotation(checks.small(rotation, "rotation"))
+        )
         self.low_rank = check_low_rank(checks.small(low_rank, "low_rank"))
         self.column_scale = check_column_scale(checks.small(column_scale, "column_scale"))
+        #: None where nothing is folded, and once it was
+        self.fold: bool | None = None if fold is None else checks.flag(fold, "fold") or None
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty until a model was quantized
         self.tensors: dict[str, str] = checks.table(stored.get("tensors"), "tensors", "the description of a weight")
         #: name of a module that holds activation scales -> their type (`requanto.checkpoint.activation_table`)
@@ -209,6 +217,7 @@ class QuantoConfig:
             "rotation",
             "low_rank",
             "column_scale",
+            "fold",
             "weights_dtype",
             "method",
             *_BUDGET_KEYS,
@@ -260,7 +269,7 @@ class QuantoConfig:
             "activations": self.activations,
             "scale_bits": self.scale_bits,
             "method": self.method,
-            "rotation": self.rotation,
+            "rotation": None if self.rotation == FOLD else self.rotation,
             "low_rank": self.low_rank,
             "column_scale": self.column_scale,
         }

@@ -34,6 +34,7 @@ from requanto.integrations.diffusers_builtin import refuse_other_backends, silen
 from requanto.integrations.diffusers_skips import stays_float
 from requanto.runtime.fork import new_in_child
 from requanto.tensor.qtensor import QTensor
+from requanto.transforms import asks_for_fold
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,12 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             config = self.quantization_config
             config.tensors, config.format, config.format_version = {}, None, None
+            if asks_for_fold(config):
+                raise ValueError(
+                    "folds are found by running the float model, and from_pretrained of Diffusers has no inputs for it. Load "
+                    "the float pipeline, then requanto.quantize(pipe.transformer, weights=..., fold=True, "
+                    "fold_inputs=lambda model: pipe(...)) and requanto.freeze(pipe.transformer)"
+                )
             self.planned = plan_model(model, config, keep_in_fp32_modules or ())
             warn_few_bits(planned.options.qtype for planned in self.planned.values())
             self.planned = resolve_from_files(model, config, self.planned, self._files, state=state_dict)

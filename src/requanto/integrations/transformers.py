@@ -42,6 +42,7 @@ from requanto.integrations import experts
 from requanto.integrations.accelerate import load_offloaded
 from requanto.integrations.budget import resolve_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
+from requanto.integrations.folding import check_fold, quantize_planned_weights
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full_state_dict, place_shard
 from requanto.integrations.transformers_names import StoredNames, saved_renaming
@@ -49,6 +50,7 @@ from requanto.scales.columns import default_column_scale
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.values import ReadOnlyValues
+from requanto.transforms import asks_for_fold, fold_planned
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +129,14 @@ class RequantoHfQuantizer(HfQuantizer):
             tied=model.all_tied_weights_keys,
         )
         warn_few_bits(planned.options.qtype for planned in self.planned.values())
+        check_fold(self.quantization_config, self.planned, kwargs.get("device_map"))
         self.planned = resolve_for_transformers(
             model, self.quantization_config, self.planned, kwargs.get("checkpoint_files")
         )
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the weight is to be quantized."""
-        return param_name in self.planned
+        return param_name in self.planned and not asks_for_fold(self.quantization_config)
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Returns the mean bytes per element of a weight, scales included; used for device maps."""
@@ -229,6 +232,9 @@ class RequantoHfQuantizer(HfQuantizer):
             raise _combined_error(self.problems)
         _drop_converters(model)
         config = self.quantization_config
+        if not self.pre_quantized and asks_for_fold(config):
+            fold_planned(model, config, self.planned)
+            quantize_planned_weights(model, self.planned)
         if self.pre_quantized:
             self._check_complete(model)
             if config.activation_modules and self.sharded:

@@ -26,6 +26,7 @@ from requanto.methods import quantize_with_samples
 from requanto.model.select import (
     check_patterns,
     chosen_modules,
+    foldable_names,
     listed,
     nothing_chosen,
     planned_weights,
@@ -38,9 +39,10 @@ from requanto.scales.columns import check_column_scale
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
 from requanto.scales.optimizers import Optimizer, check_optimizer
-from requanto.scales.rotation import check_rotation
+from requanto.scales.rotation import FOLD, check_rotation
 from requanto.scales.search import CALIBRATED, SEARCHES, check_method
 from requanto.tensor.qtensor import QTensor
+from requanto.transforms import fold_asked
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -71,6 +73,8 @@ def quantize(
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
     column_scale: bool | str | None = None,
+    fold: bool = False,
+    fold_inputs: Any = None,
 ) -> Module:
     """Turns a model's modules into quantized modules, in place.
 
@@ -104,15 +108,20 @@ def quantize(
         resume: directory for finished blocks, from which an interrupted run continues.
         progress: show a progress bar while samples run.
         scale_bits, rotation, low_rank, column_scale: storage of scales, rotation of rows, correction of errors, scales of
-            columns; see `QTensor.quantize`.
+            columns; see `QTensor.quantize`. ``rotation="fold"``: the float model is rotated first, at no cost at run time.
+        fold: column scales (of kind ``column_scale``) are put into the norms and layers before, where a trial shows that
+            exact, so that they cost nothing at run time.
+        fold_inputs: inputs with which folds are tried, as ``calibration``; None: samples if there are some, else random
+            tokens or pixels.
 
     Returns:
         ``model`` itself.
 
     Raises:
         ValueError: a type is unknown; a pattern matches no module; no module is selected; a weight is already quantized to
-            another type; the ``calibration`` samples reach no layer.
+            another type; the ``calibration`` samples reach no layer; no rotation can be folded exactly.
     """
+    rotate_model, rotation = rotation == FOLD, None if rotation == FOLD else rotation
     limit = auto_limit(weights, bits, max_memory, candidates)
     kind = qint8 if limit is not None else None if weights is None else resolve_qtype(weights)
     activation = None if activations is None else resolve_qtype(activations)
@@ -146,6 +155,19 @@ def quantize(
     named = list(model.named_modules())
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
 
+    folded: set[str] = set()
+    if fold or rotate_model:
+        chosen = list(chosen_modules(model, named, kind, special, include, exclude))
+        calibration = _several_times(calibration)
+        folded = fold_asked(
+            *(model, foldable_names(chosen)),
+            rotation=rotate_model,
+            columns=fold,
+            kind=column_scale,
+            inputs=calibration if fold_inputs is None else fold_inputs,
+        ).columns
+        column_scale = None if calibration is not None else column_scale
+
     if limit is not None or calibration is not None:
         if optimizer is not None:
             raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= needs one type, not weights='auto'")
@@ -170,7 +192,7 @@ def quantize(
                         search=o.method,
                         rotation=o.rotation,
                         low_rank=o.low_rank,
-                        column_scale=o.column_scale,
+                        column_scale=False if f"{name}.weight" in folded else o.column_scale,
                     )
                     _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
             return model
@@ -188,11 +210,17 @@ def quantize(
     warn_few_bits((kind, *special.values()))
     touched = 0
     for name, module, asked in chosen_modules(model, named, kind, special, include, exclude):
-        if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric, options):
+        own = {**options, "column_scale": False} if f"{name}.weight" in folded else options
+        if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric, own):
             touched += 1
     if not touched:
         raise nothing_chosen(model, named, include, exclude)
     return model
+
+
+def _several_times(calibration: Any) -> Any:
+    """Samples that can be read more than once."""
+    return list(calibration) if isinstance(calibration, Iterator) else calibration
 
 
 _SAMPLES_OR_NOT = (

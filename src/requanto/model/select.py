@@ -40,6 +40,17 @@ def chosen_modules(
             yield name, module, asked
 
 
+def foldable_names(chosen: Iterable[tuple[str, nn.Module, qtype | None]]) -> set[str]:
+    """Names of the chosen weights that a matmul multiplies with, whose column scales can be folded."""
+    found = set()
+    for name, module, kind in chosen:
+        weight = module._parameters.get("weight")
+        if weight is not None and kind is not None and weight_kind(module, "weight", weight) is not None:
+            if not isinstance(module, nn.Embedding):
+                found.add(f"{name}.weight" if name else "weight")
+    return found
+
+
 def planned_weights(
     chosen: Iterable[tuple[str, nn.Module, qtype | None]],
     activation: qtype | None,

@@ -14,6 +14,7 @@ from requanto.data import calibration_text
 from requanto.methods import find_method, quantize_with_samples, text_samples
 from requanto.report.companions import save_with_companions
 from requanto.report.convert import checked_source, class_of, load_model
+from requanto.transforms import fold_planned
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,11 @@ def calibrate_directory(
     content = calibration_text() if text is None else Path(text).read_text(encoding="utf-8")
     pieces = text_samples(AutoTokenizer.from_pretrained(source), content, samples, length)
     loaded = load_model(class_of(source, description), source, None, dtype, device)
-    planned = resolve_on_samples(loaded, config, planned_for(loaded, config), pieces, progress)
+    planned = planned_for(loaded, config)
+    if fold_planned(loaded, config, planned, pieces) is not None:
+        for one in planned.values():
+            one.options.column_scale = False  # those that are not folded: samples do not use them
+    planned = resolve_on_samples(loaded, config, planned, pieces, progress)
     quantize_with_samples(loaded, planned, pieces, chosen, resume=resume, progress=progress)
     from requanto.integrations.transformers import attach_quantizer
 

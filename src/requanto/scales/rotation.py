@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Largest block. Larger ones were not more accurate (docs/accuracy.md), and are slower.
 LARGEST = 1024
+#: value of ``rotation`` that rotates the float model instead, before its weights are rounded (`requanto.transforms`)
+FOLD = "fold"
 
 
 def check_rotation(value: Any, where: str = "rotation") -> int | None:
@@ -38,6 +40,11 @@ def check_rotation(value: Any, where: str = "rotation") -> int | None:
         return None
     if value is True or value == "hadamard":
         return LARGEST
+    if value == FOLD:
+        raise ValueError(
+            f"{where}='fold' rotates a whole float model before it is quantized: give it to requanto.quantize or as "
+            f"QuantoConfig(rotation='fold'), not for one weight or layer"
+        )
     if not isinstance(value, int) or value < 2 or value & (value - 1):
         raise ValueError(
             f"{where} must be True, False, 'hadamard' or the size of a block, a power of two; found {value!r}"

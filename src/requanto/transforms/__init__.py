@@ -7,5 +7,6 @@ They are tried on a float copy of the model (`requanto.transforms.twin`); the mo
 """
 
 from requanto.transforms.fold import Folded, fold_model
+from requanto.transforms.request import asks_for_fold, fold_asked, fold_planned
 
-__all__ = ["Folded", "fold_model"]
+__all__ = ["Folded", "asks_for_fold", "fold_asked", "fold_model", "fold_planned"]

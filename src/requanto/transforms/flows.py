@@ -69,7 +69,9 @@ class Flow:
                 hook.remove()
         self.readers = {m: self.groups[at[k]] if (k := key(o)) in at else [] for m, o in outputs.items()}
         # A model may multiply the output of its last norm by a number before the head (T5).
-        free = {n for n, group in enumerate(self.groups) if group and not any(g is group for g in self.readers.values())}
+        free = {
+            n for n, group in enumerate(self.groups) if group and not any(g is group for g in self.readers.values())
+        }
         for norm, output in outputs.items():
             near = (n for n in free if not self.readers[norm] and _proportional(inputs[n], output))
             self.readers[norm] = self.readers[norm] or next((self.groups[n] for n in near), [])
@@ -159,7 +161,7 @@ def row_map(
     return found if bool((found.bincount(minlength=count) * count == len(found)).all()) else None
 
 
-class scaled_rows:  # noqa: N801  (used as a function)
+class scaled_rows:
     """Context: rows of a layer, and their bias, multiplied by factors."""
 
     def __init__(self, weight: FloatWeight, rows: torch.Tensor, factors: torch.Tensor) -> None:

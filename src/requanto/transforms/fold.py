@@ -13,7 +13,7 @@ from torch import nn
 from requanto.transforms.columns import Scale, fold_columns
 from requanto.transforms.inputs import trial_inputs
 from requanto.transforms.rotation import rotate_stream, rotate_values
-from requanto.transforms.twin import Inexact, Twin
+from requanto.transforms.twin import Inexact, Twin, check_float
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +30,14 @@ class Folded:
         columns: names of the weights whose column scales were folded.
         left: names of the weights for which no fold is exact.
         reasons: why something was left out.
+        untied: names of parameters that shared a tensor with another and no longer do.
     """
 
     done: list[str] = field(default_factory=list)
     columns: set[str] = field(default_factory=set)
     left: set[str] = field(default_factory=set)
     reasons: list[str] = field(default_factory=list)
+    untied: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()
@@ -63,6 +65,7 @@ def fold_model(
     Raises:
         ValueError: the model cannot be run, or no rotation is exact; the model is as before.
     """
+    check_float(model)
     arguments = trial_inputs(model, inputs)
     found = Folded()
     try:
@@ -82,6 +85,7 @@ def fold_model(
         twin.write_back()
     except Inexact as error:
         raise ValueError(f"{type(model).__name__} was left as it was: {error}") from None
+    found.untied = twin.untied
     _record(model, twin.untied, found)
     return found
 
@@ -99,7 +103,9 @@ def _rotated(model: nn.Module, arguments: Any, twin: Twin, found: Folded, seed: 
         logger.info("values of attention rotated: %d layers", len(values))
         found.done.append("value_rotation")
     if not found.done:
-        raise Inexact(f"rotation='fold' found no exact rotation: {found.reasons[0]}; no layer reads rotated values either")
+        raise Inexact(
+            f"rotation='fold' found no exact rotation: {found.reasons[0]}; no layer reads rotated values either"
+        )
     if found.reasons:
         logger.warning("the residual stream is not rotated, only the values of attention: %s", found.reasons[0])
     return twin

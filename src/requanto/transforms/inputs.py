@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,13 +21,13 @@ def trial_inputs(model: nn.Module, inputs: Any = None) -> tuple[tuple, dict[str,
 
     Args:
         model: the model.
-        inputs: True or None: made here, from what the model says about its inputs. Else what `requanto.quantize` takes as
+        inputs: None: made here, from what the model says about its inputs. Else what `requanto.quantize` takes as
             ``calibration``, of which the first input is used.
 
     Raises:
         ValueError: the model does not say what its inputs are, or ``inputs`` does not run it.
     """
-    if inputs is None or inputs is True:
+    if inputs is None:
         return (), _own_inputs(model)
     found: list[tuple[tuple, dict[str, Any]]] = []
 
@@ -49,7 +51,7 @@ def trial_inputs(model: nn.Module, inputs: Any = None) -> tuple[tuple, dict[str,
 def _first(inputs: Any) -> Any:
     if isinstance(inputs, (torch.Tensor, Mapping, str)) or not isinstance(inputs, Iterable):
         return inputs
-    return [next(iter(inputs))] if len(list(inputs)) else []
+    return list(itertools.islice(inputs, 1))
 
 
 def _own_inputs(model: nn.Module) -> dict[str, Any]:
@@ -73,18 +75,18 @@ def _own_inputs(model: nn.Module) -> dict[str, Any]:
         return {main: torch.randn(ROWS, channels, height, width, generator=generator).to(device, dtype)}
     first_layer = next((m for m in model.modules() if type(m) is nn.Linear), None)
     if main is None and config is None and first_layer is not None:
-        return {_only_argument(model.forward): torch.randn(
-            ROWS, LENGTH, first_layer.in_features, generator=generator
-        ).to(device, dtype)}
+        return {
+            _only_argument(model.forward): torch.randn(ROWS, LENGTH, first_layer.in_features, generator=generator).to(
+                device, dtype
+            )
+        }
     raise ValueError(
         f"{type(model).__name__} does not say what its inputs are, and a fold is found by running the model: give one "
-        f"input, as in fold={{'pixel_values': ...}} or fold=lambda model: pipe(...)"
+        f"input to requanto.quantize, as in fold_inputs={{'pixel_values': ...}} or fold_inputs=lambda model: pipe(...)"
     )
 
 
 def _only_argument(forward: Callable) -> str:
-    import inspect
-
     names = [
         name
         for name, p in inspect.signature(forward).parameters.items()
@@ -93,6 +95,6 @@ def _only_argument(forward: Callable) -> str:
     if len(names) != 1:
         raise ValueError(
             f"a fold is found by running the model, whose forward takes {len(names)} arguments ({', '.join(names)}): give one "
-            f"input, as in fold=[(x, y)]"
+            f"input, as in fold_inputs=[(x, y)]"
         )
     return names[0]

@@ -98,7 +98,9 @@ def _norm_of(twin: Twin, module: nn.Module, readers: list[FloatWeight], width: i
     name = twin.names[id(module)]
     weight, bias = norm_vector(module), module._parameters.get("bias")
     assert weight is not None
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(twin.device, weight.dtype)
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+        twin.device, weight.dtype
+    )
     with torch.no_grad():
         found = module(x).double()
     for centers in (False, True):
@@ -120,7 +122,9 @@ def _fold_norm(norm: _Norm, rotation: torch.Tensor) -> None:
         reader.scale_columns(factors)
     if bias is not None:
         if bool(((factors == 0) & (bias.data != 0)).any()):
-            raise Inexact(f"{norm.name} has weights of 0 with a bias, so the weight cannot be multiplied into the layers")
+            raise Inexact(
+                f"{norm.name} has weights of 0 with a bias, so the weight cannot be multiplied into the layers"
+            )
         divided = torch.where(factors == 0, torch.zeros_like(factors), bias.data.double() / factors)
         bias.data.copy_(divided @ rotation)
     weight.data.fill_(1 - norm.offset)
@@ -157,7 +161,9 @@ def rotate_values(twin: Twin, seed: int = 0) -> list[str]:
     return rotated
 
 
-def _rotate_block(run: Run, weights: list[FloatWeight], norms: list[nn.Module], sizes: list[int], seed: int) -> list[str]:
+def _rotate_block(
+    run: Run, weights: list[FloatWeight], norms: list[nn.Module], sizes: list[int], seed: int
+) -> list[str]:
     flow, rotated = Flow(run, weights, norms), []
     normed = [group for group in flow.readers.values() if group]
     for number, group in enumerate(flow.groups):

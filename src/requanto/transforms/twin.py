@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from requanto.methods.chains import find_lists
 from requanto.methods.samples import Stop
+from requanto.nn.mixin import QModuleMixin
 from requanto.runtime.tracing import without_autocast
 from requanto.tensor.qtensor import QTensor
 
@@ -53,17 +54,9 @@ class Twin:
     Attributes:
         model: the copy.
         untied: names of parameters of the copy that shared a tensor in the original and no longer do.
-
-    Raises:
-        ValueError: a weight is quantized, or on the meta device (offloaded).
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[tuple, dict[str, Any]]) -> None:
-        for name, parameter in model.named_parameters():
-            if isinstance(parameter, QTensor):
-                raise ValueError(f"{name} is quantized; folding changes float weights, so fold before quantizing")
-            if parameter.is_meta:
-                raise ValueError(f"{name} is not in memory (meta or offloaded to disk), and folding runs the model")
         self.original, self.untied = model, set[str]()
         floats = [p for p in model.parameters() if p.is_floating_point()]
         count = sum(p.numel() for p in floats)
@@ -118,7 +111,9 @@ class Twin:
         after = self.run()
         error = difference(before, after)
         if not error <= tolerance:
-            raise Inexact(f"{what} changes the model's output by {error:.2g} of its norm (rounding: below {tolerance:g}){reason}")
+            raise Inexact(
+                f"{what} changes the model's output by {error:.2g} of its norm (rounding: below {tolerance:g}){reason}"
+            )
 
     # ------------------------------------------------------------------ parts
 
@@ -206,11 +201,36 @@ class Twin:
             raise
 
 
+def check_float(model: nn.Module) -> None:
+    """Refuses a model that cannot be folded.
+
+    Raises:
+        ValueError: a weight is quantized, on the meta device (offloaded), or split over several processes.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QTensor):
+            raise ValueError(f"{name} is quantized; folding changes float weights, so fold before quantizing")
+        if parameter.is_meta or isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"{name} is not in memory (meta or offloaded to disk), and folding runs the model")
+        if hasattr(parameter, "_local_tensor"):
+            raise ValueError(f"{name} is split over several processes (a DTensor); fold on one, and save the result")
+    for name, module in model.named_modules():
+        if isinstance(module, QModuleMixin) and module.weight_qtype is not None:
+            raise ValueError(f"{name or type(module).__name__} is to be quantized already; fold before quantizing")
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                "folding runs a copy of the model, which is not possible while accelerate moves its weights between "
+                "devices: load it on one device (device_map='cuda' or 'cpu')"
+            )
+
+
 def difference(before: list[torch.Tensor], after: list[torch.Tensor]) -> float:
     """The largest relative difference (of norms) between pairs of tensors; NaN if a tensor holds NaN."""
     if len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True)):
         return float("inf")
-    errors = [float((a - b).double().norm() / a.double().norm().clamp(min=1e-30)) for a, b in zip(before, after, strict=True)]
+    errors = [
+        float((a - b).double().norm() / a.double().norm().clamp(min=1e-30)) for a, b in zip(before, after, strict=True)
+    ]
     return float("nan") if any(e != e for e in errors) else max(errors, default=float("nan"))
 
 
