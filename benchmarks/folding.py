@@ -1,4 +1,4 @@
-"""What folded rotations and folded column scales gain at equal bits, beside online rotation and column scales multiplied into x.
+"""What folded rotations and column scales gain at equal bits, beside online rotation and column scales multiplied into x.
 
     OMP_NUM_THREADS=1 python benchmarks/folding.py                # about 20 minutes on one core
     python benchmarks/folding.py --only minilm
@@ -44,6 +44,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "columns std, multiplied": ({}, {"column_scale": "std"}),
     "columns root, folded": ({"columns": True, "kind": "root"}, {}),
     "columns std, folded": ({"columns": True, "kind": "std"}, {}),
+    "columns root, folded, the rest multiplied": ({"columns": True, "kind": "root"}, {"rest": "root"}),
     "rotation online": ({}, {"rotation": True}),
     "rotation folded": ({"rotation": True}, {}),
     "rotation folded, online for down_proj": ({"rotation": True}, {"down": True}),
@@ -51,10 +52,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def quantized(model: nn.Module, options: dict[str, Any]) -> nn.Module:
-    """The model with its weights quantized."""
+def quantized(model: nn.Module, options: dict[str, Any], left: set[str]) -> nn.Module:
+    """The model with its weights quantized; ``left``: weights whose column scales were not folded."""
     skip = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name == "lm_head"]
     options = {"column_scale": False, "progress": False, **options}
+    if (kind := options.pop("rest", None)) is not None:
+        rest = [name.removesuffix(".weight") for name in left]
+        requanto.quantize(model, include=rest, **{**options, "column_scale": kind})
+        skip += rest
     if options.pop("down", False):
         down = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith("down_proj")]
         requanto.quantize(model, include=down, rotation=True, **options)
@@ -75,15 +80,18 @@ def rows(model: nn.Module, measure: Callable[[nn.Module], float], what: str, met
     names = {w.name for w in float_weights(model) if w.kind == "linear" and not w.name.startswith("lm_head")}
     note({"weights": "float", "setting": "none", what: measure(model)})
     for setting, (fold, options) in SETTINGS.items():
-        start, base = time.perf_counter(), copy.deepcopy(model)
+        start, base, left = time.perf_counter(), copy.deepcopy(model), set()
         if fold:
             done: Folded = fold_asked(base, names, **{"rotation": False, "columns": False, **fold})
+            left = done.left
             row = {"weights": "float", "setting": setting, "folded": done.done, "left": len(done.left)}
             note({**row, "seconds": round(time.perf_counter() - start, 1), what: measure(base)})
+        if options.get("rest") and not left:
+            continue
         if options.get("down") and not any(n.endswith("down_proj.weight") for n in names):
             continue
         for kind in TYPES:
-            found = quantized(copy.deepcopy(base), {**kind, "method": method, **options})
+            found = quantized(copy.deepcopy(base), {**kind, "method": method, **options}, left)
             note({**kind, "setting": setting, "bits": round(bits(found), 3), what: measure(found)})
 
 

@@ -32,7 +32,8 @@ def test_a_folded_model_computes_the_same_and_is_saved_as_any_other(name, tmp_pa
     assert "the float weights are loaded as they are" in caplog.text
     assert config.fold is True  # the user's own config is a recipe, for other models too
     own = model.config.quantization_config
-    assert own.fold is None and own.rotation is None
+    assert own.fold is None
+    assert own.rotation is None
     plain = loaded(tmp_path / "float", name, quantization_config=QuantoConfig(weights="int8", group_size=-1))
     limit = (
         0.12 if name == "mixtral" else max(0.06, 2 * difference(output(plain, inputs), exact))
@@ -59,7 +60,9 @@ def test_a_quantized_head_that_was_tied_is_quantized_beside_the_table(tmp_path):
     config = QuantoConfig(weights="int8", lm_head=True, rotation="fold")
     model = loaded(tmp_path / "float", "llama-tied", quantization_config=config)
     head, table = model.lm_head.weight, model.model.embed_tokens.weight
-    assert isinstance(head, QTensor) and isinstance(table, QTensor) and head is not table
+    assert isinstance(head, QTensor)
+    assert isinstance(table, QTensor)
+    assert head is not table
     model.save_pretrained(tmp_path / "folded")
     inputs = TINY["llama-tied"].inputs()
     assert torch.equal(output(loaded(tmp_path / "folded", "llama-tied"), inputs), output(model, inputs))
@@ -127,4 +130,5 @@ def test_a_wrong_rotation_on_the_command_line_is_named(tmp_path):
     result = CliRunner().invoke(
         app, ["quantize", str(tmp_path / "float"), str(tmp_path / "out"), "--rotation", "folded"]
     )
-    assert result.exit_code == 1 and "rotation must be True, False, 'hadamard'" in result.output.replace("\n", " ")
+    assert result.exit_code == 1
+    assert "rotation must be True, False, 'hadamard'" in result.output.replace("\n", " ")

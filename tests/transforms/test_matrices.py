@@ -6,12 +6,11 @@ import torch
 from requanto.transforms.matrices import hadamard, random_rotation
 
 
-@pytest.mark.parametrize(
-    "size", [1, 2, 4, 12, 20, 24, 28, 36, 60, 64, 108, 112, 144, 240, 320, 576, 640, 768, 896, 960]
-)
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 60, 64, 108, 144, 576, 640, 896])
 def test_hadamard_matrices_hold_signs_in_orthogonal_rows(size):
     matrix = hadamard(size)
-    assert matrix is not None and bool((matrix.abs() == 1).all())
+    assert matrix is not None
+    assert bool((matrix.abs() == 1).all())
     assert torch.equal(matrix @ matrix.t(), size * torch.eye(size, dtype=torch.float64))
 
 

@@ -91,7 +91,8 @@ def test_rotations_leave_the_answer_as_it_is(name):
             for n, m in model.named_modules()
             if ("norm" in n or "ln_" in n) and "q_norm" not in n and "k_norm" not in n
         ]
-        assert norms and all(bool((norm.weight == 1).all()) for norm in norms)
+        assert norms
+        assert all(bool((norm.weight == 1).all()) for norm in norms)
     assert model.config.requanto_folded == found.done
 
 
@@ -102,12 +103,14 @@ def test_column_scales_leave_the_answer_as_it_is_and_make_columns_even(name):
     were = {w.name: evenness(w) for w in float_weights(model)}
     found = fold_model(model, column_scale=spread, names=names, inputs=inputs)
     assert_same(tiny_models.output(model, inputs), before)
-    assert found.columns | found.left == names and not found.columns & found.left
+    assert found.columns | found.left == names
+    assert not found.columns & found.left
     expected = EXPECTED[name][1]
     assert all(any(part in key for part in expected) for key in found.left), sorted(found.left)
     assert all(any(part in key for key in found.left) for part in expected), sorted(found.left)
     are = {w.name: evenness(w) for w in float_weights(model)}
-    assert found.columns and sum(are[n] < 0.999 * were[n] for n in found.columns) > 0.6 * len(found.columns)
+    assert found.columns
+    assert sum(are[n] < 0.999 * were[n] for n in found.columns) > 0.6 * len(found.columns)
     assert model.config.requanto_folded == ["column_scale"]
 
 
@@ -138,7 +141,8 @@ def test_a_tied_head_gets_a_weight_of_its_own_that_is_saved(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "requanto.transforms"):
         fold_model(model, rotation=True)
     assert "lm_head.weight had one tensor with the embedding table" in caplog.text
-    assert model.lm_head.weight is not model.model.embed_tokens.weight and not model.config.tie_word_embeddings
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert not model.config.tie_word_embeddings
     model.save_pretrained(tmp_path)
     loaded = TINY["llama-tied"].auto.from_pretrained(tmp_path)
     assert torch.equal(tiny_models.output(loaded, inputs), tiny_models.output(model, inputs))
@@ -217,7 +221,8 @@ def test_what_has_no_exact_fold_is_left_out_with_its_name(caplog):
     before, names = model(**IDS), {f"layers.{i}.{x}.weight" for i in (0, 1) for x in ("up", "down")}
     with caplog.at_level(logging.INFO, "requanto.transforms"):
         found = fold_model(model, column_scale=spread, names=names | {"head.weight"}, inputs=IDS)
-    assert found.columns == {"head.weight"} and found.left == names
+    assert found.columns == {"head.weight"}
+    assert found.left == names
     assert all(f"{name}: no norm and no layer" in caplog.text for name in names)
     assert "column scales of 1 of 5 weights are folded" in caplog.text
     torch.testing.assert_close(model(**IDS), before, rtol=1e-9, atol=1e-9)

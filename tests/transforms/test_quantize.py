@@ -51,7 +51,8 @@ def test_folded_scales_lower_the_error_and_are_not_stored():
     expected = Mlp()(X).detach()
     plain = error(quantized(column_scale=False), expected)
     folded = quantized(fold=True, column_scale="std")
-    assert folded.up.weight.column is None and folded.down.weight.column is None
+    assert folded.up.weight.column is None
+    assert folded.down.weight.column is None
     assert folded.last.weight.column is not None  # no fold is exact, so it is multiplied into x
     assert error(folded, expected) < 0.9 * plain
     ordinary = quantized(fold=True, column_scale="std").state_dict()
@@ -60,7 +61,8 @@ def test_folded_scales_lower_the_error_and_are_not_stored():
 
 def test_fold_takes_the_best_kind_where_none_is_given():
     folded, root = quantized(fold=True), quantized(fold=True, column_scale="root")
-    assert torch.equal(folded.norm.weight, root.norm.weight) and not torch.equal(folded.norm.weight, Mlp().norm.weight)
+    assert torch.equal(folded.norm.weight, root.norm.weight)
+    assert not torch.equal(folded.norm.weight, Mlp().norm.weight)
 
 
 def test_weights_that_are_not_quantized_get_no_scale():
@@ -80,14 +82,16 @@ def test_samples_come_after_the_fold_and_serve_as_inputs(method, caplog):
         progress=False,
     )  # fmt: skip
     assert all(isinstance(layer.weight, QTensor) for layer in (model.up, model.down, model.last))
-    assert not torch.equal(model.norm.weight, Mlp().norm.weight) and error(model, expected) < 0.4
+    assert not torch.equal(model.norm.weight, Mlp().norm.weight)
+    assert error(model, expected) < 0.4
 
 
 def test_a_budget_measures_the_folded_weights():
     model = Mlp()
     requanto.quantize(model, weights="auto", bits=7, fold=True, column_scale="std")
     requanto.freeze(model)
-    assert model.up.weight.column is None and not torch.equal(model.norm.weight, Mlp().norm.weight)
+    assert model.up.weight.column is None
+    assert not torch.equal(model.norm.weight, Mlp().norm.weight)
 
 
 def test_what_asks_for_nothing_or_two_things_is_refused():
@@ -111,4 +115,5 @@ def test_a_log_line_names_what_is_left_out(caplog):
     with caplog.at_level(logging.INFO, "requanto.transforms"):
         quantized(fold=True)
     assert "last.weight: no norm and no layer takes the inverse of its column scale exactly" in caplog.text
-    assert "to try folds" in caplog.text and "GB in addition to the model" in caplog.text
+    assert "to try folds" in caplog.text
+    assert "GB in addition to the model" in caplog.text

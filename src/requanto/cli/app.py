@@ -70,8 +70,8 @@ def quantize(
     rotation: Annotated[
         str | None,
         typer.Option(
-            help="Rotate rows with Hadamard blocks of up to this size, e.g. 1024; fold: rotate the float model instead, which "
-            "costs nothing at run time."
+            help="Rotate rows with Hadamard blocks of up to this size, e.g. 1024; fold: rotate the float model instead, at "
+            "no cost at run time."
         ),
     ] = None,
     fold: Annotated[

@@ -111,8 +111,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             config.tensors, config.format, config.format_version = {}, None, None
             if asks_for_fold(config):
                 raise ValueError(
-                    "folds are found by running the float model, and from_pretrained of Diffusers has no inputs for it. Load "
-                    "the float pipeline, then requanto.quantize(pipe.transformer, weights=..., fold=True, "
+                    "folds are found by running the float model, and from_pretrained of Diffusers has no inputs for it. "
+                    "Load the float pipeline, then requanto.quantize(pipe.transformer, weights=..., fold=True, "
                     "fold_inputs=lambda model: pipe(...)) and requanto.freeze(pipe.transformer)"
                 )
             self.planned = plan_model(model, config, keep_in_fp32_modules or ())

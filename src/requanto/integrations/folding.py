@@ -27,8 +27,8 @@ def check_fold(config: QuantoConfig, planned: Mapping[str, PlannedWeight], devic
         return
     if any(one.options.auto for one in planned.values()):
         raise ValueError(
-            "weights='auto' measures the weights in the files, before anything is folded into them. Load the float model, then "
-            "call requanto.quantize(model, weights='auto', ..., fold=True) and requanto.freeze(model)"
+            "weights='auto' measures the weights in the files, before anything is folded into them. Load the float model, "
+            "then call requanto.quantize(model, weights='auto', ..., fold=True) and requanto.freeze(model)"
         )
     if isinstance(device_map, dict) and len({str(device) for device in device_map.values()}) > 1:
         raise ValueError(

@@ -45,9 +45,10 @@ def foldable_names(chosen: Iterable[tuple[str, nn.Module, qtype | None]]) -> set
     found = set()
     for name, module, kind in chosen:
         weight = module._parameters.get("weight")
-        if weight is not None and kind is not None and weight_kind(module, "weight", weight) is not None:
-            if not isinstance(module, nn.Embedding):
-                found.add(f"{name}.weight" if name else "weight")
+        if weight is None or kind is None or isinstance(module, nn.Embedding):
+            continue
+        if weight_kind(module, "weight", weight) is not None:
+            found.add(f"{name}.weight" if name else "weight")
     return found
 
 

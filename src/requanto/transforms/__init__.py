@@ -3,7 +3,7 @@
     requanto.quantize(model, weights="int4", rotation="fold")     # rotations, folded into the weights
     requanto.quantize(model, weights="int4", fold=True)           # column scales, folded into norms and earlier layers
 
-They are tried on a float copy of the model (`requanto.transforms.twin`); the model changes when the copy gives the same output.
+They are tried on a float copy of the model (`requanto.transforms.twin`). The model changes if the copy's output is the same.
 """
 
 from requanto.transforms.fold import Folded, fold_model

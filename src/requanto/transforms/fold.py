@@ -78,8 +78,8 @@ def fold_model(
                 found.done.append("column_scale")
             if found.left:
                 logger.warning(
-                    "column scales of %d of %d weights are folded; the others (e.g. %s) have no norm or layer before them that "
-                    "takes the inverse exactly",
+                    "column scales of %d of %d weights are folded; the others (e.g. %s) have no norm or layer before them "
+                    "that takes the inverse exactly",
                     *(len(found.columns), len(found.columns) + len(found.left), min(found.left)),
                 )
         twin.write_back()
@@ -117,8 +117,8 @@ def _record(model: nn.Module, untied: set[str], found: Folded) -> None:
     if untied:
         size = sum(model.get_parameter(name).nbytes for name in untied)
         logger.warning(
-            "%s had one tensor with the embedding table and now has its own, since the last norm's weight is multiplied into "
-            "it: %.1f MB more, unless it is quantized too",
+            "%s had one tensor with the embedding table and now has its own, since the last norm's weight is multiplied "
+            "into it: %.1f MB more, unless it is quantized too",
             *(", ".join(sorted(untied)), size / 1e6),
         )
         text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

@@ -94,7 +94,7 @@ def _only_argument(forward: Callable) -> str:
     ]
     if len(names) != 1:
         raise ValueError(
-            f"a fold is found by running the model, whose forward takes {len(names)} arguments ({', '.join(names)}): give one "
-            f"input, as in fold_inputs=[(x, y)]"
+            f"a fold is found by running the model, whose forward takes {len(names)} arguments ({', '.join(names)}): give "
+            f"one input, as in fold_inputs=[(x, y)]"
         )
     return names[0]

@@ -1,6 +1,6 @@
-"""Folded rotations: of the residual stream (R1) and of each head's values (R2), in the float weights, at no cost at run time.
+"""Rotations folded into float weights: of the residual stream (R1) and of each head's values (R2), at no cost at run time.
 
-QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406): all layers that write to the
+QuaRot (Ashkboos et al. 2024, arXiv:2404.00456), SpinQuant (Liu et al. 2024, arXiv:2405.16406): all layers that write to the
 residual stream write a rotated vector, all that read it rotate it back, and an RMSNorm without weights commutes with a
 rotation. The norms' weights are first multiplied into the layers that read them. A LayerNorm commutes with a rotation that
 leaves the vector of ones as it is. Which layers read and write is found by a run, and the rotated model must give the same
@@ -57,8 +57,8 @@ def rotate_stream(twin: Twin, seed: int = 0) -> str:
     norms = [_norm_of(twin, module, readers, width) for module, readers in flow.readers.items() if readers]
     unread = [twin.names[id(module)] for module, readers in flow.readers.items() if not readers]
     reason = (
-        f"; {unread[0]} multiplies {width} channels by its weight and no layer reads the result: if that goes to the residual "
-        f"stream, no rotation commutes with it"
+        f"; {unread[0]} multiplies {width} channels by its weight and no layer reads the result: if that goes to the "
+        f"residual stream, no rotation commutes with it"
         if unread
         else ""
     )
