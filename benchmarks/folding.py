@@ -75,11 +75,15 @@ def bits(model: nn.Module) -> float:
     return sum(p.nbytes for p in found) * 8 / sum(p.numel() for p in found)
 
 
-def rows(model: nn.Module, measure: Callable[[nn.Module], float], what: str, method: str, note: Callable) -> None:
-    """Measures every setting and type; ``note`` takes one row at a time."""
+def rows(
+    model: nn.Module, measure: Callable[[nn.Module], float], what: str, chosen: argparse.Namespace, note: Callable
+) -> None:
+    """Measures the chosen settings and types; ``note`` takes one row at a time."""
     names = {w.name for w in float_weights(model) if w.kind == "linear" and not w.name.startswith("lm_head")}
     note({"weights": "float", "setting": "none", what: measure(model)})
     for setting, (fold, options) in SETTINGS.items():
+        if not any(word in setting for word in chosen.settings):
+            continue
         start, base, left = time.perf_counter(), copy.deepcopy(model), set()
         if fold:
             done: Folded = fold_asked(base, names, **{"rotation": False, "columns": False, **fold})
@@ -90,8 +94,8 @@ def rows(model: nn.Module, measure: Callable[[nn.Module], float], what: str, met
             continue
         if options.get("down") and not any(n.endswith("down_proj.weight") for n in names):
             continue
-        for kind in TYPES:
-            found = quantized(copy.deepcopy(base), {**kind, "method": method, **options}, left)
+        for kind in (kind for kind in TYPES if kind["weights"] in chosen.types):
+            found = quantized(copy.deepcopy(base), {**kind, "method": chosen.method, **options}, left)
             note({**kind, "setting": setting, "bits": round(bits(found), 3), what: measure(found)})
 
 
@@ -134,6 +138,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1022, help="of each of the two texts")
     parser.add_argument("--sentences", type=int, default=128)
     parser.add_argument("--method", default="weighted", help="how scales are chosen")
+    parser.add_argument("--types", nargs="+", default=["int4", "int3", "int2"])
+    parser.add_argument(
+        "--settings", nargs="+", default=[""], help="those whose name has one of these words; default: all"
+    )
     parser.add_argument("--only", choices=("smollm2", "minilm"))
     parser.add_argument("--out", type=Path, default=RESULTS / "folding.json")
     arguments = parser.parse_args()
@@ -151,7 +159,7 @@ def main() -> None:
 
     for name, (make, what) in makes.items():
         if arguments.only in (None, name):
-            rows(*make(), what, arguments.method, lambda row, name=name: note(name, row))
+            rows(*make(), what, arguments, lambda row, name=name: note(name, row))
 
 
 if __name__ == "__main__":
