@@ -13,6 +13,8 @@ FP8_KINDS = {
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("plain", "exec")
+#: Codes of 4 bits that are floats instead of integers.
+SMALL_FLOATS = ("", "e2m1")
 
 
 def fail(name: str, found: object, expected: object) -> None:
@@ -87,10 +89,13 @@ def check_weight(
     group_size: int | None,
     layout: str,
     experts: bool = False,
+    small_float: str = "",
 ) -> Weight:
     """Checks qdata, scale and shift against each other and against K."""
     if bits not in (2, 4, 8):
         fail("bits", bits, "2, 4 or 8")
+    if small_float not in SMALL_FLOATS or (small_float and (bits != 4 or shift is not None)):
+        fail("small_float", repr(small_float), "'' or, for 4 bits without a shift, 'e2m1'")
     if layout not in LAYOUTS:
         fail("layout", repr(layout), "'plain' or 'exec'")
     if k <= 0:
@@ -130,7 +135,7 @@ def check_weight(
         n=lead[-1],
         k=k,
         bits=bits,
-        fp8=FP8_KINDS.get(qdata.dtype, ""),
+        fp8=FP8_KINDS.get(qdata.dtype, small_float),
         group=0 if group >= k else group,
         exec=is_exec,
         experts=lead[0] if experts else 0,

@@ -11,8 +11,8 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def code_form(bits: int, affine: bool, group: int, dtype, scale_dtype, shift_dtype) -> str:
-    """The offset of the sub-byte codes that a kernel computes with.
+def code_form(bits: int, fp8: str, affine: bool, group: int, dtype, scale_dtype, shift_dtype) -> str:
+    """The offset of the sub-byte codes that a kernel computes with; "e2m1" for small floats, which have none.
 
     "centred": the centre is subtracted, for symmetric weights. "plain": as stored, if dtype holds scale and shift exactly,
     so that `scale * code - shift` rounds once. "magic": the magic number is still added; the code that applies scale and
@@ -21,6 +21,8 @@ def code_form(bits: int, affine: bool, group: int, dtype, scale_dtype, shift_dty
     """
     if bits == 8:
         return "plain"
+    if fp8 == "e2m1":
+        return "e2m1"
     if not affine:
         return "centred"
     exact = dtype.is_fp32() or (scale_dtype == dtype and shift_dtype == dtype)
@@ -61,6 +63,22 @@ def lop3_asm(field: int, bits: int, bf16: bool, form: str) -> str:
 
 
 @triton.jit
+def e2m1_to_float(codes, DTYPE: tl.constexpr):
+    """The low 4 bits of int16 words, an e2m1 number each, as DTYPE, exactly.
+
+    As in `fp8_to_float`, the bits become those of a wider format, and a power of two corrects the exponent's bias.
+    """
+    u = codes.to(tl.int16)
+    sign = (u & 8) << 12
+    if tl.bfloat16 == DTYPE:
+        value = (sign | ((u & 7) << 6)).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return value * tl.full([1, 1], 2.0**126, tl.bfloat16)
+    else:
+        value = (sign | ((u & 7) << 9)).to(tl.int16).to(tl.float16, bitcast=True)
+        return (value * tl.full([1, 1], 16384.0, tl.float16)).to(DTYPE)
+
+
+@triton.jit
 def field_to_float(
     words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
 ):  # fmt: skip
@@ -71,7 +89,9 @@ def field_to_float(
     """
     MASK: tl.constexpr = (1 << BITS) - 1
     CENTRE: tl.constexpr = 1 << (BITS - 1) if FORM == "centred" else 0
-    if tl.float32 == DTYPE:
+    if FORM == "e2m1":
+        return e2m1_to_float(words >> (FIELD * BITS), DTYPE)
+    elif tl.float32 == DTYPE:
         return (((words >> (FIELD * BITS)) & MASK) - CENTRE).to(tl.float32)
     elif PTX:
         # The builtin accepts a dtype, but not a constexpr of one.
@@ -176,7 +196,8 @@ def load_codes(
 ):  # fmt: skip
     """A `[BLOCK_N, BLOCK_K]` tile of codes in DTYPE; rows and columns outside the weight are arbitrary but finite.
 
-    FP8 is "" or the float8 kind. EXEC: q_ptr points to int16 words in execution layout. FORM: see `code_form`.
+    FP8 is "" or the float8 kind, or "e2m1" for floats of 4 bits. EXEC: q_ptr points to int16 words in execution layout.
+    FORM: see `code_form`.
     """
     if BITS == 8:
         raw = load_words(q_ptr, rn, k0, N, stride_qn, K, 1, BLOCK_K, EVEN_K)

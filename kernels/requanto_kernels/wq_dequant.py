@@ -22,7 +22,7 @@ def wq_dequant_kernel(
     """One `[BLOCK_N, BLOCK_K]` tile. It is memory bound, so the conversion without PTX is fast enough."""
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(1) * BLOCK_K
-    FORM: tl.constexpr = code_form(BITS, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    FORM: tl.constexpr = code_form(BITS, FP8, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     codes = load_codes(
         q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
     )  # fmt: skip
@@ -44,6 +44,7 @@ def wq_dequant(
     k: int | None = None,
     group_size: int | None = None,
     layout: str = "plain",
+    small_float: str = "",
     dtype: torch.dtype = torch.bfloat16,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -59,7 +60,7 @@ def wq_dequant(
     if bits not in (2, 4, 8):
         check.fail("bits", bits, "2, 4 or 8")
     k = qdata.shape[1] * 8 // bits if k is None else k
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, small_float=small_float)
     result = check.check_out(out, (w.n, k), dtype, device)
     if result.numel() == 0:
         return result

@@ -31,7 +31,7 @@ def accumulate(
 ):  # fmt: skip
     """The `[BLOCK_M, BLOCK_N]` tile of `x @ W^T` over k_begin .. k_end, in fp32."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    FORM: tl.constexpr = code_form(BITS, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    FORM: tl.constexpr = code_form(BITS, FP8, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     if LEFT:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
@@ -180,6 +180,7 @@ def wq_gemm(
     bits: int,
     group_size: int | None = None,
     layout: str = "plain",
+    small_float: str = "",
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
@@ -187,13 +188,14 @@ def wq_gemm(
 
     x: `[..., K]` fp16, bf16 or fp32, any strides. qdata: `[N, ceil(K * bits / 8)]` uint8 codes, or `[N, K]` int8 or
     float8. scale, shift: `[N, ceil(K / group_size)]`, fp32, bf16 or fp16. bias: `[N]`. layout: "plain", or "exec" for
-    the result of `to_exec_layout`. group_size: None for K divided by the number of scales.
+    the result of `to_exec_layout`. group_size: None for K divided by the number of scales. small_float: "e2m1" if 4-bit
+    codes are such floats (NVFP4, MXFP4) instead of integers; there is no shift then.
     """
     check.check_dtype("x", x, check.FLOATS)
     device = check.check_devices(x=x, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
     k = x.shape[-1] if x.dim() else 0
     check.check_rows("x", x)
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, small_float=small_float)
     bias = check.check_bias(bias, (w.n,))
     shape = (*x.shape[:-1], w.n)
     result = check.check_out(out, shape, x.dtype, device)

@@ -25,7 +25,7 @@ def wq_gemm_dx_kernel(
     """One `[BLOCK_M, BLOCK_K]` tile of dx, computed transposed, so that W^T is the left operand."""
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     # The weight is dequantized even with one group per row: group=1 selects the form for that.
-    FORM: tl.constexpr = code_form(BITS, AFFINE, 1, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    FORM: tl.constexpr = code_form(BITS, FP8, AFFINE, 1, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     if GROUPED:
         expert, m0, m_end = expert_tile(offsets_ptr, tl.program_id(0), E, E_BLOCK, BLOCK_M)
         q_ptr += expert * stride_qe
@@ -79,6 +79,7 @@ def wq_gemm_dx(
     k: int | None = None,
     group_size: int | None = None,
     layout: str = "plain",
+    small_float: str = "",
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: Config | None = None,
@@ -94,7 +95,9 @@ def wq_gemm_dx(
     if bits not in (2, 4, 8):
         check.fail("bits", bits, "2, 4 or 8")
     k = qdata.shape[-1] * 8 // bits if k is None else k
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=offsets is not None)
+    w = check.check_weight(
+        qdata, scale, shift, k, bits, group_size, layout, experts=offsets is not None, small_float=small_float
+    )
     if dy.dim() < 1 or dy.shape[-1] != w.n:
         check.fail("dy.shape", tuple(dy.shape), f"(..., {w.n})")
     check.check_rows("dy", dy)

@@ -52,6 +52,7 @@ def wq_gemm_grouped(
     bits: int,
     group_size: int | None = None,
     layout: str = "plain",
+    small_float: str = "",
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
@@ -67,7 +68,7 @@ def wq_gemm_grouped(
         check.fail("x.shape", tuple(x.shape), "(tokens, K)")
     check.check_rows("x", x)
     m, k = x.shape
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=True)
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=True, small_float=small_float)
     check.check_offsets(offsets, w.experts)
     bias = check.check_bias(bias, (w.experts, w.n))
     result = check.check_out(out, (m, w.n), x.dtype, device)

@@ -11,6 +11,8 @@ from requanto.checkpoint.format import check_version
 
 OLD = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"]  # of format version 1
 NEW = ["int3", "int7", "uint4", "uint8", "nf4", "fp4", "fp6_e3m2", "codebook4"]
+BLOCKS = ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp8_e5m2"]
+NEW += BLOCKS
 KINDS = [*OLD, *NEW]
 
 
@@ -31,6 +33,7 @@ def test_flattened_and_rebuilt_it_is_the_same(kind, shape, group, symmetric, tra
     flat = flatten({"a.weight": tensor, "a.bias": torch.zeros(2)})
     names = {"a.weight_qdata", "a.weight_scale", "a.bias"} | ({"a.weight_shift"} if tensor.shift is not None else set())
     names |= {"a.weight_codebook"} if kind.startswith("codebook") else set()
+    names |= {"a.weight_row_scale"} if kind == "nvfp4" else set()
     assert set(flat) == names
     parts = {key.removeprefix("a.weight_"): value for key, value in flat.items() if "weight_" in key}
     back = rebuild("a.weight", spec_text(tensor), parts, torch.float32)
@@ -43,10 +46,13 @@ def test_flattened_and_rebuilt_it_is_the_same(kind, shape, group, symmetric, tra
 def test_the_oldest_version_that_can_say_it_is_written(kind):
     config = QuantoConfig(weights=kind)
     config.record(table_of({"a": QTensor.quantize(torch.randn(4, 64), kind), "b": torch.ones(1)}.items()))
-    assert config.to_dict()["format_version"] == (1 if kind in OLD else 2)
+    version = 1 if kind in OLD else 3 if kind in BLOCKS else 2
+    assert config.to_dict()["format_version"] == version
     check_version(config.format, config.format_version, "here")
     config.record(config.tensors | {"c": "qint4 4x64 group=64"})
-    assert config.format_version == (1 if kind in OLD else 2)
+    assert config.format_version == version
+    config.record({"c": f"qint4 4x64 group=64 activation=q{BLOCKS[0]}"})
+    assert config.format_version == 3
 
 
 def test_a_reader_that_knows_less_says_so(monkeypatch):

@@ -11,7 +11,7 @@ from requanto.checkpoint.digests import DigestChecks, check_names, digest, diges
 from requanto.checkpoint.state_dict import flatten_described, join_described
 from requanto.runtime.settings import settings
 
-KINDS = ["int2", "int3", "int4", "int8", "uint8", "float8", "nf4", "codebook4"]
+KINDS = ["int2", "int3", "int4", "int8", "uint8", "float8", "nf4", "codebook4", "nvfp4"]
 
 
 def weight(kind="int4", **options):

@@ -23,6 +23,9 @@ WEIGHTS = {
 }
 
 
+BLOCKS = ["nvfp4", "mxfp4", "mxfp8_e4m3"]
+
+
 def damaged(tensor, part, change):
     parts = {name: inner.clone() for name, inner in tensor.inner_tensors().items()}
     change(parts[part])
@@ -31,11 +34,11 @@ def damaged(tensor, part, change):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize(
-    "kind", ["int2", "int3", "int4", "int8", "uint8", "uint1", "float8", "float8_e5m2", "nf4", "codebook4"]
+    "kind", ["int2", "int3", "int4", "int8", "uint8", "uint1", "float8", "float8_e5m2", "nf4", "codebook4", *BLOCKS]
 )
 def test_what_is_written_is_taken(kind, name):
     for method in valid_methods(qtypes[f"q{kind}" if f"q{kind}" in qtypes else "qfloat8"]):
-        for bits in (None, 6):
+        for bits in (None,) if kind in BLOCKS else (None, 6):
             for group in (None, 16):
                 tensor = QTensor.quantize(WEIGHTS[name], kind, search=method, group_size=group, scale_bits=bits)
                 check_values(tensor._spec, tensor.inner_tensors(), "w")
@@ -88,6 +91,15 @@ def test_a_damaged_scale_is_refused(kind, value, place):
             1e30,
             "w_row_scale makes weights of|w_scale makes",
         ),
+        ({"weights": "nvfp4"}, "scale", 0x7F, "w_scale holds NaN among its e4m3 codes"),
+        ({"weights": "nvfp4"}, "scale", 0xB8, "w_scale holds the negative scale -1"),
+        ({"weights": "nvfp4"}, "scale", 0, "w has a scale of 0 for weights that"),
+        ({"weights": "nvfp4"}, "row_scale", -1.0, "w_row_scale holds the negative scale -1"),
+        ({"weights": "nvfp4"}, "row_scale", 0.0, "w has a scale of 0 for weights that"),
+        ({"weights": "nvfp4"}, "row_scale", float("nan"), "w_row_scale holds NaN or Inf"),
+        ({"weights": "nvfp4"}, "row_scale", 1e30, "w_scale makes weights of"),
+        ({"weights": "mxfp4"}, "scale", 0xFF, "w_scale holds NaN among its e8m0 codes"),
+        ({"weights": "mxfp8"}, "scale", 0xFE, "w_scale makes weights of"),
         ({"weights": "int4", "low_rank": 2}, "up", float("nan"), "w_up holds NaN or Inf"),
         ({"weights": "int4", "low_rank": 2}, "down", 1e30, "w_down makes weights of"),
     ],
@@ -102,7 +114,7 @@ def test_other_parts(options, part, value, message):
     rebuild("w", spec_text(tensor), parts, torch.float32, check_values=False)
 
 
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"])
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "mxfp8_e4m3"])
 def test_codes_that_are_no_numbers(kind):
     tensor = QTensor.quantize(torch.randn(4, 64), kind)
     values = torch.arange(256, dtype=torch.uint8).view(qtypes[f"q{kind}"].dtype)
@@ -113,5 +125,6 @@ def test_codes_that_are_no_numbers(kind):
             rebuild("w", spec_text(tensor), parts, torch.float32)
         rebuild("w", spec_text(tensor), parts, torch.float32, check_codes=False)
     finite = values[torch.isfinite(values.float())]
-    parts = {"qdata": finite.view(1, -1), "scale": torch.ones(1, 1)}
+    one = torch.full((1, 1), 127, dtype=torch.uint8) if kind in BLOCKS else torch.ones(1, 1)
+    parts = {"qdata": finite.view(1, -1), "scale": one}
     rebuild("w", f"q{kind} 1x{finite.numel()}", parts, torch.float32)

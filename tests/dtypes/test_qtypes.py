@@ -36,6 +36,7 @@ def test_the_table_holds_these_types_and_the_alias():
     assert len(small_floats) == 2 + 3 + 4 + 4 + 4
     others = {f"quint{bits}" for bits in range(1, 9)} | {f"qint{bits}" for bits in (3, 5, 6, 7)}
     others |= {"qnf2", "qnf3", "qnf4", "qfp4", "qcodebook2", "qcodebook3", "qcodebook4"}
+    others |= {"qnvfp4", "qmxfp4", "qmxfp6_e2m3", "qmxfp6_e3m2", "qmxfp8_e4m3", "qmxfp8_e5m2"}
     assert set(qtypes) == {row[0] for row in FIELDS} | {"qfloat8"} | others | small_floats
     assert qtypes["qfloat8"] is qfloat8 is qfloat8_e4m3fn
 

@@ -15,7 +15,7 @@ from requanto.linear.cpu.aot import cache
 from requanto.runtime import buffers
 from requanto.runtime.settings import settings
 
-KINDS = ("int8", "int4", "uint4", "float8", "float8_e5m2", "nf4", "int6", "int3", "int2")
+KINDS = ("int8", "int4", "uint4", "float8", "float8_e5m2", "nf4", "int6", "int3", "int2", "nvfp4")
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 FUNCTIONS = {
     "conv1d": (F.conv1d, (2, 32, 19), (48, 32, 3), {"padding": 1}),

@@ -14,7 +14,22 @@ from requanto.linear.prepack import prepare
 from requanto.runtime import buffers
 from requanto.runtime.settings import settings
 
-KINDS = ["int8", "int4", "int2", "float8", "fp8_e5m2", "int3", "int5", "uint4", "uint8", "nf4", "fp6_e3m2", "codebook4"]
+KINDS = [
+    "int8",
+    "int4",
+    "int2",
+    "float8",
+    "fp8_e5m2",
+    "int3",
+    "int5",
+    "uint4",
+    "uint8",
+    "nf4",
+    "fp6_e3m2",
+    "codebook4",
+    "nvfp4",
+    "mxfp8",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

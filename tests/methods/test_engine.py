@@ -101,7 +101,7 @@ def test_a_linear_root_and_all_kinds_of_samples():
         torch.testing.assert_close(other, weights[0])
 
 
-@pytest.mark.parametrize("weights", ["int3", "uint4", "nf4", "fp6_e3m2", "codebook3"])
+@pytest.mark.parametrize("weights", ["int3", "uint4", "nf4", "fp6_e3m2", "codebook3", "nvfp4", "mxfp4", "mxfp8_e4m3"])
 def test_types_of_every_kind(weights):
     torch.manual_seed(0)
     model = Root()

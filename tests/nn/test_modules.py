@@ -13,7 +13,7 @@ from requanto.nn import QConv2d, QLinear, QModuleMixin, register_qmodule
 from requanto.nn.registry import modules as registry
 from requanto.tensor.qtensor import QTensor
 
-KINDS = ["int8", "int4", "int2", "float8", "int3", "uint8", "nf4", "codebook4"]
+KINDS = ["int8", "int4", "int2", "float8", "int3", "uint8", "nf4", "codebook4", "nvfp4"]
 
 
 def inputs_for(module: nn.Module) -> torch.Tensor:

@@ -17,7 +17,7 @@ from requanto.linear import linear
 from requanto.scales.rotation import fit_rotation, rotate
 from requanto.tensor.sharding import join_weights, slice_weight
 
-KINDS = ["int4", "int2", "int8", "float8", "nf4", "codebook3"]
+KINDS = ["int4", "int2", "int8", "float8", "nf4", "codebook3", "nvfp4", "mxfp8"]
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -155,7 +155,7 @@ def test_views_copies_and_files(kind):
         assert again.rotation == 64
     line = spec_text(tensor)
     assert line.endswith("rotation=64")
-    assert format_version_of({"w": line}) == 2
+    assert format_version_of({"w": line}) == (3 if kind in ("nvfp4", "mxfp8") else 2)
     parts = {key.removeprefix("w_"): part for key, part in flatten({"w": tensor}).items()}
     assert torch.equal(rebuild("w", line, parts, torch.float32), tensor)
     with pytest.raises(ValueError, match="unlike quantized weights"):

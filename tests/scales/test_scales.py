@@ -342,5 +342,6 @@ def test_a_group_size_that_is_none(wanted):
 
 def test_default_groups():
     assert {kind.name: default_group_size(kind) for kind in qtypes.values() if kind.bits == 8}.keys() >= {"qint8"}
-    assert all(default_group_size(kind) is None for kind in qtypes.values() if kind.bits == 8)
+    assert all(default_group_size(kind) is None for kind in qtypes.values() if kind.bits == 8 and kind.blocks is None)
+    assert (default_group_size(qtypes["qnvfp4"]), default_group_size(qtypes["qmxfp8_e4m3"])) == (16, 32)
     assert (default_group_size(qint4), default_group_size(qint2)) == (64, 32)

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from requanto import QTensor
 
 KINDS = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
-KINDS += ["int3", "uint8", "nf4", "codebook4"]
+KINDS += ["int3", "uint8", "nf4", "codebook4", "nvfp4", "mxfp8"]
 
 
 @pytest.fixture(autouse=True)

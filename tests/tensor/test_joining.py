@@ -12,7 +12,7 @@ from requanto.tensor.joining import UnlikeWeights, concatenate
 from requanto.tensor.layout import Layout, register_layout
 from requanto.tensor.lowrank import append
 
-KINDS = ["int8", "int4", "int3", "float8", "nf4"]
+KINDS = ["int8", "int4", "int3", "float8", "nf4", "mxfp4"]
 
 
 class Backwards(Layout):

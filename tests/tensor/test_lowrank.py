@@ -12,7 +12,7 @@ from requanto import QTensor
 from requanto.checkpoint.format import CheckpointError, flatten, rebuild, spec_text
 from requanto.tensor.lowrank import add_dense, append, compress, fold, fold_lowrank, lowrank_matmul, scale_rows
 
-KINDS = ["int8", "int4", "int2", "float8", "int3", "nf4", "codebook3"]
+KINDS = ["int8", "int4", "int2", "float8", "int3", "nf4", "codebook3", "nvfp4"]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

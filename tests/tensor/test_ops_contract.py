@@ -8,7 +8,7 @@ from torch import nn
 from requanto import QTensor
 
 KINDS = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
-KINDS += ["int3", "int7", "uint1", "uint8", "nf4", "fp6_e3m2", "codebook3"]
+KINDS += ["int3", "int7", "uint1", "uint8", "nf4", "fp6_e3m2", "codebook3", "nvfp4", "mxfp4", "mxfp8"]
 # relative error of a product that the design allows
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 

@@ -14,6 +14,8 @@ KINDS = {
     "int8": {},
     "int4": {"group_size": 32},
     "nf4": {},
+    "nvfp4": {},
+    "mxfp4": {},
     "float8": {},
     "int3": {"group_size": 16, "scale_bits": 6},
     "codebook4": {},

@@ -8,7 +8,9 @@ import torch
 
 from requanto.checkpoint.format import CheckpointError
 from requanto.dtypes.bit_packing import unpack
+from requanto.scales.blocks import decoded
 from requanto.scales.compact import unpack_codes
+from requanto.tensor.parts import float_scale
 from requanto.tensor.spec import WeightSpec
 
 #: A weight larger than this, and larger than `RELATIVE` times the median of its tensor, is taken for damage. float16 ends
@@ -46,13 +48,25 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
         raise CheckpointError(
             f"{name}_column holds {float(parts['column'].min()):g}, and a column scale is positive: {_DAMAGED}"
         )
-    rows = "scale" if spec.scale_bits is None else "row_scale"
-    smallest = float(parts[rows].min())
+    if spec.qtype.blocks is not None:
+        _check_scale_codes(parts["scale"], spec.qtype.blocks.scale, name)
+    # Of MX types no scale is 0 or negative.
+    rows = "row_scale" if "row_scale" in parts else "scale"
+    smallest = 1.0 if rows == "scale" and spec.scale_code_bits is not None else float(parts[rows].min())
     if smallest < 0:
         raise CheckpointError(f"{name}_{rows} holds the negative scale {smallest:g}: {_DAMAGED}")
-    if smallest == 0:
+    if smallest == 0 or ("row_scale" in parts and bool((float_scale(spec, parts) == 0).any())):
         _check_zeros(spec, parts, name)
     _check_size(spec, parts, name)
+
+
+def _check_scale_codes(codes: torch.Tensor, form: str, name: str) -> None:
+    """Scales stored as numbers of 8 bits: each must be one, and not negative."""
+    numbers = decoded(codes.unique(), form)
+    if bool(numbers.isnan().any()):
+        raise CheckpointError(f"{name}_scale holds NaN among its {form} codes: {_DAMAGED}")
+    if float(numbers.min()) < 0:
+        raise CheckpointError(f"{name}_scale holds the negative scale {float(numbers.min()):g}: {_DAMAGED}")
 
 
 def _is_no_number(codes: torch.Tensor) -> torch.Tensor:
@@ -70,7 +84,7 @@ def _check_zeros(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str)
         stored = unpack_codes(parts["scale"], spec.scale_bits, spec.groups).reshape(zero.numel(), -1)
         damaged = bool((stored[zero] > 1).any())
     else:
-        zero = parts["scale"].reshape(-1) == 0
+        zero = float_scale(spec, parts).reshape(-1) == 0
         length = spec.row_length
         codes = parts["qdata"]
         codes = unpack(codes, spec.qtype.bits, length) if spec.qtype.is_packed else codes.view(torch.uint8)
@@ -100,8 +114,9 @@ def _check_size(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str) 
                 f"{name}_codebook holds {largest:g}, and its values are fitted to -1 to 1: {_DAMAGED}"
             )
     top = 2.0**spec.scale_bits - 1 if spec.scale_bits is not None else 1.0
+    scales = float_scale(spec, parts) if spec.scale_bits is None else parts["row_scale"]
     columns = _columns_of_scales(spec, parts)
-    scales = parts["scale" if spec.scale_bits is None else "row_scale"].float() * (steps * top) * columns
+    scales = scales.float() * (steps * top) * columns
     sizes = {"scale": scales}
     if spec.affine and spec.scale_bits is None:
         sizes["shift"] = parts["shift"].float().abs() * columns

@@ -48,8 +48,8 @@ def quantize(
     weights: Annotated[
         str,
         typer.Option(
-            help="Type of the weights: int8, int4, nf4, float8 ... (see docs/types.md); auto: a type per layer within "
-            "--bits or --max-memory."
+            help="Type of the weights: int8, int4, nf4, nvfp4, float8 ... (see docs/types.md); auto: a type per layer "
+            "within --bits or --max-memory."
         ),
     ] = "int8",
     bits: Annotated[
@@ -59,7 +59,8 @@ def quantize(
         str | None, typer.Option(help="With --weights auto: size of the whole model, e.g. 80MB.")
     ] = None,
     activations: Annotated[
-        str | None, typer.Option(help="Type of the activations: int8 or float8; default: not quantized.")
+        str | None,
+        typer.Option(help="Type of the activations: int8, float8, nvfp4 or an MX type; default: not quantized."),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Number of weights that share a scale; -1: one scale per row.")

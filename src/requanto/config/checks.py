@@ -52,8 +52,11 @@ def activation_name(value: Any, where: str) -> str | None:
     if value is None or (isinstance(value, str) and value == "none"):
         return None
     kind = _resolved(value, where)
-    if kind not in (qint8, qfloat8):
-        raise ValueError(f"{where} must be None, 'int8' or 'float8', found {shown(value)}")
+    if kind not in (qint8, qfloat8) and kind.blocks is None:
+        raise ValueError(
+            f"{where} must be None, 'int8', 'float8', 'nvfp4' or an MX type ('mxfp4', 'mxfp6', 'mxfp8'), found "
+            f"{shown(value)}"
+        )
     return short_name(kind)
 
 

@@ -13,7 +13,7 @@ from requanto.config import checks
 from requanto.config.checks import AUTO
 from requanto.config.limit import Limit, parse_candidates
 from requanto.config.stored_weights import is_stored, plain_type, stored_text
-from requanto.dtypes.qtypes import qtype, resolve_qtype
+from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales.columns import check_column_scale
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank
@@ -25,6 +25,7 @@ FORMAT = "requanto"
 FORMAT_VERSION = 3
 _VERSION_3_WORDS = frozenset({"columns"})
 _VERSION_2_WORDS = frozenset({"scales", "rotation"})
+_VERSION_3_TYPES = frozenset(kind.name for kind in qtypes.values() if kind.blocks is not None)
 _VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
 
 
@@ -35,7 +36,8 @@ def format_version_of(tensors: Mapping[str, str]) -> int:
 
 def _version_of(kind: str, _shape: str, *words: str) -> int:
     found = {word.partition("=")[0] for word in words}
-    if found & _VERSION_3_WORDS:
+    types = {kind, *(word.partition("activation=")[2] for word in words)}
+    if found & _VERSION_3_WORDS or types & _VERSION_3_TYPES:
         return 3
     return 2 if found & _VERSION_2_WORDS or kind not in _VERSION_1_TYPES else 1
 
@@ -78,11 +80,13 @@ class QuantoConfig:
 
     Args:
         weights: type of the weights: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` (e4m3fn) ... (docs/types.md).
-        activations: None, ``"int8"`` or ``"float8"``: inputs of quantized layers are quantized per token on the fly.
+        activations: None, ``"int8"`` or ``"float8"``: inputs of quantized layers are quantized per token on the fly; or
+            ``"nvfp4"``, ``"mxfp4"`` and other MX types: rounded in blocks, then multiplied as floats (docs/activations.md).
         modules_to_not_convert: modules left float. An entry matches a full dotted name, a parent's name, a leaf name or a
             glob; one that matches no module is an error. The library's default skips (lm_head ...) apply as well.
         group_size: number of adjacent weights of a row that share a scale; None: 64 for 4 to 7 bits, 32 below, one scale
-            per row for 8 bits; -1: one scale per row. A size that does not divide a row is halved until it does.
+            per row for 8 bits, 16 for NVFP4, 32 for MX types; -1: one scale per row. A size that does not divide a row is
+            halved until it does.
         modules: options for single modules: glob on the dotted name -> type, None for float, or a dict with the keys
             ``weights``, ``group_size``, ``symmetric``, ``activations``, ``scale_bits``, ``method``, ``rotation``,
             ``low_rank``, ``column_scale``. The first match is used. A full name (no glob) also overrides the library's
@@ -280,6 +284,7 @@ class QuantoConfig:
         where = "method" if pattern is None else f"modules[{pattern!r}]['method']"
         kind = None if options["weights"] == AUTO else resolve_qtype(options["weights"])
         check_method(options["method"], kind, where)
+        check_scale_bits(options["scale_bits"], where.replace("method", "scale_bits"), kind)
         return LayerOptions(**options)
 
     # ------------------------------------------------------------------ methods that the libraries call

@@ -13,6 +13,27 @@ import torch
 from requanto.dtypes.codebooks import FP4, MINIFLOATS, NF4, minifloat, minifloat_name, normal_float
 
 
+@dataclass(frozen=True)
+class BlockFormat:
+    """How the codes and scales of a type look whose scales take 8 bits each (`requanto.scales.blocks`).
+
+    Attributes:
+        size: default number of codes that share a scale.
+        scale: format of the stored scales, ``"e4m3"`` (times a float32 number) or ``"e8m0"`` (powers of two).
+        exponent, mantissa: bits of exponent and mantissa of a code.
+    """
+
+    size: int
+    scale: str
+    exponent: int
+    mantissa: int
+
+    @property
+    def smallest_exponent(self) -> int:
+        """Exponent of the smallest normal number."""
+        return 2 - 2 ** (self.exponent - 1)
+
+
 @dataclass(frozen=True, eq=True)
 class qtype:  # optimum-quanto's name
     """A quantized type.
@@ -26,6 +47,7 @@ class qtype:  # optimum-quanto's name
         is_unsigned: True for codes ``0 .. 2^bits - 1`` that always have a shift.
         values: value of each code of a codebook, before the scale; None: codes are numbers.
         is_learned: True if each tensor has its own codebook, fitted to it.
+        blocks: of types whose scales are numbers of 8 bits (NVFP4, MX): their format; None: scales are floats.
     """
 
     name: str
@@ -37,6 +59,7 @@ class qtype:  # optimum-quanto's name
     is_unsigned: bool = False
     values: tuple[float, ...] | None = None
     is_learned: bool = False
+    blocks: BlockFormat | None = None
 
     def __str__(self) -> str:
         return f"quanto.{self.name}"
@@ -70,6 +93,11 @@ class qtype:  # optimum-quanto's name
     def is_codebook(self) -> bool:
         """True if a code is an index into a codebook."""
         return self.values is not None or self.is_learned
+
+    @property
+    def fits_activations(self) -> bool:
+        """True if inputs can be quantized to it on the fly: signed 8-bit types per token, those with `blocks` per block."""
+        return self.blocks is not None or (self.bits == 8 and not self.is_unsigned)
 
     @property
     def span(self) -> float:
@@ -124,6 +152,18 @@ def _learned(bits: int) -> qtype:
     return qtype(f"qcodebook{bits}", False, bits, torch.uint8, -1.0, 1.0, is_learned=True)
 
 
+def _block_float(name: str, size: int, scale: str, exponent: int, mantissa: int) -> qtype:
+    """A small float in blocks: of 4 or 6 bits a codebook, of 8 bits torch's float8."""
+    form, bits = BlockFormat(size, scale, exponent, mantissa), 1 + exponent + mantissa
+    if bits == 8:
+        return replace(_float8(getattr(torch, _FLOAT8[exponent])), name=f"q{name}", blocks=form)
+    return replace(_codebook(name, minifloat(exponent, mantissa)), blocks=form)
+
+
+#: bits of exponent -> torch's float8 of the MX specification
+_FLOAT8 = {4: "float8_e4m3fn", 5: "float8_e5m2"}
+
+
 def _float8(dtype: torch.dtype) -> qtype:
     info = torch.finfo(dtype)
     return qtype(f"q{str(dtype).removeprefix('torch.')}", True, 8, dtype, info.min, info.max)
@@ -138,6 +178,9 @@ qfloat8_e4m3fn = _float8(torch.float8_e4m3fn)
 qfloat8_e4m3fnuz = _float8(torch.float8_e4m3fnuz)
 qfloat8_e5m2 = _float8(torch.float8_e5m2)
 qfloat8 = qfloat8_e4m3fn
+qnvfp4, qmxfp4 = _block_float("nvfp4", 16, "e4m3", 2, 1), _block_float("mxfp4", 32, "e8m0", 2, 1)
+qmxfp6_e2m3, qmxfp6_e3m2 = (_block_float(f"mxfp6_e{a}m{b}", 32, "e8m0", a, b) for a, b in ((2, 3), (3, 2)))
+qmxfp8_e4m3, qmxfp8_e5m2 = (_block_float(f"mxfp8_e{a}m{b}", 32, "e8m0", a, b) for a, b in ((4, 3), (5, 2)))
 
 #: every type by its name
 qtypes: dict[str, qtype] = {
@@ -149,6 +192,7 @@ qtypes: dict[str, qtype] = {
         *(qnf2, qnf3, qnf4, qfp4),
         *(_codebook(f"fp{bits}_e{a}m{b}", minifloat(a, b)) for bits, a, b in MINIFLOATS),
         *(qcodebook2, qcodebook3, qcodebook4),
+        *(qnvfp4, qmxfp4, qmxfp6_e2m3, qmxfp6_e3m2, qmxfp8_e4m3, qmxfp8_e5m2),
     )
 }
 qtypes["qfloat8"] = qfloat8
@@ -156,6 +200,7 @@ qtypes["qfloat8"] = qfloat8
 # Further names that users may write in a config: "int4", "float8", "fp8" ...
 _ALIASES = {name.removeprefix("q"): t for name, t in qtypes.items()}
 _ALIASES |= {"fp8": qfloat8, "fp8_e4m3fn": qfloat8, "fp8_e5m2": qfloat8_e5m2, "fp8_e4m3fnuz": qfloat8_e4m3fnuz}
+_ALIASES |= {"mxfp6": qmxfp6_e2m3, "mxfp8": qmxfp8_e4m3}
 
 
 def resolve_qtype(value: str | qtype | torch.dtype) -> qtype:
@@ -169,7 +214,7 @@ def resolve_qtype(value: str | qtype | torch.dtype) -> qtype:
         return value
     if isinstance(value, torch.dtype):
         for candidate in qtypes.values():
-            if candidate.dtype == value and candidate.bits == 8:
+            if candidate.dtype == value and candidate.bits == 8 and candidate.blocks is None:
                 return candidate
         value = str(value).removeprefix("torch.")
     if not isinstance(value, str):

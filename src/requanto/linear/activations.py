@@ -15,6 +15,7 @@ import torch
 from requanto.dtypes.qtypes import qtype
 from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.tracing import is_tracing
+from requanto.scales.blocks import round_blocks
 
 #: Lower bound of a row's absolute maximum, so that a row of zeros has a positive scale.
 TINY = 1e-30
@@ -89,7 +90,7 @@ def quantize_activations(
     if x.dim() != 2:
         raise ValueError(f"activations must have shape [rows, K] to be quantized, found shape {tuple(x.shape)}")
     if kind.bits != 8:
-        raise ValueError(f"activations can be quantized to int8 or float8, found {kind.name}")
+        raise ValueError(f"activations can be quantized to int8 or float8 per token, found {kind.name}")
     wide = x.float()
     scale = token_scale(wide, kind, input_scale)
     inverse = _inverse(scale, input_scale)
@@ -98,6 +99,23 @@ def quantize_activations(
         return codes.clamp_(kind.qmin, kind.qmax).to(kind.dtype).float(), scale
     codes.round_()
     return (codes if input_scale is None else codes.clamp_(kind.qmin, kind.qmax)), scale
+
+
+def rounded_in_blocks(x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x ``[rows, K]`` rounded to NVFP4 or an MX type in blocks along K, in its own dtype (`requanto.scales.blocks`).
+
+    No implementation multiplies such codes: x is rounded, then multiplied as floats.
+
+    Raises:
+        ValueError: a static scale was given.
+    """
+    if input_scale is not None:
+        raise ValueError(
+            f"{kind.name} activations have a scale for each block, computed on the fly; found a static input_scale"
+        )
+    rounded = round_blocks(x.detach(), kind)
+    # Autograd is off in here, but not in torch.func's transforms.
+    return x + (rounded - x).detach() if torch.is_grad_enabled() else rounded
 
 
 def quantize_unsigned(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from requanto.dtypes.qtypes import qtype
+from requanto.linear.activations import rounded_in_blocks
 from requanto.linear.registry import choose, problem_of
 from requanto.runtime import onnx_nodes
 from requanto.tensor.layout import PLAIN, Layout
@@ -36,6 +37,8 @@ def run(
     if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
         out = x.new_zeros(x.shape[0], weight.shape[0])
         return out if bias is None else out.add_(bias)
+    if activation is not None and activation.blocks is not None:
+        x, activation = rounded_in_blocks(x, activation, input_scale), None
     found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
     return found.implementation.run(x, weight, bias, activation, input_scale)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.activations import quantize_activations
+from requanto.linear.activations import quantize_activations, rounded_in_blocks
 from requanto.linear.registry import Implementation, choose, problem_of, register
 from requanto.tensor.qtensor import QTensor
 
@@ -21,6 +21,8 @@ def run(
     """``x @ dequantize(weight).T + bias`` in x's dtype. x: [rows, K] -> [rows, N]."""
     bias = None if bias is None else bias.to(x.dtype)
     with torch._C.DisableTorchFunctionSubclass():
+        if activation is not None and activation.blocks is not None:
+            x, activation = rounded_in_blocks(x, activation, input_scale), None
         if activation is None:
             return F.linear(x, _values(weight, x.dtype), bias)
         codes, scale = quantize_activations(x, activation, input_scale)

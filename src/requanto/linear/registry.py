@@ -36,7 +36,8 @@ class Problem:
     Attributes:
         device: device type, ``"cpu"``, ``"cuda"`` ...
         qtype: type of the weight's codes.
-        activation: type that the activations are quantized to, or None.
+        activation: type that the activations are quantized to, or None; also None if they are rounded in blocks before the
+            GEMM (NVFP4, MX).
         dtype: float dtype of x and of the result.
         rows: rows of x (product of all its axes but the last).
         out_features, in_features: N and K.
@@ -142,7 +143,7 @@ def problem_of(
     return Problem(
         device=weight.device.type,
         qtype=spec.qtype,
-        activation=activation,
+        activation=None if activation is None or activation.blocks is not None else activation,
         dtype=dtype,
         rows=rows,
         out_features=out_features,
@@ -193,6 +194,8 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     """
     spec, storage = weight._spec, weight._storage
     if not runs_eagerly() or x.dim() < 2 or not x.numel() or spec.rotation is not None or "up" in storage.parts:
+        return
+    if spec.activation is not None and spec.activation.blocks is not None:
         return
     version, key = storage.version, (x.shape, x.dtype, registry_state.version)
     declined = storage.declined == (registry_state.version, x.dtype, spec.activation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from requanto.dtypes.qtypes import qtype
+from requanto.scales import blocks
 from requanto.scales.codebook import nearest_codes, values_of
 from requanto.scales.compact import expand_scale, expand_shift, round_scales
 from requanto.scales.weights import _storable
@@ -25,16 +26,26 @@ class Grid:
         stored: dtype in which scale and shift will be stored.
         scale_bits: if given, scale and shift are stored in this many bits, relative to one scale per row
             (`requanto.scales.compact`).
+        unit: NVFP4's number of the tensor, float32 ``[1, 1]`` (`requanto.scales.blocks.tensor_scale`); None for other types.
     """
 
-    def __init__(self, kind: qtype, affine: bool, stored: torch.dtype, scale_bits: int | None = None) -> None:
-        self.kind, self.affine, self.stored, self.scale_bits = kind, affine, stored, scale_bits
+    def __init__(
+        self,
+        kind: qtype,
+        affine: bool,
+        stored: torch.dtype,
+        scale_bits: int | None = None,
+        unit: torch.Tensor | None = None,
+    ) -> None:
+        self.kind, self.affine, self.stored, self.scale_bits, self.unit = kind, affine, stored, scale_bits, unit
         self.low, self.high = (0.0, 2.0**kind.bits - 1) if affine else (float(kind.qmin), float(kind.qmax))
         self.top = kind.span if kind.is_codebook else self.high
 
     def codes(self, values: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         """Returns the nearest codes as floats; ``scale`` and ``shift`` are broadcast over ``values``."""
         scaled = values / scale if shift is None else (values + shift) / scale
+        if self.kind.blocks is not None:
+            return blocks.rounded(scaled.float(), self.kind).to(values.dtype)
         if self.kind.is_codebook:
             found = nearest_codes(scaled.float(), self.kind).flatten().to(torch.int32)
             table = values_of(self.kind, found).to(values.dtype)
@@ -52,6 +63,9 @@ class Grid:
 
     def storable(self, scale: torch.Tensor, shift: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rounds scale and shift of groups as storing does, except for ``scale_bits`` (see :meth:`stored_tables`)."""
+        if self.kind.blocks is not None:
+            form, unit = self.kind.blocks.scale, None if self.unit is None else self.unit.view(-1)
+            return blocks.expand_scale(blocks.nearest_scale(scale.float(), unit, form), unit, form), None
         if self.scale_bits is None:
             return _storable(scale, shift, self.stored)
         if shift is not None:  # makes 0 lie within the range of the codes

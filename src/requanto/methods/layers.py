@@ -18,6 +18,7 @@ from requanto.methods.grid import Grid
 from requanto.methods.moments import Moments
 from requanto.runtime.tracing import without_autocast
 from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.blocks import nearest_scale, tensor_scale
 from requanto.scales.codebook import fit_codebook
 from requanto.scales.compact import pack_codes, zero_step
 from requanto.scales.weights import encode, scale_dtype
@@ -147,7 +148,10 @@ class Layer:
             kind = kind.with_values(fit_codebook(self.weight(), kind, group or self.columns))
         grouped = group is not None and group < self.columns
         bits = options.scale_bits if group is not None else None
-        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped), bits)
+        unit = None
+        if kind.blocks is not None and kind.blocks.scale == "e4m3":
+            unit = tensor_scale(self.weight().abs().max().view(1, 1), kind, searched=True)
+        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped), bits, unit)
 
     def tensor(self, rounded: Rounded, grid: Grid) -> QTensor:
         """Returns the QTensor whose dequantized values are ``rounded.values``."""
@@ -166,7 +170,7 @@ class Layer:
             group_size=self.group_size,
             transposed=self.planned.transposed,
             codebook=torch.tensor(kind.values, dtype=torch.float32, device=codes.device) if kind.is_learned else None,
-            row_scale=rounded.row_scale,
+            row_scale=rounded.row_scale if grid.unit is None else grid.unit.repeat(len(scale), 1),
             scale_bits=grid.scale_bits,
         )
         tensor.activation = self.planned.options.activations
@@ -175,6 +179,8 @@ class Layer:
     def _stored_scales(self, rounded: Rounded, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns scale and shift as they are stored: floats, or codes relative to the row's scale."""
         scale, shift, row, bits = rounded.scale, rounded.shift, rounded.row_scale, grid.scale_bits
+        if grid.kind.blocks is not None:
+            return nearest_scale(scale.float(), grid.unit, grid.kind.blocks.scale), None
         if bits is None or row is None:
             return scale.to(grid.stored), None if shift is None else shift.to(grid.stored)
         codes = (scale / row.float()).round().to(torch.uint8)

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from requanto.dtypes.qtypes import qtype
 from requanto.nn.activation import QActivation
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.swap import quantize_in_place
@@ -124,6 +125,13 @@ class Calibration(TorchFunctionMode):
 
     def calibrate_input(self, module: nn.Module, args: tuple) -> None:
         """Updates a module's input scale; a hook that runs before the module's own."""
+        weight = module._parameters.get("weight")
+        kind = getattr(module, "activation_qtype", weight.activation if isinstance(weight, QTensor) else None)
+        if isinstance(kind, qtype) and kind.blocks is not None:
+            raise ValueError(
+                f"{getattr(module, 'name', '') or type(module).__name__}: {kind.name} activations have a scale for each "
+                f"block, computed on the fly, and nothing to calibrate; static scales are for int8 and float8 activations"
+            )
         if not isinstance(module, QModuleMixin):
             _make_qmodule(module)
         if not isinstance(module, QModuleMixin) or module.activation_qtype is None or not args:

@@ -89,7 +89,7 @@ def quantize(
         weights: ``"int2"``, ``"int4"``, ``"int8"``, ``"float8"`` ..., a qtype, or None: weights stay float; ``"auto"``:
             a type for each layer, chosen within ``bits`` or ``max_memory``.
         activations: ``"int8"``, ``"float8"``, or None. Quantized on the fly, per token, until `Calibration` sets static
-            scales.
+            scales. Or ``"nvfp4"``, ``"mxfp4"`` and other MX types: rounded in blocks, always on the fly.
         optimizer: optimum-quanto's scales, e.g. `HqqOptimizer()`; None: Requanto's, chosen by ``method``.
         include, exclude: shell patterns on full dotted names; a module must match one of ``include``, if given, and none of
             ``exclude``.
@@ -128,8 +128,10 @@ def quantize(
     special = {p: None if v is None else resolve_qtype(v) for p, v in (modules or {}).items()}
     if kind is None and activation is None and not any(special.values()):
         raise ValueError("nothing to quantize: set weights=, activations= or modules=, e.g. weights='int8'")
-    if activation is not None and activation.bits != 8:
-        raise ValueError(f"activations are quantized to int8 or float8, found {activation.name}")
+    if activation is not None and not activation.fits_activations:
+        raise ValueError(
+            f"activations are quantized to int8, float8, nvfp4 or an MX type such as mxfp4, found {activation.name}"
+        )
     if optimizer is not None:
         for asked in {kind, *special.values()} - {None}:
             check_optimizer(optimizer, asked)

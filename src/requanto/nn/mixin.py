@@ -67,8 +67,10 @@ class QModuleMixin:
         super().__init__(*args, device=device, **kwargs)
         self.weight_qtype = None if weights is None else resolve_qtype(weights)
         self.activation_qtype = None if activations is None else resolve_qtype(activations)
-        if self.activation_qtype is not None and self.activation_qtype.bits != 8:
-            raise ValueError(f"activations are quantized to 8 bits, found {self.activation_qtype.name}")
+        if self.activation_qtype is not None and not self.activation_qtype.fits_activations:
+            raise ValueError(
+                f"activations are quantized to int8, float8, nvfp4 or an MX type, found {self.activation_qtype.name}"
+            )
         self.weight_group_size = group_size
         self.weight_symmetric = symmetric
         self.weight_options: dict[str, Any] = {}

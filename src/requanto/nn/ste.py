@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from requanto.dtypes.qtypes import qtype
+from requanto.scales.blocks import round_blocks
 
 
 class _Through(torch.autograd.Function):
@@ -28,7 +29,8 @@ def straight_through(value: torch.Tensor, rounded: Callable[[torch.Tensor], torc
 
 
 def round_per_token(value: torch.Tensor, kind: qtype, dims: int = 1) -> torch.Tensor:
-    """``value`` rounded to ``kind``, with one absmax scale for each slice over the last ``dims`` axes.
+    """``value`` rounded to ``kind``, with one absmax scale for each slice over the last ``dims`` axes, or in blocks along
+    the last axis (NVFP4, MX).
 
     Computed in float32, returned in value's dtype; straight-through gradient.
     """
@@ -36,6 +38,8 @@ def round_per_token(value: torch.Tensor, kind: qtype, dims: int = 1) -> torch.Te
     def rounded(x: torch.Tensor) -> torch.Tensor:
         if not x.numel():
             return x
+        if kind.blocks is not None:
+            return round_blocks(x, kind)
         wide = x.float()
         scale = wide.abs().amax(list(range(-dims, 0)), keepdim=True) / kind.qmax
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)

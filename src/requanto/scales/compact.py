@@ -34,14 +34,19 @@ class CompactScales(NamedTuple):
     row_scale: torch.Tensor
 
 
-def check_scale_bits(value: Any, where: str = "scale_bits") -> int | None:
+def check_scale_bits(value: Any, where: str = "scale_bits", kind: qtype | None = None) -> int | None:
     """Checks a number of bits for scales: 4 to 8, or None (also for 16) for scales stored as floats.
 
+    Args:
+        kind: the type of the weight, if it is known.
+
     Raises:
-        ValueError: the value is another one.
+        ValueError: the value is another one, or the type has scales of its own.
     """
     if value in (None, 16):
         return None
+    if kind is not None and kind.blocks is not None:
+        raise ValueError(f"{where}={value!r} does not fit {kind.name}, whose scales have 8 bits; leave it out")
     if not isinstance(value, int) or isinstance(value, bool) or not 4 <= value <= 8:
         raise ValueError(f"{where} must be 4 to 8, or 16 or None for scales stored as floats; found {value!r}")
     return value

@@ -17,7 +17,9 @@ SMALLEST_GROUP = 8
 
 
 def default_group_size(kind: qtype) -> int | None:
-    """The default group size: 64 for 4 to 7 bits, 32 below, None (one scale per row) for 8 bits."""
+    """The default group size: 64 for 4 to 7 bits, 32 below, None (one scale per row) for 8 bits; 16 in NVFP4, 32 in MX."""
+    if kind.blocks is not None:
+        return kind.blocks.size
     if kind.bits == 8:
         return None
     return 64 if kind.bits >= 4 else 32

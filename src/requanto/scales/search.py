@@ -107,6 +107,8 @@ def check_method(name: str | None, kind: qtype | None = None, where: str = "meth
 
 def valid_methods(kind: qtype) -> tuple[str, ...]:
     """Names of the searches that support a type."""
+    if kind.blocks is not None:
+        return ("minmax", "mse")
     if kind.is_codebook or kind.bits == 1:
         return ("minmax",)
     if kind.is_floating_point:
@@ -116,7 +118,7 @@ def valid_methods(kind: qtype) -> tuple[str, ...]:
 
 def default_method(kind: qtype) -> str:
     """Name of the default search of a type, the most accurate one as measured (docs/accuracy.md)."""
-    if kind.is_floating_point and kind.bits == 8:
+    if (kind.is_floating_point and kind.bits == 8) or kind.blocks is not None:
         return "mse"
     return "aligned" if kind.bits <= 4 and "aligned" in valid_methods(kind) else "minmax"
 

@@ -11,6 +11,7 @@ for the rounded scale and shift that are stored, so rounding these to 16 bits ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from requanto.dtypes.bit_packing import pack, packed_length
 from requanto.dtypes.qtypes import qtype
 from requanto.runtime.buffers import release_scratch, scratch_like
+from requanto.scales import blocks
 from requanto.scales.codebook import fit_codebook, nearest_codes
 from requanto.scales.columns import divide_columns
 from requanto.scales.compact import (
@@ -30,7 +32,7 @@ from requanto.scales.compact import (
     stored_length,
 )
 from requanto.scales.rotation import rotate
-from requanto.scales.search import ScaleSearch, find_search
+from requanto.scales.search import ScaleSearch, default_method, find_search
 
 #: Weights quantized at once per torch thread, for up to four threads: the float32 temporaries (2 MB per thread, reused) then
 #: stay in the cores' caches. With fewer, operators on groups (a hundredth of the weights) would run on one thread only.
@@ -93,6 +95,7 @@ def quantize_weight_data(
     rows = weight.reshape(lead.numel(), length)
     count, groups = rows.shape[0], (length // group if length else 1)
     stored = scale_dtype(dtype or weight.dtype, groups > 1)
+    named = search or default_method(kind)
     search = find_search(search, kind)
 
     def prepared(block: torch.Tensor, start: int) -> torch.Tensor:
@@ -103,7 +106,10 @@ def quantize_weight_data(
 
     width = packed_length(length, kind.bits) if kind.is_packed else length
     qdata = torch.empty(count, width, dtype=kind.storage_dtype, device=weight.device)
-    if scale_bits is None:
+    if kind.blocks is not None:
+        scale = torch.empty(count, groups, dtype=torch.uint8, device=weight.device)
+        row_scale = scale.new_empty(count, 1, dtype=torch.float32) if kind.blocks.scale == "e4m3" else None
+    elif scale_bits is None:
         scale, row_scale = torch.empty(count, groups, dtype=stored, device=weight.device), None
     else:
         scale = torch.empty(count, stored_length(groups, scale_bits), dtype=torch.uint8, device=weight.device)
@@ -121,11 +127,25 @@ def quantize_weight_data(
     if numbers and rows.numel():
         chunk = CHUNK * min(torch.get_num_threads(), 4) if weight.device.type == "cpu" else CHUNK_ACCELERATOR
         step = max(1, chunk // length)
+        if kind.blocks is not None and row_scale is not None:
+            largest = torch.cat([_largest(prepared, rows, start, step) for start in range(0, count, step)])
+            # Of the matrix of each row: of an expert, or of the whole weight.
+            largest = largest.view(-1, lead[-1]).amax(1, keepdim=True).repeat_interleave(lead[-1], 0)
+            _require_finite(largest, name)
+            row_scale.copy_(blocks.tensor_scale(largest, kind, named != "minmax"))
         for start in range(0, count, step):
             part = slice(start, start + step)
             # Sums depend on the memory order, so a transposed view is copied: it must give the same result as its copy.
             block = scratch_like(rows[part], "block").copy_(rows[part])
             block = prepared(block, start).reshape(-1, groups, group)
+            if kind.blocks is not None:
+                row = None if row_scale is None else row_scale[part]
+                scale[part] = blocks.scale_codes(block, kind, row, named)
+                found = blocks.expand_scale(scale[part], row, kind.blocks.scale)
+                _require_finite(found, name)
+                codes = encode(block, found, None, kind)
+                qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes
+                continue
             found, offset = _search(search, block, kind, affine)
             _require_finite(found, name)
             if row_scale is None:
@@ -145,7 +165,7 @@ def quantize_weight_data(
             qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes
         release_scratch()
     elif rows.numel() == 0:
-        scale.fill_(1)
+        scale.fill_(1 if kind.blocks is None else blocks.ONE[kind.blocks.scale])
         if row_scale is not None:
             row_scale.fill_(1)
         if shift is not None:
@@ -157,6 +177,15 @@ def quantize_weight_data(
         codebook,
         None if row_scale is None else row_scale.view(*lead, 1),
     )
+
+
+def _largest(
+    prepared: Callable[[torch.Tensor, int], torch.Tensor], rows: torch.Tensor, start: int, step: int
+) -> torch.Tensor:
+    """Largest absolute value of each of the rows ``start .. start + step`` after ``prepared``, float32."""
+    part = rows[start : start + step]
+    block = prepared(scratch_like(part, "block").copy_(part), start)
+    return torch.maximum(block.amax(1), block.amin(1).neg_())
 
 
 def _search(
@@ -171,6 +200,8 @@ def _search(
 
 def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype) -> torch.Tensor:
     """Codes ``[rows, G * group]`` of float32 ``groups`` ``[rows, G, group]``; unsigned ones if they are bit-packed."""
+    if kind.blocks is not None:
+        return blocks.encode(groups, scale, kind)
     divisor = scale.unsqueeze(-1)
     if kind.is_codebook:
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)

@@ -290,7 +290,7 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         rows = (slice(None),) * axis + (slice(start, end, step),)
         return part_of(tensor, new, lambda name, t: t if name in whole else t[rows])
     groups = slice(start // group, end // group)
-    bits, read_only = spec.scale_bits, None
+    bits, read_only = spec.scale_code_bits, None
     if bits is not None and bits < 8:
         # The first code of a scale may be inside a byte, so the scales are repacked.
         read_only = (

@@ -150,10 +150,10 @@ def _columns(weights: Sequence[QTensor], axis: int) -> tuple[list[QTensor], int]
             f"a convolution's quantized weight {tuple(first.shape)} can be joined along its rows (axis 0) only; call "
             f".dequantize() first"
         )
-    if first.scale_bits is not None:
+    if first.row_scale is not None:
         raise UnlikeWeights(
-            f"weights with scales in {first.scale_bits} bits can be joined along their rows (axis 0) only: each row has a "
-            f"scale of its scales. Call .dequantize() first."
+            f"weights with scales in {first._spec.scale_code_bits} bits can be joined along their rows (axis 0) only: each "
+            f"row has a scale of its scales. Call .dequantize() first."
         )
     if any(weight.row_length * weight.qtype.bits % 8 for weight in weights[:-1]):
         raise UnlikeWeights(

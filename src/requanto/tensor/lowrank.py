@@ -82,8 +82,9 @@ def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
     """Multiplies each stored row by its factor ``[*lead]``, in place. Changes scale, shift and up, not the codes."""
     factor = factor.detach().to(weight.device, torch.float32).unsqueeze(-1)
     inner, changed = _without_codes(weight), {}
-    if weight.scale_bits is not None:  # row_scale is the only float part; in float32 the result is exact
-        assert weight.row_scale is not None
+    if weight._spec.scale_code_bits is not None and weight.row_scale is None:
+        changed["scale"] = moved_exponents(weight, factor)
+    elif weight.row_scale is not None:  # the only float part; in float32 the result is exact
         changed["row_scale"] = weight.row_scale.float() * factor
     else:
         changed |= {n: (inner[n].float() * factor).to(inner[n].dtype) for n in ("scale", "shift") if n in inner}
@@ -100,6 +101,22 @@ def scale_columns(weight: QTensor, factor: torch.Tensor) -> None:
     if weight.down is not None:
         changed["down"] = (weight.down.float() * factor.unsqueeze(-2)).to(weight.down.dtype)
     set_parts(weight, changed)
+
+
+def moved_exponents(weight: QTensor, factor: torch.Tensor) -> torch.Tensor:
+    """The stored scales (powers of two) of an MX weight whose rows are multiplied by ``factor`` ``[*lead, 1]``.
+
+    Raises:
+        NotImplementedError: a factor is not a power of two, or a scale would leave the range of the format.
+    """
+    mantissa, exponent = torch.frexp(factor)
+    moved = weight.inner_tensors()["scale"].to(torch.int32) + (exponent - 1)
+    if not bool((mantissa == 0.5).all()) or not bool(((moved >= 0) & (moved <= 0xFE)).all()):
+        raise NotImplementedError(
+            f"rows of a {weight.qtype.name} weight can be multiplied by powers of two only, which its scales are. Use "
+            f"nvfp4 or a type with float scales, or dequantize the model first (model.dequantize())."
+        )
+    return moved.to(torch.uint8)
 
 
 def set_parts(weight: QTensor, changed: Mapping[str, torch.Tensor | None]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.runtime.tracing import is_tracing, runs_eagerly
+from requanto.scales import blocks
 from requanto.scales.compact import expand_scale, expand_shift, pack_codes, unpack_codes
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
@@ -167,9 +168,9 @@ class WeightParts:
 
     @property
     def scale(self) -> torch.Tensor:
-        """Float scales ``[*lead, G]``; with ``scale_bits`` computed from their codes, and not to be changed in place."""
+        """Float scales ``[*lead, G]``; if they are stored as codes computed from these, and not to be changed in place."""
         parts = self._storage.parts
-        if self._spec.scale_bits is None:
+        if self._spec.scale_code_bits is None:
             return parts["scale"]
         with _read_only():
             return float_scale(self._spec, parts)
@@ -192,9 +193,10 @@ class WeightParts:
         self._set_float("shift", value)
 
     def _set_float(self, name: str, value: torch.Tensor) -> None:
-        if self.scale_bits is not None:
+        if self._spec.scale_code_bits is not None:
             raise AttributeError(
-                f"a {name} that is stored in {self.scale_bits} bits cannot be set; set the stored parts with set_inner()"
+                f"a {name} that is stored in {self._spec.scale_code_bits} bits cannot be set; set the stored parts with "
+                f"set_inner()"
             )
         layout, parts = self._storage.state
         parts = {**parts, name: value}
@@ -203,7 +205,7 @@ class WeightParts:
 
     @property
     def row_scale(self) -> torch.Tensor | None:
-        """One scale per row for weights with ``scale_bits``, else None."""
+        """One scale per row for weights with ``scale_bits`` and NVFP4, else None."""
         return self._storage.parts.get("row_scale")
 
     @property
@@ -288,8 +290,8 @@ class WeightParts:
         return frozenset(("codebook", "down", "column") if axis == self.axis else ("codebook",))
 
     def scale_codes(self) -> dict[str, torch.Tensor]:
-        """The stored scale and shift ``[*lead, G]``; with ``scale_bits`` as unpacked codes, one per byte."""
-        parts, bits = self._storage.parts, self._spec.scale_bits
+        """The stored scale and shift ``[*lead, G]``; those stored as codes unpacked, one per byte."""
+        parts, bits = self._storage.parts, self._spec.scale_code_bits
         stored = {name: parts[name] for name in ("scale", "shift") if name in parts}
         if bits is None:
             return stored
@@ -297,7 +299,7 @@ class WeightParts:
 
     def scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored scale and shift after ``change``, which gets them (or their unpacked codes) as ``[*lead, G]``."""
-        bits, codes = self.scale_bits, self.scale_codes()
+        bits, codes = self._spec.scale_code_bits, self.scale_codes()
         if bits is None:
             return {name: change(part) for name, part in codes.items()}
         return {name: pack_codes(change(part).contiguous(), bits) for name, part in codes.items()}
@@ -344,6 +346,8 @@ class WeightParts:
 
 def float_scale(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Float scales ``[*lead, G]`` from a weight's parts."""
+    if spec.qtype.blocks is not None:
+        return blocks.expand_scale(parts["scale"], parts.get("row_scale"), spec.qtype.blocks.scale)
     if spec.scale_bits is None:
         return parts["scale"]
     return expand_scale(unpack_codes(parts["scale"], spec.scale_bits, spec.groups), parts["row_scale"])

@@ -7,8 +7,9 @@ shows the shape, dtype and device of that weight. A `WeightSpec` describes it (`
     qdata  codes, ``[*lead, K]`` (8 bits; conv weights keep their shape) or packed bytes ``[*lead, ceil(K * bits / 8)]``
     scale  ``[*lead, K / group]``
     shift  like scale, only for affine weights
-    row_scale  ``[*lead, 1]``, only with ``scale_bits``. The parts scale and shift then hold codes of ``scale_bits`` bits,
-        packed along the groups, and the attributes of those names compute the floats (`requanto.scales.compact`)
+    row_scale  ``[*lead, 1]``, only with ``scale_bits`` and of NVFP4. The parts scale and shift then hold codes, packed along
+        the groups, and the attributes of those names compute the floats (`requanto.scales.compact`). NVFP4 and MX types
+        have scales of 8 bits (`requanto.scales.blocks`)
     codebook  value of each code, ``[2^bits]``, only for learned types (``codebook4``)
     up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``: factors of the low-rank term
     column  ``[*lead[:-1], K]``: the column scale (`requanto.scales.columns`)
@@ -170,7 +171,8 @@ class QTensor(WeightParts, torch.Tensor):
             weight: float tensor of 2 axes (Linear, Embedding), 3 (experts ``[E, N, K]``) or more (convolutions).
             kind: ``"int8"``, ``"int4"``, ``"nf4"``, ``"float8"`` ... or a qtype (docs/types.md).
             group_size: number of adjacent weights of a row that share a scale; None: one scale per row; ``"default"``: 64
-                for 4 to 7 bits, 32 below, one scale per row for 8 bits. A size that does not divide K: see `scales.groups`.
+                for 4 to 7 bits, 32 below, one scale per row for 8 bits, 16 for NVFP4, 32 for MX types. A size that does not
+                divide K: see `scales.groups`.
             symmetric: codes around zero without a shift; None: integers below 8 bits and unsigned ones have a shift,
                 int8, float8 and codebooks have none.
             axis: 0 or 1, see `WeightSpec`; None: 1 for 3D weights, else 0.
@@ -208,7 +210,7 @@ class QTensor(WeightParts, torch.Tensor):
         wanted = default_group_size(kind) if group_size == "default" else group_size
         group = fit_group_size(wanted, length, name)
         affine = kind.affine(symmetric, name)
-        scale_bits = check_scale_bits(scale_bits, f"{name}: scale_bits")
+        scale_bits = check_scale_bits(scale_bits, f"{name}: scale_bits", kind)
         if group is None:
             scale_bits = None
         block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)

@@ -12,7 +12,7 @@ import torch
 
 from requanto.tensor.aten import aten
 from requanto.tensor.dispatch import implements_aten
-from requanto.tensor.lowrank import scale_rows
+from requanto.tensor.lowrank import moved_exponents, scale_rows
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.values import on_values
 
@@ -47,8 +47,14 @@ def _is_power_of_two(value: float) -> bool:
 
 def _exact(weight: QTensor, factor: float) -> bool:
     """Whether no scale overflows, and none loses digits below the smallest normal number."""
-    names = ("row_scale",) if weight.scale_bits is not None else ("scale", "shift")
     parts = dict(weight.inner_tensors())
+    names: tuple[str, ...] = ("row_scale",) if "row_scale" in parts else ("scale", "shift")
+    if weight._spec.scale_code_bits is not None and "row_scale" not in parts:
+        try:
+            moved_exponents(weight, torch.full((1,), factor, device=weight.device))
+        except NotImplementedError:
+            return False
+        names = ()
     values = [parts[name] for name in (*names, "up") if parts.get(name) is not None]
     scaled = [(value.float() * factor).to(value.dtype).float() / factor for value in values]
     return all(torch.equal(new, value.float()) for new, value in zip(scaled, values))

@@ -66,7 +66,7 @@ def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
         first = pieces[0]
     parts = [piece.inner_tensors() for piece in pieces]
     inner = {name: t if name in shared else torch.cat([p[name] for p in parts], axis) for name, t in parts[0].items()}
-    if axis == -1 and first.scale_bits is not None:
+    if axis == -1 and first._spec.scale_code_bits is not None:
         inner |= _joined_scales(pieces)
     return first.with_inner(inner, shape=shape)
 
@@ -74,11 +74,10 @@ def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
 def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
     """Repacked scale codes of pieces of the same rows: the codes of a piece may end inside a byte."""
     first, rest = pieces[0], pieces[1:]
-    assert first.row_scale is not None
-    if any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
+    if first.row_scale is not None and any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
         raise NotImplementedError("joining pieces of rows with different row_scale")
     unpacked = [piece.scale_codes() for piece in pieces]
-    bits = first.scale_bits
+    bits = first._spec.scale_code_bits
     assert bits is not None
     return {name: pack_codes(torch.cat([codes[name] for codes in unpacked], -1), bits) for name in unpacked[0]}
 

@@ -93,6 +93,11 @@ class WeightSpec:
         return self.row_length // self.group_size if self.group_size and self.row_length else 1
 
     @functools.cached_property
+    def scale_code_bits(self) -> int | None:
+        """Bits of the code that a scale is stored as; None: scales are stored as floats."""
+        return self.scale_bits if self.qtype.blocks is None else 8
+
+    @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """N and K of the stored codes as a matrix."""
         return self.lead.numel(), self.row_length
@@ -118,14 +123,15 @@ class WeightSpec:
     @functools.cached_property
     def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
         """Shape and possible dtypes of each part, except the low-rank factors."""
-        groups = [*self.lead, self.groups if self.scale_bits is None else stored_length(self.groups, self.scale_bits)]
-        scales = torch.Size(groups), FLOATS if self.scale_bits is None else (torch.uint8,)
+        bits = self.scale_code_bits
+        groups = [*self.lead, self.groups if bits is None else stored_length(self.groups, bits)]
+        scales = torch.Size(groups), FLOATS if bits is None else (torch.uint8,)
         parts = {"qdata": (self.codes_shape, (self.qtype.storage_dtype,)), "scale": scales}
         if self.affine:
             parts["shift"] = scales
         if self.qtype.is_learned:
             parts["codebook"] = (torch.Size([2**self.qtype.bits]), FLOATS)
-        if self.scale_bits is not None:
+        if self.scale_bits is not None or (self.qtype.blocks is not None and self.qtype.blocks.scale == "e4m3"):
             parts["row_scale"] = (torch.Size([*self.lead, 1]), FLOATS)
         if self.column:
             parts["column"] = (torch.Size([*self.lead[:-1], self.row_length]), FLOATS)
@@ -212,11 +218,15 @@ class WeightSpec:
             raise ValueError(f"groups of {group} do not divide rows of {length} weights")
         if self.scale_bits is not None and check_scale_bits(self.scale_bits) is None:
             raise ValueError(f"scale_bits must be 4 to 8 or None, found {self.scale_bits}")
+        if self.scale_bits is not None and self.qtype.blocks is not None:
+            raise ValueError(f"{self.qtype.name} has scales of 8 bits; leave out scale_bits, found {self.scale_bits}")
         block = self.rotation
         if block is not None and (block < 2 or block & (block - 1) or length % block):
             raise ValueError(f"rotation must be a power of two that divides rows of {length} weights, found {block}")
-        if self.activation is not None and (self.activation.bits != 8 or self.activation.is_unsigned):
-            raise ValueError(f"activations are quantized to int8 or float8, found {self.activation.name}")
+        if self.activation is not None and not self.activation.fits_activations:
+            raise ValueError(
+                f"activations are quantized to int8, float8, nvfp4 or an mx type, found {self.activation.name}"
+            )
         if self.qtype.is_unsigned or self.qtype.is_codebook:
             self.qtype.affine(not self.affine)
 

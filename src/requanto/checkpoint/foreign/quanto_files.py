@@ -57,9 +57,10 @@ def checked_map(qmap: Any, where: Any) -> dict[str, dict[str, qtype | None]]:
                 kinds[key] = None if value in (None, "none") else resolve_qtype(value)
             except (ValueError, TypeError) as error:
                 raise CheckpointError(f"{where} says {key}={shown(value)} for {shown(name)}: {error}") from error
-        if kinds["activations"] is not None and kinds["activations"].bits != 8:
+        if kinds["activations"] is not None and not kinds["activations"].fits_activations:
             raise CheckpointError(
-                f"{where} says activations={shown(entry['activations'])} for {shown(name)}: activations have 8 bits"
+                f"{where} says activations={shown(entry['activations'])} for {shown(name)}: activations are int8, float8, "
+                f"nvfp4 or an MX type"
             )
         found[name] = kinds
     return found
@@ -105,7 +106,7 @@ def to_qtensor(
 
 
 def _require_known(kind: qtype, name: str) -> None:
-    if kind.is_codebook or kind.is_unsigned or kind.bits not in (2, 4, 8):
+    if kind.is_codebook or kind.is_unsigned or kind.blocks is not None or kind.bits not in (2, 4, 8):
         raise CheckpointError(f"{name}: optimum-quanto has no type {kind.name}; its types are int2, int4, int8, float8")
 
 

@@ -28,6 +28,11 @@ def linear(to: Builder, node: ir.Node, weight: Weight) -> tuple[ir.Value, str]:
     dtype, transposed = node.outputs[0].dtype, weight.spec.transposed
     if activation is None:
         return _float_gemm(to, x, weight, bias, dtype, transposed)
+    if activation.blocks is not None:
+        raise ValueError(
+            f"torch.onnx.export: {weight.name} rounds its inputs to {activation.name} in blocks, which has no form in ONNX. "
+            f"Set its activation to None, or use int8 or float8 activations"
+        )
     codes, scale = _quantized(to, to.cast(x, FLOAT), activation, input_scale)
     if activation is qint8 and _is_int8(weight) and not transposed:
         name = f"{weight.name}_qdata_columns"  # MatMulInteger takes [K, N]

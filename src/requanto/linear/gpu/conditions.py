@@ -18,6 +18,10 @@ from requanto.dtypes.qtypes import (
     qint2,
     qint4,
     qint8,
+    qmxfp4,
+    qmxfp8_e4m3,
+    qmxfp8_e5m2,
+    qnvfp4,
     quint2,
     quint4,
 )
@@ -29,7 +33,10 @@ logger = logging.getLogger(__name__)
 DEVICES = ("cuda", "xpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 #: Types that the kernels decode. (quint2 and quint4 are stored like affine qint2 and qint4.)
-KINDS = (qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2)
+KINDS = (
+    *(qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2),
+    *(qnvfp4, qmxfp4, qmxfp8_e4m3, qmxfp8_e5m2),
+)
 #: Largest K for which a sum of products of int8 codes (-128 .. 127 times -127 .. 127) fits into int32.
 LONGEST_INT8 = 2**17
 
@@ -139,6 +146,8 @@ def both_8_bit(problem: Problem) -> bool:
 def int8_activations(problem: Problem) -> bool:
     """True for `w4a8_gemm`: integer weights with group sizes that are powers of two of at least 32, or one scale per row."""
     if problem.activation != qint8 or problem.qtype.is_floating_point or problem.transposed:
+        return False
+    if problem.qtype.is_codebook:
         return False
     if not has_decoder(problem) or not has_matrix_instructions(problem.device):
         return False

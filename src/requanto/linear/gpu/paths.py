@@ -47,7 +47,12 @@ def run_wq(
     from requanto_kernels import wq_gemm, wq_gemm_dx
 
     codes, layout = codes_of(weight)
-    common = {"bits": weight.qtype.bits, "group_size": weight.group_size, "layout": layout}
+    common = {
+        "bits": weight.qtype.bits,
+        "group_size": weight.group_size,
+        "layout": layout,
+        "small_float": _small(weight),
+    }
     if not weight.transposed:
         return wq_gemm(x, codes, weight.scale, weight.shift, bias, **common)
     # x @ W is the kernel for the gradient of x @ W.T.
@@ -66,7 +71,13 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     out = x.new_zeros(x.shape[0], weight.shape[1])
     if not x.shape[0]:
         return out
-    common = {"bits": weight.qtype.bits, "group_size": weight.group_size, "layout": layout, "out": out}
+    common = {
+        "bits": weight.qtype.bits,
+        "group_size": weight.group_size,
+        "layout": layout,
+        "small_float": _small(weight),
+        "out": out,
+    }
     if weight.transposed:
         return wq_gemm_dx(x, codes, weight.scale, weight.shift, k=weight.row_length, offsets=bounds, **common)
     return wq_gemm_grouped(x, bounds, codes, weight.scale, weight.shift, **common)
@@ -115,8 +126,14 @@ def _dequantized_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype
         k=weight.row_length,
         group_size=weight.group_size,
         layout=layout,
+        small_float=_small(weight),
         dtype=dtype,
     )
+
+
+def _small(weight: QTensor) -> str:
+    """Name of the floats that codes of 4 bits are, as kernels take it; empty for integers and 8 bits."""
+    return "e2m1" if weight.qtype.blocks is not None and weight.qtype.bits == 4 else ""
 
 
 def run_scaled_mm(
