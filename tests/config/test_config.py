@@ -76,7 +76,7 @@ def test_an_unknown_keyword_that_resembles_none_lists_all():
     [
         ({"weights": "int9"}, "unknown quantized type 'int9'"),
         ({"weights": "fp6_e3m3"}, "take 1 . 3 . 3 bits; expected 6 in all"),
-        ({"activations": "int4"}, "activations must be None, 'int8' or 'float8', found 'int4'"),
+        ({"activations": "int4"}, "activations must be None, 'int8', 'float8', 'nvfp4' or an MX type .*, found 'int4'"),
         ({"group_size": 0}, "group_size must be a positive integer, -1"),
         ({"group_size": "64"}, "group_size must be a positive integer, -1"),
         ({"group_size": True}, "group_size must be a positive integer, -1"),

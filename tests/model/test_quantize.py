@@ -80,7 +80,7 @@ def test_include_exclude_and_modules_choose():
         ({"weights": "int8", "include": "norm"}, "nothing to quantize in Tied"),
         ({"weights": "int9"}, "did you mean 'int"),
         ({}, "nothing to quantize: set weights="),
-        ({"weights": "int8", "activations": "int4"}, "int8 or float8"),
+        ({"weights": "int8", "activations": "int4"}, "int8, float8, nvfp4 or an MX type"),
         ({"weights": "int4", "optimizer": AbsmaxOptimizer()}, "qint4 weights need an AffineOptimizer"),
         ({"weights": "int8", "optimizer": MaxOptimizer()}, "qint8 weights need a SymmetricOptimizer"),
     ],

@@ -40,6 +40,29 @@ def test_float8(fp8, group, dtype):
     assert error(run(w, x), x.double() @ w.meaning.T) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+@pytest.mark.parametrize("layout", ["plain", "exec"])
+@pytest.mark.parametrize(("group", "k"), [(16, 256), (32, 256), (None, 128), (16, 80)])
+def test_floats_of_4_bits(group, k, layout, dtype):
+    """e2m1 codes, as NVFP4 and MXFP4 have them, in every kernel."""
+    w = weight(24, k, 4, group, experts=2)
+    codes = torch.stack([w.qdata & 15, w.qdata >> 4], -1).flatten(-2).long()
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    meaning = values[codes] * w.scale.double().repeat_interleave(group or k, -1)[..., :k]
+    qdata = to_exec_layout(w.qdata, 4, k) if layout == "exec" else w.qdata
+    common = {"bits": 4, "group_size": group, "layout": layout, "small_float": "e2m1"}
+    x = torch.randn(5, k).to(dtype)
+    assert error(wq_gemm(x, qdata[0], w.scale[0], **common), x.double() @ meaning[0].T) <= TOLERANCE[dtype]
+    grad = torch.randn(5, 24).to(dtype)
+    got = wq_gemm_dx(grad, qdata[1], w.scale[1], k=k, **common)
+    assert error(got, grad.double() @ meaning[1]) <= TOLERANCE[dtype]
+    got = wq_gemm_grouped(x, torch.tensor([0, 2, 5]), qdata, w.scale, **common)
+    assert error(got, torch.cat([x[:2].double() @ meaning[0].T, x[2:].double() @ meaning[1].T])) <= TOLERANCE[dtype]
+    assert error(wq_dequant(qdata[0], w.scale[0], k=k, dtype=dtype, **common), meaning[0]) <= TOLERANCE[dtype]
+    with pytest.raises(ValueError, match="small_float: found 'e2m1', expected '' or, for 4 bits without a shift"):
+        wq_gemm(x, qdata[0], w.scale[0], w.scale[0], **common)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 1, 1), (1, 257, 96), (2, 31, 33), (17, 65, 130), (64, 48, 100), (129, 20, 64), (257, 70, 48)]
 )

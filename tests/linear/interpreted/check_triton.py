@@ -69,6 +69,29 @@ def test_weight_only(bits, group, affine, transposed, dtype):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "mxfp8_e4m3", "mxfp8_e5m2"])
+def test_types_with_scales_of_8_bits(kind, transposed):
+    for dtype in (FULL, HALF):
+        shape = (128, 40) if transposed else (40, 128)
+        q = QTensor.quantize(torch.randn(*shape).to(dtype), kind, transposed=transposed)
+        x, bias = torch.randn(3, 128).to(dtype), torch.randn(40)
+        if transposed:
+            q = q.view_of_storage(transposed=False)
+        want = x.double() @ q.dequantize(torch.float64).T + bias.double()
+        for packed in (False, True):
+            if packed and layout.fits(q):
+                q.pack(layout.EXEC)
+            assert packed is False or q.is_packed == (q.qtype.bits == 4)
+            assert chosen(q, x) == "triton-wq"
+            for run in (paths.run_wq, paths.run_dequantized):
+                assert error(run(x, q, bias), want) <= TOLERANCE[dtype]
+        back = paths.run_wq(torch.randn(2, 40).to(dtype), q.t(), None)
+        assert back.shape == (2, 128)
+        assert chosen(q, x, qint8) == "triton-rounded"
+        assert chosen(q, x, qtypes["qnvfp4"]) == "triton-wq"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("fp8", FP8)
 def test_float8_weights(fp8, transposed):
     w = weight(33, 96, 8, None, fp8=fp8)
