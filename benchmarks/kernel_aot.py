@@ -157,10 +157,11 @@ def _small_cases(arch: str):
         const = {"KIND": kind, "LIMIT": limit, "BLOCK": 4096, "ONE_PASS": True, "stride_xk": 1}
         pointers = {"x_ptr": "*bf16", "q_ptr": "*i8" if kind == "int8" else "*u8", "s_ptr": "*fp32"}
         yield Case(f"quant_rows {kind}", arch, quant_rows_kernel, pointers, const, Config(num_warps=8), matrix=False)
-    for bits, fp8 in ((2, ""), (4, ""), (8, ""), (8, "e4m3fn")):
-        weight = _weight(bits, fp8, 128, True, True)
+    for bits, fp8 in ((2, ""), (4, ""), (8, ""), (8, "e4m3fn"), (4, "e2m1")):
+        affine = fp8 != "e2m1"
+        weight = _weight(bits, fp8, 128, affine, True)
         block_k = max(128, check.exec_block(bits)) if bits < 8 else 128
-        const = {"BITS": bits, "FP8": fp8_decoder(fp8, arch), "GROUP": 128, "AFFINE": True, "EXEC": weight.exec,
+        const = {"BITS": bits, "FP8": fp8_decoder(fp8, arch), "GROUP": 128, "AFFINE": affine, "EXEC": weight.exec,
                  "EVEN_K": True, "BLOCK_K": block_k, "BLOCK_N": 4096 // block_k}  # fmt: skip
         pointers = {"q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "out_ptr": "*bf16"}
         yield Case(f"wq_dequant {fp8 or f'w{bits}'}", arch, wq_dequant_kernel, pointers, const, Config(), matrix=False)
@@ -208,6 +209,8 @@ def cases(quick: bool = False, archs=ARCHS):
                 (8, "e4m3fn", 0, False, False, "bfloat16"),
                 (8, "e4m3fn", 0, False, False, "float16"),
                 (8, "e5m2", 0, False, False, "bfloat16"),
+                (4, "e2m1", 16, False, True, "bfloat16"),
+                (4, "e2m1", 32, False, True, "float16"),
             )
         ):
             # The other kernels for one variant of each number of bits; all of them would take a quarter of an hour.
