@@ -89,7 +89,10 @@ def test_a_key_that_means_something_to_python_only(key):
             {"tensors": {"a.weight": "qint4 64x64 activation=qnf4"}},
             "activations are quantized to int8, float8, nvfp4 or an mx type, found qnf4",
         ),
-        ({"tensors": {"a.weight": "qint4 64x64 activation=quint8"}}, "activations are quantized to int8, float8, nvfp4"),
+        (
+            {"tensors": {"a.weight": "qint4 64x64 activation=quint8"}},
+            "activations are quantized to int8, float8, nvfp4",
+        ),
         ({"tensors": {"a.weight": "qint4 64x64 group=6_4"}}, "'6_4' is no size"),
         ({"tensors": {"a.weight": "qint4 99999x999999999999"}}, r"no tensor has \d+ elements"),
         ({"later": 1}, r"has the key 'later', which this Requanto does not know.*pip install -U requanto"),

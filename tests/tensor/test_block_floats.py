@@ -97,7 +97,11 @@ def test_rows_times_factors(kind):
 @pytest.mark.parametrize("activation", [None, "nvfp4", "mxfp8"])
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_a_gemm_is_that_of_the_rounded_inputs(kind, activation, dtype):
-    for shape, options in (((17, 80), {}), ((64, 96), {"rotation": 32}), ((40, 32), {"low_rank": 2})):
+    for shape, options in (
+        ((17, 80), {}),
+        ((64, 96), {"rotation": 32, "column_scale": "root"}),
+        ((40, 32), {"low_rank": 2}),
+    ):
         weight = QTensor.quantize(randn(*shape, dtype=dtype) / 9, kind, **options)
         x, bias = randn(2, 3, shape[1], seed=4, dtype=dtype), randn(shape[0], seed=5, dtype=dtype)
         if activation is not None:
@@ -107,7 +111,9 @@ def test_a_gemm_is_that_of_the_rounded_inputs(kind, activation, dtype):
         wide = weight.without_lowrank().dequantize(torch.float64)
         seen = x
         if "rotation" in options:
-            seen, wide = requanto.scales.rotation.rotate(x, 32), weight.stored_values().double()
+            # x is multiplied by the column scale, then rotated, then rounded.
+            seen = requanto.scales.rotation.rotate((x * weight.column).to(dtype), 32)
+            wide = weight.stored_values().double()
         seen = seen if activation is None else round_blocks(seen, requanto.dtypes.qtypes.resolve_qtype(activation))
         want = seen.double() @ wide.T + bias.double()
         if weight.rank:
@@ -198,3 +204,14 @@ def test_configs():
 def test_bits_of_a_weight():
     for kind, bits in (("mxfp4", 4.25), ("mxfp6", 6.25), ("mxfp8", 8.25), ("nvfp4", 4.5 + 32 / 1024)):
         assert QTensor.quantize(randn(8, 1024), kind).bits_per_weight == bits
+
+
+def test_a_budget_may_choose_them():
+    made = model(torch.bfloat16)
+    with torch.no_grad():
+        made[0].weight.copy_(torch.randn(48, 64) * torch.exp(randn(48, 64, seed=8)))
+    how = {"candidates": ["mxfp4", "nvfp4", "int4:16", "mxfp8"], "scale_bits": 6, "progress": False}
+    requanto.quantize(made, weights="auto", bits=8.5, **how)
+    requanto.freeze(made)
+    kinds = {made[0].weight.qtype.name, made[3].weight.qtype.name}
+    assert kinds == {"qmxfp8_e4m3"}

@@ -65,6 +65,8 @@ def candidates_for(planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[
             options.group_size = group
         if options.symmetric is not None and (kind.is_codebook or kind.bits == 8 or kind.is_unsigned):
             options.symmetric = None  # the option does not apply to these types
+        if kind.blocks is not None:
+            options.scale_bits = None  # its scales have 8 bits
         if options.method is not None and options.method not in valid_methods(kind):
             options.method = None  # the scale search does not support this type
         choice = replace(planned, options=options)

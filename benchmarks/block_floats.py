@@ -1,0 +1,106 @@
+"""NVFP4 and MX types beside integers and codebooks at equal bits, on the yardsticks that defaults are chosen on.
+
+    python benchmarks/block_floats.py                        # all cases: about half an hour on one core
+    python benchmarks/block_floats.py --cases nvfp4 int4     # some of them; the others keep their figures
+    python benchmarks/block_floats.py --speed                # time of decoding on this CPU relative to int4 (a minute)
+
+Each case is a type with its options, data-free; ``nvfp4 minmax`` and ``mxfp4 minmax`` are the plain rules of the formats,
+without the choice between two scales a block. Writes benchmarks/results/block_floats.json after each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from typing import Any
+
+import torch
+from common import RESULTS, command, interleaved, machine, write
+from tqdm import tqdm
+from yardsticks import CHOOSE
+from yardsticks.measure import figures, load, ours
+
+from requanto import QTensor
+from requanto.linear.cpu.dequantize import dequantize_rows
+from requanto.runtime.settings import settings
+
+OUT = RESULTS / "block_floats.json"
+CASES: dict[str, dict[str, Any]] = {
+    "int4": {"weights": "int4"},
+    "int4 minmax": {"weights": "int4", "method": "minmax"},
+    "nf4 g32": {"weights": "nf4", "group_size": 32},
+    "fp4_e2m1 g32": {"weights": "fp4_e2m1", "group_size": 32},
+    "nvfp4 minmax": {"weights": "nvfp4", "method": "minmax"},
+    "nvfp4": {"weights": "nvfp4"},
+    "nf4 g64": {"weights": "nf4"},
+    "codebook4 g64": {"weights": "codebook4"},
+    "mxfp4 minmax": {"weights": "mxfp4", "method": "minmax"},
+    "mxfp4": {"weights": "mxfp4"},
+    "int4 columns": {"weights": "int4", "column_scale": "root"},
+    "nvfp4 columns": {"weights": "nvfp4", "column_scale": "root"},
+    "mxfp4 columns": {"weights": "mxfp4", "column_scale": "root"},
+    "nvfp4 rotated": {"weights": "nvfp4", "rotation": 16},
+    "nvfp4 a-nvfp4": {"weights": "nvfp4", "activations": "nvfp4"},
+    "mxfp4 a-mxfp4": {"weights": "mxfp4", "activations": "mxfp4"},
+    "mxfp4 a-mxfp8": {"weights": "mxfp4", "activations": "mxfp8"},
+    "mxfp6": {"weights": "mxfp6"},
+    "int6 g128": {"weights": "int6", "group_size": 128},
+    "mxfp8": {"weights": "mxfp8"},
+    "mxfp8 a-mxfp8": {"weights": "mxfp8", "activations": "mxfp8"},
+    "int8 a-int8": {"weights": "int8", "activations": "int8"},
+}
+#: types whose decoding is timed
+DECODED = ("int4", "nf4", "nvfp4", "mxfp4", "mxfp6", "float8", "mxfp8")
+
+
+def speed() -> None:
+    """Measures milliseconds to decode 4 million weights to bfloat16 by operators, alternating with int4."""
+    settings.compiled = False
+    weight = torch.randn(1024, 4096, dtype=torch.bfloat16) * 0.02
+    block = torch.empty_like(weight)
+    tensors = {kind: QTensor.quantize(weight, kind) for kind in DECODED}
+    calls = {kind: [partial(dequantize_rows, tensor, 0, 1024, block)] for kind, tensor in tensors.items()}
+    times = interleaved(calls, "int4", seconds=2)
+    made = {f"quantize {kind}": [partial(QTensor.quantize, weight, kind)] for kind in ("int4", "nvfp4", "mxfp4")}
+    made["quantize int4 minmax"] = [partial(QTensor.quantize, weight, "int4", search="minmax")]
+    times |= interleaved(made, "quantize int4 minmax", seconds=2)
+    write(RESULTS / "block_floats_speed.json", {"weights": weight.numel(), "times": times})
+
+
+def bits_of(model: torch.nn.Module) -> float:
+    """Bits for each quantized weight, with scales."""
+    weights = [value for value in model.parameters() if isinstance(value, QTensor)]
+    return round(8 * sum(w.nbytes for w in weights) / sum(w.numel() for w in weights), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--models", nargs="*", choices=CHOOSE["models"], default=list(CHOOSE["models"]))
+    parser.add_argument("--tokens", type=int, default=1024, help="of each text")
+    parser.add_argument("--speed", action="store_true", help="time decoding instead")
+    options = parser.parse_args()
+    if options.speed:
+        return speed()
+    rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
+    for case in tqdm(["float", *options.cases], desc="cases", unit="case"):
+        for name in options.models:
+            if case == "float" and name in rows.get(case, {}):
+                continue
+            model = load(name)
+            # Inputs are rounded by the layers, and images are drawn with dequantized weights.
+            if name == "digits" and (case == "float" or "activations" in CASES[case]):
+                continue
+            if case != "float":
+                ours(**CASES[case])(model)
+            sizes = {"tokens": options.tokens, "asked": 0} if name == "smollm2" else {}
+            found = {key: round(value, 5) for key, value in figures(name, model, **sizes).items()}
+            bits = {} if case == "float" else {"bits": bits_of(model)}
+            rows.setdefault(case, {})[name] = bits | found | {"command": command()}
+            OUT.write_text(json.dumps({"machine": machine(), "cases": CASES, "rows": rows}, indent=1) + "\n")
+            tqdm.write(f"{case:14} {name:8} {bits} {found}")
+
+
+if __name__ == "__main__":
+    main()
