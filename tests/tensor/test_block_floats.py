@@ -81,16 +81,19 @@ def test_rows_times_factors(kind):
     assert not weight.rank
     weight.mul_(0.5)
     assert torch.equal(weight.dequantize(), before * factors[:, None] * 0.5)
+    factors = 1 + torch.rand(24, 1, generator=torch.Generator().manual_seed(0))
     if kind == "nvfp4":
-        exact.assign(weight, before * 1.3)
-        torch.testing.assert_close(weight.dequantize(), before * 1.3)
+        exact.assign(weight, before * factors)
+        torch.testing.assert_close(weight.dequantize(), before * factors)
     else:  # its scales are powers of two
         kept = weight.dequantize()
         with pytest.raises(NotImplementedError, match="changed without loss"):
-            exact.assign(weight, before * 1.3)
+            exact.assign(weight, before * factors)
         with pytest.raises(NotImplementedError, match="multiplied by powers of two only"):
             requanto.tensor.lowrank.scale_rows(weight, torch.full((24,), 1.3))
         assert torch.equal(weight.dequantize(), kept)
+        exact.assign(weight, kept * 1.3)  # as a factor of all columns
+        torch.testing.assert_close(weight.dequantize(), kept * 1.3)
 
 
 @pytest.mark.parametrize("kind", TYPES)

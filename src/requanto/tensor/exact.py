@@ -75,9 +75,10 @@ def plan(weight: QTensor, values: torch.Tensor) -> Change | None:
         bound = _bound(old, new, values.dtype)
         if bool(((new - old).abs() <= bound / 4).all()):
             return None
-        change = _as_rows(old, new, bound) or _as_columns(old, new, bound) or _as_term(weight, new - old, bound)
-        if change is not None and _gives(weight, change, new):
-            return change
+        ways = (_as_rows, _as_columns, lambda old, new, bound: _as_term(weight, new - old, bound))
+        for change in (way(old, new, bound) for way in ways):
+            if change is not None and _gives(weight, change, new):
+                return change
     raise NotImplementedError(
         f"a {weight.qtype.name} weight of shape {tuple(weight.shape)} can be changed without loss by a low-rank term "
         f"(up to rank {_limit(old)}) or by a positive factor for each row or each column. This change is none of these, and "
