@@ -73,13 +73,14 @@ from requanto.tensor.qtensor import QTensor
 
 __version__ = "0.1.0"
 
-# Importing these imports Transformers or Diffusers, so `__getattr__` does it on first use.
+# Importing these, and the caches below, imports Transformers or Diffusers, so `__getattr__` does it on first use.
 _WRAPPERS = (
     "QuantizedDiffusersModel",
     "QuantizedModelForCausalLM",
     "QuantizedPixArtTransformer2DModel",
     "QuantizedTransformersModel",
 )
+_CACHES = ("QuantizedCache", "StaticQuantizedCache")
 
 __all__ = [
     "AbsmaxOptimizer",
@@ -153,6 +154,10 @@ def __getattr__(name: str) -> Any:
         from requanto.integrations.optimum_quanto import models
 
         return getattr(models, name)
+    if name in _CACHES:
+        from requanto.integrations import transformers_cache
+
+        return getattr(transformers_cache, name)
     if not name.startswith("_"):
         # The other public names of optimum-quanto: tensor classes and helpers.
         from requanto.integrations import optimum_quanto
@@ -163,7 +168,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_WRAPPERS])
+    return sorted([*globals(), *_WRAPPERS, *_CACHES])
 
 
 _integrations.install()

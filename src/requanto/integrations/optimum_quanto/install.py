@@ -86,8 +86,7 @@ def install_as_optimum_quanto() -> None:
     """Makes ``import optimum.quanto`` import Requanto in this process; a second call does nothing.
 
     Afterwards ``import optimum.quanto`` (and ``.nn``, ``.tensor.packed`` ...) returns Requanto whether or not optimum-quanto
-    is installed. Transformers and Diffusers report it as available, and their features that need it, such as Transformers'
-    quantized KV cache, use Requanto.
+    is installed. Transformers and Diffusers report it as available, and their features that need it use Requanto.
 
     Raises:
         RuntimeError: optimum-quanto itself is already imported; the two do not handle each other's tensors.
