@@ -355,9 +355,15 @@ def test_moments_of_a_float_model(full):
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
-def test_a_model_without_linear_layers_is_told_that_samples_are_of_no_use():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+def test_a_model_without_such_layers_is_told_that_samples_are_of_no_use():
+    model = nn.Sequential(nn.Embedding(8, 16), nn.ReLU())
     with pytest.raises(
         ValueError, match=r"none of the 1 weights .*0\.weight.* belongs to a Linear layer.*leave calibration"
     ):
-        requanto.quantize(model, weights="int4", method="gptq", calibration=[torch.randn(1, 3, 8, 8)])
+        requanto.quantize(
+            model,
+            modules={"0": "int4"},
+            method="gptq",
+            calibration=[torch.zeros(1, 8, dtype=torch.int64)],
+            weights="int4",
+        )

@@ -9,6 +9,7 @@ from requanto.dtypes.qtypes import qfloat8, qfp4, qint2, qint3, qint4, qint8, qn
 from requanto.methods.gptq import descend, gptq, refit, row_errors
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer
+from requanto.methods.method import corrected
 from requanto.methods.scaling import nearest
 
 
@@ -194,3 +195,53 @@ def test_scales_in_few_bits_are_read_back_as_they_were_chosen(kind, affine, bits
     assert tensor.scale_bits == bits
     torch.testing.assert_close(tensor.dequantize(), found.values, rtol=1e-6, atol=1e-6)
     assert bool((found.values[3] == 0).all())
+
+
+def asymmetric(seed, columns=32, rows=8, samples=256):
+    """A weight, the float model's inputs, and those of the quantized model, which differ."""
+    weight, _, inputs = problem(rows, columns, seed, samples)
+    generator = torch.Generator().manual_seed(100 + seed)
+    change = torch.eye(columns) + 0.15 * torch.randn(columns, columns, generator=generator) / columns**0.5
+    return weight.double(), inputs.double(), (inputs @ change).double()
+
+
+def gptaq(weight, wanted, given, scale, shift, bits, group):
+    """Li et al. 2025 (arXiv:2504.02692) column by column, each step by its own normal equations, in float64."""
+    moving, rounded = weight.clone(), torch.zeros_like(weight)
+    hessian = given.t() @ given
+    for column in range(weight.shape[1]):
+        left = list(range(column, weight.shape[1]))
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        s, z = scale[:, column // group].double(), shift[:, column // group].double()
+        rounded[:, column] = ((moving[:, column] + z) / s).round().clamp(0, 2**bits - 1) * s - z
+        # Columns that are left take the error of this one, and what its input differs from the float model's.
+        residual = moving[:, column, None] * (wanted[:, column] - given[:, column])
+        free = residual @ given[:, left] @ inverse
+        error = rounded[:, column] - moving[:, column] - free[:, 0]
+        moving[:, left] += free + error[:, None] / inverse[0, 0] * inverse[0]
+    return rounded
+
+
+def test_the_corrected_weight_has_the_objective_of_asymmetric_calibration():
+    """|Q x - W y|^2 is |(Q - V) x|^2 plus what no Q changes, and rounding V to it is no worse than GPTAQ's own updates."""
+    ours, theirs, plain = 0.0, 0.0, 0.0
+    for seed in range(4):
+        weight, wanted, given = asymmetric(seed)
+        hessian, cross = given.t() @ given, (wanted - given).t() @ given
+        target = corrected(weight, hessian, cross, 1e-9, "weight")
+
+        def objective(values, weight=weight, wanted=wanted, given=given):
+            return (given @ values.t() - wanted @ weight.t()).square().sum().item()
+
+        first, second = weight + torch.randn_like(weight), weight - torch.randn_like(weight)
+        difference = row_errors(first - target, hessian).sum() - row_errors(second - target, hessian).sum()
+        assert objective(first) - objective(second) == pytest.approx(difference.item(), rel=1e-6)
+
+        grid = Grid(qint3, True, torch.float32)
+        choice = {"order": "none", "damping": 1e-6, "rounds": 0}
+        found = gptq(target.float(), hessian.float(), grid, 16, **choice)
+        ours += objective(found.values.double())
+        theirs += objective(gptaq(weight, wanted, given, found.scale, found.shift, 3, 16))
+        plain += objective(gptq(weight.float(), hessian.float(), grid, 16, **choice).values.double())
+    assert ours < 1.02 * theirs
+    assert ours < 0.8 * plain

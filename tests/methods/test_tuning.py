@@ -15,7 +15,7 @@ from requanto.config.config import LayerOptions
 from requanto.config.plan import PlannedWeight
 from requanto.methods.layers import Layer
 from requanto.methods.scaling import nearest as round_nearest
-from requanto.methods.tuning import Tuned
+from requanto.methods.tuning import SignRound, Tuned, distance
 
 
 @pytest.mark.parametrize("start", ["nearest", "gptq"])
@@ -66,3 +66,21 @@ def test_learning_begins_at_the_start_and_gradients_are_those_of_the_formula(kin
     torch.testing.assert_close(tuned.stretch.grad, (wanted * codes).sum(-1, keepdim=True))
     if tuned.move is not None:
         torch.testing.assert_close(tuned.move.grad, -wanted.sum(-1, keepdim=True))
+
+
+def test_the_tokens_with_the_largest_errors_do_not_count():
+    target = torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(0))
+    found = target + 0.1 * torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(1))
+    plain = float(distance([found], {0: target}))
+    found[1, 7] += 100  # one of 200 tokens
+    found.requires_grad_()
+    assert float(distance([found], {0: target})) > 10 * plain
+    filtered = distance([found], {0: target}, 0.005)
+    assert float(filtered) == pytest.approx(plain, rel=0.05)
+    filtered.backward()
+    assert bool((found.grad[1, 7] == 0).all())
+    assert bool((found.grad[1, 8] != 0).all())
+    few = [found[0, :4]], {0: target[0, :4]}  # they all count
+    assert float(distance(*few, 0.005)) == pytest.approx(float(distance(*few)))
+    with pytest.raises(ValueError, match="ignored must be at least 0 and below 1"):
+        SignRound(ignored=1.0)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from requanto.budget.choose import Choice, choose
+from requanto.budget.compensation import after_gptq
 from requanto.budget.measure import Importance
 from requanto.budget.sensitivity import importances
 from requanto.budget.tables import Pieces
@@ -15,6 +16,9 @@ from requanto.config.config import AUTO, QuantoConfig
 from requanto.config.limit import Limit
 from requanto.config.plan import PlannedWeight
 from requanto.dtypes.qtypes import qtype
+from requanto.methods import find_method
+from requanto.methods.method import Method
+from requanto.methods.samples import Samples
 
 
 def model_bytes(model: nn.Module, names: Iterable[str]) -> int:
@@ -101,13 +105,24 @@ def resolve_on_samples(
     planned: dict[str, PlannedWeight],
     calibration: Any,
     progress: bool = True,
+    method: str | Method = "gptq",
 ) -> dict[str, PlannedWeight]:
-    """Returns the plan with types chosen with samples, and records them in ``config``."""
+    """Returns the plan with types chosen with samples, for rounding by ``method``, and records them in ``config``."""
     if not any(choice.options.auto for choice in planned.values()):
         return planned
-    found = importances(model, planned, calibration, progress)
+    found = sample_costs(model, planned, calibration, find_method(method), progress)
     chosen = resolve(model, config, planned, importance=found, progress=progress)
     return planned if chosen is None else chosen.planned
+
+
+def sample_costs(
+    model: nn.Module, planned: Mapping[str, PlannedWeight], calibration: Any, method: Method, progress: bool
+) -> dict[str, Importance]:
+    """Returns the importance of errors that are left after a method has rounded."""
+    samples = Samples(calibration)
+    found = importances(model, planned, samples, progress)
+    damping = method.compensation
+    return found if damping is None else after_gptq(model, planned, samples, found, damping)
 
 
 def choose_in_memory(
@@ -119,16 +134,19 @@ def choose_in_memory(
     calibration: Any,
     options: Mapping[str, Any],
     progress: bool,
+    method: Method,
 ) -> dict[str, PlannedWeight]:
     """Returns the plan with a type for every module in ``auto_modules``; weights that stay float are left out.
 
-    See `choose`.
+    See `choose`; ``method`` rounds the weights, and is not used without samples.
     """
     for name, choice in planned.items():
         choice.options.auto = name.rpartition(".")[0] in auto_modules
         for key, value in options.items():
             setattr(choice.options, "method" if key == "search" else key, value)
-    found = None if calibration is None else importances(model, planned, calibration, progress)
+    found = None
+    if calibration is not None:
+        found = sample_costs(model, planned, calibration, method, progress)
     shapes = {name: model.get_parameter(name) for name in planned}
     chosen = choose(
         planned,

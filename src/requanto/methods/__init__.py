@@ -62,14 +62,9 @@ def quantize_with_samples(
 
     Raises:
         ValueError: an unknown method, no samples, samples that reach no layer, or a ``resume`` of another run.
-        ValueError: a weight has ``rotation``, ``low_rank`` or ``column_scale``, which these methods do not support.
         TypeError: an unknown option.
     """
     chosen = find_method(method, method_options)
-    for name, one in planned.items():
-        for option in ("rotation", "low_rank", "column_scale"):
-            if getattr(one.options, option) not in (None, False):
-                raise ValueError(f"{name}: method={chosen.name!r} does not support {option}; leave one of the two out")
     samples = Samples(calibration)
     stored = None if resume is None else Resume(resume, fingerprint(model, planned, samples, chosen))
     quantize_planned(model, planned, samples, chosen, resume=stored, progress=progress)

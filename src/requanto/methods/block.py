@@ -14,7 +14,7 @@ from requanto.methods.chains import Chain, Record
 from requanto.methods.fold import find_folds
 from requanto.methods.gptq import Rounded
 from requanto.methods.grid import Grid
-from requanto.methods.layers import Layer
+from requanto.methods.layers import Layer, needs_full, scale_inputs
 from requanto.methods.method import Method
 from requanto.methods.moments import InputHooks, Moments
 from requanto.methods.samples import Stop
@@ -65,6 +65,11 @@ class Block:
             return pytree.tree_leaves(module(*args, **kwargs))
         except Stop:
             return []
+
+    def run_all(self) -> None:
+        """Runs the block on all records."""
+        for number in range(len(self.records)):
+            self.run(number)
 
     def outputs(self) -> Carried:
         """Runs the block on all records; returns the inputs of the next block."""
@@ -125,7 +130,12 @@ class Block:
     def gather(self, stage: Stage) -> dict[Layer, Moments]:
         """Returns the second moments of the stage's inputs, by the first layer of each source."""
         moments = {
-            source[0]: Moments(source[0].columns, source[0].parameter.device, self.method.full, self.method.paired)
+            source[0]: Moments(
+                source[0].columns,
+                source[0].parameter.device,
+                self.method.full or any(needs_full(layer) for layer in source),
+                self.method.paired,
+            )
             for source in stage.sources
         }
         leaders = {module: source[0] for source in stage.sources for module in source[0].modules}
@@ -134,7 +144,7 @@ class Block:
             tokens = self._tokens(number)
 
             def take(module: nn.Module, given: torch.Tensor) -> None:
-                moments[leaders[module]].add(given, _pairable(float_inputs.get(module), tokens))  # noqa: B023
+                moments[leaders[module]].add_inputs(module, given, _pairable(float_inputs.get(module), tokens))  # noqa: B023
 
             with InputHooks(leaders, take, stop=True):
                 self.run(number)
@@ -157,20 +167,25 @@ class Block:
         return first.numel() // max(1, first.shape[-1])
 
     def fold(self, stage: Stage, moments: dict[Layer, Moments], layers: list[Layer]) -> None:
-        """Scales the input channels of the layers, where the inverse can be folded into an earlier module."""
+        """Scales the input channels of the layers.
+
+        The inverse is folded into an earlier module where that is exact; else it becomes part of the layers' column scales.
+        """
         left = []
         folds = find_folds(self.module, stage.sources, layers, lambda: self.run(0))
         for source, fold in zip(stage.sources, folds, strict=True):
             seen = moments[source[0]]
-            if fold is None or not seen.rows:
-                left += source
+            if not seen.rows:
+                continue
+            if fold is None:
+                left += [layer.name for layer in source]
+                scale_inputs(source, seen, self.method)
                 continue
             scales = self.method.scales(source, seen)
             if scales is not None:
                 moments[source[0]] = seen.scaled(fold.apply(scales))
         if left:
-            names = ", ".join(layer.name for layer in left)
-            logger.info("%s: the inverse of input scales cannot be folded away exactly; rounded without scales", names)
+            logger.info("%s: the inverse of input scales cannot be folded away exactly", ", ".join(left))
 
     def tune(self) -> None:
         """Tunes the layers together, towards the float block's outputs."""

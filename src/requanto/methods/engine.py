@@ -19,16 +19,20 @@ from tqdm import tqdm
 from requanto.config.plan import PlannedWeight
 from requanto.methods.block import Block, Carried
 from requanto.methods.chains import Chain, find_lists
-from requanto.methods.layers import Layer, find_layers
+from requanto.methods.experts import quantize_experts
+from requanto.methods.layers import Layer, needs_full, scale_inputs
 from requanto.methods.method import Method
 from requanto.methods.moments import InputHooks, Moments
 from requanto.methods.resume import Resume
 from requanto.methods.samples import Samples
+from requanto.methods.selection import find_layers
 
 logger = logging.getLogger(__name__)
 
 #: Layers outside of chains are quantized in at most this many groups, because each group needs runs of the whole model.
 MOST_GROUPS = 32
+#: A group's second moments take at most this many bytes, which may cost more groups: those of convolutions are large.
+MOST_BYTES = 2 * 2**30
 
 
 def quantize_planned(
@@ -53,19 +57,19 @@ def quantize_planned(
     Raises:
         ValueError: the samples reach no layer, the method does not support a type, or inputs hold NaN.
     """
-    layers, others = find_layers(model, planned)
-    if not layers:
+    layers, experts, others = find_layers(model, planned)
+    if not layers and not experts:
         raise ValueError(
-            f"none of the {len(planned)} weights to quantize (e.g. {next(iter(planned), 'none')}) belongs to a Linear layer "
-            f"or a Conv1D, and samples are used only for these: leave calibration= out"
+            f"none of the {len(planned)} weights to quantize (e.g. {next(iter(planned), 'none')}) belongs to a Linear "
+            f"layer, a Conv1D, a convolution or fused experts, and samples are used only for these: leave calibration= out"
         )
-    for layer in layers:
+    for layer in (*layers, *experts):
         method.check(layer)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            _Engine(model, layers, samples, method, resume, progress).run()
+            _Engine(model, layers, experts, samples, method, resume, progress).run()
             for layer in others:
                 layer.set_parameter(layer.planned.quantize(layer.parameter, layer.name))
     finally:
@@ -77,21 +81,22 @@ class _Engine:
         self,
         model: nn.Module,
         layers: list[Layer],
+        experts: list[Layer],
         samples: Samples,
         method: Method,
         resume: Resume | None,
         progress: bool,
     ) -> None:
         self.model, self.layers, self.samples, self.method = model, layers, samples, method
-        self.resume, self.progress = resume, progress
+        self.experts, self.resume, self.progress = experts, resume, progress
         self.bar: Any = None
-        #: (grid, start, float weight) of the layers that the method will tune
 
     def run(self) -> None:
         holding = {module for layer in self.layers for module in layer.modules}
+        holding |= {module for layer in self.experts for module in layer.owners}
         lists = list(find_lists(self.model, holding))
         order, missing = self.order()
-        if not order:
+        if not order and not self.experts:
             raise ValueError(
                 f"the samples reached none of the {len(self.layers)} layers to quantize (e.g. {self.layers[0].name}): "
                 f"calibration must run this model"
@@ -100,6 +105,7 @@ class _Engine:
         for name, blocks in lists:
             inside = {module for block in blocks for module in block.modules()}
             home |= {layer: name for layer in order if any(m in inside for m in layer.modules)}
+            home |= {layer: name for layer in self.experts if any(m in inside for m in layer.owners)}
         blocks_of = dict(lists)
         work: list[tuple[str | None, list[Layer]]] = []
         for layer in order:
@@ -108,7 +114,12 @@ class _Engine:
                 work.append((None, [layer]))
             elif name not in [done for done, _ in work]:
                 work.append((name, [other for other in order if home.get(other) == name]))
+        names = [name for name, _ in work]
+        work += [
+            (name, []) for name in dict.fromkeys(home.values()) if name not in names
+        ]  # blocks with nothing but experts
         work = self.merged(work)
+        alone = [layer for layer in self.experts if layer not in home]
         total = sum(len(blocks_of[name]) if name is not None else 1 for name, _ in work)
         with tqdm(total=total, desc=self.method.name, unit="block", disable=not self.progress) as self.bar:
             for name, inside in work:
@@ -117,6 +128,8 @@ class _Engine:
                     self.bar.update()
                 else:
                     self.chain(Chain(name, blocks_of[name]), inside)
+            if alone:
+                self.whole_model_experts(alone)
         for layer in missing:
             logger.warning("%s never saw an input: quantized without samples", layer.name)
             layer.set_parameter(layer.planned.quantize(layer.parameter, layer.name))
@@ -132,12 +145,18 @@ class _Engine:
         return list(called), [layer for layer in self.layers if layer not in called]
 
     def merged(self, work: list[tuple[str | None, list[Layer]]]) -> list[tuple[str | None, list[Layer]]]:
-        """Merges consecutive layers outside of chains into about MOST_GROUPS groups."""
+        """Merges consecutive layers outside of chains into about MOST_GROUPS groups, whose moments fit into MOST_BYTES."""
         singles = sum(name is None for name, _ in work)
         size = -(-singles // MOST_GROUPS)
         grouped: list[tuple[str | None, list[Layer]]] = []
+
+        def fits(more: list[Layer]) -> bool:
+            name, held = grouped[-1] if grouped else ("", [])
+            squares = sum(layer.columns**2 for layer in (*held, *more))
+            return name is None and len(held) < size and 4 * squares <= MOST_BYTES
+
         for name, layers in work:
-            if name is None and grouped and grouped[-1][0] is None and len(grouped[-1][1]) < size:
+            if name is None and fits(layers):
                 grouped[-1][1].extend(layers)
             else:
                 grouped.append((name, list(layers)))
@@ -150,16 +169,29 @@ class _Engine:
         key = layers[0].name
         if self.resume is not None and self.resume.restore(key, layers):
             return
-        full = self.method.full
-        moments = {layer: Moments(layer.columns, layer.parameter.device, full, paired=False) for layer in layers}
+        moments = {
+            layer: Moments(layer.columns, layer.parameter.device, self.method.full or needs_full(layer), paired=False)
+            for layer in layers
+        }
         owner = {module: layer for layer in layers for module in layer.modules}
-        with InputHooks(owner, lambda m, x: moments[owner[m]].add(x)):
+        with InputHooks(owner, lambda m, x: moments[owner[m]].add_inputs(m, x)):
             for _ in self.samples.run(self.model):
                 pass
         logger.info("%s: quantized with a run of the whole model", ", ".join(layer.name for layer in layers))
         for layer in layers:
+            if self.method.folds and moments[layer].rows:
+                scale_inputs([layer], moments[layer], self.method)
             layer.round(moments[layer], self.method)
         self.finish(key, layers)
+
+    def whole_model_experts(self, experts: list[Layer]) -> None:
+        """Quantizes fused experts with runs of the whole model."""
+        key = f"{experts[0].name}.experts"
+        if self.resume is not None and self.resume.restore(key, experts):
+            return
+        logger.info("%s: quantized with runs of the whole model", ", ".join(layer.name for layer in experts))
+        quantize_experts(experts, lambda: list(self.samples.run(self.model)), self.method)
+        self.finish(key, experts)
 
     # ------------------------------------------------------------------ chains
 
@@ -174,6 +206,9 @@ class _Engine:
             for block in chain.blocks:
                 inside = set(block.modules())
                 self.whole_model_if_any([layer for layer in layers if any(m in inside for m in layer.modules)])
+                experts = [layer for layer in self.experts if any(m in inside for m in layer.owners)]
+                if experts:
+                    self.whole_model_experts(experts)
                 self.bar.update()
             return
         logger.info(
@@ -189,10 +224,14 @@ class _Engine:
             block = Block(chain, index, records, carried, float_carried, self.method)
             inside = set(module.modules())
             block_layers = [layer for layer in layers if any(m in inside for m in layer.modules)]
-            key = f"{chain.name}.{index}"
-            if block_layers and not (self.resume is not None and self.resume.restore(key, block_layers, module)):
-                block.quantize(block_layers)
-                self.finish(key, block_layers, module)
+            experts = [layer for layer in self.experts if any(m in inside for m in layer.owners)]
+            key, both = f"{chain.name}.{index}", block_layers + experts
+            if both and not (self.resume is not None and self.resume.restore(key, both, module)):
+                if block_layers:
+                    block.quantize(block_layers)
+                if experts:
+                    quantize_experts(experts, block.run_all, self.method)
+                self.finish(key, both, module)
             if index + 1 < len(chain.blocks):
                 carried = block.outputs()
                 if self.method.paired:

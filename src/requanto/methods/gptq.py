@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: Columns rounded before their errors are applied to the rest of the weight, with one matmul instead of many outer products.
 BLOCK = 128
+#: Default damping, see :func:`gptq`.
+DAMPING = 0.3
 #: Maximum number of elements of a temporary in the least-squares fit (32 MB in float32).
 _CHUNK = 8 * 1024 * 1024
 
@@ -48,10 +50,10 @@ def gptq(
     grid: Grid,
     group_size: int | None,
     *,
-    damping: float = 0.1,
+    damping: float = DAMPING,
     order: str = "columns",
     steps: int = 24,
-    rounds: int = 3,
+    rounds: int = 1,
     name: str = "weight",
 ) -> Rounded:
     """Rounds a weight so that the output error is small for inputs with the second moment ``hessian``.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from requanto.methods.gptq import Rounded, damped, gptq
+from requanto.methods.gptq import DAMPING, Rounded, damped, gptq
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer
 from requanto.methods.moments import Moments
@@ -36,6 +36,11 @@ class Method:
     folds: ClassVar[bool] = False
     tunes: ClassVar[bool] = False
 
+    @property
+    def compensation(self) -> float | None:
+        """Damping of the second moment with which later columns compensate errors; None: they do not."""
+        return None
+
     def check(self, layer: Layer) -> None:
         """Raises for a layer that the method cannot quantize.
 
@@ -43,8 +48,12 @@ class Method:
             ValueError: the method does not support the layer's type; the message names an alternative.
         """
 
+    def target(self, weight: torch.Tensor, moments: Moments, name: str) -> torch.Tensor:
+        """Returns the float32 weight ``[N, K]`` that rounding should come near to; the float weight if nothing is better."""
+        return weight
+
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
-        """Rounds a float32 weight ``[N, K]``."""
+        """Rounds float32 rows ``[N, K]``, in a basis of their own (`requanto.methods.basis`)."""
         raise NotImplementedError
 
     def tune(
@@ -87,10 +96,10 @@ class Gptq(Method):
 
     name = "gptq"
 
-    damping: float = 0.1
+    damping: float = DAMPING
     order: str = "columns"
     steps: int = 24
-    rounds: int = 3
+    rounds: int = 1
     sequential: bool = True
     correct: bool = True
 
@@ -108,16 +117,23 @@ class Gptq(Method):
     def paired(self) -> bool:  # type: ignore[override]
         return self.correct
 
+    @property
+    def compensation(self) -> float | None:
+        return self.damping
+
+    def target(self, weight: torch.Tensor, moments: Moments, name: str) -> torch.Tensor:
+        """Returns the weight that compensates errors of earlier blocks (:func:`corrected`)."""
+        if moments.hessian is None or moments.cross is None:
+            return weight
+        return corrected(weight, moments.hessian / moments.rows, moments.cross / moments.rows, self.damping, name)
+
     def round(self, weight: torch.Tensor, moments: Moments, grid: Grid, group_size: int | None, name: str) -> Rounded:
         """Rounds with :func:`requanto.methods.gptq.gptq`."""
         if moments.hessian is None:
             raise ValueError(f"{name}: gptq needs the full second moment of its inputs")
-        hessian = moments.hessian / moments.rows
-        if moments.cross is not None:
-            weight = corrected(weight, hessian, moments.cross / moments.rows, self.damping, name)
         return gptq(
             weight,
-            hessian,
+            moments.hessian / moments.rows,
             grid,
             group_size,
             damping=self.damping,
@@ -133,8 +149,10 @@ def corrected(
 ) -> torch.Tensor:
     """Returns the weight ``V`` for which ``V x`` is closest to ``W y``; x, y: the quantized and the float model's input.
 
-    ``V = W + W E[(y - x) x^T] (H + d I)^-1``: least squares with a ridge term towards ``W``. (Li et al. 2025, "GPTAQ",
-    arXiv:2504.02692, derive the rounding of ``V`` with GPTQ by another expansion.)
+    ``V = W + W E[(y - x) x^T] (H + d I)^-1``: least squares with a ridge term towards ``W``. For every ``Q``,
+    ``E|Q x - W y|^2 = tr((Q - V) H (Q - V)^T)`` plus a constant, so GPTQ on ``V`` minimizes the objective of asymmetric
+    calibration (Li et al. 2025, "GPTAQ", arXiv:2504.02692). There the columns that are not rounded yet take over what the
+    input of the rounded one differs by, step by step; here all columns do, at once, before the first is rounded.
     """
     with without_autocast(weight.device):
         factor = torch.linalg.cholesky(damped(hessian, damping, name).double())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from requanto.methods.inputs import weight_inputs
 from requanto.methods.samples import Stop
 from requanto.runtime.tracing import without_autocast
 
@@ -55,6 +56,32 @@ class Moments:
                 wanted = float_inputs.detach().reshape(rows.shape).float()
                 with without_autocast(rows.device):
                     self.cross.addmm_((wanted - rows).t(), rows)
+
+    def add_inputs(self, module: nn.Module, given: torch.Tensor, float_given: torch.Tensor | None = None) -> None:
+        """Adds the input of a module; of a convolution, its patches (`requanto.methods.inputs`)."""
+        if float_given is not None and float_given.shape == given.shape:
+            for rows, wanted in zip(weight_inputs(module, given), weight_inputs(module, float_given), strict=True):
+                self.add(rows, wanted)
+        else:
+            for rows in weight_inputs(module, given):
+                self.add(rows)
+
+    def mixed(self, other: Moments, rows: float) -> Moments:
+        """Returns the moments with ``rows`` more inputs that have the mean moments of ``other``."""
+        found = self.without_cross()
+        share = rows / max(1, other.rows)
+        found.rows = self.rows + (rows if other.rows else 0)  # type: ignore[assignment]
+        for name in ("hessian", "square", "absolute"):
+            own, more = getattr(self, name), getattr(other, name)
+            setattr(found, name, None if own is None else own + share * more)
+        found.peak = self.peak if self.rows else other.peak
+        return found
+
+    def without_cross(self) -> Moments:
+        """Returns the same moments with ``cross`` None."""
+        other = copy.copy(self)
+        other.cross = None
+        return other
 
     def scaled(self, scales: torch.Tensor) -> Moments:
         """Returns the moments of ``x / scales``."""

@@ -21,7 +21,8 @@ class Samples:
 
     Args:
         calibration: an iterable of inputs (a tensor, a tuple of positional or a dict of keyword arguments), or a function
-            ``f(model)`` that runs the model any number of times. A single tensor or dict is one sample.
+            ``f(model)`` that runs the model any number of times. A single tensor or dict is one sample; other `Samples` are
+            copied.
 
     Raises:
         ValueError: there are no samples, or they are text.
@@ -31,6 +32,9 @@ class Samples:
     def __init__(self, calibration: Any) -> None:
         self.function: Callable[[nn.Module], Any] | None = None
         self.inputs: list[tuple[tuple, dict[str, Any]]] = []
+        if isinstance(calibration, Samples):
+            self.function, self.inputs = calibration.function, calibration.inputs
+            return
         if isinstance(calibration, (torch.Tensor, Mapping)):
             calibration = [calibration]
         if isinstance(calibration, str):
@@ -46,6 +50,14 @@ class Samples:
                 f"calibration must be an iterable of model inputs or a function f(model) that runs it, found "
                 f"{type(calibration).__name__}"
             )
+
+    def few(self, most: int) -> Samples:
+        """Returns at most so many of the samples, evenly spaced; a function stays as it is."""
+        found = Samples(self)
+        count = len(self.inputs)
+        if count > most:
+            found.inputs = [self.inputs[round(i * (count - 1) / max(1, most - 1))] for i in range(most)]
+        return found
 
     def run(self, model: nn.Module, stop: Callable[[], bool] | None = None) -> Iterator[None]:
         """Runs the model on all samples; yields after each sample (a function is one sample).

@@ -13,7 +13,7 @@ import logging
 
 import torch
 
-from requanto.methods.gptq import Rounded, gptq, row_errors
+from requanto.methods.gptq import DAMPING, Rounded, gptq, row_errors
 from requanto.methods.grid import Grid
 from requanto.methods.layers import Layer
 from requanto.methods.method import Method
@@ -45,6 +45,10 @@ class Awq(Method):
             raise ValueError(f"trials must be 2 or more and steps positive, found {self.trials} and {self.steps}")
         if self.rounding not in ("nearest", "gptq"):
             raise ValueError(f"rounding must be 'nearest' or 'gptq', found {self.rounding!r}")
+
+    @property
+    def compensation(self) -> float | None:
+        return DAMPING if self.rounding == "gptq" else None
 
     def scales(self, layers: list[Layer], moments: Moments) -> torch.Tensor | None:
         """Returns the scales of the layers' common input channels; None if scaling does not lower the error."""

@@ -48,7 +48,8 @@ def find_stages(layers: list[Layer], run: Callable[[], object], in_turn: bool) -
             return
         seen.add(layer)
         # Layers with the same input run shortly after one another, so only the last four inputs are compared and stored.
-        shared = None if len(layer.modules) > 1 else next((s for t, s in inputs[-4:] if t is given), None)
+        alike = (s for t, s in inputs[-4:] if t is given and s[0].geometry == layer.geometry)
+        shared = None if len(layer.modules) > 1 else next(alike, None)
         if shared is not None:
             shared.append(layer)
         else:

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 
 from requanto.config.plan import PlannedWeight
-from requanto.methods.layers import find_layers
 from requanto.methods.moments import InputHooks, Moments
 from requanto.methods.samples import Samples
+from requanto.methods.selection import find_layers
 
 
 def layer_moments(
     model: nn.Module, planned: Mapping[str, PlannedWeight], calibration: Any, *, full: bool = False
 ) -> dict[str, Moments]:
-    """Computes the second moments of the inputs of every planned Linear (or Conv1D) weight, from one run of the float model.
+    """Computes the moments of the inputs of every planned Linear, Conv1D or convolution weight, in one run of the model.
 
     Args:
         model: any float model.
@@ -28,13 +28,13 @@ def layer_moments(
     Returns:
         Moments by parameter name; ``rows`` is 0 for a layer that no sample reached.
     """
-    layers, _ = find_layers(model, planned)
+    layers, _, _ = find_layers(model, planned)
     owner = {module: layer for layer in layers for module in layer.modules}
     found = {layer: Moments(layer.columns, layer.parameter.device, full, paired=False) for layer in layers}
     was_training = model.training
     model.eval()
     try:
-        with InputHooks(owner, lambda m, x: found[owner[m]].add(x)):
+        with InputHooks(owner, lambda m, x: found[owner[m]].add_inputs(m, x)):
             for _ in Samples(calibration).run(model):
                 pass
     finally:

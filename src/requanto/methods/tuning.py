@@ -34,8 +34,8 @@ class Tuned:
         layer: the layer.
         grid: its codes.
         start: the initial rounding.
-        weight: float32 ``[N, K]``: its unrounded codes are used as ``u``, clamped so that they round to the codes of
-            ``start``. None: codes are fixed, only scales and shifts are learned.
+        weight: float32 ``[N, K]``, rows in the layer's basis: their unrounded codes are used as ``u``, clamped so that they
+            round to the codes of ``start``. None: codes are fixed, only scales and shifts are learned.
     """
 
     def __init__(self, layer: Layer, grid: Grid, start: Rounded, weight: torch.Tensor | None) -> None:
@@ -74,7 +74,7 @@ class Tuned:
 
     def begin(self) -> None:
         """Computes the weight; until :meth:`end` modules use a leaf copy of it, which accumulates gradients."""
-        values = self.grid.values(self.codes(), *self.tables()).flatten(1)
+        values = self.layer.basis.values(self.grid.values(self.codes(), *self.tables()).flatten(1))
         self._weight = (values.t() if self.layer.planned.transposed else values).to(self.dtype)
         self.leaf = self._weight.detach().requires_grad_()
 
@@ -97,7 +97,7 @@ class Tuned:
 
     def stored(self) -> torch.Tensor:
         """Returns the current weight, rounded as it would be stored."""
-        values = self.rounded().values
+        values = self.layer.basis.values(self.rounded().values)
         return (values.t() if self.layer.planned.transposed else values).to(self.dtype)
 
     @torch.no_grad()
@@ -142,7 +142,10 @@ class SignRound(Gptq):
         iterations: number of steps.
         batch: samples per step.
         rate: step size in codes; decreases linearly to 0.
-        start: the codes to start from: ``"gptq"`` or ``"nearest"``.
+        start: the codes to start from: ``"gptq"`` or ``"nearest"``; in both, scales are those of a search with errors
+            weighted by the inputs.
+        ignored: share of the tokens, those with the largest errors, that do not count in a step: a few outliers would
+            otherwise be all that is learned. (The loss filter of SignRound v2, Cheng et al. 2025, arXiv:2512.04746.)
         (and those of `Gptq`)
     """
 
@@ -153,11 +156,14 @@ class SignRound(Gptq):
     batch: int = 8
     rate: float = 0.005
     start: str = "gptq"
+    ignored: float = 0.001
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.iterations < 1 or self.batch < 1:
             raise ValueError(f"iterations and batch must be positive, found {self.iterations} and {self.batch}")
+        if not 0 <= self.ignored < 1:
+            raise ValueError(f"ignored must be at least 0 and below 1, found {self.ignored}")
         if self.start not in ("gptq", "nearest"):
             raise ValueError(f"start must be 'gptq' or 'nearest', found {self.start!r}")
 
@@ -168,6 +174,10 @@ class SignRound(Gptq):
     @property
     def paired(self) -> bool:  # type: ignore[override]
         return True  # the float block's output is the target
+
+    @property
+    def compensation(self) -> float | None:  # type: ignore[override]
+        return self.damping if self.start == "gptq" else None
 
     def check(self, layer: Layer) -> None:
         """Raises for float types and codebooks, whose codes are not evenly spaced.
@@ -205,34 +215,49 @@ class SignRound(Gptq):
         generator = torch.Generator().manual_seed(0)
         evaluated = range(min(len(targets), 16))
         with torch.enable_grad(), learned_weights(tuned):
-            before = _loss(tuned, run, targets, evaluated)
+            before = _loss(tuned, run, targets, evaluated, self.ignored)
             for iteration in range(self.iterations):
                 picked = torch.randperm(len(targets), generator=generator, device="cpu")[: self.batch].tolist()
                 for item in tuned:
                     item.begin()
                 for number in picked:
-                    distance(run(number), targets[number]).backward()
+                    distance(run(number), targets[number], self.ignored).backward()
                 for item in tuned:
                     item.end()
                     item.signed_step(self.rate * (1 - iteration / self.iterations))
-            after = _loss(tuned, run, targets, evaluated)
+            after = _loss(tuned, run, targets, evaluated, self.ignored)
         logger.info("signround: block output error %.4g before, %.4g after", before, after)
         return [item.rounded() for item in tuned] if after < before else None
 
 
-def distance(found: list[Any], wanted: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Returns the sum over leaves of the squared error, relative to the squared norm of the target."""
+def distance(found: list[Any], wanted: dict[int, torch.Tensor], ignored: float = 0.0) -> torch.Tensor:
+    """Returns the sum over leaves of the squared error, relative to the squared norm of the target.
+
+    Args:
+        found: leaves of an output.
+        wanted: targets by index of the leaf.
+        ignored: share of the rows (tokens) of each leaf that do not count, those with the largest errors.
+    """
     total = torch.zeros((), dtype=torch.float32, device="cpu")
     for index, target in wanted.items():
         target = target.to(found[index].device).float()
-        total = total + (found[index].float() - target).square().sum() / target.square().sum().clamp(min=1e-12)
+        error, size = (found[index].float() - target).square(), target.square()
+        if ignored and target.dim() > 1:
+            rows, sizes = error.flatten(0, -2).sum(-1), size.flatten(0, -2).sum(-1)
+            left = rows.detach().topk(len(rows) - int(ignored * len(rows)), largest=False).indices
+            error, size = rows[left], sizes[left]
+        total = total + error.sum() / size.sum().clamp(min=1e-12)
     return total
 
 
 @torch.no_grad()
 def _loss(
-    tuned: list[Tuned], run: Callable[[int], list[Any]], targets: list[dict[int, torch.Tensor]], numbers: range
+    tuned: list[Tuned],
+    run: Callable[[int], list[Any]],
+    targets: list[dict[int, torch.Tensor]],
+    numbers: range,
+    ignored: float,
 ) -> float:
     for item in tuned:
         item.leaf = item.stored()
-    return sum(float(distance(run(number), targets[number])) for number in numbers) / len(numbers)
+    return sum(float(distance(run(number), targets[number], ignored)) for number in numbers) / len(numbers)

@@ -22,7 +22,8 @@ from requanto.checkpoint.digests import digest_of
 from requanto.config.few_bits import warn_few_bits
 from requanto.config.plan import parameter_holders
 from requanto.dtypes.qtypes import qint8, qtype, resolve_qtype
-from requanto.methods import quantize_with_samples
+from requanto.methods import find_method, quantize_with_samples
+from requanto.methods.samples import Samples
 from requanto.model.select import (
     check_patterns,
     chosen_modules,
@@ -168,22 +169,23 @@ def quantize(
             kind=column_scale,
             inputs=calibration if fold_inputs is None else fold_inputs,
         ).columns
-        column_scale = None if calibration is not None else column_scale
 
     if limit is not None or calibration is not None:
         if optimizer is not None:
             raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= needs one type, not weights='auto'")
-        if calibration is not None and (rotation or low_rank or column_scale):
-            raise ValueError(
-                f"method={method or 'gptq'!r} does not support rotation=, low_rank= and column_scale=; leave them out"
-            )
         chosen = list(chosen_modules(model, named, kind, special, include, exclude))
-        planned = planned_weights(chosen, activation, group_size, symmetric, options.get("scale_bits"))
+        planned = planned_weights(chosen, activation, group_size, symmetric, options)
         if not planned:
             raise nothing_chosen(model, named, include, exclude)
+        for name in folded & planned.keys():
+            planned[name].options.column_scale = False
+    # An iterator can be read only once.
+    samples = None if calibration is None else Samples(calibration)
+    by = find_method("gptq") if samples is None else find_method(method or "gptq", method_options)
     if limit is not None:
         undecided = {name for name, _, _ in chosen if not any(fnmatch(name, pattern) for pattern in special)}
-        planned = choose_in_memory(model, planned, undecided, limit, candidates, calibration, options, progress)
+        search = {key: value for key, value in options.items() if key == "search"}  # the plan has the others
+        planned = choose_in_memory(model, planned, undecided, limit, candidates, samples, search, progress, by)
         if calibration is None:
             for name, module, _ in chosen:
                 choice = planned.get(f"{name}.weight" if name else "weight")
@@ -199,15 +201,7 @@ def quantize(
                     _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
             return model
     if calibration is not None:
-        quantize_with_samples(
-            model,
-            planned,
-            calibration,
-            method or "gptq",
-            method_options=method_options,
-            resume=resume,
-            progress=progress,
-        )
+        quantize_with_samples(model, planned, samples, by, resume=resume, progress=progress)
         return model
     warn_few_bits((kind, *special.values()))
     touched = 0

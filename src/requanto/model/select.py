@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
@@ -57,9 +58,13 @@ def planned_weights(
     activation: qtype | None,
     group_size: int | str | None,
     symmetric: bool | None,
-    scale_bits: int | None = None,
+    more: Mapping[str, Any],
 ) -> dict[str, PlannedWeight]:
-    """The chosen modules that have a weight to quantize, by parameter name, for methods that use samples."""
+    """The chosen modules that have a weight to quantize, by parameter name, for methods that use samples.
+
+    ``more`` has further keywords of `QTensor.quantize`, without ``search``, which needs no samples.
+    """
+    more = {key: value for key, value in more.items() if key != "search"}
     planned: dict[str, PlannedWeight] = {}
     for name, module, kind in chosen:
         weight = module._parameters.get("weight")
@@ -72,7 +77,7 @@ def planned_weights(
             )
         if isinstance(module, QModuleMixin):
             restore_or_refuse(module, name)
-        options = LayerOptions(kind.name, symmetric=symmetric, scale_bits=scale_bits)
+        options = LayerOptions(kind.name, symmetric=symmetric, **more)
         options.group_size, options.activations = group_size, activation
         planned[f"{name}.weight" if name else "weight"] = PlannedWeight(options, found[1], found[2], found[0])
     return planned

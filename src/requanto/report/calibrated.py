@@ -61,10 +61,8 @@ def calibrate_directory(
     pieces = text_samples(AutoTokenizer.from_pretrained(source), content, samples, length)
     loaded = load_model(class_of(source, description), source, None, dtype, device)
     planned = planned_for(loaded, config)
-    if fold_planned(loaded, config, planned, pieces) is not None:
-        for one in planned.values():
-            one.options.column_scale = False  # those that are not folded: samples do not use them
-    planned = resolve_on_samples(loaded, config, planned, pieces, progress)
+    fold_planned(loaded, config, planned, pieces)
+    planned = resolve_on_samples(loaded, config, planned, pieces, progress, chosen)
     quantize_with_samples(loaded, planned, pieces, chosen, resume=resume, progress=progress)
     from requanto.integrations.transformers import attach_quantizer
 

@@ -93,17 +93,21 @@ def _factors(error: torch.Tensor, rank: int, dtype: torch.dtype) -> tuple[torch.
     if error.shape[-2] > error.shape[-1]:
         down, up = _factors(error.mT, rank, dtype)
         return up.mT.contiguous(), down.mT.contiguous()
-    if error.shape[-2] <= FULL:
-        # The eigenvectors of the Gram matrix are the left singular vectors, and much faster than an SVD; in float64, since
-        # the Gram matrix squares the singular values.
-        wide = error.double()
-        left = torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1).to(error.dtype)
-    else:
-        left = _randomized(error, rank)
+    left = left_vectors(error, rank)
     right = left.mT @ error
     # Both factors get the same norm, so that neither leaves the range of a 16-bit float.
     root = right.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     return (left * root.unsqueeze(-2)).to(dtype).contiguous(), (right / root.unsqueeze(-1)).to(dtype).contiguous()
+
+
+def left_vectors(error: torch.Tensor, rank: int) -> torch.Tensor:
+    """The first ``rank`` left singular vectors ``[..., N, rank]`` of float32 ``[..., N, K]``."""
+    if error.shape[-2] <= FULL:
+        # The eigenvectors of the Gram matrix are the left singular vectors, and much faster than an SVD; in float64, since
+        # the Gram matrix squares the singular values.
+        wide = error.double()
+        return torch.linalg.eigh(wide @ wide.mT).eigenvectors[..., -rank:].flip(-1).to(error.dtype)
+    return _randomized(error, rank)
 
 
 def _randomized(error: torch.Tensor, rank: int) -> torch.Tensor:
