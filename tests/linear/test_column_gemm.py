@@ -12,6 +12,8 @@ from requanto import QTensor, explain, prepare, qint8
 from requanto.dtypes.qtypes import qfloat8
 from requanto.linear import grouped_linear, linear, times
 from requanto.linear.activations import quantize_activations
+from requanto.linear.columns import column_for
+from requanto.nn.activation import QActivation
 
 KINDS = ["int8", "int4", "int3", "int2", "float8", "nf4", "codebook3", "uint8"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
@@ -119,31 +121,33 @@ def test_float16_does_not_overflow():
     assert torch.isfinite(x * weight.column).all()
     column = torch.ones(128)
     column[::2] = 2.0**-12
-    small = QTensor.quantize(torch.randn(64, 128).half() * 0.1 * column, "int8", column_scale=column)
-    z = torch.randn(3, 64).half() * 100
-    found = z @ small  # divided by the column scale these values reach 10^5 and more
-    assert torch.isfinite(found).all()
-    close(found, z.double() @ double(small))
+    small = QTensor.quantize(torch.randn(64, 128).half(), "int8", column_scale=column)
+    z = torch.randn(3, 64).half() * 10
+    assert float((z.double() @ (double(small) / small.column.double())).abs().max()) > 2**17
+    close(z @ small, z.double() @ double(small))
+    experts = QTensor.quantize(torch.randn(2, 64, 128).half(), "int8", column_scale=column.expand(2, -1))
+    found = grouped_linear(z, experts.mT, torch.tensor([3, 3], dtype=torch.int32))
+    close(found, z.double() @ double(experts)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_and_inference_mode_then_training(dtype):
     weight = quantized("int4")
     x = torch.randn(5, 128)
+    with torch.inference_mode():  # what is cached here must serve autograd below
+        F.linear(x.to(dtype), weight)
+    leaf = x.to(dtype).requires_grad_()
+    F.linear(leaf, weight).sum().backward()
+    close(leaf.grad, torch.ones(5, 96, dtype=torch.float64) @ double(weight))
     with torch.autocast("cpu", dtype):
         out = F.linear(x, weight)
     assert out.dtype == dtype
     close(out, x.double() @ double(weight).T)
-    with torch.inference_mode():  # what is cached here must serve autograd below
-        F.linear(x.to(dtype), weight)
-    x = x.to(dtype).requires_grad_()
-    F.linear(x, weight).sum().backward()
-    close(x.grad, torch.ones(5, 96, dtype=torch.float64) @ double(weight))
     with torch.inference_mode():
-        made = quantized("int4")
-        copied = copy.deepcopy(made)
-    for one in (made, copied):
-        assert torch.isfinite(F.linear(torch.randn(2, 128), one)).all()
+        made = quantized("int4", dtype=dtype)
+    leaf = x.to(dtype).requires_grad_()
+    assert torch.isfinite(column_for(made, dtype) * leaf).all()  # autograd saves the scale
+    close(F.linear(x.to(dtype), made), x.to(dtype).double() @ double(made).T)
 
 
 def test_a_change_of_the_scale_reaches_plans():
@@ -284,3 +288,32 @@ def test_calibrated_modules_quantize_x_times_the_scale():
         )
         assert float((unfrozen.float() - out.float()).norm() / exact.norm()) < 0.02
     assert errors["std"] < 0.5 * errors[False]
+
+
+def test_an_input_that_is_quantized_already_is_quantized_anew():
+    torch.manual_seed(1)
+    sizes = (torch.randn(64) * 1.5).exp()
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 40))
+    with torch.no_grad():
+        model[0].weight.div_(sizes[:, None])
+        model[0].bias.zero_()
+        model[1].weight.mul_(sizes)
+    x = torch.randn(64, 32)
+    requanto.quantize(model[0], "int8", activations="int8", column_scale=False)
+    requanto.quantize(model[1], "int8", activations="int8", column_scale="std")
+    with torch.no_grad(), requanto.Calibration(streamline=False):
+        model(x)
+    second = model[1]
+    second.disable_output_quantization()
+    unfrozen = model(x)
+    requanto.freeze(model)
+    passed = model[0](x)
+    assert isinstance(passed, QActivation)
+    values = passed.dequantize().detach()
+    scaled = values * second.weight.column
+    assert float(second.input_scale) == pytest.approx(float(scaled.abs().max()) / 127, rel=0.05)
+    codes, step = quantize_activations(scaled, qint8, second.input_scale)
+    wanted = codes.double() * step.double() @ (double(second.weight) / second.weight.column.double()).T
+    wanted = wanted + second.bias.detach().double()
+    for found in (unfrozen, second(passed), second.forward(passed)):
+        close(found.detach(), wanted, 1e-5)
