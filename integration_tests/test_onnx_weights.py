@@ -160,14 +160,19 @@ def test_prepacked_weights(file):
 class Mixed(torch.nn.Module):
     """A tied embedding, convolutions, matmuls and slices."""
 
-    def __init__(self, kind, **how):
+    def __init__(self, kind, columns=False, **how):
         super().__init__()
         self.embedding, self.output = torch.nn.Embedding(24, 64), torch.nn.Linear(64, 24, bias=False)
         self.conv, self.up = torch.nn.Conv2d(4, 8, 3), torch.nn.ConvTranspose2d(8, 8, 3)
+
+        def column(*shape):
+            return torch.rand(shape) + 0.2 if columns else None
+
         for module in (self.embedding, self.conv, self.up):
-            module.weight = parameter(QTensor.quantize(module.weight, kind, **how))
+            scale = column(module.weight[0].numel())
+            module.weight = parameter(QTensor.quantize(module.weight, kind, column_scale=scale, **how))
         self.output.weight = self.embedding.weight
-        self.experts = parameter(QTensor.quantize(torch.randn(3, 64, 64), kind))
+        self.experts = parameter(QTensor.quantize(torch.randn(3, 64, 64), kind, column_scale=column(3, 64)))
 
     def forward(self, ids):
         x = self.embedding(ids)
@@ -183,7 +188,7 @@ MIXED = [
     ("float8", {}),
     ("int4", {"rotation": True}),
     ("int3", {"scale_bits": 6}),
-    ("int8", {"column_scale": "root"}),
+    ("int8", {"columns": True}),
 ]
 
 
@@ -193,6 +198,8 @@ def test_other_operators(kind, how, file):
     program = export(model, (torch.randint(0, 24, (5, 6)),), file)
     found = initializers(program)
     assert {f"{name}.weight_{part}" for name in ("output", "conv", "up") for part in ("qdata", "scale")} <= found.keys()
+    assert not [name for name in found if "parametrizations" in name]
+    assert ("conv.weight_column" in found) == ("columns" in how)
     if kind != "int3":  # which is stored in 4 bits for the product
         table = [v.nbytes for n, v in found.items() if re.match(r"(embedding|output)\.weight_qdata", n)]
         assert sum(table) <= model.embedding.weight.qdata.nbytes + 8 * 64  # once, and the slice of it

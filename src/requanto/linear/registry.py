@@ -206,7 +206,7 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     gemm = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if found.make_plan is not None else None
     gemm = gemm or _plan_without_preparation(found, spec.activation)
     if "column" in storage.parts:
-        gemm = _with_columns(gemm)
+        gemm = _with_columns(gemm, column_for(weight, x.dtype), storage.parts["column"])
     plan = Plan(gemm, spec.activation, x.is_cpu)
     with LOCK:  # another thread may have changed the weight meanwhile
         if storage.version == version:
@@ -215,13 +215,21 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
             storage.plans[key] = plan
 
 
-def _with_columns(gemm: Gemm) -> Gemm:
-    """The plan of a weight with a column scale, from that of its codes."""
+def _with_columns(gemm: Gemm, column: torch.Tensor, part: torch.Tensor) -> Gemm:
+    """The plan of a weight with a column scale, from that of its codes.
+
+    Args:
+        column: the column scale in x's dtype.
+        part: the column scale as the weight stores it.
+    """
 
     def scaled(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return gemm(x * column_for(weight, x.dtype), weight, bias)
+        return gemm(x * column, weight, bias)
 
-    return scaled
+    def scaled_by_a_copy(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return gemm(x * column_for(weight, x.dtype), weight, bias)  # the part may have changed in place
+
+    return scaled if column is part else scaled_by_a_copy
 
 
 def _plan_without_preparation(found: Implementation, activation: qtype | None) -> Gemm:

@@ -90,6 +90,8 @@ def _weights(nodes: list[ir.Node]) -> dict[ir.Node, Weight]:
             name = _name(node.inputs[first:])
             names[name] += 1
             found[key] = Weight(name if names[name] == 1 else f"{name}.{names[name]}", spec, parts)
+            if spec.column:
+                _name_column(node.inputs[first + layout.names(spec).index("column")], found[key].name)
         found[key].looked_up |= node.op_type == "Rows"
         by_node[node] = found[key]
     return by_node
@@ -104,6 +106,12 @@ def _name(parts: Sequence[ir.Value | None]) -> str:
         names.append((value is not None and value.name) or "weight")
     matches = [match for name in names if (match := _PART.match(name))]
     return ".".join(part for part in matches[0].groups() if part) if matches else names[0]
+
+
+def _name_column(part: ir.Value | None, name: str) -> None:
+    """Names the column scale as in a checkpoint. It stays an initializer of the graph, which multiplies x by it."""
+    if part is not None and part.is_initializer():
+        part.name = f"{name}_column"
 
 
 def _replace(model: ir.Model, builder: Builder, node: ir.Node, weights: dict[ir.Node, Weight]) -> str:
