@@ -83,7 +83,7 @@ def test_samples_come_after_the_fold_and_serve_as_inputs(method, caplog):
     )  # fmt: skip
     assert all(isinstance(layer.weight, QTensor) for layer in (model.up, model.down, model.last))
     assert not torch.equal(model.norm.weight, Mlp().norm.weight)
-    assert error(model, expected) < 0.4
+    assert error(model, expected) < 0.9  # three bits, and columns of very different size; a wrong fold gives 1.4
 
 
 def test_a_budget_measures_the_folded_weights():

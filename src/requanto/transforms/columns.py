@@ -41,7 +41,7 @@ class NormFold:
 
     def scale(self, of: Scale, counted: list[FloatWeight]) -> torch.Tensor:
         """The common scale of the columns ``[K]`` of the layers ``counted``."""
-        return of(torch.cat([w.matrix.reshape(-1, w.columns) for w in counted]))
+        return _common(of, [w.matrix.reshape(-1, w.columns) for w in counted])
 
     def apply(self, scale: torch.Tensor) -> None:
         """Multiplies the norm by ``scale`` and divides the layers' columns by what that is after rounding."""
@@ -82,8 +82,8 @@ class RowFold:
         order = self.source.argsort(stable=True)
         matrices = [w.matrix[..., order].unflatten(-1, (len(self.rows), -1)).movedim(-1, -3) for w in counted]
         if matrices[0].dim() == 4:  # fused experts, each with its own scale
-            return torch.stack([of(expert.flatten(0, 1)) for expert in matrices[0]])
-        return of(torch.cat([m.flatten(0, 1) for m in matrices]))
+            return torch.stack([of(even_rows(expert.flatten(0, 1))) for expert in matrices[0]])
+        return _common(of, [m.flatten(0, 1) for m in matrices])
 
     def apply(self, scale: torch.Tensor) -> None:
         """Multiplies the rows by ``scale`` and divides the columns that come from them."""
@@ -97,6 +97,21 @@ class RowFold:
     def touched(self) -> list[nn.Parameter | None]:
         """All parameters that :meth:`apply` changes."""
         return [self.producer.parameter, self.producer.bias, *(w.parameter for w in self.consumers)]
+
+
+def _common(of: Scale, matrices: list[torch.Tensor]) -> torch.Tensor:
+    """One scale for the columns of several matrices: the geometric mean of theirs, weighted with the number of rows.
+
+    Not the scale of all rows together: its columns would be those of the largest matrix.
+    """
+    rows = sum(len(m) for m in matrices)
+    return sum(len(m) / rows * of_finite(of(even_rows(m))).log() for m in matrices).exp()  # type: ignore[union-attr]
+
+
+def even_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix with rows of the same size: groups along a row have scales of their own, so the size of a row is free."""
+    size = matrix.square().mean(-1, keepdim=True).sqrt()
+    return matrix / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def fold_columns(twin: Twin, names: set[str], of: Scale) -> tuple[set[str], set[str]]:
