@@ -165,11 +165,11 @@ def test_folded_norms_of_gemma_keep_their_offset():
 class Residual(nn.Module):
     """Attention without attention: what tests change in one place."""
 
-    def __init__(self, post=False, leak=False):
+    def __init__(self, post=False, leak=False, factor=None):
         super().__init__()
         self.embed, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
         self.layers = nn.ModuleList([nn.ModuleDict(self.parts(post)) for _ in range(2)])
-        self.norm, self.post, self.leak = nn.RMSNorm(32), post, leak
+        self.norm, self.post, self.leak, self.factor = nn.RMSNorm(32), post, leak, factor
         self.main_input_name = "input_ids"
         with torch.no_grad():
             for p in self.parameters():
@@ -185,15 +185,17 @@ class Residual(nn.Module):
             normed = layer["norm"](x)
             out = layer["down"](torch.tanh(layer["up"](normed)))
             x = x + (layer["post"](out) if self.post else out) + (normed if self.leak else 0)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        return self.head(x if self.factor is None else x * self.factor)
 
 
 IDS = {"input_ids": torch.arange(24).view(2, 12)}
 
 
-def test_a_model_of_ones_own_is_rotated():
+@pytest.mark.parametrize("factor", [None, 0.25])  # T5 and others multiply before the head
+def test_a_model_of_ones_own_is_rotated(factor):
     torch.manual_seed(0)
-    model = Residual().double()
+    model = Residual(factor=factor).double()
     before = model(**IDS)
     assert fold_model(model, rotation=True, inputs=IDS).done == ["rotation"]
     torch.testing.assert_close(model(**IDS), before, rtol=1e-9, atol=1e-9)

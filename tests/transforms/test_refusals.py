@@ -38,6 +38,7 @@ def test_dead_columns_and_norm_weights_of_zero_are_left_alone():
     model, x = block(), torch.randn(5, 32, dtype=torch.float64)
     model[0].weight.data[3] = 0
     model[1].weight.data[:, 7] = 0
+    model[3].weight.data[:, 5] = 0
     before = model(x)
 
     def scale(matrix):  # as bad as it can be
