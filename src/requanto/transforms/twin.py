@@ -66,12 +66,12 @@ class Twin:
             "%s is copied in %s to try folds: %.2f GB in addition to the model",
             *(type(model).__name__, str(self.dtype).removeprefix("torch."), count * self.dtype.itemsize / 1e9),
         )
-        self.model = copy.deepcopy(model).eval().requires_grad_(False).to(self.dtype)
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
         _set_up(self.model)
-        self._devices = {p.device for p in self.model.parameters()}
-        if len(self._devices) > 1:
-            self.model.to("cpu")
-        self.device = next(iter(self._devices)) if len(self._devices) == 1 else torch.device("cpu")
+        devices = {p.device for p in self.model.parameters()}
+        one = next(iter(devices)) if len(devices) == 1 else torch.device("cpu")
+        self.device = torch.device("cpu") if one.type == "mps" else one  # MPS has no float64
+        self.model.to(self.device).to(self.dtype)
         self.inputs = self._converted(inputs, self.dtype)
         self._dtypes = {
             id(twin): parameter.dtype
@@ -167,7 +167,7 @@ class Twin:
     # ------------------------------------------------------------------ the result
 
     def write_back(self) -> None:
-        """Gives the original model the values of the copy; all of them, or after an error none."""
+        """Gives the original model the values of the copy, which is used up; all of them, or after an error none."""
         twins = dict(self.model.named_parameters(remove_duplicate=False))
         changed: list[tuple[nn.Parameter, torch.Tensor]] = []
         untied: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -176,6 +176,7 @@ class Twin:
             if name not in self.untied and id(parameter) in seen:
                 continue
             values = twins[name].data.to(parameter.device, parameter.dtype)
+            twins[name].data = values.new_empty(0, dtype=self.dtype)  # frees the copy
             if not torch.isfinite(values).all():
                 raise Inexact(f"{name} would overflow {str(parameter.dtype).removeprefix('torch.')}")
             if name in self.untied:

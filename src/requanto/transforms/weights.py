@@ -74,7 +74,11 @@ class FloatWeight:
 
 
 def _matmul(values: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    return (values.reshape(-1, values.shape[-1]) @ rotation.to(values)).view(values.shape)
+    wide = values.reshape(-1, values.shape[-1])
+    if not values.is_cpu:  # a GPU may multiply float32 in TF32
+        parts = [(part.double() @ rotation.to(part.device)).to(values.dtype) for part in wide.split(8192)]
+        return torch.cat(parts).view(values.shape)
+    return (wide @ rotation.to(values)).view(values.shape)
 
 
 def float_weights(model: nn.Module) -> Iterator[FloatWeight]:
