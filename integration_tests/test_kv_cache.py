@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -349,3 +351,12 @@ def test_requanto_names():
     assert issubclass(QuantizedCache, DynamicCache)
     assert issubclass(StaticQuantizedCache, StaticCache)
     assert {"QuantizedCache", "StaticQuantizedCache"} <= set(dir(requanto))
+
+
+@pytest.mark.parametrize("first", ["transformers_cache_layers", "transformers_cache_names"])
+def test_a_module_of_the_caches_may_be_imported_first(first):
+    """Importing Transformers' caches imports one of ours, which must not need the module that is being imported."""
+    code = f"import requanto.integrations.{first}, requanto; from transformers import cache_utils as c; "
+    code += "print(requanto.QuantizedCache.__name__, hasattr(c.QuantizedCache.__init__, '_requanto'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
+    assert done.stdout.split() == ["QuantizedCache", "True"], done.stderr
