@@ -35,9 +35,8 @@ def test_a_folded_model_computes_the_same_and_is_saved_as_any_other(name, tmp_pa
     assert own.fold is None
     assert own.rotation is None
     plain = loaded(tmp_path / "float", name, quantization_config=QuantoConfig(weights="int8", group_size=-1))
-    limit = (
-        0.12 if name == "mixtral" else max(0.06, 2 * difference(output(plain, inputs), exact))
-    )  # a token changes expert
+    # In a Mixtral a token may change its expert; a wrong fold gives more than 1.
+    limit = 0.4 if name == "mixtral" else max(0.06, 2 * difference(output(plain, inputs), exact))
     assert difference(output(model, inputs), exact) < limit
     weights = dict(model.named_parameters())
     assert all(not isinstance(w, QTensor) or w.rotation is None for w in weights.values())
