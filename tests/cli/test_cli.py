@@ -81,7 +81,7 @@ def test_quantize_takes_the_options_of_the_config(float_dir, tmp_path):
 
 
 def test_the_column_scale_takes_true_and_false_and_refuses_other_words(float_dir, tmp_path):
-    for word, stored in (("true", "root"), ("false", False)):
+    for word, stored in (("true", True), ("false", False)):
         done = run("quantize", float_dir, tmp_path / word, "--weights", "int4", "--column-scale", word, "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["config"]["column_scale"] == stored
@@ -89,7 +89,9 @@ def test_the_column_scale_takes_true_and_false_and_refuses_other_words(float_dir
         assert all(line.endswith("columns") == bool(stored) for line in config["tensors"].values())
     done = run("quantize", float_dir, tmp_path / "out", "--column-scale", "yes")
     assert done.exit_code == 1
-    assert "column_scale must be 'std', 'root', True, False or None, found 'yes'" in done.output.replace("\n", " ")
+    assert "column_scale must be 'mean', 'std', 'root', True, False or None, found 'yes'" in done.output.replace(
+        "\n", " "
+    )
 
 
 def test_inspect_counts_the_bytes_of_the_files(int4_dir):

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 import requanto
 from requanto import QTensor, QuantoConfig
-from requanto.scales.columns import DEFAULT_KIND, KINDS, LEAST_ROWS, LIMIT, SMALLEST, check_column_scale, column_scale
+from requanto.scales.columns import (
+    DEFAULT_KIND,
+    DEFAULT_ROWS,
+    KINDS,
+    LEAST_ROWS,
+    LIMIT,
+    SMALLEST,
+    check_column_scale,
+    column_scale,
+    default_column_scale,
+)
 from requanto.scales.optimizers import AbsmaxOptimizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -28,13 +38,30 @@ def error(weight, quantized):
     return float((quantized.dequantize(torch.float32) - weight.float()).norm() / weight.float().norm())
 
 
-@pytest.mark.parametrize(("kind", "power"), [("std", 1.0), ("root", 0.5)])
+@pytest.mark.parametrize(("kind", "power", "exponent"), [("mean", 1, 1.0), ("std", 2, 0.5), ("root", 2, 0.25)])
 @pytest.mark.parametrize("shape", [(64, 48), (3, 40, 48)])
-def test_it_is_the_size_of_each_column(kind, power, shape):
+def test_it_is_the_size_of_each_column_after_each_row_was_divided_by_its_own(kind, power, exponent, shape):
     weight = random(*shape) * (random(*shape[:-2], 1, shape[-1], seed=1) / 2).exp()
-    size = weight.double().square().mean(-2).sqrt() ** power
+    weight = weight * (2 * random(*shape[:-1], 1, seed=2)).exp()
+    rows = weight.double() / weight.double().abs().mean(-1, keepdim=True)
+    size = rows.abs().pow(power).mean(-2) ** exponent
     wanted = size / size.log().mean(-1, keepdim=True).exp()
     torch.testing.assert_close(column_scale(weight, kind).double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_rows_of_zeros_do_not_count():
+    weight = random(64, 48)
+    padded = torch.cat([weight, torch.zeros(32, 48), torch.full((32, 48), 1e-45)])
+    for kind in KINDS:
+        torch.testing.assert_close(column_scale(padded, kind), column_scale(weight, kind))
+
+
+def test_a_few_large_weights_hardly_change_the_mean():
+    weight = random(256, 64)
+    outliers = weight.clone()
+    outliers[::64, 5] = 30.0
+    ratio = {kind: float(column_scale(outliers, kind)[5] / column_scale(weight, kind)[5]) for kind in KINDS}
+    assert ratio["mean"] < 1.5 < 2 < ratio["std"]
 
 
 def test_the_same_in_any_memory_order_and_over_chunks(monkeypatch):
@@ -168,11 +195,12 @@ def test_nan_in_a_weight_is_named_as_without_a_scale():
         QTensor.quantize(weight, "int4", column_scale="std", name="layer")
 
 
-def test_columns_too_large_to_square_get_none_and_the_log_names_the_layer(caplog):
-    quantized = QTensor.quantize(random(64, 64) * 1e30, "int8", column_scale="std", name="a.b.weight")
-    assert quantized.column is None
-    assert torch.isfinite(quantized.dequantize()).all()
-    assert "a.b.weight: its columns are too large" in caplog.text
+def test_weights_too_large_to_square():
+    for kind in KINDS:
+        quantized = QTensor.quantize(random(64, 64) * 1e30, "int8", column_scale=kind)
+        assert quantized.column is not None
+        assert error(random(64, 64), QTensor.quantize(random(64, 64), "int8", column_scale=kind)) < 0.01
+        assert torch.isfinite(quantized.dequantize()).all()
 
 
 def test_few_rows_get_none_and_the_log_names_the_layer(caplog):
@@ -198,17 +226,58 @@ def test_another_value_is_refused_everywhere(value):
         lambda: QuantoConfig(weights="int4", modules={"a": {"column_scale": value}}),
         lambda: requanto.quantize(torch.nn.Linear(64, 64), "int4", column_scale=value),
     ):
-        with pytest.raises(ValueError, match=r"column_scale.* must be 'std', 'root', True, False or None, found"):
+        with pytest.raises(
+            ValueError, match=r"column_scale.* must be 'mean', 'std', 'root', True, False or None, found"
+        ):
             function()
 
 
-def test_true_is_the_default_kind_and_false_none():
-    assert check_column_scale(True) == DEFAULT_KIND
-    assert DEFAULT_KIND in KINDS
-    assert check_column_scale(False) is False
-    assert check_column_scale(None) is None
-    one, two = (QTensor.quantize(uneven(), "int4", column_scale=value) for value in (True, DEFAULT_KIND))
-    assert torch.equal(one, two)
+def test_true_is_the_best_kind_of_the_type_and_none_is_none_for_a_single_weight():
+    for value in (True, False, None):
+        assert check_column_scale(value) is value
+    for kind, best in (("int4", "mean"), ("nf4", "mean"), ("int2", "std"), ("int8", DEFAULT_KIND)):
+        one, two = (QTensor.quantize(uneven(), kind, column_scale=value) for value in (True, best))
+        assert torch.equal(one, two)
+    assert QTensor.quantize(uneven(), "int4").column is None
+
+
+# ---------------------------------------------------------------------- the default of models
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("int4", "mean"), ("int3", "mean"), ("nf4", "mean"), ("codebook4", "mean"), ("int2", "std"), ("int8", None)],
+)
+def test_models_get_the_default_of_the_type(kind, wanted):
+    layer = torch.nn.Linear(128, DEFAULT_ROWS)
+    layer.weight.data = uneven(DEFAULT_ROWS)
+    expected = QTensor.quantize(layer.weight.data, kind, column_scale=wanted)
+    assert default_column_scale(expected.qtype, DEFAULT_ROWS) == wanted
+    requanto.quantize(layer, kind)
+    requanto.freeze(layer)
+    assert (layer.weight.column is not None) == (wanted is not None)
+    assert torch.equal(layer.weight.data, expected)
+
+
+def test_models_with_few_rows_get_none_by_default_but_one_that_is_asked_for():
+    for asked, wanted in ((None, False), (True, True), ("root", True), (False, False)):
+        layer = torch.nn.Linear(64, DEFAULT_ROWS - 1)
+        requanto.quantize(layer, "int4", column_scale=asked)
+        requanto.freeze(layer)
+        assert (layer.weight.column is not None) == wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int4", "int3", "int2", "nf4", "int6"])
+def test_weights_that_are_on_the_grid_already_lose_nothing_by_default(kind, dtype, caplog):
+    first = QTensor.quantize(uneven(DEFAULT_ROWS, dtype=dtype), kind).dequantize()
+    for weight, is_on_grid in ((first, True), (uneven(DEFAULT_ROWS, dtype=dtype), False)):
+        with caplog.at_level(logging.INFO, logger="requanto"):
+            again = QTensor.quantize(weight, kind, column_scale="default", name="a.b.weight")
+        assert (again.column is None) == is_on_grid
+        assert ("a.b.weight: its weights are on the type's grid already" in caplog.text) == is_on_grid
+        caplog.clear()
+    assert error(first, QTensor.quantize(first, kind, column_scale="default")) < 0.005
 
 
 def test_optimum_quantos_optimizers_have_none():

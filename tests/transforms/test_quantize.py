@@ -60,7 +60,7 @@ def test_folded_scales_lower_the_error_and_are_not_stored():
 
 
 def test_fold_takes_the_best_kind_where_none_is_given():
-    folded, root = quantized(fold=True), quantized(fold=True, column_scale="root")
+    folded, root = quantized(fold=True), quantized(fold=True, column_scale="mean")
     assert torch.equal(folded.norm.weight, root.norm.weight)
     assert not torch.equal(folded.norm.weight, Mlp().norm.weight)
 

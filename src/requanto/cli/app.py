@@ -87,7 +87,7 @@ def quantize(
     column_scale: Annotated[
         str | None,
         typer.Option(
-            help="Divide columns by a scale before rounding: std, root, true (the better of the two) or false (none); "
+            help="Divide columns by a scale before rounding: mean, std, root, true (the type's best) or false (none); "
             "default: what is best for the type."
         ),
     ] = None,

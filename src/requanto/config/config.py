@@ -105,9 +105,9 @@ class QuantoConfig:
             its weights are rounded, at no cost at run time (docs/accuracy.md).
         low_rank: rank of a low-rank term, two thin matrices in addition to the codes, that corrects most of the rounding
             error; None: no term.
-        column_scale: ``"std"`` or ``"root"``: weights are divided by a scale of each column before rounding, and inputs
-            multiplied by it (docs/accuracy.md); True: the better of the two as measured; False: no column scale; None: the
-            type's default.
+        column_scale: ``"mean"``, ``"std"`` or ``"root"``: weights are divided by a scale of each column before rounding, and
+            inputs multiplied by it (docs/accuracy.md); True: the type's best one; False: no column scale; None: the type's
+            default, which is none for 1 and 8 bits.
         fold: column scales are put into the norms and layers before, where a trial shows that exact, so that they cost
             nothing at run time (docs/accuracy.md).
         default_skips: leave float what the library or this package skips by default. False clears that list.

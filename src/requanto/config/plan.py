@@ -54,7 +54,7 @@ class PlannedWeight:
             scale_bits=self.options.scale_bits,
             rotation=self.options.rotation,
             low_rank=self.options.low_rank,
-            column_scale=self.options.column_scale,
+            column_scale="default" if self.options.column_scale is None else self.options.column_scale,
             axis=self.axis,
             transposed=self.transposed,
             search=search or self.options.method,

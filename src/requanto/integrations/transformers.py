@@ -151,7 +151,9 @@ class RequantoHfQuantizer(HfQuantizer):
             rank = options.low_rank or 0
             group = 32 if group == "default" else group
             asked = options.column_scale
-            column = bool(default_column_scale(kind) if asked is None else asked)
+            planned = self.planned[param_name]
+            rows = param.shape[-1] if planned.transposed else param.shape[planned.axis]
+            column = bool(default_column_scale(kind, rows) if asked is None else asked)
         else:
             return param.element_size()
         element = param.element_size() if bits is None else bits / 8

@@ -177,7 +177,7 @@ class QModuleMixin:
                 axis=0,
                 transposed=self.transposed_weight,
                 name=f"{name}.weight",
-                **self.weight_options,
+                **{"column_scale": "default", **self.weight_options},
             )
         shape = weight.mT.shape if self.transposed_weight else weight.shape
         group = None
@@ -213,7 +213,10 @@ class QModuleMixin:
         if self.frozen:
             return self.weight.column
         asked = self.weight_options.get("column_scale")
-        if self.optimizer is not None or not (default_column_scale(self.weight_qtype) if asked is None else asked):
+        if asked is None:
+            rows = self.weight.shape[-1] if self.transposed_weight else self.weight.shape[0]
+            asked = default_column_scale(self.weight_qtype, rows)
+        if self.optimizer is not None or not asked:
             return None
         if self._reused is None:
             return self.quantized(self.weight.detach()).column

@@ -177,7 +177,7 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     column = isinstance(parameter, QTensor) and parameter.column is not None
     if planned is not None:
         asked = planned.options.column_scale
-        column = bool(default_column_scale(kind) if asked is None else asked) and shape[axis] >= LEAST_ROWS
+        column = bool(default_column_scale(kind, shape[axis]) if asked is None else asked) and shape[axis] >= LEAST_ROWS
     if column:
         shared += torch.Size(shape[:axis]).numel() * length_here * parameter.element_size()
     return shared + rows_here * (codes + each * (2 if affine else 1) + row) + factors

@@ -5,7 +5,9 @@
 Columns of a trained weight differ in size, because the inputs do that they are multiplied with. A group along a row holds
 weights of several columns, so its scale is that of the largest of them. Divided by a column scale, they fill the same grid
 alike. The GEMM multiplies x instead, which costs K multiplications for each token. (SINQ, Mueller et al. 2025,
-arXiv:2509.22944, finds scales of rows and columns in turns; here the rows have scales already, those of the groups.)
+arXiv:2509.22944, finds scales of rows and columns in turns, from standard deviations. Here each row is divided by its size
+once, so that no row counts more than another; and the size of a column is the mean magnitude of its weights, which a few
+large ones hardly change. That leaves half of the error of standard deviations in language models, see docs/accuracy.md.)
 
 For a convolution a column is one weight of a row: one input channel at one place of the kernel.
 """
@@ -13,6 +15,7 @@ For a convolution a column is one weight of a row: one input channel at one plac
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,36 +26,49 @@ from requanto.runtime.buffers import release_scratch, scratch_like
 
 logger = logging.getLogger(__name__)
 
-#: Exponent of the size of a column, by the name of the kind.
-KINDS = {"std": 1.0, "root": 0.5}
-#: What ``column_scale=True`` means.
-DEFAULT_KIND = "root"
+#: Power of the weights that is averaged over a column, and the exponent of that mean, by the name of the kind.
+KINDS = {"mean": (1, 1.0), "std": (2, 0.5), "root": (2, 0.25)}
+#: What ``column_scale=True`` means for types without a default.
+DEFAULT_KIND = "mean"
+#: A weight is on a type's grid already if rounding takes less than this part of its norm. The grid's weights rounded to
+#: bfloat16 lose 0.003 at most; any others lose 0.01 with 7 bits, and more with fewer.
+ON_GRID = 0.005
+#: Rows that are rounded to find that out.
+PROBED = 16
 #: A computed column scale lies between 1 / LIMIT and LIMIT times the geometric mean of its weight.
 LIMIT = 64.0
 #: Least ratio of the smallest to the largest column scale. Below it float16 has fewer digits than bfloat16.
 SMALLEST = 2.0**-14
 #: Fewer rows get no computed column scale: it would take more than half a bit for each weight.
 LEAST_ROWS = 32
+#: Fewer rows get none by default: it would take more than an eighth of a bit for each weight in 16 bits.
+DEFAULT_ROWS = 128
 #: Weights that are read at once.
 _CHUNK = 2**20
 
 
 def check_column_scale(value: Any, where: str = "column_scale") -> str | bool | None:
-    """A kind (True becomes `DEFAULT_KIND`), False (none) or None (the type's default).
+    """A kind, True (the type's best kind), False (none) or None (in models: the type's default).
 
     Raises:
         ValueError: another value.
     """
-    if value is True:
-        return DEFAULT_KIND
-    if value is None or value is False or (isinstance(value, str) and value in KINDS):
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and value in KINDS):
         return value
     raise ValueError(f"{where} must be {', '.join(map(repr, KINDS))}, True, False or None, found {value!r}")
 
 
-def default_column_scale(kind: qtype) -> str | None:
-    """The kind of column scale that weights of a type get if none is asked for; None: they get none."""
-    return None
+def default_column_scale(kind: qtype, rows: int) -> str | None:
+    """The kind of column scale that weights of a type get in models if none is asked for; None: they get none.
+
+    With few rows it would take too many bits: these are better spent on smaller groups.
+
+    Types of 8 bits gain too little. With 2 bits a column of a few large weights must not be made larger by the small ones in
+    it, as ``"mean"`` does: most of its groups' codes would be spent on that one weight (docs/accuracy.md).
+    """
+    if kind.bits in (1, 8) or rows < DEFAULT_ROWS:
+        return None
+    return "std" if kind.bits == 2 else "mean"
 
 
 def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -60,7 +76,8 @@ def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
     Args:
         weight: float ``[..., N, K]``, without NaN and Inf.
-        kind: ``"std"``: in proportion to the root mean square of each column; ``"root"``: to the square root of that.
+        kind: ``"mean"``: in proportion to the mean magnitude of each column, after each row was divided by its own;
+            ``"std"``: to the root mean square instead; ``"root"``: to the square root of that.
 
     Returns:
         float32 ``[..., K]``.
@@ -70,25 +87,52 @@ def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """
     if kind not in KINDS:
         raise ValueError(f"column_scale must be {', '.join(map(repr, KINDS))}, found {kind!r}")
+    power, exponent = KINDS[kind]
     *lead, rows, length = weight.shape
     if weight.device.type == "meta" or isinstance(weight, FakeTensor) or not weight.numel():
         return torch.ones(*lead, length, dtype=torch.float32, device=weight.device)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    square = torch.zeros(*lead, length, dtype=wide, device=weight.device)
+    total = torch.zeros(*lead, length, dtype=wide, device=weight.device)
     # Sums of a few thousand rows in float32, which is ten times as fast; and all of them in float64.
     step = min(4096, max(1, _CHUNK // max(1, weight.shape[:-2].numel() * length)))
     for start in range(0, rows, step):
         part = weight[..., start : start + step, :]
         # A copy, since sums of a transposed view could differ in their last bits.
-        square += scratch_like(part, "block").copy_(part).square_().sum(-2)
+        sizes = scratch_like(part, "block").copy_(part).abs_()
+        mean = sizes.mean(-1, keepdim=True)
+        usable = mean > torch.finfo(torch.float32).tiny  # rows of zeros do not count
+        sizes.mul_(torch.where(usable, mean, 1.0).reciprocal_().mul_(usable))
+        total += (sizes.square_() if power == 2 else sizes).sum(-2)
     release_scratch()
-    size = (square / rows).sqrt()
+    size = total / rows
     alive = size > 0
     # The logarithms of dead columns are zeros, which do not count in the mean.
-    logs = torch.where(alive, size, 1.0).log() * KINDS[kind]
+    logs = torch.where(alive, size, 1.0).log() * exponent
     logs = logs - logs.sum(-1, keepdim=True) / alive.sum(-1, keepdim=True).clamp(min=1)
     found = logs.exp().clamp(1 / LIMIT, LIMIT)
     return torch.where(alive, found, 1.0).to(torch.float32)
+
+
+@torch.no_grad()
+def is_on_grid(rows: torch.Tensor, quantize: Callable[..., Any], name: str) -> bool:
+    """Whether a weight has been rounded to this type and group size before, so that it loses nothing without a column scale.
+
+    Args:
+        rows: the weight, float ``[..., N, K]``; a few of its rows are tried.
+        quantize: rounds a float weight, without a column scale.
+        name: name of the weight in messages.
+    """
+    if rows.device.type == "meta" or isinstance(rows, FakeTensor) or not rows.numel():
+        return False
+    flat = rows.reshape(-1, rows.shape[-1])
+    probe = flat[:: max(1, len(flat) // PROBED)][:PROBED]
+    if not bool(torch.isfinite(probe).all()):
+        return False  # refused with its own message
+    error = (quantize(probe, search="minmax").dequantize(torch.float32) - probe.float()).norm()
+    found = bool(error < ON_GRID * probe.float().norm())
+    if found:
+        logger.info("%s: its weights are on the type's grid already; it gets no column scale", name)
+    return found
 
 
 def fit_column(
@@ -100,7 +144,7 @@ def fit_column(
     float16 either. (The codes' scales take the inverse.)
 
     Args:
-        asked: a kind, True, False or None as in `check_column_scale`, or a tensor of the result's shape.
+        asked: a kind; True: the type's best one; False or None: none; or a tensor of the result's shape.
         rows: the weight, float ``[..., N, K]``.
         kind: type of the codes.
         dtype: dtype of the weight.
@@ -115,9 +159,10 @@ def fit_column(
         column = _checked(asked, rows, name)
     else:
         asked = check_column_scale(asked, f"{name}: column_scale")
-        asked = default_column_scale(kind) if asked is None else asked
         if not asked:
             return None
+        if asked is True:
+            asked = default_column_scale(kind, DEFAULT_ROWS) or DEFAULT_KIND
         if rows.shape[-2] < LEAST_ROWS:
             logger.info(
                 "%s: a weight of %d rows gets no column scale, which would take %.2g bits for each weight",
@@ -129,9 +174,8 @@ def fit_column(
         column = column_scale(rows, asked)
     if column.device.type == "meta" or isinstance(column, FakeTensor) or not column.numel():
         return column.to(stored)
-    if not bool(torch.isfinite(column).all()):  # a weight with Inf is refused later, with a message of its own
-        logger.warning("%s: its columns are too large to compute a column scale: it gets none", name)
-        return None
+    if not bool(torch.isfinite(column).all()):
+        return None  # of a weight with NaN or Inf, which is refused later, with a message of its own
     largest = column.amax(-1, keepdim=True)
     power = torch.frexp(largest).exponent
     half = power // 2  # in two steps: the whole power may exceed float32

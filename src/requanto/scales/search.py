@@ -2,9 +2,9 @@
 
 minmax    map smallest and largest weight to the first and last code: no error is more than half a step
 mse       least squared error (float8: `requanto.scales.float8`)
-aligned   least squared error from roundings with a code at zero (`requanto.scales.aligned`): the default for 2 to 4 bits
 weighted  least squared error weighted by magnitude: outliers matter more to a layer's output than the many small weights,
-          whose errors cancel
+          whose errors cancel; the default for 2 to 4 bits
+aligned   least squared error from roundings with a code at zero (`requanto.scales.aligned`)
 hqq       half-quadratic: least |error|^0.7 (`requanto.scales.hqq`)
 """
 
@@ -120,7 +120,7 @@ def default_method(kind: qtype) -> str:
     """Name of the default search of a type, the most accurate one as measured (docs/accuracy.md)."""
     if (kind.is_floating_point and kind.bits == 8) or kind.blocks is not None:
         return "mse"
-    return "aligned" if kind.bits <= 4 and "aligned" in valid_methods(kind) else "minmax"
+    return "weighted" if kind.bits <= 4 and "weighted" in valid_methods(kind) else "minmax"
 
 
 def find_search(search: str | ScaleSearch | None, kind: qtype) -> ScaleSearch:

@@ -30,6 +30,7 @@ a log line (`requanto.tensor.values`), or raises if it writes. Reading changes n
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
-from requanto.scales.columns import fit_column
+from requanto.scales.columns import default_column_scale, fit_column, is_on_grid
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.rotation import check_rotation, fit_rotation, rotate
@@ -184,9 +185,10 @@ class QTensor(WeightParts, torch.Tensor):
             rotation: True, ``"hadamard"`` or the largest block: quantize the rotated rows (`scales.rotation`).
             low_rank: rank of a low-rank term that corrects rounding errors (`scales.correction`).
             codebook: values ``[2^bits]`` for a learned type (``"codebook4"``); None: they are fitted to the weight.
-            column_scale: divide each column by a scale before rounding (`scales.columns`): ``"std"`` or ``"root"``, computed
-                from the weight; True: the better of the two as measured; or float ``[K]``, ``[E, K]`` for experts, positive.
-                False: none. None: the type's default. With ``rotation`` the divided rows are rotated.
+            column_scale: divide each column by a scale before rounding (`scales.columns`): ``"mean"``, ``"std"`` or
+                ``"root"``, computed from the weight; True: the type's best one; ``"default"``: as in models, where a type
+                may have none, and weights that are on the type's grid already have none; or float ``[K]``, ``[E, K]`` for
+                experts, positive. None or False: none. With ``rotation`` the divided rows are rotated.
             name: name of the weight in messages.
 
         Raises:
@@ -216,6 +218,11 @@ class QTensor(WeightParts, torch.Tensor):
         block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)
         rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
+        if isinstance(column_scale, str) and column_scale == "default":
+            column_scale = default_column_scale(kind, rows.shape[-2])
+            if column_scale is not None and not kind.is_learned:
+                lossless = functools.partial(QTensor.quantize, kind=kind, group_size=group, symmetric=not affine)
+                column_scale = None if is_on_grid(rows, lossless, name) else column_scale
         column = fit_column(column_scale, rows, kind, weight.dtype, name)
         spec = WeightSpec(
             qtype=kind,

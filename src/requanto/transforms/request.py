@@ -49,7 +49,7 @@ def fold_asked(
     asked = set(names)
     if columns and not asked:
         raise ValueError("fold=True folds the column scales of weights that are quantized, and none is: set weights=")
-    scale = functools.partial(column_scale, kind=found or DEFAULT_KIND) if columns else None
+    scale = functools.partial(column_scale, kind=found if isinstance(found, str) else DEFAULT_KIND) if columns else None
     return fold_model(model, rotation=rotation, column_scale=scale, names=asked, inputs=inputs)
 
 
