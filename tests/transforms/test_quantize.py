@@ -50,12 +50,12 @@ def quantized(**options):
 def test_folded_scales_lower_the_error_and_are_not_stored():
     expected = Mlp()(X).detach()
     plain = error(quantized(column_scale=False), expected)
-    folded = quantized(fold=True, column_scale="std")
+    folded = quantized(fold=True, column_scale="root")
     assert folded.up.weight.column is None
     assert folded.down.weight.column is None
     assert folded.last.weight.column is not None  # no fold is exact, so it is multiplied into x
     assert error(folded, expected) < 0.9 * plain
-    ordinary = quantized(fold=True, column_scale="std").state_dict()
+    ordinary = quantized(fold=True, column_scale="root").state_dict()
     assert all(torch.equal(value, ordinary[key]) for key, value in folded.state_dict().items())
 
 
@@ -78,7 +78,7 @@ def test_samples_come_after_the_fold_and_serve_as_inputs(method, caplog):
     expected = Mlp()(X).detach()
     model = Mlp()
     requanto.quantize(
-        model, weights="int3", group_size=32, calibration=(x for x in [X]), method=method, fold=True, column_scale="std",
+        model, weights="int3", group_size=32, calibration=(x for x in [X]), method=method, fold=True, column_scale="root",
         progress=False,
     )  # fmt: skip
     assert all(isinstance(layer.weight, QTensor) for layer in (model.up, model.down, model.last))
@@ -88,7 +88,7 @@ def test_samples_come_after_the_fold_and_serve_as_inputs(method, caplog):
 
 def test_a_budget_measures_the_folded_weights():
     model = Mlp()
-    requanto.quantize(model, weights="auto", bits=7, fold=True, column_scale="std")
+    requanto.quantize(model, weights="auto", bits=7, fold=True, column_scale="root")
     requanto.freeze(model)
     assert model.up.weight.column is None
     assert not torch.equal(model.norm.weight, Mlp().norm.weight)
