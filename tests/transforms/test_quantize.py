@@ -78,7 +78,7 @@ def test_samples_come_after_the_fold_and_serve_as_inputs(method, caplog):
     expected = Mlp()(X).detach()
     model = Mlp()
     requanto.quantize(
-        model, weights="int3", group_size=32, calibration=(x for x in [X]), method=method, fold=True, column_scale="root",
+        model, weights="int3", group_size=32, calibration=(x for x in [X]), method=method, fold=True, column_scale="mean",
         progress=False,
     )  # fmt: skip
     assert all(isinstance(layer.weight, QTensor) for layer in (model.up, model.down, model.last))
