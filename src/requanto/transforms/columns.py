@@ -9,7 +9,7 @@ whose output it depends on linearly (an MLP's up projection, attention's values)
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -176,7 +176,7 @@ def of_finite(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(good, scale, torch.ones_like(scale)).double()
 
 
-def _candidates(twin: Twin, block: nn.Module, run: Run, flow: Flow, number: int):  # type: ignore[no-untyped-def]
+def _candidates(twin: Twin, block: nn.Module, run: Run, flow: Flow, number: int) -> Iterator[NormFold | RowFold]:
     """Yields folds that may be exact for a group of layers."""
     group = flow.groups[number]
     norms = [norm for norm, readers in flow.readers.items() if readers is group]

@@ -16,7 +16,7 @@ from torch import nn
 
 from requanto.methods.moments import InputHooks
 from requanto.transforms.twin import difference
-from requanto.transforms.weights import FloatWeight, norm_vector
+from requanto.transforms.weights import FloatWeight
 
 #: Relative change up to which a trial in float64 counts as exact; norms compute in float32.
 TOLERANCE = 1e-5
@@ -220,9 +220,3 @@ def row_candidates(producer: FloatWeight, columns: int, heads: Iterable[int] = (
     if 0 < values < columns and (n - columns) % 2 == 0 and columns % values == 0:
         found.append(index[n - values :])
     return found
-
-
-def has_vector(module: nn.Module, length: int) -> bool:
-    """Whether a module multiplies channels by a vector of this length."""
-    weight = norm_vector(module)
-    return weight is not None and len(weight) == length

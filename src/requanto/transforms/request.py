@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,8 +15,6 @@ from requanto.scales.columns import DEFAULT_KIND, check_column_scale, column_sca
 from requanto.scales.rotation import FOLD
 from requanto.transforms.fold import Folded, fold_model
 from requanto.transforms.weights import float_weights
-
-logger = logging.getLogger(__name__)
 
 
 def fold_asked(
