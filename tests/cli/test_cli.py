@@ -100,8 +100,8 @@ def test_inspect_counts_the_bytes_of_the_files(int4_dir):
     report = json.loads(done.stdout)
     weights = {w["name"]: w for w in report["weights"]}
     one = weights["model.layers.0.mlp.up_proj.weight"]
-    # K = 64 is one group: 32 bytes of codes and two float32 a row
-    assert (one["dtype"], one["shape"], one["bytes"]) == ("int4", [128, 64], 128 * (32 + 8))
+    # K = 64 is one group: 32 bytes of codes and two float32 a row, and a float32 for each column
+    assert (one["dtype"], one["shape"], one["bytes"]) == ("int4", [128, 64], 128 * (32 + 8) + 64 * 4)
     from safetensors.torch import load_file
 
     in_file = sum(t.nbytes for t in load_file(int4_dir / "model.safetensors").values())
