@@ -166,6 +166,7 @@ def main() -> None:
         found = run(case, options.samples, options.length, options.keep)
         for key in [key for key in found if key.startswith("perplexity")]:
             found[f"percent{key.removeprefix('perplexity')}"] = round(100 * found[key] / whole[key], 1)
+        whole = {key: value for key, value in whole.items() if value != float("inf")}  # of equal images; JSON has none
         print(json.dumps(found), flush=True)
         # Another process may have added a case meanwhile.
         latest = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
