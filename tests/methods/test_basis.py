@@ -196,3 +196,18 @@ def test_dead_columns_constant_rows_and_nan():
         inputs_with_nan[0, 0] = torch.nan
         with pytest.raises(ValueError, match="the inputs of weight hold NaN"):
             requanto.quantize(copy.deepcopy(linear), "int4", calibration=[inputs_with_nan], **more, **quiet)
+
+
+@pytest.mark.parametrize("kind", ["int3", "codebook4", "int8"])
+def test_the_default_column_scale_is_that_of_weights_without_samples(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 128, bias=False)
+    layer.weight.data.mul_(torch.randn(32).exp())
+    plain = requanto.quantize(copy.deepcopy(layer), kind)
+    requanto.freeze(plain)
+    found = requanto.quantize(copy.deepcopy(layer), kind, calibration=[torch.randn(64, 32)], method="gptq", **quiet)
+    assert (found.weight.column is None) == (plain.weight.column is None) == (kind == "int8")
+    if kind != "int8":
+        torch.testing.assert_close(found.weight.column, plain.weight.column)
+    none = requanto.quantize(copy.deepcopy(layer), kind, calibration=[torch.randn(64, 32)], column_scale=False, **quiet)
+    assert none.weight.column is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from requanto.runtime.tracing import without_autocast
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.blocks import nearest_scale, tensor_scale
 from requanto.scales.codebook import fit_codebook
-from requanto.scales.columns import SMALLEST, fit_column
+from requanto.scales.columns import SMALLEST, default_column_scale, fit_column, is_on_grid
 from requanto.scales.compact import pack_codes, zero_step
 from requanto.scales.rotation import fit_rotation
 from requanto.scales.weights import encode, scale_dtype
@@ -140,7 +141,7 @@ class Layer:
         """Returns the basis without low-rank term: the column scale, of the weight and ``input_scale``, and the rotation."""
         options = self.planned.options
         block = fit_rotation(options.rotation, self.columns, self.name)
-        kind = options.column_scale
+        kind = self.default_column(weight) if options.column_scale is None else options.column_scale
         if self.input_scale is None:
             return Basis(fit_column(kind, weight, options.qtype, self.parameter.dtype, self.name), block)
         scaled, column = weight * self.input_scale, 1 / self.input_scale
@@ -152,6 +153,15 @@ class Layer:
             count = int((column < least).sum())
             logger.info("%s: %d column scales are limited to %.2g of the largest", self.name, count, SMALLEST)
         return Basis(fit_column(column.clamp(min=least), weight, options.qtype, self.parameter.dtype, self.name), block)
+
+    def default_column(self, weight: torch.Tensor) -> str | None:
+        """Returns the kind of column scale that the weight gets if none is asked for, as without samples."""
+        options = self.planned.options
+        kind = default_column_scale(options.qtype, self.rows)
+        if kind is None or options.qtype.is_learned:
+            return kind
+        choice = {"kind": options.qtype, "group_size": self.group_size, "symmetric": options.symmetric}
+        return None if is_on_grid(weight, functools.partial(QTensor.quantize, **choice), self.name) else kind
 
     def set_rounded(self, rounded: Rounded, grid: Grid) -> None:
         """Sets a result; until :meth:`finish` the model holds its dequantized values."""

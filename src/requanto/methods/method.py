@@ -86,8 +86,8 @@ class Gptq(Method):
     """GPTQ, `requanto.methods.gptq`.
 
     Attributes:
-        damping, order, steps, rounds: see :func:`requanto.methods.gptq.gptq`. Little damping overfits to the samples: with
-            damping 0.01, all-MiniLM-L6-v2 in 3 bits is further from float than with 0.1.
+        damping, order, steps, rounds: see :func:`requanto.methods.gptq.gptq`. Little damping and many rounds overfit to the
+            samples: they pay only where samples are what the model will see (docs/accuracy.md).
         sequential: layers of a block see the errors of the layers before them in the block.
         correct: also compensates errors of earlier blocks: before rounding, the weight is replaced by the one whose output
             on the quantized model's inputs is closest to the float layer's output (least squares). Needs the float model's
