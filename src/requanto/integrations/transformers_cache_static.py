@@ -33,7 +33,7 @@ class StaticQuantizedLayer(StaticLayer):
             self._settings = settings
         self._stores: tuple[Fixed, Fixed] | None = None
         # The number of tokens is a tensor (`cumulative_length`), and so is this: a compiled step must not depend on them.
-        self._quantized = torch.tensor(0)
+        self._quantized = torch.tensor(0, dtype=torch.int64, device="cpu")
         super().__init__(max_cache_len=max_cache_len, **kwargs)
 
     @property

@@ -157,8 +157,8 @@ class Growing:
         """The same with one scale for each token where blocks differ in size."""
         if self.codec.per == "token" or all(size == self.block for size in self._sizes):  # type: ignore[union-attr]
             return coded
-        sizes = torch.tensor(self._sizes)
-        block = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(coded.codes.device)
+        sizes = torch.tensor(self._sizes, dtype=torch.int64, device="cpu")
+        block = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), sizes).to(coded.codes.device)
         return Coded(
             coded.codes,
             *(None if part is None else part.index_select(2, block) for part in coded[1:]),  # type: ignore[arg-type]

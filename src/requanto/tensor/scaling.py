@@ -51,7 +51,7 @@ def _exact(weight: QTensor, factor: float) -> bool:
     names: tuple[str, ...] = ("row_scale",) if "row_scale" in parts else ("scale", "shift")
     if weight._spec.scale_code_bits is not None and "row_scale" not in parts:
         try:
-            moved_exponents(weight, torch.full((1,), factor, device=weight.device))
+            moved_exponents(weight, torch.full((1,), factor, device=weight.device, dtype=torch.float32))
         except NotImplementedError:
             return False
         names = ()

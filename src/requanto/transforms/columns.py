@@ -207,7 +207,7 @@ def _exact(fold: NormFold | RowFold, run: Run, before: list[torch.Tensor]) -> bo
     """Whether the block's output stays the same with random scales; undoes them."""
     old = saved(*fold.touched())
     count = len(fold.rows) if isinstance(fold, RowFold) else fold.consumers[0].columns
-    random = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64)
+    random = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=torch.float64, device="cpu")
     try:
         fold.apply(torch.exp2(2 * random - 1).to(fold.consumers[0].matrix.device))
         return unchanged(run, before)

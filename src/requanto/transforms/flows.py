@@ -133,7 +133,7 @@ def row_map(
         Positions in ``rows``, ``[K]``; None if a channel does not change by the factor of one row.
     """
     count = len(rows)
-    steps = torch.randperm(count, generator=torch.Generator().manual_seed(count)).double()
+    steps = torch.randperm(count, generator=torch.Generator().manual_seed(count), device="cpu").double()
     logs = (2 * (steps + 0.5) / count - 1).to(producer.matrix.device)  # factors between 1/2 and 2
     with scaled_rows(producer, rows, torch.exp2(logs)):
         after = _input_of(run, consumer)

@@ -65,20 +65,26 @@ def _own_inputs(model: nn.Module) -> dict[str, Any]:
     if main == "input_ids" and isinstance(vocabulary, int):
         # Not the lowest and highest ids, which are often special tokens: padding, images.
         first, last = vocabulary // 8, max(vocabulary // 8 + 1, vocabulary // 2)
-        found = {"input_ids": torch.randint(first, last, (ROWS, LENGTH), generator=generator).to(device)}
+        found = {"input_ids": torch.randint(first, last, (ROWS, LENGTH), generator=generator, device="cpu").to(device)}
         if getattr(config, "is_encoder_decoder", False):
-            found["decoder_input_ids"] = torch.randint(first, last, (ROWS, LENGTH), generator=generator).to(device)
+            found["decoder_input_ids"] = torch.randint(
+                first, last, (ROWS, LENGTH), generator=generator, device="cpu"
+            ).to(device)
         return found
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
     if main == "pixel_values" and isinstance(size, (int, tuple, list)):
         height, width = (size, size) if isinstance(size, int) else size
-        return {main: torch.randn(ROWS, channels, height, width, generator=generator).to(device, dtype)}
+        return {
+            main: torch.randn(ROWS, channels, height, width, generator=generator, dtype=torch.float32, device="cpu").to(
+                device, dtype
+            )
+        }
     first_layer = next((m for m in model.modules() if type(m) is nn.Linear), None)
     if main is None and config is None and first_layer is not None:
         return {
-            _only_argument(model.forward): torch.randn(ROWS, LENGTH, first_layer.in_features, generator=generator).to(
-                device, dtype
-            )
+            _only_argument(model.forward): torch.randn(
+                ROWS, LENGTH, first_layer.in_features, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(device, dtype)
         }
     raise ValueError(
         f"{type(model).__name__} does not say what its inputs are, and a fold is found by running the model: give one "

@@ -15,9 +15,9 @@ def hadamard(size: int) -> torch.Tensor | None:
     and Kronecker products of those: 576 = 12 * 12 * 4, 640 = 20 * 32, 896 = 28 * 32.
     """
     if size == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
+        return torch.ones(1, 1, dtype=torch.float64, device="cpu")
     if size == 2:
-        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        return torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu")
     if size % 4:
         return None
     if size & (size - 1):  # not a power of two
@@ -45,15 +45,17 @@ def random_rotation(size: int, seed: int, keep_mean: bool = False) -> torch.Tens
     """
     generator = torch.Generator().manual_seed(seed)
     if keep_mean:
-        mirror = torch.eye(size, dtype=torch.float64)  # Householder's: it swaps the first axis and the vector of ones
-        axis = torch.full((size,), -(size**-0.5), dtype=torch.float64)
+        mirror = torch.eye(
+            size, dtype=torch.float64, device="cpu"
+        )  # Householder's: it swaps the first axis and the vector of ones
+        axis = torch.full((size,), -(size**-0.5), dtype=torch.float64, device="cpu")
         axis[0] += 1
         if size > 1:
             mirror -= 2 * torch.outer(axis, axis) / axis.dot(axis)
-        inner = torch.eye(size, dtype=torch.float64)
+        inner = torch.eye(size, dtype=torch.float64, device="cpu")
         inner[1:, 1:] = _random_orthogonal(size - 1, generator)
         return mirror @ inner @ mirror
-    signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+    signs = torch.randint(0, 2, (size,), generator=generator, device="cpu").double() * 2 - 1
     whole = hadamard(size)
     if whole is not None:
         return signs[:, None] * whole / size**0.5
@@ -64,7 +66,7 @@ def random_rotation(size: int, seed: int, keep_mean: bool = False) -> torch.Tens
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
+    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator, device="cpu"))
     return (q * r.diagonal().sign()).contiguous()  # makes it uniform over all orthogonal matrices
 
 
@@ -74,16 +76,21 @@ def _paley(order: int) -> torch.Tensor | None:
     if not _is_prime(prime) or (second and prime % 4 != 1):
         return None
     squares = {x * x % prime for x in range(1, prime)}
-    character = torch.tensor([0.0] + [1.0 if x in squares else -1.0 for x in range(1, prime)], dtype=torch.float64)
-    index = torch.arange(prime)
-    conference = torch.zeros(prime + 1, prime + 1, dtype=torch.float64)
+    character = torch.tensor(
+        [0.0] + [1.0 if x in squares else -1.0 for x in range(1, prime)], dtype=torch.float64, device="cpu"
+    )
+    index = torch.arange(prime, device="cpu")
+    conference = torch.zeros(prime + 1, prime + 1, dtype=torch.float64, device="cpu")
     conference[1:, 1:] = character[(index[:, None] - index[None, :]) % prime]
     conference[0, 1:] = 1
     conference[1:, 0] = 1 if second else -1
-    eye = torch.eye(prime + 1, dtype=torch.float64)
+    eye = torch.eye(prime + 1, dtype=torch.float64, device="cpu")
     if not second:
         return conference + eye
-    one, two = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double()
+    one, two = (
+        torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu"),
+        torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu"),
+    )
     return torch.kron(conference, one) + torch.kron(eye, two)
 
 

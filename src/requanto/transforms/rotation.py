@@ -98,7 +98,7 @@ def _norm_of(twin: Twin, module: nn.Module, readers: list[FloatWeight], width: i
     name = twin.names[id(module)]
     weight, bias = norm_vector(module), module._parameters.get("bias")
     assert weight is not None
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
         twin.device, weight.dtype
     )
     with torch.no_grad():
