@@ -31,14 +31,16 @@ import requanto
 from requanto import QTensor
 
 INT4 = {"weights": "int4", "group_size": 64}
+PLAIN = {"column_scale": False}
 ROWS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
     "float8": {"weights": "float8"},
-    "int4 g64, minmax": INT4 | {"method": "minmax"},
-    "int4 g64, mse": INT4 | {"method": "mse"},
-    "int4 g64, hqq": INT4 | {"method": "hqq"},
-    "int4 g64, weighted": INT4 | {"method": "weighted"},
-    "int4 g64, aligned (default)": INT4,
+    "int4 g64, minmax, no column scale": INT4 | {"method": "minmax"} | PLAIN,
+    "int4 g64, mse, no column scale": INT4 | {"method": "mse"} | PLAIN,
+    "int4 g64, hqq, no column scale": INT4 | {"method": "hqq"} | PLAIN,
+    "int4 g64, aligned, no column scale": INT4 | {"method": "aligned"} | PLAIN,
+    "int4 g64, weighted, no column scale": INT4 | PLAIN,
+    "int4 g64 (default)": INT4,
     "int4 g64, scales in 8 bits": INT4 | {"scale_bits": 8},
     "int4 g16, scales in 4 bits": {"weights": "int4", "group_size": 16, "scale_bits": 4},
     "int4 g64, gptq": INT4 | {"method": "gptq"},

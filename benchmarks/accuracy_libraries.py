@@ -1,7 +1,7 @@
 """Quantizes Linear layers with each library of accuracy.py: one function for each library, using its public API.
 
-A function takes the model, the layers by name, the material (``samples`` of token ids for methods with samples) and
-the library's settings, and yields for each layer the dequantized weight and the bytes that the library stores.
+A function takes the model, the layers by name, the material (``path`` of the model, ``samples`` for methods that need them)
+and the library's settings, and yields for each layer the dequantized weight and the bytes that the library stores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LayerResult:
 Results = Iterator[tuple[str, LayerResult]]
 Layers = Mapping[str, nn.Linear]
 #: package names of the libraries
-PACKAGES = {"requanto": "requanto", "autoround": "auto-round", "gptqmodel": "gptqmodel"}
+PACKAGES = {"autoround": "auto-round", "llama.cpp": "libgguf"}
 
 
 def version_of(library: str) -> str:
@@ -64,20 +64,17 @@ def float_weights(model: nn.Module, layers: Layers, material: Any) -> Results:
         yield name, LayerResult(layer.weight, layer.weight.nbytes, layer.weight.nbytes)
 
 
-def requanto(model: Any, layers: Layers, material: Any, method: str | None = None, **setting: Any) -> Results:
-    """As ``from_pretrained(quantization_config=QuantoConfig(...))`` quantizes; gptq on the samples."""
-    from requanto import QuantoConfig
-    from requanto.methods import quantize_with_samples
-    from requanto.report.calibrated import planned_for
+def requanto(model: Any, layers: Layers, material: Any, **setting: Any) -> Results:
+    """``requanto.quantize`` in place; with the samples if the setting says ``calibration``."""
+    import requanto as library
 
-    sampled = method == "gptq"
-    planned = planned_for(model, QuantoConfig(**setting, **({} if sampled else {"method": method})))
-    if sampled:
-        quantize_with_samples(model, planned, list(material["samples"].split(1)), "gptq")
+    if setting.pop("calibration", False):
+        setting |= {"calibration": material["samples"], "progress": False}
+    others = [name for name, module in model.named_modules() if hasattr(module, "weight") and name not in layers]
+    library.quantize(model, exclude=others, **setting)
+    library.freeze(model)
     for name, layer in layers.items():
-        weight = (
-            layer.weight if sampled else planned[f"{name}.weight"].quantize(layer.weight.detach(), f"{name}.weight")
-        )
+        weight: Any = layer.weight
         # As in a checkpoint: after a run, int4 weights may be prepacked.
         stored = nbytes(*weight.inner_tensors().values())
         yield name, LayerResult(weight.dequantize(), stored, stored)
@@ -162,12 +159,76 @@ def sdnq(model: nn.Module, layers: Layers, material: Any, **setting: Any) -> Res
         yield name, LayerResult(own.dequantize().weight, stored, stored)
 
 
+def sinq(model: nn.Module, layers: Layers, material: Any, **setting: Any) -> Results:
+    """``SINQLinear``, data-free (Sinkhorn-normalized scales of rows and columns)."""
+    from sinq.sinqlinear import SINQLinear, sinq_base_quant_config
+
+    for name, layer in layers.items():
+        config = sinq_base_quant_config(**setting)
+        own: Any = SINQLinear(copy.deepcopy(layer), config, compute_dtype=layer.weight.dtype, device="cpu")
+        stored = nbytes(own.W_q, *_tensors_in(own.meta))
+        yield name, LayerResult(own.dequantize().reshape(layer.weight.shape), stored, stored)
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for one in inside for tensor in _tensors_in(one)]
+
+
+def llama_cpp(model: nn.Module, layers: Layers, material: Any, kind: str, imatrix: bool = True) -> Results:
+    """llama.cpp's types by libgguf, which has its row functions, with an importance matrix of the samples.
+
+    k-quants and i-quants have blocks of 256 weights; as llama.cpp does, rows that they do not divide get a type of blocks
+    of 32, which takes more bits.
+    """
+    import libgguf
+    import numpy as np
+
+    smaller = {"Q4_K": "Q5_0"}
+    squares = _mean_squares(model, layers, material["samples"]) if imatrix else {}
+    for name, layer in layers.items():
+        rows = layer.weight.detach().float().numpy()
+        used = kind
+        if rows.shape[1] % libgguf.GGML_QUANT_SIZES[libgguf.GGMLQuantizationType[kind]][0]:
+            used = smaller.get(kind, "IQ4_NL")
+        type_ = libgguf.GGMLQuantizationType[used]
+        codes = libgguf.quantize_rows(rows, type_, imatrix=squares[name].numpy() if imatrix else None)
+        back = np.asarray(libgguf.dequantize_rows(codes, type_, n_per_row=rows.shape[1]))
+        yield name, LayerResult(torch.from_numpy(back.copy()), codes.nbytes, codes.nbytes)
+
+
+@torch.no_grad()
+def _mean_squares(model: nn.Module, layers: Layers, samples: Any) -> dict[str, Tensor]:
+    """The importance matrix: the mean square of each column's input, ``[K]`` for each layer."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, layer in layers.items():
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            x = inputs[0].detach().float().reshape(-1, inputs[0].shape[-1])
+            sums[name] = sums.get(name, torch.zeros(x.shape[1])) + x.square().sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
+
+        hooks.append(layer.register_forward_pre_hook(watch))
+    for sample in samples:
+        model(
+            **{key: value.to(torch.bfloat16) if value.is_floating_point() else value for key, value in sample.items()}
+        )
+    for hook in hooks:
+        hook.remove()
+    return {name: sums[name] / counts[name] for name in layers}
+
+
 def gptqmodel(model: Any, layers: Layers, material: Any, **setting: Any) -> Results:
     """GPTQ on the samples, on a CPU; only decoders."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
     loaded = GPTQModel.load(material["path"], QuantizeConfig(device="cpu", **setting))
-    pieces = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in material["samples"]]
+    pieces = [sample | {"attention_mask": torch.ones_like(sample["input_ids"])} for sample in material["samples"]]
     loaded.quantize(pieces, batch_size=1)
     modules = dict(loaded.model.named_modules())
     for name in layers:
@@ -181,10 +242,10 @@ def autoround(model: Any, layers: Layers, material: Any, **setting: Any) -> Resu
     from auto_round import AutoRound
     from transformers import AutoTokenizer
 
-    samples = material["samples"]
+    ids = [sample["input_ids"] for sample in material["samples"]]
     tokenizer = AutoTokenizer.from_pretrained(material["path"])
-    pieces = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]} for ids in samples]
-    rounder = AutoRound(model, tokenizer, dataset=pieces, nsamples=len(samples), seqlen=samples.shape[1], **setting)
+    pieces = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+    rounder = AutoRound(model, tokenizer, dataset=pieces, nsamples=len(ids), seqlen=ids[0].shape[1], **setting)
     rounder.quantize()
     for name, layer in layers.items():
         own: Any = model.get_submodule(name)
@@ -201,6 +262,8 @@ LIBRARIES: dict[str, Callable[..., Results]] = {
     "bitsandbytes": bitsandbytes,
     "hqq": hqq,
     "sdnq": sdnq,
+    "sinq": sinq,
+    "llama.cpp": llama_cpp,
     "gptqmodel": gptqmodel,
     "autoround": autoround,
 }

@@ -1,4 +1,4 @@
-"""The results of accuracy.py as a Markdown table and as a plot."""
+"""The results of accuracy.py as Markdown tables and as a plot."""
 
 from __future__ import annotations
 
@@ -14,69 +14,110 @@ STYLES = {
     "bitsandbytes": ("tab:green", "D"),
     "optimum-quanto": ("tab:purple", "v"),
     "sdnq": ("tab:gray", "P"),
+    "sinq": ("tab:cyan", "<"),
+    "llama.cpp": ("black", "x"),
     "gptqmodel": ("tab:brown", "X"),
     "autoround": ("tab:pink", "*"),
 }
+TEXTS = ("numpy", "aptitude")
+#: title and least bits a weight of each table; a row belongs to the first whose bits it reaches
+LEVELS = (
+    ("8 bits", 6.0),
+    ("4.4 bits and more", 4.4),
+    ("4 to 4.4 bits", 3.95),
+    ("3.2 to 3.9 bits", 3.0),
+    ("below 3 bits", 0.0),
+)
+HEAD = (
+    "| library | weights | bits | Gemma, NumPy | Gemma, aptitude | Gemma, KL | causal, KL | reactions, KL | vision, KL |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 
 
-def percent(row: dict[str, Any], text: str) -> str:
-    """A cell of the table: perplexity in percent of bfloat16's."""
-    if f"{text}_percent" not in row:
-        return "-"
-    value = row[f"{text}_percent"]
-    return f"{value:.1f} %" if value < 1000 else f"{value:,.0f} %"
+def percent(row: dict[str, Any], base: dict[str, Any], model: str, text: str) -> float | None:
+    """Perplexity in percent of the float model's; None where it was not measured."""
+    own = row["models"].get(model, {}).get(f"perplexity_{text}")
+    return None if own is None else 100 * own / base["models"][model][f"perplexity_{text}"]
 
 
-def line(row: dict[str, Any]) -> str:
-    """One line of the table."""
-    if "failed" in row:
-        return f"| {row['library']} {row.get('version', '')} | {row['label']} | - | - | - | {row['failed']} |"
-    bits = row.get("bits", row.get("minilm_bits"))
-    stored = row.get("stored_bits", bits)
-    shown = f"{bits:.2f}" + (f" (stored in {stored:.2f})" if stored - bits > 0.1 else "")
-    cosine = f"{row['minilm_cosine']:.4f}" if "minilm_cosine" in row else "-"
-    name = f"{row['library']} {row['version']}" if row["library"] != "float" else "none"
-    return f"| {name} | {row['label']} | {shown} | {percent(row, 'eval')} | {percent(row, 'heldout')} | {cosine} |"
+def bits(row: dict[str, Any]) -> tuple[float, float]:
+    """Least and most bits a weight, over the models."""
+    found = [figures["bits"] for figures in row["models"].values() if "bits" in figures]
+    return min(found), max(found)
 
 
-def table(results: dict[str, Any]) -> str:
-    """All rows, grouped by whole numbers of bits, in each group the best first."""
+def line(row: dict[str, Any], base: dict[str, Any]) -> str:
+    """One line of a table."""
+    least, most = bits(row)
+    shown = f"{least:.2f}" if most - least < 0.06 else f"{least:.2f} to {most:.2f}"
+    stored = max(figures.get("stored_bits", 0.0) - figures.get("bits", 0.0) for figures in row["models"].values())
+    if stored > 0.1:
+        shown += f" (stored in {most + stored:.2f})"
+    shares = [percent(row, base, "gemma", text) for text in TEXTS]
+    cells = ["-" if value is None else f"{value:.1f} %" if value < 1000 else f"{value:,.0f} %" for value in shares]
+    for model in ("gemma", "causal", "reactions", "vision"):
+        kl = row["models"].get(model, {}).get("kl")
+        cells.append("-" if kl is None else f"{1000 * kl:.1f}" if kl < 1 else f"{1000 * kl:,.0f}")
+    return f"| {row['library']} {row['version']} | {row['label']} | {shown} | {' | '.join(cells)} |"
 
-    def order(row: dict[str, Any]) -> tuple[float, float, float]:
-        bits = row.get("bits", row.get("minilm_bits", 0.0))
-        width = math.floor(bits) if bits < 16 else 16
-        return (-width, row.get("eval_percent", math.inf), -row.get("minilm_cosine", 0.0))
 
-    head = "| library | weights | bits | SmolLM2 | SmolLM2, held-out text | cosine, MiniLM |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *(line(row) for row in sorted(results["rows"].values(), key=order))])
+def tables(results: dict[str, Any]) -> str:
+    """A table for each level of bits, without samples and with; in each the rows with the least loss first."""
+    rows = [row for row in results["rows"].values() if any("bits" in figures for figures in row["models"].values())]
+    base = results["rows"]["float/bfloat16"]
+    text = []
+    for samples in (False, True):
+        for at, (title, least) in enumerate(LEVELS):
+            below = LEVELS[at - 1][1] if at else 12.0
+            own = [row for row in rows if row["samples"] == samples and least <= bits(row)[0] < below]
+            if own:
+                text += [f"**{title}, {'with' if samples else 'without'} samples**", "", HEAD]
+                text += [line(row, base) for row in sorted(own, key=lambda row: loss(row, base))] + [""]
+    for row in results["rows"].values():
+        reasons = {figures["failed"] for figures in row["models"].values() if "failed" in figures}
+        text += [f"- {row['library']} {row['label']}: {reason}" for reason in sorted(reasons)]
+    return "\n".join(text)
+
+
+def loss(row: dict[str, Any], base: dict[str, Any]) -> tuple[bool, float]:
+    """What rows are sorted by: KL of Gemma, or of the masked language model where Gemma was not measured."""
+    figures = row["models"]
+    known = figures.get("gemma", {}).get("kl")
+    return known is None, figures.get("reactions", {}).get("kl", math.inf) if known is None else known
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws loss of accuracy over bits for both models; rows without figures are left out."""
+    """Draws KL divergence over bits for three models; rows without figures are left out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
-    titles = ("SmolLM2-135M: perplexity, % of bfloat16", "all-MiniLM-L6-v2: 1 - cosine")
-    for axis, title in zip(axes, titles, strict=True):
-        first = axis is axes[0]
+    titles = {
+        "gemma": "Gemma-3-270M",
+        "reactions": "BERT of chemical reactions",
+        "vision": "vision transformer, digits",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(15, 5), constrained_layout=True)
+    for axis, (model, title) in zip(axes, titles.items(), strict=True):
         for library, (colour, mark) in STYLES.items():
-            rows = [row for row in results["rows"].values() if row["library"] == library]
-            points = [
-                (row["bits"], row["eval_percent"]) if first else (row["minilm_bits"], 1 - row["minilm_cosine"])
-                for row in rows
-                if ("eval_percent" if first else "minilm_cosine") in row
-                and row.get("minilm_bits", row.get("bits", 9)) < 6
-            ]
-            points = [point for point in points if math.isfinite(point[1])]
-            if points:
-                axis.scatter(*zip(*points, strict=True), c=colour, marker=mark, s=42, label=library, alpha=0.85)
+            for samples in (False, True):
+                points = [
+                    (row["models"][model]["bits"], row["models"][model]["kl"])
+                    for row in results["rows"].values()
+                    if row["library"] == library and row["samples"] == samples and "kl" in row["models"].get(model, {})
+                ]
+                points = [point for point in points if point[0] < 6]
+                if points:
+                    label = library + (" with samples" if samples else "")
+                    size = 90 if samples else 36
+                    axis.scatter(*zip(*points, strict=True), c=colour, marker=mark, s=size, label=label, alpha=0.8)
         axis.set_yscale("log")
         axis.set_xlabel("bits a weight, scales and zero points counted")
+        axis.set_ylabel("KL divergence to the float model, nats")
         axis.set_title(title, fontsize=10)
         axis.grid(True, which="both", alpha=0.25)
-        axis.legend(fontsize=8)
+    handles, labels = axes[1].get_legend_handles_labels()
+    axes[2].legend(handles, labels, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

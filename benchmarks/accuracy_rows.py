@@ -1,4 +1,4 @@
-"""The rows of accuracy.py: a library, a setting, and on which texts it is measured."""
+"""The rows of accuracy.py: a library and a setting."""
 
 from __future__ import annotations
 
@@ -8,37 +8,52 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the tables.
 
     Attributes:
         library: of accuracy_libraries.
         label: the setting in words, unique within the library.
         setting: arguments for the library's function.
-        heldout: measured on the held-out text too, if ``--texts`` names it.
-        samples: the method needs samples: much slower, and not measured on MiniLM (other libraries support only decoders).
+        samples: the method needs samples.
+        decoders: the library supports only decoders.
+        extra: not a row of the comparison: measured on the small models only, unless it is named.
     """
 
     library: str
     label: str
     setting: dict[str, Any] = field(default_factory=dict)
-    heldout: bool = False
     samples: bool = False
+    decoders: bool = False
+    extra: bool = False
 
     @property
     def name(self) -> str:
-        """The name; ``--only`` takes prefixes of it."""
+        """The name; ``--only`` takes patterns of it."""
         return f"{self.library}/{self.label}"
 
 
+#: options in words
+NAMES = {
+    **{("method", name): name for name in ("minmax", "mse", "weighted", "aligned", "hqq", "gptq")},
+    ("column_scale", False): "no column scale",
+    ("rotation", True): "rotated",
+}
+
+
 def ours(
-    weights: str, group: int | None = None, scale_bits: int | None = None, heldout: bool = False, **more: Any
+    weights: str, group: int | None = None, scale_bits: int | None = None, extra: bool = False, **more: Any
 ) -> Row:
-    """A row for Requanto."""
-    label = weights + ("" if group is None else f" g{group}")
-    label += "" if scale_bits is None else f" scales {scale_bits} bit"
-    label += "".join(f" {value}" for value in more.values())
+    """A row for Requanto: the defaults of a type, but for what is named."""
+    words = [weights, f"g{group}" if group else "", f"scales {scale_bits} bit" if scale_bits else ""]
+    words += [NAMES.get((key, value), f"{key} {value}") for key, value in more.items() if key != "calibration"]
     setting = {"weights": weights, "group_size": group, "scale_bits": scale_bits, **more}
-    return Row("requanto", label, setting, heldout, samples=more.get("method") == "gptq")
+    setting = {key: value for key, value in setting.items() if value is not None}
+    return Row("requanto", " ".join(filter(None, words)), setting, samples="calibration" in more, extra=extra)
+
+
+def sampled(weights: str, group: int, scale_bits: int, method: str = "gptq", **more: Any) -> Row:
+    """A row for Requanto with samples."""
+    return ours(weights, group, scale_bits, method=method, calibration=True, **more)
 
 
 def intx(bits: int, label: str = "", **more: Any) -> Row:
@@ -47,89 +62,95 @@ def intx(bits: int, label: str = "", **more: Any) -> Row:
     return Row("torchao", f"int{bits} g64{label}", setting)
 
 
-def half_quadratic(bits: int, group: int | None, axis: int = 1) -> Row:
-    """A row for hqq; ``axis=1`` (its default) groups along rows."""
-    label = f"{bits} bit" + ("" if group is None else f" g{group}") + ("" if axis else " axis 0")
-    return Row("hqq", label, {"nbits": bits, "group_size": group, "axis": axis}, heldout=bits == 4 and group == 64)
+def half_quadratic(bits: int, group: int) -> Row:
+    """A row for hqq, in groups along rows."""
+    return Row("hqq", f"{bits} bit g{group}", {"nbits": bits, "group_size": group, "axis": 1})
 
 
-def of_sdnq(weights: str, label: str = "", heldout: bool = False, **more: Any) -> Row:
-    """A row for sdnq; without a group size it chooses one itself."""
-    return Row("sdnq", weights + label, {"weights_dtype": weights, **more}, heldout)
+def of_sdnq(weights: str, label: str = "", **more: Any) -> Row:
+    """A row for sdnq, with scales in the model's dtype."""
+    return Row("sdnq", weights + label, {"weights_dtype": weights, "dequantize_fp32": False, **more})
 
 
-BF16 = {"dequantize_fp32": False}  # sdnq's scales in the model's dtype
+def of_sinq(bits: int, method: str, group: int = 64) -> Row:
+    """A row for SINQ: ``dual`` has float scales and zero points, ``sinq`` stores them in 8 bits."""
+    return Row("sinq", f"{bits} bit g{group} {method}", {"nbits": bits, "group_size": group, "method": method})
 
-#: rows without samples first: a run may be stopped early
+
+def of_llama_cpp(kind: str, imatrix: bool = True) -> Row:
+    """A row for llama.cpp."""
+    label = kind + (" imatrix" if imatrix else "")
+    return Row("llama.cpp", label, {"kind": kind, "imatrix": imatrix}, samples=imatrix)
+
+
 ROWS = (
-    Row("float", "bfloat16", heldout=True),
-    ours("int4", 64, heldout=True),
-    ours("int4", 64, method="weighted", heldout=True),
+    Row("float", "bfloat16"),
+    # 4.5 bits
+    ours("int4"),
+    ours("int4", 64, method="minmax", column_scale=False),
     half_quadratic(4, 64),
-    of_sdnq("uint4", " g64, bf16 scales", group_size=64, **BF16),
-    Row("bitsandbytes", "nf4", {"kind": "nf4", "blocksize": 64}),
-    Row("optimum-quanto", "qint4", {"weights": "qint4"}, heldout=True),
-    intx(4),
-    ours("nf4", heldout=True),
-    ours("codebook4", heldout=True),
-    ours("int4", 64, method="minmax", heldout=True),
-    ours("int4", 16, 4, heldout=True),
-    ours("int4", 16, 4, method="weighted", heldout=True),
-    ours("int4", 64, 8),
-    ours("int4", 64, 8, method="weighted"),
-    ours("int4", 32, 4),
-    ours("int4", 32, 4, method="weighted"),
-    ours("codebook4", 32),
-    ours("int4", 64, method="mse"),
-    ours("int4", 64, method="hqq", heldout=True),
-    Row("bitsandbytes", "fp4", {"kind": "fp4", "blocksize": 64}),
-    of_sdnq("uint4", " codebook, bf16 scales", use_codebook=True, **BF16),
-    ours("int3", heldout=True),
-    ours("int3", method="weighted", heldout=True),
-    ours("int3", 64, heldout=True),
-    ours("int3", 64, method="weighted", heldout=True),
-    ours("int3", 16, 4),
-    ours("int3", 16, 4, method="weighted"),
-    ours("codebook3"),
-    half_quadratic(3, 64),
-    intx(3),
-    of_sdnq("uint3", " g64, bf16 scales", group_size=64, **BF16),
-    of_sdnq("uint3", " codebook, bf16 scales", use_codebook=True, **BF16),
-    ours("int2", 16, 4),
-    ours("int2", 16, 4, method="weighted"),
-    ours("codebook2"),
-    half_quadratic(2, 64),
-    intx(2),
-    of_sdnq("uint2", " codebook, bf16 scales", use_codebook=True, **BF16),
-    Row("optimum-quanto", "qint2", {"weights": "qint2"}),
-    ours("int8"),
-    ours("float8"),
-    Row("optimum-quanto", "qint8", {"weights": "qint8"}),
-    Row("torchao", "int8", {"config": "Int8WeightOnlyConfig"}),
-    half_quadratic(4, 128),
-    half_quadratic(4, 64, axis=0),
+    of_sdnq("uint4", " g64", group_size=64),
+    Row("bitsandbytes", "nf4 g64", {"kind": "nf4", "blocksize": 64}),
+    of_sinq(4, "dual"),
     intx(4, " asymmetric", mapping="ASYMMETRIC"),
-    intx(4, " hqq scale only", algorithm="HQQ_SCALE_ONLY"),
-    Row("bitsandbytes", "nf4 double", {"kind": "nf4", "blocksize": 64, "compress_statistics": True}),
-    of_sdnq("uint4"),
-    of_sdnq("int4", " g64, bf16 scales", group_size=64, **BF16),
-    of_sdnq("uint4", " g32, uint8 scales", group_size=32, scale_dtype="uint8"),
-    of_sdnq("uint3"),
-    half_quadratic(2, 16),
-    of_sdnq("uint2"),
-    Row("optimum-quanto", "qfloat8", {"weights": "qfloat8"}),
-    Row("torchao", "float8", {"config": "Float8WeightOnlyConfig"}),
-    Row("bitsandbytes", "int8", {"kind": "int8"}),
-    half_quadratic(8, 64),
-    of_sdnq("int8"),
-    ours("int4", 64, method="gptq", heldout=True),
-    Row("gptqmodel", "4 bit g64", {"bits": 4, "group_size": 64}, heldout=True, samples=True),
-    ours("int3", 64, method="gptq"),
-    Row("gptqmodel", "3 bit g64", {"bits": 3, "group_size": 64}, samples=True),
-    ours("int2", 32, method="gptq"),
-    Row("gptqmodel", "2 bit g32", {"bits": 2, "group_size": 32}, samples=True),
-    *(
-        Row("autoround", f"{b} bit g{g}", {"bits": b, "group_size": g, "sym": b > 2, "iters": 50}, samples=True)
-        for b, g in ((4, 64), (3, 64), (2, 32))
+    of_llama_cpp("Q4_K", imatrix=False),
+    # 4.2 to 4.31 bits
+    ours("int4", 64, 8),
+    ours("int4", 32, 4),
+    ours("nf4"),
+    ours("codebook4"),
+    half_quadratic(4, 128),
+    intx(4),
+    Row("optimum-quanto", "qint4", {"weights": "qint4"}),
+    Row("bitsandbytes", "nf4 g64 double", {"kind": "nf4", "blocksize": 64, "compress_statistics": True}),
+    of_sinq(4, "sinq"),
+    # 3.2 to 3.7 bits
+    ours("int3", 64),
+    ours("int3", 16, 4),
+    ours("int3", 64, method="minmax", column_scale=False),
+    half_quadratic(3, 64),
+    of_sdnq("uint3", " g64", group_size=64),
+    of_sinq(3, "dual"),
+    intx(3),
+    # 2.5 bits
+    ours("int2", 16, 4),
+    ours("int2", 16, 4, method="minmax", column_scale=False),
+    half_quadratic(2, 64),
+    of_sinq(2, "dual"),
+    Row("optimum-quanto", "qint2", {"weights": "qint2"}),
+    # with samples
+    sampled("int4", 64, 8),
+    of_llama_cpp("IQ4_NL"),
+    of_llama_cpp("Q4_K"),
+    of_llama_cpp("IQ4_XS"),
+    Row("autoround", "4 bit g64", {"bits": 4, "group_size": 64, "iters": 50}, samples=True, decoders=True),
+    Row("gptqmodel", "4 bit g64", {"bits": 4, "group_size": 64}, samples=True, decoders=True),
+    sampled("int3", 32, 4),
+    of_llama_cpp("IQ3_S"),
+    of_llama_cpp("Q3_K"),
+    Row("autoround", "3 bit g64", {"bits": 3, "group_size": 64, "iters": 50}, samples=True, decoders=True),
+    Row("gptqmodel", "3 bit g64", {"bits": 3, "group_size": 64}, samples=True, decoders=True),
+    sampled("int2", 16, 4),
+    of_llama_cpp("Q2_K"),
+    Row(
+        "autoround", "2 bit g32", {"bits": 2, "group_size": 32, "sym": False, "iters": 50}, samples=True, decoders=True
     ),
+    Row("gptqmodel", "2 bit g32", {"bits": 2, "group_size": 32}, samples=True, decoders=True),
+    # the other types and options of this package
+    ours("int8", extra=True),
+    ours("float8", extra=True),
+    ours("int4", 64, method="mse", column_scale=False, extra=True),
+    ours("int4", 64, method="weighted", column_scale=False, extra=True),
+    ours("int4", 64, method="aligned", column_scale=False, extra=True),
+    ours("int4", 64, method="hqq", column_scale=False, extra=True),
+    ours("int4", 16, 4, extra=True),
+    ours("nvfp4", extra=True),
+    ours("mxfp4", extra=True),
+    ours("int4", 64, 8, rotation=True, extra=True),
+    ours("int3", 16, 4, rotation=True, extra=True),
+    ours("int3", 16, 4, low_rank=16, extra=True),
+    ours("codebook3", extra=True),
+    ours("codebook2", extra=True),
+    Row("optimum-quanto", "qint8", {"weights": "qint8"}, extra=True),
+    Row("torchao", "int8", {"config": "Int8WeightOnlyConfig"}, extra=True),
 )

@@ -154,7 +154,7 @@ def test_masked_reactions_hide_a_sixth_of_the_tokens(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     inputs, labels = masked_reactions(tmp_path, count=20)
     masked = labels >= 0
-    assert inputs.shape == labels.shape == (20, 96)
+    assert inputs.shape == labels.shape == (20, 80)
     assert (inputs[masked] == vocabulary.index("[MASK]")).all()
     assert (labels[masked] >= 4).all()
     shares = masked.sum(1) / ((inputs != 0).sum(1) - 2)

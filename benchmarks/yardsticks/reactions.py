@@ -56,13 +56,13 @@ def bonded(molecule: str, branch: str) -> str:
     return f"{first[0]}({branch}){molecule[first.end() :]}"
 
 
-def masked_reactions(model: Path, count: int = 200, length: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
+def masked_reactions(model: Path, count: int = 64, length: int = 80, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Different reactions, each with a sixth of its tokens masked.
 
     Args:
         model: the model's directory; its ``vocab.txt`` has a token a line.
         count: reactions.
-        length: tokens of a row, padded.
+        length: tokens of a row, padded; longer reactions are left out.
         seed: of the choice of reactions and of masked tokens.
 
     Returns:
