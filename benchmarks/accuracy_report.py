@@ -72,22 +72,21 @@ def tables(results: dict[str, Any]) -> str:
             own = [row for row in rows if row["samples"] == samples and least <= bits(row)[0] < below]
             if own:
                 text += [f"**{title}, {'with' if samples else 'without'} samples**", "", HEAD]
-                text += [line(row, base) for row in sorted(own, key=lambda row: loss(row, base))] + [""]
+                text += [line(row, base) for row in sorted(own, key=loss)] + [""]
     for row in results["rows"].values():
         reasons = {figures["failed"] for figures in row["models"].values() if "failed" in figures}
         text += [f"- {row['library']} {row['label']}: {reason}" for reason in sorted(reasons)]
     return "\n".join(text)
 
 
-def loss(row: dict[str, Any], base: dict[str, Any]) -> tuple[bool, float]:
-    """What rows are sorted by: KL of Gemma, or of the masked language model where Gemma was not measured."""
-    figures = row["models"]
-    known = figures.get("gemma", {}).get("kl")
-    return known is None, figures.get("reactions", {}).get("kl", math.inf) if known is None else known
+def loss(row: dict[str, Any]) -> float:
+    """What rows are sorted by: KL of the masked language model, which all libraries support, or else of Gemma."""
+    found = [row["models"].get(model, {}).get("kl") for model in ("reactions", "gemma", "causal")]
+    return next((kl for kl in found if kl is not None), math.inf)
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draws KL divergence over bits for three models; rows without figures are left out."""
+    """Draws KL divergence over bits for the models that two libraries or more were measured on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,7 +97,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
         "reactions": "BERT of chemical reactions",
         "vision": "vision transformer, digits",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), constrained_layout=True)
+    rows = results["rows"].values()
+    seen = {name: {row["library"] for row in rows if "kl" in row["models"].get(name, {})} for name in titles}
+    titles = {name: title for name, title in titles.items() if len(seen[name] - {"float"}) > 1}
+    figure, axes = plt.subplots(1, len(titles), figsize=(6 * len(titles), 5), constrained_layout=True)
     for axis, (model, title) in zip(axes, titles.items(), strict=True):
         for library, (colour, mark) in STYLES.items():
             for samples in (False, True):
@@ -117,7 +119,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("KL divergence to the float model, nats")
         axis.set_title(title, fontsize=10)
         axis.grid(True, which="both", alpha=0.25)
-    handles, labels = axes[1].get_legend_handles_labels()
-    axes[2].legend(handles, labels, fontsize=7)
+    handles, labels = axes[-1].get_legend_handles_labels()
+    axes[-1].legend(handles, labels, fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

