@@ -148,6 +148,17 @@ def test_writes():
         weight.copy_(quantized(column_scale=False))
 
 
+@pytest.mark.parametrize("shape", [(16, 128), (3, 16, 128)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_of_few_rows_keeps_its_column_scale_when_floats_are_written(shape, transposed):
+    given_scale = (random(*shape[:-2], 128, seed=2) / 2).exp()
+    weight = quantized("int8", shape, column_scale=given_scale, transposed=transposed)
+    column, values = weight.column.clone(), random(*weight.shape, seed=3)
+    weight.copy_(values)
+    assert torch.equal(weight.column, column)
+    assert float((weight.dequantize() - values).norm() / values.norm()) < 0.02
+
+
 def test_what_can_be_joined():
     column = (random(128, seed=2) / 4).exp()
     one, two = (QTensor.quantize(random(64, 128, seed=i), "int4", column_scale=column) for i in (0, 1))

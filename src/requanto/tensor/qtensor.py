@@ -41,7 +41,7 @@ from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
-from requanto.scales.columns import default_column_scale, fit_column, is_on_grid
+from requanto.scales.columns import LEAST_ROWS, default_column_scale, fit_column, is_on_grid
 from requanto.scales.compact import check_scale_bits
 from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.rotation import check_rotation, fit_rotation, rotate
@@ -276,8 +276,10 @@ class QTensor(WeightParts, torch.Tensor):
 
         Args:
             same_codebook: of a learned type, with this weight's codebook instead of one of their own.
-            same_column: with this weight's column scale; False: with one of their own, if this weight has one.
+            same_column: with this weight's column scale; False: with one of their own, if this weight has one (but with
+                this weight's if it has too few rows for a computed one).
         """
+        own = not same_column and self._spec.lead[-1] >= LEAST_ROWS
         return QTensor.quantize(
             values,
             self.qtype,
@@ -287,7 +289,7 @@ class QTensor(WeightParts, torch.Tensor):
             rotation=self.rotation,
             low_rank=low_rank,
             codebook=self.codebook if same_codebook else None,
-            column_scale=self.column if self.column is not None and same_column else self.column is not None,
+            column_scale=self.column is not None if own else self.column,
             axis=self.axis,
             transposed=self.transposed,
         )
