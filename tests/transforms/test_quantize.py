@@ -59,10 +59,18 @@ def test_folded_scales_lower_the_error_and_are_not_stored():
     assert all(torch.equal(value, ordinary[key]) for key, value in folded.state_dict().items())
 
 
-def test_fold_takes_the_best_kind_where_none_is_given():
-    folded, root = quantized(fold=True), quantized(fold=True, column_scale="mean")
-    assert torch.equal(folded.norm.weight, root.norm.weight)
-    assert not torch.equal(folded.norm.weight, Mlp().norm.weight)
+@pytest.mark.parametrize(("kind", "best"), [("int4", "mean"), ("int2", "std")])
+def test_fold_takes_the_best_kind_of_the_type_where_none_is_given(kind, best):
+    norms = []
+    for asked in (None, True, "std", "mean"):
+        model = Mlp()
+        requanto.quantize(model, weights=kind, fold=True, column_scale=asked)
+        norms.append(model.norm.weight)
+    ordinary, true, std, mean = norms
+    assert torch.equal(ordinary, true)
+    assert torch.equal(ordinary, std if best == "std" else mean)
+    assert not torch.equal(std, mean)
+    assert not torch.equal(ordinary, Mlp().norm.weight)
 
 
 def test_weights_that_are_not_quantized_get_no_scale():

@@ -167,6 +167,7 @@ def quantize(
             rotation=rotate_model,
             columns=fold,
             kind=column_scale,
+            types={one for _, _, one in chosen if one is not None} if limit is None else (),
             inputs=calibration if fold_inputs is None else fold_inputs,
         ).columns
 

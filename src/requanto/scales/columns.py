@@ -71,6 +71,11 @@ def default_column_scale(kind: qtype, rows: int) -> str | None:
     return "std" if kind.bits == 2 else "mean"
 
 
+def best_column_scale(kind: qtype) -> str:
+    """The kind of column scale that ``column_scale=True`` means for a type."""
+    return default_column_scale(kind, DEFAULT_ROWS) or DEFAULT_KIND
+
+
 def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """A column scale from the weight alone: geometric mean 1, cut to 1 / `LIMIT` .. `LIMIT`; 1 for columns of zeros.
 
@@ -162,7 +167,7 @@ def fit_column(
         if not asked:
             return None
         if asked is True:
-            asked = default_column_scale(kind, DEFAULT_ROWS) or DEFAULT_KIND
+            asked = best_column_scale(kind)
         if rows.shape[-2] < LEAST_ROWS:
             logger.info(
                 "%s: a weight of %d rows gets no column scale, which would take %.2g bits for each weight",

@@ -11,7 +11,8 @@ from torch import nn
 
 from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight
-from requanto.scales.columns import DEFAULT_KIND, check_column_scale, column_scale
+from requanto.dtypes.qtypes import qtype
+from requanto.scales.columns import DEFAULT_KIND, best_column_scale, check_column_scale, column_scale
 from requanto.scales.rotation import FOLD
 from requanto.transforms.fold import Folded, fold_model
 from requanto.transforms.weights import float_weights
@@ -24,6 +25,7 @@ def fold_asked(
     rotation: bool,
     columns: bool,
     kind: bool | str | None = None,
+    types: Iterable[qtype] = (),
     inputs: Any = None,
 ) -> Folded:
     """Folds rotations, column scales or both into a float model in place.
@@ -32,7 +34,8 @@ def fold_asked(
         model: a float model.
         names: full names of the parameters that will be quantized.
         rotation, columns: what is folded.
-        kind: of the column scale, as in `QuantoConfig`; None and True: the better of the two as measured.
+        kind: of the column scale, as in `QuantoConfig`; None and True: the best one of the types.
+        types: of the codes that the weights will get; if they differ in their best kind, it is `DEFAULT_KIND`.
         inputs: see `requanto.transforms.inputs`.
 
     Raises:
@@ -46,7 +49,10 @@ def fold_asked(
     asked = set(names)
     if columns and not asked:
         raise ValueError("fold=True folds the column scales of weights that are quantized, and none is: set weights=")
-    scale = functools.partial(column_scale, kind=found if isinstance(found, str) else DEFAULT_KIND) if columns else None
+    if not isinstance(found, str):
+        best = {best_column_scale(one) for one in types}
+        found = best.pop() if len(best) == 1 else DEFAULT_KIND
+    scale = functools.partial(column_scale, kind=found) if columns else None
     return fold_model(model, rotation=rotation, column_scale=scale, names=asked, inputs=inputs)
 
 
@@ -84,6 +90,7 @@ def fold_planned(
         rotation=config.rotation == FOLD,
         columns=bool(config.fold),
         kind=config.column_scale,
+        types={one.options.qtype for one in map(planned.get, names) if one is not None and not one.options.auto},
         inputs=inputs,
     )
     for name in found.untied:
