@@ -1,18 +1,14 @@
-"""Methods of choosing scales without samples: accuracy, bits a weight and time of each.
+"""Scales chosen without samples: methods, column scales, group sizes, on the models and texts that defaults are chosen on.
 
     OMP_NUM_THREADS=1 python benchmarks/search.py                          # everything: half an hour on one core
     OMP_NUM_THREADS=1 python benchmarks/search.py --only int4-g64 nf4      # cases by name prefix; other results stay
+    OMP_NUM_THREADS=1 python benchmarks/search.py --table                  # the table of docs/accuracy.md, from the results
 
-Every linear layer is quantized (embeddings and the output layer stay float), then dequantized and measured:
-
-- SmolLM2-135M-Instruct in bfloat16: perplexity on 10,240 tokens of `requanto.data.eval_text()` in windows of 1,024, as
-  percent of the float model's. Its weights come from a Q4_1 file (affine, groups of 32), which flatters affine 4-bit
-  results, most of all those with groups of 32.
-- all-MiniLM-L6-v2, never quantized before: 1 - cosine of mean-pooled embeddings to the float model's, mean of 128
-  sentences of the same text. Its weights are rounded to bfloat16 first, so that scales take as many bits as in SmolLM2.
-
-Time: each of SmolLM2's weights is quantized by the case's method and by minmax, with the same type, group and
-scale_bits, alternating; the faster of two rounds counts. Adds to benchmarks/results/search.json after each case.
+Every linear layer but the output layer is quantized, as bfloat16 weights; figures are those of `yardsticks.measure`: dithered
+SmolLM2-135M-Instruct (perplexity in % of its float model's on 1,022 tokens of each of two texts, and KL divergence in nats a
+token), all-MiniLM-L6-v2 (1 - cosine), the digits diffusion transformer (PSNR in dB: it jumps by 1 dB from one rounding to
+the next). Time: the weights of one block of SmolLM2, alternating with minmax without a column scale, same type and
+groups; the fastest of five rounds. Adds to benchmarks/results/search.json after each case.
 """
 
 from __future__ import annotations
@@ -20,170 +16,123 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, command, machine
-from tqdm import tqdm
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
 import transformers
-from real_models import minilm_dir, smollm2_dir
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from common import RESULTS, command, machine
+from torch import nn
+from tqdm import tqdm
+from yardsticks.measure import figures, load, ours
 
-from requanto import QTensor, QuantoConfig
-from requanto.config.plan import PlannedWeight
-from requanto.data import eval_text
-from requanto.report.calibrated import planned_for
-from requanto.report.perplexity import perplexity
+from requanto import QTensor
 
 OUT = RESULTS / "search.json"
-TOKENS, WINDOW, SENTENCES = 10_240, 1024, 128
+MODELS = ("smollm2", "minilm", "digits")
 
-
-@dataclass(frozen=True)
-class Case:
-    """A type and a method; ``weights=None``: the weights stay bfloat16."""
-
-    weights: str | None
-    method: str | None = None
-    group: int | None = None
-    scale_bits: int | None = None
-
-    @property
-    def name(self) -> str:
-        """The name, e.g. ``int4-g64-s8/weighted``; ``--only`` takes prefixes of it."""
-        if self.weights is None:
-            return "bfloat16"
-        group = "" if self.group is None else f"-g{self.group}"
-        return f"{self.weights}{group}{'' if self.scale_bits is None else f'-s{self.scale_bits}'}/{self.method}"
-
-    def config(self, method: str | None) -> QuantoConfig:
-        """The configuration, with another method."""
-        return QuantoConfig(weights=self.weights, group_size=self.group, scale_bits=self.scale_bits, method=method)
-
-
-#: the most important first: a run may be stopped early
-CASES = (
-    Case(None),
-    Case("int4", "aligned", 64),
-    Case("int3", "aligned", 64),
-    Case("int4", "aligned", 128),
-    Case("int2", "aligned", 32),
-    Case("int4", "aligned", 64, 8),
-    Case("int4", "aligned", 32),
-    Case("int3", "aligned", 32),
-    Case("int4", "aligned", 32, 4),
-    Case("int4", "aligned", 16, 4),
-    Case("int4", "weighted", 64),
-    Case("int4", "minmax", 64),
-    Case("int4", "weighted", 64, 8),
-    Case("int4", "weighted", 128),
-    Case("int4", "weighted", 32, 8),
-    Case("int4", "minmax", 128),
-    Case("int3", "weighted", 64),
-    Case("int3", "minmax", 64),
-    Case("int4", "mse", 64),
-    Case("int4", "hqq", 64),
-    Case("nf4", "minmax", 64),
-    Case("codebook4", "minmax", 64),
-    Case("float8", "mse"),
-    Case("float8", "minmax"),
-    Case("int8", "minmax"),
-    Case("int2", "weighted", 32),
-    Case("int3", "weighted", 64, 8),
-    Case("int4", "mse", 128),
-    Case("int4", "hqq", 128),
-    Case("int4", "weighted", 32),
-    Case("int4", "minmax", 32),
-    Case("int3", "weighted", 32),
-    Case("int2", "minmax", 32),
-    Case("int4", "weighted", 32, 4),
-    Case("int4", "weighted", 16, 4),
-)
-
-
-def sentences() -> list[str]:
-    """Lines of the text of more than 60 characters."""
-    lines = [line.strip() for line in eval_text().split("\n")]
-    return [line for line in lines if 60 < len(line) < 400][:SENTENCES]
-
-
-@torch.no_grad()
-def embeddings(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
-    """Mean-pooled, ``[texts, features]``."""
-    found = []
-    for start in range(0, len(texts), 32):
-        inputs = tokenizer(
-            texts[start : start + 32], return_tensors="pt", padding=True, truncation=True, max_length=128
+#: Cases by name: keywords of `requanto.quantize`; those left out are the type's defaults.
+CASES: dict[str, dict[str, Any] | None] = {
+    "float": None,
+    "int8": {"weights": "int8"},
+    "float8": {"weights": "float8"},
+    "float8, mean": {"weights": "float8", "column_scale": "mean"},
+    "int4-g16-s4": {"weights": "int4", "group_size": 16, "scale_bits": 4},
+    "int4-g32-s8": {"weights": "int4", "group_size": 32, "scale_bits": 8},
+    "int4-g64": {"weights": "int4"},
+    **{
+        f"int4-g64, {method}, {kind or 'no'} columns": {"weights": "int4", "method": method, "column_scale": kind}
+        for method, kind in (
+            ("weighted", "std"),
+            ("weighted", "root"),
+            ("weighted", False),
+            ("aligned", "mean"),
+            ("mse", "mean"),
+            ("hqq", "mean"),
+            ("minmax", "mean"),
+            ("aligned", False),
+            ("mse", False),
+            ("hqq", False),
+            ("minmax", False),
         )
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        found.append((model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1))
-    return torch.cat(found)
+    },
+    "int4-g32-s4": {"weights": "int4", "group_size": 32, "scale_bits": 4},
+    "int4-g64-s8": {"weights": "int4", "scale_bits": 8},
+    "nf4-g64": {"weights": "nf4"},
+    "nf4-g64, no columns": {"weights": "nf4", "column_scale": False},
+    "codebook4-g64": {"weights": "codebook4"},
+    "codebook4-g64, no columns": {"weights": "codebook4", "column_scale": False},
+    "int3-g32": {"weights": "int3"},
+    "int3-g16-s4": {"weights": "int3", "group_size": 16, "scale_bits": 4},
+    "int3-g64": {"weights": "int3", "group_size": 64},
+    "int3-g64, aligned, mean columns": {"weights": "int3", "group_size": 64, "method": "aligned"},
+    "int3-g32, minmax, no columns": {"weights": "int3", "method": "minmax", "column_scale": False},
+    "codebook3-g32": {"weights": "codebook3"},
+    "codebook3-g32, mean columns": {"weights": "codebook3", "column_scale": "mean"},
+    "int2-g32": {"weights": "int2"},
+    "int2-g16-s4": {"weights": "int2", "group_size": 16, "scale_bits": 4},
+    "int2-g32, minmax, no columns": {"weights": "int2", "method": "minmax", "column_scale": False},
+}
 
 
-class Subject:
-    """A model whose weights can be quantized repeatedly: it stores the float weights."""
+class Stored:
+    """A quantizer of `yardsticks.measure` that leaves dequantized weights in the model; counts the bits."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.floats = {name: p.detach().to(torch.bfloat16, copy=True) for name, p in model.named_parameters()}
-
-    def planned(self, case: Case, method: str | None = None) -> dict[str, PlannedWeight]:
-        """The weights to quantize, by parameter name. All of the model's weights are float when this is called."""
-        return {} if case.weights is None else planned_for(self.model, case.config(method or case.method))
+    def __init__(self, case: dict[str, Any], dtype: torch.dtype) -> None:
+        self.case, self.dtype = case, dtype
+        self.bits = 0.0
 
     @torch.no_grad()
-    def quantize(self, case: Case) -> float:
-        """Puts the dequantized weights into the model, in its dtype; returns the bits a weight."""
-        planned = self.planned(case)
+    def __call__(self, model: nn.Module) -> None:
+        floats = {name: value.clone() for name, value in model.named_parameters()}
+        if self.dtype == torch.float32:
+            model.to(torch.bfloat16)  # so that scales take as many bits in all models
+        ours(**self.case, progress=False)(model)
         size = count = 0
-        for name, float_weight in self.floats.items():
-            weight = float_weight
-            if name in planned:
-                tensor = planned[name].quantize(float_weight, name)
-                size, count, weight = size + tensor.nbytes, count + tensor.numel(), tensor.dequantize()
-            self.model.get_parameter(name).copy_(weight)
-        return 8 * size / count if count else 16.0
-
-    def seconds(self, case: Case) -> tuple[float, float]:
-        """Seconds of quantization by the case's method and by minmax, alternating for each weight."""
-        own, plain = self.planned(case), self.planned(case, "minmax")
-        totals = [0.0, 0.0]
-        for name in own:
-            best = [float("inf")] * 2
-            for _ in range(2):
-                for which, planned in enumerate((own, plain)):
-                    start = time.perf_counter()
-                    tensor = planned[name].quantize(self.floats[name], name)
-                    best[which] = min(best[which], time.perf_counter() - start)
-                    if not isinstance(tensor, QTensor):
-                        raise TypeError(f"{name} was not quantized: {type(tensor).__name__}")
-            totals = [total + fastest for total, fastest in zip(totals, best, strict=True)]
-        return totals[0], totals[1]
+        for module in model.modules():
+            for name, value in list(module.named_parameters(recurse=False)):
+                if isinstance(value, QTensor):
+                    size, count = size + value.nbytes, count + value.numel()
+                    setattr(module, name, nn.Parameter(value.dequantize(torch.float32), requires_grad=False))
+        quantized = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
+        model.to(self.dtype)
+        for name, value in model.named_parameters():
+            if name not in quantized:
+                value.copy_(floats[name])
+        self.bits = 8 * size / count
 
 
-def smollm2() -> Subject:
-    """SmolLM2-135M-Instruct in bfloat16."""
-    directory = smollm2_dir()
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
-    return Subject(model, AutoTokenizer.from_pretrained(directory))
+def row(case: dict[str, Any] | None) -> dict[str, Any]:
+    """All figures of a case."""
+    found: dict[str, Any] = {}
+    for name in MODELS:
+        model = load(name)
+        bits = 16.0
+        if case is not None:
+            quantizer = Stored(case, model.dtype)
+            quantizer(model)
+            bits = quantizer.bits
+        measured = figures(name, model, **({"asked": 0, "tokens": 1024, "window": 512} if name == "smollm2" else {}))
+        found[name] = {"bits": round(bits, 3)} | {key: float(f"{value:.5g}") for key, value in measured.items()}
+    return found
 
 
-def language_figures(chat: Subject, case: Case) -> dict[str, Any]:
-    """Time, bits and perplexity of a case."""
-    row: dict[str, Any] = {}
-    if case.weights is not None:
-        own, plain = chat.seconds(case)
-        row |= {"seconds": round(own, 2), "minmax_seconds": round(plain, 2), "times_minmax": round(own / plain, 2)}
-    row["bits_per_weight"] = round(chat.quantize(case), 3)
-    result = perplexity(chat.model, chat.tokenizer, eval_text(), WINDOW, TOKENS, progress=False)
-    return row | {"perplexity": round(result.perplexity, 4), "tokens": result.tokens}
+def seconds(case: dict[str, Any], weights: list[torch.Tensor]) -> dict[str, float]:
+    """Seconds of rounding the weights of a case and by minmax without a column scale, alternating."""
+    options = {key: value for key, value in case.items() if key in ("group_size", "scale_bits")}
+    own = options | {"search": case.get("method"), "column_scale": case.get("column_scale", "default")}
+    best = [float("inf")] * 2
+    for _ in range(5):
+        for which, how in enumerate((own, options | {"search": "minmax"})):
+            start = time.perf_counter()
+            for weight in weights:
+                QTensor.quantize(weight, case["weights"], **how)
+            best[which] = min(best[which], time.perf_counter() - start)
+    return {
+        "seconds": round(best[0], 4),
+        "minmax_seconds": round(best[1], 4),
+        "times_minmax": round(best[0] / best[1], 2),
+    }
 
 
 def stored() -> dict[str, Any]:
@@ -191,14 +140,33 @@ def stored() -> dict[str, Any]:
     return json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
 
 
-def keep(name: str, row: dict[str, Any]) -> None:
+def keep(name: str, found: dict[str, Any]) -> None:
     """Adds a case: reads the file again, since another process may have written it, and replaces it as a whole."""
-    latest = stored() | {name: row}
-    order = [case.name for case in CASES if case.name in latest]
-    order += [known for known in latest if known not in order]  # cases of another version of this list
+    latest = stored() | {name: found}
     part = OUT.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps({known: latest[known] for known in order}, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps({k: latest[k] for k in CASES if k in latest}, indent=1) + "\n", encoding="utf-8")
     part.replace(OUT)
+
+
+def table() -> str:
+    """The rows of docs/accuracy.md."""
+    rows = stored()
+    base = rows["float"]["smollm2"]
+    lines = [
+        "| weights | bits | SmolLM2, two texts | KL | MiniLM | digits | time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in rows.items():
+        if name == "float":
+            continue
+        chat = found["smollm2"]
+        percent = [100 * chat[key] / base[key] for key in ("perplexity_eval", "perplexity_calibration")]
+        shown = " / ".join(f"{value:,.0f}" if value >= 102 else f"{value:.1f}" for value in percent)
+        lines.append(
+            f"| {name} | {chat['bits']:.2f} | {shown} % | {chat['kl']:.3f} | {found['minilm']['one_minus_cosine']:.4f} | "
+            f"{found['digits']['psnr_db']:.1f} dB | {found['time']['times_minmax']:.1f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -206,30 +174,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="prefixes of names; default: all")
     parser.add_argument("--missing", action="store_true", help="skip cases that have results")
-    parser.add_argument("--minilm-only", action="store_true", help="only MiniLM, for cases without results: a minute")
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--table", action="store_true", help="print the table of the results and stop")
     options = parser.parse_args()
-    cases = [case for case in CASES if any(case.name.startswith(beginning) for beginning in options.only)]
-    if options.list or not cases:
-        print("\n".join(case.name for case in (cases or CASES)))
-        raise SystemExit(0 if cases else f"no case begins with {' or '.join(options.only)}")
+    if options.table:
+        print(table())
+        return
+    known = stored() if options.missing else {}
+    cases = [name for name in CASES if name.startswith(tuple(options.only)) and name not in known]
     transformers.utils.logging.disable_progress_bar()
-    bert_dir, chat = minilm_dir(), None if options.minilm_only else smollm2()
-    bert = Subject(AutoModel.from_pretrained(bert_dir, dtype=torch.float32), AutoTokenizer.from_pretrained(bert_dir))
-    texts = sentences()
-    wanted = embeddings(bert.model, bert.tokenizer, texts)
+    block = load("smollm2").model.layers[10]
+    weights = [value.detach() for value in block.parameters() if value.dim() == 2]
     bar = tqdm(cases, desc="cases", unit="case")
-    for case in bar:
-        known = stored().get(case.name, {})
-        if "perplexity" in known and (options.missing or options.minilm_only):
-            continue
-        bar.set_postfix_str(case.name)
-        row: dict[str, Any] = {} if chat is None else language_figures(chat, case)
-        row["minilm_bits_per_weight"] = round(bert.quantize(case), 3)
-        cosine = torch.cosine_similarity(embeddings(bert.model, bert.tokenizer, texts).double(), wanted.double())
-        row |= {"minilm_distance": float(f"{1 - cosine.mean().item():.4g}"), "sentences": len(texts)}
-        keep(case.name, row | {"command": command(), "machine": machine()})
-        tqdm.write(f"{case.name:22} {json.dumps(row)}")
+    for name in bar:
+        bar.set_postfix_str(name)
+        case = CASES[name]
+        found = row(case)
+        if case is not None:
+            found["time"] = seconds(case, weights)
+        keep(name, found | {"command": command(), "machine": machine()})
+        tqdm.write(f"{name:40} {json.dumps(found)}")
 
 
 if __name__ == "__main__":

@@ -235,9 +235,16 @@ def test_another_value_is_refused_everywhere(value):
 def test_true_is_the_best_kind_of_the_type_and_none_is_none_for_a_single_weight():
     for value in (True, False, None):
         assert check_column_scale(value) is value
-    for kind, best in (("int4", "mean"), ("nf4", "mean"), ("int2", "std"), ("int8", DEFAULT_KIND)):
+    for kind, best in (("int4", "mean"), ("nf4", "mean"), ("int2", "mean"), ("int8", DEFAULT_KIND)):
         one, two = (QTensor.quantize(uneven(), kind, column_scale=value) for value in (True, best))
         assert torch.equal(one, two)
+    for bits, best in ((4, "std"), (5, "std"), (6, "mean"), (8, "mean")):
+        for value in (True, "default"):
+            one, two = (
+                QTensor.quantize(uneven(DEFAULT_ROWS), "int2", group_size=16, scale_bits=bits, column_scale=asked)
+                for asked in (value, best)
+            )
+            assert torch.equal(one, two)
     assert QTensor.quantize(uneven(), "int4").column is None
 
 
@@ -246,7 +253,15 @@ def test_true_is_the_best_kind_of_the_type_and_none_is_none_for_a_single_weight(
 
 @pytest.mark.parametrize(
     ("kind", "wanted"),
-    [("int4", "mean"), ("int3", "mean"), ("nf4", "mean"), ("codebook4", "mean"), ("int2", "std"), ("int8", None)],
+    [
+        ("int4", "mean"),
+        ("int3", "mean"),
+        ("nf4", "mean"),
+        ("codebook4", "mean"),
+        ("codebook3", None),
+        ("int2", "mean"),
+        ("int8", None),
+    ],
 )
 def test_models_get_the_default_of_the_type(kind, wanted):
     layer = torch.nn.Linear(128, DEFAULT_ROWS)

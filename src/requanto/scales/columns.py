@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: Power of the weights that is averaged over a column, and the exponent of that mean, by the name of the kind.
 KINDS = {"mean": (1, 1.0), "std": (2, 0.5), "root": (2, 0.25)}
-#: What ``column_scale=True`` means for types without a default.
+#: What ``column_scale=True`` means but for `best_kind`.
 DEFAULT_KIND = "mean"
 #: A weight is on a type's grid already if rounding takes less than this part of its norm. The grid's weights rounded to
 #: bfloat16 lose 0.003 at most; any others lose 0.01 with 7 bits, and more with fewer.
@@ -58,17 +58,27 @@ def check_column_scale(value: Any, where: str = "column_scale") -> str | bool | 
     raise ValueError(f"{where} must be {', '.join(map(repr, KINDS))}, True, False or None, found {value!r}")
 
 
-def default_column_scale(kind: qtype, rows: int) -> str | None:
+def best_kind(kind: qtype, scale_bits: int | None = None) -> str:
+    """The kind that ``column_scale=True`` stands for, as measured (docs/accuracy.md).
+
+    The mean hardly grows with one large weight in a column, so that weight is divided by little, and its group gets a large
+    scale. As codes of 4 or 5 bits the scales of the other groups of the row are then too coarse. With 2 bits that does more
+    harm than the mean does good.
+    """
+    return "std" if kind.bits == 2 and scale_bits is not None and scale_bits < 6 else DEFAULT_KIND
+
+
+def default_column_scale(kind: qtype, rows: int, scale_bits: int | None = None) -> str | None:
     """The kind of column scale that weights of a type get in models if none is asked for; None: they get none.
 
     With few rows it would take too many bits: these are better spent on smaller groups.
 
-    Types of 8 bits gain too little. With 2 bits a column of a few large weights must not be made larger by the small ones in
-    it, as ``"mean"`` does: most of its groups' codes would be spent on that one weight (docs/accuracy.md).
+    Types of 8 bits gain too little. Learned codebooks of 3 bits and fewer gain on sentence embeddings, but language models
+    lose perplexity.
     """
-    if kind.bits in (1, 8) or rows < DEFAULT_ROWS:
+    if kind.bits in (1, 8) or (kind.is_learned and kind.bits < 4) or rows < DEFAULT_ROWS:
         return None
-    return "std" if kind.bits == 2 else "mean"
+    return best_kind(kind, scale_bits)
 
 
 def best_column_scale(kind: qtype) -> str:
@@ -149,7 +159,7 @@ def fit_column(
     float16 either. (The codes' scales take the inverse.)
 
     Args:
-        asked: a kind; True: the type's best one; False or None: none; or a tensor of the result's shape.
+        asked: a kind; True: `DEFAULT_KIND`; False or None: none; or a tensor of the result's shape.
         rows: the weight, float ``[..., N, K]``.
         kind: type of the codes.
         dtype: dtype of the weight.
