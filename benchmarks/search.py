@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/search.py --only int4-g64 nf4      # cases by name prefix; other results stay
     OMP_NUM_THREADS=1 python benchmarks/search.py --table                  # the table of docs/accuracy.md, from the results
 
-Every linear layer but the output layer is quantized, as bfloat16 weights; figures are those of `yardsticks.measure`: dithered
+Every linear layer but the output layer is quantized, as 16-bit weights; figures are those of `yardsticks.measure`: dithered
 SmolLM2-135M-Instruct (perplexity in % of its float model's on 1,022 tokens of each of two texts, and KL divergence in nats a
 token), all-MiniLM-L6-v2 (1 - cosine), the digits diffusion transformer (PSNR in dB: it jumps by 1 dB from one rounding to
 the next). Time: the weights of one block of SmolLM2, alternating with minmax without a column scale, same type and

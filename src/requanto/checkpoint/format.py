@@ -16,6 +16,7 @@ The words after type and shape:
     rank=R           low-rank term ``W_up``, ``W_down`` (e.g. a merged adapter): the weight is ``dequant(W) + up @ down``
     scales=B         ``W_scale`` and ``W_shift`` are codes of B bits, with ``W_row_scale`` (`requanto.scales.compact`)
     rotation=B       rows were rotated in blocks of B before quantization (`requanto.scales.rotation`)
+    zeros            ``W_shift`` holds whole zero points, of as many bits as the weight's codes
     columns          column scale ``W_column``, by which dequantized rows are multiplied (`requanto.scales.columns`)
 """
 
@@ -72,7 +73,18 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
         CheckpointError: the line cannot be parsed.
     """
     spec, rank = read_spec(text, name)
-    names = ("qtype", "group_size", "axis", "affine", "transposed", "activation", "scale_bits", "rotation", "column")
+    names = (
+        "qtype",
+        "group_size",
+        "axis",
+        "affine",
+        "transposed",
+        "activation",
+        "scale_bits",
+        "rotation",
+        "column",
+        "zeros",
+    )
     return {"shape": spec.seen_shape, "rank": rank, **{field: getattr(spec, field) for field in names}}
 
 

@@ -118,7 +118,7 @@ def _check_size(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str) 
     columns = _columns_of_scales(spec, parts)
     scales = scales.float() * (steps * top) * columns
     sizes = {"scale": scales}
-    if spec.affine and spec.scale_bits is None:
+    if spec.affine and spec.shift_code_bits is None:
         sizes["shift"] = parts["shift"].float().abs() * columns
     if "up" in parts:
         sizes["up"], sizes["down"] = parts["up"].float().abs(), parts["down"].float().abs()

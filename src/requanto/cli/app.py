@@ -68,6 +68,9 @@ def quantize(
     scale_bits: Annotated[
         int | None, typer.Option(help="Bits of each group's scale and shift, 4 to 8; default: float.")
     ] = None,
+    zero_point: Annotated[
+        str | None, typer.Option(help="integer: store zero points as whole numbers, in as few bits as a weight.")
+    ] = None,
     rotation: Annotated[
         str | None,
         typer.Option(
@@ -135,6 +138,7 @@ def quantize(
             activations=activations,
             group_size=group_size,
             scale_bits=scale_bits,
+            zero_point=zero_point,
             rotation=int(rotation) if rotation is not None and rotation.isdigit() else rotation,
             fold=fold or None,
             low_rank=low_rank,

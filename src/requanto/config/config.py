@@ -15,7 +15,7 @@ from requanto.config.limit import Limit, parse_candidates
 from requanto.config.stored_weights import is_stored, plain_type, stored_text
 from requanto.dtypes.qtypes import qtype, qtypes, resolve_qtype
 from requanto.scales.columns import check_column_scale
-from requanto.scales.compact import check_scale_bits
+from requanto.scales.compact import check_scale_bits, check_zero_point, has_whole_zeros
 from requanto.scales.correction import check_low_rank
 from requanto.scales.rotation import FOLD, check_rotation
 from requanto.scales.search import check_method
@@ -23,7 +23,7 @@ from requanto.scales.search import check_method
 FORMAT = "requanto"
 #: newest checkpoint format version that can be read; a checkpoint is written as the first version that has what it needs
 FORMAT_VERSION = 3
-_VERSION_3_WORDS = frozenset({"columns"})
+_VERSION_3_WORDS = frozenset({"columns", "zeros"})
 _VERSION_2_WORDS = frozenset({"scales", "rotation"})
 _VERSION_3_TYPES = frozenset(kind.name for kind in qtypes.values() if kind.blocks is not None)
 _VERSION_1_TYPES = frozenset({"qint2", "qint4", "qint8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2"})
@@ -66,10 +66,13 @@ _LAYER_KEYS = (
         "rotation",
         "low_rank",
         "column_scale",
+        "zero_point",
     ),
 )
 #: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
-_LATER_KEYS = frozenset({"scale_bits", "method", "rotation", "low_rank", "column_scale", "fold", *_BUDGET_KEYS})
+_LATER_KEYS = frozenset(
+    {"scale_bits", "method", "rotation", "low_rank", "column_scale", "zero_point", "fold", *_BUDGET_KEYS}
+)
 #: of the files, not of the choice
 _OF_FILES = ("digests", "save_id")
 _STORED_KEYS = ("quant_method", "format", "format_version", "tensors", "activation_modules", "budget", *_OF_FILES)
@@ -108,6 +111,8 @@ class QuantoConfig:
         column_scale: ``"mean"``, ``"std"`` or ``"root"``: weights are divided by a scale of each column before rounding, and
             inputs multiplied by it (docs/accuracy.md); True: the type's best one; False: no column scale; None: the type's
             default, which is none for 1 and 8 bits.
+        zero_point: ``"integer"``: the shift of a group is stored as the code that stands for 0, in as many bits as the code
+            of a weight (docs/accuracy.md); None or ``"float"``: as a float, or in ``scale_bits``.
         fold: column scales are put into the norms and layers before, where a trial shows that exact, so that they cost
             nothing at run time (docs/accuracy.md).
         default_skips: leave float what the library or this package skips by default. False clears that list.
@@ -138,6 +143,7 @@ class QuantoConfig:
         rotation: bool | str | int | None = None,
         low_rank: int | None = None,
         column_scale: bool | str | None = None,
+        zero_point: str | None = None,
         fold: bool | None = None,
         weights_dtype: str | qtype | None = None,
         method: str | None = None,
@@ -175,6 +181,7 @@ class QuantoConfig:
         )
         self.low_rank = check_low_rank(checks.small(low_rank, "low_rank"))
         self.column_scale = check_column_scale(checks.small(column_scale, "column_scale"))
+        self.zero_point = check_zero_point(checks.small(zero_point, "zero_point"))
         #: None where nothing is folded, and once it was
         self.fold: bool | None = None if fold is None else checks.flag(fold, "fold") or None
         #: name of a stored weight -> its spec (`requanto.checkpoint.format`); empty until a model was quantized
@@ -221,6 +228,7 @@ class QuantoConfig:
             "rotation",
             "low_rank",
             "column_scale",
+            "zero_point",
             "fold",
             "weights_dtype",
             "method",
@@ -276,6 +284,7 @@ class QuantoConfig:
             "rotation": None if self.rotation == FOLD else self.rotation,
             "low_rank": self.low_rank,
             "column_scale": self.column_scale,
+            "zero_point": self.zero_point,
         }
         choice = self.modules[pattern] if pattern is not None else options
         if isinstance(choice, str):
@@ -285,6 +294,13 @@ class QuantoConfig:
         kind = None if options["weights"] == AUTO else resolve_qtype(options["weights"])
         check_method(options["method"], kind, where)
         check_scale_bits(options["scale_bits"], where.replace("method", "scale_bits"), kind)
+        if options["zero_point"] is not None and kind is not None and not has_whole_zeros(kind, options["symmetric"]):
+            if pattern is None or (choice or {}).get("zero_point") is not None:
+                raise ValueError(
+                    f"{where.replace('method', 'zero_point')}='integer' needs a type with a shift, such as int4 without "
+                    f"symmetric=True; found {kind.name}"
+                )
+            options["zero_point"] = None  # of the other layers
         return LayerOptions(**options)
 
     # ------------------------------------------------------------------ methods that the libraries call
@@ -378,6 +394,7 @@ class LayerOptions:
         rotation: int | None = None,
         low_rank: int | None = None,
         column_scale: bool | str | None = None,
+        zero_point: str | None = None,
     ) -> None:
         #: True while a budget has not chosen the type; qtype is int8 until then
         self.auto = weights == AUTO
@@ -390,6 +407,8 @@ class LayerOptions:
         self.scale_bits, self.rotation, self.low_rank = scale_bits, rotation, low_rank
         #: kind of column scale; False: none; None: the type's default
         self.column_scale = column_scale
+        #: "integer": whole zero points
+        self.zero_point = zero_point
         #: name of the scale search; None: the type's default
         self.method = method
 
@@ -438,4 +457,5 @@ _LAYER_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "rotation": check_rotation,
     "low_rank": check_low_rank,
     "column_scale": check_column_scale,
+    "zero_point": check_zero_point,
 }

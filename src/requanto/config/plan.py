@@ -55,6 +55,7 @@ class PlannedWeight:
             rotation=self.options.rotation,
             low_rank=self.options.low_rank,
             column_scale="default" if self.options.column_scale is None else self.options.column_scale,
+            zero_point=self.options.zero_point,
             axis=self.axis,
             transposed=self.transposed,
             search=search or self.options.method,

@@ -144,12 +144,13 @@ class RequantoHfQuantizer(HfQuantizer):
         if text is not None:
             spec = parse_spec(text, param_name)
             kind, group, bits, rank = spec["qtype"], spec["group_size"], spec["scale_bits"], spec["rank"]
-            column = spec["column"]
+            column, zeros = spec["column"], spec["zeros"]
         elif param_name in self.planned:
             options = self.planned[param_name].options
             kind, group, bits = options.qtype, options.group_size, options.scale_bits
             rank = options.low_rank or 0
             group = 32 if group == "default" else group
+            zeros = options.zero_point is not None
             asked = options.column_scale
             planned = self.planned[param_name]
             rows = param.shape[-1] if planned.transposed else param.shape[planned.axis]
@@ -157,7 +158,8 @@ class RequantoHfQuantizer(HfQuantizer):
         else:
             return param.element_size()
         element = param.element_size() if bits is None else bits / 8
-        overhead = 2 * element / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
+        second = kind.bits / 8 if zeros else element
+        overhead = (element + second) / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
         if rank and param.dim() > 1:
             overhead += rank * param.element_size() * (1 / max(1, param.shape[-1]) + 1 / max(1, param.shape[-2]))
         if column and param.dim() > 1:

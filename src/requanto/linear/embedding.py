@@ -77,7 +77,7 @@ def _simple(weight: QTensor) -> bool:
     return (
         weight.rotation is None
         and weight.up is None
-        and weight._spec.scale_code_bits is None
+        and not weight._spec.code_bits
         and not weight.qtype.is_codebook
         and weight.dim() == 2
         and weight.numel() > 0

@@ -77,6 +77,8 @@ def explain(
         kind = parameter.qtype.name.removeprefix("q") + group
         if parameter.scale_bits is not None:
             kind += f", scales in {parameter.scale_bits} bits"
+        if parameter.zeros:
+            kind += ", whole zero points"
         if parameter.rotation is not None:
             kind += f", rotated in blocks of {parameter.rotation}"
         if parameter.column is not None:

@@ -173,6 +173,7 @@ def _joined(layer: Layer, experts: list[QTensor]) -> QTensor:
         group_size=first.group_size,
         transposed=first.transposed,
         scale_bits=first.scale_bits,
+        zeros=first.zeros,
         rotation=first.rotation,
     )
     tensor.activation = layer.planned.options.activations

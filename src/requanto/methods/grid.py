@@ -11,7 +11,7 @@ import torch
 from requanto.dtypes.qtypes import qtype
 from requanto.scales import blocks
 from requanto.scales.codebook import nearest_codes, values_of
-from requanto.scales.compact import expand_scale, expand_shift, round_scales
+from requanto.scales.compact import around_zero, expand_scale, expand_shift, round_scales, whole_zeros
 from requanto.scales.weights import _storable
 
 
@@ -26,6 +26,7 @@ class Grid:
         stored: dtype in which scale and shift will be stored.
         scale_bits: if given, scale and shift are stored in this many bits, relative to one scale per row
             (`requanto.scales.compact`).
+        zeros: shifts are whole zero points times the scale.
         unit: NVFP4's number of the tensor, float32 ``[1, 1]`` (`requanto.scales.blocks.tensor_scale`); None for other types.
     """
 
@@ -36,7 +37,9 @@ class Grid:
         stored: torch.dtype,
         scale_bits: int | None = None,
         unit: torch.Tensor | None = None,
+        zeros: bool = False,
     ) -> None:
+        self.zeros = zeros
         self.kind, self.affine, self.stored, self.scale_bits, self.unit = kind, affine, stored, scale_bits, unit
         self.low, self.high = (0.0, 2.0**kind.bits - 1) if affine else (float(kind.qmin), float(kind.qmax))
         self.top = kind.span if kind.is_codebook else self.high
@@ -66,6 +69,10 @@ class Grid:
         if self.kind.blocks is not None:
             form, unit = self.kind.blocks.scale, None if self.unit is None else self.unit.view(-1)
             return blocks.expand_scale(blocks.nearest_scale(scale.float(), unit, form), unit, form), None
+        if self.scale_bits is None and self.zeros and shift is not None:
+            scale, shift = around_zero(scale, shift, self.kind)
+            scale, _ = _storable(scale, None, self.stored)
+            return scale, whole_zeros(scale, shift, self.kind).to(scale.dtype) * scale
         if self.scale_bits is None:
             return _storable(scale, shift, self.stored)
         if shift is not None:  # makes 0 lie within the range of the codes
@@ -80,10 +87,11 @@ class Grid:
         scale, shift = self.storable(scale, shift)
         if self.scale_bits is None:
             return scale, shift, None
-        found = round_scales(scale, shift, self.kind, self.scale_bits)
+        bits = self.kind.bits if self.zeros else self.scale_bits
+        found = round_scales(scale, shift, self.kind, self.scale_bits, bits)
         scale = expand_scale(found.scale, found.row_scale)
         if found.shift is not None:
-            shift = expand_shift(found.shift, scale, self.kind, self.scale_bits)
+            shift = expand_shift(found.shift, scale, self.kind, bits)
         return scale, shift, found.row_scale
 
     # ------------------------------------------------------------------ scale and shift

@@ -23,7 +23,7 @@ from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.blocks import nearest_scale, tensor_scale
 from requanto.scales.codebook import fit_codebook
 from requanto.scales.columns import SMALLEST, default_column_scale, fit_column, is_on_grid
-from requanto.scales.compact import pack_codes, zero_step
+from requanto.scales.compact import pack_codes, whole_zeros, zero_step
 from requanto.scales.rotation import fit_rotation
 from requanto.scales.weights import encode, scale_dtype
 from requanto.tensor.qtensor import QTensor
@@ -226,7 +226,8 @@ class Layer:
         unit = None
         if kind.blocks is not None and kind.blocks.scale == "e4m3":
             unit = tensor_scale((self.weight() if rows is None else rows).abs().max().view(1, 1), kind, searched=True)
-        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped), bits, unit)
+        zeros = options.zero_point is not None
+        return Grid(kind, affine, scale_dtype(self.parameter.dtype, grouped), bits, unit, zeros)
 
     def tensor(self, rounded: Rounded, grid: Grid) -> QTensor:
         """Returns the QTensor whose dequantized codes are ``rounded.values``, with the basis."""
@@ -247,6 +248,7 @@ class Layer:
             codebook=torch.tensor(kind.values, dtype=torch.float32, device=codes.device) if kind.is_learned else None,
             row_scale=rounded.row_scale if grid.unit is None else grid.unit.repeat(len(scale), 1),
             scale_bits=grid.scale_bits,
+            zeros=grid.zeros,
             rotation=self.basis.rotation,
             column=self.basis.column,
             up=self.basis.up,
@@ -260,11 +262,16 @@ class Layer:
         scale, shift, row, bits = rounded.scale, rounded.shift, rounded.row_scale, grid.scale_bits
         if grid.kind.blocks is not None:
             return nearest_scale(scale.float(), grid.unit, grid.kind.blocks.scale), None
+        if grid.zeros and shift is not None:
+            found = whole_zeros(scale.masked_fill(scale == 0, 1.0), shift, grid.kind)
+            shift = pack_codes(found, grid.kind.bits)
         if bits is None or row is None:
-            return scale.to(grid.stored), None if shift is None else shift.to(grid.stored)
+            return scale.to(grid.stored), shift if shift is None or grid.zeros else shift.to(grid.stored)
         codes = (scale / row.float()).round().to(torch.uint8)
         if shift is None:
             return pack_codes(codes, bits), None
+        if grid.zeros:
+            return pack_codes(codes, bits), shift
         zeros = (shift / (scale * zero_step(grid.kind, bits))).round().to(torch.uint8)
         return pack_codes(codes, bits), pack_codes(zeros, bits)
 

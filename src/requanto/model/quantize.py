@@ -37,7 +37,7 @@ from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as qmodules
 from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.scales.columns import check_column_scale
-from requanto.scales.compact import check_scale_bits
+from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.correction import check_low_rank
 from requanto.scales.optimizers import Optimizer, check_optimizer
 from requanto.scales.rotation import FOLD, check_rotation
@@ -74,6 +74,7 @@ def quantize(
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
     column_scale: bool | str | None = None,
+    zero_point: str | None = None,
     fold: bool = False,
     fold_inputs: Any = None,
 ) -> Module:
@@ -110,6 +111,7 @@ def quantize(
         progress: show a progress bar while samples run.
         scale_bits, rotation, low_rank, column_scale: storage of scales, rotation of rows, correction of errors, scales of
             columns; see `QTensor.quantize`. ``rotation="fold"``: the float model is rotated first, at no cost at run time.
+        zero_point: ``"integer"``: whole zero points, see `QTensor.quantize`.
         fold: column scales (of kind ``column_scale``) are put into the norms and layers before, where a trial shows that
             exact, so that they cost nothing at run time.
         fold_inputs: inputs with which folds are tried, as ``calibration``; None: samples if there are some, else random
@@ -150,6 +152,7 @@ def quantize(
         rotation=rotation,
         low_rank=low_rank,
         column_scale=column_scale,
+        zero_point=zero_point,
     )
     refused = [name for name, value in options.items() if value is not False]
     if optimizer is not None and refused:
@@ -198,6 +201,7 @@ def quantize(
                         rotation=o.rotation,
                         low_rank=o.low_rank,
                         column_scale=False if f"{name}.weight" in folded else o.column_scale,
+                        zero_point=o.zero_point,
                     )
                     _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
             return model
@@ -339,6 +343,8 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None, digests: b
         entry["rotation"] = weight.rotation
     if isinstance(weight, QTensor) and weight.column is not None:
         entry["column_scale"] = True
+    if isinstance(weight, QTensor) and weight.zeros:
+        entry["zero_point"] = "integer"
     if isinstance(weight, QTensor) and digests:
         entry["digest"] = digest_of(weight, activation)
     return entry
@@ -351,6 +357,7 @@ def weight_options(
     rotation: bool | str | int | None = None,
     low_rank: int | None = None,
     column_scale: bool | str | None = None,
+    zero_point: str | None = None,
 ) -> dict[str, Any]:
     """Checks further keywords of `QTensor.quantize`, and returns those that are not None.
 
@@ -363,6 +370,7 @@ def weight_options(
         "rotation": check_rotation(rotation),
         "low_rank": check_low_rank(low_rank),
         "column_scale": check_column_scale(column_scale),
+        "zero_point": check_zero_point(zero_point),
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -21,7 +21,7 @@ from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as registry
 from requanto.nn.swap import quantize_in_place, restore_float_class
 from requanto.runtime.settings import settings
-from requanto.scales.compact import check_scale_bits
+from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.rotation import check_rotation
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
@@ -201,6 +201,7 @@ def _from_own_parts(
             scale_bits=bits,
             rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
             column="column" in own,
+            zeros=check_zero_point(entry.get("zero_point"), f"zero_point of {name}") is not None,
         )
         tensor = QTensor._of(spec, own)
     except ValueError as error:
@@ -227,7 +228,7 @@ def _make_qmodule(
         restore_float_class(module)
     group, symmetric = entry.get("group_size", "default"), entry.get("symmetric")
     options = weight_options(
-        **{k: entry.get(k) for k in ("scale_bits", "search", "rotation", "low_rank", "column_scale")}
+        **{k: entry.get(k) for k in ("scale_bits", "search", "rotation", "low_rank", "column_scale", "zero_point")}
     )
     if not quantize_in_place(module, kind, activation, None, group, symmetric, name, registry, options):
         raise CheckpointError(f"the map quantizes {name!r}, and {type(module).__name__} has no quantized counterpart")

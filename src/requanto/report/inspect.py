@@ -21,6 +21,7 @@ from requanto.checkpoint.weight_files import model_files
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
+from requanto.scales.columns import default_column_scale
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
@@ -245,7 +246,11 @@ def _quantized_bytes(weight: WeightReport, kind_name: str) -> int:
     kind = resolve_qtype(kind_name)
     group = fit_group_size(default_group_size(kind), weight.shape[-1], weight.name)
     shape = torch.Size(weight.shape)
-    spec = WeightSpec(kind, shape, torch.float32, len(shape) - 2, group, affine=kind.affine_by_default)
-    scale_bytes = 4 if group is None or weight.bits > 16 else 2
+    column = default_column_scale(kind, shape[-2]) is not None
+    spec = WeightSpec(kind, shape, torch.float32, len(shape) - 2, group, affine=kind.affine_by_default, column=column)
+    float_bytes = 4 if weight.bits > 16 else 2
+    scale_bytes = 4 if group is None else float_bytes
     sizes = {part: shape.numel() for part, (shape, _dtypes) in spec.expected.items()}
-    return sizes["qdata"] + scale_bytes * (sizes["scale"] + sizes.get("shift", 0))
+    return (
+        sizes["qdata"] + scale_bytes * (sizes["scale"] + sizes.get("shift", 0)) + float_bytes * sizes.get("column", 0)
+    )

@@ -149,12 +149,12 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     if isinstance(parameter, QTensor):
         kind, group, affine = parameter.qtype, parameter.group_size, parameter.affine
         transposed, axis, bits = parameter.transposed, parameter.axis, parameter.scale_bits
-        rank = parameter.rank
+        rank, zeros = parameter.rank, parameter.zeros
     else:
         assert planned is not None
         options = planned.options
         kind, transposed, axis, bits = options.qtype, planned.transposed, planned.axis, options.scale_bits
-        rank = options.low_rank or 0
+        rank, zeros = options.low_rank or 0, options.zero_point is not None
         wanted = default_group_size(kind) if options.group_size == "default" else options.group_size
         affine = kind.affine(options.symmetric, name)
         group = wanted  # type: ignore[assignment]
@@ -171,6 +171,7 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     row = 0
     if bits is not None and group is not None:
         each, row = stored_length(groups, bits), ROW_DTYPE.itemsize
+    second = stored_length(groups, kind.bits) if zeros else each
     codes = packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize
     shared = 4 * 2**kind.bits if kind.is_learned else 0
     factors = rank * (rows_here + torch.Size(shape[:axis]).numel() * length_here) * parameter.element_size()
@@ -180,7 +181,7 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
         column = bool(default_column_scale(kind, shape[axis]) if asked is None else asked) and shape[axis] >= LEAST_ROWS
     if column:
         shared += torch.Size(shape[:axis]).numel() * length_here * parameter.element_size()
-    return shared + rows_here * (codes + each * (2 if affine else 1) + row) + factors
+    return shared + rows_here * (codes + each + (second if affine else 0) + row) + factors
 
 
 def _per_token(settings: Any, tp: int) -> tuple[int, int]:

@@ -9,6 +9,12 @@ So a group needs 2 x 8 or 2 x 4 bits instead of 2 x 16. The shift is a zero poin
 range of the codes, hence 0 is always between a group's smallest and largest value: the range of a group whose weights all
 have one sign is extended to 0.
 
+Whole zero points (``zero_point="integer"``) are codes of the weights, of b bits, also beside scales that are floats:
+
+    shift = scale * zero_code                          zero_code in 0 .. 2^b - 1
+
+That is what other programs and formats know as a zero point. 0 is exact, and a group needs 16 + b bits.
+
 The weights' codes are chosen after scale and shift were rounded, so their rounding adds no second error. (Scales of scales:
 QLoRA's double quantization, Dettmers et al. 2023, arXiv:2305.14314; llama.cpp's K types round scales and minima to 6 bits.)
 """
@@ -21,6 +27,7 @@ import torch
 
 from requanto.dtypes.bit_packing import pack, packed_length, unpack
 from requanto.dtypes.qtypes import qtype
+from requanto.runtime.buffers import scratch_like
 
 #: dtype of a row's scale: float32's range in 16 bits. Its rounding adds no error, since the codes are chosen after it.
 ROW_DTYPE = torch.bfloat16
@@ -52,23 +59,85 @@ def check_scale_bits(value: Any, where: str = "scale_bits", kind: qtype | None =
     return value
 
 
-def round_scales(scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype, bits: int) -> CompactScales:
+def check_zero_point(value: Any, where: str = "zero_point") -> str | None:
+    """Checks how zero points are stored: ``"integer"``, or None (also for ``"float"``) for shifts that are not whole.
+
+    Raises:
+        ValueError: the value is another one.
+    """
+    if value in (None, "float"):
+        return None
+    if value != "integer":
+        raise ValueError(f"{where} must be 'integer', 'float' or None, found {value!r}")
+    return "integer"
+
+
+def has_whole_zeros(kind: qtype, symmetric: bool | None) -> bool:
+    """True if ``zero_point="integer"`` is possible for a type and the user's value of ``symmetric``."""
+    return kind.bits > 1 and kind.affine_by_default and not symmetric
+
+
+def around_zero(scale: torch.Tensor, shift: torch.Tensor, kind: qtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift ``[..., G]`` after extending each group's range to 0."""
+    steps = 2**kind.bits - 1
+    low, high = (-shift).clamp(max=0), (scale * steps - shift).clamp(min=0)
+    return (high - low) / steps, -low
+
+
+def whole_zeros(scale: torch.Tensor, shift: torch.Tensor, kind: qtype) -> torch.Tensor:
+    """The codes (uint8) nearest to 0 for float32 scales that are not 0 and shifts ``[..., G]``."""
+    return (shift / scale).round_().clamp_(0, 2**kind.bits - 1).to(torch.uint8)
+
+
+def fit_scale(groups: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor, kind: qtype) -> torch.Tensor:
+    """The float32 scale ``[..., G]`` of least ``sum |w|^0.5 (w - dequantized)^2`` for the codes of a given one.
+
+    Rounding a zero point moves all codes of a group, by half a step at most, so the scale that was found with the shift
+    no longer is the best one.
+
+    Args:
+        groups: float32 weights ``[..., G, group]``.
+        scale: float32 scales, not 0.
+        zeros: the codes of 0.
+        kind: type of the weights' codes.
+    """
+    zeros = zeros.to(torch.float32).unsqueeze(-1)
+    codes = torch.div(groups, scale.unsqueeze(-1), out=scratch_like(groups, "codes"))
+    codes.add_(zeros).round_().clamp_(0, 2**kind.bits - 1).sub_(zeros)
+    counted = torch.abs(groups, out=scratch_like(groups, "importance")).sqrt_().mul_(codes)
+    above = torch.mul(counted, groups, out=scratch_like(groups, "product")).sum(-1)
+    below = counted.mul_(codes).sum(-1)
+    fitted = above / below
+    return torch.where((above > 0) & (below > 0), fitted, scale)
+
+
+def round_scales(
+    scale: torch.Tensor, shift: torch.Tensor | None, kind: qtype, bits: int, zero_bits: int | None = None
+) -> CompactScales:
     """The codes nearest to float32 scales and shifts ``[..., G]``, after extending each group's range to 0.
 
     A scale that is 0 after that (a group of zeros) stays 0; others get a code of at least 1.
+
+    Args:
+        scale: float32 scales.
+        shift: float32 shifts, or None.
+        kind: type of the weights' codes.
+        bits: bits of a scale.
+        zero_bits: bits of a zero point; None: ``bits``.
     """
-    steps, top = 2**kind.bits - 1, 2**bits - 1
+    zero_bits = zero_bits or bits
+    top, low = 2**bits - 1, None
     if shift is not None:
-        low, high = (-shift).clamp(max=0), (scale * steps - shift).clamp(min=0)
-        scale = (high - low) / steps
+        scale, shift = around_zero(scale, shift, kind)
+        low = -shift
     row = (scale.amax(-1, keepdim=True) / top).to(ROW_DTYPE)
     divisor = torch.where(row == 0, torch.ones_like(row), row).float()
     codes = (scale / divisor).round_().clamp_(1, top).masked_fill_(scale == 0, 0)
     zeros = None
-    if shift is not None:
+    if low is not None:
         rounded = codes * row.float()
-        zeros = torch.where(rounded == 0, torch.zeros_like(rounded), -low / (rounded * zero_step(kind, bits)))
-        zeros = zeros.round_().clamp_(0, top).to(torch.uint8)
+        zeros = torch.where(rounded == 0, torch.zeros_like(rounded), -low / (rounded * zero_step(kind, zero_bits)))
+        zeros = zeros.round_().clamp_(0, 2**zero_bits - 1).to(torch.uint8)
     return CompactScales(codes.to(torch.uint8), zeros, row)
 
 

@@ -116,8 +116,15 @@ def valid_methods(kind: qtype) -> tuple[str, ...]:
     return tuple(SEARCHES)
 
 
-def default_method(kind: qtype) -> str:
-    """Name of the default search of a type, the most accurate one as measured (docs/accuracy.md)."""
+def default_method(kind: qtype, zeros: bool = False) -> str:
+    """Name of the default search of a type, the most accurate one as measured (docs/accuracy.md).
+
+    Args:
+        kind: the type.
+        zeros: zero points are whole numbers. `aligned` then finds shifts that are nearly whole.
+    """
+    if zeros and kind.bits == 4:
+        return "aligned"
     if (kind.is_floating_point and kind.bits == 8) or kind.blocks is not None:
         return "mse"
     return "weighted" if kind.bits <= 4 and "weighted" in valid_methods(kind) else "minmax"

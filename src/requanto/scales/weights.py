@@ -25,11 +25,14 @@ from requanto.scales.codebook import fit_codebook, nearest_codes
 from requanto.scales.columns import divide_columns
 from requanto.scales.compact import (
     ROW_DTYPE,
+    around_zero,
     expand_scale,
     expand_shift,
+    fit_scale,
     pack_codes,
     round_scales,
     stored_length,
+    whole_zeros,
 )
 from requanto.scales.rotation import rotate
 from requanto.scales.search import ScaleSearch, default_method, find_search
@@ -67,6 +70,7 @@ def quantize_weight_data(
     rotation: int | None = None,
     dtype: torch.dtype | None = None,
     column: torch.Tensor | None = None,
+    zeros: bool = False,
 ) -> QuantizedData:
     """Quantizes the rows of ``weight``, in chunks of rows that bound the temporary memory.
 
@@ -81,6 +85,7 @@ def quantize_weight_data(
         rotation: block in which the rows are rotated first (`requanto.scales.rotation`).
         dtype: dtype of the stored scales of groups; None: that of ``weight``.
         column: column scale ``[..., K]`` by which the rows are divided first (`requanto.scales.columns`).
+        zeros: shifts are stored as whole zero points (`scales.compact`).
 
     Raises:
         ValueError: the weight contains NaN or Inf, is not float, or the type does not support ``affine``.
@@ -95,8 +100,8 @@ def quantize_weight_data(
     rows = weight.reshape(lead.numel(), length)
     count, groups = rows.shape[0], (length // group if length else 1)
     stored = scale_dtype(dtype or weight.dtype, groups > 1)
-    named = search or default_method(kind)
-    search = find_search(search, kind)
+    named = search or default_method(kind, zeros)
+    search = find_search(named, kind)
 
     def prepared(block: torch.Tensor, start: int) -> torch.Tensor:
         """What is rounded for rows ``start ..``; changes ``block``, which is float32."""
@@ -115,6 +120,9 @@ def quantize_weight_data(
         scale = torch.empty(count, stored_length(groups, scale_bits), dtype=torch.uint8, device=weight.device)
         row_scale = torch.empty(count, 1, dtype=ROW_DTYPE, device=weight.device)
     shift = torch.empty_like(scale) if affine else None
+    zero_bits = kind.bits if zeros else scale_bits
+    if zeros:
+        shift = torch.empty(count, stored_length(groups, kind.bits), dtype=torch.uint8, device=weight.device)
     codebook = None
     numbers = weight.device.type != "meta" and not isinstance(weight, FakeTensor)
     if kind.is_learned:
@@ -148,18 +156,25 @@ def quantize_weight_data(
                 continue
             found, offset = _search(search, block, kind, affine)
             _require_finite(found, name)
-            if row_scale is None:
+            if row_scale is None and zeros:
+                found, offset = around_zero(found, offset, kind)
+                found, _ = _storable(found, None, stored)
+                zero_codes = whole_zeros(found, offset, kind)
+                found, _ = _storable(fit_scale(block, found, zero_codes, kind), None, stored)
+                scale[part], shift[part] = found.to(stored), pack_codes(zero_codes, kind.bits)
+                offset = expand_shift(zero_codes, found, kind, kind.bits)
+            elif row_scale is None:
                 found, offset = _storable(found, offset, stored, has_zero=kind.values is None or 0 in kind.values)
                 scale[part] = found.to(stored)
                 if shift is not None:
                     shift[part] = offset.to(stored)
             else:
-                compact = round_scales(found, offset, kind, scale_bits)
+                compact = round_scales(found, offset, kind, scale_bits, zero_bits)
                 scale[part], row_scale[part] = pack_codes(compact.scale, scale_bits), compact.row_scale
                 found = expand_scale(compact.scale, compact.row_scale)
                 if shift is not None:
-                    shift[part] = pack_codes(compact.shift, scale_bits)
-                    offset = expand_shift(compact.shift, found, kind, scale_bits)
+                    shift[part] = pack_codes(compact.shift, zero_bits)
+                    offset = expand_shift(compact.shift, found, kind, zero_bits)
                 found = found.masked_fill_(found == 0, 1.0)  # groups of zeros: any scale gives the same codes
             codes = encode(block, found, offset, kind)
             qdata[part] = pack(codes, kind.bits) if kind.is_packed else codes

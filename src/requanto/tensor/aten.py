@@ -290,13 +290,14 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         rows = (slice(None),) * axis + (slice(start, end, step),)
         return part_of(tensor, new, lambda name, t: t if name in whole else t[rows])
     groups = slice(start // group, end // group)
-    bits, read_only = spec.scale_code_bits, None
-    if bits is not None and bits < 8:
-        # The first code of a scale may be inside a byte, so the scales are repacked.
-        read_only = (
-            f"copy_ into columns of a quantized weight whose scales are stored in {bits} bits: their codes share bytes with "
-            f"others. Write the whole weight instead."
-        )
+    bits, read_only = spec.code_bits, None
+    for part, count in bits.items():
+        if count < 8:  # the first code of a slice may be inside a byte, so the scales are repacked
+            read_only = (
+                f"copy_ into columns of a quantized weight whose {part}s are stored in {count} bits: their codes share "
+                f"bytes with others. Write the whole weight instead."
+            )
+            break
 
     def columns(name: str, t: torch.Tensor) -> torch.Tensor:
         if name == "qdata":
@@ -304,9 +305,10 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
         if name in ("down", "column"):
             return t[..., start:end]
         if name in ("scale", "shift") and spec.group_size is not None:
-            if bits is None or bits == 8:
+            count = bits.get(name, 8)
+            if count == 8:
                 return t[..., groups]
-            return pack_codes(unpack_codes(t, bits, spec.groups)[..., groups].contiguous(), bits)
+            return pack_codes(unpack_codes(t, count, spec.groups)[..., groups].contiguous(), count)
         return t
 
     return part_of(tensor, new, columns, rows=False, read_only=read_only)

@@ -105,7 +105,17 @@ def _quantized(pieces: Sequence[torch.Tensor], what: str) -> list[QTensor]:
 def _check_alike(weights: Sequence[QTensor]) -> None:
     first = weights[0]
     for other in weights[1:]:
-        for field in ("qtype", "affine", "axis", "transposed", "activation", "scale_bits", "rotation", "device"):
+        for field in (
+            "qtype",
+            "affine",
+            "axis",
+            "transposed",
+            "activation",
+            "scale_bits",
+            "zeros",
+            "rotation",
+            "device",
+        ):
             mine, theirs = getattr(first, field), getattr(other, field)
             if mine != theirs:
                 mine, theirs = getattr(mine, "name", mine), getattr(theirs, "name", theirs)

@@ -87,7 +87,11 @@ def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
     elif weight.row_scale is not None:  # the only float part; in float32 the result is exact
         changed["row_scale"] = weight.row_scale.float() * factor
     else:
-        changed |= {n: (inner[n].float() * factor).to(inner[n].dtype) for n in ("scale", "shift") if n in inner}
+        changed |= {
+            n: (inner[n].float() * factor).to(inner[n].dtype)
+            for n in ("scale", "shift")
+            if n in inner and n not in weight._spec.code_bits
+        }
     if weight.up is not None:
         changed["up"] = (weight.up.float() * factor).to(weight.up.dtype)
     set_parts(weight, changed)

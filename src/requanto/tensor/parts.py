@@ -63,6 +63,11 @@ class WeightParts:
         return self._spec.scale_bits
 
     @property
+    def zeros(self) -> bool:
+        """True if shifts are stored as whole zero points."""
+        return self._spec.zeros
+
+    @property
     def rotation(self) -> int | None:
         """Size of the blocks in which rows were rotated before rounding; None: no rotation."""
         return self._spec.rotation
@@ -116,6 +121,7 @@ class WeightParts:
             "scale_bits": spec.scale_bits,
             "rotation": spec.rotation,
             "column": spec.column,
+            "zeros": spec.zeros,
         }
 
     # ------------------------------------------------------------------ layout
@@ -170,7 +176,7 @@ class WeightParts:
     def scale(self) -> torch.Tensor:
         """Float scales ``[*lead, G]``; if they are stored as codes computed from these, and not to be changed in place."""
         parts = self._storage.parts
-        if self._spec.scale_code_bits is None:
+        if not self._spec.code_bits:
             return parts["scale"]
         with _read_only():
             return float_scale(self._spec, parts)
@@ -181,9 +187,9 @@ class WeightParts:
 
     @property
     def shift(self) -> torch.Tensor | None:
-        """Float shifts ``[*lead, G]``, or None; with ``scale_bits`` as `scale`."""
+        """Float shifts ``[*lead, G]``, or None; if they are stored as codes as `scale`."""
         parts = self._storage.parts
-        if self._spec.scale_bits is None or "shift" not in parts:
+        if self._spec.shift_code_bits is None or "shift" not in parts:
             return parts.get("shift")
         with _read_only():
             return float_shift(self._spec, parts)
@@ -193,9 +199,9 @@ class WeightParts:
         self._set_float("shift", value)
 
     def _set_float(self, name: str, value: torch.Tensor) -> None:
-        if self._spec.scale_code_bits is not None:
+        if name in self._spec.code_bits:
             raise AttributeError(
-                f"a {name} that is stored in {self._spec.scale_code_bits} bits cannot be set; set the stored parts with "
+                f"a {name} that is stored in {self._spec.code_bits[name]} bits cannot be set; set the stored parts with "
                 f"set_inner()"
             )
         layout, parts = self._storage.state
@@ -291,18 +297,19 @@ class WeightParts:
 
     def scale_codes(self) -> dict[str, torch.Tensor]:
         """The stored scale and shift ``[*lead, G]``; those stored as codes unpacked, one per byte."""
-        parts, bits = self._storage.parts, self._spec.scale_code_bits
+        parts, bits = self._storage.parts, self._spec.code_bits
         stored = {name: parts[name] for name in ("scale", "shift") if name in parts}
-        if bits is None:
-            return stored
-        return {name: unpack_codes(part, bits, self._spec.groups) for name, part in stored.items()}
+        return {n: unpack_codes(t, bits[n], self._spec.groups) if n in bits else t for n, t in stored.items()}
 
     def scales(self, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored scale and shift after ``change``, which gets them (or their unpacked codes) as ``[*lead, G]``."""
-        bits, codes = self._spec.scale_code_bits, self.scale_codes()
-        if bits is None:
-            return {name: change(part) for name, part in codes.items()}
-        return {name: pack_codes(change(part).contiguous(), bits) for name, part in codes.items()}
+        changed = {name: change(part) for name, part in self.scale_codes().items()}
+        return self.packed_scales(changed)
+
+    def packed_scales(self, codes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The reverse of `scale_codes`."""
+        bits = self._spec.code_bits
+        return {n: pack_codes(t.contiguous(), bits[n]) if n in bits else t for n, t in codes.items()}
 
     # ------------------------------------------------------------------ the low-rank term
 
@@ -349,13 +356,13 @@ def float_scale(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Te
     if spec.qtype.blocks is not None:
         return blocks.expand_scale(parts["scale"], parts.get("row_scale"), spec.qtype.blocks.scale)
     if spec.scale_bits is None:
-        return parts["scale"]
+        return parts["scale"].float() if spec.zeros else parts["scale"]  # in float32 the shift is exact
     return expand_scale(unpack_codes(parts["scale"], spec.scale_bits, spec.groups), parts["row_scale"])
 
 
 def float_shift(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """Float shifts ``[*lead, G]`` from a weight's parts; None if it is symmetric."""
-    bits, shift = spec.scale_bits, parts.get("shift")
+    bits, shift = spec.shift_code_bits, parts.get("shift")
     if bits is None or shift is None:
         return shift
     return expand_shift(unpack_codes(shift, bits, spec.groups), float_scale(spec, parts), spec.qtype, bits)

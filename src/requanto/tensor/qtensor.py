@@ -42,7 +42,7 @@ from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused,
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
 from requanto.scales.columns import LEAST_ROWS, best_kind, default_column_scale, fit_column, is_on_grid
-from requanto.scales.compact import check_scale_bits
+from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.rotation import check_rotation, fit_rotation, rotate
 from requanto.scales.search import ScaleSearch
@@ -58,7 +58,8 @@ class QTensor(WeightParts, torch.Tensor):
 
     Args:
         qdata, scale, shift, up, down, codebook, row_scale, column: the parts (see the module's docstring).
-        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation: see `WeightSpec`; ``shape`` is
+        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation, zeros: see
+            `WeightSpec`; ``shape`` is
             the one that the tensor shows.
 
     Raises:
@@ -92,6 +93,7 @@ class QTensor(WeightParts, torch.Tensor):
         scale_bits: int | None = None,
         rotation: int | None = None,
         column: torch.Tensor | None = None,
+        zeros: bool = False,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -115,6 +117,7 @@ class QTensor(WeightParts, torch.Tensor):
             scale_bits=scale_bits,
             rotation=rotation,
             column=column is not None,
+            zeros=zeros,
         )
         given = zip(PART_NAMES, (qdata, scale, shift, up, down, codebook, row_scale, column))
         return cls._of(spec, {name: part for name, part in given if part is not None})
@@ -164,6 +167,7 @@ class QTensor(WeightParts, torch.Tensor):
         low_rank: int | None = None,
         codebook: torch.Tensor | None = None,
         column_scale: bool | str | torch.Tensor | None = None,
+        zero_point: str | None = None,
         name: str = "weight",
     ) -> QTensor:
         """Quantizes a float weight.
@@ -189,6 +193,8 @@ class QTensor(WeightParts, torch.Tensor):
                 ``"root"``, computed from the weight; True: the type's best one; ``"default"``: as in models, where a type
                 may have none, and weights that are on the type's grid already have none; or float ``[K]``, ``[E, K]`` for
                 experts, positive. None or False: none. With ``rotation`` the divided rows are rotated.
+            zero_point: ``"integer"``: the shift of a group is stored as the code that stands for 0 (`scales.compact`), in as
+                many bits as the weight's codes have; None or ``"float"``: as a float, or in ``scale_bits``.
             name: name of the weight in messages.
 
         Raises:
@@ -215,6 +221,12 @@ class QTensor(WeightParts, torch.Tensor):
         scale_bits = check_scale_bits(scale_bits, f"{name}: scale_bits", kind)
         if group is None:
             scale_bits = None
+        zeros = check_zero_point(zero_point, f"{name}: zero_point") is not None
+        if zeros and not (affine and kind.bits > 1):
+            raise ValueError(
+                f"{name}: zero_point='integer' needs a type with a shift, such as 'int4' with symmetric=None, 'int3' or "
+                f"'uint8'; found {kind.name}{'' if affine else ', symmetric'}"
+            )
         block = fit_rotation(check_rotation(rotation, f"{name}: rotation"), length, name)
         rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
@@ -237,6 +249,7 @@ class QTensor(WeightParts, torch.Tensor):
             scale_bits=scale_bits,
             rotation=block,
             column=column is not None,
+            zeros=zeros,
         )
 
         valued = kind
@@ -250,7 +263,7 @@ class QTensor(WeightParts, torch.Tensor):
 
         def rounded(values: torch.Tensor) -> QTensor:
             data = quantize_weight_data(
-                values, valued, group, affine, search, name, scale_bits, block, weight.dtype, column
+                values, valued, group, affine, search, name, scale_bits, block, weight.dtype, column, zeros
             )
             if column is not None:
                 _require_finite_scales(data.scale, data.shift, name)
@@ -288,6 +301,7 @@ class QTensor(WeightParts, torch.Tensor):
             group_size=self.group_size,
             symmetric=not self.affine,
             scale_bits=self.scale_bits,
+            zero_point="integer" if self.zeros else None,
             rotation=self.rotation,
             low_rank=low_rank,
             codebook=self.codebook if same_codebook else None,
@@ -348,6 +362,8 @@ class QTensor(WeightParts, torch.Tensor):
         kind = "affine" if self.affine else "symmetric"
         if self.scale_bits is not None:
             kind += f", scales in {self.scale_bits} bits"
+        if self.zeros:
+            kind += ", whole zero points"
         if self.rotation is not None:
             kind += f", rotated in blocks of {self.rotation}"
         if self.column is not None:

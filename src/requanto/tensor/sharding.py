@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from requanto.scales.compact import pack_codes
 from requanto.tensor.aten import narrow, stored_axis
 from requanto.tensor.qtensor import QTensor
 
@@ -66,7 +65,7 @@ def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
         first = pieces[0]
     parts = [piece.inner_tensors() for piece in pieces]
     inner = {name: t if name in shared else torch.cat([p[name] for p in parts], axis) for name, t in parts[0].items()}
-    if axis == -1 and first._spec.scale_code_bits is not None:
+    if axis == -1 and first._spec.code_bits and first.group_size is not None:
         inner |= _joined_scales(pieces)
     return first.with_inner(inner, shape=shape)
 
@@ -77,9 +76,7 @@ def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
     if first.row_scale is not None and any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
         raise NotImplementedError("joining pieces of rows with different row_scale")
     unpacked = [piece.scale_codes() for piece in pieces]
-    bits = first._spec.scale_code_bits
-    assert bits is not None
-    return {name: pack_codes(torch.cat([codes[name] for codes in unpacked], -1), bits) for name in unpacked[0]}
+    return first.packed_scales({name: torch.cat([codes[name] for codes in unpacked], -1) for name in unpacked[0]})
 
 
 def with_groups(tensor: QTensor, group: int) -> QTensor:

@@ -44,6 +44,7 @@ class WeightSpec:
         activation: type to which inputs are quantized, per token; None: they stay float.
         scale_bits: bits in which scale and shift are stored; None: they are floats.
         rotation: size of the blocks in which rows were rotated before rounding; None: no rotation.
+        zeros: True if the shift is stored as the code that stands for 0: a whole number of ``qtype.bits`` bits.
         column: True if there is a column scale, by which dequantized rows and the inputs of a GEMM are multiplied.
     """
 
@@ -58,6 +59,7 @@ class WeightSpec:
     scale_bits: int | None = None
     rotation: int | None = None
     column: bool = False
+    zeros: bool = False
 
     # ------------------------------------------------------------------ shapes
 
@@ -98,6 +100,17 @@ class WeightSpec:
         return self.scale_bits if self.qtype.blocks is None else 8
 
     @functools.cached_property
+    def shift_code_bits(self) -> int | None:
+        """Bits of the code that a shift is stored as; None: shifts are stored as floats."""
+        return self.qtype.bits if self.zeros else self.scale_bits
+
+    @functools.cached_property
+    def code_bits(self) -> dict[str, int]:
+        """Bits of the parts that hold codes of groups, packed along the groups, by name."""
+        bits = {"scale": self.scale_code_bits, "shift": self.shift_code_bits}
+        return {name: count for name, count in bits.items() if count is not None}
+
+    @functools.cached_property
     def matrix_shape(self) -> tuple[int, int]:
         """N and K of the stored codes as a matrix."""
         return self.lead.numel(), self.row_length
@@ -123,12 +136,11 @@ class WeightSpec:
     @functools.cached_property
     def expected(self) -> dict[str, tuple[torch.Size, tuple[torch.dtype, ...]]]:
         """Shape and possible dtypes of each part, except the low-rank factors."""
-        bits = self.scale_code_bits
-        groups = [*self.lead, self.groups if bits is None else stored_length(self.groups, bits)]
-        scales = torch.Size(groups), FLOATS if bits is None else (torch.uint8,)
-        parts = {"qdata": (self.codes_shape, (self.qtype.storage_dtype,)), "scale": scales}
-        if self.affine:
-            parts["shift"] = scales
+        parts = {"qdata": (self.codes_shape, (self.qtype.storage_dtype,))}
+        for name in ("scale", "shift") if self.affine else ("scale",):
+            bits = self.code_bits.get(name)
+            width = self.groups if bits is None else stored_length(self.groups, bits)
+            parts[name] = torch.Size([*self.lead, width]), FLOATS if bits is None else (torch.uint8,)
         if self.qtype.is_learned:
             parts["codebook"] = (torch.Size([2**self.qtype.bits]), FLOATS)
         if self.scale_bits is not None or (self.qtype.blocks is not None and self.qtype.blocks.scale == "e4m3"):
@@ -220,6 +232,8 @@ class WeightSpec:
             raise ValueError(f"scale_bits must be 4 to 8 or None, found {self.scale_bits}")
         if self.scale_bits is not None and self.qtype.blocks is not None:
             raise ValueError(f"{self.qtype.name} has scales of 8 bits; leave out scale_bits, found {self.scale_bits}")
+        if self.zeros and not (self.affine and self.qtype.bits > 1):
+            raise ValueError(f"{self.text()}: zeros are whole zero points of affine codes of 2 bits or more")
         block = self.rotation
         if block is not None and (block < 2 or block & (block - 1) or length % block):
             raise ValueError(f"rotation must be a power of two that divides rows of {length} weights, found {block}")
@@ -252,6 +266,8 @@ class WeightSpec:
             words.append(f"rotation={self.rotation}")
         if self.column:
             words.append("columns")
+        if self.zeros:
+            words.append("zeros")
         return " ".join(words)
 
     def text(self, rank: int = 0) -> str:
@@ -259,7 +275,7 @@ class WeightSpec:
         name, *rest = self.words.split()
         words = [name, "x".join(map(str, self.seen_shape)), *rest]
         if rank:
-            later = ("scales=", "rotation=", "columns")
+            later = ("scales=", "rotation=", "columns", "zeros")
             place = next((i for i, word in enumerate(words) if word.startswith(later)), len(words))
             words.insert(place, f"rank={rank}")
         return " ".join(words)
@@ -307,6 +323,8 @@ def parse_words(text: str) -> dict[str, Any]:
             found: dict[str, Any] = {key: True}
         elif word == "columns":
             found = {"column": True}
+        elif word == "zeros":
+            found = {"zeros": True}
         elif key == "group":
             found = {"group_size": _number(value)}
         elif key in ("axis", "rank"):
