@@ -57,6 +57,8 @@ CASES: dict[str, dict[str, Any] | None] = {
         )
     },
     "int4-g32-s4": {"weights": "int4", "group_size": 32, "scale_bits": 4},
+    "int4-g64-zeros": {"weights": "int4", "zero_point": "integer"},
+    "int4-g64-zeros, weighted": {"weights": "int4", "zero_point": "integer", "method": "weighted"},
     "int4-g64-s8": {"weights": "int4", "scale_bits": 8},
     "nf4-g64": {"weights": "nf4"},
     "nf4-g64, no columns": {"weights": "nf4", "column_scale": False},
@@ -68,7 +70,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "int3-g64, aligned, mean columns": {"weights": "int3", "group_size": 64, "method": "aligned"},
     "int3-g32, minmax, no columns": {"weights": "int3", "method": "minmax", "column_scale": False},
     "codebook3-g32": {"weights": "codebook3"},
-    "codebook3-g32, mean columns": {"weights": "codebook3", "column_scale": "mean"},
+    "codebook3-g32, no columns": {"weights": "codebook3", "column_scale": False},
     "int2-g32": {"weights": "int2"},
     "int2-g16-s4": {"weights": "int2", "group_size": 16, "scale_bits": 4},
     "int2-g32, minmax, no columns": {"weights": "int2", "method": "minmax", "column_scale": False},
@@ -119,7 +121,7 @@ def row(case: dict[str, Any] | None) -> dict[str, Any]:
 
 def seconds(case: dict[str, Any], weights: list[torch.Tensor]) -> dict[str, float]:
     """Seconds of rounding the weights of a case and by minmax without a column scale, alternating."""
-    options = {key: value for key, value in case.items() if key in ("group_size", "scale_bits")}
+    options = {key: value for key, value in case.items() if key in ("group_size", "scale_bits", "zero_point")}
     own = options | {"search": case.get("method"), "column_scale": case.get("column_scale", "default")}
     best = [float("inf")] * 2
     for _ in range(5):

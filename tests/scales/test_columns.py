@@ -258,7 +258,7 @@ def test_true_is_the_best_kind_of_the_type_and_none_is_none_for_a_single_weight(
         ("int3", "mean"),
         ("nf4", "mean"),
         ("codebook4", "mean"),
-        ("codebook3", None),
+        ("codebook3", "mean"),
         ("int2", "mean"),
         ("int8", None),
     ],

@@ -20,7 +20,14 @@ from requanto.tensor.lowrank import State, scale_rows
 from requanto.tensor.sharding import join_weights, slice_weight
 
 #: (type, group, bits of scales)
-FORMS = [("int4", 32, None), ("int4", 32, 8), ("int4", None, None), ("int3", 32, None), ("int2", 32, 4), ("uint8", 32, None)]
+FORMS = [
+    ("int4", 32, None),
+    ("int4", 32, 8),
+    ("int4", None, None),
+    ("int3", 32, None),
+    ("int2", 32, 4),
+    ("uint8", 32, None),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -64,7 +71,11 @@ def test_what_the_stored_parts_mean(form, dtype):
 
 
 @given(
-    st.sampled_from(FORMS), st.integers(1, 5), st.sampled_from([32, 64, 160]), st.sampled_from(DTYPES), st.integers(0, 99)
+    st.sampled_from(FORMS),
+    st.integers(1, 5),
+    st.sampled_from([32, 64, 160]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 99),
 )
 def test_zero_is_exact_and_no_weight_is_far_from_its_value(form, rows, length, dtype, seed):
     kind, group, bits = form
@@ -78,11 +89,11 @@ def test_zero_is_exact_and_no_weight_is_far_from_its_value(form, rows, length, d
         assert ((values - weight.float()).abs() <= 1.6 * step).all()
 
 
-@pytest.mark.parametrize("kind", ["int4", "int3"])
-def test_little_is_lost_beside_float_shifts(kind):
+@pytest.mark.parametrize(("kind", "most"), [("int4", 1.06), ("int3", 1.15)])
+def test_little_is_lost_beside_float_shifts(kind, most):
     weight = weights(64, 512)
     whole, floats = (QTensor.quantize(weight, kind, zero_point=value) for value in ("integer", "float"))
-    assert relative(whole.dequantize(), weight) < 1.06 * relative(floats.dequantize(), weight)
+    assert relative(whole.dequantize(), weight) < most * relative(floats.dequantize(), weight)
     assert not floats.zeros
 
 
@@ -136,7 +147,9 @@ def test_gemms_and_gradients(form):
 @pytest.mark.parametrize("rows", [1, 40])
 def test_packed_for_the_cpu(dtype, rows):
     layer = nn.Linear(1024, 512, bias=False).requires_grad_(False)
-    layer.weight = nn.Parameter(make(("int4", 64, None), 512, 1024, dtype=dtype, column_scale=True), requires_grad=False)
+    layer.weight = nn.Parameter(
+        make(("int4", 64, None), 512, 1024, dtype=dtype, column_scale=True), requires_grad=False
+    )
     plain, x = layer.weight.clone(), weights(rows, 1024, seed=1, dtype=dtype)
     wanted = x.double() @ plain.dequantize(torch.float64).T
     for _ in range(3):
@@ -252,7 +265,9 @@ def test_another_value_is_refused(value):
             function()
 
 
-@pytest.mark.parametrize("how", [{"kind": "int8"}, {"kind": "nf4"}, {"kind": "int4", "symmetric": True}, {"kind": "uint1"}])
+@pytest.mark.parametrize(
+    "how", [{"kind": "int8"}, {"kind": "nf4"}, {"kind": "int4", "symmetric": True}, {"kind": "uint1"}]
+)
 def test_types_without_a_shift_are_refused(how):
     kind = how.pop("kind")
     with pytest.raises(ValueError, match=f"zero_point='integer' needs a type with a shift.* found q?{kind}"):

@@ -157,7 +157,8 @@ class Layer:
     def default_column(self, weight: torch.Tensor) -> str | None:
         """Returns the kind of column scale that the weight gets if none is asked for, as without samples."""
         options = self.planned.options
-        kind = default_column_scale(options.qtype, self.rows)
+        bits = options.scale_bits if self.group_size is not None else None
+        kind = default_column_scale(options.qtype, self.rows, bits)
         if kind is None or options.qtype.is_learned:
             return kind
         choice = {"kind": options.qtype, "group_size": self.group_size, "symmetric": options.symmetric}

@@ -73,12 +73,9 @@ def default_column_scale(kind: qtype, rows: int, scale_bits: int | None = None) 
 
     With few rows it would take too many bits: these are better spent on smaller groups.
 
-    Types of 8 bits gain too little. Learned codebooks of 3 bits and fewer gain on sentence embeddings, but language models
-    lose perplexity.
+    Types of 8 bits gain too little.
     """
-    if kind.bits in (1, 8) or (kind.is_learned and kind.bits < 4) or rows < DEFAULT_ROWS:
-        return None
-    return best_kind(kind, scale_bits)
+    return None if kind.bits in (1, 8) or rows < DEFAULT_ROWS else best_kind(kind, scale_bits)
 
 
 def best_column_scale(kind: qtype) -> str:
