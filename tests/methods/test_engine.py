@@ -166,9 +166,7 @@ def test_a_state_dict_brings_the_chosen_values_back():
         requanto.quantize(model, weights="int4", group_size=32, exclude=exclude, calibration=samples, **quiet)
         state = model.state_dict()
         again = tiny_models.TINY[name].build(torch.bfloat16)
-        nearest(
-            again, weights="int4", group_size=32, exclude=exclude, column_scale=False
-        )  # as the methods do by default
+        nearest(again, weights="int4", group_size=32, exclude=exclude)
         again.load_state_dict(state)
         assert torch.equal(logits(again, samples), logits(model, samples))
 

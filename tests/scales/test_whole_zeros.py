@@ -179,7 +179,7 @@ def test_views_copies_and_files(form):
     assert relative(into.dequantize(), tensor.dequantize()) < 1e-6
     with pytest.raises(ValueError, match="unlike quantized weights"):
         QTensor.quantize(weights(12, 128), form[0], group_size=form[1], scale_bits=form[2]).copy_(tensor)
-    with pytest.raises(AttributeError, match="a shift that is stored in . bits cannot be set"):
+    with pytest.raises(AttributeError, match=r"a shift that is stored in . bits cannot be set"):
         tensor.shift = tensor.shift
 
 
@@ -261,7 +261,7 @@ def test_another_value_is_refused(value):
         lambda: QuantoConfig(weights="int4", modules={"a": {"zero_point": value}}),
         lambda: requanto.quantize(nn.Linear(64, 64), "int4", zero_point=value),
     ):
-        with pytest.raises(ValueError, match="zero_point.* must be 'integer', 'float' or None, found"):
+        with pytest.raises(ValueError, match=r"zero_point.* must be 'integer', 'float' or None, found"):
             function()
 
 
