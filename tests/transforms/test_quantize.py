@@ -59,12 +59,12 @@ def test_folded_scales_lower_the_error_and_are_not_stored():
     assert all(torch.equal(value, ordinary[key]) for key, value in folded.state_dict().items())
 
 
-@pytest.mark.parametrize(("kind", "best"), [("int4", "mean"), ("int2", "std")])
-def test_fold_takes_the_best_kind_of_the_type_where_none_is_given(kind, best):
+@pytest.mark.parametrize(("kind", "bits", "best"), [("int4", 4, "mean"), ("int2", None, "mean"), ("int2", 4, "std")])
+def test_fold_takes_the_best_kind_of_the_type_where_none_is_given(kind, bits, best):
     norms = []
     for asked in (None, True, "std", "mean"):
         model = Mlp()
-        requanto.quantize(model, weights=kind, fold=True, column_scale=asked)
+        requanto.quantize(model, weights=kind, scale_bits=bits, group_size=16, fold=True, column_scale=asked)
         norms.append(model.norm.weight)
     ordinary, true, std, mean = norms
     assert torch.equal(ordinary, true)

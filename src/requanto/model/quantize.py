@@ -36,7 +36,7 @@ from requanto.model.select import (
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.registry import modules as qmodules
 from requanto.nn.swap import quantize_in_place, restore_float_class
-from requanto.scales.columns import check_column_scale
+from requanto.scales.columns import best_column_scale, check_column_scale
 from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.correction import check_low_rank
 from requanto.scales.optimizers import Optimizer, check_optimizer
@@ -170,7 +170,9 @@ def quantize(
             rotation=rotate_model,
             columns=fold,
             kind=column_scale,
-            types={one for _, _, one in chosen if one is not None} if limit is None else (),
+            best={best_column_scale(one, scale_bits) for _, _, one in chosen if one is not None}
+            if limit is None
+            else (),
             inputs=calibration if fold_inputs is None else fold_inputs,
         ).columns
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: Power of the weights that is averaged over a column, and the exponent of that mean, by the name of the kind.
 KINDS = {"mean": (1, 1.0), "std": (2, 0.5), "root": (2, 0.25)}
-#: What ``column_scale=True`` means but for `best_kind`.
+#: What ``column_scale=True`` means but for `best_column_scale`.
 DEFAULT_KIND = "mean"
 #: A weight is on a type's grid already if rounding takes less than this part of its norm. The grid's weights rounded to
 #: bfloat16 lose 0.003 at most; any others lose 0.01 with 7 bits, and more with fewer.
@@ -58,7 +58,7 @@ def check_column_scale(value: Any, where: str = "column_scale") -> str | bool | 
     raise ValueError(f"{where} must be {', '.join(map(repr, KINDS))}, True, False or None, found {value!r}")
 
 
-def best_kind(kind: qtype, scale_bits: int | None = None) -> str:
+def best_column_scale(kind: qtype, scale_bits: int | None = None) -> str:
     """The kind that ``column_scale=True`` stands for, as measured (docs/accuracy.md).
 
     The mean hardly grows with one large weight in a column, so that weight is divided by little, and its group gets a large
@@ -75,12 +75,7 @@ def default_column_scale(kind: qtype, rows: int, scale_bits: int | None = None) 
 
     Types of 8 bits gain too little.
     """
-    return None if kind.bits in (1, 8) or rows < DEFAULT_ROWS else best_kind(kind, scale_bits)
-
-
-def best_column_scale(kind: qtype) -> str:
-    """The kind of column scale that ``column_scale=True`` means for a type."""
-    return default_column_scale(kind, DEFAULT_ROWS) or DEFAULT_KIND
+    return None if kind.bits in (1, 8) or rows < DEFAULT_ROWS else best_column_scale(kind, scale_bits)
 
 
 def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:

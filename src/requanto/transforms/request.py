@@ -11,7 +11,6 @@ from torch import nn
 
 from requanto.config.config import QuantoConfig
 from requanto.config.plan import PlannedWeight
-from requanto.dtypes.qtypes import qtype
 from requanto.scales.columns import DEFAULT_KIND, best_column_scale, check_column_scale, column_scale
 from requanto.scales.rotation import FOLD
 from requanto.transforms.fold import Folded, fold_model
@@ -25,7 +24,7 @@ def fold_asked(
     rotation: bool,
     columns: bool,
     kind: bool | str | None = None,
-    types: Iterable[qtype] = (),
+    best: Iterable[str] = (),
     inputs: Any = None,
 ) -> Folded:
     """Folds rotations, column scales or both into a float model in place.
@@ -34,8 +33,8 @@ def fold_asked(
         model: a float model.
         names: full names of the parameters that will be quantized.
         rotation, columns: what is folded.
-        kind: of the column scale, as in `QuantoConfig`; None and True: the best one of the types.
-        types: of the codes that the weights will get; if they differ in their best kind, it is `DEFAULT_KIND`.
+        kind: of the column scale, as in `QuantoConfig`; None and True: the best one of the weights.
+        best: the best kinds of the weights (`best_column_scale`); if they differ, it is `DEFAULT_KIND`.
         inputs: see `requanto.transforms.inputs`.
 
     Raises:
@@ -50,8 +49,8 @@ def fold_asked(
     if columns and not asked:
         raise ValueError("fold=True folds the column scales of weights that are quantized, and none is: set weights=")
     if not isinstance(found, str):
-        best = {best_column_scale(one) for one in types}
-        found = best.pop() if len(best) == 1 else DEFAULT_KIND
+        kinds = set(best)
+        found = kinds.pop() if len(kinds) == 1 else DEFAULT_KIND
     scale = functools.partial(column_scale, kind=found) if columns else None
     return fold_model(model, rotation=rotation, column_scale=scale, names=asked, inputs=inputs)
 
@@ -85,12 +84,13 @@ def fold_planned(
     names = {n for n, one in planned.items() if one.options.column_scale is not False and n in kinds}
     shared = {id(model.get_parameter(name)): name for name in planned}
     tied = {n: shared[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
+    options = [planned[name].options for name in names]
     found = fold_asked(
         *(model, names),
         rotation=config.rotation == FOLD,
         columns=bool(config.fold),
         kind=config.column_scale,
-        types={one.options.qtype for one in map(planned.get, names) if one is not None and not one.options.auto},
+        best={best_column_scale(o.qtype, o.scale_bits) for o in options if not o.auto},
         inputs=inputs,
     )
     for name in found.untied:
