@@ -117,6 +117,17 @@ def test_projections_of_unlike_weights_stay_unfused_and_are_logged(load, config,
     assert set(dict(model.named_modules())) >= set(before)
 
 
+@pytest.mark.parametrize("name", ["sd3", "pixart", "unet", "vae", "hunyuandit", "auraflow", "cogvideox"])
+@pytest.mark.parametrize("how", [{"column_scale": "root"}, {"activations": "int8"}])
+def test_models_whose_attention_stays_unfused_keep_its_processors(load, name, how):
+    model = load(name, "int8", **how)
+    expected = TINY[name].run(model)
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(TINY[name].run(model), expected, rtol=1e-4, atol=1e-5)
+    model.unfuse_qkv_projections()
+    torch.testing.assert_close(TINY[name].run(model), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_projections_with_an_unfused_adapter_say_what_to_do(load):
     model = load("flux")
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))

@@ -55,10 +55,11 @@ def register_attention() -> None:
 
 
 def register_attention_processor() -> None:
-    """Patches ``fuse_projections`` of `Attention`, the class of UNets."""
+    """Patches ``fuse_projections`` and ``set_processor`` of `Attention`, the class of UNets."""
     from diffusers.models.attention_processor import Attention
 
     _patch_fusion(Attention)
+    _patch_processor(Attention)
 
 
 def _patch_fusion(cls: Any) -> None:
@@ -77,6 +78,23 @@ def _patch_fusion(cls: Any) -> None:
     cls.fuse_projections = fuse_projections
 
 
+def _patch_processor(cls: Any) -> None:
+    """After ``fuse_projections`` models give all attentions a processor that reads the joined layers: those that stayed
+    unfused keep their own."""
+    original = cls.set_processor
+    if hasattr(original, "_requanto"):
+        return
+
+    @functools.wraps(original)
+    def set_processor(self: nn.Module, processor: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "_requanto_unfused", False) and "Fused" in type(processor).__name__:
+            return
+        original(self, processor, *args, **kwargs)
+
+    set_processor._requanto = True  # type: ignore[attr-defined]
+    cls.set_processor = set_processor
+
+
 def _weight(attention: nn.Module, name: str) -> Any:
     return getattr(getattr(attention, name, None), "weight", None)
 
@@ -91,6 +109,7 @@ def _fuse(attention: nn.Module, original: Callable[[], None]) -> None:
             f"unload_lora_weights()."
         )
     if any(isinstance(layer, QModuleMixin) and layer.activation_qtype is not None for layer in sources):
+        attention._requanto_unfused = True  # type: ignore[assignment]
         logger.warning("%s stays unfused: its projections quantize their inputs", type(attention).__name__)
         return
     before = {name: getattr(attention, name) for name in _FUSED if hasattr(attention, name)}
@@ -99,7 +118,8 @@ def _fuse(attention: nn.Module, original: Callable[[], None]) -> None:
         original()
     copies.assign(attention, clone=False)
     made = [name for name in _FUSED if hasattr(attention, name) and getattr(attention, name) is not before.get(name)]
-    if all(isinstance(_weight(attention, name), QTensor) for name in made):
+    attention._requanto_unfused = not all(isinstance(_weight(attention, name), QTensor) for name in made)  # type: ignore[assignment]
+    if not attention._requanto_unfused:
         for name in made:
             getattr(attention, name)._requanto_fused = True
         return
