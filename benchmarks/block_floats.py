@@ -2,7 +2,6 @@
 
     python benchmarks/block_floats.py                        # all cases: about half an hour on one core
     python benchmarks/block_floats.py --cases nvfp4 int4     # some of them; the others keep their figures
-    python benchmarks/block_floats.py --speed                # time of decoding on this CPU relative to int4 (a minute)
 
 Each case is a type with its options, data-free; ``nvfp4 minmax`` and ``mxfp4 minmax`` are the plain rules of the formats,
 without the choice between two scales a block. Writes benchmarks/results/block_floats.json after each case.
@@ -12,18 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import partial
 from typing import Any
 
 import torch
-from common import RESULTS, command, interleaved, machine, write
+from common import RESULTS, command, machine
 from tqdm import tqdm
 from yardsticks import CHOOSE
 from yardsticks.measure import figures, load, ours
 
 from requanto import QTensor
-from requanto.linear.cpu.dequantize import dequantize_rows
-from requanto.runtime.settings import settings
 
 OUT = RESULTS / "block_floats.json"
 CASES: dict[str, dict[str, Any]] = {
@@ -50,22 +46,6 @@ CASES: dict[str, dict[str, Any]] = {
     "mxfp8 a-mxfp8": {"weights": "mxfp8", "activations": "mxfp8"},
     "int8 a-int8": {"weights": "int8", "activations": "int8"},
 }
-#: types whose decoding is timed
-DECODED = ("int4", "nf4", "nvfp4", "mxfp4", "mxfp6", "float8", "mxfp8")
-
-
-def speed() -> None:
-    """Measures milliseconds to decode 4 million weights to bfloat16 by operators, alternating with int4."""
-    settings.compiled = False
-    weight = torch.randn(1024, 4096, dtype=torch.bfloat16) * 0.02
-    block = torch.empty_like(weight)
-    tensors = {kind: QTensor.quantize(weight, kind) for kind in DECODED}
-    calls = {kind: [partial(dequantize_rows, tensor, 0, 1024, block)] for kind, tensor in tensors.items()}
-    times = interleaved(calls, "int4", seconds=2)
-    made = {f"quantize {kind}": [partial(QTensor.quantize, weight, kind)] for kind in ("int4", "nvfp4", "mxfp4")}
-    made["quantize int4 minmax"] = [partial(QTensor.quantize, weight, "int4", search="minmax")]
-    times |= interleaved(made, "quantize int4 minmax", seconds=2)
-    write(RESULTS / "block_floats_speed.json", {"weights": weight.numel(), "times": times})
 
 
 def bits_of(model: torch.nn.Module) -> float:
@@ -79,10 +59,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--models", nargs="*", choices=CHOOSE["models"], default=list(CHOOSE["models"]))
     parser.add_argument("--tokens", type=int, default=1024, help="of each text")
-    parser.add_argument("--speed", action="store_true", help="time decoding instead")
     options = parser.parse_args()
-    if options.speed:
-        return speed()
     rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else {}
     for case in tqdm(["float", *options.cases], desc="cases", unit="case"):
         for name in options.models:
@@ -92,11 +69,12 @@ def main() -> None:
             # Inputs are rounded by the layers, and images are drawn with dequantized weights.
             if name == "digits" and (case == "float" or "activations" in CASES[case]):
                 continue
+            bits = {}
             if case != "float":
                 ours(**CASES[case])(model)
+                bits = {"bits": bits_of(model)}  # before layers are packed, which copies scales
             sizes = {"tokens": options.tokens, "asked": 0} if name == "smollm2" else {}
             found = {key: round(value, 5) for key, value in figures(name, model, **sizes).items()}
-            bits = {} if case == "float" else {"bits": bits_of(model)}
             rows.setdefault(case, {})[name] = bits | found | {"command": command()}
             OUT.write_text(json.dumps({"machine": machine(), "cases": CASES, "rows": rows}, indent=1) + "\n")
             tqdm.write(f"{case:14} {name:8} {bits} {found}")

@@ -288,6 +288,8 @@ def test_activations_are_rounded_in_blocks_along_the_last_axis(name, dtype, leng
     found = blocks.round_blocks(x.view(2, 3, length), kind)
     assert found.dtype == dtype
     assert found.shape == (2, 3, length)
+    strided = x.t().contiguous().t()  # as a transposed view
+    assert torch.equal(blocks.round_blocks(strided, kind).contiguous(), found.view(6, length))
     size = kind.blocks.size
     whole = torch.nn.functional.pad(x.float(), (0, -length % size))
     for row, got in zip(whole, found.view(6, length)):  # each row as a weight of its own
