@@ -22,18 +22,20 @@ from yardsticks.measure import figures, load, ours
 from requanto import QTensor
 
 OUT = RESULTS / "block_floats.json"
+#: of types that have a column scale by default
+PLAIN = {"column_scale": False}
 CASES: dict[str, dict[str, Any]] = {
-    "int4": {"weights": "int4"},
-    "int4 minmax": {"weights": "int4", "method": "minmax"},
-    "nf4 g32": {"weights": "nf4", "group_size": 32},
-    "fp4_e2m1 g32": {"weights": "fp4_e2m1", "group_size": 32},
+    "int4": PLAIN | {"weights": "int4", "group_size": 64, "method": "aligned"},
+    "int4 minmax": PLAIN | {"weights": "int4", "group_size": 64, "method": "minmax"},
+    "nf4 g32": PLAIN | {"weights": "nf4", "group_size": 32},
+    "fp4_e2m1 g32": PLAIN | {"weights": "fp4_e2m1", "group_size": 32},
     "nvfp4 minmax": {"weights": "nvfp4", "method": "minmax"},
     "nvfp4": {"weights": "nvfp4"},
-    "nf4 g64": {"weights": "nf4"},
-    "codebook4 g64": {"weights": "codebook4"},
+    "nf4 g64": PLAIN | {"weights": "nf4", "group_size": 64},
+    "codebook4 g64": PLAIN | {"weights": "codebook4", "group_size": 64},
     "mxfp4 minmax": {"weights": "mxfp4", "method": "minmax"},
     "mxfp4": {"weights": "mxfp4"},
-    "int4 columns": {"weights": "int4", "column_scale": "root"},
+    "int4 columns": {"weights": "int4", "group_size": 64, "method": "aligned", "column_scale": "root"},
     "nvfp4 columns": {"weights": "nvfp4", "column_scale": "root"},
     "mxfp4 columns": {"weights": "mxfp4", "column_scale": "root"},
     "nvfp4 rotated": {"weights": "nvfp4", "rotation": 16},
@@ -41,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mxfp4 a-mxfp4": {"weights": "mxfp4", "activations": "mxfp4"},
     "mxfp4 a-mxfp8": {"weights": "mxfp4", "activations": "mxfp8"},
     "mxfp6": {"weights": "mxfp6"},
-    "int6 g128": {"weights": "int6", "group_size": 128},
+    "int6 g128": PLAIN | {"weights": "int6", "group_size": 128, "method": "minmax"},
     "mxfp8": {"weights": "mxfp8"},
     "mxfp8 a-mxfp8": {"weights": "mxfp8", "activations": "mxfp8"},
     "int8 a-int8": {"weights": "int8", "activations": "int8"},

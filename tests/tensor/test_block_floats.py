@@ -221,3 +221,11 @@ def test_a_budget_may_choose_them():
     requanto.freeze(made)
     kinds = {made[0].weight.qtype.name, made[3].weight.qtype.name}
     assert kinds == {"qmxfp8_e4m3"}
+
+
+def test_they_have_no_column_scale_unless_it_is_asked_for():
+    for asked, found in ((None, False), ("root", True)):
+        made = nn.Sequential(nn.Linear(64, 4096, bias=False))
+        requanto.quantize(made, weights="nvfp4", column_scale=asked)
+        requanto.freeze(made)
+        assert made[0].weight._spec.column is found

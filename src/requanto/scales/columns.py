@@ -73,9 +73,11 @@ def default_column_scale(kind: qtype, rows: int, scale_bits: int | None = None) 
 
     With few rows it would take too many bits: these are better spent on smaller groups.
 
-    Types of 8 bits gain too little.
+    Types of 8 bits gain too little. NVFP4 and MX types are formats that other programs read, and these have none.
     """
-    return None if kind.bits in (1, 8) or rows < DEFAULT_ROWS else best_column_scale(kind, scale_bits)
+    if kind.blocks is not None or kind.bits in (1, 8) or rows < DEFAULT_ROWS:
+        return None
+    return best_column_scale(kind, scale_bits)
 
 
 def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
