@@ -1,5 +1,6 @@
 """Folds in from_pretrained and on the command line: an ordinary checkpoint comes out, which any reader loads."""
 
+import copy
 import json
 import logging
 
@@ -122,6 +123,18 @@ def test_the_command_line_folds(method, tmp_path):
     inputs = TINY["llama"].inputs()
     exact = output(loaded(tmp_path / "float", "llama"), inputs)
     assert difference(output(loaded(tmp_path / "out", "llama"), inputs), exact) < 0.06
+
+
+def test_comparing_warns_that_errors_of_layers_contain_the_fold(caplog):
+    from requanto.report import compare
+
+    plain, folded = TINY["llama"].build(), TINY["llama"].build()
+    compare(plain, TINY["llama"].build(), weights_only=True)
+    requanto.quantize(folded, weights="int8", fold=True)
+    compare(folded, copy.deepcopy(folded), weights_only=True)
+    assert "contain the fold" not in caplog.text
+    compare(plain, folded, weights_only=True)
+    assert "no folds in A, column_scale in B" in caplog.text
 
 
 def test_a_wrong_rotation_on_the_command_line_is_named(tmp_path):

@@ -11,6 +11,7 @@ output error of a layer includes the errors of the layers before it.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 
 from requanto.report._inputs import Tokenizer
 from requanto.report.compare_weights import LayerComparison, compare_weights, parameters_of, ratio, total_bytes
+from requanto.transforms.fold import RECORD
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def compare(
     a, b = (x.load(dtype, device) for x in both)
     parts_a, parts_b = model_parts(a), model_parts(b)
     check_same(parts_a, parts_b, labels)
+    warn_of_folds(parts_a, parts_b)
     kind, summary, images = "weights", {}, []
     errors = OutputErrors(layer_pairs(parts_a, parts_b))
     if not weights_only:
@@ -183,6 +188,19 @@ def check_same(a: dict[str, nn.Module], b: dict[str, nn.Module], labels: Sequenc
                     f"the models are of different architectures ({_classes(a)} and {_classes(b)}): {here} holds {name} of "
                     f"shape {list(shape)}, {there} {'does not' if found is None else f'holds it of shape {list(found)}'}"
                 )
+
+
+def warn_of_folds(a: dict[str, nn.Module], b: dict[str, nn.Module]) -> None:
+    """Warns of parts whose float weights were changed by a fold in one model and not in the other."""
+    for name in a.keys() & b.keys():
+        one, two = (getattr(getattr(part, "config", None), RECORD, None) or [] for part in (a[name], b[name]))
+        if one != two:
+            logger.warning(
+                "%sfolded into the float weights are %s in A, %s in B: the weight and output errors of these layers contain "
+                "the fold, not only rounding; look at the figures of the whole model",
+                f"{name}: " if name else "",
+                *(", ".join(folds) or "no folds" for folds in (one, two)),
+            )
 
 
 def _shapes(parts: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
