@@ -43,7 +43,7 @@ def error(weight, quantized):
 def test_it_is_the_size_of_each_column_after_each_row_was_divided_by_its_own(kind, power, exponent, shape):
     weight = random(*shape) * (random(*shape[:-2], 1, shape[-1], seed=1) / 2).exp()
     weight = weight * (2 * random(*shape[:-1], 1, seed=2)).exp()
-    rows = weight.double() / weight.double().abs().mean(-1, keepdim=True)
+    rows = weight.double() / weight.double().square().mean(-1, keepdim=True).sqrt()
     size = rows.abs().pow(power).mean(-2) ** exponent
     wanted = size / size.log().mean(-1, keepdim=True).exp()
     torch.testing.assert_close(column_scale(weight, kind).double(), wanted, rtol=1e-5, atol=0)
@@ -61,7 +61,7 @@ def test_a_few_large_weights_hardly_change_the_mean():
     outliers = weight.clone()
     outliers[::64, 5] = 30.0
     ratio = {kind: float(column_scale(outliers, kind)[5] / column_scale(weight, kind)[5]) for kind in KINDS}
-    assert ratio["mean"] < 1.5 < 2 < ratio["std"]
+    assert ratio["mean"] < 1.15 < 1.3 < ratio["std"]
 
 
 def test_the_same_in_any_memory_order_and_over_chunks(monkeypatch):

@@ -5,9 +5,9 @@
 Columns of a trained weight differ in size, because the inputs do that they are multiplied with. A group along a row holds
 weights of several columns, so its scale is that of the largest of them. Divided by a column scale, they fill the same grid
 alike. The GEMM multiplies x instead, which costs K multiplications for each token. (SINQ, Mueller et al. 2025,
-arXiv:2509.22944, finds scales of rows and columns in turns, from standard deviations. Here each row is divided by its size
-once, so that no row counts more than another; and the size of a column is the mean magnitude of its weights, which a few
-large ones hardly change. That leaves half of the error of standard deviations in language models, see docs/accuracy.md.)
+arXiv:2509.22944, finds scales of rows and columns in turns, from standard deviations. Here each row is divided once, so
+that no row counts more than another; and the size of a column is the mean magnitude of its weights, which a few large ones
+hardly change. Language models lose less with it than with standard deviations, see docs/accuracy.md.)
 
 For a convolution a column is one weight of a row: one input channel at one place of the kernel.
 """
@@ -43,8 +43,9 @@ SMALLEST = 2.0**-14
 LEAST_ROWS = 32
 #: Fewer rows get none by default: it would take more than an eighth of a bit for each weight in 16 bits.
 DEFAULT_ROWS = 128
-#: Weights that are read at once.
+#: Weights that are read at once; on an accelerator each step costs kernel launches.
 _CHUNK = 2**20
+_CHUNK_ACCELERATOR = 2**24
 
 
 def check_column_scale(value: Any, where: str = "column_scale") -> str | bool | None:
@@ -85,8 +86,8 @@ def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
     Args:
         weight: float ``[..., N, K]``, without NaN and Inf.
-        kind: ``"mean"``: in proportion to the mean magnitude of each column, after each row was divided by its own;
-            ``"std"``: to the root mean square instead; ``"root"``: to the square root of that.
+        kind: ``"mean"``: in proportion to the mean magnitude of each column, after each row was divided by its root mean
+            square; ``"std"``: to the root mean square of the column instead; ``"root"``: to the square root of that.
 
     Returns:
         float32 ``[..., K]``.
@@ -103,14 +104,22 @@ def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     total = torch.zeros(*lead, length, dtype=wide, device=weight.device)
     # Sums of a few thousand rows in float32, which is ten times as fast; and all of them in float64.
-    step = min(4096, max(1, _CHUNK // max(1, weight.shape[:-2].numel() * length)))
+    cpu = weight.device.type == "cpu"
+    step = (_CHUNK if cpu else _CHUNK_ACCELERATOR) // max(1, weight.shape[:-2].numel() * length)
+    step = min(4096, max(1, step))
     for start in range(0, rows, step):
         part = weight[..., start : start + step, :]
         # A copy, since sums of a transposed view could differ in their last bits.
         sizes = scratch_like(part, "block").copy_(part).abs_()
-        mean = sizes.mean(-1, keepdim=True)
-        usable = mean > torch.finfo(torch.float32).tiny  # rows of zeros do not count
-        sizes.mul_(torch.where(usable, mean, 1.0).reciprocal_().mul_(usable))
+        norm = torch.linalg.vector_norm(sizes, dim=-1, keepdim=True)
+        usable = norm > 0
+        if not cpu or not bool(((norm > 1e-15) & (norm < 1e15)).all()):
+            # Squares may over- or underflow: divided by their mean they do not. Rows of zeros do not count.
+            mean = sizes.mean(-1, keepdim=True)
+            usable = mean > torch.finfo(torch.float32).tiny
+            sizes.mul_(torch.where(usable, mean, 1.0).reciprocal_())
+            norm = torch.linalg.vector_norm(sizes, dim=-1, keepdim=True)
+        sizes.mul_(torch.where(usable, norm, 1.0).reciprocal_().mul_(length**0.5).mul_(usable))
         total += (sizes.square_() if power == 2 else sizes).sum(-2)
     release_scratch()
     size = total / rows
