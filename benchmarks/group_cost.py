@@ -1,9 +1,9 @@
-"""What smaller groups, scales in few bits, whole zero points and column scales cost in a GEMM on a CPU, beside int4 in groups of 64.
+"""What smaller groups, scales in few bits, whole zero points and column scales cost in a GEMM on a CPU, beside int4 g64.
 
     OMP_NUM_THREADS=1 python benchmarks/group_cost.py        # two minutes; writes results/group_cost.json
 
-bfloat16, one row of x (decoding) and 64 rows (a prompt). The forms take turns; ``ratio`` is the median of time of groups of 64
-/ own time over the rounds: above 1 is faster.
+bfloat16, one row of x (decoding) and 64 rows (a prompt). The forms take turns; ``ratio`` is the median over the rounds of
+the time of groups of 64 / own time: above 1 is faster.
 """
 
 from __future__ import annotations
