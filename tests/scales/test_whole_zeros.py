@@ -16,6 +16,8 @@ from requanto.checkpoint import CheckpointError, flatten, rebuild, spec_text
 from requanto.checkpoint.foreign.quanto_files import from_qtensor, to_qtensor
 from requanto.config.config import format_version_of
 from requanto.dtypes.bit_packing import unpack
+from requanto.scales.compact import around_zero, fit_scale, whole_zeros
+from requanto.scales.search import minmax
 from requanto.tensor.lowrank import State, scale_rows
 from requanto.tensor.sharding import join_weights, slice_weight
 
@@ -120,6 +122,23 @@ def test_groups_of_zeros_of_one_sign_and_of_equal_weights(form, dtype):
     assert not values[1, 32:64].any()
     assert relative(values[3], weight[3]) < 0.005
     assert relative(values[2], weight[2]) < {8: 0.03, 4: 0.2, 3: 0.3, 2: 0.5}[tensor.qtype.bits]
+
+
+def test_the_scale_is_fitted_to_the_rounded_zero_point():
+    weight = weights(64, 512)
+    kind = requanto.qtypes["qint4"]
+    scale, shift = around_zero(*minmax(weight.view(64, 8, 64), kind, True), kind)
+    zeros = whole_zeros(scale, shift, kind)
+
+    def error(scale):
+        values = (weight.view(64, 8, 64) / scale.unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 15)
+        values = (values - zeros.unsqueeze(-1)) * scale.unsqueeze(-1)
+        return (weight.view(64, 8, 64).abs().sqrt() * (values - weight.view(64, 8, 64)).square()).sum(-1)
+
+    fitted = fit_scale(weight.view(64, 8, 64), scale, zeros, kind)
+    assert error(fitted).sum() < 0.97 * error(scale).sum()
+    stored = QTensor.quantize(weight, "int4", zero_point="integer", search="minmax")
+    torch.testing.assert_close(stored.scale, fitted)
 
 
 def test_weights_on_such_a_grid_lose_nothing():

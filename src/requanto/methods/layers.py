@@ -162,7 +162,8 @@ class Layer:
         if kind is None or options.qtype.is_learned:
             return kind
         choice = {"kind": options.qtype, "group_size": self.group_size, "symmetric": options.symmetric}
-        return None if is_on_grid(weight, functools.partial(QTensor.quantize, **choice), self.name) else kind
+        again = functools.partial(QTensor.quantize, **choice)
+        return None if is_on_grid(weight, again, self.name, options.qtype, self.group_size) else kind
 
     def set_rounded(self, rounded: Rounded, grid: Grid) -> None:
         """Sets a result; until :meth:`finish` the model holds its dequantized values."""

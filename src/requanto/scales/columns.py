@@ -132,15 +132,22 @@ def column_scale(weight: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 @torch.no_grad()
-def is_on_grid(rows: torch.Tensor, quantize: Callable[..., Any], name: str) -> bool:
+def is_on_grid(
+    rows: torch.Tensor, quantize: Callable[..., Any], name: str, kind: qtype, group: int | None = None
+) -> bool:
     """Whether a weight has been rounded to this type and group size before, so that it loses nothing without a column scale.
 
     Args:
         rows: the weight, float ``[..., N, K]``; a few of its rows are tried.
         quantize: rounds a float weight, without a column scale.
         name: name of the weight in messages.
+        kind: the type.
+        group: number of weights that share a scale; None: a row.
     """
     if rows.device.type == "meta" or isinstance(rows, FakeTensor) or not rows.numel():
+        return False
+    first = rows.reshape(-1, rows.shape[-1])[0, :group]
+    if len(set(first.tolist())) > 2**kind.bits:  # a rounded group has no more values than there are codes
         return False
     flat = rows.reshape(-1, rows.shape[-1])
     probe = flat[:: max(1, len(flat) // PROBED)][:PROBED]

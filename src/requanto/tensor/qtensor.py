@@ -234,7 +234,7 @@ class QTensor(WeightParts, torch.Tensor):
             column_scale = default_column_scale(kind, rows.shape[-2], scale_bits)
             if column_scale is not None and not kind.is_learned:
                 lossless = functools.partial(QTensor.quantize, kind=kind, group_size=group, symmetric=not affine)
-                column_scale = None if is_on_grid(rows, lossless, name) else column_scale
+                column_scale = None if is_on_grid(rows, lossless, name, kind, group) else column_scale
         elif column_scale is True:
             column_scale = best_column_scale(kind, scale_bits)
         column = fit_column(column_scale, rows, kind, weight.dtype, name)
