@@ -15,10 +15,13 @@ from requanto.report.inspect import inspect_directory
 
 #: by name, the options of a QuantoConfig and a word of the line that describes such a weight
 OPTIONS = {
-    "scales in 8 bits": ({"weights": "int4", "group_size": 16, "scale_bits": 8}, "scales=8"),
-    "rotated": ({"weights": "int4", "rotation": 16}, "rotation=16"),
-    "corrected": ({"weights": "int2", "low_rank": 4, "scale_bits": 8, "group_size": 16}, "rank=4"),
-    "scales in 4 bits": ({"weights": "int2", "group_size": 16, "scale_bits": 4}, "scales=4"),
+    "scales in 8 bits": ({"weights": "int4", "group_size": 16, "scale_bits": 8, "column_scale": False}, "scales=8"),
+    "rotated": ({"weights": "int4", "rotation": 16, "column_scale": False}, "rotation=16"),
+    "corrected": (
+        {"weights": "int2", "low_rank": 4, "scale_bits": 8, "group_size": 16, "column_scale": False},
+        "rank=4",
+    ),
+    "scales in 4 bits": ({"weights": "int2", "group_size": 16, "scale_bits": 4, "column_scale": False}, "scales=4"),
     "scales of columns": ({"weights": "int4", "group_size": 16, "column_scale": "root"}, "columns"),
 }
 
@@ -68,7 +71,7 @@ def test_a_module_may_differ(float_dir, tmp_path):
 
 
 def test_what_version_1_can_say_is_written_as_version_1(float_dir, tmp_path):
-    load(float_dir, quantization_config=QuantoConfig(weights="int4")).save_pretrained(tmp_path)
+    load(float_dir, quantization_config=QuantoConfig(weights="int4", column_scale=False)).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert stored["format_version"] == 1
     assert "scale_bits" not in stored

@@ -16,8 +16,7 @@ from requanto.tensor.qtensor import QTensor
 def _columns_of_rows(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
     """The column scale of the expert of each row: ``[rows, K]`` in x's dtype."""
     column = column_for(weight, x.dtype)
-    rows = torch.arange(x.shape[0], device=x.device)
-    experts = torch.searchsorted(offsets, rows, right=True)
+    experts = lowrank.experts_of_rows(x.shape[0], offsets)
     return column[experts.clamp(max=column.shape[0] - 1)]  # rows after the last end give zeros
 
 

@@ -43,11 +43,19 @@ def grouped_lowrank_matmul(x: torch.Tensor, weight: QTensor, offsets: torch.Tens
     first, second = _factors(weight)  # [E, r, K], [E, N, r]
     experts, rank = first.shape[:2]
     inner = (x @ first.to(x.dtype).flatten(0, 1).mT).view(x.shape[0], experts, rank)
-    rows = torch.arange(x.shape[0], device=x.device)
-    own = torch.searchsorted(offsets, rows, right=True)
+    own = experts_of_rows(x.shape[0], offsets)
     mask = own[:, None] == torch.arange(experts, device=x.device)
     inner = torch.where(mask[..., None], inner, 0.0).flatten(1)
     return inner @ second.to(x.dtype).mT.flatten(0, 1)
+
+
+def experts_of_rows(count: int, offsets: torch.Tensor) -> torch.Tensor:
+    """The expert of each of ``count`` rows, from the end row of each expert ``[E]``; E for rows after the last end.
+
+    Comparisons and a sum, since ONNX has no ``searchsorted``.
+    """
+    rows = torch.arange(count, device=offsets.device)
+    return (offsets <= rows[:, None]).sum(1)
 
 
 def _factors(weight: QTensor) -> tuple[torch.Tensor, torch.Tensor]:
