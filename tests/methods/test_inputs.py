@@ -81,6 +81,7 @@ def test_calibrated_convolutions_beat_rounded_ones(kind, method, caplog):
     expected = logits(model, samples)
     choice = {"weights": kind} | ({} if kind == "int8" else {"group_size": 16})
     plain = error(nearest(copy.deepcopy(model), **choice), samples, expected)
+    caplog.clear()  # the warning of int2 without samples, given once in a process, may be that of the line before
     found = requanto.quantize(copy.deepcopy(model), calibration=samples, method=method, **choice, **quiet)
     assert sum(isinstance(p, QTensor) for p in found.parameters()) == 9
     assert error(found, samples, expected) < (0.8 if method == "gptq" else 1.0) * plain
