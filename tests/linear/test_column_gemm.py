@@ -317,3 +317,14 @@ def test_an_input_that_is_quantized_already_is_quantized_anew():
     wanted = wanted + second.bias.detach().double()
     for found in (unfrozen, second(passed), second.forward(passed)):
         close(found.detach(), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_column_scale_of_inference_mode_may_change_in_place(dtype):
+    with torch.inference_mode():
+        weight = QTensor.quantize(torch.randn(64, 96), "int4", column_scale="std")
+        x = torch.randn(3, 96, dtype=dtype)
+        before = F.linear(x, weight)
+        assert torch.equal(F.linear(x, weight), before)  # by the cached plan
+        weight.column.mul_(0.5)  # such tensors have no version that would tell
+        assert torch.equal(F.linear(x, weight), before * 0.5)

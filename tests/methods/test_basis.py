@@ -211,3 +211,17 @@ def test_the_default_column_scale_is_that_of_weights_without_samples(kind):
         torch.testing.assert_close(found.weight.column, plain.weight.column)
     none = requanto.quantize(copy.deepcopy(layer), kind, calibration=[torch.randn(64, 32)], column_scale=False, **quiet)
     assert none.weight.column is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale_bits", "best"), [("qint2", 4, "std"), ("qint2", 8, "mean"), ("qint4", 4, "mean")]
+)
+def test_true_is_the_best_kind_as_without_samples(kind, scale_bits, best):
+    linear, _, _ = problem(rows=64)
+    weight = linear.weight.detach()
+    options = LayerOptions(kind, group_size=16, scale_bits=scale_bits, column_scale=True)
+    layer = Layer("weight", PlannedWeight(options, 0, False, "linear"), [(linear, "weight")])
+    found = layer.find_basis(weight).column
+    how = {"group_size": 16, "scale_bits": scale_bits}
+    assert torch.equal(found, QTensor.quantize(weight, kind, column_scale=best, **how).column)
+    assert torch.equal(found, QTensor.quantize(weight, kind, column_scale=True, **how).column)

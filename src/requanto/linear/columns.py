@@ -17,14 +17,13 @@ def column_for(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
     column = storage.parts["column"]
     if not runs_eagerly():
         return column.to(dtype)
-    if column.dtype == dtype and not column.is_inference():
-        return column
-    if (
-        not column.is_cpu
-    ):  # not kept: a captured graph would go on reading a copy that is dropped when the weight changes
+    # Not kept: of an inference tensor, which has no version to tell that it changed (and which autograd cannot save); and on
+    # an accelerator, where a captured graph would go on reading a copy that is dropped when the weight changes.
+    if column.is_inference() or (column.dtype != dtype and not column.is_cpu):
         return column.to(dtype, copy=True)
-    # An inference tensor has no version, and autograd cannot save it.
-    key = ("column", dtype, None if column.is_inference() else column._version)
+    if column.dtype == dtype:
+        return column
+    key = ("column", dtype, column._version)
     copy = storage.derived.get(key)
     if copy is None:
         with without_ambient_state():

@@ -22,7 +22,7 @@ from requanto.runtime.tracing import without_autocast
 from requanto.scales import default_group_size, fit_group_size
 from requanto.scales.blocks import nearest_scale, tensor_scale
 from requanto.scales.codebook import fit_codebook
-from requanto.scales.columns import SMALLEST, default_column_scale, fit_column, is_on_grid
+from requanto.scales.columns import SMALLEST, default_of_weight, fit_column
 from requanto.scales.compact import pack_codes, whole_zeros, zero_step
 from requanto.scales.rotation import fit_rotation
 from requanto.scales.weights import encode, scale_dtype
@@ -139,31 +139,33 @@ class Layer:
 
     def find_basis(self, weight: torch.Tensor) -> Basis:
         """Returns the basis without low-rank term: the column scale, of the weight and ``input_scale``, and the rotation."""
-        options = self.planned.options
+        options, dtype = self.planned.options, self.parameter.dtype
         block = fit_rotation(options.rotation, self.columns, self.name)
         kind = self.default_column(weight) if options.column_scale is None else options.column_scale
         if self.input_scale is None:
-            return Basis(fit_column(kind, weight, options.qtype, self.parameter.dtype, self.name), block)
+            return Basis(fit_column(kind, weight, options.qtype, dtype, self.name, self.scale_bits), block)
         scaled, column = weight * self.input_scale, 1 / self.input_scale
-        own = fit_column(kind, scaled, options.qtype, torch.float32, self.name)
+        own = fit_column(kind, scaled, options.qtype, torch.float32, self.name, self.scale_bits)
         if own is not None:
             column = column * own
         least = column.max() * 1.01 * SMALLEST
         if bool((column < least).any()):
             count = int((column < least).sum())
             logger.info("%s: %d column scales are limited to %.2g of the largest", self.name, count, SMALLEST)
-        return Basis(fit_column(column.clamp(min=least), weight, options.qtype, self.parameter.dtype, self.name), block)
+        return Basis(fit_column(column.clamp(min=least), weight, options.qtype, dtype, self.name), block)
 
     def default_column(self, weight: torch.Tensor) -> str | None:
         """Returns the kind of column scale that the weight gets if none is asked for, as without samples."""
-        options = self.planned.options
-        bits = options.scale_bits if self.group_size is not None else None
-        kind = default_column_scale(options.qtype, self.rows, bits)
-        if kind is None or options.qtype.is_learned:
-            return kind
-        choice = {"kind": options.qtype, "group_size": self.group_size, "symmetric": options.symmetric}
-        again = functools.partial(QTensor.quantize, **choice)
-        return None if is_on_grid(weight, again, self.name, options.qtype, self.group_size) else kind
+        kind, group = self.planned.options.qtype, self.group_size
+        plain = functools.partial(
+            QTensor.quantize, kind=kind, group_size=group, symmetric=self.planned.options.symmetric
+        )
+        return default_of_weight(weight, plain, self.name, kind, group, self.scale_bits)
+
+    @property
+    def scale_bits(self) -> int | None:
+        """Bits of the scales of groups; None: they are floats, or there is one a row."""
+        return self.planned.options.scale_bits if self.group_size is not None else None
 
     def set_rounded(self, rounded: Rounded, grid: Grid) -> None:
         """Sets a result; until :meth:`finish` the model holds its dequantized values."""
@@ -224,7 +226,7 @@ class Layer:
         elif kind.is_learned:
             kind = kind.with_values(fit_codebook(self.weight() if rows is None else rows, kind, group or self.columns))
         grouped = group is not None and group < self.columns
-        bits = options.scale_bits if group is not None else None
+        bits = self.scale_bits
         unit = None
         if kind.blocks is not None and kind.blocks.scale == "e4m3":
             unit = tensor_scale((self.weight() if rows is None else rows).abs().max().view(1, 1), kind, searched=True)

@@ -160,8 +160,33 @@ def is_on_grid(
     return found
 
 
+def default_of_weight(
+    rows: torch.Tensor,
+    quantize: Callable[..., Any],
+    name: str,
+    kind: qtype,
+    group: int | None = None,
+    scale_bits: int | None = None,
+) -> str | None:
+    """The kind of column scale that one weight gets in a model if none is asked for: its type's, but none on the grid.
+
+    Args:
+        rows, quantize, name, kind, group: see `is_on_grid`.
+        scale_bits: bits of the scales of groups; None: they are floats, or there is one a row.
+    """
+    found = default_column_scale(kind, rows.shape[-2], scale_bits)
+    if found is None or kind.is_learned:  # a learned type has no grid before it is fitted
+        return found
+    return None if is_on_grid(rows, quantize, name, kind, group) else found
+
+
 def fit_column(
-    asked: str | bool | torch.Tensor | None, rows: torch.Tensor, kind: qtype, dtype: torch.dtype, name: str
+    asked: str | bool | torch.Tensor | None,
+    rows: torch.Tensor,
+    kind: qtype,
+    dtype: torch.dtype,
+    name: str,
+    scale_bits: int | None = None,
 ) -> torch.Tensor | None:
     """The column scale to store for a weight, ``[..., K]`` in ``dtype``; None: it gets none.
 
@@ -169,11 +194,13 @@ def fit_column(
     float16 either. (The codes' scales take the inverse.)
 
     Args:
-        asked: a kind; True: `DEFAULT_KIND`; False or None: none; or a tensor of the result's shape.
+        asked: a kind; True: the type's best one (`best_column_scale`); False or None: none; or a tensor of the result's
+            shape.
         rows: the weight, float ``[..., N, K]``.
         kind: type of the codes.
         dtype: dtype of the weight.
         name: name of the weight in messages.
+        scale_bits: bits of the scales of groups; the best kind depends on them.
 
     Raises:
         ValueError: a given tensor is not float, has another shape, is not positive and finite, or its smallest value is
@@ -187,7 +214,7 @@ def fit_column(
         if not asked:
             return None
         if asked is True:
-            asked = best_column_scale(kind)
+            asked = best_column_scale(kind, scale_bits)
         if rows.shape[-2] < LEAST_ROWS:
             logger.info(
                 "%s: a weight of %d rows gets no column scale, which would take %.2g bits for each weight",

@@ -41,7 +41,7 @@ from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
 from requanto.scales import default_group_size, fit_group_size, quantize_weight_data
 from requanto.scales.codebook import values_of
-from requanto.scales.columns import LEAST_ROWS, best_column_scale, default_column_scale, fit_column, is_on_grid
+from requanto.scales.columns import LEAST_ROWS, default_of_weight, fit_column
 from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.correction import check_low_rank, corrected
 from requanto.scales.rotation import check_rotation, fit_rotation, rotate
@@ -231,13 +231,9 @@ class QTensor(WeightParts, torch.Tensor):
         rank = check_low_rank(low_rank, f"{name}: low_rank")
         rows = canonical.reshape(*canonical.shape[: axis + 1], length)
         if isinstance(column_scale, str) and column_scale == "default":
-            column_scale = default_column_scale(kind, rows.shape[-2], scale_bits)
-            if column_scale is not None and not kind.is_learned:
-                lossless = functools.partial(QTensor.quantize, kind=kind, group_size=group, symmetric=not affine)
-                column_scale = None if is_on_grid(rows, lossless, name, kind, group) else column_scale
-        elif column_scale is True:
-            column_scale = best_column_scale(kind, scale_bits)
-        column = fit_column(column_scale, rows, kind, weight.dtype, name)
+            plain = functools.partial(QTensor.quantize, kind=kind, group_size=group, symmetric=not affine)
+            column_scale = default_of_weight(rows, plain, name, kind, group, scale_bits)
+        column = fit_column(column_scale, rows, kind, weight.dtype, name, scale_bits)
         spec = WeightSpec(
             qtype=kind,
             shape=canonical.shape,
