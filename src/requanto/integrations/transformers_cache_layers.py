@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +40,42 @@ def tokens_to_remove(number: int, length: int) -> int:
     return -number if number <= 0 else max(0, length - number)
 
 
-class QuantizedLayer(DynamicLayer):
+class ReadOnlyStates:
+    """``keys`` and ``values`` of a cache layer, dequantized at each access by ``_read``, and the bytes of ``_stores``."""
+
+    _stores: tuple[Any, Any] | None
+    _read: Callable[[int], torch.Tensor | None]
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys as floats, None before the first update; places of fixed buffers after the last token are finite."""
+        return self._read(0)
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        self._only_none("keys", value)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values as floats, as for keys."""
+        return self._read(1)
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None:
+        self._only_none("values", value)
+
+    @staticmethod
+    def _only_none(name: str, value: torch.Tensor | None) -> None:
+        if value is not None:  # None: Transformers' constructors
+            raise AttributeError(f"{name} of a quantized cache layer are read only: new tokens are added by update()")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and floats."""
+        return 0 if self._stores is None else sum(store.nbytes for store in self._stores)
+
+
+class QuantizedLayer(ReadOnlyStates, DynamicLayer):
     """Keys and values of a layer with full attention.
 
     ``keys`` and ``values`` are all tokens as floats, dequantized at each access: cross-attention reads them.
@@ -57,33 +93,8 @@ class QuantizedLayer(DynamicLayer):
         self._stores: tuple[Growing, Growing] | None = None
         super().__init__(**kwargs)
 
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys as floats, None before the first update."""
-        return None if self._stores is None else self._stores[0].read()
-
-    @keys.setter
-    def keys(self, value: torch.Tensor | None) -> None:
-        self._only_none("keys", value)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """All values as floats, None before the first update."""
-        return None if self._stores is None else self._stores[1].read()
-
-    @values.setter
-    def values(self, value: torch.Tensor | None) -> None:
-        self._only_none("values", value)
-
-    @staticmethod
-    def _only_none(name: str, value: torch.Tensor | None) -> None:
-        if value is not None:  # None: Transformers' constructors
-            raise AttributeError(f"{name} of a quantized cache layer are read only: new tokens are added by update()")
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and floats."""
-        return 0 if self._stores is None else sum(store.nbytes for store in self._stores)
+    def _read(self, which: int) -> torch.Tensor | None:
+        return None if self._stores is None else self._stores[which].read()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes empty stores for keys and values of these shapes, dtypes and device."""

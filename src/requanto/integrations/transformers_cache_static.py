@@ -13,11 +13,16 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from requanto.integrations.transformers_cache_layers import WithLinearAttention, check_same_model, without_keys
+from requanto.integrations.transformers_cache_layers import (
+    ReadOnlyStates,
+    WithLinearAttention,
+    check_same_model,
+    without_keys,
+)
 from requanto.kv import Fixed, KVSettings
 
 
-class StaticQuantizedLayer(StaticLayer):
+class StaticQuantizedLayer(ReadOnlyStates, StaticLayer):
     """Keys and values of a layer with full attention, up to ``max_cache_len`` tokens.
 
     Args:
@@ -36,29 +41,6 @@ class StaticQuantizedLayer(StaticLayer):
         self._quantized = torch.tensor(0, dtype=torch.int64, device="cpu")
         super().__init__(max_cache_len=max_cache_len, **kwargs)
 
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys as floats, None before the first update; places after the last token are finite."""
-        return self._read(0)
-
-    @keys.setter
-    def keys(self, value: torch.Tensor | None) -> None:
-        self._only_none("keys", value)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """All values as floats, None before the first update; places after the last token are finite."""
-        return self._read(1)
-
-    @values.setter
-    def values(self, value: torch.Tensor | None) -> None:
-        self._only_none("values", value)
-
-    @staticmethod
-    def _only_none(name: str, value: torch.Tensor | None) -> None:
-        if value is not None:  # None: Transformers' constructors
-            raise AttributeError(f"{name} of a quantized cache layer are read only: new tokens are added by update()")
-
     def _read(self, which: int) -> torch.Tensor | None:
         if self._stores is None:
             return None
@@ -68,11 +50,6 @@ class StaticQuantizedLayer(StaticLayer):
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the last tokens can be removed: those in the window, if no older ones are overwritten."""
         return self._settings.window > 0 and not self._sliding
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and floats."""
-        return 0 if self._stores is None else sum(store.nbytes for store in self._stores)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocates the buffers for keys and values of these shapes, dtypes and device."""
