@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reversed_layout import REVERSED
 
 from requanto import QTensor
 from requanto.tensor import exact, lowrank
-from requanto.tensor.layout import Layout, register_layout
 
 KINDS = {
     "int8": {},
@@ -18,25 +18,6 @@ KINDS = {
     "int2": {"group_size": 16, "rotation": True},
 }
 SHAPES = [(24, 32), (40, 64), (3, 24, 32), (20, 8, 3, 3)]
-
-
-class Reversed(Layout):
-    """Last row first."""
-
-    name = "test-reversed-columns"
-    rows_are_views = False
-
-    def pack(self, spec, parts):
-        return {"qdata": parts["qdata"].view(torch.uint8).flip(0).view(parts["qdata"].dtype)}
-
-    def unpack(self, spec, parts):
-        return self.pack(spec, parts)["qdata"]
-
-    def codes(self, spec, parts, start, stop):
-        return super().codes(spec, {"qdata": self.unpack(spec, parts)}, start, stop)
-
-
-REVERSED = register_layout(Reversed())
 
 
 def make(kind: str, shape: tuple[int, ...], transposed: bool, seed: int = 0) -> QTensor:

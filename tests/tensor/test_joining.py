@@ -4,34 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reversed_layout import REVERSED
 from torch import nn
 
 import requanto
 from requanto import QTensor
 from requanto.tensor.joining import UnlikeWeights, concatenate
-from requanto.tensor.layout import Layout, register_layout
 from requanto.tensor.lowrank import append
 
 KINDS = ["int8", "int4", "int3", "float8", "nf4", "mxfp4"]
-
-
-class Backwards(Layout):
-    """Last row first: any weight can be packed, also one that is too small for a kernel's layout."""
-
-    name = "test-backwards"
-    rows_are_views = False
-
-    def pack(self, spec, parts):
-        return {"qdata": parts["qdata"].view(torch.uint8).flip(0).view(parts["qdata"].dtype)}
-
-    def unpack(self, spec, parts):
-        return self.pack(spec, parts)["qdata"]
-
-    def codes(self, spec, parts, start, stop):
-        return super().codes(spec, {"qdata": self.unpack(spec, parts)}, start, stop)
-
-
-BACKWARDS = register_layout(Backwards())
 
 
 def quantized(*shape: int, kind: str = "int4", seed: int = 0, rank: int = 0, packed: bool = False, **how) -> QTensor:
@@ -41,7 +22,7 @@ def quantized(*shape: int, kind: str = "int4", seed: int = 0, rank: int = 0, pac
         lead, length = weight.lead, weight.row_length
         append(weight, torch.randn(*lead, rank), torch.randn(*lead[:-1], rank, length))
     if packed:
-        weight.pack(BACKWARDS)
+        weight.pack(REVERSED)
     return weight
 
 
