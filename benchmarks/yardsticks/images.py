@@ -24,11 +24,7 @@ STEPS, BATCH, RATE, TESTED = {"vit": 1000, "resnet": 600}, 64, 1e-3, 500
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images ``[n, 1, 8, 8]`` in [-1, 1] and classes: first those to train on, then the 500 to measure on."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(found.target)
+    images, labels = example("digits_diffusion/train.py").images_and_labels()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:-TESTED], order[-TESTED:]
     return images[train], labels[train], images[test], labels[test]
