@@ -129,3 +129,21 @@ def test_a_log_line_names_what_is_left_out(caplog):
     assert "last.weight: no norm and no layer takes the inverse of its column scale exactly" in caplog.text
     assert "to try folds" in caplog.text
     assert "GB in addition to the model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"calibration": [X], "method": "gtpq"}, "gtpq"),
+        ({"calibration": [X], "method": "gptq", "method_options": {"dampnig": 1}}, "dampnig"),
+        ({"calibration": []}, "no samples"),
+        ({"calibration": [X], "optimizer": requanto.HqqOptimizer()}, "optimizer="),
+    ],
+)
+def test_what_is_refused_is_refused_before_the_model_is_folded(how, message):
+    torch.manual_seed(0)
+    model = Mlp()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        requanto.quantize(model, weights="int4", fold=True, **how)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -56,18 +56,16 @@ LayerChoice = str | dict[str, Any] | None
 
 _BUDGET_KEYS = ("bits", "max_memory", "candidates")
 _LAYER_KEYS = (
-    *(
-        "weights",
-        "group_size",
-        "symmetric",
-        "activations",
-        "scale_bits",
-        "method",
-        "rotation",
-        "low_rank",
-        "column_scale",
-        "zero_point",
-    ),
+    "weights",
+    "group_size",
+    "symmetric",
+    "activations",
+    "scale_bits",
+    "method",
+    "rotation",
+    "low_rank",
+    "column_scale",
+    "zero_point",
 )
 #: keys that are stored only if they are not None, so that earlier versions can read configs that do not use them
 _LATER_KEYS = frozenset(

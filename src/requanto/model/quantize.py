@@ -162,37 +162,35 @@ def quantize(
     check_patterns({"include": include, "exclude": exclude, "modules": list(special)}, [name for name, _ in named])
 
     folded: set[str] = set()
+    if optimizer is not None and (limit is not None or calibration is not None):
+        raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= needs one type, not weights='auto'")
+    chosen = list(chosen_modules(model, named, kind, special, include, exclude))
+    # Checked before a fold changes the model, and read once: an iterator cannot be read again.
+    samples = None if calibration is None else Samples(calibration)
+    by = find_method("gptq") if samples is None else find_method(method or "gptq", method_options)
     if fold or rotate_model:
-        chosen = list(chosen_modules(model, named, kind, special, include, exclude))
-        calibration = _several_times(calibration)
+        best = {best_column_scale(one, scale_bits) for _, _, one in chosen if one is not None}
         folded = fold_asked(
-            *(model, foldable_names(chosen)),
+            model,
+            foldable_names(chosen),
             rotation=rotate_model,
             columns=fold,
             kind=column_scale,
-            best={best_column_scale(one, scale_bits) for _, _, one in chosen if one is not None}
-            if limit is None
-            else (),
-            inputs=calibration if fold_inputs is None else fold_inputs,
+            best=best if limit is None else (),
+            inputs=samples if fold_inputs is None else fold_inputs,
         ).columns
 
-    if limit is not None or calibration is not None:
-        if optimizer is not None:
-            raise ValueError(_SAMPLES_OR_NOT if limit is None else "optimizer= needs one type, not weights='auto'")
-        chosen = list(chosen_modules(model, named, kind, special, include, exclude))
+    if limit is not None or samples is not None:
         planned = planned_weights(chosen, activation, group_size, symmetric, options)
         if not planned:
             raise nothing_chosen(model, named, include, exclude)
         for name in folded & planned.keys():
             planned[name].options.column_scale = False
-    # An iterator can be read only once.
-    samples = None if calibration is None else Samples(calibration)
-    by = find_method("gptq") if samples is None else find_method(method or "gptq", method_options)
     if limit is not None:
         undecided = {name for name, _, _ in chosen if not any(fnmatch(name, pattern) for pattern in special)}
         search = {key: value for key, value in options.items() if key == "search"}  # the plan has the others
         planned = choose_in_memory(model, planned, undecided, limit, candidates, samples, search, progress, by)
-        if calibration is None:
+        if samples is None:
             for name, module, _ in chosen:
                 choice = planned.get(f"{name}.weight" if name else "weight")
                 if choice is not None:
@@ -207,23 +205,18 @@ def quantize(
                     )
                     _quantize_module(module, name, o.qtype, activation, None, o.group_size, o.symmetric, more)
             return model
-    if calibration is not None:
+    if samples is not None:
         quantize_with_samples(model, planned, samples, by, resume=resume, progress=progress)
         return model
     warn_few_bits((kind, *special.values()))
     touched = 0
-    for name, module, asked in chosen_modules(model, named, kind, special, include, exclude):
+    for name, module, asked in chosen:
         own = {**options, "column_scale": False} if f"{name}.weight" in folded else options
         if _quantize_module(module, name, asked, activation, optimizer, group_size, symmetric, own):
             touched += 1
     if not touched:
         raise nothing_chosen(model, named, include, exclude)
     return model
-
-
-def _several_times(calibration: Any) -> Any:
-    """Samples that can be read more than once."""
-    return list(calibration) if isinstance(calibration, Iterator) else calibration
 
 
 _SAMPLES_OR_NOT = (

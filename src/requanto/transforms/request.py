@@ -86,7 +86,8 @@ def fold_planned(
     tied = {n: shared[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in shared}
     options = [planned[name].options for name in names]
     found = fold_asked(
-        *(model, names),
+        model,
+        names,
         rotation=config.rotation == FOLD,
         columns=bool(config.fold),
         kind=config.column_scale,
