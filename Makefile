@@ -114,8 +114,9 @@ $(VENV)/.quickstart: pyproject.toml $(VENV)/.torch
 
 # The tests compare with optimum-quanto. Of its dependencies only ninja is missing, which compiles its C++ code at first
 # use.
-$(VENV)/.test: pyproject.toml $(VENV)/.torch
+$(VENV)/.test: pyproject.toml tests/formats.txt $(VENV)/.torch
 	$(PIP) install -e ".[test]"
 	$(PIP) install ninja
 	$(PIP) install --no-deps optimum-quanto==0.2.7
+	$(PIP) install --no-deps --upgrade --target $(VENV)/formats -r tests/formats.txt
 	touch $@ $(VENV)/.quickstart
