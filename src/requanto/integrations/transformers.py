@@ -10,7 +10,7 @@ import copy
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
-from requanto.checkpoint.files import check_files, stored_keys
+from requanto.checkpoint.files import check_files
+from requanto.checkpoint.foreign.source import FilesSource
 from requanto.checkpoint.format import (
     PARTS,
     CheckpointError,
@@ -43,9 +44,12 @@ from requanto.integrations.accelerate import load_offloaded
 from requanto.integrations.budget import resolve_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.folding import check_fold, quantize_planned_weights
+from requanto.integrations.foreign import recipe_for
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full_state_dict, place_shard
-from requanto.integrations.transformers_names import StoredNames, saved_renaming
+from requanto.integrations.transformers_foreign import ForeignLoad
+from requanto.integrations.transformers_joining import Joined, JoinedState, StoredWeights, find_joined, plan_lines
+from requanto.integrations.transformers_names import Renaming, StoredNames, saved_renaming
 from requanto.scales.columns import default_column_scale
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
@@ -88,6 +92,12 @@ class RequantoHfQuantizer(HfQuantizer):
         self.whole_config: Callable[[], dict[str, Any]] = dict
         #: weights of another shape, left out with ``ignore_mismatched_sizes``
         self.resized: set[str] = set()
+        #: a checkpoint of another library (`integrations.transformers_foreign`), and ``state_dict`` of from_pretrained
+        self.foreign: ForeignLoad | None = None
+        self.given_state: Mapping[str, Any] | None = None
+        #: stored weights that the library joins or splits, and their lines (`integrations.transformers_joining`)
+        self.joined: list[Joined] = []
+        self.stored_table: dict[str, str] = {}
 
     # ------------------------------------------------------------------ before the weights
 
@@ -108,14 +118,18 @@ class RequantoHfQuantizer(HfQuantizer):
         self.leaves = frozenset(name.rpartition(".")[2] for name, _ in model.named_parameters(remove_duplicate=False))
         if self.pre_quantized:
             config, files = self.quantization_config, kwargs.get("checkpoint_files") or []
+            if self.foreign is not None:
+                self._open_foreign(model, self.foreign, files)
+                return
             check_names(config.digests, config.tensors)
             check_files(config.tensors, files)
             check_ids(config.save_id, files)
             config.save_id = None
             for name, text in config.tensors.items():
                 parse_spec(text, name)
-            keys = stored_keys(f for f in files if str(f).endswith(".safetensors"))
-            self.names = self.stored_names(model, keys) if keys else None
+            stored = FilesSource((file for file in files if str(file).endswith(".safetensors")), unique=False)
+            if stored:
+                self.names = self.stored_names(model, self._joined_keys(model, stored))
             add_activation_modules(
                 model, config.activation_modules, config.tensors, files, self._local_modules, config.digests
             )
@@ -133,6 +147,38 @@ class RequantoHfQuantizer(HfQuantizer):
         self.planned = resolve_for_transformers(
             model, self.quantization_config, self.planned, kwargs.get("checkpoint_files")
         )
+
+    def _joined_keys(self, model: Any, state: Mapping[str, Any]) -> Iterable[str]:
+        """Finds stored weights that the library joins or splits; returns the keys of the state dict after that."""
+        transforms = get_model_conversion_mapping(model, self.key_mapping)
+        self.joined = find_joined(model, state, Renaming(model, transforms))
+        if not self.joined:
+            return state
+        self.stored_table = dict(self.quantization_config.tensors)
+        stored = StoredWeights(state, self.stored_table, self.digests)
+        plan_lines(self.joined, stored, model)
+        taken = {stem for one in self.joined for stem, _ in one.stems}
+        table = {name: text for name, text in self.stored_table.items() if name not in taken}
+        table |= {name: text for one in self.joined for name, text in one.lines.items() if text is not None}
+        self.quantization_config.record(table, self.quantization_config.digests)
+        return JoinedState(stored, self.joined, model)
+
+    def joined_state(self, model: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The loader's state dict, with stored weights joined or split as the library does it."""
+        if not self.joined:
+            return state
+        return JoinedState(StoredWeights(state, self.stored_table, self.digests), self.joined, model)
+
+    def _open_foreign(self, model: Any, foreign: ForeignLoad, files: list[str]) -> None:
+        """Finds out what a checkpoint of another library holds, and puts it into this model's config."""
+        config = self.quantization_config
+        keys = foreign.open(files, self.given_state, getattr(model.config, "name_or_path", "") or type(model).__name__)
+        recipe = recipe_for(foreign.found)
+        config.weights = recipe.weights
+        config.record(dict(recipe.tensors))
+        config.activation_modules = {name: one.type for name, one in foreign.found.activations.items()}
+        self.names = self.stored_names(model, self._joined_keys(model, keys))
+        add_activation_modules(model, config.activation_modules, config.tensors, (), self._local_modules)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether the weight is to be quantized."""

@@ -20,6 +20,7 @@ from requanto.checkpoint.format import CheckpointError
 from requanto.config.config import FORMAT
 from requanto.integrations.part_markers import unmark
 from requanto.integrations.transformers_arguments import taken_recipe, with_stored_state_dict
+from requanto.integrations.transformers_foreign import claim
 from requanto.integrations.transformers_names import Renaming, parts_of, stems_of
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ def _wrap_get_quantizer(original: Any) -> Any:
     """Gives the config of a part the quantization_config of the whole model, and the quantizer what it needs for names."""
 
     @functools.wraps(original)
-    def get_hf_quantizer(config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_hf_quantizer(
+        config: Any, quantization_config: Any, device_map: Any, weights_only: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         path, options = _state.path, _state.options
         read = functools.partial(_read_config, path, {key: options[key] for key in _PLACE if key in options})
         unmark(config)
@@ -113,7 +116,14 @@ def _wrap_get_quantizer(original: Any) -> Any:
                 config.quantization_config = copy.deepcopy(whole["quantization_config"])
             elif quantization_config is None:
                 quantization_config = recipe
-        quantizer, *rest = original(config, quantization_config, *args, **kwargs)
+        foreign = None
+        if kwargs.get("gguf_file") is None:
+            foreign = claim(config, quantization_config, device_map, weights_only, path, options)
+        if foreign is not None:
+            quantization_config = None  # its config is in the checkpoint's place
+        quantizer, *rest = original(config, quantization_config, device_map, weights_only, *args, **kwargs)
+        if foreign is not None:
+            quantizer.foreign, quantizer.given_state = foreign, options.get("state_dict")
         if type(quantizer).__module__.startswith("requanto."):
             quantizer.key_mapping = options.get("key_mapping")
             quantizer.resizes = bool(options.get("ignore_mismatched_sizes"))
@@ -193,6 +203,11 @@ def _wrap_convert(original: Any) -> Any:
     def convert_and_load_state_dict_in_model(
         model: Any, state_dict: Any, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        quantizer = load_config.hf_quantizer
+        if getattr(quantizer, "foreign", None) is not None:
+            state_dict = quantizer.foreign.translated(state_dict)
+        if isinstance(getattr(quantizer, "joined", None), list):
+            state_dict = quantizer.joined_state(model, state_dict)
         if not any(key.endswith("_qdata") for key in state_dict):
             return original(model, state_dict, load_config, *args, **kwargs)
         loaded = LoadedKeys(model, state_dict, load_config)

@@ -12,6 +12,8 @@ import os
 from dataclasses import dataclass, fields
 
 _MEGABYTE = 2**20
+#: values of ``settings.foreign``
+FOREIGN = ("auto", "always", "never")
 _MOST_BYTES = 2**63 - 1  # torch counts bytes in int64
 
 
@@ -46,6 +48,17 @@ def parse_digests(variable: str, text: str) -> bool:
     """
     what = "are written when saving" if "WRITE" in variable else "are checked when loading"
     return bool(_switch(variable, text, True, f"1 or nothing (digests of weights {what}) or 0 (they are not)"))
+
+
+def parse_foreign(text: str) -> str:
+    """The value of ``settings.foreign`` for a text of REQUANTO_FOREIGN.
+
+    Raises:
+        ValueError: the text is none of its values.
+    """
+    if text not in ("", *FOREIGN):
+        raise ValueError(f"REQUANTO_FOREIGN is {text!r}, expected {', '.join(FOREIGN)} or nothing (auto)")
+    return text or "auto"
 
 
 def _switch(variable: str, text: str, default: bool | None, expected: str) -> bool | None:
@@ -121,6 +134,10 @@ class Settings:
             (environment: REQUANTO_WRITE_DIGESTS=0 turns it off)
         check_digests: compare these digests with the stored tensors when loading.
             (environment: REQUANTO_CHECK_DIGESTS=0 turns it off)
+        foreign: who opens a checkpoint that another library quantized (docs/formats.md). ``"auto"``: that library where it
+            is installed and runs on the device, else Requanto, which says so in a line of the log. ``"always"``: Requanto,
+            wherever it knows the format. ``"never"``: never Requanto. A ``quantization_config=QuantoConfig()`` asks for
+            Requanto whatever the setting is. (environment: REQUANTO_FOREIGN)
 
     Raises:
         AttributeError: there is no setting of that name.
@@ -132,6 +149,7 @@ class Settings:
     compiled: bool | None = parse_compiled(os.environ.get("REQUANTO_COMPILE", ""))
     write_digests: bool = parse_digests("REQUANTO_WRITE_DIGESTS", os.environ.get("REQUANTO_WRITE_DIGESTS", ""))
     check_digests: bool = parse_digests("REQUANTO_CHECK_DIGESTS", os.environ.get("REQUANTO_CHECK_DIGESTS", ""))
+    foreign: str = parse_foreign(os.environ.get("REQUANTO_FOREIGN", ""))
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, _checked(name, value))
@@ -148,6 +166,10 @@ def _checked(name: str, value: object) -> object:
         return _one_of(name, value, (True, False))
     if name == "compiled":
         return _one_of(name, value, (None, True, False))
+    if name == "foreign":
+        if value not in FOREIGN:
+            raise ValueError(f"requanto.settings.foreign is {value!r}, expected one of {', '.join(map(repr, FOREIGN))}")
+        return value
     known = [field.name for field in fields(Settings)]
     near = difflib.get_close_matches(name, known, 1, 0.5)
     meant = f"did you mean {near[0]!r}? " if near else ""

@@ -104,11 +104,15 @@ class Source(Mapping[str, torch.Tensor]):
 class FilesSource(Source):
     """The tensors of safetensors files, memory-mapped.
 
+    Args:
+        files: the files.
+        unique: refuse files that hold tensors of the same name; otherwise the last one counts, as in the libraries.
+
     Raises:
-        CheckpointError: a file is missing or damaged, or two files hold tensors of the same name.
+        CheckpointError: a file is missing or damaged, or holds a tensor that another has, too.
     """
 
-    def __init__(self, files: Iterable[str | os.PathLike]) -> None:
+    def __init__(self, files: Iterable[str | os.PathLike], unique: bool = True) -> None:
         self._open: dict[str, Any] = {}
         self._file: dict[str, str] = {}
         self.metadata = {}
@@ -122,7 +126,7 @@ class FilesSource(Source):
                     f"{file} cannot be read as safetensors ({error}): it is truncated or damaged, download it again"
                 ) from error
             for key in opened.keys():  # noqa: SIM118  (it is no dict)
-                if key in self._file:
+                if unique and key in self._file:
                     raise CheckpointError(
                         f"both {Path(self._file[key]).name} and {Path(file).name} hold {key}: files of two checkpoints "
                         f"are mixed in one directory"

@@ -1,0 +1,165 @@
+"""Checkpoints of other libraries in Transformers' ``from_pretrained``: claimed before the model is built, translated after.
+
+`claim` decides who opens a checkpoint and takes its ``quantization_config`` out of the model's config. `ForeignLoad` reads
+the headers of its files, and gives the loader a state dict under the names of our own format.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from requanto.checkpoint.foreign.found import ForeignCheckpoint
+from requanto.checkpoint.foreign.readers import recognize, scan
+from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSource
+from requanto.checkpoint.foreign.translated import Translated, tell
+from requanto.checkpoint.format import CheckpointError
+from requanto.integrations.foreign import (
+    as_dict,
+    description_with_extras,
+    is_known,
+    method_of,
+    recipe_for,
+    takes_over,
+)
+
+#: key of config.json, or of a file beside it, that only one format writes -> its quant_method
+_HINTS = {"hf_quant_config": "modelopt", "quantize_config": "gptq", "quantization": "mlx"}
+
+
+class ForeignLoad:
+    """One checkpoint of another library that is being loaded.
+
+    Args:
+        stored: its ``quantization_config``.
+        description: content of config.json, with `EXTRA_FILES`.
+        asked: the caller's ``quantization_config``.
+
+    Attributes:
+        found: what is in it, once `open` was called.
+    """
+
+    def __init__(self, stored: dict[str, Any], description: Mapping[str, Any], asked: Any) -> None:
+        self.stored, self.description, self.asked = stored, description, asked
+        self.found: ForeignCheckpoint | None = None
+        self._source: Source | None = None
+
+    def open(self, files: Iterable[str | os.PathLike], state: Mapping[str, Any] | None, where: str) -> Translated:
+        """Reads the headers.
+
+        Args:
+            files: the checkpoint's files.
+            state: the tensors themselves, if the caller passed ``state_dict``.
+            where: name of the checkpoint, for the log.
+
+        Returns:
+            its tensors under the names of our format.
+
+        Raises:
+            CheckpointError: the files are pickles, or config and tensors disagree.
+        """
+        files = [str(file) for file in files]
+        pickles = [file for file in files if not file.endswith(".safetensors")]
+        if pickles and state is None:
+            raise CheckpointError(
+                f"{os.path.basename(pickles[0])} is a pickle, which may run code when it is opened, and Requanto reads "
+                f"quantized weights of other libraries from safetensors files only. Load it with the library that saved it "
+                f"({self.stored.get('quant_method')}) and save it again with safe_serialization=True"
+            )
+        self._source = FilesSource(files) if state is None else TensorsSource(state)
+        self.found = scan(self._recognized() if self.stored.get("hinted") else self.stored, self._source)
+        tell(self.found, where)
+        return Translated(self.found, self._source)
+
+    def _recognized(self) -> dict[str, Any]:
+        assert self._source is not None
+        config = recognize(self.description, self._source)
+        if config is None:
+            raise CheckpointError(
+                f"config.json, or a file beside it, says that the checkpoint is quantized ({self.stored['quant_method']}), "
+                f"and its tensors are not those of that format: it is incomplete, or another program wrote it"
+            )
+        return config
+
+    def translated(self, state: Mapping[str, Any]) -> Translated:
+        """The loader's state dict under the names of our format; tensors that were float stay the loader's own."""
+        assert self.found is not None
+        assert self._source is not None
+        return Translated(self.found, self._source, state)
+
+
+def claim(
+    config: Any, asked: Any, device_map: Any, weights_only: bool, path: Any, options: Mapping[str, Any]
+) -> ForeignLoad | None:
+    """Decides whether Requanto opens a checkpoint of another library.
+
+    If it does, the config's ``quantization_config`` becomes one of ours with an empty table.
+
+    Args:
+        config: the model's config; changed in place.
+        asked: ``quantization_config`` of ``from_pretrained``.
+        device_map, weights_only: of ``from_pretrained``.
+        path: the directory or the name on the hub.
+        options: keywords of ``from_pretrained``.
+    """
+    holder = next((c for c in (config, config.get_text_config(decoder=True)) if _stored(c) is not None), config)
+    stored = _stored(holder)
+    if method_of(stored) == "quanto":
+        return None
+    description = description_with_extras(config.to_dict(), _directory(path, options))
+    if stored is None or method_of(stored) is None:
+        hint = next((key for key in _HINTS if isinstance(description.get(key), dict)), None)
+        if hint is None:
+            return None
+        known = {"quant_method": _HINTS[hint], "hinted": True}
+    else:
+        known = as_dict(stored)
+    method = str(known["quant_method"])
+    if not is_known(method) or not takes_over(method, asked, lambda: _reason(known, device_map, weights_only)):
+        return None
+    if hasattr(holder, "quantization_config"):
+        del holder.quantization_config
+    config.quantization_config = recipe_for(None, asked).to_dict()
+    return ForeignLoad(known, description, asked)
+
+
+def _stored(config: Any) -> Any:
+    return getattr(config, "quantization_config", None)
+
+
+def _directory(path: Any, options: Mapping[str, Any]) -> Path | None:
+    """The folder that holds config.json: local, or in the hub's cache."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        return None
+    subfolder = options.get("subfolder") or ""
+    if Path(path).is_dir():
+        return Path(path, subfolder)
+    from transformers.utils import cached_file
+
+    place = {key: options[key] for key in ("revision", "cache_dir") if options.get(key) is not None}
+    try:
+        found = cached_file(str(path), "config.json", subfolder=subfolder, local_files_only=True, **place)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found).parent
+
+
+def _reason(stored: dict[str, Any], device_map: Any, weights_only: bool) -> str | None:
+    """Why Transformers, with the format's own library, does not keep the weights quantized here; None if it does."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if stored.get("hinted"):
+        return "Transformers does not know the format"
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(stored), pre_quantized=True)
+        before = getattr(quantizer.quantization_config, "dequantize", False)
+        quantizer.validate_environment(device_map=copy.deepcopy(device_map), weights_only=weights_only)
+    except Exception as error:  # whatever the library has against this machine
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0]
+    if getattr(quantizer.quantization_config, "dequantize", False) and not before:
+        return "on this device it turns the weights into floats"
+    return None
