@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from requanto.checkpoint.format import rebuild
 
 ROOT = Path(__file__).parents[3]
 #: what `make test` installs from tests/formats.txt
@@ -37,3 +40,20 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return done[key]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def made() -> Callable[..., dict[str, torch.Tensor]]:
+    """``made(found, source)``: all weights that a reader found, each checked as when a checkpoint is loaded."""
+
+    def build(found, source, dtype=torch.float32):
+        weights = {
+            name: rebuild(name, weight.text, weight.build(source), dtype) for name, weight in found.weights.items()
+        }
+        for name, weight in found.floats.items():
+            weights[name] = weight.build(source)
+            assert (weights[name].shape, weights[name].dtype) == (weight.shape, weight.dtype), name
+        assert found.consumed <= set(source)
+        return weights
+
+    return build
