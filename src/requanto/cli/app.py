@@ -18,9 +18,11 @@ from rich.table import Table
 from requanto.checkpoint.directory import check_target
 from requanto.cli.common import Json, Model, console, reported, size_text
 from requanto.cli.compare import compare
+from requanto.cli.convert import convert
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Quantize, inspect and evaluate models.")
 app.command()(compare)
+app.command()(convert)
 
 
 @app.callback()
@@ -256,6 +258,8 @@ def inspect(
         if as_json:
             print(report.to_json())
             return
+        if report.format:
+            console.print(f"{directory}: {report.format}", markup=False, highlight=False, soft_wrap=True)
         table = Table(title=str(directory))
         why = ("error",) if report.budget else ()
         for column in ("weight", "type", "shape", "group", "bits", "size", *why):

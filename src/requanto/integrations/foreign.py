@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from requanto.checkpoint.foreign.found import ForeignCheckpoint
 from requanto.checkpoint.foreign.readers import OUT_OF_REACH, READERS
 from requanto.config.config import QuantoConfig
-from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.runtime.settings import settings
 
 logger = logging.getLogger(__name__)
-
-#: files beside config.json that say how a checkpoint was quantized -> the key under which readers find their content
-EXTRA_FILES = {"hf_quant_config.json": "hf_quant_config", "quantize_config.json": "quantize_config"}
 
 
 def method_of(stored: Any) -> str | None:
@@ -66,23 +57,10 @@ def takes_over(method: str, asked: Any, library: Callable[[], str | None]) -> bo
     return True
 
 
-def recipe_for(found: ForeignCheckpoint | None, asked: Any = None) -> QuantoConfig:
-    """The config of a model that was read from a foreign checkpoint, with the table of its weights.
-
-    Args:
-        found: what is in it; None: that is not known yet.
-        asked: the caller's ``quantization_config``.
-    """
-    if isinstance(asked, QuantoConfig):
-        _warn_of_choices(asked)
-    table = {} if found is None else dict(found.table)
-    kinds = Counter(text.split()[0] for text in table.values())
-    config = QuantoConfig(weights=short_name(qtypes[max(sorted(kinds), key=kinds.__getitem__)]) if kinds else None)
-    config.record(table)
-    return config
-
-
-def _warn_of_choices(asked: QuantoConfig) -> None:
+def warn_of_choices(asked: Any) -> None:
+    """Says which options of the caller's config have no effect on weights that are quantized already."""
+    if not isinstance(asked, QuantoConfig):
+        return
     plain = QuantoConfig()
     names = [key for key in plain.parameters() if getattr(asked, key) != getattr(plain, key) and key != "weights_dtype"]
     if names:
@@ -91,20 +69,3 @@ def _warn_of_choices(asked: QuantoConfig) -> None:
             "To quantize it otherwise, call requanto.requantize or dequantize() on the model.",
             ", ".join(f"{name}={getattr(asked, name)!r}" for name in names),
         )
-
-
-def description_with_extras(description: Mapping[str, Any], directory: Path | None) -> dict[str, Any]:
-    """The content of config.json, with that of the files beside it that say how the checkpoint was quantized.
-
-    Args:
-        directory: the checkpoint's directory, or a folder of the hub's cache; None: nothing is read.
-    """
-    found = copy.deepcopy(dict(description))
-    for file, key in EXTRA_FILES.items():
-        path = None if directory is None else directory / file
-        if path is not None and path.is_file():
-            try:
-                found[key] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is no valid JSON ({error}): download it again") from error
-    return found

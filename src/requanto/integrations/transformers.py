@@ -24,6 +24,7 @@ from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
 from requanto.checkpoint.files import check_files
+from requanto.checkpoint.foreign.directory import recipe_for
 from requanto.checkpoint.foreign.source import FilesSource
 from requanto.checkpoint.format import (
     PARTS,
@@ -44,7 +45,6 @@ from requanto.integrations.accelerate import load_offloaded
 from requanto.integrations.budget import resolve_for_transformers
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
 from requanto.integrations.folding import check_fold, quantize_planned_weights
-from requanto.integrations.foreign import recipe_for
 from requanto.integrations.shards import local_quantized
 from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full_state_dict, place_shard
 from requanto.integrations.transformers_foreign import ForeignLoad
@@ -176,7 +176,7 @@ class RequantoHfQuantizer(HfQuantizer):
         recipe = recipe_for(foreign.found)
         config.weights = recipe.weights
         config.record(dict(recipe.tensors))
-        config.activation_modules = {name: one.type for name, one in foreign.found.activations.items()}
+        config.activation_modules = recipe.activation_modules
         self.names = self.stored_names(model, self._joined_keys(model, keys))
         add_activation_modules(model, config.activation_modules, config.tensors, (), self._local_modules)
 
@@ -294,6 +294,7 @@ class RequantoHfQuantizer(HfQuantizer):
             apply_loaded_scales(model)
         config.record(self._own_table(model) if self.sharded else table_of(model.named_parameters()))
         self.names = None  # the table has this model's names from here on
+        self.foreign, self.given_state, self.joined, self.stored_table = None, None, [], {}  # let go of the files
         experts.use_requanto_experts(model)
         return model
 

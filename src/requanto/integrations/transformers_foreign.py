@@ -12,19 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from requanto.checkpoint.foreign.directory import config_of, description_of, recipe_for
 from requanto.checkpoint.foreign.found import ForeignCheckpoint
-from requanto.checkpoint.foreign.readers import recognize, scan
+from requanto.checkpoint.foreign.readers import scan
 from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSource
 from requanto.checkpoint.foreign.translated import Translated, tell
 from requanto.checkpoint.format import CheckpointError
-from requanto.integrations.foreign import (
-    as_dict,
-    description_with_extras,
-    is_known,
-    method_of,
-    recipe_for,
-    takes_over,
-)
+from requanto.integrations.foreign import as_dict, is_known, method_of, takes_over, warn_of_choices
+from requanto.runtime.settings import settings
 
 #: key of config.json, or of a file beside it, that only one format writes -> its quant_method
 _HINTS = {"hf_quant_config": "modelopt", "quantize_config": "gptq", "quantization": "mlx"}
@@ -36,14 +31,13 @@ class ForeignLoad:
     Args:
         stored: its ``quantization_config``.
         description: content of config.json, with `EXTRA_FILES`.
-        asked: the caller's ``quantization_config``.
 
     Attributes:
         found: what is in it, once `open` was called.
     """
 
-    def __init__(self, stored: dict[str, Any], description: Mapping[str, Any], asked: Any) -> None:
-        self.stored, self.description, self.asked = stored, description, asked
+    def __init__(self, stored: dict[str, Any], description: Mapping[str, Any]) -> None:
+        self.stored, self.description = stored, description
         self.found: ForeignCheckpoint | None = None
         self._source: Source | None = None
 
@@ -76,7 +70,7 @@ class ForeignLoad:
 
     def _recognized(self) -> dict[str, Any]:
         assert self._source is not None
-        config = recognize(self.description, self._source)
+        config = config_of(self.description, self._source)
         if config is None:
             raise CheckpointError(
                 f"config.json, or a file beside it, says that the checkpoint is quantized ({self.stored['quant_method']}), "
@@ -109,7 +103,8 @@ def claim(
     stored = _stored(holder)
     if method_of(stored) == "quanto":
         return None
-    description = description_with_extras(config.to_dict(), _directory(path, options))
+    folder = _directory(path, options)
+    description = config.to_dict() if folder is None else description_of(folder, config.to_dict())
     if stored is None or method_of(stored) is None:
         hint = next((key for key in _HINTS if isinstance(description.get(key), dict)), None)
         if hint is None:
@@ -118,12 +113,29 @@ def claim(
     else:
         known = as_dict(stored)
     method = str(known["quant_method"])
+    if not is_known(method) and not options.get("trust_remote_code"):
+        check_any_knows(method, asked)
     if not is_known(method) or not takes_over(method, asked, lambda: _reason(known, device_map, weights_only)):
         return None
     if hasattr(holder, "quantization_config"):
         del holder.quantization_config
-    config.quantization_config = recipe_for(None, asked).to_dict()
-    return ForeignLoad(known, description, asked)
+    warn_of_choices(asked)
+    config.quantization_config = recipe_for(None).to_dict()
+    return ForeignLoad(known, description)
+
+
+def check_any_knows(method: str, asked: Any) -> None:
+    """Raises for a ``quant_method`` that nobody reads: Transformers would only warn, and give a model of random weights.
+
+    Raises:
+        CheckpointError: neither Transformers nor Requanto knows the method, or Requanto was asked for.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    if settings.foreign == "never" or (method in AUTO_QUANTIZATION_CONFIG_MAPPING and asked is None):
+        return
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING or method_of(asked) == "quanto":
+        scan({"quant_method": method}, TensorsSource({}))
 
 
 def _stored(config: Any) -> Any:

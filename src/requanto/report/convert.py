@@ -76,7 +76,10 @@ def checked_source(model: str | Path, out: Path) -> tuple[Path, dict[str, Any]]:
     description = description_of(source)
     if description.get("quantization_config"):
         method = description["quantization_config"].get("quant_method")
-        raise ValueError(f"{model} is already quantized ({method}); start from the float model")
+        raise ValueError(
+            f"{model} is already quantized ({method}); start from the float model, or keep its weights as they are: "
+            f"requanto convert"
+        )
     if Path(out).resolve() == source.resolve():
         raise ValueError(
             f"OUT is the model's own directory {source}, whose float weights would be lost; choose another directory"

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from requanto.budget.models import budget_of
 from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.files import stored_keys
+from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory
 from requanto.checkpoint.format import CheckpointError, parse_spec
 from requanto.checkpoint.opening import checked_config, is_ours, read_json, stored_config
 from requanto.checkpoint.save_id import KEY, check_ids
@@ -64,6 +65,8 @@ class ModelReport:
     would_take: dict[str, int]
     #: how a budget chose the types (`requanto.budget.Choice.record`); None: the user gave them
     budget: dict[str, Any] | None = None
+    #: the format of another library, in words; empty: Requanto's, or a float model
+    format: str = ""
 
     def why(self) -> str:
         """Returns a text about how a budget chose the types; "" if the user gave them."""
@@ -108,6 +111,8 @@ def inspect_directory(directory: str | Path) -> ModelReport:
     stored = config.get("quantization_config") or {}
     if stored.get("format") is not None:
         check_ids(stored.get(KEY), files)
+    elif (foreign := open_directory(directory)) is not None:
+        return _foreign_report(foreign)
     owners = {key.removesuffix("_qdata") for key in stored_keys(files) if key.endswith("_qdata")}
     found: dict[str, WeightReport] = {}
     parts: dict[str, int] = {}
@@ -137,6 +142,36 @@ def inspect_directory(directory: str | Path) -> ModelReport:
         )
     budget = stored.get("budget")
     return _with_budget(_report([found[name] for name in sorted(found)], None), budget)
+
+
+def _foreign_report(foreign: ForeignDirectory) -> ModelReport:
+    """Reports on a directory that another library quantized: what its weights are in our format, and their bytes in its."""
+    source, found = foreign.source, foreign.found
+
+    def stored_bytes(names: Iterable[str]) -> int:
+        headers = [source.header(name) for name in names]
+        return sum(header.shape.numel() * header.dtype.itemsize for header in headers)
+
+    weights = []
+    for name, weight in found.weights.items():
+        spec, size = parse_spec(weight.text, name), stored_bytes(weight.sources)
+        bits = size * 8 / max(1, torch.Size(spec["shape"]).numel())
+        kind = short_name(spec["qtype"])
+        weights.append(WeightReport(name, kind, tuple(spec["shape"]), spec["group_size"], size, bits))
+    for name, one in found.floats.items():
+        size = stored_bytes(one.sources)
+        kind = str(one.dtype).removeprefix("torch.")
+        weights.append(WeightReport(name, kind, tuple(one.shape), None, size, size * 8 / max(1, one.shape.numel())))
+    made = (*found.weights.values(), *found.floats.values())
+    parts = {name for one in made for name in one.sources}
+    for name in source:
+        if name not in parts:
+            shape, dtype = source.header(name)
+            size = shape.numel() * dtype.itemsize
+            kind = str(dtype).removeprefix("torch.")
+            weights.append(WeightReport(name, kind, tuple(shape), None, size, 8.0 * dtype.itemsize))
+    report = _report(sorted(weights, key=lambda weight: weight.name), set())
+    return replace(report, format=found.format)
 
 
 def _with_budget(report: ModelReport, budget: dict[str, Any] | None) -> ModelReport:

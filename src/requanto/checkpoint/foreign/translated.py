@@ -131,7 +131,7 @@ class Translated(Mapping[str, Any]):
         for name in source:
             if name in found.consumed:
                 continue
-            if name in self._values:
+            if name in found.weights or name in self._values:
                 raise CheckpointError(
                     f"{name} is in the files as a float tensor, and quantized as well: files of two checkpoints are mixed"
                 )

@@ -1,0 +1,167 @@
+"""Conversion of whole checkpoints of other libraries for the command line: a model, a pipeline, a gguf file."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from requanto.checkpoint.directory import check_target, replaced_directory
+from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, write_converted
+from requanto.checkpoint.foreign.quanto_directory import convert_quanto_directory, is_quanto_directory
+from requanto.checkpoint.foreign.translated import tell
+from requanto.checkpoint.opening import is_ours, read_json, stored_config
+from requanto.report.companions import save_with_companions
+from requanto.report.convert import local_directory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConvertedPart:
+    """One model that was converted.
+
+    Attributes:
+        name: its folder in a pipeline; empty for a model alone.
+        format: the format it had.
+        quantized: weights whose codes were taken over.
+        dequantized: weights that Requanto's format cannot hold, now floats.
+    """
+
+    name: str
+    format: str
+    quantized: int
+    dequantized: int
+
+
+@dataclass
+class Conversion:
+    """What `convert_checkpoint` did."""
+
+    out: str
+    parts: list[ConvertedPart] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def convert_checkpoint(source: str | Path, out: str | Path, *, progress: bool = False) -> Conversion:
+    """Writes a checkpoint of another library in Requanto's format.
+
+    A model needs neither its class nor its library: one weight is in memory at a time. Tokenizer and other companions are
+    copied. Of a pipeline every quantized model is converted, everything else is copied.
+
+    Args:
+        source: a directory, a ``.gguf`` file, or a name on the hub.
+        out: the directory to write; the files of an earlier save there are replaced when the new ones are complete.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is not quantized, or Requanto wrote it; ``out`` is its own directory.
+        CheckpointError: it is damaged, or its format is not known.
+    """
+    started, out = time.monotonic(), Path(out)
+    check_target(out)
+    result = Conversion(str(out))
+    if str(source).endswith(".gguf"):
+        _convert_gguf(Path(source), out, result)
+    else:
+        directory = local_directory(source)
+        if out.resolve() == directory.resolve():
+            raise ValueError(f"OUT is the checkpoint's own directory {directory}; choose another one")
+        if (directory / "model_index.json").is_file():
+            _convert_pipeline(directory, out, result, progress)
+        else:
+            result.parts.append(_convert_model(directory, out, progress))
+        result.bytes_before = _weight_bytes(directory)
+    result.bytes_after = _weight_bytes(out)
+    result.seconds = time.monotonic() - started
+    return result
+
+
+def _weight_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+
+
+class _Writer:
+    """What `save_with_companions` takes for a model."""
+
+    def __init__(self, foreign: ForeignDirectory, progress: bool) -> None:
+        self.foreign, self.progress = foreign, progress
+
+    def save_pretrained(self, target: Path) -> None:
+        with tqdm(total=len(self.foreign.found.weights), unit="weight", disable=None if self.progress else True) as bar:
+            write_converted(self.foreign, target, lambda done, count: bar.update())
+
+
+def _convert_model(directory: Path, out: Path, progress: bool, name: str = "") -> ConvertedPart:
+    if is_quanto_directory(directory):
+        convert_quanto_directory(directory, out)
+        count = len(read_json(out / "config.json")["quantization_config"]["tensors"])
+        return ConvertedPart(name, "optimum-quanto", count, 0)
+    foreign = open_directory(directory)
+    if foreign is None:
+        stored = stored_config(read_json(directory / "config.json"), directory)
+        if is_ours(stored):
+            raise ValueError(f"{directory} has Requanto's format already; there is nothing to convert")
+        raise ValueError(
+            f"{directory} is not quantized: config.json has no quantization_config, and the tensors are those of no "
+            f"format that Requanto knows. To quantize it: requanto quantize {directory} OUT"
+        )
+    tell(foreign.found, str(directory))
+    save_with_companions(_Writer(foreign, progress), directory, out)
+    found = foreign.found
+    return ConvertedPart(name, found.format, len(found.weights), sum(bool(one.reason) for one in found.floats.values()))
+
+
+def _convert_pipeline(directory: Path, out: Path, result: Conversion, progress: bool) -> None:
+    folders = [path for path in sorted(directory.iterdir()) if path.is_dir()]
+    quantized = [path for path in folders if (path / "config.json").is_file() and _is_foreign(path)]
+    if not quantized:
+        raise ValueError(
+            f"none of the models in {directory} was quantized by another library; there is nothing to convert"
+        )
+    with replaced_directory(out) as scratch:
+        for path in sorted(directory.iterdir()):
+            if path in quantized:
+                result.parts.append(_convert_model(path, scratch / path.name, progress, path.name))
+            elif path.is_dir():
+                shutil.copytree(path, scratch / path.name)
+            else:
+                shutil.copy2(path, scratch / path.name)
+
+
+def _is_foreign(directory: Path) -> bool:
+    return is_quanto_directory(directory) or open_directory(directory) is not None
+
+
+def _convert_gguf(source: Path, out: Path, result: Conversion) -> None:
+    if not source.is_file():
+        raise FileNotFoundError(f"there is no file {source}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from requanto.tensor.qtensor import QTensor
+
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    count = sum(isinstance(parameter, QTensor) for parameter in model.parameters())
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+    class _Saved:
+        def save_pretrained(self, target: Path) -> None:
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+
+    save_with_companions(_Saved(), source.parent, out)
+    result.parts.append(ConvertedPart("", "GGUF", count, 0))
+    result.bytes_before = source.stat().st_size
