@@ -41,6 +41,14 @@ class Header(NamedTuple):
     dtype: torch.dtype
 
 
+def _header_of(piece: Any) -> Header:
+    """What torch will show of a slice: of F4, which is stored as single codes, a tensor of pairs."""
+    dtype, shape = DTYPES[piece.get_dtype()], list(piece.get_shape())
+    if dtype is torch.float4_e2m1fn_x2 and shape:
+        shape[-1] //= 2
+    return Header(torch.Size(shape), dtype)
+
+
 class Source(Mapping[str, torch.Tensor]):
     """Read-only mapping from name to tensor. Each access reads the tensor; `header` does not.
 
@@ -138,12 +146,11 @@ class FilesSource(Source):
         if name not in self._file:
             raise CheckpointError(f"{name} is not in the files")
         piece = self._open[self._file[name]].get_slice(name)
-        dtype = DTYPES.get(piece.get_dtype())
-        if dtype is None:
+        if piece.get_dtype() not in DTYPES:
             raise CheckpointError(
                 f"{name} has dtype {piece.get_dtype()} in {self.where(name)}, which torch has no dtype for"
             )
-        return Header(torch.Size(piece.get_shape()), dtype)
+        return _header_of(piece)
 
     def where(self, name: str) -> str:
         return Path(self._file[name]).name
@@ -180,7 +187,7 @@ class TensorsSource(Source):
         found = self._tensors[name]
         if isinstance(found, torch.Tensor):
             return Header(found.shape, found.dtype)
-        return Header(torch.Size(found.get_shape()), DTYPES[found.get_dtype()])
+        return _header_of(found)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         found = self._tensors[name]
