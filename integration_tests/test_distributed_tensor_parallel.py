@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from foreign_files import write_gptq
 from tiny_models import TINY, output, save_tiny
 from transformers.distributed import DistributedConfig
 
@@ -52,6 +53,15 @@ def one(directory: Path, case: str, how: str, plan: str) -> dict:
     return found
 
 
+def of_another_library(directory: Path) -> dict:
+    model = TINY["llama"].auto.from_pretrained(directory / "gptq", tp_plan="auto")
+    local = [getattr(p, "_local_tensor", None) for p in model.parameters()]
+    return {
+        "logits": output(model, TINY["llama"].inputs()),
+        "bytes": sum(t.nbytes for t in local if isinstance(t, QTensor)),
+    }
+
+
 def unlike(directory: Path, rank: int) -> dict:
     """Each rank with another type, on the fly and from another checkpoint."""
     found = {}
@@ -76,6 +86,7 @@ def fully_sharded(directory: Path) -> dict:
 
 def worker(rank: int, directory: Path) -> dict:
     found = {case: ranks.attempt(one, directory, *case) for case in CASES}
+    found["gptq"] = ranks.attempt(of_another_library, directory)
     found["unlike"] = ranks.attempt(unlike, directory, rank)
     found["fully sharded"] = ranks.attempt(fully_sharded, directory)
     return found
@@ -92,6 +103,11 @@ def run(tmp_path_factory):
         model.save_pretrained(directory / case)
         size = sum(p.nbytes for p in model.parameters() if isinstance(p, QTensor))
         expected[case] = (output(model, TINY[name].inputs()), size, model.get_memory_footprint())
+    save_tiny("llama", directory / "gptq")
+    write_gptq(directory / "gptq")
+    model = TINY["llama"].auto.from_pretrained(directory / "gptq")
+    size = sum(p.nbytes for p in model.parameters() if isinstance(p, QTensor))
+    expected["gptq"] = output(model, TINY["llama"].inputs()), size
     found = ranks.run(worker, 2, directory)
 
     def results(case) -> list[dict]:
@@ -111,6 +127,14 @@ def test_logits_of_one_process_at_half_the_memory(run, case):
         # A group cut in two keeps its scale on both ranks.
         assert 0.45 * size < result["bytes"] < 0.6 * size
         assert result["bytes"] < result["footprint"] < footprint
+
+
+def test_a_checkpoint_of_another_library_is_cut_alike(run):
+    _, expected, results = run
+    logits, size = expected["gptq"]
+    for result in results("gptq"):
+        assert (result["logits"] - logits).norm() < 1e-5 * logits.norm()
+        assert 0.45 * size < result["bytes"] < 0.6 * size
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

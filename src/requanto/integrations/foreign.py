@@ -66,6 +66,6 @@ def warn_of_choices(asked: Any) -> None:
     if names:
         logger.warning(
             "the checkpoint is quantized already and its weights stay as they are: %s of quantization_config is not used. "
-            "To quantize it otherwise, call requanto.requantize or dequantize() on the model.",
+            "To quantize it otherwise: model.dequantize(), then requanto.quantize(model, ...).",
             ", ".join(f"{name}={getattr(asked, name)!r}" for name in names),
         )
