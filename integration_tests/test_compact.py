@@ -1,11 +1,13 @@
 """Scales in few bits and of columns, rotated and corrected weights in both libraries: quantized, saved, loaded, moved."""
 
+import itertools
 import json
 
 import accelerate
 import pytest
 import torch
 import transformers as tf
+from made_weights import made
 from tiny_diffusers import TINY as TINY_DIFFUSERS
 from tiny_models import TINY, output, save_tiny
 
@@ -57,6 +59,41 @@ def test_transformers_there_and_back(name, float_dir, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
     found = {w.name: w.bytes for w in inspect_directory(tmp_path / "one").weights}
     assert found["model.layers.0.mlp.up_proj.weight"] == model.model.layers[0].mlp.up_proj.weight.nbytes
+
+
+#: Descriptions that files of other programs need, for rows of 64 and 128 weights.
+FOREIGN = (
+    "qint4 {} group=32 affine scales=6 block=64",
+    "qint6 {} group=16 scales=8 signed block=64",
+    "qint4 {} group=32 signed",
+    "qint4 {} group=32 affine zeros order",
+)
+
+
+def with_foreign_weights(model):
+    """The model with weights as files of other programs have them, one form after the other."""
+    forms = itertools.cycle(FOREIGN)
+    for index, (name, parameter) in enumerate(list(model.named_parameters())):
+        if isinstance(parameter, QTensor):
+            owner, _, leaf = name.rpartition(".")
+            weight = made(next(forms), *parameter.shape, dtype=parameter.dtype, seed=index)
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return model
+
+
+def test_forms_of_other_programs_there_and_back(float_dir, tmp_path):
+    model = with_foreign_weights(load(float_dir, quantization_config=QuantoConfig(weights="int4")))
+    model.save_pretrained(tmp_path / "one")
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())["quantization_config"]
+    assert stored["format_version"] == 4
+    assert {word for line in stored["tensors"].values() for word in line.split()} >= {"signed", "block=64", "order"}
+    again = load(tmp_path / "one")
+    wanted = answer(model)
+    assert torch.isfinite(wanted).all()
+    assert torch.equal(answer(again), wanted)
+    again.save_pretrained(tmp_path / "two")
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert torch.equal(answer(accelerate.disk_offload(again, tmp_path / "off", execution_device="cpu")), wanted)
 
 
 def test_a_module_may_differ(float_dir, tmp_path):

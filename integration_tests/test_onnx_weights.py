@@ -14,6 +14,7 @@ from requanto import QTensor, qtypes
 pytest.importorskip("onnx", reason="ONNX files need the package onnx")
 pytest.importorskip("onnxscript", reason="torch.onnx.export(dynamo=True) needs the package onnxscript")
 pytest.importorskip("onnxruntime", reason="ONNX files are run by the package onnxruntime")
+from made_weights import EVERY, made
 from onnx_files import Layers, error, export, initializers, operators, outputs, parameter, run, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,6 +41,8 @@ def test_every_type(file):
     assert stored < 1.2 * sum(weight.nbytes for weight in weights_of(model))
 
 
+#: Further words of a description, and the shape that they fit.
+FORMS = {"": (24, 256), "rank=2": (7, 256), "transposed": (256, 24)}
 OPTIONS = {
     "one scale a row": {"group_size": None},
     "groups of 8": {"group_size": 8},
@@ -61,6 +64,13 @@ def test_options(file):
         weights += [quantized(kind, 7, 90), quantized(kind, 7, 100, group_size=None)]
     model = Layers(weights)
     export(model, model.inputs(), file)
+
+
+def test_forms_of_other_programs(file):
+    """Signed scales, scales in blocks, columns in another order: as GEMMs both ways and as dequantized values."""
+    rows = [made(form, *shape, words=words) for form in EVERY for words, shape in FORMS.items()]
+    model = Layers(rows)
+    assert {"Gather", "MatMulNBits"} <= operators(export(model, model.inputs(), file))
 
 
 @given(data=st.data())
@@ -159,10 +169,16 @@ def test_prepacked_weights(file):
         assert error(got, x @ weight.dequantize(torch.float32).T) < 1e-5
 
 
+def ordered(weight):
+    """The weight with its columns in another order."""
+    order = torch.argsort(torch.rand(weight.lead[:-1] + (weight.row_length,)), -1).to(torch.int32)
+    return weight.with_inner({**weight.inner_tensors(), "order": order})
+
+
 class Mixed(torch.nn.Module):
     """A tied embedding, convolutions, matmuls and slices."""
 
-    def __init__(self, kind, columns=False, **how):
+    def __init__(self, kind, columns=False, order=False, **how):
         super().__init__()
         self.embedding, self.output = torch.nn.Embedding(24, 64), torch.nn.Linear(64, 24, bias=False)
         self.conv, self.up = torch.nn.Conv2d(4, 8, 3), torch.nn.ConvTranspose2d(8, 8, 3)
@@ -175,6 +191,10 @@ class Mixed(torch.nn.Module):
             module.weight = parameter(QTensor.quantize(module.weight, kind, column_scale=scale, **how))
         self.output.weight = self.embedding.weight
         self.experts = parameter(QTensor.quantize(torch.randn(3, 64, 64), kind, column_scale=column(3, 64)))
+        if order:
+            for module in (self.embedding, self.conv, self.up):
+                module.weight = parameter(ordered(module.weight))
+            self.output.weight, self.experts = self.embedding.weight, parameter(ordered(self.experts))
 
     def forward(self, ids):
         x = self.embedding(ids)
@@ -191,6 +211,7 @@ MIXED = [
     ("int4", {"rotation": True}),
     ("int3", {"scale_bits": 6}),
     ("int8", {"columns": True}),
+    ("int4", {"columns": True, "order": True}),
 ]
 
 

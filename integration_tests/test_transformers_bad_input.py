@@ -117,10 +117,10 @@ def test_a_format_version_that_is_none(quantized_dir, version):
         load(quantized_dir)
 
 
-@pytest.mark.parametrize("version", [4, 99])
+@pytest.mark.parametrize("version", [5, 99])
 def test_an_unknown_format_version(quantized_dir, version):
     edit_config(quantized_dir, lambda c: c.update(format_version=version))
-    with pytest.raises(ValueError, match=rf"format version {version!r}.*reads versions 1 to 3.*pip install -U"):
+    with pytest.raises(ValueError, match=rf"format version {version!r}.*reads versions 1 to 4.*pip install -U"):
         load(quantized_dir)
 
 

@@ -75,7 +75,7 @@ def test_a_key_that_means_something_to_python_only(key):
     [
         ({"quant_method": "gptq"}, r"quant_method is 'gptq', and its keys .* are Requanto's"),
         ({"format": "other"}, "format 'other' is unknown"),
-        ({"format_version": 4}, "is of format version 4; this Requanto reads versions 1 to 3"),
+        ({"format_version": 5}, "is of format version 5; this Requanto reads versions 1 to 4"),
         ({"format_version": True}, "format_version must be an integer from 1 on, found True"),
         ({"digests": {}}, None),
         ({"digests": {"b.weight": "0123456789abcdef"}}, r"digests has no entry for the weight 'a\.weight'"),

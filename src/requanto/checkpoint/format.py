@@ -1,4 +1,4 @@
-"""The checkpoint format of a quantized weight, versions 1 to 3 (docs/format.md).
+"""The checkpoint format of a quantized weight, versions 1 to 4 (docs/format.md).
 
 A weight ``W`` is stored as ``W_qdata``, ``W_scale``, ``W_shift`` if affine, and ``W_codebook`` for learned types. No tensor
 is named ``W``: a loader without Requanto then reports a missing weight instead of loading codes as values. The rest of the
@@ -18,6 +18,9 @@ The words after type and shape:
     rotation=B       rows were rotated in blocks of B before quantization (`requanto.scales.rotation`)
     zeros            ``W_shift`` holds whole zero points, of as many bits as the weight's codes
     columns          column scale ``W_column``, by which dequantized rows are multiplied (`requanto.scales.columns`)
+    signed           scales may be negative
+    block=N          with ``scales=B``: ``W_row_scale`` (and ``W_row_shift`` if affine) has one number for each N weights
+    order            ``W_order``: the weight's column that each stored column is (`requanto.scales.order`)
 """
 
 from __future__ import annotations
@@ -84,6 +87,9 @@ def parse_spec(text: str, name: str) -> dict[str, Any]:
         "rotation",
         "column",
         "zeros",
+        "signed",
+        "scale_block",
+        "order",
     )
     return {"shape": spec.seen_shape, "rank": rank, **{field: getattr(spec, field) for field in names}}
 

@@ -32,8 +32,9 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
         codes: also look for codes that are no numbers, which reads every code of a float8 weight.
 
     Raises:
-        CheckpointError: NaN or Inf in a part or among float8 codes, a negative scale, a scale of 0 for codes that differ,
-            a column scale that is not positive, or a scale or shift that makes weights absurdly large.
+        CheckpointError: NaN or Inf in a part or among float8 codes, a negative scale or a scale of 0 for codes that differ
+            (neither of signed scales; of scales in blocks only the first), a column scale that is not positive, an order of
+            columns that is no permutation, or a scale or shift that makes weights absurdly large.
     """
     if parts["qdata"].is_meta:
         return
@@ -42,6 +43,8 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
             raise CheckpointError(f"{name}_{part} holds NaN or Inf: {_DAMAGED}")
     if codes and spec.qtype.is_floating_point and bool(_is_no_number(parts["qdata"]).any()):
         raise CheckpointError(f"{name}_qdata holds NaN among its {spec.qtype.name} codes: {_DAMAGED}")
+    if spec.order:
+        _check_order(parts["order"], name)
     if not parts["scale"].numel():
         return
     if spec.column and parts["column"].numel() and float(parts["column"].min()) <= 0:
@@ -53,11 +56,35 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
     # Of MX types no scale is 0 or negative.
     rows = "row_scale" if "row_scale" in parts else "scale"
     smallest = 1.0 if rows == "scale" and spec.scale_code_bits is not None else float(parts[rows].min())
-    if smallest < 0:
+    if smallest < 0 and not spec.signed:
         raise CheckpointError(f"{name}_{rows} holds the negative scale {smallest:g}: {_DAMAGED}")
-    if smallest == 0 or ("row_scale" in parts and bool((float_scale(spec, parts) == 0).any())):
+    # Other programs leave any codes where a scale is rounded to 0.
+    foreign = spec.signed or spec.scale_block is not None
+    if not foreign and (smallest == 0 or ("row_scale" in parts and bool((float_scale(spec, parts) == 0).any()))):
         _check_zeros(spec, parts, name)
     _check_size(spec, parts, name)
+
+
+def _check_order(order: torch.Tensor, name: str) -> None:
+    """An order of columns has each column once."""
+    length = order.shape[-1]
+    for index, one in enumerate(order.reshape(-1, length)):
+        if not length or torch.equal(one.sort().values, torch.arange(length, dtype=torch.int32, device=one.device)):
+            continue
+        where = f" of expert {index}" if order.dim() > 1 else ""
+        outside = (one < 0) | (one >= length)
+        first = torch.zeros(length, dtype=torch.bool, device=one.device)
+        for place, column in enumerate(one.tolist()):
+            if bool(outside[place]):
+                raise CheckpointError(
+                    f"{name}_order{where} holds {column} at {place}, and the columns are 0 to {length - 1}: {_DAMAGED}"
+                )
+            if bool(first[column]):
+                raise CheckpointError(
+                    f"{name}_order{where} holds {column} a second time at {place}, and each column belongs there once: "
+                    f"{_DAMAGED}"
+                )
+            first[column] = True
 
 
 def _check_scale_codes(codes: torch.Tensor, form: str, name: str) -> None:
@@ -116,10 +143,12 @@ def _check_size(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str) 
     top = 2.0**spec.scale_bits - 1 if spec.scale_bits is not None else 1.0
     scales = float_scale(spec, parts) if spec.scale_bits is None else parts["row_scale"]
     columns = _columns_of_scales(spec, parts)
-    scales = scales.float() * (steps * top) * columns
+    scales = scales.float().abs() * (steps * top) * columns
     sizes = {"scale": scales}
     if spec.affine and spec.shift_code_bits is None:
         sizes["shift"] = parts["shift"].float().abs() * columns
+    if "row_shift" in parts:
+        sizes["row_shift"] = parts["row_shift"].float().abs() * top * columns
     if "up" in parts:
         sizes["up"], sizes["down"] = parts["up"].float().abs(), parts["down"].float().abs()
     for part, size in sizes.items():

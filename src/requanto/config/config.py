@@ -22,7 +22,8 @@ from requanto.scales.search import check_method
 
 FORMAT = "requanto"
 #: newest checkpoint format version that can be read; a checkpoint is written as the first version that has what it needs
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_VERSION_4_WORDS = frozenset({"signed", "block", "order"})
 _VERSION_3_WORDS = frozenset({"columns", "zeros"})
 _VERSION_2_WORDS = frozenset({"scales", "rotation"})
 _VERSION_3_TYPES = frozenset(kind.name for kind in qtypes.values() if kind.blocks is not None)
@@ -37,6 +38,8 @@ def format_version_of(tensors: Mapping[str, str]) -> int:
 def _version_of(kind: str, _shape: str, *words: str) -> int:
     found = {word.partition("=")[0] for word in words}
     types = {kind, *(word.partition("activation=")[2] for word in words)}
+    if found & _VERSION_4_WORDS:
+        return 4
     if found & _VERSION_3_WORDS or types & _VERSION_3_TYPES:
         return 3
     return 2 if found & _VERSION_2_WORDS or kind not in _VERSION_1_TYPES else 1

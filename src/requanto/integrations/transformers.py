@@ -191,7 +191,9 @@ class RequantoHfQuantizer(HfQuantizer):
             spec = parse_spec(text, param_name)
             kind, group, bits, rank = spec["qtype"], spec["group_size"], spec["scale_bits"], spec["rank"]
             column, zeros = spec["column"], spec["zeros"]
+            block, order = spec["scale_block"], spec["order"]
         elif param_name in self.planned:
+            block, order = None, False
             options = self.planned[param_name].options
             kind, group, bits = options.qtype, options.group_size, options.scale_bits
             rank = options.low_rank or 0
@@ -208,6 +210,10 @@ class RequantoHfQuantizer(HfQuantizer):
         overhead = (element + second) / group if isinstance(group, int) else 4 / max(1, param.shape[-1])
         if rank and param.dim() > 1:
             overhead += rank * param.element_size() * (1 / max(1, param.shape[-1]) + 1 / max(1, param.shape[-2]))
+        if block is not None:  # of which the files of other programs have 16 bits, and two if there is a shift
+            overhead += 2 * (2 if spec["affine"] else 1) / block
+        if order and param.dim() > 1:
+            overhead += 4 / max(1, param.shape[-2])
         if column and param.dim() > 1:
             overhead += param.element_size() / max(1, param.shape[-2])
         return kind.bits / 8 + overhead

@@ -12,7 +12,7 @@ import torch
 from requanto.linear import reference  # isort: skip  (registered first: the others are inserted before it)
 from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.linear import custom_ops
-from requanto.linear.columns import scale_columns
+from requanto.linear.columns import as_shown, as_stored, scale_columns
 from requanto.linear.cpu import paths as cpu
 from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
@@ -186,9 +186,10 @@ def _checked(
             "linear: input_scale needs an activation type, and neither the call nor the weight has one; pass "
             "activation=..."
         )
-    # Implementations handle only the codes; the low-rank term, the rotation and the column scale are applied here.
+    # Implementations handle only the codes; the low-rank term, the rotation, the column scale and the order of columns are
+    # applied here.
     block, column = weight.rotation, weight.column
-    if block is None and column is None:
+    if block is None and column is None and weight.order is None:
         out = _codes_gemm(x, weight, bias, activation, input_scale)
     elif block is not None and input_scale is not None:
         raise ValueError(
@@ -200,10 +201,10 @@ def _checked(
         wide = x.float() if column is not None and x.dtype == torch.float16 else x
         out = _codes_gemm(wide, weight, None, activation, input_scale)
         out = out if block is None else rotate(out, block)
-        out = scale_columns(out, weight).to(x.dtype)
+        out = as_shown(scale_columns(out, weight), weight).to(x.dtype)
         out = out if bias is None else out + bias.to(out.dtype)
     else:
-        scaled = scale_columns(x, weight)
+        scaled = scale_columns(as_stored(x, weight), weight)
         scaled = scaled if block is None else rotate(scaled, block)
         out = _codes_gemm(scaled, weight, bias, activation, input_scale)
     return out if weight.up is None else out + lowrank.lowrank_matmul(x, weight)

@@ -1,6 +1,7 @@
-"""The column scale of a weight in its GEMM: x is multiplied before, or the result of the transposed GEMM after.
+"""The column scale and the order of columns of a weight in its GEMM: x is multiplied and reordered before, or the result of
+the transposed GEMM after.
 
-The implementations only see the codes, so this costs one multiplication for each element of x.
+The implementations only see the codes, so this costs one multiplication or one copy for each element of x.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from requanto.runtime.tracing import runs_eagerly, without_ambient_state
+from requanto.scales.order import in_order, inverse
 from requanto.tensor.qtensor import QTensor
 
 
@@ -34,3 +36,15 @@ def column_for(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
 def scale_columns(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
     """``x * column`` for x ``[..., K]``, in its dtype; x itself for a weight without a column scale."""
     return x * column_for(weight, x.dtype) if "column" in weight._storage.parts else x
+
+
+def as_stored(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """x ``[..., K]`` in the order of the stored columns; x itself for a weight without an order of its own."""
+    order = weight._storage.parts.get("order")
+    return x if order is None else in_order(x, order)
+
+
+def as_shown(out: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """``[..., K]`` in the order of stored columns, moved to the weight's own order; the reverse of `as_stored`."""
+    order = weight._storage.parts.get("order")
+    return out if order is None else in_order(out, inverse(order))

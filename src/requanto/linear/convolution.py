@@ -54,7 +54,8 @@ def convolution(
     if not x.is_floating_point():
         raise RuntimeError(f"{function.__name__}: expected a float tensor for x, found {x.dtype}")
     bias, *rest = args or (kwargs.pop("bias", None),)
-    regular = weight.rotation is None and weight.up is None and weight.axis == 0 and not weight.transposed
+    plain = weight.rotation is None and weight.up is None and weight.order is None
+    regular = plain and weight.axis == 0 and not weight.transposed
     needs_grad = needs_gradient(x, bias)
     # Autograd saves the dequantized weight, and traced code has no scratch buffers: both need a new tensor.
     if x.device.type != "cpu" or weight.device.type != "cpu" or needs_grad or not regular or not runs_eagerly():

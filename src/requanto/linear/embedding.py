@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from requanto.dtypes.bit_packing import pack
+from requanto.linear.columns import as_shown
 from requanto.linear.cpu.dequantize import codes_to_float
 from requanto.linear.prepack import EMBEDDING_WEIGHT
 from requanto.runtime import onnx_nodes
@@ -53,7 +54,7 @@ def _onnx_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
     shape = (indices.shape[0], weight.row_length)
     values = onnx_nodes.node("Rows", [indices, *parts], attributes, parts[0], shape, torch.float32)
     values = values if weight.rotation is None else rotate(values, weight.rotation)
-    values = values if weight.column is None else values * weight.column.float()
+    values = as_shown(values if weight.column is None else values * weight.column.float(), weight)
     if weight.up is not None and weight.down is not None:
         values = values + torch.index_select(weight.up, 0, indices).float() @ weight.down.float()
     return values.to(weight.dtype)
@@ -76,6 +77,7 @@ def _simple(weight: QTensor) -> bool:
     """True if a weight has only codes, scale and shift, so that rows can be dequantized without a new QTensor."""
     return (
         weight.rotation is None
+        and weight.order is None
         and weight.up is None
         and not weight._spec.code_bits
         and not weight.qtype.is_codebook

@@ -79,10 +79,14 @@ def explain(
             kind += f", scales in {parameter.scale_bits} bits"
         if parameter.zeros:
             kind += ", whole zero points"
+        if parameter.scale_block is not None:
+            kind += f", blocks of {parameter.scale_block}"
         if parameter.rotation is not None:
             kind += f", rotated in blocks of {parameter.rotation}"
         if parameter.column is not None:
             kind += ", column scale"
+        if parameter.order is not None:
+            kind += ", columns in another order"
         if parameter.rank:
             kind += f", plus a term of rank {parameter.rank}"
         static = id(parameter) in calibrated

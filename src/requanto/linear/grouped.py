@@ -8,6 +8,7 @@ from requanto.linear import custom_ops
 from requanto.linear.columns import column_for
 from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import is_tracing
+from requanto.scales.order import inverse
 from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
@@ -18,6 +19,16 @@ def _columns_of_rows(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) ->
     column = column_for(weight, x.dtype)
     experts = lowrank.experts_of_rows(x.shape[0], offsets)
     return column[experts.clamp(max=column.shape[0] - 1)]  # rows after the last end give zeros
+
+
+def _orders_of_rows(rows: int, weight: QTensor, offsets: torch.Tensor, *, undone: bool) -> torch.Tensor | None:
+    """The order of columns of the expert of each row, or the order that undoes it: int64 ``[rows, K]``; None: none."""
+    order = weight.order
+    if order is None:
+        return None
+    order = inverse(order) if undone else order
+    experts = lowrank.experts_of_rows(rows, offsets)
+    return order[experts.clamp(max=order.shape[0] - 1)].long()
 
 
 def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -34,7 +45,9 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
     block, transposed, column = weight.rotation, weight.transposed, None
     if "column" in weight._storage.parts:
         column = _columns_of_rows(x, weight, offsets)
-    x_codes = x if column is None or transposed else x * column
+    order = _orders_of_rows(x.shape[0], weight, offsets, undone=transposed)
+    x_codes = x if order is None or transposed else x.gather(1, order)
+    x_codes = x_codes if column is None or transposed else x_codes * column
     x_codes = x_codes if block is None or transposed else rotate(x_codes, block)
     if column is not None and transposed and x.dtype == torch.float16:
         x_codes = x.float()  # divided by a small column scale, a result may leave float16's range
@@ -46,4 +59,5 @@ def grouped_linear(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> t
         out = torch.ops.requanto.grouped_linear(x_codes, offsets, *custom_ops.arguments(weight), False)
     out = rotate(out, block) if block is not None and transposed else out
     out = (out * column).to(x.dtype) if column is not None and transposed else out
+    out = out.gather(1, order) if order is not None and transposed else out
     return out if weight.up is None else out + lowrank.grouped_lowrank_matmul(x, weight, offsets)

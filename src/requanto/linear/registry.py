@@ -16,6 +16,7 @@ from requanto.dtypes.qtypes import qtype
 from requanto.linear.columns import column_for
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import needs_gradient, runs_eagerly
+from requanto.scales.order import in_order
 from requanto.tensor.layout import LOCK
 from requanto.tensor.qtensor import QTensor
 
@@ -207,6 +208,8 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     gemm = gemm or _plan_without_preparation(found, spec.activation)
     if "column" in storage.parts:
         gemm = _with_columns(gemm, column_for(weight, x.dtype), storage.parts["column"])
+    if "order" in storage.parts:
+        gemm = _with_order(gemm, storage.parts["order"])
     plan = Plan(gemm, spec.activation, x.is_cpu)
     with LOCK:  # another thread may have changed the weight meanwhile
         if storage.version == version:
@@ -230,6 +233,15 @@ def _with_columns(gemm: Gemm, column: torch.Tensor, part: torch.Tensor) -> Gemm:
         return gemm(x * column_for(weight, x.dtype), weight, bias)  # the part may have changed in place
 
     return scaled if column is part else scaled_by_a_copy
+
+
+def _with_order(gemm: Gemm, order: torch.Tensor) -> Gemm:
+    """The plan of a weight whose columns are stored in another order, from that of its stored columns."""
+
+    def reordered(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return gemm(in_order(x, order), weight, bias)
+
+    return reordered
 
 
 def _plan_without_preparation(found: Implementation, activation: qtype | None) -> Gemm:

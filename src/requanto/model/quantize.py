@@ -340,6 +340,10 @@ def _entry(weight: Any, kind: qtype | None, activation: qtype | None, digests: b
         entry["column_scale"] = True
     if isinstance(weight, QTensor) and weight.zeros:
         entry["zero_point"] = "integer"
+    if isinstance(weight, QTensor) and weight.signed:
+        entry["signed"] = True
+    if isinstance(weight, QTensor) and weight.scale_block is not None:
+        entry["scale_block"] = weight.scale_block
     if isinstance(weight, QTensor) and digests:
         entry["digest"] = digest_of(weight, activation)
     return entry

@@ -25,9 +25,9 @@ from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.rotation import check_rotation
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.spec import WeightSpec
+from requanto.tensor.spec import PART_NAMES, WeightSpec
 
-_OWN_PARTS = ("_qdata", "_scale", "_shift", "_up", "_down", "_codebook", "_row_scale", "_column")
+_OWN_PARTS = tuple(f"_{part}" for part in PART_NAMES)
 
 
 def requantize(
@@ -202,6 +202,9 @@ def _from_own_parts(
             rotation=check_rotation(entry.get("rotation"), f"rotation of {name}"),
             column="column" in own,
             zeros=check_zero_point(entry.get("zero_point"), f"zero_point of {name}") is not None,
+            signed=entry.get("signed") is True,
+            scale_block=checks.group_size_value(entry.get("scale_block"), f"scale_block of {name} in the map"),
+            order="order" in own,
         )
         tensor = QTensor._of(spec, own)
     except ValueError as error:

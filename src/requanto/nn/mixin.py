@@ -14,6 +14,7 @@ from requanto.runtime.tracing import is_tracing
 from requanto.scales import fit_group_size
 from requanto.scales.columns import default_column_scale
 from requanto.scales.optimizers import Optimizer, check_optimizer, quantize_as_quanto
+from requanto.scales.order import inverse
 from requanto.scales.quanto import group_size_rule, symmetric_codes
 from requanto.tensor.qtensor import QTensor
 
@@ -211,7 +212,8 @@ class QModuleMixin:
         if not self.fuses_input or self.weight_qtype is None or self.weight is None:
             return None
         if self.frozen:
-            return self.weight.column
+            column, order = self.weight.column, self.weight.order
+            return column if column is None or order is None else column.index_select(-1, inverse(order))
         asked = self.weight_options.get("column_scale")
         if asked is None:
             rows = self.weight.shape[-1] if self.transposed_weight else self.weight.shape[0]

@@ -171,6 +171,9 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
     row = 0
     if bits is not None and group is not None:
         each, row = stored_length(groups, bits), ROW_DTYPE.itemsize
+    if isinstance(parameter, QTensor) and parameter.scale_block is not None:
+        numbers = [part for part in (parameter.row_scale, parameter.row_shift) if part is not None]
+        row = sum(part.element_size() for part in numbers) * -(-length_here // parameter.scale_block)
     second = stored_length(groups, kind.bits) if zeros else each
     codes = packed_length(length_here, kind.bits) * kind.storage_dtype.itemsize
     shared = 4 * 2**kind.bits if kind.is_learned else 0
@@ -181,6 +184,8 @@ def _quantized_bytes(name: str, parameter: Any, planned: PlannedWeight | None, s
         column = bool(default_column_scale(kind, shape[axis]) if asked is None else asked) and shape[axis] >= LEAST_ROWS
     if column:
         shared += torch.Size(shape[:axis]).numel() * length_here * parameter.element_size()
+    if isinstance(parameter, QTensor) and parameter.order is not None:
+        shared += torch.Size(shape[:axis]).numel() * length_here * parameter.order.element_size()
     return shared + rows_here * (codes + each + (second if affine else 0) + row) + factors
 
 

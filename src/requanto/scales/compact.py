@@ -15,6 +15,12 @@ Whole zero points (``zero_point="integer"``) are codes of the weights, of b bits
 
 That is what other programs and formats know as a zero point. 0 is exact, and a group needs 16 + b bits.
 
+llama.cpp's K types have one float16 scale for each block of 256 weights instead of one for the row, and of affine types one
+for the shifts. They are only read from files, not computed here:
+
+    scale = row_scale * scale_code                     of signed types: row_scale * (scale_code - 2^(bits - 1))
+    shift = row_shift * shift_code
+
 The weights' codes are chosen after scale and shift were rounded, so their rounding adds no second error. (Scales of scales:
 QLoRA's double quantization, Dettmers et al. 2023, arXiv:2305.14314; llama.cpp's K types round scales and minima to 6 bits.)
 """
@@ -154,6 +160,20 @@ def expand_scale(codes: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
 def expand_shift(zeros: torch.Tensor, scale: torch.Tensor, kind: qtype, bits: int) -> torch.Tensor:
     """float32 shifts ``[..., G]`` from unpacked zero points and expanded scales. Exact: 24 bits."""
     return zeros.to(torch.float32).mul_(zero_step(kind, bits)).mul_(scale)
+
+
+def expand_blocks(codes: torch.Tensor, numbers: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """float32 scales or shifts ``[..., G]`` of groups from those of blocks: ``number of the block * (code - offset)``.
+
+    Args:
+        codes: unpacked codes, ``[..., G]``.
+        numbers: one for each block, ``[..., G / groups of a block]``. A float16 number times a code is exact in float32.
+        offset: what is subtracted from codes that stand for negative numbers too.
+    """
+    blocks = numbers.shape[-1]
+    wide = codes.to(torch.float32).unflatten(-1, (blocks, codes.shape[-1] // blocks))
+    wide = wide.sub_(offset) if offset else wide
+    return wide.mul_(numbers.to(torch.float32).unsqueeze(-1)).flatten(-2)
 
 
 def stored_length(groups: int, bits: int) -> int:

@@ -15,7 +15,7 @@ from requanto.tensor import float_targets
 from requanto.tensor.dispatch import NeedsValues, implements_aten
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
-from requanto.tensor.spec import WeightSpec, swapped
+from requanto.tensor.spec import PER_COLUMN, WeightSpec, swapped
 from requanto.tensor.storage import SlicedStorage
 from requanto.tensor.values import read_only
 
@@ -279,6 +279,16 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
                 f"a quantized weight can be sliced along its rows between groups of {group} only, found "
                 f"[{start}:{end}:{step}]; call .dequantize() first"
             )
+        if spec.order:
+            raise NeedsValues(
+                f"a weight whose columns are stored in another order cannot be sliced along its rows, found "
+                f"[{start}:{end}]: the columns of a slice are in any groups; call .dequantize() first"
+            )
+        if spec.scale_block is not None and (start % spec.scale_block or end % spec.scale_block):
+            raise NeedsValues(
+                f"a weight with scales in blocks of {spec.scale_block} can be sliced along its rows between blocks only, "
+                f"found [{start}:{end}]; call .dequantize() first"
+            )
         if spec.rotation is not None and (start % spec.rotation or end % spec.rotation):
             raise NeedsValues(
                 f"a weight whose rows are rotated in blocks of {spec.rotation} can be sliced between blocks only, found "
@@ -304,6 +314,8 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
             return t[..., first // 8 : last // 8]
         if name in ("down", "column"):
             return t[..., start:end]
+        if name in ("row_scale", "row_shift") and spec.scale_block is not None:
+            return t[..., start // spec.scale_block : end // spec.scale_block]
         if name in ("scale", "shift") and spec.group_size is not None:
             count = bits.get(name, 8)
             if count == 8:
@@ -365,11 +377,12 @@ def _rows_in_groups(func: Any, args: tuple, kwargs: dict, size: list[int]) -> QT
     if tensor.transposed or tensor.axis != 0 or tensor.rank:
         raise NeedsValues("only the rows of a weight without a low-rank term can be viewed in groups")
     whole, refused = tensor.shared_along(0), None
-    if tensor.column is not None:
-        refused = "copy_ into rows in groups of a quantized weight with a column scale, which all groups share."
+    for part, what in PER_COLUMN.items():
+        if part in tensor._storage.parts:
+            refused = f"copy_ into rows in groups of a quantized weight with {what}, which all groups share."
 
     def grouped(name: str, t: torch.Tensor) -> torch.Tensor:
-        if name == "column":
+        if name in PER_COLUMN:
             return t.expand(size[0], *t.shape)
         return t if name in whole else t.view(*size[:2], *t.shape[1:])
 

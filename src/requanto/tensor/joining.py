@@ -17,6 +17,7 @@ from requanto.tensor.aten import aten, copy_, stored_axis
 from requanto.tensor.dispatch import NeedsValues, implements_aten
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.sharding import with_groups
+from requanto.tensor.spec import PER_COLUMN
 
 
 class UnlikeWeights(NeedsValues):
@@ -54,8 +55,8 @@ def concatenate(pieces: Sequence[torch.Tensor], dim: int) -> QTensor:
     """Joins quantized weights along one axis; the result has exactly their values.
 
     Raises:
-        UnlikeWeights: a weight is float, or their types, rotations, codebooks or column scales differ, or rows end inside a
-            byte.
+        UnlikeWeights: a weight is float, or their types, rotations, codebooks, column scales or orders of columns differ, or
+            rows end inside a byte.
         RuntimeError: their shapes differ in another axis.
     """
     weights = _quantized(pieces, "cat")
@@ -82,13 +83,12 @@ def concatenate(pieces: Sequence[torch.Tensor], dim: int) -> QTensor:
         group = weights[0].group_size
     lowrank = _joined_lowrank(weights, axis)
     parts = [weight.inner_tensors() for weight in weights]
-    alone = ("up", "down", "codebook", "column") if axis == first.axis else ("up", "down", "codebook")
+    alone = ("up", "down", "codebook", *(PER_COLUMN if axis == first.axis else ()))
     names = [name for name in parts[0] if name not in alone]
     inner: dict[str, torch.Tensor] = {name: torch.cat([part[name] for part in parts], axis) for name in names}
     if first.codebook is not None:
         inner["codebook"] = first.codebook.clone()
-    if first.column is not None and "column" not in inner:
-        inner["column"] = first.column.clone()
+    inner |= {name: parts[0][name].clone() for name in PER_COLUMN if name in parts[0] and name not in inner}
     return weights[0].with_inner({**inner, **lowrank}, shape=shape, group_size=group)
 
 
@@ -113,6 +113,8 @@ def _check_alike(weights: Sequence[QTensor]) -> None:
             "activation",
             "scale_bits",
             "zeros",
+            "signed",
+            "scale_block",
             "rotation",
             "device",
         ):
@@ -128,20 +130,27 @@ def _check_alike(weights: Sequence[QTensor]) -> None:
                 f"{first.qtype.name} weights with codebooks of their own cannot be joined without rounding. Use a type with "
                 f"fixed values (nf4, int4), or call .dequantize() on them."
             )
-        if (first.column is None) != (other.column is None):
-            raise UnlikeWeights(
-                "quantized weights with and without a column scale cannot be joined without rounding. Quantize them alike, "
-                "or call .dequantize() on them."
-            )
+        for part, what in PER_COLUMN.items():
+            if (part in first._storage.parts) != (part in other._storage.parts):
+                raise UnlikeWeights(
+                    f"quantized weights with and without {what} cannot be joined without rounding. Quantize them alike, or "
+                    f"call .dequantize() on them."
+                )
 
 
 def _check_columns(weights: Sequence[QTensor]) -> None:
-    """Rows that are joined have one column scale in common."""
+    """Rows that are joined have one column scale, and one order of columns, in common."""
     first = weights[0].column
     if first is not None and not all(torch.equal(first, w.column) for w in weights[1:]):  # type: ignore[arg-type]
         raise UnlikeWeights(
             "rows of quantized weights with different column scales cannot be joined without rounding. Quantize them with "
             "one column_scale tensor or with column_scale=False, or call .dequantize() on them."
+        )
+    order = weights[0].order
+    if order is not None and not all(torch.equal(order, w.order) for w in weights[1:]):  # type: ignore[arg-type]
+        raise UnlikeWeights(
+            "rows of quantized weights whose columns are stored in different orders cannot be joined without rounding: "
+            "their groups hold other columns. Keep the layers apart, or call .dequantize() on them."
         )
 
 
@@ -163,7 +172,12 @@ def _columns(weights: Sequence[QTensor], axis: int) -> tuple[list[QTensor], int]
     if first.row_scale is not None:
         raise UnlikeWeights(
             f"weights with scales in {first._spec.scale_code_bits} bits can be joined along their rows (axis 0) only: each "
-            f"row has a scale of its scales. Call .dequantize() first."
+            f"row has scales of its scales. Call .dequantize() first."
+        )
+    if first.order is not None:
+        raise UnlikeWeights(
+            "weights whose columns are stored in another order can be joined along their rows (axis 0) only; call "
+            ".dequantize() first."
         )
     if any(weight.row_length * weight.qtype.bits % 8 for weight in weights[:-1]):
         raise UnlikeWeights(

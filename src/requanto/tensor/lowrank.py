@@ -92,8 +92,8 @@ def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
     inner, changed = _without_codes(weight), {}
     if weight._spec.scale_code_bits is not None and weight.row_scale is None:
         changed["scale"] = moved_exponents(weight, factor)
-    elif weight.row_scale is not None:  # the only float part; in float32 the result is exact
-        changed["row_scale"] = weight.row_scale.float() * factor
+    elif weight.row_scale is not None:  # no other part is float but row_shift; in float32 the result is exact
+        changed |= {n: inner[n].float() * factor for n in ("row_scale", "row_shift") if n in inner}
     else:
         changed |= {
             n: (inner[n].float() * factor).to(inner[n].dtype)
@@ -106,10 +106,15 @@ def scale_rows(weight: QTensor, factor: torch.Tensor) -> None:
 
 
 def scale_columns(weight: QTensor, factor: torch.Tensor) -> None:
-    """Multiplies each stored column by its factor ``[*lead[:-1], K]``, in place. Changes the column scale and down, not the
-    codes; a weight without a column scale gets one, in float32."""
+    """Multiplies each column by its factor ``[*lead[:-1], K]``, in place. Changes the column scale and down, not the
+    codes; a weight without a column scale gets one, in float32.
+
+    Args:
+        factor: in the stored orientation, but in the weight's own order of columns.
+    """
     factor = factor.detach().to(weight.device, torch.float32)
-    changed = {"column": factor.clone() if weight.column is None else weight.column.float() * factor}
+    stored = factor if weight.order is None else factor.gather(-1, weight.order.long())
+    changed = {"column": stored.clone() if weight.column is None else weight.column.float() * stored}
     if weight.down is not None:
         changed["down"] = (weight.down.float() * factor.unsqueeze(-2)).to(weight.down.dtype)
     set_parts(weight, changed)

@@ -15,7 +15,7 @@ import torch
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.runtime.tracing import is_tracing, runs_eagerly
 from requanto.scales import blocks
-from requanto.scales.compact import expand_scale, expand_shift, pack_codes, unpack_codes
+from requanto.scales.compact import expand_blocks, expand_scale, expand_shift, pack_codes, unpack_codes
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
 from requanto.tensor.storage import SlicedStorage, WeightStorage
@@ -66,6 +66,16 @@ class WeightParts:
     def zeros(self) -> bool:
         """True if shifts are stored as whole zero points."""
         return self._spec.zeros
+
+    @property
+    def signed(self) -> bool:
+        """True if scales may be negative."""
+        return self._spec.signed
+
+    @property
+    def scale_block(self) -> int | None:
+        """Number of weights that share a ``row_scale``; None: those of a row."""
+        return self._spec.scale_block
 
     @property
     def rotation(self) -> int | None:
@@ -122,6 +132,9 @@ class WeightParts:
             "rotation": spec.rotation,
             "column": spec.column,
             "zeros": spec.zeros,
+            "signed": spec.signed,
+            "scale_block": spec.scale_block,
+            "order": spec.order,
         }
 
     # ------------------------------------------------------------------ layout
@@ -211,8 +224,13 @@ class WeightParts:
 
     @property
     def row_scale(self) -> torch.Tensor | None:
-        """One scale per row for weights with ``scale_bits`` and NVFP4, else None."""
+        """One scale per row (with ``scale_block``: per block) for weights with ``scale_bits`` and NVFP4, else None."""
         return self._storage.parts.get("row_scale")
+
+    @property
+    def row_shift(self) -> torch.Tensor | None:
+        """One number per block, by which the codes of shifts are multiplied, for affine weights with ``scale_block``."""
+        return self._storage.parts.get("row_shift")
 
     @property
     def codebook(self) -> torch.Tensor | None:
@@ -223,6 +241,11 @@ class WeightParts:
     def column(self) -> torch.Tensor | None:
         """The column scale ``[*lead[:-1], K]``, or None (`requanto.scales.columns`)."""
         return self._storage.parts.get("column")
+
+    @property
+    def order(self) -> torch.Tensor | None:
+        """int32 ``[*lead[:-1], K]``: the weight's column that each stored column is; None: the same."""
+        return self._storage.parts.get("order")
 
     def inner_tensors(self) -> dict[str, torch.Tensor]:
         """The parts in the plain layout, by name; the codes of a prepacked weight are a copy."""
@@ -272,7 +295,7 @@ class WeightParts:
         if "shape" in changes:
             changes["shape"] = swapped(changes["shape"]) if transposed else torch.Size(changes["shape"])
         parts = {name: part for name, part in inner.items() if part is not None}
-        spec = self._spec.replace(**changes, affine="shift" in parts, column="column" in parts)
+        spec = self._spec.replace(**changes, affine="shift" in parts, column="column" in parts, order="order" in parts)
         return type(self)._of(spec, parts)
 
     def view_of_storage(self, **changes: Any) -> QTensor:
@@ -293,7 +316,7 @@ class WeightParts:
 
     def shared_along(self, axis: int) -> frozenset[str]:
         """Names of the parts that do not have the stored ``axis``: slices along it share them."""
-        return frozenset(("codebook", "down", "column") if axis == self.axis else ("codebook",))
+        return frozenset(("codebook", "down", "column", "order") if axis == self.axis else ("codebook",))
 
     def scale_codes(self) -> dict[str, torch.Tensor]:
         """The stored scale and shift ``[*lead, G]``; those stored as codes unpacked, one per byte."""
@@ -357,7 +380,10 @@ def float_scale(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Te
         return blocks.expand_scale(parts["scale"], parts.get("row_scale"), spec.qtype.blocks.scale)
     if spec.scale_bits is None:
         return parts["scale"].float() if spec.zeros else parts["scale"]  # in float32 the shift is exact
-    return expand_scale(unpack_codes(parts["scale"], spec.scale_bits, spec.groups), parts["row_scale"])
+    codes = unpack_codes(parts["scale"], spec.scale_bits, spec.groups)
+    if spec.scale_block is not None:
+        return expand_blocks(codes, parts["row_scale"], 2 ** (spec.scale_bits - 1) if spec.signed else 0)
+    return expand_scale(codes, parts["row_scale"])
 
 
 def float_shift(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -365,6 +391,8 @@ def float_shift(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Te
     bits, shift = spec.shift_code_bits, parts.get("shift")
     if bits is None or shift is None:
         return shift
+    if spec.scale_block is not None:
+        return expand_blocks(unpack_codes(shift, bits, spec.groups), parts["row_shift"])
     return expand_shift(unpack_codes(shift, bits, spec.groups), float_scale(spec, parts), spec.qtype, bits)
 
 

@@ -13,11 +13,15 @@ shows the shape, dtype and device of that weight. A `WeightSpec` describes it (`
     codebook  value of each code, ``[2^bits]``, only for learned types (``codebook4``)
     up, down  ``[*lead, r]`` and ``[*lead[:-1], r, K]``: factors of the low-rank term
     column  ``[*lead[:-1], K]``: the column scale (`requanto.scales.columns`)
+    row_shift  ``[*lead, K / scale_block]``, what the codes of shifts are multiplied by; of affine weights with
+        ``scale_block`` only. Their row_scale has this shape too: one number for each block (`requanto.scales.compact`)
+    order  int32 ``[*lead[:-1], K]``: stored column j is column ``order[j]`` of the weight
 
 ``W = dequant(qdata, scale, shift) + up @ down``. An adapter that is merged into a quantized weight becomes its low-rank
 term, since rounding the sum to few bits would lose most of the adapter (`requanto.tensor.lowrank`). With ``rotation`` the
 codes are those of rotated rows (`requanto.scales.rotation`), and ``W = rotated(dequant(...)) + up @ down``. With a column
-scale ``W = rotated(dequant(...)) * column + up @ down``.
+scale ``W = rotated(dequant(...)) * column + up @ down``. With an ``order`` the columns of all but ``up @ down`` are moved to
+their places last: ``W[:, order] = rotated(dequant(...)) * column``, which GPTQ's ``desc_act`` needs.
 
 ``lead`` is ``shape[: axis + 1]`` (rows; experts x rows for 3D weights with ``axis=1``) and K the product of the other sizes.
 A ``transposed`` tensor shows its last two axes swapped; its stored tensors are the same. GPT-2's ``Conv1D``, with a weight
@@ -44,6 +48,7 @@ from requanto.scales.codebook import values_of
 from requanto.scales.columns import LEAST_ROWS, default_of_weight, fit_column
 from requanto.scales.compact import check_scale_bits, check_zero_point
 from requanto.scales.correction import check_low_rank, corrected
+from requanto.scales.order import in_order, inverse
 from requanto.scales.rotation import check_rotation, fit_rotation, rotate
 from requanto.scales.search import ScaleSearch
 from requanto.tensor import dispatch
@@ -57,10 +62,9 @@ class QTensor(WeightParts, torch.Tensor):
     """A quantized weight. Make one with :meth:`quantize`, read it with :meth:`dequantize`.
 
     Args:
-        qdata, scale, shift, up, down, codebook, row_scale, column: the parts (see the module's docstring).
-        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation, zeros: see
-            `WeightSpec`; ``shape`` is
-            the one that the tensor shows.
+        qdata, scale, shift, up, down, codebook, row_scale, column, row_shift, order: the parts (see the module's docstring).
+        qtype, shape, dtype, axis, group_size, transposed, activation, scale_bits, rotation, zeros, signed, scale_block: see
+            `WeightSpec`; ``shape`` is the one that the tensor shows.
 
     Raises:
         ValueError: a shape, dtype or device of the parts does not fit the description.
@@ -94,6 +98,10 @@ class QTensor(WeightParts, torch.Tensor):
         rotation: int | None = None,
         column: torch.Tensor | None = None,
         zeros: bool = False,
+        signed: bool = False,
+        scale_block: int | None = None,
+        row_shift: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
         requires_grad: bool = False,
     ) -> QTensor:
         if isinstance(qdata, QTensor) and scale is None:
@@ -118,8 +126,11 @@ class QTensor(WeightParts, torch.Tensor):
             rotation=rotation,
             column=column is not None,
             zeros=zeros,
+            signed=signed,
+            scale_block=scale_block,
+            order=order is not None,
         )
-        given = zip(PART_NAMES, (qdata, scale, shift, up, down, codebook, row_scale, column))
+        given = zip(PART_NAMES, (qdata, scale, shift, up, down, codebook, row_scale, column, row_shift, order))
         return cls._of(spec, {name: part for name, part in given if part is not None})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -283,13 +294,24 @@ class QTensor(WeightParts, torch.Tensor):
         same_codebook: bool = False,
         same_column: bool = True,
     ) -> QTensor:
-        """Values with rows of this weight's length, quantized with its type, groups, scales, rotation, axis, orientation.
+        """Values with rows of this weight's length, quantized like it: type, groups, scales, rotation, order, orientation.
 
         Args:
             same_codebook: of a learned type, with this weight's codebook instead of one of their own.
             same_column: with this weight's column scale; False: with one of their own, if this weight has one (but with
                 this weight's if it has too few rows for a computed one).
+
+        Raises:
+            NotImplementedError: this weight has scales in blocks, which are read from files but not computed.
         """
+        if self.scale_block is not None:
+            raise NotImplementedError(
+                f"float values cannot be rounded to {self._spec.words!r}: scales in blocks of {self.scale_block} are read "
+                f"from files of other programs, and not computed here. Call .dequantize() on the weight, or quantize it "
+                f"anew: QTensor.quantize(values, {self.qtype.name.removeprefix('q')!r})"
+            )
+        if self.order is not None:
+            return self._quantized_in_order(values, low_rank, same_codebook, same_column)
         own = not same_column and self._spec.lead[-1] >= LEAST_ROWS
         return QTensor.quantize(
             values,
@@ -304,7 +326,32 @@ class QTensor(WeightParts, torch.Tensor):
             column_scale=self.column is not None if own else self.column,
             axis=self.axis,
             transposed=self.transposed,
+        )._with_signs(self.signed)
+
+    def _with_signs(self, signed: bool) -> QTensor:
+        """This weight as one whose scales may be negative, or may not: the same parts."""
+        return self if self.signed is signed else self.view_of_storage(signed=signed)
+
+    def _quantized_in_order(
+        self, values: torch.Tensor, low_rank: int | None, same_codebook: bool, same_column: bool
+    ) -> QTensor:
+        """`_quantize_like` of a weight with an order: the stored columns are quantized, and the low-rank term moved back."""
+        order = self.order
+        assert order is not None
+        rows = values.mT if self.transposed else values
+        stored = in_order(rows.reshape(*rows.shape[: self.axis + 1], -1), order).reshape(rows.shape)
+        parts = self._storage.stored(self._spec)
+        plain = self.with_inner({name: part for name, part in parts.items() if name != "order"})
+        found = plain._quantize_like(
+            stored.mT if self.transposed else stored,
+            low_rank=low_rank,
+            same_codebook=same_codebook,
+            same_column=same_column,
         )
+        inner = {**found.inner_tensors(), "order": order.clone()}
+        if found.down is not None:
+            inner["down"] = in_order(found.down, inverse(order))
+        return found.with_inner(inner)
 
     # ------------------------------------------------------------------ dequantization
 
@@ -329,13 +376,15 @@ class QTensor(WeightParts, torch.Tensor):
         return values.transpose(-1, -2) if self.transposed else values
 
     def values_without_lowrank(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: the dequantized codes, rotated back and times the column scale, without low-rank term."""
-        values, column = self.stored_values(), self.column
+        """float32 ``[*lead, K]``: the dequantized codes, rotated back, times the column scale and in the weight's order of
+        columns, without low-rank term."""
+        values, column, order = self.stored_values(), self.column, self.order
         values = values if self.rotation is None else rotate(values, self.rotation)
-        return values if column is None else values * column.to(torch.float32).unsqueeze(-2)
+        values = values if column is None else values * column.to(torch.float32).unsqueeze(-2)
+        return values if order is None else in_order(values, inverse(order))
 
     def stored_values(self) -> torch.Tensor:
-        """float32 ``[*lead, K]``: the dequantized codes, in the rotated basis and without the column scale."""
+        """float32 ``[*lead, K]``: the dequantized codes, in the rotated basis, without the column scale and as stored."""
         if in_jit_trace():
             with jit_trace_paused():
                 return self.stored_values()
@@ -360,10 +409,14 @@ class QTensor(WeightParts, torch.Tensor):
             kind += f", scales in {self.scale_bits} bits"
         if self.zeros:
             kind += ", whole zero points"
+        if self.scale_block is not None:
+            kind += f", blocks of {self.scale_block}"
         if self.rotation is not None:
             kind += f", rotated in blocks of {self.rotation}"
         if self.column is not None:
             kind += ", column scale"
+        if self.order is not None:
+            kind += ", columns in another order"
         packed = f", packed for {self.layout_name}" if self.is_packed else ""
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}{packed}, "

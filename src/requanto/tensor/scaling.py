@@ -48,7 +48,7 @@ def _is_power_of_two(value: float) -> bool:
 def _exact(weight: QTensor, factor: float) -> bool:
     """Whether no scale overflows, and none loses digits below the smallest normal number."""
     parts = dict(weight.inner_tensors())
-    names: tuple[str, ...] = ("row_scale",) if "row_scale" in parts else ("scale", "shift")
+    names: tuple[str, ...] = ("row_scale", "row_shift") if "row_scale" in parts else ("scale", "shift")
     names = tuple(name for name in names if name not in weight._spec.code_bits)
     if weight._spec.scale_code_bits is not None and "row_scale" not in parts:
         try:

@@ -19,8 +19,11 @@ def slice_weight(tensor: QTensor, dim: int, start: int, end: int, name: str = "w
     """``tensor[start:end]`` along ``dim``, also inside a group; a copy, so that the whole weight can be freed.
 
     Raises:
-        NotImplementedError: an end of the slice is inside a byte.
+        NotImplementedError: an end of the slice is inside a byte or a block of scales, or columns are stored in another
+            order.
     """
+    if stored_axis(tensor, dim) > tensor.axis and (start, end) != (0, tensor.shape[dim]):
+        _check_cut(tensor, start, end, name)
     group = tensor.group_size or tensor.row_length
     if stored_axis(tensor, dim) > tensor.axis and (start % group or end % group):
         finer = math.gcd(math.gcd(start, end - start), group)
@@ -32,6 +35,21 @@ def slice_weight(tensor: QTensor, dim: int, start: int, end: int, name: str = "w
         if tensor.group_size is not None:
             tensor = with_groups(tensor, finer)
     return narrow(tensor, dim, start, end).clone()
+
+
+def _check_cut(tensor: QTensor, start: int, end: int, name: str) -> None:
+    """Refuses slices along rows that no words can describe."""
+    if tensor.order is not None:
+        raise NotImplementedError(
+            f"{name}: its columns are stored in another order, so its groups cannot be divided among ranks by columns. "
+            f"Divide this layer by rows, or dequantize it (QTensor.dequantize) first."
+        )
+    block = tensor.scale_block
+    if block is not None and (start % block or end % block):
+        raise NotImplementedError(
+            f"{name}: its rows of {tensor.row_length} weights have scales in blocks of {block} and cannot be sliced at "
+            f"[{start}:{end}], inside a block. Use another number of ranks, or dequantize it (QTensor.dequantize) first."
+        )
 
 
 def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
@@ -54,9 +72,10 @@ def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
     else:
         # `up` has no axis along a row, and without groups each piece has the one scale of its row.
         shared = first.shared_along(axis) | ({"up"} if first.group_size is not None else {"up", "scale", "shift"})
-        shared |= {"row_scale"}
+        if first.scale_block is None:
+            shared |= {"row_scale"}
         axis = -1
-        known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale", "column"}
+        known = {"qdata", "scale", "shift", "up", "down", "codebook", "row_scale", "column", "row_shift"}
         if unknown := first.inner_tensors().keys() - known:
             raise NotImplementedError(f"joining pieces of rows that have parts {sorted(unknown)}")
     if first.group_size is not None:
@@ -73,7 +92,11 @@ def join_weights(pieces: Sequence[QTensor], dim: int) -> QTensor:
 def _joined_scales(pieces: Sequence[QTensor]) -> dict[str, torch.Tensor]:
     """Repacked scale codes of pieces of the same rows: the codes of a piece may end inside a byte."""
     first, rest = pieces[0], pieces[1:]
-    if first.row_scale is not None and any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest):  # type: ignore[arg-type]
+    if (
+        first.row_scale is not None
+        and first.scale_block is None
+        and any(not torch.equal(first.row_scale, piece.row_scale) for piece in rest)
+    ):  # type: ignore[arg-type]
         raise NotImplementedError("joining pieces of rows with different row_scale")
     unpacked = [piece.scale_codes() for piece in pieces]
     return first.packed_scales({name: torch.cat([codes[name] for codes in unpacked], -1) for name in unpacked[0]})

@@ -26,7 +26,11 @@ from requanto.scales.rotation import check_rotation
 #: Possible dtypes of scales and low-rank factors.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Names of all parts of the plain layout. A weight has only those that it needs.
-PART_NAMES = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale", "column")
+PART_NAMES = ("qdata", "scale", "shift", "up", "down", "codebook", "row_scale", "column", "row_shift", "order")
+#: Parts with a number for each column, which the rows of a matrix share, and what messages call them.
+PER_COLUMN = {"column": "a column scale", "order": "an order of columns"}
+#: First letters of the words that follow ``rank=`` in the text form.
+_AFTER_RANK = ("scales=", "rotation=", "columns", "zeros", "signed", "block=", "order")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class WeightSpec:
         rotation: size of the blocks in which rows were rotated before rounding; None: no rotation.
         zeros: True if the shift is stored as the code that stands for 0: a whole number of ``qtype.bits`` bits.
         column: True if there is a column scale, by which dequantized rows and the inputs of a GEMM are multiplied.
+        signed: True if scales may be negative, as in files of other programs. With ``scale_block`` the codes of scales are
+            signed too: a code c stands for ``c - 2^(scale_bits - 1)``.
+        scale_block: number of weights that share a ``row_scale`` (and a ``row_shift``); None: those of a row. Of weights
+            with ``scale_bits`` only.
+        order: True if stored columns are in another order than the weight's: stored column j is column ``order[j]``.
     """
 
     qtype: qtype
@@ -60,6 +69,9 @@ class WeightSpec:
     rotation: int | None = None
     column: bool = False
     zeros: bool = False
+    signed: bool = False
+    scale_block: int | None = None
+    order: bool = False
 
     # ------------------------------------------------------------------ shapes
 
@@ -93,6 +105,11 @@ class WeightSpec:
     def groups(self) -> int:
         """Number of scales per row; one for an empty row."""
         return self.row_length // self.group_size if self.group_size and self.row_length else 1
+
+    @property
+    def scale_blocks(self) -> int:
+        """Number of scales of scales per row: 1 without ``scale_block``."""
+        return self.row_length // self.scale_block if self.scale_block and self.row_length else 1
 
     @functools.cached_property
     def scale_code_bits(self) -> int | None:
@@ -144,9 +161,13 @@ class WeightSpec:
         if self.qtype.is_learned:
             parts["codebook"] = (torch.Size([2**self.qtype.bits]), FLOATS)
         if self.scale_bits is not None or (self.qtype.blocks is not None and self.qtype.blocks.scale == "e4m3"):
-            parts["row_scale"] = (torch.Size([*self.lead, 1]), FLOATS)
+            parts["row_scale"] = (torch.Size([*self.lead, self.scale_blocks]), FLOATS)
         if self.column:
             parts["column"] = (torch.Size([*self.lead[:-1], self.row_length]), FLOATS)
+        if self.scale_block is not None and self.affine:
+            parts["row_shift"] = (torch.Size([*self.lead, self.scale_blocks]), FLOATS)
+        if self.order:
+            parts["order"] = (torch.Size([*self.lead[:-1], self.row_length]), (torch.int32,))
         return parts
 
     def low_rank_shapes(self, rank: int) -> dict[str, torch.Size]:
@@ -234,6 +255,10 @@ class WeightSpec:
             raise ValueError(f"{self.qtype.name} has scales of 8 bits; leave out scale_bits, found {self.scale_bits}")
         if self.zeros and not (self.affine and self.qtype.bits > 1):
             raise ValueError(f"{self.text()}: zeros are whole zero points of affine codes of 2 bits or more")
+        if self.scale_block is not None:
+            self._check_scale_block()
+        elif self.signed and self.scale_code_bits is not None:
+            raise ValueError(f"{self.text()}: signed scales are floats, or codes of scales in blocks (block=N)")
         block = self.rotation
         if block is not None and (block < 2 or block & (block - 1) or length % block):
             raise ValueError(f"rotation must be a power of two that divides rows of {length} weights, found {block}")
@@ -243,6 +268,19 @@ class WeightSpec:
             )
         if self.qtype.is_unsigned or self.qtype.is_codebook:
             self.qtype.affine(not self.affine)
+
+    def _check_scale_block(self) -> None:
+        block, group = self.scale_block, self.group_size
+        if self.scale_bits is None or group is None or self.zeros:
+            raise ValueError(
+                f"{self.text()}: blocks of scales need groups, scales in few bits and shifts of their own: group=N, "
+                f"scales=B, no zeros"
+            )
+        if block < 1 or block % group or self.row_length % block:  # type: ignore[operator]
+            raise ValueError(
+                f"{self.text()}: blocks of {block} must consist of whole groups of {group} and divide rows of "
+                f"{self.row_length} weights"
+            )
 
     # ------------------------------------------------------------------ text
 
@@ -268,6 +306,12 @@ class WeightSpec:
             words.append("columns")
         if self.zeros:
             words.append("zeros")
+        if self.signed:
+            words.append("signed")
+        if self.scale_block is not None:
+            words.append(f"block={self.scale_block}")
+        if self.order:
+            words.append("order")
         return " ".join(words)
 
     def text(self, rank: int = 0) -> str:
@@ -275,8 +319,7 @@ class WeightSpec:
         name, *rest = self.words.split()
         words = [name, "x".join(map(str, self.seen_shape)), *rest]
         if rank:
-            later = ("scales=", "rotation=", "columns", "zeros")
-            place = next((i for i, word in enumerate(words) if word.startswith(later)), len(words))
+            place = next((i for i, word in enumerate(words) if word.startswith(_AFTER_RANK)), len(words))
             words.insert(place, f"rank={rank}")
         return " ".join(words)
 
@@ -319,12 +362,12 @@ def parse_words(text: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"qtype": qtypes[kind]}
     for word in words:
         key, _, value = word.partition("=")
-        if key in ("affine", "transposed") and not value:
-            found: dict[str, Any] = {key: True}
+        if word in ("affine", "transposed", "zeros", "signed", "order"):
+            found: dict[str, Any] = {word: True}
         elif word == "columns":
             found = {"column": True}
-        elif word == "zeros":
-            found = {"zeros": True}
+        elif key == "block":
+            found = {"scale_block": _number(value)}
         elif key == "group":
             found = {"group_size": _number(value)}
         elif key in ("axis", "rank"):

@@ -178,9 +178,10 @@ def from_qtensor(tensor: QTensor, name: str = "weight") -> dict[str, torch.Tenso
     """
     _require_known(tensor.qtype, name)
     advice = "quantize with optimizer=AbsmaxOptimizer() (8 bits) or MaxOptimizer(), which do what optimum-quanto does"
-    if tensor.rotation is not None or tensor.rank or tensor.column is not None:
+    if tensor.rotation is not None or tensor.rank or tensor.column is not None or tensor.order is not None:
         raise CheckpointError(
-            f"{name}: optimum-quanto's format has no rotated weights, no low-rank terms and no column scales; {advice}"
+            f"{name}: optimum-quanto's format has no rotated weights, no low-rank terms, no column scales and no columns in "
+            f"another order; {advice}"
         )
     if tensor.axis != 0 or tensor.transposed:
         raise CheckpointError(

@@ -183,7 +183,7 @@ class Scales:
 
     def __init__(self, spec: WeightSpec, parts: Parts) -> None:
         self._spec = spec
-        self._parts = {name: parts[name] for name in ("scale", "shift", "row_scale") if name in parts}
+        self._parts = {name: parts[name] for name in ("scale", "shift", "row_scale", "row_shift") if name in parts}
         self._pairs: dict[torch.dtype, torch.Tensor] = {}
         self._words: torch.Tensor | None = None
         self._state: list[tuple[int, int]] = []
