@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from safetensors.torch import load_file, save_file
 GROUP = 32
 
 
-def write_gptq(directory: Path, *, only: str = "", symmetric: bool = False) -> dict[str, torch.Tensor]:
+def write_gptq(
+    directory: Path,
+    *,
+    only: str = "",
+    symmetric: bool = False,
+    seed_of: Callable[[str], int | None] = lambda name: None,
+) -> dict[str, torch.Tensor]:
     """Quantizes a saved float model to GPTQ, version 2, in place.
 
     Args:
         directory: what ``save_pretrained`` wrote, in one file.
         only: quantize matrices with this in their names; ``""``: those of all layers.
         symmetric: zero points of 8 everywhere.
+        seed_of: seed of the order in which a weight's columns are grouped (``desc_act``); None: their own order.
 
     Returns:
         The dequantized weights by name, float32.
@@ -28,19 +36,27 @@ def write_gptq(directory: Path, *, only: str = "", symmetric: bool = False) -> d
         if value.dim() != 2 or ".layers." not in name or only not in name or name.endswith("gate.weight"):
             stored[name] = value
             continue
-        codes, scale, zero = _rounded(value.float(), symmetric)
-        floats[name] = ((codes - zero.repeat_interleave(GROUP, 1)) * scale.repeat_interleave(GROUP, 1)).float()
+        length, seed = value.shape[1], seed_of(name)
+        order = torch.arange(length, device="cpu", dtype=torch.int64)
+        if seed is not None:
+            order = torch.randperm(
+                length, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+            )
+        group_of = order.argsort() // GROUP
+        codes, scale, zero = _rounded(value.float()[:, order], symmetric)
+        codes = codes[:, order.argsort()]
+        floats[name] = ((codes - zero[:, group_of]) * scale[:, group_of]).float()
         module = name.removesuffix(".weight")
         stored[f"{module}.qweight"] = _packed_rows(codes.t())
         stored[f"{module}.qzeros"] = _packed_rows(zero).t().contiguous()
         stored[f"{module}.scales"] = scale.t().contiguous().half()
-        stored[f"{module}.g_idx"] = torch.arange(value.shape[1], dtype=torch.int32, device="cpu") // GROUP
+        stored[f"{module}.g_idx"] = group_of.to(torch.int32)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     config = {
         "quant_method": "gptq",
         "bits": 4,
         "group_size": GROUP,
-        "desc_act": False,
+        "desc_act": any(seed_of(name) is not None for name in floats),
         "sym": symmetric,
         "checkpoint_format": "gptq_v2",
     }

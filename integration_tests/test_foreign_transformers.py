@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -164,17 +165,32 @@ def test_on_disk_and_back(original, tmp_path):
         assert torch.equal(model(IDS).logits, expected(IDS).logits)
 
 
-def test_experts_are_joined(tmp_path):
+#: the order of a weight's columns by its name: as GPTQ's desc_act gives it, the same for weights of one input
+ORDERS = {
+    "none": lambda name: None,
+    "inputs": lambda name: zlib.crc32(name.replace(".w3.", ".w1.").encode()),
+    "each": lambda name: zlib.crc32(name.encode()),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_experts_are_joined(order, tmp_path, caplog):
     torch.manual_seed(0)
     MODELS["mixtral"]().save_pretrained(tmp_path)
-    floats = write_gptq(tmp_path, only=".experts.")
+    floats = write_gptq(tmp_path, only=".experts.", seed_of=ORDERS[order])
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    joined = {name: weight for name, weight in model.named_parameters() if ".experts." in name}
-    assert joined
-    assert all(isinstance(weight, QTensor) for weight in joined.values())
-    first = next(weight for name, weight in joined.items() if "down_proj" in name)
-    one = next(values for name, values in sorted(floats.items()) if ".experts.0.w2" in name or "experts.0.down" in name)
-    assert torch.equal(first[0].dequantize(), one)
+    for layer in range(2):
+        experts = model.model.layers[layer].mlp.experts
+        # weights of one input in unlike orders have no order in common
+        assert isinstance(experts.gate_up_proj, QTensor) is (order != "each")
+        assert isinstance(experts.down_proj, QTensor)
+        for expert in range(4):
+            stored = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            gate, down, up = (floats[f"{stored}.w{number}.weight"] for number in (1, 2, 3))
+            assert torch.equal(experts.gate_up_proj.dequantize()[expert], torch.cat([gate, up]))
+            assert torch.equal(experts.down_proj.dequantize()[expert], down)
+    assert ("cannot be joined without rounding" in caplog.text) is (order == "each")
+    model(IDS)
 
 
 def test_lora_trains_and_merges_exactly(original):
