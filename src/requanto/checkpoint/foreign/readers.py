@@ -41,6 +41,7 @@ READERS: dict[str, str] = {
     "sdnq": "sdnq",
     "mlx": "mlx",
     "nunchaku": "nunchaku",
+    "nunchaku_lite": "nunchaku",
     "comfyui": "comfyui",
 }
 #: modules with ``recognize``, in the order in which they are asked
