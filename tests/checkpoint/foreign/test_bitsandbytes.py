@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from requanto.checkpoint.foreign import bitsandbytes
 from requanto.checkpoint.foreign.source import TensorsSource
 from requanto.checkpoint.format import CheckpointError
-from requanto.config.config import FORMAT_VERSION
 
 FOUR = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
 EIGHT = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0}
@@ -49,8 +48,6 @@ def test_four_bits_equal_the_library(four, made):
     assert set(tensors) - found.consumed == {"nf4.bias", "norm.weight", "norm.bias"}
     assert list(found.floats) == ["tiny_groups.weight"]
     assert found.floats["tiny_groups.weight"].reason == "bitsandbytes' blocks of 64 cross its rows of 20 weights"
-    if FORMAT_VERSION < 4:  # no signed scales yet
-        del found.weights["nf4_sparse.weight"]
     weights = made(found, TensorsSource(tensors))
     for name, weight in weights.items():
         wanted = expected[name]

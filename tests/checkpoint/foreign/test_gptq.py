@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from requanto.checkpoint.foreign import gptq
 from requanto.checkpoint.foreign.source import FilesSource, TensorsSource
 from requanto.checkpoint.format import CheckpointError
-from requanto.config.config import FORMAT_VERSION
 
 LINES = {
     "asym2": "qint2 32x64 group=32 affine zeros",
@@ -32,8 +31,6 @@ LINES = {
     "order3_sym": "qint3 32x64 group=32 order",
     "order_short": "quint8 32x96 group=32 affine zeros order",
 }
-#: column orders came with this version
-ordered = pytest.mark.skipif(FORMAT_VERSION < 4, reason="no orders of columns yet")
 
 
 @pytest.fixture
@@ -52,7 +49,7 @@ def scan(config, tensors):
     return gptq.scan(config, TensorsSource(tensors))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[ordered] if "order" in n else []) for n in LINES])
+@pytest.mark.parametrize("name", LINES)
 def test_weights_equal_the_kernels(case, made, name):
     config, tensors, expected = case(name)
     found = scan(config, tensors)

@@ -58,8 +58,9 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
         _add_4bit(found, source, name)
     for name in scales:
         _add_int8(found, source, name.removesuffix(".SCB"))
+    consumed = found.consumed
     for name in source:
-        if name.endswith(".weight") and name not in found.consumed and source.header(name).dtype in _CODES:
+        if name.endswith(".weight") and name not in consumed and source.header(name).dtype in _CODES:
             raise CheckpointError(
                 f"{name} is {str(source.header(name).dtype).removeprefix('torch.')}, and its "
                 f"{'quant_state' if bits[4] else 'SCB'} is not in the files: codes without their scales"
