@@ -128,8 +128,9 @@ class Translated(Mapping[str, Any]):
             # 1 stands for an output that stays float
             one = torch.ones((), dtype=torch.float32, device="cpu")
             self._values[f"{module}.output_scale"] = Lazy(lambda one=one: one, torch.Size(()), torch.float32)  # type: ignore[misc]
+        consumed = found.consumed
         for name in source:
-            if name in found.consumed:
+            if name in consumed:
                 continue
             if name in found.weights or name in self._values:
                 raise CheckpointError(
