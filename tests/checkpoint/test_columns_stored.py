@@ -68,6 +68,22 @@ def test_damage_is_named(value, message):
         rebuild("a.weight", spec_text(weight), parts, weight.dtype)
 
 
+def test_column_scales_of_other_programs_may_be_negative():
+    weight = quantized()
+    parts = {name: part.clone() for name, part in weight.inner_tensors().items()}
+    parts["column"][5] *= -1
+    text = f"{spec_text(weight)} signed"
+    found = rebuild("a.weight", text, parts, torch.float32)
+    wanted = weight.float().dequantize()
+    wanted[:, 5] *= -1
+    assert torch.equal(found.dequantize(), wanted)
+    x = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(torch.nn.functional.linear(x, found), x @ wanted.T)
+    parts["column"][5] = 0
+    with pytest.raises(CheckpointError, match="a column scale is not 0"):
+        rebuild("a.weight", text, parts, weight.dtype)
+
+
 def test_a_small_column_beside_a_large_scale_is_no_damage():
     column = torch.ones(128)
     column[::2] = 2.0**-13

@@ -33,8 +33,8 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
 
     Raises:
         CheckpointError: NaN or Inf in a part or among float8 codes, a negative scale or a scale of 0 for codes that differ
-            (neither of signed scales; of scales in blocks only the first), a column scale that is not positive, an order of
-            columns that is no permutation, or a scale or shift that makes weights absurdly large.
+            (neither of signed scales; of scales in blocks only the first), a column scale that is not positive (0, of signed
+            ones), an order of columns that is no permutation, or a scale or shift that makes weights absurdly large.
     """
     if parts["qdata"].is_meta:
         return
@@ -47,10 +47,11 @@ def check_values(spec: WeightSpec, parts: Mapping[str, torch.Tensor], name: str,
         _check_order(parts["order"], name)
     if not parts["scale"].numel():
         return
-    if spec.column and parts["column"].numel() and float(parts["column"].min()) <= 0:
-        raise CheckpointError(
-            f"{name}_column holds {float(parts['column'].min()):g}, and a column scale is positive: {_DAMAGED}"
-        )
+    if spec.column and parts["column"].numel():
+        least = float((parts["column"].abs() if spec.signed else parts["column"]).min())
+        if least <= 0:
+            wanted = "not 0" if spec.signed else "positive"
+            raise CheckpointError(f"{name}_column holds {least:g}, and a column scale is {wanted}: {_DAMAGED}")
     if spec.qtype.blocks is not None:
         _check_scale_codes(parts["scale"], spec.qtype.blocks.scale, name)
     # Of MX types no scale is 0 or negative.
@@ -125,7 +126,7 @@ def _columns_of_scales(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> t
     """The largest column scale that each stored scale is multiplied by."""
     if not spec.column or not parts["column"].numel():
         return 1.0
-    column = parts["column"].float().unsqueeze(-2)  # [..., 1, K]
+    column = parts["column"].float().abs().unsqueeze(-2)  # [..., 1, K]
     if spec.scale_bits is None and spec.rotation is None:
         return column.unflatten(-1, (spec.groups, -1)).amax(-1)
     return column.amax(-1, keepdim=True)

@@ -50,8 +50,8 @@ class WeightSpec:
         rotation: size of the blocks in which rows were rotated before rounding; None: no rotation.
         zeros: True if the shift is stored as the code that stands for 0: a whole number of ``qtype.bits`` bits.
         column: True if there is a column scale, by which dequantized rows and the inputs of a GEMM are multiplied.
-        signed: True if scales may be negative, as in files of other programs. With ``scale_block`` the codes of scales are
-            signed too: a code c stands for ``c - 2^(scale_bits - 1)``.
+        signed: True if scales, and column scales, may be negative, as in files of other programs. With ``scale_block`` the
+            codes of scales are signed too: a code c stands for ``c - 2^(scale_bits - 1)``.
         scale_block: number of weights that share a ``row_scale`` (and a ``row_shift``); None: those of a row. Of weights
             with ``scale_bits`` only.
         order: True if stored columns are in another order than the weight's: stored column j is column ``order[j]``.
