@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from requanto.checkpoint.foreign import readers
 from requanto.checkpoint.foreign.sdnq import settings_of
@@ -47,7 +48,12 @@ LINES = {
     "int12": "float: int12 codes have no type here",
     "hadamard_32": "qint4 64x128 group=64 rotation=32",
     "hadamard_svd_32": "qint4 64x128 affine rank=8 rotation=32",
-    "hadamard_64": "float: its rotation is no Hadamard matrix of Sylvester's kind",
+    "hadamard_64_int4": "qint4 64x128 group=64 rotation=64 columns signed order",
+    "hadamard_64_uint4": "float: codes with a zero point, rotated by a Hadamard matrix that is not Sylvester's",
+    "hadamard_64_int8": "qint8 64x128 rotation=64 columns signed order",
+    "hadamard_64_fp8": "qfloat8_e4m3fn 64x128 rotation=64 columns signed order",
+    "hadamard_64_fp6": "qfp6_e3m2 64x128 rotation=64 columns signed order",
+    "hadamard_svd_64": "qint5 64x128 rank=8 rotation=64 columns signed order",
     "dynamic": "qint6 64x128",
     "mixed": "qint4 64x128 group=64 affine",
     "conv": "qint4 64x128 group=16 affine",
@@ -101,18 +107,42 @@ def test_values_are_those_of_sdnq(files: Path, case: str) -> None:
         )
         exact = rebuild(name, foreign.text, parts, torch.float32).dequantize()
         if not ("svd" in case or case == "uint4_g16_bf16"):
-            affine = "affine" in foreign.text or "rotation" in foreign.text
+            affine = any(word in foreign.text for word in ("affine", "rotation"))
             assert error(exact, wanted[f"{name}.{torch.float32}"]) <= (1e-6 if affine else 0)
 
 
-def test_convolutions_keep_their_shape(files: Path) -> None:
+def test_convolutions_have_scales_for_each_place(files: Path) -> None:
     config, source, _ = opened(files / "conv")
     found = readers.scan(config, source)
     assert found.weights["one.weight"].text == "qint4 48x64x1x1 group=16 affine"
-    assert found.floats["conv.weight"].shape == (48, 64, 3, 3)
-    assert found.floats["line.weight"].reason == "a scale for each place of a convolution's kernel"
+    assert found.weights["conv.weight"].text == "qint4 48x64x3x3 group=16 affine order"
+    assert found.weights["line.weight"].text == "qint4 48x64x3 group=16 affine order"
     config, source, _ = opened(files / "conv_int8")
-    assert readers.scan(config, source).floats["up.weight"].shape == (48, 32, 2, 2)
+    found = readers.scan(config, source)
+    assert found.weights["conv.weight"].text == "qint8 48x64x3x3 group=64 order"
+    assert found.floats["up.weight"].shape == (48, 32, 2, 2)
+    assert found.floats["up.weight"].reason == "one scale for each column of a transposed convolution"
+
+
+@pytest.mark.parametrize(
+    ("case", "name"), [("conv", "conv"), ("conv", "one"), ("hadamard_64_int4", "wide"), ("hadamard_64_fp8", "wide")]
+)
+def test_layers_run(files: Path, case: str, name: str) -> None:
+    config, source, wanted = opened(files / case)
+    foreign = readers.scan(config, source).weights[f"{name}.weight"]
+    weight = rebuild(name, foreign.text, foreign.build(source), torch.float32)
+    plain = wanted[f"{name}.weight.{torch.float32}"]
+    x = torch.randn(2, *((64, 6, 6) if case == "conv" else (128,)), dtype=torch.float32, device="cpu")
+    run = F.conv2d if case == "conv" else F.linear
+    torch.testing.assert_close(run(x, weight), run(x, plain))
+
+
+def test_a_code_without_a_negative_is_damage(files: Path) -> None:
+    config, source, _ = opened(files / "hadamard_64_int4")
+    broken = changed(source, weight=torch.zeros_like(source["wide.weight"]))
+    foreign = readers.scan(config, broken).weights["wide.weight"]
+    with pytest.raises(CheckpointError, match=r"wide\.weight holds the code -8 in a rotated weight"):
+        foreign.build(broken)
 
 
 def test_packed_bytes_are_taken_over(files: Path) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from requanto.checkpoint.foreign.found import Parts
+from requanto.checkpoint.foreign.regular_hadamard import (
+    column_order,
+    column_signs,
+    is_regular,
+    negated,
+    regular_matrix,
+    sylvester_matrix,
+)
 from requanto.checkpoint.foreign.sdnq_codes import Kind, codes_of, numbers_of
 from requanto.checkpoint.foreign.sdnq_shapes import Shapes
 from requanto.checkpoint.foreign.source import Source
 from requanto.checkpoint.format import CheckpointError
 from requanto.dtypes.bit_packing import pack
 from requanto.dtypes.qtypes import qnvfp4, qtype, qtypes
-from requanto.scales.rotation import rotate
 from requanto.tensor.spec import WeightSpec
 
 if TYPE_CHECKING:
@@ -82,6 +88,7 @@ class Layer(Shapes):
             and self._group == 16
             and self._shapes["scale_2"].numel() == 1
             and not self.settings.scale_codebook
+            and not self._is_regular
         )
 
     @property
@@ -93,23 +100,41 @@ class Layer(Shapes):
         if self._type is None:
             groups = " with a codebook for each group" if self.settings.codebook else ""
             return f"{kind.name} codes{groups} have no type here"
-        if self.axis == 0 or (len(self.shape) > 2 and self.axis is not None and self.shape[2:].numel() > 1):
-            return "a scale for each place of a convolution's kernel"
-        block = self._block
-        if block is not None and (len(self.shape) > 2 or block.bit_length() % 2):
-            return "its rotation is no Hadamard matrix of Sylvester's kind"
+        if self.axis == 0:
+            return "one scale for each column of a transposed convolution"
+        if self._block is not None and len(self.shape) > 2:
+            return "a rotated convolution"
+        if self._is_regular and kind.unsigned:
+            return "codes with a zero point, rotated by a Hadamard matrix that is not Sylvester's"
         if torch.float64 in self._dtypes.values():
             return "float64 scales"
         return ""
 
+    @property
+    def _is_regular(self) -> bool:
+        """True if it is rotated by a matrix that is not Sylvester's."""
+        return self._block is not None and is_regular(self._block)
+
+    @property
+    def _places(self) -> int:
+        """Number of places of a convolution's kernel, each of which has scales of its own; 1 for other layers."""
+        return 1 if self.axis is None else self.shape[2:].numel()
+
     def spec(self) -> WeightSpec:
         """The description of the weight in our format."""
-        kind = self._type
+        kind, group, turned = self._type, self._group, self._is_regular
         assert kind is not None
-        affine = self.settings.kind.unsigned and not self.settings.codebook
+        if self._places > 1 and group is None:
+            group = self.shape[1]
         return WeightSpec(
-            kind, self.shape, torch.float32, group_size=self._group, affine=affine, rotation=self._block
-        )  # fmt: skip
+            *(kind, self.shape, torch.float32),
+            group_size=group,
+            affine=self.settings.kind.unsigned and not self.settings.codebook,
+            rotation=self._block,
+            column=turned,
+            signed=turned,
+            order=turned or self._places > 1,
+        )
 
     def text(self) -> str:
         """Its line."""
@@ -147,36 +172,74 @@ class Layer(Shapes):
         up, down = source[self._names["svd_up"]], source[self._names["svd_down"]]
         return (up.t(), down.t()) if self._turned else (up, down)
 
+    def _by_places(self, values: torch.Tensor) -> torch.Tensor:
+        """Codes or scales of a convolution, place by place: ``[O, places * ...]``."""
+        return values.reshape(self.shape[0], -1, self._places).transpose(1, 2).reshape(self.shape[0], -1)
+
+    def _codes(self, source: Source, spec: WeightSpec) -> torch.Tensor:
+        """``qdata``."""
+        kind, stored = self.settings.kind, source[self._names["weight"]]
+        rows, length = spec.matrix_shape
+        if not spec.order and kind.bits in (2, 4) and length * kind.bits % 8 == 0:
+            return stored.reshape(rows, -1)
+        codes = codes_of(stored, kind) if spec.qtype.is_packed else stored.t() if self.transposed else stored
+        codes = self._by_places(codes) if self._places > 1 else codes.reshape(rows, length)
+        if self._is_regular:
+            codes = self._with_signs(codes, column_signs(length, self._block or 1, codes.device))
+        return pack(codes, kind.bits) if spec.qtype.is_packed else codes.reshape(self.shape).contiguous()
+
+    def _with_signs(self, codes: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        """Codes ``[N, K]`` whose columns with sign -1 are negated."""
+        kind, name = self.settings.kind, self._names["weight"]
+        if kind.is_float:
+            flips = torch.where(signs < 0, 1 << (kind.bits - 1), 0).to(torch.uint8)
+            return (codes.view(torch.uint8) ^ flips).view(codes.dtype)
+        low = -(2 ** (kind.bits - 1))
+        if kind.bits == 8:
+            return negated(codes, signs, low, name)
+        return (negated(codes.to(torch.int8) + low, signs, low, name) - low).to(torch.uint8)
+
     def parts(self, source: Source) -> Parts:
         """The parts of our format."""
-        spec, kind = self.spec(), self.settings.kind
+        spec = self.spec()
         rows, length = spec.matrix_shape
-        stored = source[self._names["weight"]]
-        if not spec.qtype.is_packed:
-            qdata = (stored.t() if self.transposed else stored).reshape(self.shape).contiguous()
-        elif kind.bits in (2, 4) and length * kind.bits % 8 == 0:
-            qdata = stored.reshape(rows, -1)
-        else:
-            qdata = pack(codes_of(stored, kind).reshape(rows, length), kind.bits)
-        parts = {"qdata": qdata}
+        parts = {"qdata": self._codes(source, spec)}
+        device = parts["qdata"].device
+
+        def put(values: torch.Tensor) -> torch.Tensor:
+            values = self._by_places(values) if self._places > 1 else values.reshape(-1, spec.groups)
+            return values.expand(rows, spec.groups).contiguous()
+
         if spec.qtype is qnvfp4:
-            parts["scale"] = source[self._names["scale"]].view(torch.uint8).reshape(rows, -1)
+            parts["scale"] = put(source[self._names["scale"]].view(torch.uint8))
             parts["row_scale"] = source[self._names["scale_2"]].float().reshape(1, 1).expand(rows, 1).contiguous()
         elif self.settings.codebook:
-            parts["scale"] = torch.ones(rows, 1, dtype=torch.float32, device=stored.device)
+            parts["scale"] = torch.ones(rows, 1, dtype=torch.float32, device=device)
             parts["codebook"] = self._scales(source)[0].reshape(-1)
         else:
-            scale, zero = (None if one is None else one.reshape(-1, spec.groups) for one in self._scales(source))
-            parts["scale"] = scale.expand(rows, spec.groups).contiguous()
+            scale, zero = self._scales(source)
+            parts["scale"] = put(scale)
             if zero is not None:
-                parts["shift"] = (-zero).expand(rows, spec.groups).contiguous()
+                parts["shift"] = put(-zero)
             if spec.qtype.is_learned:
-                parts["codebook"] = torch.tensor([0.0, 2.0, 0.0, -2.0], dtype=torch.float32, device=stored.device)
+                parts["codebook"] = torch.tensor([0.0, 2.0, 0.0, -2.0], dtype=torch.float32, device=device)
+        if self._places > 1:
+            columns = torch.arange(length, dtype=torch.int32, device=device)
+            parts["order"] = columns.reshape(-1, self._places).t().reshape(-1).contiguous()
+        elif self._is_regular:
+            parts["column"] = column_signs(length, self._block or 1, device)
+            parts["order"] = column_order(length, self._block or 1, device)
         if self.rank:
             up, down = self._low_rank(source)
-            down = down if self._block is None else rotate(down.float(), self._block)
+            down = down if self._block is None else self._turned_back(down.float())
             parts |= {"up": up.contiguous(), "down": down.contiguous()}
         return parts
+
+    def _turned_back(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows ``[..., K]`` times the blocks of SDNQ's Hadamard matrix."""
+        block = self._block or 1
+        matrix = regular_matrix(block) if self._is_regular else sylvester_matrix(block)
+        return (rows.unflatten(-1, (-1, block)) @ matrix.to(rows)).flatten(-2)
 
     def values(self, source: Source) -> torch.Tensor:
         """The float weight."""
@@ -194,20 +257,7 @@ class Layer(Shapes):
             up, down = self._low_rank(source)
             result = result + torch.mm(up.to(result.dtype), down.to(result.dtype)).reshape(self.shape)
         if self._block is not None:
-            turned = result.reshape(self.shape[0], -1, self._block) @ hadamard(self._block).to(result)
-            result = turned.reshape(self.shape)
+            result = self._turned_back(result.flatten(1)).reshape(self.shape)
         if not bool(torch.isfinite(result).all()):
             raise CheckpointError(f"{self.name} holds NaN or Inf: the checkpoint is damaged, download it again")
         return result.to(self.float_dtype())
-
-
-@functools.lru_cache(maxsize=16)
-def hadamard(size: int) -> torch.Tensor:
-    """SDNQ's orthonormal Hadamard matrix [size, size]: a power of a symmetric 4 x 4 matrix where that is possible."""
-    by = 4 if size.bit_length() % 2 else 2
-    small = [[1, 1], [1, -1]] if by == 2 else [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
-    seed = torch.tensor(small, dtype=torch.float32, device="cpu")
-    found = seed
-    while found.shape[0] < size:
-        found = torch.kron(found, seed)
-    return found / math.sqrt(size)

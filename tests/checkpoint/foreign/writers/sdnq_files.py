@@ -51,7 +51,14 @@ CASES: dict[str, dict] = {
         **{"weights_dtype": "uint4", "use_hadamard": True, "hadamard_group_size": 32},
         **{"use_svd": True, "svd_rank": 8},
     },
-    "hadamard_64": {"weights_dtype": "int4", "use_hadamard": True, "hadamard_group_size": 64},
+    **{
+        f"hadamard_64_{kind}": {"weights_dtype": kind, "use_hadamard": True, "hadamard_group_size": 64}
+        for kind in ("int4", "uint4", "int8", "fp8", "fp6")
+    },
+    "hadamard_svd_64": {
+        **{"weights_dtype": "int5", "use_hadamard": True, "hadamard_group_size": 64},
+        **{"use_svd": True, "svd_rank": 8},
+    },
     "dynamic": {"weights_dtype": "uint2", "use_dynamic_quantization": True, "dynamic_loss_threshold": 1e-3},
     "mixed": {
         "weights_dtype": "uint4",
