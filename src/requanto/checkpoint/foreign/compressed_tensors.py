@@ -16,7 +16,8 @@ Read in compressed-tensors 0.20 (compressors/*/base.py).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from requanto.checkpoint.foreign.ct_config import Args, Config, Group, read_conf
 from requanto.checkpoint.foreign.ct_integers import integer_weight
 from requanto.checkpoint.foreign.float8 import float8_weight
 from requanto.checkpoint.foreign.found import ForeignActivation, ForeignCheckpoint, ForeignFloat, ForeignWeight
-from requanto.checkpoint.foreign.pieces import CACHE_NOTE, CACHE_SCALES, joined, modules_of, unfit
+from requanto.checkpoint.foreign.pieces import CACHE_NOTE, CACHE_SCALES, joined, modules_of, static_scale
 from requanto.checkpoint.foreign.small_floats import mx_weight, nvfp4_weight
 from requanto.checkpoint.foreign.source import Source
 from requanto.checkpoint.format import CheckpointError
@@ -211,19 +212,18 @@ def _told(args: Args) -> str:
 
 
 def _static(source: Source, module: str, parts: set[str], kind: str) -> ForeignActivation:
-    scale, zero = joined(module, "input_scale"), joined(module, "input_zero_point")
-    found = source.need(scale, joined(module, "weight"))
-    if found.shape.numel() != 1 or not found.dtype.is_floating_point:
-        raise unfit(scale, found, "one float for the tensor")
-    zeros = (zero,) if "input_zero_point" in parts else ()
-    return ForeignActivation(kind, (scale, *zeros), functools.partial(_input_scale, scale=scale, zeros=zeros))
+    zero = joined(module, "input_zero_point")
+    also = (zero,) if "input_zero_point" in parts else ()
+    found = static_scale(source, joined(module, "input_scale"), joined(module, "weight"), kind, also)
+    if not also:
+        return found
+    return replace(found, build=functools.partial(_without_zero, build=found.build, zero=zero))
 
 
-def _input_scale(source: Source, scale: str, zeros: tuple[str, ...]) -> torch.Tensor:
-    for zero in zeros:
-        if bool(source[zero].to(torch.float32).any()):
-            raise CheckpointError(f"{zero} is not 0, but the config says symmetric=True: they do not belong together")
-    return source[scale].reshape(()).to(torch.float32)
+def _without_zero(source: Source, build: Callable[[Source], torch.Tensor], zero: str) -> torch.Tensor:
+    if bool(source[zero].to(torch.float32).any()):
+        raise CheckpointError(f"{zero} is not 0, but the config says symmetric=True: they do not belong together")
+    return build(source)
 
 
 def recognize(description: Mapping[str, Any], source: Source) -> dict[str, Any] | None:

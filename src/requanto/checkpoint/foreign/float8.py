@@ -73,12 +73,15 @@ def float8_weight(
     if found.shape.numel() == 1 or tuple(found.shape) in _row_scales(lead):
         build = functools.partial(_by_rows, name=name, scale=scale, lead=lead, transposed=transposed)
         return ForeignWeight(line(name, KINDS[dtype][0], shape, *words), sources, build, note)
-    grid = None if block is None or transposed else _grid(found.shape, stored, block)
+    seen = found.shape
+    if len(shape) == 2 and len(seen) == 4 and seen[1] == seen[3] == 1:  # as ModelOpt's quantizer has blocks
+        seen = torch.Size([seen[0], seen[2]])
+    grid = None if block is None or transposed else _grid(seen, stored, block)
     if block is None or grid is None:
         wanted = "" if block is None else f", or blocks of {block[0]}x{block[1]}: {_blocks(stored, block)}"
         raise unfit(scale, found, f"one scale for {name} {tuple(shape)}, one for each row ({rows}){wanted}")
     group = math.gcd(block[1], length)
-    build = functools.partial(_by_blocks, name=name, scale=scale, grid=grid, group=group, columns=block[1])
+    build = functools.partial(_by_blocks, name=name, scale=scale, seen=seen, grid=grid, group=group, columns=block[1])
     if group < SMALLEST_GROUP:
         dense = functools.partial(_dense, build=build, group=group)
         reason = f"blocks of {block[1]} columns do not divide rows of {length} into groups of {SMALLEST_GROUP} or more"
@@ -127,8 +130,10 @@ def _by_rows(source: Source, name: str, scale: str, lead: torch.Size, transposed
     return {"qdata": codes, "scale": per_row(_scale(source, scale), lead)}
 
 
-def _by_blocks(source: Source, name: str, scale: str, grid: tuple[int, int], group: int, columns: int) -> Parts:
-    codes, scales = source[name], _scale(source, scale)
+def _by_blocks(
+    source: Source, name: str, scale: str, seen: torch.Size, grid: tuple[int, int], group: int, columns: int
+) -> Parts:
+    codes, scales = source[name], _scale(source, scale).reshape(seen)
     rows, length = codes.shape[-2:]
     run, block = grid
     row = torch.arange(rows, device=scales.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from requanto.checkpoint.foreign.found import ForeignActivation
 from requanto.checkpoint.foreign.source import Header, Source
 from requanto.checkpoint.format import CheckpointError, read_spec
 from requanto.config.checks import LONGEST, shown
@@ -80,17 +82,6 @@ def per_row(values: torch.Tensor, lead: Sequence[int]) -> torch.Tensor:
     return values.reshape(shape).expand(*lead, 1).contiguous()
 
 
-def is_left_float(module: str, patterns: Iterable[str]) -> bool:
-    """Whether Transformers leaves a module unquantized that ``modules_to_not_convert`` describes.
-
-    A pattern matches the start of the name up to a dot, as it is or as a regular expression, or the end of the name.
-    """
-    boundary = r"(?:(?<=\.)|(?=\.|$))"
-    return any(
-        module.endswith(pattern) or compiled(rf"(?:{pattern}){boundary}", pattern).match(module) for pattern in patterns
-    )
-
-
 def compiled(expression: str, shown_as: str) -> re.Pattern[str]:
     """A regular expression of a config.
 
@@ -122,6 +113,29 @@ def names_in(config: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
         raise CheckpointError(f"quantization_config.{key} is {shown(value)}, expected a list of names")
     return tuple(value)
+
+
+def static_scale(source: Source, name: str, whose: str, kind: str, also: Sequence[str] = ()) -> ForeignActivation:
+    """A module whose inputs are quantized with one stored number.
+
+    Args:
+        name: the number, a float.
+        whose: the module's weight, for messages.
+        kind: name of our type.
+        also: further tensors that belong to it.
+
+    Raises:
+        CheckpointError: it is missing, or no single float.
+    """
+    found = source.need(name, whose)
+    if found.shape.numel() != 1 or not found.dtype.is_floating_point:
+        raise unfit(name, found, "one float for the tensor")
+    return ForeignActivation(kind, (name, *also), functools.partial(one_number, name=name))
+
+
+def one_number(source: Source, name: str) -> torch.Tensor:
+    """A stored number as a float32 scalar."""
+    return source[name].reshape(()).to(torch.float32)
 
 
 def unfit(name: str, found: Header, expected: str) -> CheckpointError:

@@ -31,6 +31,7 @@ READERS: dict[str, str] = {
     "intel/auto-round": "auto_round",
     "compressed-tensors": "compressed_tensors",
     "fp8": "fp8",
+    "mxfp8": "fp8",
     "fbgemm_fp8": "fp8",
     "modelopt": "modelopt",
     "mxfp4": "gpt_oss",
@@ -45,7 +46,7 @@ READERS: dict[str, str] = {
     "comfyui": "comfyui",
 }
 #: modules with ``recognize``, in the order in which they are asked
-RECOGNIZERS: tuple[str, ...] = ("gptq", "compressed_tensors")
+RECOGNIZERS: tuple[str, ...] = ("gptq", "compressed_tensors", "modelopt")
 #: quant_method of formats whose codes stand for vectors or paths, and what reads them
 OUT_OF_REACH: dict[str, str] = {
     "aqlm": "the package aqlm, with a GPU",

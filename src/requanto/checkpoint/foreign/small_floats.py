@@ -9,7 +9,7 @@ import torch
 
 from requanto.checkpoint.foreign.found import ForeignWeight, Parts
 from requanto.checkpoint.foreign.pieces import line, per_row, unfit
-from requanto.checkpoint.foreign.source import Header, Source
+from requanto.checkpoint.foreign.source import Source
 from requanto.dtypes.bit_packing import packed_length
 from requanto.dtypes.qtypes import qtypes
 
@@ -25,6 +25,7 @@ def nvfp4_weight(
     scale: str,
     factor: str,
     *,
+    group: int = 16,
     divided: bool = False,
     also: Sequence[str] = (),
     words: Sequence[str] = (),
@@ -35,8 +36,9 @@ def nvfp4_weight(
     Args:
         name: the weight.
         codes: uint8 ``[..., N, K / 2]``, the first of two codes in the low nibble.
-        scale: e4m3 ``[..., N, K / 16]``.
+        scale: e4m3 ``[..., N, K / group]``.
         factor: float32, one number for each matrix.
+        group: number of weights that share a scale.
         divided: scales are divided by the factor, instead of multiplied.
         also: further tensors that are not loaded.
         words: further words of the line.
@@ -45,7 +47,7 @@ def nvfp4_weight(
     Raises:
         CheckpointError: a tensor is missing or has another shape or dtype.
     """
-    shape, group = _shape_of(source, name, codes, scale, "qnvfp4", (torch.float8_e4m3fn, torch.uint8))
+    shape = _shape_of(source, name, codes, scale, "qnvfp4", group, (torch.float8_e4m3fn, torch.uint8))
     found = source.need(factor, name)
     if found.dtype != torch.float32 or found.shape.numel() not in (1, shape[:-2].numel()):
         raise unfit(factor, found, "one float32 number for each matrix")
@@ -77,8 +79,8 @@ def mx_weight(
     Raises:
         CheckpointError: a tensor is missing or has another shape or dtype.
     """
-    shape, group = _shape_of(source, name, codes, scale, kind, (torch.uint8, torch.float8_e8m0fnu))
-    text = line(name, kind, shape, _axis(shape), group=group)
+    shape = _shape_of(source, name, codes, scale, kind, 32, (torch.uint8, torch.float8_e8m0fnu))
+    text = line(name, kind, shape, _axis(shape), group=32)
     build = functools.partial(_mx, codes=codes, scale=scale, dtype=qtypes[kind].storage_dtype)
     return ForeignWeight(text, (codes, scale, *also), build, note)
 
@@ -88,13 +90,10 @@ def _axis(shape: torch.Size) -> str:
 
 
 def _shape_of(
-    source: Source, name: str, codes: str, scale: str, kind: str, scales: tuple[torch.dtype, ...]
-) -> tuple[torch.Size, int]:
-    """The weight's shape and group size."""
-    form = qtypes[kind]
-    assert form.blocks is not None
-    group = form.blocks.size
-    stored: Header = source.need(codes, name)
+    source: Source, name: str, codes: str, scale: str, kind: str, group: int, scales: tuple[torch.dtype, ...]
+) -> torch.Size:
+    """The weight's shape."""
+    form, stored = qtypes[kind], source.need(codes, name)
     dtypes = BYTES if form.is_packed else (form.dtype,)
     bits = form.bits if form.is_packed else 8
     length = stored.shape[-1] * 8 // bits if len(stored.shape) in (2, 3) else 0
@@ -103,7 +102,7 @@ def _shape_of(
         raise unfit(codes, stored, wanted)
     shape = torch.Size([*stored.shape[:-1], length])
     source.need_shape(scale, name, (*shape[:-1], length // group), *scales)
-    return shape, group
+    return shape
 
 
 def _nvfp4(source: Source, codes: str, scale: str, factor: str, lead: torch.Size, divided: bool) -> Parts:
