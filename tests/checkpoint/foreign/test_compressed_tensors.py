@@ -221,6 +221,13 @@ def test_words_of_whole_codes(old, module):
     assert torch.equal(read(config, tensors, module).dequantize().bfloat16(), old[2][module])
 
 
+@pytest.mark.parametrize("module", ["order4", "order4_zeros", "order3_zeros"])
+def test_columns_in_another_order(old, module):
+    config, tensors = only(old, module)
+    assert scan(config, TensorsSource(tensors)).table[f"{module}.weight"].endswith(" order")
+    assert torch.equal(read(config, tensors, module).dequantize().bfloat16(), old[2][module])
+
+
 def test_a_version_tells_packings_apart_where_the_number_of_words_does_not(checkpoint):
     """90 codes of 3 bits take 9 words in both."""
     config, tensors = only(checkpoint, "int3_odd")

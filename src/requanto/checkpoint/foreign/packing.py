@@ -13,14 +13,19 @@ import torch
 from requanto.dtypes.bit_packing import pack, unpack
 
 
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    """``[R, W]`` -> uint8 ``[R, W * bytes of a word]``. A transposed column counts as contiguous, and has no view as bytes."""
+    return words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], -1)
+
+
 def rows_of_words(words: torch.Tensor) -> torch.Tensor:
     """Words along columns ``[R, N]`` -> the bytes of N rows, uint8 ``[N, R * bytes of a word]``."""
-    return words.t().contiguous().view(torch.uint8)
+    return _bytes(words.t())
 
 
 def codes_of_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Words along rows ``[R, W]`` -> uint8 codes ``[R, count]``."""
-    stored = words.contiguous().view(torch.uint8)
+    stored = _bytes(words)
     return stored[:, :count] if bits == 8 else unpack(stored, bits, count)
 
 
