@@ -14,7 +14,7 @@ from requanto.dtypes.bit_packing import pack, unpack
 
 
 def _bytes(words: torch.Tensor) -> torch.Tensor:
-    """``[R, W]`` -> uint8 ``[R, W * bytes of a word]``. A transposed column counts as contiguous, and has no view as bytes."""
+    """``[R, W]`` -> uint8 ``[R, W * bytes of a word]``. (A transposed column is contiguous, but has no view as bytes.)"""
     return words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], -1)
 
 
