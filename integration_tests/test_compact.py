@@ -1,13 +1,12 @@
 """Scales in few bits and of columns, rotated and corrected weights in both libraries: quantized, saved, loaded, moved."""
 
-import itertools
 import json
 
 import accelerate
 import pytest
 import torch
 import transformers as tf
-from made_weights import made
+from made_weights import with_foreign_weights
 from tiny_diffusers import TINY as TINY_DIFFUSERS
 from tiny_models import TINY, output, save_tiny
 
@@ -59,26 +58,6 @@ def test_transformers_there_and_back(name, float_dir, tmp_path):
     assert files(tmp_path / "two") == files(tmp_path / "one")
     found = {w.name: w.bytes for w in inspect_directory(tmp_path / "one").weights}
     assert found["model.layers.0.mlp.up_proj.weight"] == model.model.layers[0].mlp.up_proj.weight.nbytes
-
-
-#: Descriptions that files of other programs need, for rows of 64 and 128 weights.
-FOREIGN = (
-    "qint4 {} group=32 affine scales=6 block=64",
-    "qint6 {} group=16 scales=8 signed block=64",
-    "qint4 {} group=32 signed",
-    "qint4 {} group=32 affine zeros order",
-)
-
-
-def with_foreign_weights(model):
-    """The model with weights as files of other programs have them, one form after the other."""
-    forms = itertools.cycle(FOREIGN)
-    for index, (name, parameter) in enumerate(list(model.named_parameters())):
-        if isinstance(parameter, QTensor):
-            owner, _, leaf = name.rpartition(".")
-            weight = made(next(forms), *parameter.shape, dtype=parameter.dtype, seed=index)
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
-    return model
 
 
 def test_forms_of_other_programs_there_and_back(float_dir, tmp_path):

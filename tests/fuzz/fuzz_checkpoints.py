@@ -19,6 +19,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers as tf
+from made_weights import with_foreign_weights
 from tiny_diffusers import TINY as DIFFUSERS
 from tiny_models import TINY as TRANSFORMERS
 from tiny_models import output
@@ -86,8 +87,10 @@ def _small(name: str) -> Any:
         return tiny.auto.from_config(config).eval()
 
 
-def transformers_case(name: str, shard: str = "5GB", calibrate: bool = False, **options: Any) -> Case:
-    """A model that Transformers quantizes, saves and loads."""
+def transformers_case(
+    name: str, shard: str = "5GB", calibrate: bool = False, foreign: bool = False, **options: Any
+) -> Case:
+    """A model that Transformers quantizes, saves and loads; ``foreign``: with weights as other programs make them."""
     tiny = TRANSFORMERS[name]
 
     def build(directory: Path) -> None:
@@ -100,6 +103,7 @@ def transformers_case(name: str, shard: str = "5GB", calibrate: bool = False, **
         else:
             model.save_pretrained(directory / "float")
             model = tiny.auto.from_pretrained(directory / "float", quantization_config=QuantoConfig(**options))
+        model = with_foreign_weights(model) if foreign else model
         model.save_pretrained(directory / "model", max_shard_size=shard)
 
     def load(directory: Path) -> dict[str, str]:
@@ -253,6 +257,7 @@ CASES: dict[str, Case] = {
     "scale-bits": transformers_case("llama", weights="int4", scale_bits=6, group_size=16),
     "scale-bits-nf4": transformers_case("llama", weights="nf4", scale_bits=8, group_size=16),
     "rotation": transformers_case("llama", weights="int4", rotation=32),
+    "foreign": transformers_case("llama", weights="int4", foreign=True),
     "low-rank": transformers_case("llama", weights="int4", low_rank=4),
     "shards": transformers_case("llama", weights="int4", shard="20KB"),
     "tied": transformers_case("llama-tied", weights="int8", embeddings=True, lm_head=True),

@@ -67,6 +67,8 @@ WORDS = (
     *(f"rank={n}" for n in (0, 1, -1, 4, 99999999)),
     *(f"scales={n}" for n in (4, 6, 8, 16, 3)),
     *(f"rotation={n}" for n in (2, 3, 32, 64, -2, 99999999999)),
+    *("columns", "zeros", "signed", "order", "signed=1", "order=0", "zeros zeros"),
+    *(f"block={n}" for n in (32, 64, 96, 0, -64, 99999999999, "x", "")),
 )
 TYPES = (
     *("qint2", "qint3", "qint4", "qint8", "quint4", "quint8", "qnf4", "qfp4", "qfloat8_e4m3fn", "qfloat8_e5m2"),

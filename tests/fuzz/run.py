@@ -22,7 +22,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "integration_tests")]
+_TESTS = Path(__file__).parents[1]
+sys.path[:0] = [*(str(_TESTS / name) for name in ("fuzz", "tensor")), str(_TESTS.parent / "integration_tests")]
 
 #: Outcomes that are not faults.
 ALLOWED = ("right", "clear", "float_bits", "foreign_bits", "model_config", "not_ours")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_weights import made
 
 from requanto import QTensor
 from requanto.dtypes.qtypes import qint8
@@ -101,6 +102,17 @@ def test_every_float8_number():
 def test_nibbles(kind, symmetric, group_size):
     how = {} if kind == "uint4" else {"symmetric": symmetric}
     check(quantized(kind, 320, 384, group_size=group_size, **how), 90, torch.bfloat16, "cpu-compiled-int4")
+
+
+@pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")
+@pytest.mark.parametrize("rows", [1, 90])
+@pytest.mark.parametrize("shape", [(320, 384), (300, 960), (4096, 2048)])
+def test_nibbles_with_scales_in_blocks(rows, shape):
+    """In several parts where the weight is large."""
+    module = torch.nn.Linear(shape[1], shape[0])
+    weight = made("qint4 {} group=32 affine scales=6 signed block=64", *shape, dtype=torch.bfloat16)
+    module.weight = torch.nn.Parameter(weight, False)
+    check(module, rows, torch.bfloat16, "cpu-int4pack" if rows == 1 else "cpu-compiled-int4")
 
 
 @pytest.mark.skipif(not int4.works(), reason="this processor has no packed form of int4")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -26,6 +28,13 @@ MIXED = (
     "qint4 {} affine order",
     "qint8 {} group=32 affine scales=8 signed block=64",
 )
+#: For rows of a few weights.
+SMALL = (
+    "qint4 {} group=32 affine scales=6 block=64",
+    "qint6 {} group=16 scales=8 signed block=64",
+    "qint4 {} group=32 signed",
+    "qint4 {} group=32 affine zeros order",
+)
 EVERY = (*K_TYPES, Q4_0, ACT_ORDER, *MIXED)
 ORDERED = tuple(form for form in EVERY if "order" in form)
 
@@ -39,6 +48,17 @@ def made(form: str, *shape: int, dtype=torch.float32, seed=0, words="", **how) -
     """
     spec, rank = parse_text(f"{form.format('x'.join(map(str, shape)))} {words}".strip(), dtype)
     return QTensor._of(spec.replace(**how), random_parts(spec.replace(**how), rank, seed))
+
+
+def with_foreign_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, whose quantized weights become weights of `SMALL`, one form after the other."""
+    forms = itertools.cycle(SMALL)
+    for index, (name, parameter) in enumerate(list(model.named_parameters())):
+        if isinstance(parameter, QTensor):
+            owner, _, leaf = name.rpartition(".")
+            weight = made(next(forms), *parameter.shape, dtype=parameter.dtype, seed=index)
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    return model
 
 
 def random_parts(spec: WeightSpec, rank: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -396,6 +396,15 @@ def float_shift(spec: WeightSpec, parts: Mapping[str, torch.Tensor]) -> torch.Te
     return expand_shift(unpack_codes(shift, bits, spec.groups), float_scale(spec, parts), spec.qtype, bits)
 
 
+def scales_of_rows(
+    spec: WeightSpec, parts: Mapping[str, torch.Tensor], start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Float scales and shifts (None if symmetric) ``[stop - start, G]`` of rows ``start .. stop`` of the stored matrix."""
+    names = [name for name in ("scale", "shift", "row_scale", "row_shift") if name in parts]
+    rows = {name: parts[name].reshape(spec.matrix_shape[0], parts[name].shape[-1])[start:stop] for name in names}
+    return float_scale(spec, rows), float_shift(spec, rows)
+
+
 def _read_only() -> contextlib.AbstractContextManager:
     """For values computed from a weight's parts: torch refuses to change inference tensors in place, which would have no
     effect on the weight."""

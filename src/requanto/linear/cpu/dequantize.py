@@ -19,6 +19,7 @@ from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.layout import PLAIN
+from requanto.tensor.parts import scales_of_rows
 from requanto.tensor.qtensor import QTensor
 
 #: Bytes of one block's result. More than a core's private cache, because starting an operator on all threads is expensive.
@@ -43,14 +44,14 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
     layout, parts = weight._storage.state
     plain = layout is PLAIN
     qdata = parts["qdata"].reshape(rows, -1) if plain else None
-    scale, shift = weight.scale.reshape(rows, -1), weight.shift
-    shift = None if shift is None else shift.reshape(rows, -1)
+    scale, shift = scales_of_rows(weight._spec, parts, start, stop)
     pairs = _pairs_of(weight) if weight.qtype.is_codebook else None
     # Two scratch buffers of at most twice a block's bytes each; ``out`` takes at most half of the bound.
     step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, length * out.dtype.itemsize))
     for begin in range(start, stop, step):
         end = min(begin + step, stop)
-        part = out[begin - start : end - start]
+        own = slice(begin - start, end - start)
+        part = out[own]
         if qdata is None:
             stored = layout.codes(weight._spec, parts, begin, end)
             if pairs is not None:
@@ -58,16 +59,16 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         else:
             stored = qdata[begin:end]
         if pairs is not None:
-            _from_codebook(stored, weight.qtype.bits, pairs, scale[begin:end] if scaled else None, part)
+            _from_codebook(stored, weight.qtype.bits, pairs, scale[own] if scaled else None, part)
             continue
         if scaled and weight.qtype.dtype == torch.int8 and row_scaled(weight) and part.dtype != torch.float32:
             # Computed in float32 and rounded once; this is as fast as in bfloat16.
             wide = scratch_buffer(tuple(part.shape), torch.float32, slot=2).copy_(stored)
-            part.copy_(wide.mul_(scale[begin:end].float()))
+            part.copy_(wide.mul_(scale[own].float()))
             continue
         codes_to_float(stored, weight.qtype, part, unpacked=not plain)
         if scaled:
-            _scale(part, weight.qtype, scale[begin:end], None if shift is None else shift[begin:end])
+            _scale(part, weight.qtype, scale[own], None if shift is None else shift[own])
     return out
 
 

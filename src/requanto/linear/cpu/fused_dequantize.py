@@ -16,6 +16,7 @@ from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
 from requanto.runtime.tracing import is_fake, runs_eagerly
 from requanto.tensor.layout import PLAIN
+from requanto.tensor.parts import scales_of_rows
 from requanto.tensor.qtensor import QTensor
 
 #: Smallest weight (number of elements) for which kernels are faster than eager operators.
@@ -66,14 +67,14 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> None:
     else:
         codes = layout.codes(weight._spec, parts, start, stop)
     codes = codes.reshape(rows * groups, -1).contiguous()
-    scale = _column(weight.scale, weight, start, stop)
+    scale, shift = scales_of_rows(weight._spec, parts, start, stop)
+    scale = _column(scale)
     values = out.view(rows * groups, -1)
     kind = family(weight)
     if kind == calls.STORED_INT8:
         calls.stored_int8(codes, scale, values)
     elif kind == calls.STORED_INT4:
-        shift = weight.shift
-        shift = scale * weight.qtype.zero_code if shift is None else _column(shift, weight, start, stop)
+        shift = scale * weight.qtype.zero_code if shift is None else _column(shift)
         calls.stored_int4(codes, scale, shift, values)
     else:
         bytes_ = codes.view(torch.uint8)
@@ -84,6 +85,6 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> None:
             into.copy_(wide[: len(part)])
 
 
-def _column(values: torch.Tensor, weight: QTensor, start: int, stop: int) -> torch.Tensor:
-    """Scales or shifts of these rows as float32 ``[rows * groups, 1]``."""
-    return values.reshape(weight.lead.numel(), -1)[start:stop].reshape(-1, 1).float().contiguous()
+def _column(values: torch.Tensor) -> torch.Tensor:
+    """Scales or shifts as float32 ``[rows * groups, 1]``."""
+    return values.reshape(-1, 1).float().contiguous()

@@ -2,8 +2,7 @@
 
 The layout has blocks of 64 rows (32 without AVX-512), ``[K, block / 2]`` bytes in each; a byte has the codes of row r and
 row r + block / 2. Codes of 2 and 3 bits are stored in 4 bits: twice the bytes, or a third more, while the layer is packed.
-The operator needs scales in x's dtype, interleaved with zero points; they are cached per dtype in addition to the stored
-ones (an eighth of the codes' bytes for groups of 64 in bfloat16).
+The operator needs scales in x's dtype, interleaved with zero points (`requanto.linear.cpu.int4_scales`).
 
 N is padded to whole blocks and K to a multiple of 64, with weights of zero. Weights with a group size that the operator does
 not support are packed for compiled kernels only.
@@ -22,12 +21,12 @@ from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
+from requanto.linear.cpu.int4_scales import Scales
 from requanto.linear.cpu.onednn_bf16 import MAX_PADDING
 from requanto.linear.cpu.onednn_int8 import checked_index
 from requanto.linear.registry import Gemm
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.layout import Layout, Parts, register_layout
-from requanto.tensor.parts import float_scale, float_shift
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
@@ -47,7 +46,8 @@ def rows_per_block() -> int:
 class Int4Layout(Layout):
     """4-bit ``[N, K]`` in blocks of rows, uint8 ``[padded N, padded K / 2]``.
 
-    An additional tensor ``flat``, bool ``[N, groups]``, marks groups whose codes are all 0 (see `Scales`).
+    An additional tensor ``flat``, bool ``[N, groups]``, marks groups whose codes are all 0 (see `Scales`). It is empty for
+    scales in blocks, of which none stands for a group of equal weights.
     """
 
     extra = ("flat",)
@@ -71,7 +71,7 @@ class Int4Layout(Layout):
         packed, flat = [], []
         for part in parts["qdata"].reshape(rows, -1).split(_STEP):
             codes = unpack(part, spec.qtype.bits, length)
-            flat.append(codes.view(len(part), spec.groups, -1).amax(2) == 0)
+            flat.append(codes.view(len(part), spec.groups, -1)[:, : self._flags(spec)].amax(2) == 0)
             pad_rows = -len(part) % self.block
             if pad_columns or pad_rows:
                 codes = torch.nn.functional.pad(codes, (0, pad_columns, 0, pad_rows))
@@ -114,7 +114,11 @@ class Int4Layout(Layout):
         return torch.Size([rows, length // 2]), torch.uint8
 
     def extra_shapes_dtypes(self, spec: WeightSpec) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        return {"flat": (torch.Size([spec.matrix_shape[0], spec.groups]), torch.bool)}
+        return {"flat": (torch.Size([spec.matrix_shape[0], self._flags(spec)]), torch.bool)}
+
+    @staticmethod
+    def _flags(spec: WeightSpec) -> int:
+        return spec.groups if spec.scale_block is None else 0
 
 
 _LAYOUT_OF_BLOCK = {block: register_layout(Int4Layout(block)) for block in (32, 64)}
@@ -135,7 +139,7 @@ class Packed(NamedTuple):
 
     Attributes:
         codes: uint8 ``[padded N, padded K / 2]``.
-        flat: bool ``[N, groups]``, see `Int4Layout`.
+        flat: bool ``[N, groups]`` or ``[N, 0]``, see `Int4Layout`.
         blocks: ``codes`` as uint8 ``[blocks, padded K, block / 2]``.
         out_features, in_features: N and K.
         length: padded K.
@@ -174,87 +178,6 @@ def packed(weight: QTensor) -> Packed | None:
     )
 
 
-class Scales:
-    """Scales and zero points in the layouts that kernels read, cached in the weight's storage.
-
-    They are recomputed after in-place changes of the weight's scale or shift. Changes through ``scale.data`` are not
-    detected, because torch does not count them; assign ``weight.scale`` instead.
-    """
-
-    def __init__(self, spec: WeightSpec, parts: Parts) -> None:
-        self._spec = spec
-        self._parts = {name: parts[name] for name in ("scale", "shift", "row_scale", "row_shift") if name in parts}
-        self._pairs: dict[torch.dtype, torch.Tensor] = {}
-        self._words: torch.Tensor | None = None
-        self._state: list[tuple[int, int]] = []
-
-    @classmethod
-    def of(cls, weight: QTensor) -> Scales:
-        """The cached object of a weight."""
-        derived = weight._storage.derived  # before the parts: a change in another thread replaces this dictionary
-        found = derived.get("int4 scales")
-        if found is None:
-            found = derived["int4 scales"] = cls(weight._spec, weight._storage.parts)
-        return found
-
-    def _refresh(self) -> None:
-        state = [(part.data_ptr(), part._version) for part in self._parts.values()]
-        if state != self._state:
-            self._pairs, self._words, self._state = {}, None, state
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the cached tensors."""
-        words = 0 if self._words is None else self._words.nbytes
-        return words + sum(pairs.nbytes for pairs in list(self._pairs.values()))
-
-    def pairs(self, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
-        """Scale and zero point, ``[groups, padded N, 2]``, with ``w = (code - 8) * scale + zero``."""
-        self._refresh()
-        found, words = self._pairs.get(dtype), self._words
-        if found is None and dtype == torch.bfloat16 and words is not None:
-            blocks = words.view(len(codes.blocks), -1, codes.block)
-            found = blocks.transpose(0, 1).reshape(blocks.shape[1], -1, 1).view(torch.bfloat16)
-            self._pairs[dtype], self._words = found, None
-        if found is None:
-            found = self._pairs[dtype] = self._make_pairs(codes, dtype)
-        return found
-
-    def words(self, codes: Packed) -> torch.Tensor:
-        """`pairs` in bfloat16 in the order of blocks, int32 ``[N / block * K / group, 1, 2, block / 2]``.
-
-        The lower half of a word is the scale, the upper half the zero point. Compiled kernels read it (`cpu.aot.calls`),
-        for many rows of x. Only the order used last is cached, and the other one is converted from it, once per prompt:
-        caching both would take an eighth of the codes' bytes more.
-        """
-        self._refresh()
-        found = self._words
-        if found is None:
-            pairs = self.pairs(codes, torch.bfloat16).view(torch.int32)
-            blocks = pairs.view(len(pairs), -1, codes.block).transpose(0, 1).contiguous()
-            found = self._words = blocks.view(-1, 1, 2, codes.block // 2)
-            self._pairs.pop(torch.bfloat16, None)
-        return found
-
-    def _make_pairs(self, codes: Packed, dtype: torch.dtype) -> torch.Tensor:
-        with without_ambient_state():
-            scale = float_scale(self._spec, self._parts).float().reshape(codes.out_features, -1)
-            shift = float_shift(self._spec, self._parts)
-            if shift is None:
-                zero = torch.zeros_like(scale)
-            else:
-                shift = shift.float().reshape(codes.out_features, -1)
-                zero = self._spec.qtype.zero_code * scale - shift
-                # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would lose
-                # it.
-                zero = torch.where(codes.flat, -shift, zero)
-                scale = scale.masked_fill(codes.flat, 0)
-            pad_columns, pad_rows = codes.groups - scale.shape[1], len(codes.codes) - codes.out_features
-            if pad_columns or pad_rows:
-                scale, zero = (torch.nn.functional.pad(part, (0, pad_columns, 0, pad_rows)) for part in (scale, zero))
-            return torch.stack([scale.t(), zero.t()], dim=2).to(dtype).contiguous()
-
-
 @functools.cache
 def works() -> bool:
     """True if torch's operator exists and its layout is the one described above; checked with a small test matrix."""
@@ -280,6 +203,8 @@ def fits(weight: QTensor) -> bool:
     rows, length = weight.matrix_shape
     return (
         weight.qtype.bits in (2, 3, 4)
+        # With scales in blocks the weight keeps the size that it has in its file.
+        and (weight.qtype.bits == 4 or weight.scale_block is None)
         and not weight.qtype.is_codebook
         and _padded_length(length) % 16 == 0
         and (rows + -rows % rows_per_block()) * _padded_length(length) <= (1 + MAX_PADDING) * rows * length

@@ -12,7 +12,8 @@ import torch
 
 from requanto.linear.cpu import int4, onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
-from requanto.linear.cpu.int4 import Packed, Scales
+from requanto.linear.cpu.int4 import Packed
+from requanto.linear.cpu.int4_scales import Scales
 from requanto.linear.cpu.scratch_matmul import matmul
 from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import scratch_buffer
@@ -101,9 +102,8 @@ def _fill(packed: Packed, scales: Scales) -> Callable[[slice], onednn_bf16.Fill]
 
     def fill(part: slice) -> onednn_bf16.Fill:
         if part == slice(0, len(codes)):
-            return calls.fill_nibbles(codes, groups, lambda weight: scales.words(packed))
-        groups_of_part = slice(part.start * groups, part.stop * groups)
-        return calls.fill_nibbles(codes[part], groups, lambda weight: scales.words(packed)[groups_of_part])
+            return calls.fill_nibbles(codes, groups, lambda weight: scales.words(packed, part))
+        return calls.fill_nibbles(codes[part], groups, lambda weight: scales.words(packed, part))
 
     return fill
 
