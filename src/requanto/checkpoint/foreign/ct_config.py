@@ -9,6 +9,8 @@ Read in compressed-tensors 0.20 (quantization/quant_args.py, quant_scheme.py, qu
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +85,26 @@ class Config:
     version: str
     cache: bool
 
+    @functools.cached_property
+    def _targets(self) -> dict[str, Group]:
+        return {target: group for group in self.groups for target in group.targets}
+
+    @functools.cached_property
+    def _patterns(self) -> list[tuple[re.Pattern[str], Group]]:
+        return [(_pattern(target), self._targets[target]) for target in sorted(self._targets) if is_pattern(target)]
+
+    @functools.cached_property
+    def _classes(self) -> dict[str, Group]:
+        return {target: group for target, group in self._targets.items() if is_class(target)}
+
+    @functools.cached_property
+    def _ignore(self) -> tuple[set[str], list[re.Pattern[str]]]:
+        return set(self.ignore), [_pattern(name) for name in self.ignore if is_pattern(name)]
+
     def ignored(self, module: str) -> bool:
         """Whether the config says that a module stays float."""
-        return any(matches(module, pattern) for pattern in self.ignore)
+        names, patterns = self._ignore
+        return module in names or any(pattern.match(module) for pattern in patterns)
 
     def group_of(self, module: str) -> tuple[Group, bool] | None:
         """The group of a module, and whether it was found by the name of a class; None if no group covers it.
@@ -93,22 +112,25 @@ class Config:
         Names go before patterns, patterns before classes. Files do not say of which class a module is: if groups name
         several, modules whose last name contains ``embed`` are embeddings and the others linear layers.
         """
-        targets = {target: group for group in self.groups for target in group.targets}
-        for target in sorted(targets, key=lambda text: (text.startswith("re:"), text)):
-            if matches(module, target):
-                return targets[target], False
-        classes = {target: group for target, group in targets.items() if is_class(target)}
-        if len(classes) > 1 and any(group != next(iter(classes.values())) for group in classes.values()):
+        if module in self._targets:
+            return self._targets[module], False
+        for pattern, group in self._patterns:
+            if pattern.match(module):
+                return group, False
+        classes = self._classes
+        if any(group != next(iter(classes.values())) for group in classes.values()):
             wanted = "Embedding" if "embed" in module.rpartition(".")[2].lower() else "Linear"
             classes = {target: group for target, group in classes.items() if target == wanted}
         return (next(iter(classes.values())), True) if classes else None
 
 
-def matches(module: str, pattern: str) -> bool:
-    """Whether a target or an entry of ``ignore`` is the name of a module or, after ``re:``, an expression for it."""
-    if pattern.startswith("re:"):
-        return compiled(pattern[3:], pattern).match(module) is not None
-    return pattern == module
+def is_pattern(target: str) -> bool:
+    """Whether a target or an entry of ``ignore`` is a regular expression, for the start of a name."""
+    return target.startswith("re:")
+
+
+def _pattern(target: str) -> re.Pattern[str]:
+    return compiled(target.removeprefix("re:"), target)
 
 
 def is_class(target: str) -> bool:

@@ -123,6 +123,9 @@ def save(model, config, folder):
             calibrate(module)
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
+    for name, module in model.named_modules():
+        if name.startswith("int1"):  # of one bit the library rounds all weights to 0
+            module.weight_packed.data.random_(-(2**31), 2**31)
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     compressor.update_config(folder)
