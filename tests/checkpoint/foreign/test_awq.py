@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from requanto.checkpoint.foreign import awq
+from requanto.checkpoint.foreign import awq, packing
 from requanto.checkpoint.foreign.source import TensorsSource
 from requanto.checkpoint.format import CheckpointError
 
 LINES = {
-    "awq": "qint4 32x64 group=16 affine zeros",
+    "awq": "qint4 64x64 group=16 affine zeros",
     "awq_row": "qint4 32x64 affine zeros",
     "awq_sym": "qint4 32x64 group=32",
     "gemv": "qint4 32x64 group=32 affine zeros",
@@ -44,6 +44,13 @@ def test_weights_equal_the_kernels(case, made, name):
     assert torch.equal(made(found, TensorsSource(tensors))["m.weight"].dequantize(torch.float16), expected)
 
 
+def test_a_weight_is_unpacked_in_pieces(case, made, monkeypatch):
+    monkeypatch.setattr(packing, "_AT_A_TIME", 1)
+    config, tensors, expected = case("awq")
+    weight = made(scan(config, tensors), TensorsSource(tensors))["m.weight"]
+    assert torch.equal(weight.dequantize(torch.float16), expected)
+
+
 def test_configs_of_autoawq_and_of_transformers(case):
     config, tensors, _ = case("awq")
     own = {"w_bit": 4, "q_group_size": 16, "zero_point": True, "version": "GEMM", "quant_method": "awq"}
@@ -70,7 +77,7 @@ def test_the_scale_of_an_activation_becomes_that_of_the_next_layer(case, made):
     source = TensorsSource({**named, "h.0.mlp.act.scales": scales})
     found = awq.scan(config, source)
     name = "h.0.mlp.dense_4h_to_h.weight"
-    assert found.table == {name: "qint4 32x64 group=16 affine columns zeros"}
+    assert found.table == {name: "qint4 64x64 group=16 affine columns zeros"}
     assert "h.0.mlp.act.scales" in found.consumed
     weight = made(found, source)[name].dequantize()  # of activations that are not divided
     torch.testing.assert_close((weight * scales.float()).half(), expected, rtol=1e-3, atol=0)

@@ -104,6 +104,9 @@ def test_codes_without_their_scales(four, eight):
     del tensors["nf4.weight.quant_state.bitsandbytes__nf4"]
     with pytest.raises(CheckpointError, match=r"nf4.weight is uint8, and its quant_state is not in the files"):
         scan(FOUR, tensors)
+    del tensors["nf4.weight"]
+    with pytest.raises(CheckpointError, match=r"nf4.weight.absmax has no quant_state"):
+        scan(FOUR, tensors)
     tensors, _ = eight
     del tensors["m.SCB"]
     with pytest.raises(CheckpointError, match=r"m.weight is int8, and its SCB is not in the files"):

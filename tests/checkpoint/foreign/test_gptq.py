@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from requanto.checkpoint.foreign import gptq
+from requanto.checkpoint.foreign import gptq, packing
 from requanto.checkpoint.foreign.source import FilesSource, TensorsSource
 from requanto.checkpoint.format import CheckpointError
 
@@ -58,6 +58,25 @@ def test_weights_equal_the_kernels(case, made, name):
     weight = made(found, TensorsSource(tensors))["m.weight"]
     assert weight.inner_tensors()["scale"].dtype == expected.dtype
     assert torch.equal(weight.dequantize(expected.dtype), expected)
+
+
+@pytest.mark.parametrize("name", ["order", "order3_sym", "order_short"])
+def test_columns_are_put_in_order_in_pieces(case, made, monkeypatch, name):
+    monkeypatch.setattr(packing, "_AT_A_TIME", 300)
+    config, tensors, expected = case(name)
+    weight = made(scan(config, tensors), TensorsSource(tensors))["m.weight"]
+    assert torch.equal(weight.dequantize(torch.float16), expected)
+
+
+def test_one_word_for_a_row(case, made):
+    config, tensors, expected = case("sym4")
+    short = {
+        "m.qweight": tensors["m.qweight"][:1],
+        "m.qzeros": tensors["m.qzeros"][:1],
+        "m.scales": tensors["m.scales"][:1],
+    }
+    weight = made(scan(config, short), TensorsSource(short))["m.weight"]
+    assert torch.equal(weight.dequantize(torch.float16), expected[:, :8])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -173,9 +192,10 @@ def test_an_order_that_is_missing(case):
         scan(config, tensors)
 
 
-@pytest.mark.parametrize("part", ["qzeros", "scales"])
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
 def test_missing_tensors(case, part):
     config, tensors, _ = case("asym4")
+    tensors |= {f"other.{key.removeprefix('m.')}": value for key, value in tensors.items()}
     del tensors[f"m.{part}"]
     with pytest.raises(CheckpointError, match=rf"m.weight needs the tensor m.{part}"):
         scan(config, tensors)

@@ -84,9 +84,9 @@ def test_the_config_has_to_allow_what_the_tensors_say(files):
 # ---------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("part", ["scale", "zero", "shape", "nbits", "group_size", "axis", "packing"])
+@pytest.mark.parametrize("part", ["W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing"])
 def test_missing_tensors(files, part):
-    tensors = one(files[0], "four")
+    tensors = one(files[0], "four") | one(files[0], "three")
     del tensors[f"four.{part}"]
     with pytest.raises(CheckpointError, match=rf"four.weight needs the tensor four.{part}"):
         scan(tensors)

@@ -128,6 +128,13 @@ def test_other_configs_are_not_recognized(files, description):
 # ---------------------------------------------------------------------- bad input
 
 
+def test_missing_codes(files):
+    config, tensors, _ = files
+    del tensors["affine4.weight"]
+    with pytest.raises(CheckpointError, match=r"affine4.weight needs the tensor affine4.weight"):
+        scan(config, tensors)
+
+
 @pytest.mark.parametrize("part", ["scales", "biases"])
 def test_missing_and_cut_parts(files, part):
     config, tensors, _ = files

@@ -37,10 +37,11 @@ from requanto.checkpoint.foreign.integers import (
     modules,
     read_schemes,
 )
-from requanto.checkpoint.foreign.packing import codes_of_words, packed_rows
+from requanto.checkpoint.foreign.packing import codes_of_words, packed_rows, pieces
 from requanto.checkpoint.foreign.source import Source
 from requanto.checkpoint.format import CheckpointError
 from requanto.config.checks import shown
+from requanto.dtypes.bit_packing import packed_length
 
 #: stored place of each of eight codes, of version gemm
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -131,8 +132,12 @@ def _add_gemm(
         return _codes_in_order(source[names["qzeros"]], bits, n).t().to(torch.int16) if with_zeros else None
 
     def stored(source: Source) -> Stored:
-        codes = _codes_in_order(source[names["qweight"]], bits, n)
-        return Stored(packed_rows(codes.t(), bits), source[names["scales"]].t(), zeros_of(source))
+        words = source[names["qweight"]]
+        rows = torch.empty((n, packed_length(k, bits)), dtype=torch.uint8, device=words.device)
+        for start, stop in pieces(n, k, 32):  # 32 codes are whole words of any number of bits
+            codes = _codes_in_order(words[:, start * bits // 32 : stop * bits // 32], bits, stop - start)
+            rows[start:stop] = packed_rows(codes.t(), bits)
+        return Stored(rows, source[names["scales"]].t(), zeros_of(source))
 
     zeros = "symmetric" if scheme.symmetric else form_of_zeros(zeros_of(source), bits)
     signed = signed and has_negative(source[names["scales"]])

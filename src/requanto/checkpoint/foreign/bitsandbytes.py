@@ -65,6 +65,10 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
                 f"{name} is {str(source.header(name).dtype).removeprefix('torch.')}, and its "
                 f"{'quant_state' if bits[4] else 'SCB'} is not in the files: codes without their scales"
             )
+    for name in source:
+        weight, _, part = name.rpartition(".")
+        if part in ("absmax", "quant_map") and weight not in consumed:
+            raise CheckpointError(f"{name} has no quant_state in the files: a shard is missing")
     if not states and not scales and not config.get("llm_int8_has_fp16_weight"):
         raise CheckpointError(
             "the config says that weights are quantized by bitsandbytes, and no file holds a quant_state or SCB: it is "

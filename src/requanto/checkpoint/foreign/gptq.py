@@ -39,6 +39,7 @@ from requanto.checkpoint.foreign.integers import (
     form_of_zeros,
     has_negative,
     modules,
+    need_codes,
     read_schemes,
 )
 from requanto.checkpoint.foreign.packing import codes_of_words, rows_of_words, with_columns
@@ -95,6 +96,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     if acts and config.get("static_groups"):
         acts = None  # groups are contiguous although columns were quantized in another order
     signed = config.get("provider") == "auto-round"
+    need_codes(source, ("qweight",), "scales")
     for name in modules(source):
         add_weight(found, source, name, schemes, stored, acts, signed)
     return found

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from requanto.checkpoint.foreign.found import ForeignCheckpoint, ForeignFloat, ForeignWeight, Parts
-from requanto.checkpoint.foreign.integers import SCALES
+from requanto.checkpoint.foreign.integers import SCALES, need_codes
 from requanto.checkpoint.foreign.packing import packed_rows
 from requanto.checkpoint.foreign.source import Source
 from requanto.checkpoint.format import CheckpointError
@@ -77,6 +77,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
             "which Requanto does not open: load it with AutoHQQHFModel.from_quantized and write it anew with "
             "AutoHQQHFModel.save_to_safetensors"
         )
+    need_codes(source, ("W_q",), "packing", "nbits")
     allowed = _allowed(config.get("quant_config"))
     found = ForeignCheckpoint(format="HQQ")
     described = set()

@@ -83,7 +83,7 @@ def modules(source: Source) -> list[str]:
     """Names of the modules with packed codes.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or one has zero points only.
     """
     found = sorted(name.removesuffix(".qweight") for name in source if name.endswith(".qweight"))
     if not found:
@@ -92,7 +92,24 @@ def modules(source: Source) -> list[str]:
             "checkpoint's config, or the weights are a pickle (.bin, .pt), which Requanto does not open; save them as "
             "safetensors with the library that wrote them"
         )
+    need_codes(source, ("qweight",), "qzeros", "g_idx")
     return found
+
+
+def need_codes(source: Source, codes: tuple[str, ...], *others: str) -> None:
+    """Checks that no module has scales or zero points and no codes: its weight would be missing.
+
+    Args:
+        codes: last parts of names, one of which a module has.
+        others: last parts of the names of what belongs to them.
+
+    Raises:
+        CheckpointError: a module has no codes.
+    """
+    for name in source:
+        module, _, part = name.rpartition(".")
+        if part in others and not any(f"{module}.{one}" in source for one in codes):
+            source.need(f"{module}.{codes[0]}", f"{module}.weight")
 
 
 def read_schemes(

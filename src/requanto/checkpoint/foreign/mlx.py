@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from requanto.checkpoint.foreign.found import ForeignCheckpoint, ForeignFloat, ForeignWeight, Parts
-from requanto.checkpoint.foreign.integers import SCALES
+from requanto.checkpoint.foreign.integers import SCALES, need_codes
 from requanto.checkpoint.foreign.source import Source
 from requanto.checkpoint.format import CheckpointError
 from requanto.config.checks import shown
@@ -68,6 +68,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     for name in source:
         if name.endswith(".weight") and name not in consumed and source.header(name).dtype == torch.uint32:
             source.need(f"{name.removesuffix('.weight')}.scales", name)
+    need_codes(source, ("weight",), "scales", "biases")
     if not found.weights:
         raise CheckpointError(
             "the config says that weights are quantized by MLX, and no file holds scales beside uint32 codes: it is another "

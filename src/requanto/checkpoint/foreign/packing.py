@@ -7,10 +7,14 @@ the width of the words; what differs is the axis along which the codes follow ea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from requanto.dtypes.bit_packing import pack, unpack
+
+#: codes that are unpacked at a time
+_AT_A_TIME = 2**22
 
 
 def _bytes(words: torch.Tensor) -> torch.Tensor:
@@ -36,8 +40,23 @@ def packed_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def with_columns(rows: torch.Tensor, bits: int, length: int, order: torch.Tensor) -> torch.Tensor:
     """Our rows of ``length`` codes with the columns ``order``."""
-    codes = rows if bits == 8 else unpack(rows, bits, length)
-    return packed_rows(torch.index_select(codes, 1, order), bits)
+    moved = torch.empty_like(rows)
+    for start, stop in pieces(rows.shape[0], length):
+        codes = rows[start:stop] if bits == 8 else unpack(rows[start:stop], bits, length)
+        moved[start:stop] = packed_rows(torch.index_select(codes, 1, order), bits)
+    return moved
+
+
+def pieces(count: int, length: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Start and end of runs of rows that are unpacked at a time, so that a whole weight never is.
+
+    Args:
+        count: number of rows.
+        length: codes in a row.
+        multiple: a run begins at such a row.
+    """
+    step = max(_AT_A_TIME // max(length, 1) // multiple, 1) * multiple
+    return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
 def signed_bytes(codes: torch.Tensor) -> torch.Tensor:

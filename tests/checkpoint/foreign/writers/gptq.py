@@ -111,7 +111,7 @@ def main(out: Path) -> None:
     cases["order"] = gptq(rng, 4, 16, act_order=True)
     cases["order3_sym"] = gptq(rng, 3, 32, act_order=True, sym=True, v1=True)
     cases["order_short"] = gptq(rng, 8, 64, act_order=True, k=96)
-    cases["awq"] = awq(rng, 16)
+    cases["awq"] = awq(rng, 16, n=64)
     cases["awq_row"] = awq(rng, -1)
     cases["awq_sym"] = awq(rng, 32, zero_point=False)
     cases["gemv"] = awq(rng, 32, version="gemv")
