@@ -211,7 +211,8 @@ def _values(items: list[str]) -> dict[str, Any]:
 @app.command()
 def inspect(
     directory: Annotated[
-        Path, typer.Argument(help="Directory of a quantized or float model, as written by save_pretrained.")
+        Path,
+        typer.Argument(help="Directory of a quantized or float model, as written by save_pretrained, or a .gguf file."),
     ],
     all_layers: Annotated[bool, typer.Option("--all", help="List every weight, also norms and biases.")] = False,
     parallel: Annotated[

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from requanto.budget.models import budget_of
 from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.files import stored_keys
-from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory
+from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, open_gguf
 from requanto.checkpoint.format import CheckpointError, parse_spec
 from requanto.checkpoint.opening import checked_config, is_ours, read_json, stored_config
 from requanto.checkpoint.save_id import KEY, check_ids
@@ -94,13 +94,15 @@ def inspect_model(model: torch.nn.Module) -> ModelReport:
 
 
 def inspect_directory(directory: str | Path) -> ModelReport:
-    """Reports on a saved directory; only file headers are read, no weights.
+    """Reports on a saved directory or a GGUF file; only file headers are read, no weights.
 
     Raises:
         FileNotFoundError: no directory, or no config.json or safetensors file in it.
         CheckpointError: damaged files, or a config that does not match them.
     """
     directory = Path(directory)
+    if directory.suffix == ".gguf" and directory.is_file():
+        return _foreign_report(open_gguf(directory))
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; expected one that save_pretrained wrote")
     finish_interrupted(directory)

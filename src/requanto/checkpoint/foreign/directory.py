@@ -13,6 +13,8 @@ from typing import Any
 
 from requanto.checkpoint.digests import digests_of
 from requanto.checkpoint.foreign.found import ForeignCheckpoint
+from requanto.checkpoint.foreign.gguf import scan as scan_gguf
+from requanto.checkpoint.foreign.gguf_source import GgufSource
 from requanto.checkpoint.foreign.readers import recognize, scan
 from requanto.checkpoint.foreign.source import FilesSource, Source
 from requanto.checkpoint.foreign.translated import Translated, built
@@ -83,6 +85,16 @@ def config_of(description: Mapping[str, Any], source: Source) -> dict[str, Any] 
     if stored and stored.get("quant_method") is not None:
         return None if stored["quant_method"] == "quanto" else dict(stored)
     return recognize(description, source)
+
+
+def open_gguf(file: str | os.PathLike) -> ForeignDirectory:
+    """Reads the head of a GGUF file; its weights have the file's own names.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    source = GgufSource(file)
+    return ForeignDirectory(Path(file), {}, source, scan_gguf({}, source))
 
 
 def open_directory(directory: str | os.PathLike) -> ForeignDirectory | None:
