@@ -36,7 +36,7 @@ def register() -> None:
     from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
-    from requanto.integrations import transformers_parts
+    from requanto.integrations import gguf, transformers_parts
     from requanto.integrations.accelerate import register_transformers
 
     if hasattr(PreTrainedModel.save_pretrained, "_requanto"):
@@ -45,6 +45,7 @@ def register() -> None:
     tensor_parallel.register()
     transformers_resize.register()
     transformers_parts.register()
+    gguf.register()
     wrap_from_pretrained(PreTrainedModel)
     watch_from_pretrained(PreTrainedModel, "model")
     PreTrainedModel._upload_modified_files = stamped_before_upload(PreTrainedModel._upload_modified_files)

@@ -64,6 +64,11 @@ def register() -> None:
     )
 
 
+def call() -> tuple[Any, dict[str, Any]]:
+    """The path and the keywords of the ``from_pretrained`` that this thread is in."""
+    return _state.path, _state.options
+
+
 def remember_config(config: Any) -> None:
     """Keeps a config.json that was read in this thread, for a sub-config of it that is loaded next."""
     stored = config.get("quantization_config") if isinstance(config, dict) else None
