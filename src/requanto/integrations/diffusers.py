@@ -219,7 +219,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
     def _detect_quantized(self, state_dict: dict[str, Any]) -> None:
         """Sets ``pre_quantized`` from the content of a single file."""
         stored = [key for key in state_dict if key.endswith("_qdata")]
-        self.pre_quantized = bool(stored)
+        # Weights that are quantized already (`integrations.gguf_diffusers`) may get other names, so no table has them.
+        self.pre_quantized = bool(stored) or any(isinstance(value, QTensor) for value in state_dict.values())
         self.table = dict(self.quantization_config.tensors) if stored else {}
         missing = [key for key in stored if key.removesuffix("_qdata") not in self.table]
         if missing:

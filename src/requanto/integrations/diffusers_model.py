@@ -18,6 +18,7 @@ from requanto.checkpoint.readme import write_readme
 from requanto.checkpoint.save_id import awaiting_id, check_ids, stamp
 from requanto.checkpoint.watched_load import watch_from_pretrained
 from requanto.config.config import QuantoConfig
+from requanto.integrations import gguf_diffusers
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes
 from requanto.integrations.diffusers_made_from import register_models, without_fused_layers
@@ -48,9 +49,8 @@ def register_single_file() -> None:
     from diffusers.loaders.single_file_model import FromOriginalModelMixin
 
     if not hasattr(FromOriginalModelMixin.from_single_file, "_requanto"):
-        FromOriginalModelMixin.from_single_file = classmethod(
-            _wrap_from_single_file(FromOriginalModelMixin.from_single_file.__func__)
-        )
+        inner = _wrap_from_single_file(FromOriginalModelMixin.from_single_file.__func__)
+        FromOriginalModelMixin.from_single_file = classmethod(gguf_diffusers.wrap_from_single_file(inner))
 
 
 def _wrap_load(original: Any) -> Any:
