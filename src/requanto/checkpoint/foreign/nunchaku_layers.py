@@ -200,14 +200,29 @@ class Stored:
         bias = tiles.vector(stored)
         if not shifted or self.is_nvfp4:
             return bias.contiguous()
-        scale, packed, column = self.scales(source).double(), self.codes(source), self.column(source).double()
-        column = column.reshape(-1, self.group)
-        found = bias.double()
-        for start in range(0, self.rows, _CHUNK):
-            rows = slice(start, start + _CHUNK)
-            codes = unpack(packed[rows], 4, self.length).double().sub_(8).unflatten(-1, (-1, self.group))
-            found[rows] += GELU_SHIFT * ((codes * column).sum(-1) * scale[rows]).sum(-1)
-        return found.to(stored.dtype)
+        return bias_without_shift(bias, self.codes(source), self.scales(source), self.column(source))
+
+
+def bias_without_shift(
+    bias: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, column: torch.Tensor
+) -> torch.Tensor:
+    """The bias ``[N]`` for inputs as they are, from that for inputs to which `GELU_SHIFT` was added.
+
+    Args:
+        bias: ``[N]``.
+        packed: int4 codes, the bytes of our rows.
+        scale: ``[N, K / g]``.
+        column: ``[K]``.
+    """
+    rows, groups = scale.shape
+    length = column.numel()
+    scale, column = scale.double(), column.double().reshape(groups, -1)
+    found = bias.double()
+    for start in range(0, rows, _CHUNK):
+        some = slice(start, start + _CHUNK)
+        codes = unpack(packed[some], 4, length).double().sub_(8).unflatten(-1, (groups, -1))
+        found[some] += GELU_SHIFT * ((codes * column).sum(-1) * scale[some]).sum(-1)
+    return found.to(bias.dtype)
 
 
 def weight_spec(pieces: list[Stored], rows: int) -> WeightSpec:
