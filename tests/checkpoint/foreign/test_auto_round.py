@@ -82,6 +82,17 @@ def test_blocks_of_float8(made):
     assert torch.equal(weight, wanted)
 
 
+def test_its_mlx_files_are_read_as_such(written):
+    tensors = load_file(written("mlx_files") / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if key.startswith("affine4.")}
+    config = {"quant_method": "auto-round", "packing_format": "mlx", "bits": 4, "group_size": 64, "data_type": "int"}
+    found = auto_round.scan(config, TensorsSource(tensors))
+    assert found.table == {"affine4.weight": "qint4 32x128 group=64 affine signed"}
+    own = {"affine4": {"bits": 8}}
+    with pytest.raises(CheckpointError, match=r"affine4.scales is"):
+        auto_round.scan({**config, "extra_config": own}, TensorsSource(tensors))
+
+
 # ---------------------------------------------------------------------- bad input
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from requanto.checkpoint.foreign import gptq, packing
+from requanto.checkpoint.foreign import gptq, packing, readers
 from requanto.checkpoint.foreign.source import FilesSource, TensorsSource
 from requanto.checkpoint.format import CheckpointError
 
@@ -132,7 +132,7 @@ def test_small_words_of_gptqmodel(case, made):
 def test_config_of_an_old_checkpoint(case):
     config, tensors, _ = case("sym4")
     old = {key: config[key] for key in ("bits", "group_size", "desc_act", "sym")}
-    found = gptq.recognize({"model_type": "llama", "quantize_config": old}, TensorsSource(tensors))
+    found = readers.recognize({"model_type": "llama", "quantize_config": old}, TensorsSource(tensors))
     assert scan(found, tensors).table == {"m.weight": LINES["sym4"]}
     assert gptq.recognize({"model_type": "llama"}, TensorsSource(tensors)) is None
     awq = gptq.recognize(

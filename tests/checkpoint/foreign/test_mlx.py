@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from requanto.checkpoint.foreign import mlx
+from requanto.checkpoint.foreign import mlx, readers
 from requanto.checkpoint.foreign.source import TensorsSource
 from requanto.checkpoint.format import CheckpointError
 
@@ -37,7 +37,7 @@ def files(written):
 
 def scan(config, tensors, **description):
     source = TensorsSource(tensors)
-    found = mlx.recognize({"quantization": config, "quantization_config": config, **description}, source)
+    found = readers.recognize({"quantization": config, "quantization_config": config, **description}, source)
     assert found["quant_method"] == "mlx"
     return mlx.scan(found, source)
 
