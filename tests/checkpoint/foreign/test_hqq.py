@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from requanto.checkpoint.foreign import hqq
+from requanto.checkpoint.foreign import hqq, readers
 from requanto.checkpoint.foreign.source import TensorsSource
 from requanto.checkpoint.format import CheckpointError
 
@@ -79,6 +79,11 @@ def test_the_config_has_to_allow_what_the_tensors_say(files):
     config["quant_config"]["weight_quant_params"]["group_size"] = 32
     with pytest.raises(CheckpointError, match=r"four has 4 bits in groups of 64 along axis 1, and quant_config"):
         scan(tensors, config)
+
+
+def test_files_without_a_config_are_recognized(files):
+    assert readers.recognize({"model_type": "llama"}, TensorsSource(files[0])) == {"quant_method": "hqq"}
+    assert hqq.recognize({}, TensorsSource({"m.W_q": torch.zeros(1), "m.weight": torch.zeros(1)})) is None
 
 
 # ---------------------------------------------------------------------- bad input

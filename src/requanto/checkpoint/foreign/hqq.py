@@ -68,14 +68,23 @@ class _Layer(NamedTuple):
     dtype: torch.dtype
 
 
+def recognize(description: Mapping[str, Any], source: Source) -> dict[str, Any] | None:
+    """See `requanto.checkpoint.foreign.readers`. ``save_to_safetensors`` leaves the config as it was, often without a word."""
+    for name in source:
+        module = name.removesuffix(".W_q")
+        if module != name and f"{module}.packing" in source:
+            return {"quant_method": "hqq"}
+    return None
+
+
 def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     """See `requanto.checkpoint.foreign.readers`."""
     modules = sorted(name.removesuffix(".W_q") for name in source if name.endswith(".W_q"))
     if not modules:
         raise CheckpointError(
             "the config says that weights are quantized by HQQ, and no file holds a W_q. HQQ's own qmodel.pt is a pickle, "
-            "which Requanto does not open: load it with AutoHQQHFModel.from_quantized and write it anew with "
-            "AutoHQQHFModel.save_to_safetensors"
+            "which Requanto does not open: load it with AutoHQQHFModel.from_quantized, set model.config.quantization_config to "
+            "{'quant_method': 'hqq'}, and write it anew with AutoHQQHFModel.save_to_safetensors"
         )
     need_codes(source, ("W_q",), "packing", "nbits")
     allowed = _allowed(config.get("quant_config"))

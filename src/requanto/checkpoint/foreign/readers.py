@@ -46,7 +46,16 @@ READERS: dict[str, str] = {
     "comfyui": "comfyui",
 }
 #: modules with ``recognize``, in the order in which they are asked
-RECOGNIZERS: tuple[str, ...] = ("gptq", "compressed_tensors", "modelopt", "mlx", "torchao", "nunchaku", "comfyui")
+RECOGNIZERS: tuple[str, ...] = (
+    "gptq",
+    "compressed_tensors",
+    "modelopt",
+    "mlx",
+    "hqq",
+    "torchao",
+    "nunchaku",
+    "comfyui",
+)
 #: quant_method of formats whose codes stand for vectors or paths, and what reads them
 OUT_OF_REACH: dict[str, str] = {
     "aqlm": "the package aqlm, with a GPU",
