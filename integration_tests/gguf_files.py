@@ -69,7 +69,7 @@ def write(
     """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in fields.items():
-        name = key if key.startswith(("tokenizer.", "general.", "split.")) else f"{architecture}.{key}"
+        name = key if key.startswith(("tokenizer.", "general.", "split.", "comfy.")) else f"{architecture}.{key}"
         if isinstance(value, bool):
             writer.add_bool(name, value)
         elif isinstance(value, int):

@@ -89,7 +89,8 @@ def read_tensors(file: str | os.PathLike, dtype: torch.dtype) -> dict[str, torch
         if name in found.weights:
             tensors[name] = built(name, found.weights[name], source, dtype)
         elif name in found.floats:
-            tensors[name] = found.floats[name].build(source).to(dtype)
+            weight = found.floats[name]
+            tensors[name] = weight.build(source).to(dtype if weight.reason else weight.dtype)
         else:
             tensors[name] = source[name]
     return tensors

@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 
 import gguf
+import gguf_files as files
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,25 @@ def test_columns_in_another_order(tmp_path):
     rows = Rows(("a",), torch.Size([4, 64]), order=order.to(torch.int32))
     weight = built("w", weight_of(source, rows), source).dequantize()
     assert torch.equal(weight[:, order], values(data, "Q5_0"))
+
+
+def test_weights_in_another_shape(tmp_path):
+    raw = blocks("Q4_K", (9, 256))
+    path = files.write(
+        tmp_path / "x.gguf",
+        "sdxl",
+        {"general.note": "x", "comfy.gguf.orig_shape.conv.weight": [8, 32, 3, 3]},
+        {"conv.weight": ("Q4_K", (9, 256)), "linear.weight": ("Q4_K", (9, 256))},
+        {"conv.weight": raw},
+    )
+    source = GgufSource(path)
+    found = scan({}, source)
+    assert list(found.weights) == ["linear.weight"]
+    assert torch.equal(found.floats["conv.weight"].build(source), values(raw, "Q4_K").view(8, 32, 3, 3))
+    assert "another shape" in found.floats["conv.weight"].reason
+    source.fields["comfy.gguf.orig_shape.conv.weight"] = [8, 33, 3, 3]
+    with pytest.raises(CheckpointError, match=r"is \(8, 33, 3, 3\), but the tensor has shape \(9, 256\)"):
+        scan({}, source)
 
 
 def test_types_are_those_of_gguf():

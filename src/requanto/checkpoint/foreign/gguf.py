@@ -23,6 +23,8 @@ from requanto.checkpoint.foreign.gguf_source import GgufSource
 from requanto.checkpoint.foreign.source import Source
 from requanto.checkpoint.format import CheckpointError, expected_parts, rebuild
 
+#: metadata of image models: the shape of a weight that ComfyUI's converter stored in another one
+_OTHER_SHAPE = "comfy.gguf.orig_shape."
 #: bytes of blocks that are taken apart at once
 _STEP = 2**22
 
@@ -211,10 +213,25 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
         raise CheckpointError("quant_method 'gguf' is that of a .gguf file, and these are tensors of other files")
     found = ForeignCheckpoint(described(source))
     for name, info in source.tensors.items():
-        if stays_quantized(info):
+        shape = source.fields.get(f"{_OTHER_SHAPE}{name}")
+        if shape is not None and torch.Size(shape) != info.shape:
+            found.floats[name] = _reshaped(source, name, torch.Size(shape))
+        elif stays_quantized(info):
             found.weights[name] = weight_of(source, Rows((name,), info.shape))
         elif info.type.dtype is None:
             found.floats[name] = dequantized(
                 (name,), info.shape, lambda name=name: float_of(source, name), reason_of(source, (name,))
             )
     return found
+
+
+def _reshaped(source: GgufSource, name: str, shape: torch.Size) -> ForeignFloat:
+    """A tensor whose rows are not those of the model's weight, but runs of whole blocks."""
+    info = source.info(name)
+    if shape.numel() != info.shape.numel():
+        raise CheckpointError(
+            f"{_OTHER_SHAPE}{name} in {source.where(name)} is {tuple(shape)}, but the tensor has shape {tuple(info.shape)}"
+        )
+    reason = "" if info.type.dtype is not None else "it is stored in another shape, whose rows are not the weight's"
+    dtype = info.type.dtype or torch.float32
+    return ForeignFloat(shape, dtype, (name,), lambda _: float_of(source, name).view(shape), reason)
