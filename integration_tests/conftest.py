@@ -12,6 +12,7 @@ import torch
 from real_models import ModelNotAvailable
 from real_models import minilm_dir as fetch_minilm
 from real_models import smollm2_dir as fetch_smollm2
+from real_models import smollm2_gguf as fetch_smollm2_gguf
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +28,12 @@ def two_threads() -> Iterator[None]:
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct, a bfloat16 checkpoint."""
     return _fetched(fetch_smollm2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as llama.cpp's file."""
+    return _fetched(fetch_smollm2_gguf)
 
 
 @pytest.fixture(scope="session")

@@ -14,4 +14,5 @@ _spec.loader.exec_module(_module)
 
 ModelNotAvailable = _module.ModelNotAvailable
 smollm2_dir = _module.smollm2_dir
+smollm2_gguf = _module.smollm2_gguf
 minilm_dir = _module.minilm_dir
