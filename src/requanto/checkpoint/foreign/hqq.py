@@ -69,7 +69,7 @@ class _Layer(NamedTuple):
 
 
 def recognize(description: Mapping[str, Any], source: Source) -> dict[str, Any] | None:
-    """See `requanto.checkpoint.foreign.readers`. ``save_to_safetensors`` leaves the config as it was, often without a word."""
+    """See `requanto.checkpoint.foreign.readers`. ``save_to_safetensors`` writes the config that the float model had."""
     for name in source:
         module = name.removesuffix(".W_q")
         if module != name and f"{module}.packing" in source:
@@ -83,8 +83,8 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     if not modules:
         raise CheckpointError(
             "the config says that weights are quantized by HQQ, and no file holds a W_q. HQQ's own qmodel.pt is a pickle, "
-            "which Requanto does not open: load it with AutoHQQHFModel.from_quantized, set model.config.quantization_config to "
-            "{'quant_method': 'hqq'}, and write it anew with AutoHQQHFModel.save_to_safetensors"
+            "which Requanto does not open: load it with AutoHQQHFModel.from_quantized, set model.config.quantization_config "
+            "to {'quant_method': 'hqq'}, and write it anew with AutoHQQHFModel.save_to_safetensors"
         )
     need_codes(source, ("W_q",), "packing", "nbits")
     allowed = _allowed(config.get("quant_config"))
