@@ -19,6 +19,7 @@ def write_gptq(
     only: str = "",
     symmetric: bool = False,
     seed_of: Callable[[str], int | None] = lambda name: None,
+    conv1d: str = "",
 ) -> dict[str, torch.Tensor]:
     """Quantizes a saved float model to GPTQ, version 2, in place.
 
@@ -27,15 +28,18 @@ def write_gptq(
         only: quantize matrices with this in their names; ``""``: those of all layers.
         symmetric: zero points of 8 everywhere.
         seed_of: seed of the order in which a weight's columns are grouped (``desc_act``); None: their own order.
+        conv1d: matrices with this in their names belong to Conv1D layers (``[in, out]``); returned as ``[out, in]``.
 
     Returns:
         The dequantized weights by name, float32.
     """
     stored, floats = {}, {}
     for name, value in load_file(directory / "model.safetensors").items():
-        if value.dim() != 2 or ".layers." not in name or only not in name or name.endswith("gate.weight"):
+        layer = ".layers." in name or ".h." in name
+        if value.dim() != 2 or not layer or only not in name or name.endswith("gate.weight"):
             stored[name] = value
             continue
+        value = value.t() if conv1d in name and conv1d else value
         length, seed = value.shape[1], seed_of(name)
         order = torch.arange(length, device="cpu", dtype=torch.int64)
         if seed is not None:

@@ -11,7 +11,14 @@ import torch
 from foreign_files import edit_config, write_gptq
 from safetensors.torch import load_file, save_file
 from test_joined_weights import MODELS
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import requanto
 from requanto import QTensor, QuantoConfig
@@ -191,6 +198,22 @@ def test_experts_are_joined(order, tmp_path, caplog):
             assert torch.equal(experts.down_proj.dequantize()[expert], down)
     assert ("cannot be joined without rounding" in caplog.text) is (order == "each")
     model(IDS)
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_conv1d_layers_of_gpt2_are_stored_as_linear_ones(width, tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "n_positions": 64, "n_embd": width, "n_layer": 1, "n_head": 4, "n_inner": width}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gptq")
+    floats = write_gptq(tmp_path / "gptq", conv1d=".c_")
+    convert_checkpoint(tmp_path / "gptq", tmp_path / "converted")
+    for directory in (tmp_path / "gptq", tmp_path / "converted"):
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        for name, values in floats.items():
+            weight = model.get_parameter(name)
+            assert isinstance(weight, QTensor)
+            assert torch.equal(weight.dequantize(), values.t())
+        model(IDS)
 
 
 def test_lora_trains_and_merges_exactly(original):

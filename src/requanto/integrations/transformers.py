@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -172,7 +173,12 @@ class RequantoHfQuantizer(HfQuantizer):
     def _open_foreign(self, model: Any, foreign: ForeignLoad, files: list[str]) -> None:
         """Finds out what a checkpoint of another library holds, and puts it into this model's config."""
         config = self.quantization_config
-        keys = foreign.open(files, self.given_state, getattr(model.config, "name_or_path", "") or type(model).__name__)
+        where = getattr(model.config, "name_or_path", "") or type(model).__name__
+        conv1d = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+        renaming = Renaming(model, get_model_conversion_mapping(model, self.key_mapping)) if conv1d else None
+        keys = foreign.open(
+            files, self.given_state, where, lambda name: renaming is not None and renaming(name) in conv1d
+        )
         recipe = recipe_for(foreign.found)
         config.weights = recipe.weights
         config.record(dict(recipe.tensors))

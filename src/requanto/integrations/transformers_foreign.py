@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.foreign.directory import config_of, description_of, recipe_for
-from requanto.checkpoint.foreign.found import ForeignCheckpoint
+from requanto.checkpoint.foreign.found import ForeignCheckpoint, transpose_conv1d
 from requanto.checkpoint.foreign.readers import scan
 from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSource
 from requanto.checkpoint.foreign.translated import Translated, tell
@@ -41,13 +41,20 @@ class ForeignLoad:
         self.found: ForeignCheckpoint | None = None
         self._source: Source | None = None
 
-    def open(self, files: Iterable[str | os.PathLike], state: Mapping[str, Any] | None, where: str) -> Translated:
+    def open(
+        self,
+        files: Iterable[str | os.PathLike],
+        state: Mapping[str, Any] | None,
+        where: str,
+        is_conv1d: Callable[[str], bool],
+    ) -> Translated:
         """Reads the headers.
 
         Args:
             files: the checkpoint's files.
             state: the tensors themselves, if the caller passed ``state_dict``.
             where: name of the checkpoint, for the log.
+            is_conv1d: whether a stored weight belongs to a Conv1D of the model.
 
         Returns:
             its tensors under the names of our format.
@@ -65,6 +72,7 @@ class ForeignLoad:
             )
         self._source = FilesSource(files) if state is None else TensorsSource(state)
         self.found = scan(self._recognized() if self.stored.get("hinted") else self.stored, self._source)
+        transpose_conv1d(self.found, is_conv1d)
         tell(self.found, where)
         return Translated(self.found, self._source)
 

@@ -12,10 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from requanto.checkpoint.directory import check_target, replaced_directory
-from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, write_converted
+from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, open_gguf, write_converted
 from requanto.checkpoint.foreign.quanto_directory import convert_quanto_directory, is_quanto_directory
 from requanto.checkpoint.foreign.translated import tell
 from requanto.checkpoint.opening import is_ours, read_json, stored_config
+from requanto.config.config import QuantoConfig
 from requanto.report.companions import save_with_companions
 from requanto.report.convert import local_directory
 
@@ -153,7 +154,9 @@ def _convert_gguf(source: Path, out: Path, result: Conversion) -> None:
 
     from requanto.tensor.qtensor import QTensor
 
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    # A config of ours asks for packed weights, whatever requanto.settings.foreign says.
+    options = {"gguf_file": source.name, "quantization_config": QuantoConfig()}
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **options)
     count = sum(isinstance(parameter, QTensor) for parameter in model.parameters())
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
@@ -163,5 +166,7 @@ def _convert_gguf(source: Path, out: Path, result: Conversion) -> None:
             tokenizer.save_pretrained(target)
 
     save_with_companions(_Saved(), source.parent, out)
-    result.parts.append(ConvertedPart("", "GGUF", count, 0))
+    found = open_gguf(source).found
+    dequantized = sum(bool(one.reason) for one in found.floats.values())
+    result.parts.append(ConvertedPart("", found.format, count, dequantized))
     result.bytes_before = source.stat().st_size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from requanto.checkpoint.digests import digests_of
-from requanto.checkpoint.foreign.found import ForeignCheckpoint
+from requanto.checkpoint.foreign.found import ForeignCheckpoint, transpose_conv1d
 from requanto.checkpoint.foreign.gguf import scan as scan_gguf
 from requanto.checkpoint.foreign.gguf_source import GgufSource
 from requanto.checkpoint.foreign.readers import recognize, scan
@@ -31,6 +31,9 @@ from requanto.dtypes.qtypes import qtypes, short_name
 EXTRA_FILES = {"hf_quant_config.json": "hf_quant_config", "quantize_config.json": "quantize_config"}
 #: keys of config.json that describe the quantization, which the converted one does not have
 _FOREIGN_KEYS = ("quantization", "compression_config", *EXTRA_FILES.values())
+#: models with Conv1D layers, and the names of these layers
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 @dataclass
@@ -97,6 +100,11 @@ def open_gguf(file: str | os.PathLike) -> ForeignDirectory:
     return ForeignDirectory(Path(file), {}, source, scan_gguf({}, source))
 
 
+def is_conv1d(description: Mapping[str, Any], name: str) -> bool:
+    """Whether the weight of that name belongs to a Conv1D, where there is no model to look at."""
+    return description.get("model_type") in _CONV1D_MODELS and name.split(".")[-2:][0] in _CONV1D_LAYERS
+
+
 def open_directory(directory: str | os.PathLike) -> ForeignDirectory | None:
     """Reads config and headers of a directory; None if no other library quantized it.
 
@@ -109,7 +117,11 @@ def open_directory(directory: str | os.PathLike) -> ForeignDirectory | None:
         return None
     description, source = description_of(path), FilesSource(files)
     config = config_of(description, source)
-    return None if config is None else ForeignDirectory(path, description, source, scan(config, source))
+    if config is None:
+        return None
+    found = scan(config, source)
+    transpose_conv1d(found, lambda name: is_conv1d(description, name))
+    return ForeignDirectory(path, description, source, found)
 
 
 def recipe_for(found: ForeignCheckpoint | None) -> QuantoConfig:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from requanto.checkpoint.foreign.source import Source
+from requanto.checkpoint.format import read_spec
+from requanto.tensor.spec import swapped
 
 Parts = dict[str, torch.Tensor]
 
@@ -90,3 +92,22 @@ class ForeignCheckpoint:
         """Names of the stored tensors that are not loaded under their own names."""
         made = (*self.weights.values(), *self.floats.values(), *self.activations.values())
         return self.dropped | {name for one in made for name in one.sources}
+
+
+def transpose_conv1d(found: ForeignCheckpoint, is_conv1d: Callable[[str], bool]) -> None:
+    """Marks the weights of Conv1D layers (GPT-2), in place. Models have them as ``[in, out]``.
+
+    Libraries put a linear layer of their own in the place of a Conv1D, so their files hold ``[out, in]``.
+
+    Args:
+        is_conv1d: whether the weight of that name belongs to a Conv1D.
+    """
+    for name, weight in found.weights.items():
+        spec, rank = read_spec(weight.text, name)
+        if is_conv1d(name) and not spec.transposed and len(spec.shape) == 2:
+            found.weights[name] = replace(weight, text=spec.replace(transposed=True).text(rank))
+    for name, one in found.floats.items():
+        if is_conv1d(name) and one.reason and len(one.shape) == 2:
+            found.floats[name] = replace(
+                one, shape=swapped(one.shape), build=lambda source, build=one.build: build(source).t().contiguous()
+            )
