@@ -111,13 +111,17 @@ def _bytes_of(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _slide_apart(words: torch.Tensor, bits: int, lane: int) -> torch.Tensor:
-    """Spreads adjacent fields of ``bits`` bits to lanes of 8 bits, or pairs of them to lanes of 16 bits."""
+    """Spreads adjacent fields of ``bits`` bits to lanes of 8 bits, or pairs of them to lanes of 16 bits, in place.
+
+    With a new tensor for each step, page faults would take most of the time.
+    """
+    high = torch.empty_like(words)
     for width, wide in ((4 * bits, 32), (2 * bits, 16), (bits, 8)):
         if wide < lane:
             break
         low = _repeated(width, 2 * wide)
-        high = (words << (wide - width)).bitwise_and_(_signed(low << wide))
-        words = high.bitwise_or_(words & _signed(low))
+        high.copy_(words).bitwise_left_shift_(wide - width).bitwise_and_(_signed(low << wide))
+        words.bitwise_and_(_signed(low)).bitwise_or_(high)
     return words
 
 

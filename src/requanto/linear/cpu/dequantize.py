@@ -92,7 +92,11 @@ def _scale(part: torch.Tensor, kind: qtype, scale: torch.Tensor, shift: torch.Te
     """``part * scale + offset`` in place. Codes are centered at zero, so the offset is not large compared to the weights."""
     groups = part.view(*scale.shape, -1)
     if shift is None:
-        groups.mul_(scale.to(part.dtype).unsqueeze(-1))
+        if part.dtype == torch.float32:
+            groups.mul_(scale.float().unsqueeze(-1))
+        else:  # in float32, rounded once; in bfloat16 groups of 16 would take seven times as long
+            wide = scratch_buffer(tuple(groups.shape), torch.float32, slot=2).copy_(groups)
+            groups.copy_(wide.mul_(scale.float().unsqueeze(-1)))
         return
     scale, shift = scale.float(), shift.float()
     offset = kind.zero_code * scale - shift
