@@ -88,7 +88,10 @@ def test_memory_after_use_is_that_of_the_file(form, dtype, training):
     assert layer.weight.nbytes <= 1.112 * stored
 
 
-def test_types_of_fewer_bits_stay_as_they_are():
-    layer = layer_of(made(Q3_K, 512, 1024))
-    layer(torch.randn(2, 1024))
-    assert layer.weight.layout_name == "plain"
+@pytest.mark.skipif(not int4.works(), reason="this torch has no int4 operator, or another layout")
+def test_types_of_fewer_bits_are_not_packed_into_four(monkeypatch):
+    """As other weights of these bits are, where a kernel is compiled."""
+    monkeypatch.setattr(int4, "only_for_kernels", lambda weight: True)
+    assert int4.fits(made("qint3 {} group=16", 512, 1024))
+    assert not int4.fits(made(Q3_K, 512, 1024))
+    assert int4.fits(made(Q4_K, 512, 1024))
