@@ -335,6 +335,21 @@ def test_an_unknown_method_gives_no_random_weights(damaged, asked):
         AutoModelForCausalLM.from_pretrained(damaged, **asked)
 
 
+def test_a_config_that_was_lost_gives_no_random_weights(damaged):
+    edit_config(damaged, quantization_config=None)
+    with pytest.raises(CheckpointError, match=r"qweight and \d+ more.*quantization_config=QuantoConfig\(\)"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+def test_a_config_in_a_file_beside_it(damaged, original, caplog):
+    """quantize_config.json, as AutoGPTQ wrote it; and no file at all, which says too little."""
+    config = json.loads((damaged / "config.json").read_text())["quantization_config"]
+    edit_config(damaged, quantization_config=None)
+    (damaged / "quantize_config.json").write_text(json.dumps(config))
+    assert_opened(AutoModelForCausalLM.from_pretrained(damaged), original[1])
+    assert "Transformers does not know the format" in caplog.text
+
+
 def test_pickles_are_not_opened(damaged):
     torch.save(load_file(damaged / "model.safetensors"), damaged / "pytorch_model.bin")
     (damaged / "model.safetensors").unlink()

@@ -11,6 +11,8 @@ from requanto.checkpoint.format import PARTS, CheckpointError
 
 #: what a quantized weight's name is followed by in a file: Requanto's parts, and those of optimum-quanto
 _SUFFIXES = (*(f"_{part}" for part in PARTS), "._data", "._data._data")
+#: last words of the names of codes in files of GPTQ, AWQ and AutoRound, HQQ, compressed-tensors
+_CODES = frozenset({"qweight", "W_q", "weight_packed"})
 
 
 def stored_keys(files: Iterable[str | Path]) -> set[str]:
@@ -78,7 +80,7 @@ def check_all_read(unread: Iterable[str], missing: Iterable[str], model: str) ->
     Raises:
         CheckpointError: see above.
     """
-    absent = set(missing)
+    absent, unread = set(missing), list(unread)
     lost = sorted(
         key for key in unread if any(key.endswith(end) and key.removesuffix(end) in absent for end in _SUFFIXES)
     )
@@ -88,3 +90,18 @@ def check_all_read(unread: Iterable[str], missing: Iterable[str], model: str) ->
             f"describe them, so {model} would have random weights. Use the config.json (or "
             f"quanto_qmap.json) that was saved with the files, and do not pass quantization_config=None."
         )
+    foreign = sorted(key for key in unread if _weight_of(key) in absent)
+    if foreign:
+        raise CheckpointError(
+            f"the files hold weights that another library quantized ({foreign[0]} and {len(foreign) - 1} more), but "
+            f"config.json does not say so, so {model} would have random weights. Pass quantization_config=QuantoConfig(): "
+            f"Requanto then looks at the tensors. Or use the config.json that was saved with the files."
+        )
+
+
+def _weight_of(key: str) -> str | None:
+    """The weight whose codes another library stores under ``key``; None if the key is that of no codes."""
+    module, _, leaf = key.rpartition(".")
+    if leaf in _CODES:
+        return f"{module}.weight"
+    return key.removesuffix("_blocks") if key.endswith("_blocks") else None

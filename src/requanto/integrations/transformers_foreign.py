@@ -18,6 +18,7 @@ from requanto.checkpoint.foreign.readers import scan
 from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSource
 from requanto.checkpoint.foreign.translated import Translated, tell
 from requanto.checkpoint.format import CheckpointError
+from requanto.checkpoint.weight_files import model_files
 from requanto.integrations.foreign import as_dict, is_known, method_of, takes_over, warn_of_choices
 from requanto.runtime.settings import settings
 
@@ -115,9 +116,10 @@ def claim(
     description = config.to_dict() if folder is None else description_of(folder, config.to_dict())
     if stored is None or method_of(stored) is None:
         hint = next((key for key in _HINTS if isinstance(description.get(key), dict)), None)
-        if hint is None:
+        method = _HINTS[hint] if hint is not None else _method_by_tensors(description, folder, asked)
+        if method is None:
             return None
-        known = {"quant_method": _HINTS[hint], "hinted": True}
+        known = {"quant_method": method, "hinted": True}
     else:
         known = as_dict(stored)
     method = str(known["quant_method"])
@@ -144,6 +146,13 @@ def check_any_knows(method: str, asked: Any) -> None:
         return
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING or method_of(asked) == "quanto":
         scan({"quant_method": method}, TensorsSource({}))
+
+
+def _method_by_tensors(description: Mapping[str, Any], folder: Path | None, asked: Any) -> str | None:
+    """The format of files whose config says nothing, if the caller asks for Requanto: only then are they looked at."""
+    files = model_files(folder) if folder is not None and method_of(asked) == "quanto" else []
+    found = config_of(description, FilesSource(files)) if files else None
+    return None if found is None else method_of(found)
 
 
 def _stored(config: Any) -> Any:
