@@ -181,8 +181,12 @@ def _compiled_int4_available(problem: Problem) -> bool:
 
 
 def _int4_operator_rows(problem: Problem) -> float:
-    """Most rows for which torch's int4 operator is the fastest; 0 if it does not support the group size."""
-    if problem.group_size not in int4.GROUPS:
+    """Most rows for which torch's int4 operator is the fastest; 0 if it does not support the group size.
+
+    For float32 and float16 (which runs in float32) torch has no vector kernel: a row takes three times as long as
+    dequantizing, and every further row as long again.
+    """
+    if problem.group_size not in int4.GROUPS or problem.dtype != torch.bfloat16:
         return 0
     weights = problem.out_features * problem.in_features
     return COMPILED_INT4_ROWS + EXTRA_ROWS_TIMES_WEIGHTS / weights if _compiled_int4_available(problem) else INT4_ROWS
