@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 import requanto
 from requanto import QTensor
 from requanto.checkpoint.digests import digests_of
-from requanto.checkpoint.format import flatten, table_of
+from requanto.checkpoint.format import flatten, rebuild, table_of
 from requanto.config.config import QuantoConfig
 
 SHAPE = {
@@ -94,3 +94,34 @@ def test_a_damaged_expert_is_found(tmp_path):
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(requanto.CheckpointError, match=r"experts\.2\..*digest"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("left", ["experts.1.", ".up_proj.", "experts.0.w3."], ids=["expert", "part", "matrix"])
+def test_experts_of_which_some_are_stored_as_floats_become_floats(name, left, tmp_path, caplog):
+    left = {"mixtral": left.replace("up_proj", "w3"), "qwen3": left.replace("w3", "up_proj")}[name]
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    write(model, tmp_path / "q")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    model.save_pretrained(tmp_path / "float")
+    floats = load_file(tmp_path / "float" / "model.safetensors")
+    description = json.loads((tmp_path / "q" / "config.json").read_text())
+    for key in [key for key in floats if ".experts." in key]:
+        parts = {part: tensors.pop(f"{key}_{part}") for part in ("qdata", "scale", "shift") if f"{key}_{part}" in tensors}
+        if left in key:
+            tensors[key] = floats[key]
+            del description["quantization_config"]["tensors"][key], description["quantization_config"]["digests"][key]
+        else:
+            text = description["quantization_config"]["tensors"][key]
+            floats[key] = rebuild(key, text, parts, torch.float32).dequantize()
+            tensors |= {f"{key}_{part}": value for part, value in parts.items()}
+    save_file(tensors, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
+    save_file(floats, tmp_path / "float" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "q" / "config.json").write_text(json.dumps(description))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    for parameter, value in wanted.named_parameters():
+        found = loaded.get_parameter(parameter)
+        assert torch.equal(found.dequantize() if isinstance(found, QTensor) else found, value), parameter
+    assert "are floats" in caplog.text

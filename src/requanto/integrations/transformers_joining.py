@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.core_model_loading import dot_natural_key
 
 from requanto.checkpoint.digests import DigestChecks
 from requanto.checkpoint.foreign.translated import Lazy, OnePass, lazy_parts
 from requanto.checkpoint.format import PARTS, CheckpointError, expected_parts, read_spec, rebuild, spec_text
-from requanto.integrations.transformers_names import Renaming, original_rename, stems_of
+from requanto.integrations.transformers_names import Renaming, original_rename, parts_of, stems_of
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ class Joined:
     Attributes:
         name: the first parameter that is made.
         converter: the library's conversion, which makes one or several parameters.
-        stems: stored weights with the pattern of the converter that each matches.
+        stems: stored weights with the pattern of the converter that each matches, in the library's order.
+        floats: those of them that are stored as floats; the parameters are then made of values, and are floats.
         lines: name of each parameter that is made -> its line in the table; None: it becomes float.
         made: the parameters, if they had to be made to find out what they become.
     """
@@ -42,6 +44,7 @@ class Joined:
     name: str
     converter: Any
     stems: list[tuple[str, str]] = field(default_factory=list)
+    floats: set[str] = field(default_factory=set)
     lines: dict[str, str | None] = field(default_factory=dict)
     made: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -57,6 +60,14 @@ class Joined:
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
+    def values(self, stored: StoredWeights, model: Any) -> dict[str, torch.Tensor]:
+        """Runs the conversion on the weights of a checkpoint."""
+        if not self.floats:
+            return self.run(stored.weight, model)
+        return self.run(
+            lambda stem: stored.float(stem) if stem in self.floats else stored.weight(stem).dequantize(), model
+        )
+
 
 def find_joined(model: Any, keys: Any, renaming: Renaming) -> list[Joined]:
     """Finds the stored weights that the library converts, among the keys of a checkpoint."""
@@ -65,18 +76,36 @@ def find_joined(model: Any, keys: Any, renaming: Renaming) -> list[Joined]:
     by_pattern = {pattern: one for one in renaming.converters for pattern in one.source_patterns}
     found: dict[str, Joined] = {}
     rename = original_rename()
-    for stem in stems_of(keys):
+    stems = stems_of(keys)
+    for stem in stems:
         if renaming(stem) is not None:
             continue
         name, pattern = rename(stem, renaming.renamings, renaming.converters, renaming.prefix, renaming.names)
         if pattern is not None and name in renaming.names:
             found.setdefault(name, Joined(name, by_pattern[pattern])).stems.append((stem, pattern))
+    if found:
+        parts = parts_of(keys, stems)
+        for key in keys:
+            name, pattern = rename(key, renaming.renamings, renaming.converters, renaming.prefix, renaming.names)
+            if key not in parts and pattern is not None and name in found:
+                found[name].stems.append((key, pattern))
+                found[name].floats.add(key)
+    for one in found.values():
+        one.stems.sort(key=lambda pair: dot_natural_key(pair[0]))
     return list(found.values())
 
 
 def plan_lines(joined: list[Joined], stored: StoredWeights, model: Any) -> None:
     """Fills in `Joined.lines`, from the lines of the stored weights alone where they suffice."""
     for one in joined:
+        if one.floats:
+            kept = sorted(one.floats)
+            logger.warning(
+                "%s is made of %d stored weights, of which %d are floats (e.g. %s): all of it becomes float",
+                *(one.name, len(one.stems), len(kept), kept[0]),
+            )
+            one.lines = dict.fromkeys(one.run(lambda stem: _blank_values(stem, stored), model))
+            continue
         lines = {stem: stored.table[stem] for stem, _ in one.stems}
         if any(_COMPARED & expected_parts(text, stem).keys() for stem, text in lines.items()):
             made = one.made = one.run(stored.weight, model)
@@ -103,6 +132,14 @@ def _blank(stem: str, text: str) -> QTensor:
     return QTensor._of(spec, parts)
 
 
+def _blank_values(stem: str, stored: StoredWeights) -> torch.Tensor:
+    if stem in stored.table:
+        return torch.empty(read_spec(stored.table[stem], stem)[0].seen_shape, dtype=torch.float32, device="meta")
+    value = stored.state[stem]
+    shape = value.shape if isinstance(value, torch.Tensor) else value.get_shape()
+    return torch.empty(shape, dtype=torch.float32, device="meta")
+
+
 class StoredWeights:
     """The quantized weights of a state dict of our parts, one at a time.
 
@@ -127,6 +164,10 @@ class StoredWeights:
         self.digests.add(stem, text, parts)
         return found
 
+    def float(self, name: str) -> torch.Tensor:
+        """Reads a weight that is stored as floats."""
+        return self.state[name][...]
+
 
 class JoinedState(Mapping[str, Any]):
     """A state dict of our parts, in which stored weights are replaced by the parameters that are made of them.
@@ -139,10 +180,11 @@ class JoinedState(Mapping[str, Any]):
 
     def __init__(self, stored: StoredWeights, joined: list[Joined], model: Any) -> None:
         taken = {f"{stem}_{part}" for one in joined for stem, _ in one.stems for part in PARTS}
+        taken |= {key for one in joined for key in one.floats}
         self._values: dict[str, Any] = {key: value for key, value in stored.state.items() if key not in taken}
         parameters = dict(model.state_dict())
         for one in joined:
-            together = OnePass(lambda one=one: one.made or one.run(stored.weight, model))  # type: ignore[misc]
+            together = OnePass(lambda one=one: one.made or one.values(stored, model))  # type: ignore[misc]
             for name, text in one.lines.items():
                 if text is not None:
                     self._values |= lazy_parts(name, text, lambda n=name, t=together: _parts(n, t.take(n)))
