@@ -108,7 +108,9 @@ def test_experts_of_which_some_are_stored_as_floats_become_floats(name, left, tm
     floats = load_file(tmp_path / "float" / "model.safetensors")
     description = json.loads((tmp_path / "q" / "config.json").read_text())
     for key in [key for key in floats if ".experts." in key]:
-        parts = {part: tensors.pop(f"{key}_{part}") for part in ("qdata", "scale", "shift") if f"{key}_{part}" in tensors}
+        parts = {
+            part: tensors.pop(f"{key}_{part}") for part in ("qdata", "scale", "shift") if f"{key}_{part}" in tensors
+        }
         if left in key:
             tensors[key] = floats[key]
             del description["quantization_config"]["tensors"][key], description["quantization_config"]["digests"][key]

@@ -32,7 +32,7 @@ EXTRA_FILES = {"hf_quant_config.json": "hf_quant_config", "quantize_config.json"
 #: keys of config.json that describe the quantization, which the converted one does not have
 _FOREIGN_KEYS = ("quantization", "compression_config", *EXTRA_FILES.values())
 #: models with Conv1D layers, and the names of these layers
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
 _CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
@@ -102,7 +102,11 @@ def open_gguf(file: str | os.PathLike) -> ForeignDirectory:
 
 def is_conv1d(description: Mapping[str, Any], name: str) -> bool:
     """Whether the weight of that name belongs to a Conv1D, where there is no model to look at."""
-    return description.get("model_type") in _CONV1D_MODELS and name.split(".")[-2:][0] in _CONV1D_LAYERS
+    parts = (description, *(value for value in description.values() if isinstance(value, Mapping)))
+    found = any(
+        part.get("model_type") in _CONV1D_MODELS for part in parts
+    )  # an encoder-decoder's config has others inside
+    return found and name.split(".")[-2:][0] in _CONV1D_LAYERS
 
 
 def open_directory(directory: str | os.PathLike) -> ForeignDirectory | None:
