@@ -2,7 +2,7 @@
 
 A float checkpoint: each planned weight is quantized when it is loaded, on its device. A checkpoint of Requanto: the stored
 parts of each weight are joined into a QTensor right after their file is opened, so that Diffusers sees weights of the names
-and shapes it expects. The model's modules are not replaced.
+and shapes it expects. The model's modules are not replaced. A checkpoint of another library (`diffusers_foreign`): likewise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from requanto.budget.models import budget_of
 from requanto.checkpoint.activation_table import activation_table, add_activation_modules, apply_loaded_scales
 from requanto.checkpoint.digests import DigestChecks, check_names, digests_of
 from requanto.checkpoint.files import stored_keys
+from requanto.checkpoint.foreign.directory import recipe_for
 from requanto.checkpoint.format import PARTS, CheckpointError, check_version, flatten, parse_spec, rebuild, table_of
 from requanto.checkpoint.save_id import check_ids, metadata_for
 from requanto.checkpoint.state_dict import check_described
@@ -30,14 +31,17 @@ from requanto.config.few_bits import warn_few_bits
 from requanto.config.plan import PlannedWeight, plan
 from requanto.integrations.budget import resolve_from_files
 from requanto.integrations.conversion import as_config, dequantize_, frozen_parameter
-from requanto.integrations.diffusers_builtin import refuse_other_backends, silence_deprecation
+from requanto.integrations.diffusers_builtin import choose_who_opens, silence_deprecation
+from requanto.integrations.diffusers_foreign import ForeignFiles, dequantize_unusual, recognized
 from requanto.integrations.diffusers_skips import stays_float
+from requanto.integrations.foreign import warn_of_choices
 from requanto.runtime.fork import new_in_child
 from requanto.tensor.qtensor import QTensor
 from requanto.transforms import asks_for_fold
 
 logger = logging.getLogger(__name__)
 
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _LOCK = new_in_child(threading.Lock())  # Diffusers may read several files in parallel
 
 
@@ -51,7 +55,7 @@ def register() -> None:
     auto.AUTO_QUANTIZER_MAPPING["quanto"] = RequantoDiffusersQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = QuantoConfig
     silence_deprecation()
-    refuse_other_backends(auto.DiffusersAutoQuantizer)
+    choose_who_opens(auto.DiffusersAutoQuantizer)
 
 
 class RequantoDiffusersQuantizer(DiffusersQuantizer):
@@ -67,6 +71,9 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         # A copy: this model's table of weights is written into it, and the user may use the config for other models.
         super().__init__(copy.deepcopy(as_config(quantization_config)), **kwargs)
         self.quantization_config: QuantoConfig
+        #: its own config, and the files of a checkpoint of another library
+        self._foreign = self.quantization_config.__dict__.pop("foreign", None)
+        self._foreign_files: ForeignFiles | None = None
         self.table: dict[str, str] = dict(self.quantization_config.tensors) if self.pre_quantized else {}
         self.planned: dict[str, PlannedWeight] = {}
         self.dtype = torch.float32
@@ -79,7 +86,7 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises for a checkpoint of an unknown format and for a device map with "disk" entries."""
         config = self.quantization_config
-        if self.pre_quantized and not self.from_file:
+        if self.pre_quantized and not self.from_file and self._foreign is None and self._foreign_files is None:
             if config.format is None:
                 raise CheckpointError(
                     "this checkpoint has quant_method 'quanto' but was not written by Requanto (its quantization_config "
@@ -120,7 +127,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             self.planned = resolve_from_files(model, config, self.planned, self._files, state=state_dict)
         else:
             config = self.quantization_config
-            add_activation_modules(model, config.activation_modules, self.table, self._files, digests=config.digests)
+            files = self._files if self._foreign_files is None else ()
+            add_activation_modules(model, config.activation_modules, self.table, files, digests=config.digests)
         model.register_to_config(quantization_config=self.quantization_config)
 
     # ------------------------------------------------------------------ sizes, for device maps
@@ -151,6 +159,11 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
             CheckpointError: a weight is in the files but not in the config, or the reverse.
         """
         self._files = [file for file in checkpoint_files if os.path.isfile(file)]
+        if self._foreign is None and not self.pre_quantized and (stored := recognized(self._files)) is not None:
+            warn_of_choices(self.quantization_config)
+            self._foreign, self.pre_quantized = stored, True
+        if self._foreign is not None:
+            return self._open_foreign(loaded_keys, checkpoint_files)
         config, found = self.quantization_config, set(loaded_keys)
         if self.pre_quantized:
             check_names(config.digests, self.table)
@@ -182,11 +195,20 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
         self.quantization_config.save_id = None
         return [key for key in loaded_keys if self._owner(key) is None and key not in self.table] + list(self.table)
 
+    def _open_foreign(self, loaded_keys: list[str], files: list[str]) -> list[str]:
+        """`maybe_update_loaded_keys` for a checkpoint of another library."""
+        opened = self._foreign_files = ForeignFiles(self._foreign, files, os.path.dirname(files[0]))
+        self._foreign, self.quantization_config = None, recipe_for(opened.found)
+        self.table = dict(self.quantization_config.tensors)
+        return opened.names(loaded_keys)
+
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Returns the state dict of a file with the parts of each weight joined into a QTensor.
 
         Parts of a weight whose other parts are in files not yet read are held back until then.
         """
+        if self._foreign_files is not None:
+            return self._foreign_files.tensors(state_dict, self.dtype)
         if self.from_file:
             self._detect_quantized(state_dict)
         if not self.pre_quantized:
@@ -243,8 +265,8 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: Any, param_value: Any, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        """Whether the parameter is a QTensor or is to be quantized."""
-        return isinstance(param_value, QTensor) or param_name in self.planned
+        """Whether the parameter is a QTensor, is to be quantized, or is a cast to float8, which Diffusers leaves."""
+        return isinstance(param_value, QTensor) or param_name in self.planned or param_value.dtype in _FLOAT8
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> None:
         """Raises: Diffusers calls this only if the shapes differ."""
@@ -259,13 +281,20 @@ class RequantoDiffusersQuantizer(DiffusersQuantizer):
     ) -> None:
         """Moves one weight to its device, quantizes it unless it is a QTensor, and sets it on its module."""
         weight = param_value.to(target_device)
-        tensor = weight if isinstance(weight, QTensor) else self.planned[param_name].quantize(weight, param_name)
+        if not isinstance(weight, QTensor) and weight.dtype in _FLOAT8:
+            weight = weight.to(self.dtype)
+        if param_name in self.planned and not isinstance(weight, QTensor):
+            weight = self.planned[param_name].quantize(weight, param_name)
         module, _, leaf = param_name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, frozen_parameter(tensor))
+        setattr(model.get_submodule(module), leaf, frozen_parameter(weight))
 
     # ------------------------------------------------------------------ after the weights
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._foreign_files is not None:
+            for name in dequantize_unusual(model):
+                del self.table[name]
+            self._foreign_files = None
         apply_loaded_scales(model)
         empty = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if empty:

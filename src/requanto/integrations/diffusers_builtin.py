@@ -1,4 +1,4 @@
-"""Two patches of Diffusers' quantizer selection: its deprecation of quanto, and checkpoints of other backends."""
+"""Two patches of Diffusers' quantizer selection: its deprecation of quanto, and who opens a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 from typing import Any
 
 from requanto.config.config import QuantizationMethod, QuantoConfig
+from requanto.integrations.diffusers_foreign import claim
+from requanto.integrations.foreign import method_of
 
 
 def silence_deprecation() -> None:
@@ -24,8 +26,8 @@ def silence_deprecation() -> None:
     quantization_config.deprecate = deprecate
 
 
-def refuse_other_backends(selector: Any) -> None:
-    """Makes loading a checkpoint of another backend with a QuantoConfig an error; Diffusers only warns."""
+def choose_who_opens(selector: Any) -> None:
+    """Makes Requanto open checkpoints of other libraries where it should; others with a QuantoConfig become an error."""
     if not hasattr(selector.merge_quantization_configs, "_requanto"):
         selector.merge_quantization_configs = classmethod(_wrap_merge(selector.merge_quantization_configs.__func__))
 
@@ -33,14 +35,16 @@ def refuse_other_backends(selector: Any) -> None:
 def _wrap_merge(original: Any) -> Any:
     @functools.wraps(original)
     def merge_quantization_configs(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        claimed = claim(quantization_config, quantization_config_from_args)
+        if claimed is not None:
+            return claimed
         if isinstance(quantization_config_from_args, QuantoConfig):
-            stored = quantization_config
-            stored = stored if isinstance(stored, dict) else stored.to_dict()
-            found = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
+            found = method_of(quantization_config)
             if found != QuantizationMethod.QUANTO.value:
                 raise ValueError(
-                    f"the checkpoint is quantized by {found!r} and cannot be quantized again with a QuantoConfig. Load "
-                    f"it without quantization_config, or load the float checkpoint that it was made from."
+                    f"the checkpoint is quantized by {found!r}, a format that Requanto does not read, and cannot be "
+                    f"quantized again with a QuantoConfig. Load it without quantization_config, or load the float "
+                    f"checkpoint that it was made from."
                 )
         return original(cls, quantization_config, quantization_config_from_args)
 

@@ -21,6 +21,7 @@ from requanto.config.config import QuantoConfig
 from requanto.integrations import gguf_diffusers
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes
+from requanto.integrations.diffusers_foreign import loading, quantizer_for
 from requanto.integrations.diffusers_made_from import register_models, without_fused_layers
 from requanto.integrations.float_configs import forget_in_diffusers, is_float
 from requanto.integrations.patching import stamped_before_upload
@@ -54,15 +55,30 @@ def register_single_file() -> None:
 
 
 def _wrap_load(original: Any) -> Any:
-    """Raises if stored codes would not be loaded: Diffusers would leave these weights without values."""
+    """Raises if stored codes would not be loaded: Diffusers would leave these weights without values.
+
+    Files of other libraries get Requanto's quantizer here if config.json does not say that they are quantized.
+    """
 
     @functools.wraps(original)
     def _load_pretrained_model(
         cls: Any, model: Any, state_dict: Any, files: Any, path: Any, keys: Any, **kwargs: Any
     ) -> Any:
+        foreign = quantizer_for(model, files, kwargs)
+        if foreign is not None:
+            keys, kwargs["hf_quantizer"] = foreign.maybe_update_loaded_keys(keys, files), foreign
+            foreign.preprocess_model(
+                model=model,
+                device_map=kwargs.get("device_map"),
+                keep_in_fp32_modules=kwargs.get("keep_in_fp32_modules") or [],
+            )
         wanted = model.state_dict().keys()
         check_all_read(set(keys) - wanted, wanted - set(keys), cls.__name__)
-        return original(cls, model, state_dict, files, path, keys, **kwargs)
+        result = original(cls, model, state_dict, files, path, keys, **kwargs)
+        if foreign is not None:
+            foreign.postprocess_model(result[0])
+            result[0].hf_quantizer = foreign
+        return result
 
     return _load_pretrained_model
 
@@ -130,7 +146,10 @@ def _wrap_save_pretrained(original: Any) -> Any:
 
 
 def _wrap_from_pretrained(original: Any) -> Any:
-    """Makes ``use_flashpack`` with a QuantoConfig an error: FlashPack loading bypasses quantizers without a warning."""
+    """Makes ``use_flashpack`` with a QuantoConfig an error: FlashPack loading bypasses quantizers without a warning.
+
+    Who opens a checkpoint of another library depends on the other keywords, too.
+    """
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -140,7 +159,8 @@ def _wrap_from_pretrained(original: Any) -> Any:
             raise ValueError(
                 "use_flashpack=True loads weights without quantizing them; load the safetensors files instead"
             )
-        return original(cls, pretrained_model_name_or_path, **kwargs)
+        with loading({**kwargs, "path": pretrained_model_name_or_path}):
+            return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from requanto.checkpoint.foreign.readers import OUT_OF_REACH, READERS
+from requanto.checkpoint.format import CheckpointError
 from requanto.config.config import QuantoConfig
 from requanto.runtime.settings import settings
 
@@ -55,6 +57,21 @@ def takes_over(method: str, asked: Any, library: Callable[[], str | None]) -> bo
         reason,
     )
     return True
+
+
+def refuse_pickles(files: Iterable[str | os.PathLike], method: Any) -> None:
+    """Raises for files that are no safetensors files.
+
+    Raises:
+        CheckpointError: one is a pickle.
+    """
+    pickle = next((str(file) for file in files if not str(file).endswith(".safetensors")), None)
+    if pickle is not None:
+        raise CheckpointError(
+            f"{os.path.basename(pickle)} is a pickle, which may run code when it is opened, and Requanto reads quantized "
+            f"weights of other libraries from safetensors files only. Load it with the library that saved it ({method}) "
+            f"and save it again with safe_serialization=True"
+        )
 
 
 def warn_of_choices(asked: Any) -> None:

@@ -19,7 +19,7 @@ from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSourc
 from requanto.checkpoint.foreign.translated import Translated, tell
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.weight_files import model_files
-from requanto.integrations.foreign import as_dict, is_known, method_of, takes_over, warn_of_choices
+from requanto.integrations.foreign import as_dict, is_known, method_of, refuse_pickles, takes_over, warn_of_choices
 from requanto.runtime.settings import settings
 
 #: key of config.json, or of a file beside it, that only one format writes -> its quant_method
@@ -64,13 +64,8 @@ class ForeignLoad:
             CheckpointError: the files are pickles, or config and tensors disagree.
         """
         files = [str(file) for file in files]
-        pickles = [file for file in files if not file.endswith(".safetensors")]
-        if pickles and state is None:
-            raise CheckpointError(
-                f"{os.path.basename(pickles[0])} is a pickle, which may run code when it is opened, and Requanto reads "
-                f"quantized weights of other libraries from safetensors files only. Load it with the library that saved it "
-                f"({self.stored.get('quant_method')}) and save it again with safe_serialization=True"
-            )
+        if state is None:
+            refuse_pickles(files, self.stored.get("quant_method"))
         self._source = FilesSource(files) if state is None else TensorsSource(state)
         self.found = scan(self._recognized() if self.stored.get("hinted") else self.stored, self._source)
         transpose_conv1d(self.found, is_conv1d)
