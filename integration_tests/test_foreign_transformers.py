@@ -312,6 +312,29 @@ def test_a_truncated_file(damaged):
         AutoModelForCausalLM.from_pretrained(damaged, quantization_config=QuantoConfig())
 
 
+@pytest.mark.parametrize("renamed", ["model.layers.1.mlp.down_proj.", ".mlp.down_proj."], ids=["one", "all"])
+def test_renamed_tensors_give_no_random_weights(damaged, renamed):
+    def change(tensors):
+        for key in [key for key in tensors if renamed in key]:
+            tensors[key.replace("down_proj", "out_proj")] = tensors.pop(key)
+
+    edit(damaged, change)
+    refused(damaged, r"layers\.\d\.mlp\.down_proj\.weight is not in the files.*mlp\.out_proj\.weight is in the files")
+
+
+def test_a_lost_layer_gives_no_random_weights(damaged):
+    edit(damaged, lambda tensors: [tensors.pop(key) for key in [*tensors] if ".layers.1.mlp.up_proj" in key])
+    refused(damaged, r"layers\.1\.mlp\.up_proj\.weight is not in the files")
+
+
+def test_a_head_that_the_files_lack_is_new(original):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(original[0], num_labels=3)
+    assert model.score.weight.shape == (3, 64)
+    assert_opened(model, original[1])
+
+
 def test_floats_beside_codes(damaged):
     edit(damaged, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.ones(128, 64)}))
     refused(damaged, r"layers\.1\.mlp\.up_proj\.weight.*mixed")

@@ -18,6 +18,7 @@ from typing import Any
 
 from requanto.checkpoint.format import CheckpointError
 from requanto.config.config import FORMAT
+from requanto.config.plan import weight_kind
 from requanto.integrations.part_markers import unmark
 from requanto.integrations.transformers_arguments import taken_recipe, with_stored_state_dict
 from requanto.integrations.transformers_foreign import claim
@@ -301,12 +302,48 @@ def check_loaded(model: Any, missing: set[str]) -> None:
             f"({len(others)} quantized weights stay unread). The float checkpoint would load no better. "
             f"{_advice(loaded, name)}"
         )
+    beside = _missing_in_a_block(model, wanted, loaded)
+    if beside is not None:
+        key, read = beside
+        raise CheckpointError(
+            f"{name} would have random weights: {key} is not in the files, and {read} is, quantized"
+            + (f"; {others[0]} is in the files, and {name} has no such weight" if others else "")
+            + ". A shard is missing, tensors were renamed, or config.json is that of another model"
+        )
     # A class that reads other weights of the file, and has a new head, lacks only few.
     if loaded.stems and len(others) == len(loaded.stems) and 2 * len(wanted) > len(loaded.names):
         raise CheckpointError(
             f"{name} would have random weights: it reads none of the {len(others)} quantized weights in the files, and "
             f"{len(wanted)} of its own {len(loaded.names)} tensors, e.g. {wanted[0]}, are not there. {_advice(loaded, name)}"
         )
+
+
+def _missing_in_a_block(model: Any, missing: list[str], loaded: LoadedKeys) -> tuple[str, str] | None:
+    """A missing weight of a layer that can be quantized, and a quantized one that was read for a block of that kind.
+
+    Weights in numbered blocks come from files; what a class adds to a model stands outside of them.
+    """
+    read: dict[str, str] = {}
+    for target in loaded.targets.values():
+        if target is not None and (block := _block_of(target)):
+            read.setdefault(block, target)
+    for key in missing:
+        owner, _, leaf = key.rpartition(".")
+        found = read.get(_block_of(key))
+        if found is None:
+            continue
+        module = model.get_submodule(owner)
+        parameter = module._parameters.get(leaf)
+        if parameter is not None and weight_kind(module, leaf, parameter) is not None:
+            return key, found
+    return None
+
+
+def _block_of(name: str) -> str:
+    """``model.layers.3.mlp.up_proj.weight`` -> ``model.layers.#``; empty for a name without a number."""
+    words = name.split(".")
+    numbers = [place for place, word in enumerate(words) if word.isdigit()]
+    return "" if not numbers else ".".join("#" if word.isdigit() else word for word in words[: numbers[-1] + 1])
 
 
 def _advice(loaded: LoadedKeys, name: str) -> str:

@@ -138,3 +138,10 @@ def test_unknown_configs(case, changes, message):
     config, tensors, _ = case("awq")
     with pytest.raises(CheckpointError, match=message):
         scan({**config, **changes}, tensors)
+
+
+def test_scales_behind_the_last_group_of_gemv(case, made):
+    config, tensors, _ = case("gemv128")
+    found = scan({**config, "group_size": 256}, tensors)
+    with pytest.raises(CheckpointError, match=r"m.scales holds more than 1 scales a row.*group_size in the config"):
+        made(found, TensorsSource(tensors))

@@ -172,8 +172,13 @@ def _add_gemv(
         return codes_of_words(source[names["qzeros"]], 4, groups).to(torch.int16)
 
     def stored(source: Source) -> Stored:
-        rows = source[names["qweight"]].contiguous().view(torch.uint8)
-        return Stored(rows, source[names["scales"]][:, :groups], zeros_of(source))
+        rows, scales = source[names["qweight"]].contiguous().view(torch.uint8), source[names["scales"]]
+        if bool(scales[:, groups:].any()):
+            raise CheckpointError(
+                f"{names['scales']} holds more than {groups} scales a row, and {k} inputs have {groups} groups of "
+                f"{schemes[0].group}: group_size in the config is wrong, or the tensor is damaged"
+            )
+        return Stored(rows, scales[:, :groups], zeros_of(source))
 
     kind = "symmetric" if scheme.symmetric else form_of_zeros(zeros_of(source), 4)
     form = Form(4, (n, k), scheme.group, kind, columns=column is not None)

@@ -73,7 +73,8 @@ def recognize(description: Mapping[str, Any], source: Source) -> dict[str, Any] 
 
 def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     """See `requanto.checkpoint.foreign.readers`."""
-    layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+    told = next((config[key] for key in ("checkpoint_format", "format") if config.get(key) is not None), "gptq")
+    layout = told.lower() if isinstance(told, str) else shown(told)
     if config.get("is_marlin_format"):
         layout = "marlin"
     if layout not in ("gptq", "gptq_v2"):

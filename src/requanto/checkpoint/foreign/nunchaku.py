@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from requanto.checkpoint.foreign.found import ForeignCheckpoint, ForeignFloat, ForeignWeight
-from requanto.checkpoint.foreign.nunchaku_layers import UNUSED, Stored, in_turns, weight_parts, weight_spec
+from requanto.checkpoint.foreign.integers import need_codes
+from requanto.checkpoint.foreign.nunchaku_layers import NEEDS_CODES, UNUSED, Stored, in_turns, weight_parts, weight_spec
 from requanto.checkpoint.foreign.nunchaku_names import Place, place_of
 from requanto.checkpoint.foreign.pieces import joined, modules_of, names_in
 from requanto.checkpoint.foreign.source import Source
@@ -43,6 +44,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
         raise CheckpointError(
             "the config is one of Nunchaku, and no module has a qweight: the files do not belong to it"
         )
+    need_codes(source, ("qweight",), *NEEDS_CODES)
     stored = {module: Stored(module, source) for module in modules}
     if lite:
         _check_lite(config, stored)

@@ -35,6 +35,8 @@ _PARTS = {
 }
 #: what nothing is made of: the smoothing that was folded into the layer before
 UNUSED = ("smooth_factor_orig", "smooth_orig")
+#: what belongs to codes, in all spellings
+NEEDS_CODES = (*(one for part in _PARTS if part not in ("qweight", "bias") for one in _PARTS[part]), *UNUSED)
 _HALF = (torch.bfloat16, torch.float16)
 #: added to the inputs of a layer behind GELU, which makes them positive
 GELU_SHIFT = 0.171875
@@ -111,6 +113,8 @@ class Stored:
                 raise CheckpointError(
                     f"{self._names['wtscale']} is in the files, and int4 layers of Nunchaku have none"
                 )
+        if "smooth" not in self._names and (lost := [one for one in UNUSED if joined(self.module, one) in source]):
+            source.need(joined(self.module, lost[0].removesuffix("_orig")), self.module)
         self.has_row_scale = "wcscales" in self._names
         # Where it was folded into the layer before, it is 1 everywhere.
         self.has_column = "smooth" in self._names and not bool((source[self._names["smooth"]] == 1).all())

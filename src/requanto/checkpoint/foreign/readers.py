@@ -69,6 +69,10 @@ OUT_OF_REACH: dict[str, str] = {
 }
 
 
+#: What a reader raises where a damaged config or tensor is not what it took for granted.
+UNFORESEEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
 def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     """Reads a foreign checkpoint's headers.
 
@@ -91,7 +95,16 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
             f"quantization_config.quant_method is {shown(method)}, which Requanto does not know; it reads "
             f"{', '.join(sorted(READERS))}"
         )
-    return importlib.import_module(f"{__package__}.{READERS[method]}").scan(config, source)
+    reader = importlib.import_module(f"{__package__}.{READERS[method]}")
+    try:
+        return reader.scan(config, source)
+    except CheckpointError:
+        raise
+    except UNFORESEEN as error:
+        raise CheckpointError(
+            f"a checkpoint of {method!r} cannot be read ({type(error).__name__}: {error}): a value of quantization_config "
+            f"or a tensor is of a kind or shape that the format does not have. It is damaged, or a newer version wrote it"
+        ) from error
 
 
 def recognize(description: Mapping[str, Any], source: Source) -> dict[str, Any] | None:

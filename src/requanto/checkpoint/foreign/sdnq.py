@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from requanto.checkpoint.foreign.found import ForeignCheckpoint, ForeignFloat, ForeignWeight
+from requanto.checkpoint.foreign.integers import need_codes
 from requanto.checkpoint.foreign.sdnq_codes import Kind, kind_of
 from requanto.checkpoint.foreign.sdnq_layers import Layer
 from requanto.checkpoint.foreign.sdnq_shapes import PARTS, short
@@ -73,7 +74,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
         parts = {part: f"{module}{part}" for part in PARTS if f"{module}{part}" in source}
         settings, dtype = settings_of(config, name), source.header(name).dtype
         if "scale" not in parts:
-            if dtype.itemsize == 1:
+            if dtype.itemsize == 1 or not dtype.is_floating_point:
                 source.need(f"{module}scale", name)
             continue
         if dtype not in settings.kind.stored:
@@ -90,12 +91,28 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
             found.floats[name] = ForeignFloat(layer.shape, layer.float_dtype(), sources, build, layer.reason)
         else:
             found.weights[name] = ForeignWeight(layer.text(), sources, functools.partial(Layer.parts, layer))
+    _check_no_rest(source)
     if not found.weights and not found.floats:
         raise CheckpointError(
             "quantization_config.quant_method is 'sdnq', but no weight has a scale beside it: the files are not those that "
             "were saved with this config"
         )
     return found
+
+
+def _check_no_rest(source: Source) -> None:
+    """Raises CheckpointError where a module has scales and no codes. (``scale`` alone may be a norm's vector.)"""
+    need_codes(source, ("weight",), *(part for part in PARTS if part != "scale"))
+    for name in source:
+        module = name.removesuffix(".scale")
+        if module != name and len(source.header(name).shape) > 1 and f"{module}.weight" not in source:
+            source.need(f"{module}.weight", f"{module}.weight")
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(found := config.get(key), (bool, type(None))):
+        raise CheckpointError(f"quantization_config.{key} is {shown(found)}, expected true or false")
+    return bool(found)
 
 
 def settings_of(config: Mapping[str, Any], name: str) -> Settings:
@@ -122,10 +139,10 @@ def settings_of(config: Mapping[str, Any], name: str) -> Settings:
         kind=kind,
         scale=None if scale in floats else _kind(scale, "scale_dtype", name),
         zero=None if zero in floats or not kind.unsigned else _kind(zero, "zero_point_dtype", name),
-        codebook=bool(own.get("use_codebook")),
-        scale_codebook=bool(own.get("use_codebook_scale")),
-        matmul=bool(own.get("use_quantized_matmul")) and _match(name, apart) is None,
-        hadamard=int(own.get("hadamard_group_size", 256)) if own.get("use_hadamard") else None,
+        codebook=_flag(own, "use_codebook"),
+        scale_codebook=_flag(own, "use_codebook_scale"),
+        matmul=_flag(own, "use_quantized_matmul") and _match(name, apart) is None,
+        hadamard=int(own.get("hadamard_group_size", 256)) if _flag(own, "use_hadamard") else None,
     )
 
 

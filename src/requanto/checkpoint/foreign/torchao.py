@@ -67,7 +67,24 @@ def _entries(source: Source) -> Iterator[Entry]:
                 f"{name} is a torchao {shown(kind)}, which torchao 0.18 does not have: a newer version wrote it. Known are "
                 f"{', '.join(TYPES)}"
             )
-        yield Entry(name, kind, described["_data"], source)
+        entry = Entry(name, kind, described["_data"], source)
+        _check_parts(entry, described.get("_tensor_data_names"), source)
+        yield entry
+
+
+def _check_parts(entry: Entry, parts: Any, source: Source) -> None:
+    """Compares the parts that the header lists with those that are stored: some of them are optional."""
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise CheckpointError(
+            f"{entry.name}: the header has _tensor_data_names={shown(parts)}, expected the names of its parts"
+        )
+    for part in parts:
+        source.need(entry.tensor(part), entry.name)
+    if surplus := sorted(set(entry.sources()) - {entry.tensor(part) for part in parts}):
+        raise CheckpointError(
+            f"{surplus[0]} is in the files, and the header says that {entry.name} consists of {', '.join(parts)}: files of "
+            f"two checkpoints are mixed"
+        )
 
 
 def _described(text: str) -> dict[str, Any] | None:

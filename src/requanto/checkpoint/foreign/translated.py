@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from requanto.checkpoint.foreign.found import ForeignCheckpoint, ForeignWeight, Parts
+from requanto.checkpoint.foreign.found import ForeignCheckpoint, ForeignFloat, ForeignWeight, Parts
+from requanto.checkpoint.foreign.readers import UNFORESEEN
 from requanto.checkpoint.foreign.source import DTYPES, Source
 from requanto.checkpoint.format import CheckpointError, expected_parts, rebuild
 from requanto.tensor.qtensor import QTensor
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 #: torch dtype -> its name in safetensors files
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+#: dtypes of several codes in one number
+_WORDS = (torch.uint16, torch.int16, torch.uint32, torch.int32)
 
 
 class Lazy:
@@ -101,6 +104,47 @@ def built(name: str, weight: ForeignWeight, source: Source, dtype: torch.dtype =
         return rebuild(name, weight.text, weight.build(source), dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{error}\n(made of {', '.join(weight.sources)})") from error
+    except UNFORESEEN as error:
+        raise _unforeseen(name, weight.sources, error) from error
+
+
+def built_float(name: str, one: ForeignFloat, source: Source) -> torch.Tensor:
+    """Makes a weight that becomes float and checks its form.
+
+    Raises:
+        CheckpointError: its tensors do not fit together.
+    """
+    try:
+        value = one.build(source)
+    except CheckpointError:
+        raise
+    except UNFORESEEN as error:
+        raise _unforeseen(name, one.sources, error) from error
+    if (value.shape, value.dtype) != (one.shape, one.dtype):
+        raise CheckpointError(
+            f"{name} becomes {value.dtype} {tuple(value.shape)}, expected {one.dtype} {tuple(one.shape)}: a tensor is "
+            f"damaged (made of {', '.join(one.sources)})"
+        )
+    if one.reason and not bool(value.isfinite().all()):
+        raise CheckpointError(f"{name} holds NaN or Inf: a tensor is damaged (made of {', '.join(one.sources)})")
+    return value
+
+
+def _unforeseen(name: str, sources: tuple[str, ...], error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{name} cannot be made of {', '.join(sources)} ({type(error).__name__}: {error}): one of them is damaged, or "
+        f"config and files do not belong together"
+    )
+
+
+def _check_float(name: str, source: Source) -> None:
+    """Raises CheckpointError for codes that would be loaded as a weight."""
+    dtype = source.header(name).dtype
+    if name.rpartition(".")[2] == "weight" and (dtype.itemsize == 1 or dtype in _WORDS) and dtype != torch.bool:
+        raise CheckpointError(
+            f"{name} is {str(dtype).removeprefix('torch.')}, which are codes, and neither the config nor a tensor beside it "
+            f"says what they stand for: its scales are missing, or another program wrote the config"
+        )
 
 
 class Translated(Mapping[str, Any]):
@@ -118,7 +162,8 @@ class Translated(Mapping[str, Any]):
         for name, weight in found.weights.items():
             self._values |= lazy_parts(name, weight.text, lambda n=name, w=weight: built(n, w, source).inner_tensors())
         for name, one in found.floats.items():
-            self._values[name] = Lazy(lambda one=one: one.build(source), one.shape, one.dtype)  # type: ignore[misc]
+            make = lambda n=name, one=one: built_float(n, one, source)  # noqa: E731
+            self._values[name] = Lazy(make, one.shape, one.dtype)
         for module, scale in found.activations.items():
             self._values[f"{module}.input_scale"] = Lazy(
                 lambda scale=scale: scale.build(source).reshape(()).float(),
@@ -136,6 +181,7 @@ class Translated(Mapping[str, Any]):
                 raise CheckpointError(
                     f"{name} is in the files as a float tensor, and quantized as well: files of two checkpoints are mixed"
                 )
+            _check_float(name, source)
             self._values[name] = others[name] if others is not None else self._stored(name)
 
     def _stored(self, name: str) -> Lazy:
