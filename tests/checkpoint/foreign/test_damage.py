@@ -153,6 +153,35 @@ def test_codes_are_not_loaded_as_a_weight(dtype: torch.dtype) -> None:
         Translated(ForeignCheckpoint(""), source)
 
 
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        ("model.layers.0.self_attn.k_scale", True),
+        ("model.layers.0.self_attn.v_proj.v_bias", True),
+        ("encoder.layer.0.attention.self.q_bias", False),
+        ("encoder.layer.0.attention.v_bias", False),
+        ("self_attn.k_proj.bias", False),
+    ],
+)
+def test_biases_of_attention_are_not_taken_for_those_of_a_cache(name: str, dropped: bool) -> None:
+    tensors = {
+        "a.weight": torch.ones(16, 32, dtype=torch.float8_e4m3fn, device=CPU),
+        "a.weight_scale": torch.ones(16, 1, dtype=torch.float32, device=CPU),
+        name: torch.ones(1, dtype=torch.float32, device=CPU),
+    }
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights}
+    modelopt = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+    for config in (
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}},
+        {"quant_method": "fp8", "weight_block_size": None},
+        modelopt,
+    ):
+        found = readers.scan(config, TensorsSource(tensors))
+        assert (name in found.dropped) is dropped, config
+        assert "a.weight" in found.weights
+
+
 def test_other_integers_are_loaded() -> None:
     kinds = {"table.ids": torch.int64, "steps.weight": torch.int64, "mask": torch.uint8, "keep.weight": torch.bool}
     tensors = {name: torch.zeros(4, dtype=dtype, device=CPU) for name, dtype in kinds.items()}

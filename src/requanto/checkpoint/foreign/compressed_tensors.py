@@ -58,7 +58,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     read = read_config(config)
     found, formats, cached = ForeignCheckpoint(""), set(), read.cache
     for module, parts in modules_of(source).items():
-        cache = {part for part in parts if CACHE_SCALES.search(part)}
+        cache = {part for part in parts if CACHE_SCALES.search(joined(module, part))}
         cached |= bool(cache)
         ours = parts & {*_WEIGHT, *_INPUT, *_OUTPUT}
         found.dropped |= {joined(module, part) for part in cache}

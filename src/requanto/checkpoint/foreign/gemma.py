@@ -46,7 +46,7 @@ def scan(config: Mapping[str, Any], source: Source) -> ForeignCheckpoint:
     bits_of = _bits(config)
     found, seen = ForeignCheckpoint(""), set()
     for module, parts in modules_of(source).items():
-        found.dropped |= {joined(module, part) for part in parts if CACHE_SCALES.search(part)}
+        found.dropped |= {joined(module, part) for part in parts if CACHE_SCALES.search(joined(module, part))}
         embedding = "embedding_quantized" in parts
         codes, scale = ("embedding_quantized", "embedding_scale") if embedding else ("weight", "weight_scale")
         has_codes = codes in parts and source.header(joined(module, codes)).dtype in (torch.uint8, torch.int8)

@@ -15,7 +15,10 @@ from requanto.checkpoint.format import CheckpointError, read_spec
 from requanto.config.checks import LONGEST, shown
 
 #: Scales of a quantized key-value cache, which belong to an attention module, in the spellings of all formats.
-CACHE_SCALES = re.compile(r"(?:^|\.)[qkv]_(?:cache_)?(?:scale|zero_point|global_scale|bias)$")
+#: (``k_bias`` is ModelOpt's in ``k_proj`` alone: attention of DeBERTa and VideoMAE has float parameters q_bias and v_bias.)
+CACHE_SCALES = re.compile(
+    r"(?:^|\.)(?:[qkv]_(?:cache_)?(?:scale|zero_point|global_scale)|(?:q_proj\.q|k_proj\.k|v_proj\.v)_bias)$"
+)
 #: What the description of a checkpoint says of them.
 CACHE_NOTE = "scales of a quantized key-value cache are left out"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
