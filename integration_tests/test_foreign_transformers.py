@@ -156,6 +156,13 @@ def test_a_state_dict_instead_of_files(original):
     assert_opened(model, original[1])
 
 
+def test_the_config_of_a_model_that_was_opened_opens_its_directory_again(original, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(original[0])
+    assert_opened(AutoModelForCausalLM.from_pretrained(original[0], config=model.config), original[1])
+    model.save_pretrained(tmp_path)
+    assert_opened(AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config), original[1])
+
+
 def test_a_part_of_the_model_loads(original):
     from transformers import AutoModel
 

@@ -104,11 +104,16 @@ def claim(
         options: keywords of ``from_pretrained``.
     """
     holder = next((c for c in (config, config.get_text_config(decoder=True)) if _stored(c) is not None), config)
-    stored = _stored(holder)
-    if method_of(stored) == "quanto":
+    stored, folder = _stored(holder), _directory(path, options)
+    # A config in memory, perhaps that of a model that Requanto opened, may lack what the directory's own says.
+    alone = method_of(stored) in (None, "quanto") and options.get("state_dict") is None
+    description = _foreign_description(folder) if alone else None
+    if description is not None:
+        stored = description.get("quantization_config")
+    elif method_of(stored) == "quanto":
         return None
-    folder = _directory(path, options)
-    description = config.to_dict() if folder is None else description_of(folder, config.to_dict())
+    else:
+        description = config.to_dict() if folder is None else description_of(folder, config.to_dict())
     if stored is None or method_of(stored) is None:
         hint = next((key for key in _HINTS if isinstance(description.get(key), dict)), None)
         method = _HINTS[hint] if hint is not None else _method_by_tensors(description, folder, asked)
@@ -127,6 +132,16 @@ def claim(
     warn_of_choices(asked)
     config.quantization_config = recipe_for(None).to_dict()
     return ForeignLoad(known, description)
+
+
+def _foreign_description(folder: Path | None) -> dict[str, Any] | None:
+    """The content of a directory's config.json if another library quantized it, else None."""
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    found = description_of(folder)
+    method = method_of(found.get("quantization_config"))
+    hinted = method is None and any(isinstance(found.get(key), dict) for key in _HINTS)
+    return found if hinted or method not in (None, "quanto") else None
 
 
 def check_any_knows(method: str, asked: Any) -> None:

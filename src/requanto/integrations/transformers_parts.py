@@ -124,7 +124,8 @@ def _wrap_get_quantizer(original: Any) -> Any:
                 quantization_config = recipe
         foreign = None
         if kwargs.get("gguf_file") is None:
-            foreign = claim(config, quantization_config, device_map, weights_only, path, options)
+            asked = None if quantization_config is recipe else quantization_config
+            foreign = claim(config, asked, device_map, weights_only, path, options)
         if foreign is not None:
             quantization_config = None  # its config is in the checkpoint's place
         quantizer, *rest = original(config, quantization_config, device_map, weights_only, *args, **kwargs)

@@ -201,6 +201,9 @@ def test_damaged_heads_are_refused(mixed, tmp_path):
     refused(changed(second + 24, "<Q", 0), r"a wrong offset")
     refused(changed(second + 24, "<Q", 2**30), r"damaged.gguf has \d+ bytes, but blk.0.attn_k.weight")
     refused(data.replace(b"attn_k", b"attn_q"), r"two tensors of the name blk.0.attn_q.weight")
+    # an array of one array of one array ...
+    deep = struct.pack("<Q", 1) + b"k" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+    refused(data[:16] + struct.pack("<Q", 1) + deep, r"'k' has a value of more than 8 arrays in each other")
 
 
 def test_damaged_numbers_are_refused(tmp_path):

@@ -27,6 +27,8 @@ _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 #: longest array of numbers that is kept; vocabularies are not needed here
 _KEPT = 1024
+#: arrays in arrays that are read
+_DEEPEST = 8
 
 
 class GgmlType(NamedTuple):
@@ -148,17 +150,16 @@ class _Cursor:
             self.bytes(self.number("<Q"))
 
     def value(self, key: str) -> Any:
-        return self._value(key, self.number("<I"))
+        return self._value(key, self.number("<I"), _DEEPEST)
 
-    def _value(self, key: str, kind: int) -> Any:
+    def _value(self, key: str, kind: int, deepest: int) -> Any:
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _STRING:
             return self.text()
-        if kind != _ARRAY:
-            raise CheckpointError(
-                f"{self.file}: the metadata {key!r} has a value of the unknown kind {kind}: {_DAMAGED}"
-            )
+        if kind != _ARRAY or not deepest:
+            what = f"of the unknown kind {kind}" if kind != _ARRAY else f"of more than {_DEEPEST} arrays in each other"
+            raise CheckpointError(f"{self.file}: the metadata {key!r} has a value {what}: {_DAMAGED}")
         inner, count = self.number("<I"), self.number("<Q")
         if inner == _STRING:
             return self.skip_texts(count)
@@ -166,7 +167,7 @@ class _Cursor:
             size = struct.calcsize(_NUMBERS[inner])
             found = self.bytes(size * count)
             return list(struct.unpack(f"<{count}{_NUMBERS[inner][1]}", found)) if count <= _KEPT else None
-        return [self._value(key, inner) for _ in range(count)]
+        return [self._value(key, inner, deepest - 1) for _ in range(count)]
 
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], list[TensorInfo]]:
