@@ -12,6 +12,7 @@ from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.shards import SafetensorsFiles, save_shards
 from requanto.integrations import optimum_quanto as compat
 from requanto.integrations.optimum_quanto import models
+from requanto.report.inspect import inspect_directory
 from requanto.tensor.qtensor import QTensor
 
 
@@ -36,6 +37,19 @@ def test_a_core_directory_loads_in_transformers_and_saves_as_ours(core, tmp_path
     assert not is_quanto_directory(tmp_path / "ours")
     assert torch.equal(output(auto.from_pretrained(tmp_path / "ours"), inputs), wanted)
     assert torch.equal(output(type(model).from_pretrained(directory), inputs), wanted)
+
+
+def test_inspect_tells_the_weights_of_a_core_directory(core, tmp_path):
+    directory, _output = core
+    convert_quanto_directory(directory, tmp_path / "ours")
+    report, ours = inspect_directory(directory), inspect_directory(tmp_path / "ours")
+    assert report.format == "optimum-quanto" and not report.would_take
+    seen, wanted = (
+        [(w.name, w.dtype, w.shape, w.group_size) for w in one.weights if w.name.endswith("weight")]
+        for one in (report, ours)
+    )
+    assert seen == wanted
+    assert report.quantized_bytes == ours.quantized_bytes > 0
 
 
 @pytest.mark.parametrize("kind", ["core", "diffusers"])

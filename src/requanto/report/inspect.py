@@ -15,10 +15,12 @@ from requanto.budget.models import budget_of
 from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.files import stored_keys
 from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, open_gguf
+from requanto.checkpoint.foreign.quanto_directory import is_quanto_directory, stored_weights
+from requanto.checkpoint.foreign.quanto_files import owner_of
 from requanto.checkpoint.format import CheckpointError, parse_spec
 from requanto.checkpoint.opening import checked_config, is_ours, read_json, stored_config
 from requanto.checkpoint.save_id import KEY, check_ids
-from requanto.checkpoint.weight_files import model_files
+from requanto.checkpoint.weight_files import MAP_NAME, model_files
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtypes, short_name
 from requanto.scales import default_group_size, fit_group_size
@@ -110,28 +112,30 @@ def inspect_directory(directory: str | Path) -> ModelReport:
     if not files:
         raise FileNotFoundError(f"{directory} holds no .safetensors file; found {_listing(directory)}")
     config = _read_config(directory)
-    stored = config.get("quantization_config") or {}
-    if stored.get("format") is not None:
+    stored = stored_config(config, directory)
+    quanto = is_quanto_directory(directory)
+    if is_ours(stored):
         check_ids(stored.get(KEY), files)
-    elif (foreign := open_directory(directory)) is not None:
+    elif not quanto and (foreign := open_directory(directory)) is not None:
         return _foreign_report(foreign)
     owners = {key.removesuffix("_qdata") for key in stored_keys(files) if key.endswith("_qdata")}
     found: dict[str, WeightReport] = {}
     parts: dict[str, int] = {}
-    specs = _specs(config)
+    specs = stored_weights(directory) if quanto else _specs(config)
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118  (not a dict)
                 piece = opened.get_slice(key)
                 size = _bytes(piece.get_dtype(), piece.get_shape())
-                owner = _owner(key, owners)
+                owner = owner_of(key) if quanto else _owner(key, owners)
                 if owner is not None:
                     parts[owner] = parts.get(owner, 0) + size
                 else:
                     found[key] = _float_report(key, piece.get_dtype(), tuple(piece.get_shape()), size)
     if len(parts) != len(specs):
         raise CheckpointError(
-            f"{directory}: config.json describes {len(specs)} quantized weights, but the files hold {len(parts)}"
+            f"{directory}: {MAP_NAME if quanto else 'config.json'} describes {len(specs)} quantized weights, but the files "
+            f"hold {len(parts)}"
         )
     for name, size in parts.items():
         # On saving, the library may have added or removed a prefix of the name.
@@ -143,7 +147,8 @@ def inspect_directory(directory: str | Path) -> ModelReport:
             name, short_name(spec["qtype"]), tuple(spec["shape"]), spec["group_size"], size, size * 8 / count
         )
     budget = stored.get("budget")
-    return _with_budget(_report([found[name] for name in sorted(found)], None), budget)
+    report = _report([found[name] for name in sorted(found)], set() if quanto else None)
+    return _with_budget(replace(report, format="optimum-quanto") if quanto else report, budget)
 
 
 def _foreign_report(foreign: ForeignDirectory) -> ModelReport:

@@ -12,6 +12,7 @@ from requanto.checkpoint.foreign.readers import scan
 from requanto.checkpoint.foreign.source import FilesSource, TensorsSource
 from requanto.checkpoint.format import CheckpointError, rebuild
 from requanto.dtypes.bit_packing import unpack
+from requanto.report.inspect import inspect_directory
 
 DATA = Path(__file__).parent / "data"
 #: module -> the line of its weight
@@ -187,6 +188,14 @@ def test_embeddings_have_a_group_of_their_own(llama):
 
 
 # ------------------------------------------------------------------ older versions
+
+
+def test_inspect_tells_the_weights(written):
+    report = inspect_directory(written("ct") / "model")
+    assert report.format.startswith("compressed-tensors")
+    assert {"int4"} < {weight.dtype for weight in report.weights if weight.name.endswith("weight")}
+    assert not any("weight_" in weight.name for weight in report.weights)
+    assert report.quantized_bytes > 0
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])

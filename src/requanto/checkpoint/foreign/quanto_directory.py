@@ -30,6 +30,7 @@ from requanto.checkpoint.shards import SafetensorsFiles, save_shards
 from requanto.checkpoint.weight_files import MAP_NAME
 from requanto.config.config import QuantoConfig
 from requanto.dtypes.qtypes import qtype, resolve_qtype, short_name
+from requanto.scales.quanto import group_size_rule
 
 #: scalars that optimum-quanto stores for every quantized module
 SCALES = ("input_scale", "output_scale")
@@ -106,6 +107,38 @@ def convert_quanto_directory(
         save_shards(flatten(state), scratch, stem, metadata={KEY: PLACEHOLDER})
         stamp(scratch)
     return target
+
+
+def stored_weights(source: str | os.PathLike, model_class: type | None = None) -> dict[str, dict[str, Any]]:
+    """Type, shape and group size of each quantized weight of a directory; reads headers, and makes the model without weights.
+
+    Args:
+        source: a directory for which `is_quanto_directory` is true.
+        model_class: the model's class, if ``config.json`` does not name it.
+
+    Returns:
+        name -> ``qtype``, ``shape`` and ``group_size`` (None: one scale a row).
+
+    Raises:
+        CheckpointError: the map and the tensors disagree.
+    """
+    source = Path(source)
+    config = read_json(source / "config.json", must_exist=True)
+    files = SafetensorsFiles(source, "diffusion_pytorch_model" if "_class_name" in config else "model")
+    kinds = _kinds(source, checked_map(read_json(source / MAP_NAME), source / MAP_NAME), config, files)
+    skeleton = _skeleton(source, config, model_class)
+    shapes = {name: p.shape for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    unknown = next((name for name in kinds if name not in shapes), None)
+    if unknown is not None:
+        raise CheckpointError(f"{source} quantizes {unknown}, which a {type(skeleton).__name__} does not have")
+    return {
+        name: {
+            "qtype": kind,
+            "shape": tuple(shapes[name]),
+            "group_size": None if kind.bits == 8 else group_size_rule(shapes[name]),
+        }
+        for name, kind in kinds.items()
+    }
 
 
 def _kinds(

@@ -71,6 +71,11 @@ def is_quanto_part(key: str) -> bool:
     return key.endswith(PARTS)
 
 
+def owner_of(key: str) -> str | None:
+    """The quantized weight of optimum-quanto that a stored tensor is a part of; None if it is none."""
+    return next((key.removesuffix(part) for part in sorted(PARTS, key=len, reverse=True) if key.endswith(part)), None)
+
+
 def to_qtensor(
     parts: Mapping[str, torch.Tensor], kind: qtype, shape: torch.Size | tuple[int, ...], name: str = "weight"
 ) -> QTensor:
