@@ -217,19 +217,23 @@ def flux(kind: str, v2: bool) -> File:
     return file
 
 
-out = Path(sys.argv[1])
-torch.manual_seed(0)
-for kind in ("int4", "nvfp4"):
-    flux(kind, v2=False).save(out / f"flux_{kind}", told(kind, "NunchakuFluxTransformer2dModel"))
-    lite = File(kind == "nvfp4", old=False)
-    lite.add("blocks.0.to_q", D, D, row_scales=True)
-    lite.add("blocks.0.net.2", D, 256)
-    lite.add_awq("blocks.0.mod", 2 * D, D)
-    lite.save(out / f"lite_{kind}")
-flux("int4", v2=True).save(out / "flux2_int4", told("int4", "NunchakuFluxTransformer2DModelV2"))
-flux("nvfp4", v2=True).save(out / "flux2_nvfp4", told("nvfp4", "NunchakuFluxTransformer2DModelV2"))
-qwen = File(False, old=False)
-qwen.add("transformer_blocks.0.attn.to_qkv", 3 * D, D)
-qwen.add("transformer_blocks.0.img_mlp.net.2", D, 256, shifted=True)
-qwen.add_awq("transformer_blocks.0.img_mod.1", 6 * D, D)
-qwen.save(out / "qwen_int4", told("int4", "NunchakuQwenImageTransformer2DModel"))
+def main(out: Path) -> None:
+    torch.manual_seed(0)
+    for kind in ("int4", "nvfp4"):
+        flux(kind, v2=False).save(out / f"flux_{kind}", told(kind, "NunchakuFluxTransformer2dModel"))
+        lite = File(kind == "nvfp4", old=False)
+        lite.add("blocks.0.to_q", D, D, row_scales=True)
+        lite.add("blocks.0.net.2", D, 256)
+        lite.add_awq("blocks.0.mod", 2 * D, D)
+        lite.save(out / f"lite_{kind}")
+    flux("int4", v2=True).save(out / "flux2_int4", told("int4", "NunchakuFluxTransformer2DModelV2"))
+    flux("nvfp4", v2=True).save(out / "flux2_nvfp4", told("nvfp4", "NunchakuFluxTransformer2DModelV2"))
+    qwen = File(False, old=False)
+    qwen.add("transformer_blocks.0.attn.to_qkv", 3 * D, D)
+    qwen.add("transformer_blocks.0.img_mlp.net.2", D, 256, shifted=True)
+    qwen.add_awq("transformer_blocks.0.img_mod.1", 6 * D, D)
+    qwen.save(out / "qwen_int4", told("int4", "NunchakuQwenImageTransformer2DModel"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
