@@ -31,6 +31,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     ),
     "diffusers.training_utils": ("requanto.integrations.diffusers_made_from", "register_training"),
     "diffusers.loaders.single_file_model": ("requanto.integrations.diffusers_model", "register_single_file"),
+    "diffusers.loaders.single_file": ("requanto.integrations.diffusers_single_files", "register_pipelines"),
     "diffusers.loaders.lora_pipeline": ("requanto.integrations.diffusers_hooks", "register_lora_expansion"),
     "diffusers.hooks.group_offloading": ("requanto.integrations.diffusers_hooks", "register_group_offloading"),
     "diffusers.hooks.layerwise_casting": ("requanto.integrations.diffusers_hooks", "register_layerwise_casting"),

@@ -18,7 +18,7 @@ from requanto.checkpoint.readme import write_readme
 from requanto.checkpoint.save_id import awaiting_id, check_ids, stamp
 from requanto.checkpoint.watched_load import watch_from_pretrained
 from requanto.config.config import QuantoConfig
-from requanto.integrations import gguf_diffusers
+from requanto.integrations import diffusers_single_files, gguf_diffusers
 from requanto.integrations.casts import allow_casts
 from requanto.integrations.conversion import has_quantized, true_bytes
 from requanto.integrations.diffusers_foreign import loading, quantizer_for
@@ -51,7 +51,8 @@ def register_single_file() -> None:
 
     if not hasattr(FromOriginalModelMixin.from_single_file, "_requanto"):
         inner = _wrap_from_single_file(FromOriginalModelMixin.from_single_file.__func__)
-        FromOriginalModelMixin.from_single_file = classmethod(gguf_diffusers.wrap_from_single_file(inner))
+        outer = diffusers_single_files.wrap_from_single_file(gguf_diffusers.wrap_from_single_file(inner))
+        FromOriginalModelMixin.from_single_file = classmethod(outer)
 
 
 def _wrap_load(original: Any) -> Any:

@@ -74,12 +74,15 @@ def refuse_pickles(files: Iterable[str | os.PathLike], method: Any) -> None:
         )
 
 
+def chosen(asked: QuantoConfig) -> list[str]:
+    """The options of a config that are not the usual ones."""
+    plain = QuantoConfig()
+    return [key for key in plain.parameters() if getattr(asked, key) != getattr(plain, key) and key != "weights_dtype"]
+
+
 def warn_of_choices(asked: Any) -> None:
     """Says which options of the caller's config have no effect on weights that are quantized already."""
-    if not isinstance(asked, QuantoConfig):
-        return
-    plain = QuantoConfig()
-    names = [key for key in plain.parameters() if getattr(asked, key) != getattr(plain, key) and key != "weights_dtype"]
+    names = chosen(asked) if isinstance(asked, QuantoConfig) else []
     if names:
         logger.warning(
             "the checkpoint is quantized already and its weights stay as they are: %s of quantization_config is not used. "

@@ -37,7 +37,7 @@ def wrap_from_single_file(original: Any) -> Any:
         asked = kwargs.get("quantization_config")
         if not _is_gguf(path) or not takes_over("gguf", asked, _reason):
             return original(cls, path, **kwargs)
-        file = _found(path, kwargs)
+        file = found_file(path, kwargs)
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         tensors = read_tensors(file, dtype if isinstance(dtype, torch.dtype) else torch.float32)
         count = sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, QTensor))
@@ -46,7 +46,7 @@ def wrap_from_single_file(original: Any) -> Any:
         warn_of_choices(asked)
         kwargs["quantization_config"] = recipe_for(None)
         model = original(cls, tensors, **kwargs)
-        _check_kept(model, Path(file).name, count)
+        check_kept(model, Path(file).name, count)
         return model
 
     return from_single_file
@@ -60,7 +60,7 @@ def _reason() -> str:
     return "Diffusers opens it with quantization_config=GGUFQuantizationConfig(...) only"
 
 
-def _found(path: Any, options: Mapping[str, Any]) -> str:
+def found_file(path: Any, options: Mapping[str, Any]) -> str:
     """The file on this machine, downloaded if need be."""
     if os.path.isfile(path):
         return str(path)
@@ -96,11 +96,12 @@ def read_tensors(file: str | os.PathLike, dtype: torch.dtype) -> dict[str, torch
     return tensors
 
 
-def _check_kept(model: Any, file: str, count: int) -> None:
+def check_kept(model: Any, file: str, count: int, convolutions: bool = False) -> None:
     """Dequantizes weights that are no linear layer's or embedding's, and says what did not stay quantized.
 
     Args:
         count: number of weights that are quantized in the file.
+        convolutions: their weights stay quantized, too.
     """
     from requanto.integrations.diffusers import record_weights
 
@@ -110,7 +111,7 @@ def _check_kept(model: Any, file: str, count: int) -> None:
             if not isinstance(weight, QTensor):
                 continue
             kind = weight_kind(module, leaf, weight)
-            if kind is None or kind[0] == "convolution":
+            if kind is None or (kind[0] == "convolution" and not convolutions):
                 module._parameters[leaf] = nn.Parameter(weight.dequantize(), requires_grad=False)
                 unusual.append(f"{owner}.{leaf}".removeprefix("."))
                 count -= weight.numel()
