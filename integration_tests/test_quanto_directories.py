@@ -43,7 +43,8 @@ def test_inspect_tells_the_weights_of_a_core_directory(core, tmp_path):
     directory, _output = core
     convert_quanto_directory(directory, tmp_path / "ours")
     report, ours = inspect_directory(directory), inspect_directory(tmp_path / "ours")
-    assert report.format == "optimum-quanto" and not report.would_take
+    assert report.format == "optimum-quanto"
+    assert not report.would_take
     seen, wanted = (
         [(w.name, w.dtype, w.shape, w.group_size) for w in one.weights if w.name.endswith("weight")]
         for one in (report, ours)

@@ -110,7 +110,7 @@ def convert_quanto_directory(
 
 
 def stored_weights(source: str | os.PathLike, model_class: type | None = None) -> dict[str, dict[str, Any]]:
-    """Type, shape and group size of each quantized weight of a directory; reads headers, and makes the model without weights.
+    """Type, shape and group size of each quantized weight of a directory, from headers and a model without weights.
 
     Args:
         source: a directory for which `is_quanto_directory` is true.
