@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.checkpoint.format import CheckpointError
+from requanto.integrations.diffusers_foreign import quantizer_for
 
 HERE = Path(__file__).parent
 FILE = "diffusion_pytorch_model.safetensors"
@@ -206,6 +207,8 @@ def test_files_whose_config_does_not_say_it(written, tmp_path, who, caplog):
     assert not different(values(asked), floats)
     with pytest.raises(CheckpointError, match="low_cpu_mem_usage=True only"):
         load(tmp_path / "fp8", low_cpu_mem_usage=False)
+    with pytest.raises(CheckpointError, match="only float weights among ranks"):
+        quantizer_for([tmp_path / "fp8" / FILE], {"tp_shard_specs": {}})
     who("never")
     assert different(values(load(tmp_path / "fp8")), floats), "Diffusers takes codes for weights"
 

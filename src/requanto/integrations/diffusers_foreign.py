@@ -160,15 +160,15 @@ class ForeignFiles:
         return new | {name: self._translated[name][...] for name in floats}
 
 
-def recognized(files: Iterable[str | os.PathLike]) -> dict[str, Any] | None:
+def recognized(files: Iterable[str | os.PathLike] | None) -> dict[str, Any] | None:
     """A config for files that are quantized, and whose config does not say so; None for others."""
-    files = [str(file) for file in files]
+    files = [str(file) for file in files or ()]
     if not files or not all(file.endswith(".safetensors") and os.path.isfile(file) for file in files):
         return None
     return recognize({}, FilesSource(files, unique=False))
 
 
-def quantizer_for(model: Any, files: Iterable[Any], options: Mapping[str, Any]) -> Any:
+def quantizer_for(files: Iterable[Any], options: Mapping[str, Any]) -> Any:
     """Requanto's quantizer for a model whose files are quantized, and whose config.json does not say so; else None.
 
     Args:
@@ -179,6 +179,11 @@ def quantizer_for(model: Any, files: Iterable[Any], options: Mapping[str, Any]) 
     stored = recognized(files)
     if stored is None or not takes_over(stored["quant_method"], None, lambda: "config.json does not name the format"):
         return None
+    if options.get("tp_shard_specs") is not None:
+        raise CheckpointError(
+            f"the files are quantized ({stored['quant_method']}), and Diffusers divides only float weights among ranks "
+            f"while it loads them: load without parallel_config"
+        )
     if not options.get("low_cpu_mem_usage", True):
         raise CheckpointError("low_cpu_mem_usage=False: quantized weights are loaded with low_cpu_mem_usage=True only")
     from requanto.integrations.diffusers import RequantoDiffusersQuantizer

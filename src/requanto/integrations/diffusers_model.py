@@ -65,7 +65,7 @@ def _wrap_load(original: Any) -> Any:
     def _load_pretrained_model(
         cls: Any, model: Any, state_dict: Any, files: Any, path: Any, keys: Any, **kwargs: Any
     ) -> Any:
-        foreign = quantizer_for(model, files, kwargs)
+        foreign = quantizer_for(files, kwargs)
         if foreign is not None:
             keys, kwargs["hf_quantizer"] = foreign.maybe_update_loaded_keys(keys, files), foreign
             foreign.preprocess_model(
