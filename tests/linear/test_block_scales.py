@@ -43,7 +43,7 @@ def test_packed_products(form, shape, dtype):
         grad = x.clone().requires_grad_()
         layer(grad).sum().backward()
         assert error(grad.grad, wanted.sum(0).expand(rows, -1)) < BOUNDS[dtype]
-    assert layer.weight.layout_name.startswith("int4-")
+    assert layer.weight.layout_name.startswith("int4-") is (dtype == torch.bfloat16)  # others gain nothing by it
     padded = -(-shape[0] // 64) * 64 * -(-shape[1] // 64) * 64 / (shape[0] * shape[1])
     assert layer.weight.nbytes < 1.16 * padded * stored
     layer.weight.unpack()

@@ -55,8 +55,12 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qt
         return float8.LAYOUT
     if not int4.fits(weight):
         return None
-    # torch's int4 operator takes x of any dtype, the compiled kernels only bfloat16.
-    return int4.layout() if spec.group_size in int4.GROUPS or (dtype or spec.dtype) == torch.bfloat16 else None
+    if (dtype or spec.dtype) == torch.bfloat16:
+        return int4.layout()
+    # Other dtypes are dequantized: int4 as fast from the plain layout, which needs no second copy of the scales. Without a
+    # dtype, `prepare` asks: x may have any.
+    faster = spec.qtype.bits < 4 or dtype is None
+    return int4.layout() if spec.group_size in int4.GROUPS and faster else None
 
 
 def _smallest(weight: QTensor, layout: Layout, activation: qtype | None) -> int:
