@@ -262,6 +262,14 @@ def test_convert_writes_the_same_codes_without_the_model_class(original, tmp_pat
     assert (tmp_path / "ours" / "generation_config.json").is_file()
 
 
+def test_convert_into_a_folder_of_the_checkpoint_counts_its_own_files(original, tmp_path):
+    shutil.copytree(original[0], tmp_path / "model")
+    weights = (tmp_path / "model" / "model.safetensors").stat().st_size
+    result = convert_checkpoint(tmp_path / "model", tmp_path / "model" / "ours")
+    assert result.bytes_before == weights
+    assert result.bytes_after == (tmp_path / "model" / "ours" / "model.safetensors").stat().st_size
+
+
 def test_convert_says_what_it_does_not_convert(original, tmp_path):
     with pytest.raises(ValueError, match="choose another"):
         convert_checkpoint(original[0], original[0])

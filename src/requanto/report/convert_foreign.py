@@ -71,7 +71,7 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, progress: bool = 
         ValueError: it is not quantized, or Requanto wrote it; ``out`` is its own directory.
         CheckpointError: it is damaged, or its format is not known.
     """
-    started, out = time.monotonic(), Path(out)
+    started, out, pipeline = time.monotonic(), Path(out), False
     check_target(out)
     result = Conversion(str(out))
     if str(source).endswith(".gguf"):
@@ -80,18 +80,19 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, progress: bool = 
         directory = local_directory(source)
         if out.resolve() == directory.resolve():
             raise ValueError(f"OUT is the checkpoint's own directory {directory}; choose another one")
-        if (directory / "model_index.json").is_file():
+        pipeline = (directory / "model_index.json").is_file()
+        result.bytes_before = _weight_bytes(directory, pipeline)  # before OUT is written, which may be inside
+        if pipeline:
             _convert_pipeline(directory, out, result, progress)
         else:
             result.parts.append(_convert_model(directory, out, progress))
-        result.bytes_before = _weight_bytes(directory)
-    result.bytes_after = _weight_bytes(out)
+    result.bytes_after = _weight_bytes(out, pipeline)
     result.seconds = time.monotonic() - started
     return result
 
 
-def _weight_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+def _weight_bytes(directory: Path, pipeline: bool) -> int:
+    return sum(path.stat().st_size for path in directory.glob("**/*.safetensors" if pipeline else "*.safetensors"))
 
 
 class _Writer:
