@@ -60,14 +60,19 @@ def test_a_language_model(weights: str, smollm2_dir: Path) -> None:
         assert found[f"perplexity_{text}"] <= 1.02 * plain[f"perplexity_{text}"]
 
 
+@functools.cache
+@torch.no_grad()
+def drawn(count: int) -> torch.Tensor:
+    return yardstick.sample.draw(yardstick.sample.load(), torch.arange(count) % 10)
+
+
 @torch.no_grad()
 def decibels(moved: int = 3, count: int = 50, **options: Any) -> float:
     """PSNR of digits, mean of several roundings: one may be 1 dB better than the next by chance alone.
 
     They differ in which weights are a group: the columns are moved before the weights are rounded, and back after.
     """
-    labels = torch.arange(count) % 10
-    wanted, total = yardstick.sample.draw(yardstick.sample.load(), labels), 0.0
+    labels, wanted, total = torch.arange(count) % 10, drawn(count), 0.0
     for places in range(0, 7 * moved, 7):
         model = yardstick.sample.load()
         layers = [module for module in model.modules() if isinstance(module, nn.Linear)]

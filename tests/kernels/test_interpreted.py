@@ -1,4 +1,4 @@
-"""Runs `interpreted/check_*.py`, each in a process of its own with TRITON_INTERPRET=1.
+"""Runs `interpreted/check_*.py` in a process of its own with TRITON_INTERPRET=1.
 
 Triton decides at import whether kernels are compiled or interpreted, so the choice must not leak into, or depend on,
 what other tests of this process import.
@@ -16,13 +16,13 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "kernels"
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "interpreted").glob("check_*.py")), ids=lambda p: p.stem)
-def test_interpreted(path):
+def test_interpreted():
     paths = [str(HERE), str(KERNELS), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
         "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-o", "python_files=check_*.py", str(path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-o", "python_files=check_*.py"]
+    command.append(str(HERE / "interpreted"))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

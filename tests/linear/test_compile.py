@@ -12,7 +12,7 @@ class Stack(nn.Module):
     def __init__(self, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(128, 128, dtype=dtype) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(128, 128, dtype=dtype) for _ in range(2))
         for layer in self.layers:
             layer.weight = nn.Parameter(QTensor.quantize(layer.weight, kind), requires_grad=False)
 

@@ -439,6 +439,7 @@ def test_with_a_compiler_that_fails(nothing_loaded, monkeypatch, caplog, tmp_pat
     broken.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 1)  # one after the other: after the first no other is tried
     as_unasked(monkeypatch, caplog, "do not use compiled kernels in this process: compiling the kernel")
 
 
@@ -519,29 +520,39 @@ def test_a_file_that_is_no_kernel_is_made_anew(nothing_loaded, monkeypatch):
 
 
 def test_kept_for_later_processes(tmp_path):
-    """Two processes at once make a kernel once; another width of vectors has its own; a third process makes nothing."""
+    """One that is there is used; two processes at once make that of another width of vectors once; later ones use it."""
     environment = {**os.environ, "REQUANTO_CACHE": str(tmp_path)}
+    path = tmp_path / cache.path_of("e4m3", calls.SOURCES["e4m3"]).name
+    copy_kept({"e4m3": path})
 
-    def start(capability: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-c", ONE_KERNEL],
-            env={**environment, "ATEN_CPU_CAPABILITY": capability},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def errors_of(*processes: dict[str, str]) -> list[str]:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", ONE_KERNEL],
+                env={**environment, **more},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for more in processes
+        ]
+        errors = [process.communicate()[1] for process in started]
+        assert [process.returncode for process in started] == [0] * len(started), "".join(errors)[-2000:]
+        return errors
 
-    for started in ([start("avx512"), start("avx512")], [start("avx2")]):
-        for process in started:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors[-2000:]
-    packages = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.so")}
-    assert len(packages) == 2
-    again = start("avx512")
-    _, errors = again.communicate()
-    assert again.returncode == 0
-    assert "compiling" not in errors
-    assert "imported the compiler: False" in errors
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.so")} == packages
+    def packages() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.so")}
+
+    before, avx2 = packages(), {"ATEN_CPU_CAPABILITY": "avx2"}
+    assert list(before) == [path.name]
+    assert sum("compiling" in errors for errors in errors_of(avx2, avx2)) == 1
+    after = packages()
+    assert len(after) == 2
+    assert after.items() > before.items()
+    for more in ({}, avx2):
+        (errors,) = errors_of(more)
+        assert "compiling" not in errors
+        assert "imported the compiler: False" in errors
+    assert packages() == after
 
 
 ONE_KERNEL = """

@@ -1,4 +1,4 @@
-"""Runs `interpreted/check_*.py`, each in a process of its own: Triton decides at import whether kernels are interpreted."""
+"""Runs `interpreted/check_*.py` in a process of its own: Triton decides at import whether kernels are interpreted."""
 
 import os
 import subprocess
@@ -12,8 +12,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "interpreted").glob("check_*.py")), ids=lambda p: p.stem)
-def test_interpreted(path):
+def test_interpreted():
     paths = [
         str(ROOT / "tests" / "kernels"),
         str(ROOT / "kernels"),
@@ -24,6 +23,7 @@ def test_interpreted(path):
         "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-o", "python_files=check_*.py", str(path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", "-o", "python_files=check_*.py"]
+    command.append(str(HERE / "interpreted"))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

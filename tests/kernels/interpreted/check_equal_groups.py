@@ -22,6 +22,8 @@ HALF, FULL = torch.float16, torch.float32
 PAIRS = [(FULL, FULL), (FULL, HALF), (HALF, HALF), (HALF, FULL)]
 GROUPS = [16, 32, 64, 128, None]
 K = 256
+#: The interpreter takes its time by the number of tiles: few large ones.
+LARGE = Config(block_m=256, block_n=32, block_k=256, split_k=1)
 
 
 def draw(bits, group, scale_dtype, n=24, k=K, **more) -> Weight:
@@ -44,7 +46,7 @@ def test_product(bits, form, group, dtype, scale_dtype):
     w = draw(bits, group, scale_dtype)
     qdata, what = common(w, form)
     config = Config(
-        block_m=128, block_n=32, block_k=256, left=form != "right", fields=form == "fields", split_k=1
+        block_m=256, block_n=32, block_k=256, left=form != "right", fields=form == "fields", split_k=1
     )  # fmt: skip
     got = wq_gemm(torch.eye(K, dtype=dtype), qdata, w.scale, w.shift, config=config, **what)
     check_equal_groups(got.T, w, TOLERANCE[dtype])
@@ -77,10 +79,10 @@ def test_experts(bits, group, dtype, scale_dtype):
     w = draw(bits, group, scale_dtype, experts=3)
     qdata, what = common(w, "exec")
     x, ends = torch.eye(K, dtype=dtype).repeat(3, 1), torch.arange(4) * K
-    got = wq_gemm_grouped(x, ends, qdata, w.scale, w.shift, **what)
+    got = wq_gemm_grouped(x, ends, qdata, w.scale, w.shift, config=LARGE, **what)
     check_equal_groups(got.view(3, K, 24).transpose(1, 2), w, TOLERANCE[dtype])
     dy, ends = torch.eye(24, dtype=dtype).repeat(3, 1), torch.arange(4) * 24
-    dx = wq_gemm_dx(dy, qdata, w.scale, w.shift, offsets=ends, **what)
+    dx = wq_gemm_dx(dy, qdata, w.scale, w.shift, offsets=ends, config=LARGE, **what)
     check_equal_groups(dx.view(3, 24, K), w, TOLERANCE[dtype])
 
 
@@ -93,7 +95,8 @@ def test_experts(bits, group, dtype, scale_dtype):
 def test_int8_activations(bits, group, form, out_dtype, scale_dtype):
     w = draw(bits, group, scale_dtype)
     qdata, what = common(w, form)
-    got = w4a8_gemm(torch.eye(K, dtype=torch.int8), torch.ones(K), qdata, w.scale, w.shift, out_dtype=out_dtype, **what)
+    x, ones = torch.eye(K, dtype=torch.int8), torch.ones(K)
+    got = w4a8_gemm(x, ones, qdata, w.scale, w.shift, out_dtype=out_dtype, config=LARGE, **what)
     check_equal_groups(got.T, w, TOLERANCE[out_dtype])
 
 
