@@ -366,6 +366,13 @@ def test_formats_out_of_reach_are_refused_by_name(damaged, method):
     refused(damaged, f"{method}.*What reads it: ")
 
 
+@pytest.mark.parametrize("method", ["exl3", "qtip"])
+def test_formats_out_of_reach_that_transformers_does_not_know_give_no_random_weights(damaged, method):
+    edit_config(damaged, quantization_config={"quant_method": method})
+    with pytest.raises(CheckpointError, match=f"{method}.*What reads it: "):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
 @pytest.mark.parametrize("asked", [{}, {"quantization_config": QuantoConfig()}])
 def test_an_unknown_method_gives_no_random_weights(damaged, asked):
     edit_config(damaged, quantization_config={"quant_method": "quux"})
@@ -377,6 +384,20 @@ def test_a_config_that_was_lost_gives_no_random_weights(damaged):
     edit_config(damaged, quantization_config=None)
     with pytest.raises(CheckpointError, match=r"qweight and \d+ more.*quantization_config=QuantoConfig\(\)"):
         AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "SCB"])
+def test_codes_that_have_the_name_of_the_weight_are_not_taken_for_it(damaged, scale):
+    """Files of compressed-tensors' int8 or of LLM.int8() whose config was lost."""
+    edit_config(damaged, quantization_config=None)
+    state = LlamaForCausalLM(AutoConfig.from_pretrained(damaged)).state_dict()
+    name = "model.layers.0.mlp.up_proj"
+    state[f"{name}.weight"] = (state[f"{name}.weight"] * 100).to(torch.int8)
+    state[f"{name}.{scale}"] = torch.ones(128, dtype=torch.float32)
+    save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
+    for asked in ({}, {"quantization_config": QuantoConfig()}):
+        with pytest.raises(CheckpointError, match=rf"scales of weights \({name}\.{scale} and 0 more\)"):
+            AutoModelForCausalLM.from_pretrained(damaged, **asked)
 
 
 def test_a_config_in_a_file_beside_it(damaged, original, caplog):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from requanto.checkpoint import CheckpointError
-from requanto.checkpoint.files import check_all_read
+from requanto.checkpoint.files import check_all_read, check_scales_read
 from requanto.checkpoint.model_class import first_architecture, named_class
 from requanto.checkpoint.opening import check_directory, checked_config, read_json, stored_config, weight_map
 from requanto.checkpoint.shards import SafetensorsFiles
@@ -144,6 +144,15 @@ def test_parts_that_no_parameter_took():
             CheckpointError, match=r"quantized weights \(.*and 0 more\).*Model would have random weights"
         ):
             check_all_read([key, "b"], ["a.weight"], "Model")
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "SCB", "scale_weight"])
+def test_scales_of_codes_that_have_the_name_of_the_weight(scale):
+    check_scales_read([f"other.{scale}", "a.input_scale", "a.k_scale"], ["a.weight", "b.weight"], "Model")
+    with pytest.raises(
+        CheckpointError, match=rf"scales of weights \(a\.{scale} and 0 more\).*Model would take the codes"
+    ):
+        check_scales_read([f"a.{scale}"], ["a.weight"], "Model")
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,16 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from requanto.checkpoint.format import PARTS, CheckpointError
+from requanto.runtime.settings import settings
 
 #: what a quantized weight's name is followed by in a file: Requanto's parts, and those of optimum-quanto
 _SUFFIXES = (*(f"_{part}" for part in PARTS), "._data", "._data._data")
 #: last words of the names of codes in files of GPTQ, AWQ and AutoRound, HQQ, compressed-tensors
 _CODES = frozenset({"qweight", "W_q", "weight_packed"})
+
+#: last words of the names of scales of codes that are stored under the weight's own name: float8 and int8 of
+#: compressed-tensors, DeepSeek, ModelOpt and FBGEMM; LLM.int8() of bitsandbytes; ComfyUI's scaled float8
+_SCALES = (".weight_scale", ".weight_scale_inv", ".SCB", ".scale_weight")
 
 
 def stored_keys(files: Iterable[str | Path]) -> set[str]:
@@ -97,6 +102,35 @@ def check_all_read(unread: Iterable[str], missing: Iterable[str], model: str) ->
             f"config.json does not say so, so {model} would have random weights. Pass quantization_config=QuantoConfig(): "
             f"Requanto then looks at the tensors. Or use the config.json that was saved with the files."
         )
+
+
+def check_scales_read(unread: Iterable[str], has: Iterable[str], model: str) -> None:
+    """Raises if scales of weights that the model has were not read: their codes would be taken for the weights.
+
+    For models that no quantizer loads from quantized files, unless ``requanto.settings.foreign`` is ``"never"``.
+
+    Args:
+        unread: names of stored tensors that no parameter of the model took.
+        has: names of the model's parameters.
+        model: its class, for the message.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    if settings.foreign == "never":
+        return
+    has = set(has)
+    lost = sorted(key for key in unread for end in _SCALES if key.endswith(end) and _weight_beside(key, end) in has)
+    if lost:
+        raise CheckpointError(
+            f"the files hold scales of weights ({lost[0]} and {len(lost) - 1} more), so the weights are codes of another "
+            f"library, but config.json does not say so and {model} would take the codes for weights. Use the config.json "
+            f"that was saved with the files. (If the weights are floats after all, take the scales out of the files.)"
+        )
+
+
+def _weight_beside(key: str, end: str) -> str:
+    return f"{key.removesuffix(end)}.weight"
 
 
 def _weight_of(key: str) -> str | None:

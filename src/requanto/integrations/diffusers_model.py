@@ -10,7 +10,7 @@ from typing import Any
 
 from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.files import check_all_read, stored_keys
+from requanto.checkpoint.files import check_all_read, check_scales_read, stored_keys
 from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import checked_config, read_json, stored_config
@@ -75,6 +75,8 @@ def _wrap_load(original: Any) -> Any:
             )
         wanted = model.state_dict().keys()
         check_all_read(set(keys) - wanted, wanted - set(keys), cls.__name__)
+        if not getattr(kwargs.get("hf_quantizer"), "pre_quantized", False):
+            check_scales_read(set(keys) - wanted, wanted, cls.__name__)
         result = original(cls, model, state_dict, files, path, keys, **kwargs)
         if foreign is not None:
             foreign.postprocess_model(result[0])

@@ -54,7 +54,7 @@ def takes_over(method: str, asked: Any, library: Callable[[], str | None]) -> bo
         "this checkpoint was quantized by another library (%s), which does not open it here: %s. Requanto opens it, with "
         "the same weights. (requanto.settings.foreign = 'never' turns that off)",
         method,
-        reason,
+        reason.rstrip(". "),
     )
     return True
 

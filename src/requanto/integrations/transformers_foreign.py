@@ -14,7 +14,7 @@ from typing import Any
 
 from requanto.checkpoint.foreign.directory import config_of, description_of, recipe_for
 from requanto.checkpoint.foreign.found import ForeignCheckpoint, transpose_conv1d
-from requanto.checkpoint.foreign.readers import scan
+from requanto.checkpoint.foreign.readers import READERS, scan
 from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSource
 from requanto.checkpoint.foreign.translated import Translated, tell
 from requanto.checkpoint.format import CheckpointError
@@ -123,7 +123,7 @@ def claim(
     else:
         known = as_dict(stored)
     method = str(known["quant_method"])
-    if not is_known(method) and not options.get("trust_remote_code"):
+    if method not in READERS and not options.get("trust_remote_code"):
         check_any_knows(method, asked)
     if not is_known(method) or not takes_over(method, asked, lambda: _reason(known, device_map, weights_only)):
         return None

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from requanto.checkpoint.activation_table import activation_table
 from requanto.checkpoint.directory import replaced_directory
-from requanto.checkpoint.files import check_all_read
+from requanto.checkpoint.files import check_all_read, check_scales_read
 from requanto.checkpoint.foreign.quanto_directory import wrap_from_pretrained
 from requanto.checkpoint.format import CheckpointError
 from requanto.checkpoint.opening import stored_config
@@ -68,6 +68,9 @@ def _wrap_finalize_loading(original: Any) -> Any:
     def finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         transformers_parts.check_loaded(model, set(loading_info.missing_keys))
         check_all_read(loading_info.unexpected_keys, loading_info.missing_keys, type(model).__name__)
+        if not getattr(getattr(load_config, "hf_quantizer", None), "pre_quantized", False):
+            names = [name for name, _parameter in model.named_parameters()]
+            check_scales_read(loading_info.unexpected_keys, names, type(model).__name__)
         quantizer = model.__dict__.get(tensor_parallel.LOADING)
         if quantizer is not None and quantizer.pre_quantized:
             _check_shapes(loading_info.mismatched_keys, getattr(load_config, "ignore_mismatched_sizes", False))
