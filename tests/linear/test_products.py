@@ -230,6 +230,21 @@ def test_rows_dequantize_as_the_formula_says(kind, dtype):
     assert (out.double() - want).norm() <= limit * want.norm()
 
 
+@pytest.mark.parametrize("kind", ["int2", "int3", "int4", "int6", "int8"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_symmetric_codes_with_one_scale(layer, kind, packed, dtype):
+    """Codes below 8 bits are several in a byte, and 0 is not the code of zero."""
+    module = layer(kind, 64, 96, dtype)
+    weight = QTensor.quantize(torch.randn(64, 96).to(dtype), kind, group_size=None, symmetric=True)
+    module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    want = weight.dequantize(torch.float64)
+    if packed:
+        prepare(module, smallest=0)
+    out = dequantize_rows(module.weight, 0, 64, torch.empty(64, 96, dtype=dtype))
+    assert (out.double() - want).norm() <= {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * want.norm()
+
+
 @pytest.mark.parametrize("kind", ["float8", "fp8_e5m2"])
 def test_every_float8_number(kind):
     codes = torch.arange(256, dtype=torch.uint8)

@@ -61,7 +61,8 @@ def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *
         if pairs is not None:
             _from_codebook(stored, weight.qtype.bits, pairs, scale[own] if scaled else None, part)
             continue
-        if scaled and weight.qtype.dtype == torch.int8 and row_scaled(weight) and part.dtype != torch.float32:
+        bytes_of_codes = weight.qtype.dtype == torch.int8 and not weight.qtype.is_packed
+        if scaled and bytes_of_codes and row_scaled(weight) and part.dtype != torch.float32:
             # Computed in float32 and rounded once; this is as fast as in bfloat16.
             wide = scratch_buffer(tuple(part.shape), torch.float32, slot=2).copy_(stored)
             part.copy_(wide.mul_(scale[own].float()))
