@@ -284,6 +284,22 @@ def test_convert_says_what_it_does_not_convert(original, tmp_path):
         convert_checkpoint(tmp_path / "none.gguf", tmp_path / "again")
 
 
+def test_convert_leaves_out_what_describes_the_other_format(original, tmp_path):
+    shutil.copytree(original[0], tmp_path / "model")
+    for name in ("hf_quant_config.json", "quantize_config.json", "quantization_config.json", "tokenizer.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    convert_checkpoint(tmp_path / "model", tmp_path / "ours")
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert "tokenizer.json" in names
+    assert not [name for name in names if "quant" in name and not name.startswith(".")]
+
+
+def test_convert_does_not_call_a_pickle_a_float_model(damaged, tmp_path):
+    (damaged / "model.safetensors").rename(damaged / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin.*Pickles .* are not opened"):
+        convert_checkpoint(damaged, tmp_path / "ours")
+
+
 def test_a_conversion_that_fails_leaves_what_was_there(damaged, tmp_path):
     edit(damaged, lambda tensors: tensors["model.layers.1.mlp.up_proj.scales"].fill_(float("nan")))
     (tmp_path / "out").mkdir()

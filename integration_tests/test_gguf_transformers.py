@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GgufConfig
 import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.checkpoint.format import CheckpointError
+from requanto.report.convert_foreign import convert_checkpoint
 
 
 def own(path: Path, **options: Any) -> Any:
@@ -93,6 +94,23 @@ def GGUF(path: Path) -> dict[str, np.ndarray]:
     import gguf
 
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_convert(llama, tmp_path, monkeypatch):
+    folder = tmp_path / "Downloads"
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(llama)
+    for name in ("generation_config.json", "notes.txt", "script.py", "config.json"):
+        (folder / name).write_text("{}")
+    monkeypatch.setattr(requanto.settings, "foreign", "never")
+    result = convert_checkpoint(folder / "model.gguf", tmp_path / "ours")
+    monkeypatch.setattr(requanto.settings, "foreign", "auto")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert lines(model) == lines(load(llama))
+    assert result.parts[0].quantized == len(lines(model))
+    names = {path.name for path in (tmp_path / "ours").iterdir()}
+    assert {"generation_config.json", "config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not {"notes.txt", "script.py"} & names
 
 
 def test_save_load_and_change(llama, tmp_path):

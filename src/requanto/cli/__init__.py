@@ -1,4 +1,4 @@
-"""The command line: ``requanto quantize``, ``inspect``, ``eval``, ``compare``, ``tune``, ``kernels``."""
+"""The command line: ``requanto quantize``, ``inspect``, ``convert``, ``eval``, ``compare``, ``tune``, ``kernels``."""
 
 from requanto.cli.app import app, main
 

@@ -212,7 +212,10 @@ def _values(items: list[str]) -> dict[str, Any]:
 def inspect(
     directory: Annotated[
         Path,
-        typer.Argument(help="Directory of a quantized or float model, as written by save_pretrained, or a .gguf file."),
+        typer.Argument(
+            help="Directory of a quantized or float model, as written by save_pretrained, a .gguf file, or a single "
+            ".safetensors file such as ComfyUI's."
+        ),
     ],
     all_layers: Annotated[bool, typer.Option("--all", help="List every weight, also norms and biases.")] = False,
     parallel: Annotated[

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 _NEVER = frozenset({RECORD, "adapter_config.json", "README.md"})
 
 
-def save_with_companions(model: Any, source: Path, out: Path) -> None:
+def save_with_companions(model: Any, source: Path, out: Path, leave: Collection[str] = ()) -> None:
     """Saves a model that was loaded from ``source`` to ``out``, with its companions; all of it or nothing.
 
     Companions of an earlier run for another model are deleted. One that was edited since is kept as ``NAME.bak``; if it is
-    the same model's, the edited one stays in use. Files that no run wrote stay.
+    the same model's, the edited one stays in use. Files that no run wrote stay. Those named in ``leave`` are not copied.
     """
     remove: list[str] = []
     with replaced_directory(out, remove) as scratch:
@@ -38,7 +39,7 @@ def save_with_companions(model: Any, source: Path, out: Path) -> None:
         saved = {path.name for path in scratch.iterdir() if path.is_file()} - _NEVER
         earlier = _record(out)
         record = {name: _digest(scratch / name) for name in saved if not _is_weights(name)}
-        copied = {path.name: path for path in companions(source) if path.name not in saved}
+        copied = {path.name: path for path in companions(source) if path.name not in {*saved, *leave}}
         for name, path in copied.items():
             digest = _digest(path)
             if _keeps_edit(out / name, path, earlier.get(name), digest):

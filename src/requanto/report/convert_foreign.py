@@ -12,15 +12,29 @@ from typing import Any
 from tqdm import tqdm
 
 from requanto.checkpoint.directory import check_target, replaced_directory
-from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, open_gguf, write_converted
+from requanto.checkpoint.foreign.directory import (
+    EXTRA_FILES,
+    ForeignDirectory,
+    open_directory,
+    open_gguf,
+    write_converted,
+)
 from requanto.checkpoint.foreign.quanto_directory import convert_quanto_directory, is_quanto_directory
 from requanto.checkpoint.foreign.translated import tell
 from requanto.checkpoint.opening import is_ours, read_json, stored_config
+from requanto.checkpoint.weight_files import model_files
 from requanto.config.config import QuantoConfig
-from requanto.report.companions import save_with_companions
+from requanto.report.companions import companions, save_with_companions
 from requanto.report.convert import local_directory
 
 logger = logging.getLogger(__name__)
+
+#: files that say how another library quantized the weights; wrong beside the converted ones
+_DESCRIPTIONS = frozenset({*EXTRA_FILES, "quantization_config.json"})
+#: what a model may have beside its .gguf file
+_BESIDE_GGUF = frozenset(
+    {"generation_config.json", "chat_template.jinja", "preprocessor_config.json", "processor_config.json"}
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,11 @@ def convert_checkpoint(source: str | Path, out: str | Path, *, progress: bool = 
     result = Conversion(str(out))
     if str(source).endswith(".gguf"):
         _convert_gguf(Path(source), out, result)
+    elif Path(source).suffix == ".safetensors" and Path(source).is_file():
+        raise ValueError(
+            f"{source} is a single file, without the config.json that a directory of Requanto's format needs. Open it with "
+            f"its class, as in FluxTransformer2DModel.from_single_file(...), and save it with save_pretrained"
+        )
     else:
         directory = local_directory(source)
         if out.resolve() == directory.resolve():
@@ -116,12 +135,18 @@ def _convert_model(directory: Path, out: Path, progress: bool, name: str = "") -
         stored = stored_config(read_json(directory / "config.json"), directory)
         if is_ours(stored):
             raise ValueError(f"{directory} has Requanto's format already; there is nothing to convert")
+        if not model_files(directory):
+            found = ", ".join(sorted(path.name for path in directory.iterdir())[:8]) or "nothing"
+            raise FileNotFoundError(
+                f"{directory} holds no .safetensors file; found {found}. Pickles (.bin, .pt) are not opened, because they "
+                f"may run code: load them with the library that saved them, and save them again in safetensors files"
+            )
         raise ValueError(
             f"{directory} is not quantized: config.json has no quantization_config, and the tensors are those of no "
             f"format that Requanto knows. To quantize it: requanto quantize {directory} OUT"
         )
     tell(foreign.found, str(directory))
-    save_with_companions(_Writer(foreign, progress), directory, out)
+    save_with_companions(_Writer(foreign, progress), directory, out, _DESCRIPTIONS)
     found = foreign.found
     return ConvertedPart(name, found.format, len(found.weights), sum(bool(one.reason) for one in found.floats.values()))
 
@@ -166,7 +191,9 @@ def _convert_gguf(source: Path, out: Path, result: Conversion) -> None:
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
 
-    save_with_companions(_Saved(), source.parent, out)
+    # The folder of a .gguf file may be any, with files that are none of the model's.
+    others = {path.name for path in companions(source.parent)} - _BESIDE_GGUF
+    save_with_companions(_Saved(), source.parent, out, others)
     found = open_gguf(source).found
     dequantized = sum(bool(one.reason) for one in found.floats.values())
     result.parts.append(ConvertedPart("", found.format, count, dequantized))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from requanto.budget.models import budget_of
 from requanto.checkpoint.commit import finish_interrupted
 from requanto.checkpoint.files import stored_keys
-from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, open_gguf
+from requanto.checkpoint.foreign.directory import ForeignDirectory, open_directory, open_file, open_gguf
 from requanto.checkpoint.foreign.quanto_directory import is_quanto_directory, stored_weights
 from requanto.checkpoint.foreign.quanto_files import owner_of
 from requanto.checkpoint.format import CheckpointError, parse_spec
@@ -96,7 +96,7 @@ def inspect_model(model: torch.nn.Module) -> ModelReport:
 
 
 def inspect_directory(directory: str | Path) -> ModelReport:
-    """Reports on a saved directory or a GGUF file; only file headers are read, no weights.
+    """Reports on a saved directory, a GGUF file or a single file of ComfyUI; only headers are read, no weights.
 
     Raises:
         FileNotFoundError: no directory, or no config.json or safetensors file in it.
@@ -105,6 +105,8 @@ def inspect_directory(directory: str | Path) -> ModelReport:
     directory = Path(directory)
     if directory.suffix == ".gguf" and directory.is_file():
         return _foreign_report(open_gguf(directory))
+    if directory.suffix == ".safetensors" and directory.is_file():
+        return _foreign_report(open_file(directory))
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory} is not a directory; expected one that save_pretrained wrote")
     finish_interrupted(directory)

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from requanto.checkpoint.foreign import readers
 from requanto.checkpoint.foreign.comfyui import is_cast, recognize
 from requanto.checkpoint.foreign.source import FilesSource, Source, TensorsSource
 from requanto.checkpoint.format import CheckpointError, rebuild
+from requanto.report.convert_foreign import convert_checkpoint
+from requanto.report.inspect import inspect_directory
 
 DATA = Path(__file__).parent / "data" / "comfy_kitchen_0_2_40.safetensors"
 COMFY = {"quant_method": "comfyui"}
@@ -151,6 +154,21 @@ def test_old_files(made: Callable[..., dict[str, Any]]) -> None:
     # a marker of two elements: matrices are multiplied in full precision
     tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn, device="cpu")
     assert not readers.scan(COMFY, TensorsSource(tensors)).activations
+
+
+def test_inspect_tells_what_a_single_file_holds(tmp_path: Path) -> None:
+    save_file(old_file(), tmp_path / "model.safetensors")
+    report = inspect_directory(tmp_path / "model.safetensors")
+    assert "ComfyUI" in report.format
+    kinds = {weight.name: weight.dtype for weight in report.weights}
+    assert kinds["m.a.weight"] == "float8"
+    assert kinds["m.c.weight"] == "bfloat16"
+    assert "m.a.scale_weight" not in kinds
+    save_file({"a.weight": torch.ones(2, 2, dtype=torch.float32, device="cpu")}, tmp_path / "float.safetensors")
+    with pytest.raises(CheckpointError, match=r"float\.safetensors holds no weights that can be told to be quantized"):
+        inspect_directory(tmp_path / "float.safetensors")
+    with pytest.raises(ValueError, match=r"single file.*from_single_file"):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out")
 
 
 def test_marks_in_the_header() -> None:

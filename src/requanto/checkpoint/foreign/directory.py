@@ -100,6 +100,22 @@ def open_gguf(file: str | os.PathLike) -> ForeignDirectory:
     return ForeignDirectory(Path(file), {}, source, scan_gguf({}, source))
 
 
+def open_file(file: str | os.PathLike) -> ForeignDirectory:
+    """Reads the header of a single safetensors file, such as ComfyUI's; its weights have the file's own names.
+
+    Raises:
+        CheckpointError: the file is damaged, or its tensors alone are those of no format.
+    """
+    source = FilesSource([file])
+    config = recognize({}, source)
+    if config is None:
+        raise CheckpointError(
+            f"{file} holds no weights that can be told to be quantized by their tensors alone. If a config.json describes "
+            f"them, pass its directory"
+        )
+    return ForeignDirectory(Path(file), {}, source, scan(config, source))
+
+
 def is_conv1d(description: Mapping[str, Any], name: str) -> bool:
     """Whether the weight of that name belongs to a Conv1D, where there is no model to look at."""
     parts = (description, *(value for value in description.values() if isinstance(value, Mapping)))
