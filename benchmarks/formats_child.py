@@ -137,7 +137,11 @@ def outputs_equal(model: Any, said: dict[str, Any], outputs: dict[str, Tensor]) 
     inputs = inputs_of(said, outputs)
     answer: dict[str, Any] = {"output_difference": far(run(model, inputs), outputs["output"])}
     if said["kind"] == "causal":
-        answer["tokens_equal"] = int((greedy(model, inputs["input_ids"]) == outputs["tokens"]).sum())
+        tokens = greedy(model, inputs["input_ids"])
+        answer["tokens_equal"] = int((tokens == outputs["tokens"]).sum())
+    if "rounded" in outputs:  # the format rounds inputs, too: what that does in its own library
+        answer["library_difference"] = far(outputs["rounded"], outputs["output"])
+        answer["library_tokens"] = int((outputs["rounded_tokens"] == outputs["tokens"]).sum())
     return answer
 
 

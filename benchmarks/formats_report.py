@@ -10,7 +10,7 @@ BEGIN, END = "<!-- formats: begin -->", "<!-- formats: end -->"
 #: a peer keeps weights packed if it holds at most this much more than the quantized weights have in the file
 PACKED = 1.3
 HEAD = (
-    "| format | opens, packed | weights | tokens | saves | LoRA, merge | peak / file | after / file | s / token "
+    "| format | opens, packed | weights | tokens | saves | LoRA, merge | peak / file, MB | after / file | s / token "
     "| its library here | after / file | s / token |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 STEPS = ("opens", "packed", "equal", "generates", "saves", "trains")
@@ -20,13 +20,15 @@ def verdicts(row: dict[str, Any]) -> dict[str, bool]:
     """What holds of a row, by step."""
     own, dtype = row.get("requanto", {}), row["written"]["dtype"]
     exact = own.get("exact") or own.get("rounds") or own.get("ulps", 9.0) <= 1.0
-    tokens = own.get("tokens_equal", 16 if own.get("output_difference", 1.0) < 0.02 else 0)
+    generates = own.get("tokens_equal", 16 if own.get("output_difference", 1.0) < 1e-3 else 0) == 16
+    if "library_difference" in own:
+        generates = own["output_difference"] <= 1.5 * own["library_difference"]
     trains = own.get("lora_changed", 0) > 0 and own.get("lora_changed") == own.get("lora_adapters")
     found = {
         "opens": bool(own.get("opens")),
         "packed": own.get("packed", 0.0) == 1.0,
         "equal": bool(exact) and bool(dtype),
-        "generates": tokens == 16,
+        "generates": generates,
         "saves": bool(own.get("saves")),
         "trains": trains and bool(own.get("merge_finite")),
     }
@@ -75,12 +77,13 @@ def line(name: str, row: dict[str, Any]) -> str:
         cells = [
             "yes" if share == 1.0 else f"{share:.0%} packed",
             equality(row),
-            "-" if "generates" in failed else f"{tokens} of 16" if tokens is not None else _output(own),
+            "-" if "generates" in failed else f"{tokens} of 16{_inputs(own)}" if tokens is not None else _output(own),
             "equal" if holds["saves"] else f"**no** {failed.get('saves', '')[:60]}",
             f"yes, {merge:.0e}".replace("0e+00", "exact")
             if holds["trains"]
             else f"**no** {failed.get('lora', '')[:60]}",
-            f"{own['peak'] / sizes['file']:.2f}" + ("" if own["peak"] <= own["bound"] else " **above the bound**"),
+            f"{own['peak'] / 1e6:.0f} / {sizes['file'] / 1e6:.0f}"
+            + ("" if own["peak"] <= own["bound"] else " **above**"),
             f"{own['bytes_after'] / sizes['quantized']:.2f}",
             f"{own['token_seconds']:.3f}",
         ]
@@ -88,6 +91,11 @@ def line(name: str, row: dict[str, Any]) -> str:
     told = [_peer(row, library, peer) for library, peer in peers.items()] or [("-", "-", "-")]
     columns = ["<br>".join(parts) for parts in zip(*told)]
     return f"| {label} | {' | '.join(cells + columns)} |"
+
+
+def _inputs(own: dict[str, Any]) -> str:
+    """What rounding of inputs does in the format's own arithmetic."""
+    return f" (its library's arithmetic: {own['library_tokens']})" if "library_tokens" in own else ""
 
 
 def _output(own: dict[str, Any]) -> str:

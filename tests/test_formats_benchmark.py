@@ -97,7 +97,7 @@ def test_tables(bench, tmp_path):
     text = report.tables({"rows": rows})
     assert "one rounding (float16)" in text
     assert "50% packed" in text
-    assert "above the bound" in text
+    assert "**above**" in text
     assert "packs: opens" in text
     assert "floats: turns it into floats" in text
     assert "noise: wrong outputs" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,7 @@ class Made:
         single_file: name of the file, for ``from_single_file``.
         options: keywords that every reader gets, such as ``gguf_file``.
         values: dtype in which the library computed the weights, if the tensors have a wider one.
+        inputs: name of a layer and its input -> the input as the library rounds it; None: inputs are not quantized.
     """
 
     weights: dict[str, Tensor]
@@ -44,6 +46,7 @@ class Made:
     single_file: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     values: torch.dtype | None = None
+    inputs: Callable[[str, Tensor], Tensor] | None = None
 
 
 def float_model(base: Path, dtype: torch.dtype = torch.bfloat16, cls: str = "AutoModelForCausalLM") -> Any:
@@ -130,6 +133,14 @@ def finish(out: Path, base: Path, made: Made) -> None:
 
         inputs = inputs_for(model)
     outputs["output"] = run(model, inputs).contiguous()
+    if made.inputs is not None:
+        for name in weights:
+            layer = name.removesuffix(".weight")
+            model.get_submodule(layer).register_forward_pre_hook(
+                lambda _, given, layer=layer: (made.inputs(layer, given[0]), *given[1:])
+            )
+        outputs["rounded"] = run(model, inputs).contiguous()
+        outputs["rounded_tokens"] = greedy(model, inputs["input_ids"], TOKENS)
     save_file(outputs | {f"input.{name}": value for name, value in inputs.items()}, out / "outputs.safetensors")
     save_file(weights, out / "reference.safetensors")
     said = {

@@ -36,6 +36,8 @@ def write(out: Path, base: Path, scheme: str) -> Made:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.compressors.base import decompress_module
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     weights, inputs = SCHEMES[scheme]
     model = float_model(base)
@@ -56,7 +58,15 @@ def write(out: Path, base: Path, scheme: str) -> Made:
     for name, module in layers(model).items():
         decompress_module(module)
         reference[f"{name}.weight"] = module.weight.detach()
-    return Made(reference, "compressed-tensors", "ModelCompressor, decompress_module")
+    rounds = None
+    if inputs is not None:
+        quantizer = next(iter(layers(model).values())).quantization_scheme.input_activations
+
+        def rounds(name: str, value: Tensor) -> Tensor:
+            scale, zero = compute_dynamic_scales_and_zp(value, quantizer, model)
+            return fake_quantize(value, scale, zero, quantizer)
+
+    return Made(reference, "compressed-tensors", "ModelCompressor, decompress_module", inputs=rounds)
 
 
 def _calibrate(module: Any) -> None:

@@ -48,7 +48,12 @@ def fbgemm(out: Path, base: Path) -> Made:
         reference[f"{name}.weight"] = codes.float() * scale
     config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
     save(out, base, tensors, config)
-    return Made(reference, "transformers", "by the specification, codes times scales")
+
+    def rounds(name: str, value: Tensor) -> Tensor:
+        unit = value.abs().amax(-1, keepdim=True).clamp(max=1200.0) / 448
+        return (value / unit).clamp(-448, 448).to(E4M3).float() * unit
+
+    return Made(reference, "transformers", "by the specification, codes times scales", inputs=rounds)
 
 
 def gpt_oss(out: Path, base: Path) -> Made:
@@ -129,4 +134,11 @@ def modelopt(out: Path, base: Path, kind: str = "nvfp4") -> Made:
             reference[f"{name}.weight"] = tensor.dequantize(torch.float32, scale=scale, **more)
         else:
             reference[f"{name}.weight"] = quant_utils.from_quantized_weight(codes, scale, "fp8", torch.float32)
-    return Made(reference, "nvidia-modelopt", "export_hf_checkpoint; ModelOpt's own tensors dequantize")
+
+    def rounds(name: str, value: Tensor) -> Tensor:
+        unit = stored[f"{name}.input_scale"].float()
+        return (value / unit).clamp(-448, 448).to(E4M3).float() * unit
+
+    inputs = rounds if kind == "fp8" else None
+    how = "export_hf_checkpoint; ModelOpt's own tensors dequantize"
+    return Made(reference, "nvidia-modelopt", how, inputs=inputs)
