@@ -90,7 +90,14 @@ def memory(folder: Path, said: dict[str, Any], outputs: dict[str, Tensor]) -> di
         answer["token_seconds"] = seconds_of(lambda: run(model, inputs))
     answer["bytes_after"] = sum({id(p._storage): p.nbytes for p in own.values()}.values())
     answer["held"] = held(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    reference = load_file(folder / "reference.safetensors")
+    answer["exact_in_dtype"] = all(torch.equal(_floats(parameters[name]), wanted) for name, wanted in reference.items())
     return answer
+
+
+def _floats(value: Tensor) -> Tensor:
+    return value.dequantize() if isinstance(value, QTensor) else value.detach()
 
 
 def compare(model: nn.Module, reference: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Any]:

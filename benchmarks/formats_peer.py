@@ -174,7 +174,8 @@ def llama_cpp(folder: Path, said: dict[str, Any], outputs: dict[str, Tensor]) ->
     answer: dict[str, Any] = {"tokens_equal": int((tokens == outputs["tokens"][: len(tokens)]).sum())}
     answer["token_seconds"] = done["timings"]["predicted_per_token_ms"] / 1000
     grown = peak.grown + peak.files - peak.files_before
-    return answer | {"held": grown, "held_but_embeddings": 0}
+    # Buffers for activations and the vocabulary are in it; weights stay as they are in the mapped file.
+    return answer | {"held": grown, "held_but_embeddings": 0, "packed": True}
 
 
 WHOLE = {"mlx-lm": ("mlx-lm", mlx), "llama.cpp": ("xllamacpp", llama_cpp)}

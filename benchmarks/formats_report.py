@@ -19,7 +19,7 @@ STEPS = ("opens", "packed", "equal", "generates", "saves", "trains")
 def verdicts(row: dict[str, Any]) -> dict[str, bool]:
     """What holds of a row, by step."""
     own, dtype = row.get("requanto", {}), row["written"]["dtype"]
-    exact = own.get("exact") or own.get("rounds") or own.get("ulps", 9.0) <= 1.0
+    exact = any(own.get(key) for key in ("exact", "rounds", "exact_in_dtype")) or own.get("ulps", 9.0) <= 1.0
     generates = own.get("tokens_equal", 16 if own.get("output_difference", 1.0) < 1e-3 else 0) == 16
     if "library_difference" in own:
         generates = own["output_difference"] <= 1.5 * own["library_difference"]
@@ -37,7 +37,7 @@ def verdicts(row: dict[str, Any]) -> dict[str, bool]:
 
 def peer_packed(row: dict[str, Any], peer: dict[str, Any]) -> bool:
     """Whether a library opened a row and held its weights in about their bytes in the file."""
-    return bool(peer.get("opens")) and ratio(row, peer) <= PACKED
+    return bool(peer.get("opens")) and (bool(peer.get("packed")) or ratio(row, peer) <= PACKED)
 
 
 def ratio(row: dict[str, Any], peer: dict[str, Any]) -> float:
@@ -57,8 +57,10 @@ def equality(row: dict[str, Any]) -> str:
         return "bit for bit"
     if own["rounds"]:
         return f"one rounding ({dtype})"
+    if own.get("exact_in_dtype"):
+        return f"bit for bit in {dtype}"
     if own["ulps"] <= 1.0:
-        return f"one rounding of the row's largest ({dtype})"
+        return f"one rounding, of the row's largest ({dtype})"
     return f"**{own['relative']:.1g} of the largest**"
 
 
@@ -109,6 +111,8 @@ def _peer(row: dict[str, Any], library: str, peer: dict[str, Any]) -> tuple[str,
     seconds = f"{peer['token_seconds']:.3f}"
     if not peer["opens"]:
         return f"{name}: wrong outputs", f"{ratio(row, peer):.2f}", seconds
+    if peer.get("packed"):
+        return f"{name}: opens", f"{ratio(row, peer):.2f} (process)", seconds
     kept = "opens" if peer_packed(row, peer) else "turns it into floats"
     return f"{name}: {kept}", f"{ratio(row, peer):.2f}", seconds
 

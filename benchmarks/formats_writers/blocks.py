@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats_writers.common import Made, companions, float_model, float_tensors, layers, save
@@ -155,13 +155,26 @@ def torchao(out: Path, base: Path, kind: str) -> Made:
     return Made(reference, "torchao", "save_pretrained of Transformers; torchao's dequantize()")
 
 
-def optimum_quanto(out: Path, base: Path, kind: str = "qint4") -> Made:
+def optimum_quanto(out: Path, base: Path) -> Made:
     """optimum-quanto's own save."""
     from optimum import quanto
+    from optimum.quanto.tensor.packed import PackedTensor
 
     model = float_model(base)
-    wrapped = quanto.QuantizedModelForCausalLM.quantize(model, weights=getattr(quanto, kind), exclude="lm_head")
+    wrapped = quanto.QuantizedModelForCausalLM.quantize(model, weights=quanto.qint4, exclude="lm_head")
     companions(base, out / "model")
     wrapped.save_pretrained(out / "model")
-    reference = {f"{n}.weight": m.weight.dequantize().detach() for n, m in layers(model).items()}
-    return Made(reference, "optimum-quanto", "QuantizedModelForCausalLM.save_pretrained, dequantize()")
+    stored = load_file(out / "model" / "model.safetensors")
+    reference = {}
+    for name, layer in layers(float_model(base)).items():
+        own = f"{name}.weight"
+        packed = stored[f"{own}._data._data"]
+        rows = 2 * len(packed)
+        data = PackedTensor(packed, 4, (rows, packed.shape[1]), (packed.shape[1], 1)).unpack()
+        # Its own tensor with scales in float32; in bfloat16 it would round twice.
+        parts = (data, stored[f"{own}._scale"].float(), stored[f"{own}._shift"].float())
+        shape = layer.weight.shape
+        wide = quanto.WeightQBitsTensor(quanto.qint4, 0, data.shape[1], shape, layer.weight.stride(), *parts)
+        reference[own] = wide.dequantize().detach()
+    how = "QuantizedModelForCausalLM.save_pretrained; dequantize() with its scales in float32"
+    return Made(reference, "optimum-quanto", how)
