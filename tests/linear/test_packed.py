@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from requanto import QTensor, qint8
+from requanto import QTensor, qint4, qint8
 from requanto.linear.cpu import int4, onednn_int8
 from requanto.linear.prepack import expected_layout, prepare
 from requanto.runtime.settings import settings
@@ -187,3 +187,28 @@ def test_equal_and_copy(packed):
     assert torch.equal(module.weight, module.weight.clone())
     module.weight.copy_(other)
     assert torch.equal(module.weight.qdata, other.qdata)
+
+
+@pytest.mark.parametrize(
+    ("setting", "count"),
+    [({}, 256 * 8), ({"symmetric": True}, 0), ({"zero_point": "integer"}, 0), ({"scale_bits": 6}, 256 * 8)],
+    ids=["affine", "symmetric", "whole zeros", "scales in bits"],
+)
+def test_flags_of_equal_groups_only_where_a_float_shift_stands_for_them(setting, count):
+    if not int4.works():
+        pytest.skip("this processor has no packed form for it")
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(512, 256, bias=False, dtype=torch.bfloat16)
+    layer.weight.data[:, 64:128] = layer.weight.data[:, 64:65]  # equal groups
+    weight = QTensor.quantize(layer.weight.data, qint4, group_size=64, **setting)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    expected = weight.dequantize()
+    prepare(layer, smallest=0)
+    assert layer.weight.layout_name == LAYOUTS["int4"]
+    assert layer.weight._storage.parts["flat"].numel() == count
+    assert torch.equal(layer.weight.dequantize(), expected)
+    x = torch.randn(3, 512, dtype=torch.bfloat16, device="cpu")
+    with torch.no_grad():
+        found = layer(x).float()
+    wanted = x.float() @ expected.float().T
+    assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()

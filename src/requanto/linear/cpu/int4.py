@@ -46,8 +46,8 @@ def rows_per_block() -> int:
 class Int4Layout(Layout):
     """4-bit ``[N, K]`` in blocks of rows, uint8 ``[padded N, padded K / 2]``.
 
-    An additional tensor ``flat``, bool ``[N, groups]``, marks groups whose codes are all 0 (see `Scales`). It is empty for
-    scales in blocks, of which none stands for a group of equal weights.
+    An additional tensor ``flat``, bool ``[N, groups]``, marks groups whose codes are all 0 (see `Scales`). It is empty where
+    no shift of floats stands for a group of equal weights: symmetric weights, whole zero points, scales in blocks.
     """
 
     extra = ("flat",)
@@ -71,12 +71,14 @@ class Int4Layout(Layout):
         packed, flat = [], []
         for part in parts["qdata"].reshape(rows, -1).split(_STEP):
             codes = unpack(part, spec.qtype.bits, length)
-            flat.append(codes.view(len(part), spec.groups, -1)[:, : self._flags(spec)].amax(2) == 0)
+            if self._flags(spec):
+                flat.append(codes.view(len(part), spec.groups, -1).amax(2) == 0)
             pad_rows = -len(part) % self.block
             if pad_columns or pad_rows:
                 codes = torch.nn.functional.pad(codes, (0, pad_columns, 0, pad_rows))
             packed.append(self._packed(codes.add_(offset)))
-        return {"qdata": torch.cat(packed), "flat": torch.cat(flat)}
+        none = torch.empty(rows, 0, dtype=torch.bool, device=parts["qdata"].device)
+        return {"qdata": torch.cat(packed), "flat": torch.cat(flat) if flat else none}
 
     def _packed(self, codes: torch.Tensor) -> torch.Tensor:
         if self.block == rows_per_block():
@@ -118,7 +120,7 @@ class Int4Layout(Layout):
 
     @staticmethod
     def _flags(spec: WeightSpec) -> int:
-        return spec.groups if spec.scale_block is None else 0
+        return spec.groups if spec.affine and not spec.zeros and spec.scale_block is None else 0
 
 
 _LAYOUT_OF_BLOCK = {block: register_layout(Int4Layout(block)) for block in (32, 64)}

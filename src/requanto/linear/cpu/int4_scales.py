@@ -105,10 +105,11 @@ class Scales:
             else:
                 shift = shift.float().reshape(codes.out_features, -1)
                 zero = self._spec.qtype.zero_code * scale - shift
-                # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would lose
-                # it.
-                zero = torch.where(codes.flat, -shift, zero)
-                scale = scale.masked_fill(codes.flat, 0)
+                if codes.flat.numel():
+                    # A group of equal weights has codes of 0 and a scale of 1. If the shift is tiny, adding the scale would
+                    # lose it.
+                    zero = torch.where(codes.flat, -shift, zero)
+                    scale = scale.masked_fill(codes.flat, 0)
             pad_columns, pad_rows = codes.groups - scale.shape[1], len(codes.codes) - codes.out_features
             if pad_columns or pad_rows:
                 scale, zero = (torch.nn.functional.pad(part, (0, pad_columns, 0, pad_rows)) for part in (scale, zero))
