@@ -62,7 +62,7 @@ ROWS: tuple[Row, ...] = (
     Row("fbgemm", "FBGEMM fp8", "e4m3 by rows", "floats.fbgemm", peers=("transformers",)),
     _words("gptq-v1", "4 bits, g64, v1, symmetric", "words.gptq", sym=True),
     _words("gptq-v2", "3 bits, g64, v2", "words.gptq", bits=3, v2=True),
-    _words("gptq-order", "4 bits, g64, v1, desc_act", "words.gptq", act_order=True),
+    _words("gptq-order", "4 bits, g64, v1, desc_act", "words.gptq", act_order=True, sym=True),
     _words("awq", "4 bits, g64", "words.awq"),
     Row("auto-round", "AutoRound", "4 bits, g64", "words.auto_round", peers=("auto-round",)),
     _gguf("Q4_0", "Q4_0"),
