@@ -17,6 +17,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "transformers.quantizers.auto": ("requanto.integrations.transformers", "register"),
     "transformers.utils.quantization_config": ("requanto.integrations.builtin_configs", "register_transformers"),
     "transformers.cache_utils": ("requanto.integrations.transformers_cache_names", "register"),
+    "transformers.configuration_utils": ("requanto.integrations.gguf_reader", "register"),
     "transformers.modeling_utils": ("requanto.integrations.transformers_model", "register"),
     "diffusers.quantizers.auto": ("requanto.integrations.diffusers", "register"),
     "diffusers.quantizers.quantization_config": ("requanto.integrations.builtin_configs", "register_diffusers"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,36 +17,17 @@ from requanto.checkpoint.format import CheckpointError
 from requanto.integrations import transformers_parts
 from requanto.integrations.foreign import method_of, takes_over, warn_of_choices
 from requanto.integrations.gguf_names import scan_for
+from requanto.integrations.gguf_reader import found_file
 from requanto.integrations.tensor_parallel import LOADING
 from requanto.integrations.transformers import RequantoHfQuantizer
 
 
 def register() -> None:
-    """Patches the functions that choose the quantizer and read a model's config; they are not patched twice."""
+    """Patches the function that chooses the quantizer; it is not patched twice."""
     from transformers import modeling_utils
-    from transformers.configuration_utils import PreTrainedConfig
 
     if not hasattr(modeling_utils.get_hf_quantizer, "_requanto_gguf"):
         modeling_utils.get_hf_quantizer = _wrap_get_quantizer(modeling_utils.get_hf_quantizer)
-        PreTrainedConfig.get_config_dict = classmethod(_wrap_get_config(PreTrainedConfig.get_config_dict.__func__))
-
-
-def _wrap_get_config(original: Any) -> Any:
-    """Says what is wrong with a damaged file, which the library's reader takes for an error of numpy."""
-
-    @functools.wraps(original)
-    def get_config_dict(cls: Any, path: Any, **kwargs: Any) -> Any:
-        options = dict(kwargs)
-        try:
-            return original(cls, path, **kwargs)
-        except Exception:
-            name = options.get("gguf_file")
-            file = None if name is None else _found(path, name, options)
-            if file is not None:
-                read_header(file)
-            raise
-
-    return get_config_dict
 
 
 def _wrap_get_quantizer(original: Any) -> Any:
@@ -84,7 +64,7 @@ def _reason(path: Any, gguf_file: str, options: Mapping[str, Any]) -> str | None
     from transformers.integrations.gguf.utils import is_gguf_arch_supported
     from transformers.utils import is_kernels_available
 
-    file = _found(path, gguf_file, options)
+    file = found_file(path, gguf_file, options)
     fields, tensors = read_header(file) if file is not None else ({}, [])
     if tensors and all(one.type.dtype is not None for one in tensors):
         return None  # a file of floats
@@ -94,22 +74,6 @@ def _reason(path: Any, gguf_file: str, options: Mapping[str, Any]) -> str | None
     if not (is_kernels_available() and get_gguf_kernel()):
         return "Transformers turns all weights into floats without its kernels for GGUF"
     return None
-
-
-def _found(path: Any, name: str, options: Mapping[str, Any]) -> str | None:
-    """A file of the checkpoint on this machine, downloaded if need be; None if there is none."""
-    from transformers.utils import cached_file
-
-    if os.path.isfile(name):
-        return name
-    if not isinstance(path, (str, os.PathLike)):
-        return None
-    place = ("subfolder", "revision", "cache_dir", "token", "proxies", "force_download", "local_files_only")
-    given = {key: options[key] for key in place if options.get(key) is not None}
-    try:
-        return cached_file(str(path), name, **given)
-    except OSError:  # the library itself reports what it cannot find
-        return None
 
 
 class RequantoGgufQuantizer(RequantoHfQuantizer):
@@ -130,7 +94,7 @@ class RequantoGgufQuantizer(RequantoHfQuantizer):
         """Reads the heads of the files; of a split checkpoint, of all."""
         for shard in shards_of(gguf_file):
             if not shard.is_file():
-                _found(self._path, shard.name, self._options)
+                found_file(self._path, shard.name, self._options)
         self.source = GgufSource(gguf_file)
         if any(info.type.dtype is None for info in self.source.tensors.values()):
             warn_of_choices(self._asked)
