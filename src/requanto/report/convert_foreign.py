@@ -178,13 +178,15 @@ def _convert_gguf(source: Path, out: Path, result: Conversion) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from requanto.integrations.gguf_reader import light_reader
     from requanto.tensor.qtensor import QTensor
 
     # A config of ours asks for packed weights, whatever requanto.settings.foreign says.
     options = {"gguf_file": source.name, "quantization_config": QuantoConfig()}
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **options)
     count = sum(isinstance(parameter, QTensor) for parameter in model.parameters())
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    with light_reader():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
     class _Saved:
         def save_pretrained(self, target: Path) -> None:
