@@ -34,12 +34,12 @@ from triton.compiler import ASTSource
 
 from requanto_kernels import _check as check
 from requanto_kernels._device import fp8_decoder
-from requanto_kernels.config import Config, families, nearest_arch
+from requanto_kernels.config import Config, families, family_bits, nearest_arch
 from requanto_kernels.quant_rows import quant_rows_kernel
 from requanto_kernels.scaled_mm import scaled_mm_kernel, scaled_mm_persistent_kernel
 from requanto_kernels.w4a8_gemm import tile_k, w4a8_gemm_kernel
 from requanto_kernels.wq_dequant import wq_dequant_kernel
-from requanto_kernels.wq_gemm import constants, reduce_kernel, wq_gemm_kernel
+from requanto_kernels.wq_gemm import constants, of_codebook, reduce_kernel, wq_gemm_kernel
 from requanto_kernels.wq_gemm_dx import wq_gemm_dx_kernel
 from requanto_kernels.wq_gemm_grouped import wq_gemm_grouped_kernel
 
@@ -71,18 +71,22 @@ def target(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
-def _weight(bits: int, fp8: str, group: int, affine: bool, is_exec: bool) -> check.Weight:
-    some = torch.empty(0)
-    return check.Weight(some, some, some if affine else None, 4096, 4096, bits, fp8, group, is_exec and bits < 8, 0)
+def _weight(bits: int, kind: str, group: int, affine: bool, is_exec: bool) -> check.Weight:
+    some, is_exec = torch.empty(0), is_exec and bits in check.EXEC_BITS
+    return check.Weight(some, some, some if affine else None, some, 4096, 4096, bits, kind, group, is_exec, 0)
+
+
+def _name(bits: int, kind: str) -> str:
+    return f"{kind}{bits}" if kind == "table" else kind or f"w{bits}"
 
 
 def _storage(weight: check.Weight) -> str:
-    return "*i16" if weight.exec else "*u8" if weight.bits < 8 or weight.fp8 else "*i8"
+    return "*i16" if weight.exec else "*u8" if weight.bits < 8 or weight.kind else "*i8"
 
 
 def _rows(arch: str, op: str, bits: int, dtype: str):
     """The families for this architecture, each once, with the greatest M that it is used for."""
-    served, seen = nearest_arch(arch), 0
+    served, bits, seen = nearest_arch(arch), family_bits(bits), 0
     for row in families():
         fits = row["op"] == op and ("arch" not in row or served in row["arch"])
         fits = fits and ("bits" not in row or bits in row["bits"]) and ("dtype" not in row or dtype in row["dtype"])
@@ -92,17 +96,19 @@ def _rows(arch: str, op: str, bits: int, dtype: str):
 
 
 def _gemm_cases(
-    arch: str, bits: int, fp8: str, group: int, affine: bool, is_exec: bool, dtype: str, full: bool = True
+    arch: str, bits: int, kind: str, group: int, affine: bool, is_exec: bool, dtype: str, full: bool = True
 ):  # fmt: skip
     """wq_gemm's tiles; full: also the split, grouped and gradient kernels, which decode in the same way."""
-    weight = _weight(bits, fp8, group, affine, is_exec)
+    weight = _weight(bits, kind, group, affine, is_exec)
     label = (
-        f"{fp8 or f'w{bits}'} g{group or 'K'} {'affine' if affine else 'sym'} {'exec' if is_exec else 'plain'} {dtype}"
+        f"{_name(bits, kind)} g{group or 'K'} {'affine' if affine else 'sym'} {'exec' if is_exec else 'plain'} {dtype}"
     )
     act = "*" + SHORT[dtype]
     pointers = {"x_ptr": act, "q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "bias_ptr": "*fp32"}
+    pointers["t_ptr"] = "*fp32"
     smallest = True
     for m_max, config in _rows(arch, "wq_gemm", bits, dtype):
+        config = of_codebook(config) if kind == "table" else config
         const = constants(weight, config, arch, getattr(torch, dtype))
         for split in (False, True) if full and m_max != "any" else (False,):
             out = {"out_ptr": "*fp32" if split else act}
@@ -125,7 +131,7 @@ def _gemm_cases(
                  if k not in ("LEFT", "BY_FIELD")}  # fmt: skip
         const |= {"BLOCK_K": block_k, "GROUPED": False, "E_BLOCK": 1, "stride_yn": 1}
         p = {"dy_ptr": act, "dx_ptr": act, "offsets_ptr": "*i32"} | {
-            k: pointers[k] for k in ("q_ptr", "s_ptr", "z_ptr")
+            k: pointers[k] for k in ("q_ptr", "s_ptr", "z_ptr", "t_ptr")
         }
         yield Case(f"dx {label} M<={m_max}", arch, wq_gemm_dx_kernel, p, const, config)
 
@@ -157,14 +163,21 @@ def _small_cases(arch: str):
         const = {"KIND": kind, "LIMIT": limit, "BLOCK": 4096, "ONE_PASS": True, "stride_xk": 1}
         pointers = {"x_ptr": "*bf16", "q_ptr": "*i8" if kind == "int8" else "*u8", "s_ptr": "*fp32"}
         yield Case(f"quant_rows {kind}", arch, quant_rows_kernel, pointers, const, Config(num_warps=8), matrix=False)
-    for bits, fp8 in ((2, ""), (4, ""), (8, ""), (8, "e4m3fn"), (4, "e2m1")):
-        affine = fp8 != "e2m1"
-        weight = _weight(bits, fp8, 128, affine, True)
+    for bits, kind in (
+        *((bits, "") for bits in range(1, 9)),
+        (8, "u8"),
+        (8, "e4m3fn"),
+        (4, "e2m1"),
+        (4, "table"),
+        (6, "e3m2"),
+    ):
+        affine = kind in ("", "u8", "e4m3fn")
+        weight = _weight(bits, kind, 128, affine, True)
         block_k = max(128, check.exec_block(bits)) if bits < 8 else 128
-        const = {"BITS": bits, "FP8": fp8_decoder(fp8, arch), "GROUP": 128, "AFFINE": affine, "EXEC": weight.exec,
+        const = {"BITS": bits, "KIND": fp8_decoder(kind, arch), "GROUP": 128, "AFFINE": affine, "EXEC": weight.exec,
                  "EVEN_K": True, "BLOCK_K": block_k, "BLOCK_N": 4096 // block_k}  # fmt: skip
-        pointers = {"q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "out_ptr": "*bf16"}
-        yield Case(f"wq_dequant {fp8 or f'w{bits}'}", arch, wq_dequant_kernel, pointers, const, Config(), matrix=False)
+        pointers = {"q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "t_ptr": "*fp32", "out_ptr": "*bf16"}
+        yield Case(f"wq_dequant {_name(bits, kind)}", arch, wq_dequant_kernel, pointers, const, Config(), matrix=False)
     const = {"SPLITS": 8, "BIAS": True, "BLOCK": 1024}
     pointers = {"work_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     yield Case("split reduce", arch, reduce_kernel, pointers, const, Config(), matrix=False)
@@ -196,7 +209,7 @@ def cases(quick: bool = False, archs=ARCHS):
             yield from list(_scaled_cases(arch, kind))[-1:]
             yield from list(_small_cases(arch))[-2:-1]
             continue
-        for i, (bits, fp8, group, affine, is_exec, dtype) in enumerate(
+        for i, (bits, kind, group, affine, is_exec, dtype) in enumerate(
             (
                 (4, "", 128, False, True, "bfloat16"),
                 (4, "", 128, True, True, "bfloat16"),
@@ -213,10 +226,15 @@ def cases(quick: bool = False, archs=ARCHS):
                 (8, "e5m2", 0, False, False, "bfloat16"),
                 (4, "e2m1", 16, False, True, "bfloat16"),
                 (4, "e2m1", 32, False, True, "float16"),
+                (4, "table", 64, False, True, "bfloat16"),
+                (4, "table", 64, False, True, "float32"),
+                (3, "", 64, True, True, "bfloat16"),
+                (3, "", 64, True, False, "bfloat16"),
+                (8, "u8", 64, True, False, "bfloat16"),
             )
         ):
             # The other kernels for one variant of each number of bits; all of them would take a quarter of an hour.
-            yield from _gemm_cases(arch, bits, fp8, group, affine, is_exec, dtype, full=i in (0, 6, 7, 8))
+            yield from _gemm_cases(arch, bits, kind, group, affine, is_exec, dtype, full=i in (0, 6, 7, 8, 15))
         for kind in ("int8", "e4m3fnuz" if arch == "gfx942" else "e4m3fn"):
             yield from _scaled_cases(arch, kind)
         yield from _small_cases(arch)
@@ -369,7 +387,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.check:
         return check_stored()
-    rows = []
+    rows, partial = [], args.quick or args.only or args.arch or args.stale
     for case in stale() if args.stale else cases(args.quick, args.arch or ARCHS):
         if args.only in f"{case.arch} {case.name}":
             rows.append(compile_case(case))
@@ -377,7 +395,8 @@ def main() -> int:
             verdict = "; ".join(row["problems"]) or "ok"
             print(f"{row['arch']:7} {row['case']:52} loop {row.get('loop', 0):5} shared {row.get('shared', 0):7} "
                   f"{','.join(row.get('matrix', [])):14} {verdict}", flush=True)  # fmt: skip
-    partial = args.quick or args.only or args.arch or args.stale
+            if args.stale and len(rows) % 20 == 0:  # a run that is ended goes on where it was
+                write(rows, keep=True)
     if args.merge or args.stale or not partial:
         write(rows, keep=bool(partial))
     bad = sum(bool(row["problems"]) for row in rows)

@@ -1,5 +1,6 @@
 """Validation of arguments before a launch. Each error names the argument, what was found and what is expected."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,10 @@ FP8_KINDS = {
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("plain", "exec")
-#: Codes of 4 bits that are floats instead of integers.
-SMALL_FLOATS = ("", "e2m1")
+#: Widths that the execution layout permutes.
+EXEC_BITS = (2, 3, 4)
+#: Most bits of exponent of a float of fewer than 8 bits: fp16 must hold all of them.
+MOST_EXPONENT_BITS = 4
 
 
 def fail(name: str, found: object, expected: object) -> None:
@@ -51,15 +54,19 @@ def check_devices(**tensors: torch.Tensor | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Weight:
-    """A checked quantized weight, as the launchers pass it to kernels. `group` 0 means one group as long as K."""
+    """A checked quantized weight, as the launchers pass it to kernels. `group` 0 means one group as long as K.
+
+    kind: KIND of `_fields.py`. table: values of a codebook; a tensor that is not read without one.
+    """
 
     q: torch.Tensor
     scale: torch.Tensor
     shift: torch.Tensor | None
+    table: torch.Tensor
     n: int
     k: int
     bits: int
-    fp8: str
+    kind: str
     group: int
     exec: bool
     experts: int
@@ -72,8 +79,36 @@ class Weight:
 
 
 def exec_block(bits: int) -> int:
-    """Length along K of one block of the execution layout: 32 words of 16 bits."""
-    return 32 * (16 // bits)
+    """Length along K of one block of the execution layout, 32 words; 1 for widths without that layout."""
+    return {4: 128, 3: 256, 2: 256}.get(bits, 1)
+
+
+def check_bits(bits: int) -> None:
+    if bits not in range(1, 9):
+        fail("bits", bits, "1 to 8")
+
+
+def _kind_of(qdata: torch.Tensor, bits: int, affine: bool, codebook: torch.Tensor | None, small_float: str) -> str:
+    """KIND of the codes."""
+    if codebook is not None:
+        if bits > 7 or affine or small_float:
+            found = f"bits {bits}{', a shift' if affine else ''}{', a small_float' if small_float else ''}"
+            fail("codebook", f"one with {found}", "fewer than 8 bits, no shift and no small_float")
+        check_dtype("codebook", codebook, FLOATS)
+        check_shape("codebook", codebook, (2**bits,))
+        return "table"
+    if small_float:
+        form = re.fullmatch(r"e([1-9])m([0-9])", small_float)
+        exponent, mantissa = map(int, form.groups()) if form else (0, 0)
+        if affine or not form or exponent > MOST_EXPONENT_BITS or 1 + exponent + mantissa != bits or bits > 7:
+            expected = f"'' or, without a shift, 'eXmY' of 1 + X + Y = {bits} bits, X at most {MOST_EXPONENT_BITS}"
+            fail("small_float", repr(small_float), expected)
+        return small_float
+    if qdata.dtype == torch.uint8 and bits == 8:
+        if not affine:
+            fail("shift", None, "a tensor, which unsigned codes of 8 bits need")
+        return "u8"
+    return FP8_KINDS.get(qdata.dtype, "")
 
 
 def _inner_contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,12 +125,10 @@ def check_weight(
     layout: str,
     experts: bool = False,
     small_float: str = "",
+    codebook: torch.Tensor | None = None,
 ) -> Weight:
-    """Checks qdata, scale and shift against each other and against K."""
-    if bits not in (2, 4, 8):
-        fail("bits", bits, "2, 4 or 8")
-    if small_float not in SMALL_FLOATS or (small_float and (bits != 4 or shift is not None)):
-        fail("small_float", repr(small_float), "'' or, for 4 bits without a shift, 'e2m1'")
+    """Checks qdata, scale, shift and codebook against each other and against K."""
+    check_bits(bits)
     if layout not in LAYOUTS:
         fail("layout", repr(layout), "'plain' or 'exec'")
     if k <= 0:
@@ -104,7 +137,8 @@ def check_weight(
     for name, tensor in (("qdata", qdata), ("scale", scale), ("shift", shift)):
         if tensor is not None and tensor.dim() != dims:
             fail(f"{name}.shape", tuple(tensor.shape), f"{dims} dimensions")
-    check_dtype("qdata", qdata, (torch.uint8,) if bits < 8 else (torch.int8, *FP8_KINDS))
+    check_dtype("qdata", qdata, (torch.uint8,) if bits < 8 else (torch.int8, torch.uint8, *FP8_KINDS))
+    kind = _kind_of(qdata, bits, shift is not None, codebook, small_float)
     check_dtype("scale", scale, FLOATS)
     lead = tuple(qdata.shape[:-1])
     check_shape("qdata", qdata, (*lead, -(-k * bits // 8)))
@@ -119,7 +153,7 @@ def check_weight(
     if shift is not None:
         check_dtype("shift", shift, FLOATS)
         check_shape("shift", shift, (*lead, -(-k // group)))
-    is_exec = layout == "exec" and bits < 8 and k % exec_block(bits) == 0
+    is_exec = layout == "exec" and bits in EXEC_BITS and k % exec_block(bits) == 0
     q = _inner_contiguous(qdata)
     if q.dtype in FP8_KINDS:
         q = q.view(torch.uint8)
@@ -128,14 +162,16 @@ def check_weight(
         if q.data_ptr() % 2 or q.storage_offset() % 2 or any(s % 2 for s in q.stride()[:-1]):
             q = q.clone(memory_format=torch.contiguous_format)
         q = q.view(torch.int16)
+    scale = _inner_contiguous(scale)
     return Weight(
         q=q,
-        scale=_inner_contiguous(scale),
+        scale=scale,
         shift=None if shift is None else _inner_contiguous(shift),
+        table=scale if codebook is None else codebook.contiguous(),
         n=lead[-1],
         k=k,
         bits=bits,
-        fp8=FP8_KINDS.get(qdata.dtype, small_float),
+        kind=kind,
         group=0 if group >= k else group,
         exec=is_exec,
         experts=lead[0] if experts else 0,

@@ -102,8 +102,14 @@ def store(entries: dict[str, Config]) -> Path:
     return path
 
 
+def family_bits(bits: int) -> int:
+    """The width whose families a width uses that has none of its own."""
+    return {1: 2, 5: 4, 6: 4, 7: 4}.get(bits, bits)
+
+
 def family(arch: str, op: str, bits: int, m: int, dtype: str) -> Config:
     """The config of the first shipped family that matches; a key that a family lacks matches every value."""
+    bits = family_bits(bits)
     for row in families():
         if (
             row["op"] == op

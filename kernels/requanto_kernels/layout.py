@@ -1,15 +1,17 @@
-"""Conversion of sub-byte weights between the plain and the execution layout, which permutes bytes within blocks.
+"""Conversion of weights of 2, 3 and 4 bits between the plain and the execution layout, which permutes bits within blocks.
 
 Plain layout: codes adjacent along K, low bits first. Execution layout: a block of 32 little-endian 16-bit words has `32 * F`
 consecutive k, where F = 16 / bits; field i of word j is `k = 32 * i + j`. So one shift and mask of 32 words gives 32
-consecutive k: fields need no shuffle between lanes, and a group of 32 or more never ends inside a field. Shape, dtype and
-memory are the same in both. If K is not a multiple of the block (128 for 4 bits, 256 for 2 bits), and for 8-bit weights, the
-execution layout is defined to be the plain one.
+consecutive k: fields need no shuffle between lanes, and a group of 32 or more never ends inside a field. A block of 3 bits
+is one of 2 bits, with the low two bits of each code, and 32 bytes: bit i of byte j is the third bit of `k = 32 * i + j`.
+
+Shape, dtype and memory are the same in both layouts. If K is not a multiple of the block (128 for 4 bits, 256 for 2 and 3
+bits), and for other widths, the execution layout is defined to be the plain one.
 """
 
 import torch
 
-from ._check import check_dtype, exec_block, fail
+from ._check import EXEC_BITS, check_bits, check_dtype, exec_block, fail
 
 #: Codes that are unpacked at once; temporary memory is about three times as many bytes.
 CHUNK_CODES = 1 << 24
@@ -17,13 +19,13 @@ CHUNK_CODES = 1 << 24
 
 def has_exec_layout(bits: int, k: int) -> bool:
     """Whether the two layouts differ for this weight."""
-    return bits < 8 and k % exec_block(bits) == 0
+    return bits in EXEC_BITS and k % exec_block(bits) == 0
 
 
-def _unpack(data: torch.Tensor, bits: int, width: int) -> torch.Tensor:
-    """The `bits`-bit fields of `width`-bit elements, on a new last axis."""
+def _unpack(data: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """`count` fields of `bits` bits, on a new last axis."""
     mask = (1 << bits) - 1
-    return torch.stack([(data >> shift) & mask for shift in range(0, width, bits)], dim=-1)
+    return torch.stack([(data >> (i * bits)) & mask for i in range(count)], dim=-1)
 
 
 def _pack(fields: torch.Tensor, bits: int) -> torch.Tensor:
@@ -33,23 +35,46 @@ def _pack(fields: torch.Tensor, bits: int) -> torch.Tensor:
     return word
 
 
+def _codes_of(chunk: torch.Tensor, bits: int) -> torch.Tensor:
+    """The codes of plain bytes, one after the other."""
+    if bits != 3:
+        return _unpack(chunk, bits, 8 // bits)
+    a, b, c = chunk.reshape(-1, 3).unbind(-1)  # codes 2 and 5 lie in two bytes; bits that leave a byte are dropped
+    codes = (a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5)
+    return torch.stack(codes, dim=-1) & 7
+
+
+def _bytes_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The reverse of `_codes_of`."""
+    if bits != 3:
+        return _pack(codes.reshape(-1, 8 // bits), bits)
+    d = codes.reshape(-1, 8).unbind(-1)
+    a, b = d[0] | d[1] << 3 | d[2] << 6, d[2] >> 2 | d[3] << 1 | d[4] << 4 | d[5] << 7
+    return torch.stack([a, b, d[5] >> 1 | d[6] << 2 | d[7] << 5], dim=-1)
+
+
 def _forward(chunk: torch.Tensor, bits: int) -> torch.Tensor:
-    fields, per_byte = 16 // bits, 8 // bits
-    codes = _unpack(chunk, bits, 8).reshape(-1, fields, 32)
-    # Byte b of word j has the fields from b * per_byte on.
-    halves = codes.reshape(-1, 2, per_byte, 32).permute(0, 3, 1, 2)
-    return _pack(halves, bits).reshape(chunk.shape)
+    low = bits & ~1  # of 3 bits, 2
+    codes = _codes_of(chunk, bits).reshape(-1, 16 // low, 32)
+    # Byte b of word j has the fields from b * 8 / low on.
+    halves = (codes & ((1 << low) - 1)).reshape(-1, 2, 8 // low, 32).permute(0, 3, 1, 2)
+    words = _pack(halves, low).reshape(-1, 64)
+    if bits == 3:
+        words = torch.cat([words, _pack((codes >> 2).transpose(1, 2), 1)], dim=-1)
+    return words.reshape(chunk.shape)
 
 
 def _backward(chunk: torch.Tensor, bits: int) -> torch.Tensor:
-    fields, per_byte = 16 // bits, 8 // bits
-    codes = _unpack(chunk, bits, 8).reshape(-1, 32, fields).permute(0, 2, 1).reshape(-1, per_byte)
-    return _pack(codes, bits).reshape(chunk.shape)
+    low = bits & ~1
+    blocks = chunk.reshape(-1, 64 if bits != 3 else 96)
+    codes = _unpack(blocks[:, :64], low, 8 // low).reshape(-1, 32, 16 // low).transpose(1, 2)
+    if bits == 3:
+        codes = codes | _unpack(blocks[:, 64:], 1, 8).transpose(1, 2) << 2
+    return _bytes_of(codes, bits).reshape(chunk.shape)
 
 
 def _convert(qdata: torch.Tensor, bits: int, k: int | None, inplace: bool, step) -> torch.Tensor:
-    if bits not in (2, 4, 8):
-        fail("bits", bits, "2, 4 or 8")
+    check_bits(bits)
     if bits == 8:
         return qdata
     check_dtype("qdata", qdata, (torch.uint8,))

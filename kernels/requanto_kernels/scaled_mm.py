@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import fp8_to_float
 from ._device import arch_of, capability, on_device, processors
+from ._fields import fp8_to_float
 from .config import Config, select
 
 

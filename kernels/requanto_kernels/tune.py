@@ -11,7 +11,7 @@ import torch
 
 from . import _check as check
 from ._device import arch_of
-from .config import Config, families, key, nearest_arch, store
+from .config import Config, families, family_bits, key, nearest_arch, store
 from .layout import to_exec_layout
 from .scaled_mm import scaled_mm
 from .w4a8_gemm import w4a8_gemm
@@ -22,7 +22,7 @@ OPS = ("wq_gemm", "scaled_mm", "w4a8_gemm")
 
 def candidates(op: str, bits: int, m: int, arch: str) -> list[Config]:
     """The shipped tiles for the architecture or for any, without duplicates; the heuristic splits K."""
-    served = nearest_arch(arch)
+    served, bits = nearest_arch(arch), family_bits(bits)
     found: dict[Config, None] = {}
     for row in families():
         if row["op"] != op or bits not in row.get("bits", [bits]) or served not in row.get("arch", [served]):

@@ -36,7 +36,9 @@ def w4a8_gemm_kernel(
         rk = k0 + tl.arange(0, BLOCK_K)
         x_mask = (rm < M)[:, None] if EVEN_K else (rm < M)[:, None] & (rk < K)[None, :]
         x = tl.load(x_rows + rk[None, :], mask=x_mask, other=0)
-        c = load_codes(q_ptr, rn, k0, N, K, stride_qn, BITS, "", EXEC, FORM, BLOCK_N, BLOCK_K, tl.int8, EVEN_K, False)
+        c = load_codes(
+            q_ptr, q_ptr, rn, k0, N, K, stride_qn, BITS, "", EXEC, FORM, BLOCK_N, BLOCK_K, tl.int8, EVEN_K, False
+        )  # fmt: skip
         if GROUP == 0:
             total = tl.dot(c, tl.trans(x), total, out_dtype=tl.int32)
             if AFFINE:
@@ -95,7 +97,7 @@ def w4a8_gemm(
 ) -> torch.Tensor:
     """`(x * x_scale) @ W^T + bias` in out_dtype, x int8 `[..., K]` from `quant_rows`, x_scale one for each row.
 
-    The weight is passed as in `wq_gemm`, of 2, 4 or 8 bits; groups must be powers of two of at least 32, or all of K.
+    The weight is passed as in `wq_gemm`, integers of up to 7 bits or int8. Groups are powers of two of at least 32, or K.
     """
     check.check_dtype("x", x, (torch.int8,))
     device = check.check_devices(x=x, x_scale=x_scale, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
@@ -105,8 +107,8 @@ def w4a8_gemm(
     k = x.shape[-1] if x.dim() else 0
     check.check_rows("x", x)
     w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout)
-    if w.fp8:
-        check.fail("qdata.dtype", qdata.dtype, "torch.uint8 or torch.int8 for int8 activations")
+    if w.kind:
+        check.fail("qdata.dtype", qdata.dtype, f"torch.{'int8' if bits == 8 else 'uint8'} for int8 activations")
     bias = check.check_bias(bias, (w.n,))
     result = check.check_out(out, (*x.shape[:-1], w.n), out_dtype, device)
     x2 = check._inner_contiguous(x.reshape(-1, k))

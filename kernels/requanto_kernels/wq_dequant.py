@@ -15,16 +15,16 @@ from ._device import arch_of, fp8_decoder, on_device
 
 @triton.jit
 def wq_dequant_kernel(
-    q_ptr, s_ptr, z_ptr, out_ptr, N, K, stride_qn, stride_sn, stride_zn,
-    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    q_ptr, s_ptr, z_ptr, t_ptr, out_ptr, N, K, stride_qn, stride_sn, stride_zn,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One `[BLOCK_N, BLOCK_K]` tile. It is memory bound, so the conversion without PTX is fast enough."""
     rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(1) * BLOCK_K
-    FORM: tl.constexpr = code_form(BITS, FP8, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    FORM: tl.constexpr = code_form(BITS, KIND, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     codes = load_codes(
-        q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
+        q_ptr, t_ptr, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
     )  # fmt: skip
     w = scale_codes(
         codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn,
@@ -45,22 +45,23 @@ def wq_dequant(
     group_size: int | None = None,
     layout: str = "plain",
     small_float: str = "",
+    codebook: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weight `[N, K]` in dtype (fp16, bf16 or fp32), into `out` if given.
 
-    k: K, needed only if the last byte of a row is not full. Other arguments as in `wq_gemm`.
+    k: K, needed only if the last byte of a row is not full. Other arguments as in `wq_gemm`; values of a codebook are not
+    rounded before they are scaled.
     """
-    device = check.check_devices(qdata=qdata, scale=scale, shift=shift, out=out)
+    device = check.check_devices(qdata=qdata, scale=scale, shift=shift, codebook=codebook, out=out)
     if dtype not in check.FLOATS:
         check.fail("dtype", dtype, "torch.float16, torch.bfloat16 or torch.float32")
     if qdata.dim() != 2:
         check.fail("qdata.shape", tuple(qdata.shape), "2 dimensions")
-    if bits not in (2, 4, 8):
-        check.fail("bits", bits, "2, 4 or 8")
+    check.check_bits(bits)
     k = qdata.shape[1] * 8 // bits if k is None else k
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, small_float=small_float)
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, False, small_float, codebook)
     result = check.check_out(out, (w.n, k), dtype, device)
     if result.numel() == 0:
         return result
@@ -69,8 +70,8 @@ def wq_dequant(
     z = w.shift if w.shift is not None else w.scale
     with on_device(qdata):
         wq_dequant_kernel[(-(-w.n // block_n), -(-k // block_k))](
-            w.q, w.scale, z, result, w.n, k, *w.strides()[:3],
-            BITS=bits, FP8=fp8_decoder(w.fp8, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
+            w.q, w.scale, z, w.table, result, w.n, k, *w.strides()[:3],
+            BITS=bits, KIND=fp8_decoder(w.kind, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0, num_warps=4,
         )  # fmt: skip
     return result

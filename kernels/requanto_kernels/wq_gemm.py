@@ -1,4 +1,4 @@
-"""Weight-quantized matrix multiplication: `y[M, N] = x[M, K] @ W[N, K]^T + bias`, W of 2, 4 or 8 bits or float8.
+"""Weight-quantized matrix multiplication: `y[M, N] = x[M, K] @ W[N, K]^T + bias`, W of 1 to 8 bits.
 
     W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]
 
@@ -11,27 +11,31 @@ Ideas: weight as the left operand so that dequantized values stay in registers o
 al. 2023, "Stream-K", without atomics), so that the same input always gives the same bits.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import code_form, field_to_float, from_zero, load_codes, load_group, load_words, scale_codes
+from ._decode import code_form, exec_fields, from_zero, load_codes, load_exec, load_group, scale_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
+from ._fields import field_to_float, open_table
 from .config import Config, select, split_for
 
 
 @triton.jit
 def accumulate(
-    x_ptr, q_ptr, s_ptr, z_ptr, rm, m_end, rn, k_begin, k_end, N, K,
+    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, rm, m_end, rn, k_begin, k_end, N, K,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
-    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The `[BLOCK_M, BLOCK_N]` tile of `x @ W^T` over k_begin .. k_end, in fp32."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    FORM: tl.constexpr = code_form(BITS, FP8, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    FORM: tl.constexpr = code_form(BITS, KIND, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    table = open_table(t_ptr, BITS, KIND, EXEC, DTYPE, PTX)
     if LEFT:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
@@ -40,7 +44,7 @@ def accumulate(
     x_rows = x_ptr + rm.to(tl.int64)[:, None] * stride_xm
     m_mask = (rm < m_end)[:, None]
     # One dot for the joined tile, or one for each field of 32 consecutive k; which is faster depends on the hardware.
-    FIELDS: tl.constexpr = 16 // BITS if BY_FIELD else 1
+    FIELDS: tl.constexpr = exec_fields(BITS) if BY_FIELD else 1
     STEP: tl.constexpr = BLOCK_K // FIELDS
     if GROUP == 0 and AFFINE:
         scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
@@ -49,17 +53,17 @@ def accumulate(
             offset, shift = from_zero(scale, shift, BITS, DTYPE)
     for k0 in range(k_begin, k_end, BLOCK_K):
         if BY_FIELD:
-            words = load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS, BLOCK_K, EVEN_K)
+            words = load_exec(q_ptr, rn, k0, N, stride_qn, K, BITS, BLOCK_K, EVEN_K)
         for i in tl.static_range(FIELDS):
             k = k0 + i * STEP
             rk = k + tl.arange(0, STEP)
             x_mask = m_mask if EVEN_K else m_mask & (rk < K)[None, :]
             x = tl.load(x_rows + rk[None, :] * stride_xk, mask=x_mask, other=0)
             if BY_FIELD:
-                w = field_to_float(words, i, BITS, FORM, DTYPE, PTX)
+                w = field_to_float(words, table, i, BITS, BITS == 3, KIND, FORM, DTYPE, PTX)
             else:
                 w = load_codes(
-                    q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
+                    q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
                 )  # fmt: skip
             if GROUP > 0:
                 w = scale_codes(
@@ -86,9 +90,9 @@ def accumulate(
 
 @triton.jit
 def wq_gemm_kernel(
-    x_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
+    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, M, N, K,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, k_per_split,
-    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -103,9 +107,9 @@ def wq_gemm_kernel(
     rn = local // height * BLOCK_N + tl.arange(0, BLOCK_N)
     k_begin = split * k_per_split
     acc = accumulate(
-        x_ptr, q_ptr, s_ptr, z_ptr, rm, M, rn, k_begin, min(k_begin + k_per_split, K), N, K,
+        x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, rm, M, rn, k_begin, min(k_begin + k_per_split, K), N, K,
         stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
-        BITS, FP8, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
+        BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
     )  # fmt: skip
     if BIAS and not SPLIT:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
@@ -149,7 +153,7 @@ def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtyp
     block_k, fields = fit(config, weight)
     return {
         "BITS": weight.bits,
-        "FP8": fp8_decoder(weight.fp8, arch),
+        "KIND": fp8_decoder(weight.kind, arch),
         "GROUP": weight.group,
         "AFFINE": weight.shift is not None,
         "EXEC": weight.exec,
@@ -161,6 +165,19 @@ def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtyp
         "EVEN_K": weight.k % block_k == 0,
         "PTX": is_cuda(arch) and dtype != torch.float32,
     }
+
+
+def config_for(weight: check.Weight, m: int, arch: str, dtype: torch.dtype) -> Config:
+    """The tile for m rows of x."""
+    config = select(arch, "wq_gemm", weight.bits, weight.group, m, weight.n, weight.k, str(dtype)[6:])
+    return of_codebook(config) if weight.kind == "table" else config
+
+
+def of_codebook(config: Config) -> Config:
+    """The config for a codebook, whose values take registers: larger tiles would spill."""
+    if config.fields:
+        return replace(config, block_m=min(config.block_m, 32), block_n=min(config.block_n, 64))
+    return replace(config, block_m=min(config.block_m, 128))
 
 
 def rows_of(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -181,21 +198,24 @@ def wq_gemm(
     group_size: int | None = None,
     layout: str = "plain",
     small_float: str = "",
+    codebook: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
     """`x @ W^T + bias` for a quantized `W[N, K]`, in x's dtype.
 
-    x: `[..., K]` fp16, bf16 or fp32, any strides. qdata: `[N, ceil(K * bits / 8)]` uint8 codes, or `[N, K]` int8 or
-    float8. scale, shift: `[N, ceil(K / group_size)]`, fp32, bf16 or fp16. bias: `[N]`. layout: "plain", or "exec" for
-    the result of `to_exec_layout`. group_size: None for K divided by the number of scales. small_float: "e2m1" if 4-bit
-    codes are such floats (NVFP4, MXFP4) instead of integers; there is no shift then.
+    x: `[..., K]` fp16, bf16 or fp32, any strides. qdata: `[N, ceil(K * bits / 8)]` uint8 codes, or `[N, K]` int8, uint8
+    (with a shift) or float8. scale, shift: `[N, ceil(K / group_size)]`, fp32, bf16 or fp16. bias: `[N]`. layout: "plain",
+    or "exec" for the result of `to_exec_layout`. group_size: None for K divided by the number of scales. small_float:
+    "e2m1", "e3m2" ... if codes of 3 to 7 bits are such floats (NVFP4, MXFP4, MXFP6) instead of integers. codebook:
+    `[2**bits]`, fp32, bf16 or fp16, the value of each code (NF4), rounded to x's dtype before it is scaled. With either
+    there is no shift.
     """
     check.check_dtype("x", x, check.FLOATS)
-    device = check.check_devices(x=x, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
+    device = check.check_devices(x=x, qdata=qdata, scale=scale, shift=shift, codebook=codebook, bias=bias, out=out)
     k = x.shape[-1] if x.dim() else 0
     check.check_rows("x", x)
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, small_float=small_float)
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, False, small_float, codebook)
     bias = check.check_bias(bias, (w.n,))
     shape = (*x.shape[:-1], w.n)
     result = check.check_out(out, shape, x.dtype, device)
@@ -205,7 +225,7 @@ def wq_gemm(
     m = x2.shape[0]
     arch = arch_of(device)
     if config is None:
-        config = select(arch, "wq_gemm", bits, w.group, m, w.n, k, str(x.dtype)[6:])
+        config = config_for(w, m, arch, x.dtype)
     const = constants(w, config, arch, x.dtype)
     block_k = const["BLOCK_K"]
     splits = split_for(config, m, w.n, k, processors(device))
@@ -217,7 +237,7 @@ def wq_gemm(
     b = bias if bias is not None else w.scale
     with on_device(x):
         wq_gemm_kernel[grid](
-            x2, w.q, w.scale, z, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:3], k_per_split,
+            x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:3], k_per_split,
             BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

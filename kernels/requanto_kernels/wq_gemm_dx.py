@@ -11,21 +11,22 @@ import triton.language as tl
 from . import _check as check
 from ._decode import code_form, load_codes, scale_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device
+from ._fields import open_table
 from .config import Config, select
 
 
 @triton.jit
 def wq_gemm_dx_kernel(
-    dy_ptr, q_ptr, s_ptr, z_ptr, dx_ptr, offsets_ptr, M, N, K, E,
+    dy_ptr, q_ptr, s_ptr, z_ptr, t_ptr, dx_ptr, offsets_ptr, M, N, K, E,
     stride_ym, stride_yn, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,
-    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     GROUPED: tl.constexpr, E_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One `[BLOCK_M, BLOCK_K]` tile of dx, computed transposed, so that W^T is the left operand."""
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     # The weight is dequantized even with one group per row: group=1 selects the form for that.
-    FORM: tl.constexpr = code_form(BITS, FP8, AFFINE, 1, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
+    FORM: tl.constexpr = code_form(BITS, KIND, AFFINE, 1, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     if GROUPED:
         expert, m0, m_end = expert_tile(offsets_ptr, tl.program_id(0), E, E_BLOCK, BLOCK_M)
         q_ptr += expert * stride_qe
@@ -35,13 +36,16 @@ def wq_gemm_dx_kernel(
         m0, m_end = tl.program_id(0) * BLOCK_M, M
     rm = m0 + tl.arange(0, BLOCK_M)
     k0 = tl.program_id(1) * BLOCK_K
+    table = open_table(t_ptr, BITS, KIND, EXEC, DTYPE, PTX)
     acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     if m0 < m_end:
         for n0 in range(0, N, BLOCK_N):
             rn = n0 + tl.arange(0, BLOCK_N)
             mask = (rm < m_end)[:, None] & (rn < N)[None, :]
             dy = tl.load(dy_ptr + rm.to(tl.int64)[:, None] * stride_ym + rn[None, :] * stride_yn, mask=mask, other=0)
-            w = load_codes(q_ptr, rn, k0, N, K, stride_qn, BITS, FP8, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX)
+            w = load_codes(
+                q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
+            )  # fmt: skip
             w = scale_codes(
                 w, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE
             )  # fmt: skip
@@ -80,6 +84,7 @@ def wq_gemm_dx(
     group_size: int | None = None,
     layout: str = "plain",
     small_float: str = "",
+    codebook: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: Config | None = None,
@@ -89,15 +94,14 @@ def wq_gemm_dx(
     The weight is passed as in the forward; k is needed only if the last byte of a row is not full.
     """
     check.check_dtype("dy", dy, check.FLOATS)
-    device = check.check_devices(dy=dy, qdata=qdata, scale=scale, shift=shift, offsets=offsets, out=out)
+    device = check.check_devices(
+        dy=dy, qdata=qdata, scale=scale, shift=shift, codebook=codebook, offsets=offsets, out=out
+    )
     if qdata.dim() not in (2, 3) or (qdata.dim() == 3) != (offsets is not None):
         check.fail("qdata.shape", tuple(qdata.shape), "(N, bytes), or (E, N, bytes) together with offsets")
-    if bits not in (2, 4, 8):
-        check.fail("bits", bits, "2, 4 or 8")
+    check.check_bits(bits)
     k = qdata.shape[-1] * 8 // bits if k is None else k
-    w = check.check_weight(
-        qdata, scale, shift, k, bits, group_size, layout, experts=offsets is not None, small_float=small_float
-    )
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, offsets is not None, small_float, codebook)
     if dy.dim() < 1 or dy.shape[-1] != w.n:
         check.fail("dy.shape", tuple(dy.shape), f"(..., {w.n})")
     check.check_rows("dy", dy)
@@ -117,9 +121,9 @@ def wq_gemm_dx(
     tiles_m = -(-m // config.block_m) + w.experts
     with on_device(dy):
         wq_gemm_dx_kernel[(tiles_m, -(-k // block_k))](
-            dy2, w.q, w.scale, w.shift if w.shift is not None else w.scale, result,
+            dy2, w.q, w.scale, w.shift if w.shift is not None else w.scale, w.table, result,
             offsets if offsets is not None else w.q, m, w.n, k, w.experts, dy2.stride(0), dy2.stride(1), *w.strides(),
-            BITS=bits, FP8=fp8_decoder(w.fp8, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
+            BITS=bits, KIND=fp8_decoder(w.kind, arch), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             GROUPED=offsets is not None, E_BLOCK=triton.next_power_of_2(max(w.experts, 1)),
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
             PTX=is_cuda(arch) and dy.dtype != torch.float32,

@@ -11,16 +11,16 @@ import triton.language as tl
 
 from . import _check as check
 from ._device import arch_of, on_device
-from .config import Config, select
-from .wq_gemm import accumulate, constants
+from .config import Config
+from .wq_gemm import accumulate, config_for, constants
 from .wq_gemm_dx import expert_tile
 
 
 @triton.jit
 def wq_gemm_grouped_kernel(
-    x_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, offsets_ptr, out_ptr, N, K, E,
+    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, offsets_ptr, out_ptr, N, K, E,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,
-    BITS: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
+    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, E_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
@@ -31,9 +31,9 @@ def wq_gemm_grouped_kernel(
         rm = m0 + tl.arange(0, BLOCK_M)
         rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = accumulate(
-            x_ptr, q_ptr + expert * stride_qe, s_ptr + expert * stride_se, z_ptr + expert * stride_ze,
+            x_ptr, q_ptr + expert * stride_qe, s_ptr + expert * stride_se, z_ptr + expert * stride_ze, t_ptr,
             rm, m_end, rn, 0, K, N, K, stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
-            BITS, FP8, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
+            BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
         )  # fmt: skip
         if BIAS:
             acc += tl.load(bias_ptr + expert * N + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
@@ -53,6 +53,7 @@ def wq_gemm_grouped(
     group_size: int | None = None,
     layout: str = "plain",
     small_float: str = "",
+    codebook: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
@@ -63,12 +64,14 @@ def wq_gemm_grouped(
     written.
     """
     check.check_dtype("x", x, check.FLOATS)
-    device = check.check_devices(x=x, offsets=offsets, qdata=qdata, scale=scale, shift=shift, bias=bias, out=out)
+    device = check.check_devices(
+        x=x, offsets=offsets, qdata=qdata, scale=scale, shift=shift, codebook=codebook, bias=bias, out=out
+    )
     if x.dim() != 2:
         check.fail("x.shape", tuple(x.shape), "(tokens, K)")
     check.check_rows("x", x)
     m, k = x.shape
-    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, experts=True, small_float=small_float)
+    w = check.check_weight(qdata, scale, shift, k, bits, group_size, layout, True, small_float, codebook)
     check.check_offsets(offsets, w.experts)
     bias = check.check_bias(bias, (w.experts, w.n))
     result = check.check_out(out, (m, w.n), x.dtype, device)
@@ -76,11 +79,11 @@ def wq_gemm_grouped(
         return result
     arch = arch_of(device)
     if config is None:
-        config = select(arch, "wq_gemm", bits, w.group, -(-m // w.experts), w.n, k, str(x.dtype)[6:])
+        config = config_for(w, -(-m // w.experts), arch, x.dtype)
     const = constants(w, config, arch, x.dtype)
     with on_device(x):
         wq_gemm_grouped_kernel[(-(-m // config.block_m) + w.experts, -(-w.n // config.block_n))](
-            x, w.q, w.scale, w.shift if w.shift is not None else w.scale, bias if bias is not None else w.scale,
+            x, w.q, w.scale, w.shift if w.shift is not None else w.scale, w.table, bias if bias is not None else w.scale,
             offsets, result, w.n, k, w.experts, x.stride(0), x.stride(1), *w.strides(),
             BIAS=bias is not None, E_BLOCK=triton.next_power_of_2(w.experts), **const,
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -1,4 +1,4 @@
-"""The PTX that decodes e2m1 codes, carried out word by word here: no GPU is needed to see which bits it moves."""
+"""The PTX that decodes codes, carried out word by word here: no GPU is needed to see which bits it moves."""
 
 import re
 
@@ -7,14 +7,31 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from requanto_kernels import _decode  # noqa: E402
+from reference import small_float_values  # noqa: E402
 
-VALUES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+from requanto_kernels import _fields  # noqa: E402
+
+DTYPES = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}
 
 
-def carried_out(asm, words):
-    """Results of the instructions for uint32 words; the last one, an fma, gives two 16-bit floats."""
-    registers = {"$1": words}
+def halves(words):
+    """The two 16-bit numbers of each uint32, in order."""
+    return words.view(np.uint16)
+
+
+def prmt(a, b, selector):
+    """Bytes of a (0 to 3) and b (4 to 7), chosen by the 4 lowest nibbles of the selector."""
+    both = np.stack(np.broadcast_arrays(a, b), -1).astype(np.uint32).view(np.uint8).reshape(-1, 8)
+    selector = np.broadcast_to(selector, both.shape[:1])
+    assert not ((selector & 0x8888) != 0).any()  # would replicate a sign
+    picked = [np.take_along_axis(both, (selector >> (4 * i) & 7)[:, None].astype(np.int64), 1) for i in range(4)]
+    return np.concatenate(picked, 1).copy().view(np.uint32)[:, 0]
+
+
+def carried_out(asm, *operands):
+    """`$0` of the instructions for uint32 operands `$1`, `$2` ...; an fma gives two 16-bit floats and ends them."""
+    registers = {f"${i + 1}": operand for i, operand in enumerate(operands)}
+    words = operands[0]
 
     def value(name):
         return registers[name] if name in registers else np.uint32(int(name, 0))
@@ -23,12 +40,12 @@ def carried_out(asm, words):
         found = re.fullmatch(r"(\S+) (.+);", line.strip())
         if found is None or found[1] == ".reg":
             continue
-        operation, (target, *operands) = found[1].split("."), found[2].split(", ")
-        a, *rest = (value(name) for name in operands)
+        operation, (target, *names) = found[1].split("."), found[2].split(", ")
+        a, *rest = (value(name) for name in names)
         match operation:
             case ["shl", "b32"]:
                 registers[target] = a << rest[0]
-            case ["shr", "b32"]:
+            case ["shr", "u32" | "b32"]:
                 registers[target] = a >> rest[0]
             case ["and", "b32"]:
                 registers[target] = a & rest[0]
@@ -37,25 +54,64 @@ def carried_out(asm, words):
             case ["lop3", "b32"]:
                 assert rest[2] == 0xEA
                 registers[target] = (a & rest[0]) | rest[1]
+            case ["prmt", "b32"]:
+                registers[target] = prmt(a, *rest)
             case ["fma", "rn", kind]:
-                dtype = {"bf16x2": torch.bfloat16, "f16x2": torch.float16}[kind]
-                a, b, c = (torch.from_numpy(part.view(np.int16).copy()).view(dtype).double() for part in (a, *rest))
-                assert bool((c == 0).all())
-                assert bool(c.signbit().all())
-                return a * b, dtype
+                a, b, c = (torch.from_numpy(part.view(np.int16).copy()).view(DTYPES[kind]) for part in (a, *rest))
+                if bool((c == 0).all()):
+                    assert bool(c.signbit().all())  # which keeps the sign of a zero
+                    return a.double() * b.double(), DTYPES[kind]
+                return a.double() * b.double() + c.double(), DTYPES[kind]
             case _:
                 raise AssertionError(line)
-    raise AssertionError("no fma")
+    return registers["$0"]
+
+
+def every_word():
+    words = np.arange(2**16, dtype=np.uint32)
+    return words | (np.random.default_rng(0).permutation(words) << 16)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("kind", ["e1m2", "e2m1", "e3m0"])
 @pytest.mark.parametrize("field", range(4))
-def test_ptx_of_e2m1_gives_the_values_of_both_words(field, bf16):
-    words = np.arange(2**16, dtype=np.uint32)
-    words = words | (np.random.default_rng(0).permutation(words) << 16)
-    found, dtype = carried_out(_decode.e2m1_asm.fn(field, bf16), words)
-    codes = torch.from_numpy((words.view(np.uint16) >> (4 * field) & 15).astype(np.int64))
-    want = torch.tensor(VALUES + [-value for value in VALUES], dtype=torch.float64)[codes]
-    assert torch.equal(found, want)
+def test_small_floats_of_4_bits(field, kind, bf16):
+    words = every_word()
+    found, dtype = carried_out(_fields.small_float_asm(field, kind, bf16), words)
+    codes = torch.from_numpy((halves(words) >> (4 * field) & 15).astype(np.int64))
+    assert torch.equal(found, small_float_values(kind)[codes])
     assert torch.equal(found.signbit(), codes >= 8)
     assert torch.equal(found.to(dtype).double(), found)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("form", ["plain", "centred", "magic"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_integers(bits, form, bf16):
+    words, third = every_word(), np.random.default_rng(1).integers(0, 256, (2**16, 2)).astype(np.uint16)
+    for field in range(16 // (bits & ~1)):
+        codes = (halves(words) >> ((bits & ~1) * field) & ((1 << (bits & ~1)) - 1)).astype(np.int64)
+        if bits == 3:
+            codes |= (third.ravel() >> field & 1).astype(np.int64) << 2
+            found = carried_out(_fields.planes_asm(field, bf16, form), words, third.view(np.uint32)[:, 0])
+        else:
+            found = carried_out(_fields.lop3_asm(field, bits, bf16, form), words)
+        codes = torch.from_numpy(codes)
+        if form == "magic":
+            dtype, magic = (torch.bfloat16, 128) if bf16 else (torch.float16, 1024)
+            found, want = torch.from_numpy(found.view(np.int16).copy()).view(dtype).double(), codes + magic
+        else:
+            found, want = found[0], codes - (1 << (bits - 1) if form == "centred" else 0)
+        assert torch.equal(found, want.double())
+
+
+@pytest.mark.parametrize("field", range(4))
+def test_codebooks_by_permutation(field):
+    """Bytes of 16 values in 8 registers, as `open_table` leaves them; each is an operand twice, one for each word."""
+    words, values = every_word(), np.random.default_rng(2).integers(0, 2**16, 16).astype(np.uint32)
+    table = [
+        sum((values[i + j] >> shift & 0xFF) << (8 * j) for j in range(4)) for shift in (0, 8) for i in range(0, 16, 4)
+    ]
+    operands = [np.broadcast_to(np.uint32(part), words.shape) for part in table for _ in range(2)]
+    found = carried_out(_fields.lookup_asm(field), words, *operands)
+    assert np.array_equal(halves(found), values.astype(np.uint16)[halves(words) >> (4 * field) & 15])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from reference import FP8, TOLERANCE, check_equal_groups, decode_fp8, error, weight
+from reference import FP8, TOLERANCE, check_equal_groups, decode_fp8, draw, error, weight
 
 from requanto_kernels import (
     from_exec_layout,
@@ -62,6 +62,42 @@ def test_wq_gemm_and_gradient(form, affine, layout, dtype):
     assert error(whole, w.meaning) <= BOUND[dtype]
 
 
+#: Kinds of `draw`: each is some compilations, so most run once, in bf16.
+KINDS = [
+    *(("3", affine, layout, torch.bfloat16) for affine, layout in ((True, "plain"), (True, "exec"), (False, "exec"))),
+    *((kind, True, "plain", torch.bfloat16) for kind in ("1", "5", "6", "7", "u8")),
+    *((kind, False, "plain", torch.bfloat16) for kind in ("table3", "table4", "e3m2", "e2m2")),
+    *((kind, False, "exec", torch.bfloat16) for kind in ("table2", "table3", "table4", "e3m0")),
+    *((kind, kind == "3", "exec", dtype) for kind in ("3", "table4") for dtype in (torch.float16, torch.float32)),
+]
+
+
+@pytest.mark.parametrize(("kind", "affine", "layout", "dtype"), KINDS)
+def test_other_widths_and_codebooks(kind, affine, layout, dtype):
+    for group, k, scale_dtype in ((64, 1024, dtype), (None, 1003, torch.float32)):
+        w = draw(kind, affine, 264, k, group, device="cuda", scale_dtype=scale_dtype)
+        how = w.what | {"layout": layout}
+        qdata = to_exec_layout(w.qdata, w.bits, k) if layout == "exec" else w.qdata
+        whole = wq_dequant(qdata, w.scale, w.shift, k=k, dtype=dtype, **how)
+        assert error(whole, w.meaning) <= BOUND[dtype]
+        for m in (1, 100) if group else (7,):
+            x = torch.randn(m, k, device="cuda", dtype=dtype)
+            assert error(wq_gemm(x, qdata, w.scale, w.shift, **how), x.double() @ w.meaning.T) <= BOUND[dtype], m
+    dy = torch.randn(40, 264, device="cuda", dtype=dtype)
+    assert error(wq_gemm_dx(dy, qdata, w.scale, w.shift, k=k, **how), dy.double() @ w.meaning) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("kind", ["3", "4", "u8"])
+def test_rows_beyond_two_gigabytes(kind):
+    w = draw(kind, True, 3, 256, 64, device="cuda")
+    stride = (2**31 + 4096) // 2
+    codes = torch.empty(2 * stride + 256, dtype=torch.uint8, device="cuda").as_strided(w.qdata.shape, (stride, 1))
+    codes.copy_(w.qdata)
+    assert error(wq_dequant(codes, w.scale, w.shift, k=256, dtype=torch.float32, **w.what), w.meaning) <= 1e-6
+    x = torch.randn(2, 256, device="cuda")
+    assert error(wq_gemm(x, codes, w.scale, w.shift, **w.what), x.double() @ w.meaning.T) <= BOUND[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fp8", FP8)
 @pytest.mark.parametrize("m", [1, 300])
@@ -84,13 +120,16 @@ def test_quantize_and_multiply(dtype, m):
     assert error(scaled_mm(codes, w, xs, ws), want) <= BOUND[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("group", "layout"), [(None, "exec"), (128, "exec"), (32, "plain")])
+@pytest.mark.parametrize(
+    ("bits", "group", "layout"),
+    [(4, None, "exec"), (4, 128, "exec"), (4, 32, "plain"), (3, 256, "exec"), (6, 64, "plain")],
+)
 @pytest.mark.parametrize("m", [1, 100])
-def test_int8_activations(group, layout, m):
-    w = weight(520, 1024, 4, group, True, device="cuda")
+def test_int8_activations(bits, group, layout, m):
+    w = weight(520, 1024, bits, group, True, device="cuda")
     codes, xs = quant_rows(torch.randn(m, 1024, device="cuda"))
     qdata = put(w) if layout == "exec" else w.qdata
-    got = w4a8_gemm(codes, xs, qdata, w.scale, w.shift, layout=layout, out_dtype=torch.float32)
+    got = w4a8_gemm(codes, xs, qdata, w.scale, w.shift, bits=bits, layout=layout, out_dtype=torch.float32)
     assert error(got, (codes.double() * xs.double()[:, None]) @ w.meaning.T) <= BOUND[torch.float32]
 
 

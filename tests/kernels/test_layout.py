@@ -10,7 +10,7 @@ from requanto_kernels import from_exec_layout, has_exec_layout, layout, to_exec_
 
 
 @settings(max_examples=40, deadline=None)
-@given(bits=st.sampled_from([2, 4]), rows=st.integers(0, 5), k=st.integers(1, 600), inplace=st.booleans())
+@given(bits=st.sampled_from([2, 3, 4]), rows=st.integers(0, 5), k=st.integers(1, 600), inplace=st.booleans())
 def test_round_trip(bits, rows, k, inplace):
     stored = torch.randint(0, 256, (rows, -(-k * bits // 8)), dtype=torch.uint8)
     moved = to_exec_layout(stored.clone(), bits, k, inplace=inplace)
@@ -32,9 +32,27 @@ def test_places(bits):
                 assert (words[block * 32 + j] >> (bits * i)) & ((1 << bits) - 1) == want
 
 
+def test_places_of_3_bits():
+    codes = torch.randint(0, 8, (512,))
+    stream = (
+        (codes[:, None] >> torch.arange(3) & 1).flatten().view(-1, 8)
+    )  # code k is bits 3 * k .. 3 * k + 2 of the row
+    stored = (stream << torch.arange(8)).sum(-1).to(torch.uint8)
+    blocks = to_exec_layout(stored[None], 3).view(2, 96)
+    words, bytes_ = blocks[:, :64].contiguous().view(torch.int16).int(), blocks[:, 64:].int()
+    for block in range(2):
+        for i in range(8):
+            for j in range(32):
+                low, third = (words[block, j] >> (2 * i)) & 3, (bytes_[block, j] >> i) & 1
+                assert low + 4 * third == codes[block * 256 + 32 * i + j]
+
+
 def test_plain_where_there_is_no_block():
     odd = torch.randint(0, 256, (3, 50), dtype=torch.uint8)
     assert not has_exec_layout(4, 100)
+    assert not has_exec_layout(3, 128)
+    assert not has_exec_layout(5, 256)
+    assert to_exec_layout(odd, 5) is odd
     assert to_exec_layout(odd, 4) is odd
     eight = torch.zeros(3, 128, dtype=torch.int8)
     assert to_exec_layout(eight, 8) is eight
@@ -54,7 +72,8 @@ def test_chunks_and_experts(monkeypatch):
     ("args", "message"),
     [
         ((torch.zeros(2, 64), 4), "qdata.dtype"),
-        ((torch.zeros(2, 64, dtype=torch.uint8), 3), "bits"),
+        ((torch.zeros(2, 64, dtype=torch.uint8), 9), "bits"),
+        ((torch.zeros(2, 64, dtype=torch.uint8), 3, 256), "qdata.shape"),
         ((torch.zeros(2, 64, dtype=torch.uint8), 4, 64), "qdata.shape"),
     ],
 )
