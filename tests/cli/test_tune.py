@@ -30,6 +30,9 @@ def model():
     made.dynamic = with_activations(weight("int8", 16, 64))
     made.mixed = with_activations(weight("int4", 32, 256, group_size=128))
     made.small = with_activations(weight("int4", 32, 256, group_size=64))
+    made.narrow = weight("int3", 32, 256, group_size=64)
+    made.coded = weight("nf4", 32, 256)  # as int4
+    made.far = with_activations(weight("uint8", 16, 64))
     made.turned = weight("int8", 64, 16, transposed=True)
     made.table = nn.Embedding(10, 64)
     made.table.weight = weight("int8", 10, 64)
@@ -40,6 +43,7 @@ def model():
 JOBS = [
     Job("scaled_mm", 8, None, 16, 64),
     Job("w4a8_gemm", 4, 128, 32, 256),
+    Job("wq_gemm", 3, 64, 32, 256),
     Job("wq_gemm", 4, 64, 32, 256),
     Job("wq_gemm", 4, 128, 48, 256),
     Job("wq_gemm", 8, None, 16, 64),
@@ -49,7 +53,7 @@ JOBS = [
 def test_jobs_of_a_model():
     jobs, skipped = jobs_of(model())
     assert jobs == JOBS
-    assert set(skipped) == {"small", "turned"}
+    assert set(skipped) == {"small", "turned", "coded", "far"}
 
 
 def test_jobs_of_quantized_modules():
@@ -100,5 +104,5 @@ def test_every_shape_is_tuned_and_kept(monkeypatch, tmp_path):
     found = tune_model(model(), rows=(1, 16), progress=False, report=lines.append)
     assert [shapes for shapes, _ in calls] == [[(j.out_features, j.in_features)] for j in JOBS]
     assert all(options["rows"] == (1, 16) for _, options in calls)
-    assert (found.entries, found.path) == (5, tmp_path / "kernels.json")
-    assert lines == ["one line"] * 5
+    assert (found.entries, found.path) == (len(JOBS), tmp_path / "kernels.json")
+    assert lines == ["one line"] * len(JOBS)

@@ -8,14 +8,15 @@ import torch
 
 from requanto.dtypes.qtypes import (
     qfloat8_e4m3fn,
-    qfloat8_e4m3fnuz,
     qfloat8_e5m2,
-    qint2,
+    qint3,
     qint4,
+    qint5,
     qint8,
     qnf4,
-    quint2,
-    quint4,
+    qtypes,
+    quint1,
+    quint7,
     quint8,
 )
 from requanto.linear.gpu import conditions as rules
@@ -44,7 +45,7 @@ def name(problem, **changes):
 def test_weight_only(gpu, capability):
     gpu(capability)
     half = replace(BASE, dtype=torch.float16)
-    for kind in (qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2):
+    for kind in dict.fromkeys(qtypes.values()):
         for group in (None, 32, 96, 128):
             for dtype in (torch.float16, torch.float32):
                 for transposed in (False, True):
@@ -68,17 +69,16 @@ def test_before_sm_80_weights_are_rebuilt(gpu):
 
 def test_what_no_kernel_takes(gpu):
     gpu(90)
-    assert name(BASE, dtype=torch.float64) == "reference"
-    assert name(BASE, in_features=0) == "reference"
+    assert name(BASE, dtype=torch.float64) == "gpu-dequantize"
+    assert name(BASE, dtype=torch.float64, layout="exec") == "reference"
     assert name(BASE, layout="onednn") == "reference"
     assert name(BASE, device="mps") == "reference"
-    for kind in (qnf4, quint8):
+    assert name(BASE, device="cpu") != "triton-wq"
+    gpu(70)
+    for kind in (qint4, qnf4, quint8):
         for changes in ({}, {"activation": qint8}, {"rows": 5000}, {"transposed": True}, {"dtype": torch.float64}):
             assert name(BASE, qtype=kind, **changes) == "gpu-dequantize"
         assert choose(replace(BASE, qtype=kind), grouped=True).implementation.name == "gpu-dequantize"
-    assert name(BASE, device="cpu") != "triton-wq"
-    gpu(70)
-    assert name(BASE, dtype=torch.float16) == "reference"
 
 
 @pytest.mark.parametrize("capability", [0, 80, 89, 90])
@@ -94,6 +94,9 @@ def test_quantized_activations(gpu, capability):
     assert name(INT8, activation=qint8, affine=True) == "triton-w4a8"
     assert name(INT8, activation=qint8, group_size=64) == "triton-w4a8"
     assert name(BASE, activation=qint8, group_size=64) == "triton-w4a8"
+    for kind in (qint3, qint5, quint1, quint7):
+        assert name(BASE, qtype=kind, activation=qint8, affine=True) == "triton-w4a8"
+    assert name(BASE, qtype=qint3, activation=qint8, group_size=256, layout="exec") == "triton-w4a8"
     for unfit in (
         replace(BASE, activation=qint8, group_size=64, layout="exec"),  # a block of 128 spans two groups
         replace(BASE, activation=qint8, group_size=96),
@@ -104,6 +107,9 @@ def test_quantized_activations(gpu, capability):
         replace(FLOAT8, activation=qint8),
         replace(FLOAT8, activation=qfloat8_e4m3fn, group_size=128),
         replace(INT8, activation=qint8, in_features=2**18),  # an int32 sum could overflow
+        replace(INT8, qtype=quint8, activation=qint8, affine=True),  # codes up to 255 are no int8
+        replace(BASE, qtype=qnf4, activation=qint8),
+        replace(BASE, qtype=qint3, activation=qint8, layout="exec"),  # groups of 128, blocks of 256
     ):
         assert name(unfit) == "triton-rounded"
     assert name(BASE, activation=qint4) == "reference"  # which refuses it by name
@@ -112,10 +118,10 @@ def test_quantized_activations(gpu, capability):
 def test_fused_experts(gpu):
     gpu(90)
     assert choose(replace(BASE, rows=5000), grouped=True).implementation.name == "triton-wq"
-    assert choose(replace(BASE, dtype=torch.float64), grouped=True).implementation.name == "reference"
+    assert choose(replace(BASE, dtype=torch.float64), grouped=True).implementation.name == "gpu-dequantize"
 
 
-def test_without_a_driver_one_line_and_the_reference(monkeypatch, caplog):
+def test_without_a_driver_one_line_and_torch(monkeypatch, caplog):
     triton = pytest.importorskip("triton")
 
     class NoDriver:
@@ -129,7 +135,7 @@ def test_without_a_driver_one_line_and_the_reference(monkeypatch, caplog):
     rules.available.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert [name(BASE, rows=rows) for rows in (1, 2, 3)] == ["reference"] * 3
+            assert [name(BASE, rows=rows) for rows in (1, 2, 3)] == ["gpu-dequantize"] * 3
         (record,) = caplog.records
         assert "0 active drivers" in record.message
         assert "\n" not in record.message
@@ -137,13 +143,13 @@ def test_without_a_driver_one_line_and_the_reference(monkeypatch, caplog):
         rules.available.cache_clear()
 
 
-def test_without_triton_the_reference(monkeypatch):
+def test_without_triton_torch(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "triton", None)  # what an import of a missing module meets
     rules.available.cache_clear()
     try:
-        assert name(BASE) == "reference"
+        assert name(BASE) == "gpu-dequantize"
     finally:
         rules.available.cache_clear()
 

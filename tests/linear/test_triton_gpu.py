@@ -23,7 +23,7 @@ pytestmark = [
 BOUND = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 KINDS = [
     ("int8", None), ("int8", 64), ("int4", 32), ("int4", 128), ("int4", None), ("int2", 64), ("float8", None),
-    ("float8_e5m2", None),
+    ("float8_e5m2", None), ("int3", 64), ("nf4", 64), ("codebook4", 64), ("uint8", 64), ("int6", 64), ("mxfp6", 32),
 ]  # fmt: skip
 
 
@@ -77,6 +77,8 @@ def test_a_column_scale(kind, dtype):
     [
         *((*kind, torch.bfloat16) for kind in KINDS),
         *((*kind, dtype) for kind in (("int4", 128), ("int8", None)) for dtype in (torch.float16, torch.float32)),
+        ("nf4", 64, torch.float16),
+        ("nf4", 64, torch.float32),
     ],
 )
 def test_eager_forward_and_backward(kind, group, dtype):
@@ -94,7 +96,7 @@ def test_eager_forward_and_backward(kind, group, dtype):
         dy = torch.randn_like(out)
         out.backward(dy)
         assert error(x.grad, dy.double() @ w) <= BOUND[dtype]
-    packs = kind in ("int4", "int2") and rules.has_matrix_instructions(DEVICE)
+    packs = module.weight.qtype.bits in rules.EXEC_BLOCKS and rules.has_matrix_instructions(DEVICE)
     assert module.weight.is_packed == packs
 
 
@@ -148,7 +150,10 @@ def test_nothing_waits_for_the_host(activation):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("kind", "activation"), [("int4", None), ("int4", "int8"), ("int8", "int8"), ("float8", None)])
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [("int4", None), ("int4", "int8"), ("int8", "int8"), ("float8", None), ("nf4", None), ("codebook3", None)],
+)
 def test_compiled_in_one_graph(kind, activation):
     activation = None if activation is None else resolve_qtype(activation)
     group = 128 if kind == "int4" else None

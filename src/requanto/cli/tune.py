@@ -177,8 +177,8 @@ def _job(problem: Problem) -> Job | str:
     kind, group = problem.qtype, problem.group_size
     if problem.transposed:
         return "stored transposed: the kernel for transposed weights has fixed tiles"
-    if kind not in rules.KINDS:
-        return f"{kind.name} has no kernel"
+    if kind.is_codebook and kind.blocks is None:
+        return "codebooks use the tiles of integers of as many bits"
     group = None if group == problem.in_features else group
     if problem.activation is None:
         return Job("wq_gemm", kind.bits, group, problem.out_features, problem.in_features)
@@ -190,11 +190,13 @@ def _job_8_bit(problem: Problem, kind: qtype, group: int | None) -> Job | str:
     shape = problem.out_features, problem.in_features
     if kind.is_floating_point or problem.activation.is_floating_point:
         return "GEMMs of float8 codes use the shipped tiles"
+    if kind.is_codebook or (kind.bits == 8 and kind.is_unsigned):
+        return f"{kind.name} with int8 activations uses a float GEMM"
     if kind.bits == 8 and group is None and not problem.affine:
         return Job("scaled_mm", 8, None, *shape)
     if group is not None and (group < 32 or group & (group - 1)):
         return f"groups of {group} with int8 activations use a float GEMM"
-    if group is not None and kind.is_packed and group % rules.exec_block(kind.bits):
+    if group is not None and group % rules.EXEC_BLOCKS.get(kind.bits, 1):
         return f"groups of {group} with int8 activations use the shipped tiles"
     return Job("w4a8_gemm", kind.bits, group, *shape)
 

@@ -11,20 +11,7 @@ import logging
 
 import torch
 
-from requanto.dtypes.qtypes import (
-    qfloat8_e4m3fn,
-    qfloat8_e4m3fnuz,
-    qfloat8_e5m2,
-    qint2,
-    qint4,
-    qint8,
-    qmxfp4,
-    qmxfp8_e4m3,
-    qmxfp8_e5m2,
-    qnvfp4,
-    quint2,
-    quint4,
-)
+from requanto.dtypes.qtypes import qint8, qtype, qtypes
 from requanto.linear.registry import Problem
 
 logger = logging.getLogger(__name__)
@@ -32,11 +19,10 @@ logger = logging.getLogger(__name__)
 #: Device types that Triton supports; ROCm devices are "cuda" as well.
 DEVICES = ("cuda", "xpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-#: Types that the kernels decode. (quint2 and quint4 are stored like affine qint2 and qint4.)
-KINDS = (
-    *(qint2, quint2, qint4, quint4, qint8, qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2),
-    *(qnvfp4, qmxfp4, qmxfp8_e4m3, qmxfp8_e5m2),
-)
+#: Types that the kernels decode: integers, float8, small floats, and codebooks of fewer than 8 bits.
+KINDS = frozenset(kind for kind in qtypes.values() if kind.bits < 8 or not kind.is_codebook)
+#: Codes along K in one block of the execution layout, by the widths that have one.
+EXEC_BLOCKS = {4: 128, 3: 256, 2: 256}
 #: Largest K for which a sum of products of int8 codes (-128 .. 127 times -127 .. 127) fits into int32.
 LONGEST_INT8 = 2**17
 
@@ -106,8 +92,13 @@ def has_decoder(problem: Problem) -> bool:
 
 
 def without_kernel(problem: Problem) -> bool:
-    """True on a GPU for codes that no kernel reads: other widths than 2, 4 and 8 bits, codebooks, quint8."""
-    return problem.device in DEVICES and problem.qtype not in KINDS
+    """True on a GPU where no kernel runs: without Triton or its driver, below sm_75, for float64."""
+    return problem.device in DEVICES and problem.layout == "plain" and not has_decoder(problem)
+
+
+def _rounded_to(activation: qtype | None) -> bool:
+    """True for types of activations whose codes kernels compute: int8 and float8."""
+    return activation is not None and activation in KINDS and activation.bits == 8 and not activation.is_unsigned
 
 
 def weight_only(problem: Problem) -> bool:
@@ -132,7 +123,7 @@ def dequantize_from(device: str, transposed: bool) -> int:
 def both_8_bit(problem: Problem) -> bool:
     """True for `scaled_mm`: int8 times int8 or float8 times float8, with one scale per row of the weight."""
     activation, kind = problem.activation, problem.qtype
-    if activation not in KINDS or activation.bits != 8 or kind.bits != 8:
+    if not _rounded_to(activation) or kind.bits != 8:
         return False
     if not has_decoder(problem) or not has_matrix_instructions(problem.device):
         return False
@@ -144,10 +135,14 @@ def both_8_bit(problem: Problem) -> bool:
 
 
 def int8_activations(problem: Problem) -> bool:
-    """True for `w4a8_gemm`: integer weights with group sizes that are powers of two of at least 32, or one scale per row."""
-    if problem.activation != qint8 or problem.qtype.is_floating_point or problem.transposed:
+    """True for `w4a8_gemm`: integer weights with group sizes that are powers of two of at least 32, or one scale per row.
+
+    Unsigned codes of 8 bits do not fit into int8.
+    """
+    kind = problem.qtype
+    if problem.activation != qint8 or kind.is_floating_point or kind.is_codebook or problem.transposed:
         return False
-    if problem.qtype.is_codebook:
+    if kind.bits == 8 and kind.is_unsigned:
         return False
     if not has_decoder(problem) or not has_matrix_instructions(problem.device):
         return False
@@ -156,14 +151,9 @@ def int8_activations(problem: Problem) -> bool:
         return problem.in_features <= LONGEST_INT8
     if group < 32 or group & (group - 1):
         return False
-    return problem.layout == "plain" or group % exec_block(problem.qtype.bits) == 0
+    return problem.layout == "plain" or group % EXEC_BLOCKS[kind.bits] == 0
 
 
 def rounded_activations(problem: Problem) -> bool:
     """True for quantized activations without an integer or float8 GEMM: they are rounded, then multiplied as floats."""
-    return problem.activation in KINDS and problem.activation.bits == 8 and has_decoder(problem)
-
-
-def exec_block(bits: int) -> int:
-    """Codes along K in one block of the execution layout."""
-    return 512 // bits
+    return _rounded_to(problem.activation) and has_decoder(problem)

@@ -22,12 +22,12 @@ _pinned: dict[int, StorageWeakRef] = {}
 
 
 class ExecLayout(Layout):
-    """Codes of 2 or 4 bits in the execution layout, uint8 of the plain layout's shape."""
+    """Codes of 2, 3 or 4 bits in the execution layout, uint8 of the plain layout's shape."""
 
     name = "exec"
 
     def accepts(self, spec: WeightSpec) -> bool:
-        return spec.qtype in rules.KINDS and spec.qtype.is_packed and len(spec.shape) - spec.axis == 2
+        return spec.qtype in rules.KINDS and spec.qtype.bits in rules.EXEC_BLOCKS and len(spec.shape) - spec.axis == 2
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         from requanto_kernels import to_exec_layout
@@ -67,9 +67,9 @@ EXEC = register_layout(ExecLayout())
 def fits(weight: QTensor, activation: qtype | None = None) -> bool:
     """True for weights whose kernels can read the execution layout at full speed."""
     kind, length = weight.qtype, weight.row_length
-    if weight.device.type not in rules.DEVICES or kind not in rules.KINDS or not kind.is_packed:
+    if weight.device.type not in rules.DEVICES or kind not in rules.KINDS or kind.bits not in rules.EXEC_BLOCKS:
         return False
-    block = rules.exec_block(kind.bits)
+    block = rules.EXEC_BLOCKS[kind.bits]
     if weight.dim() - weight.axis != 2 or length % block or capturing(weight.device) or not rules.available():
         return False
     if not rules.has_matrix_instructions(weight.device.type):

@@ -7,33 +7,33 @@ In order of preference:
     triton-rounded      other pairs of types: activations rounded to their codes, then one of the two below
     triton-dequantize   many rows: dequantized by a kernel, then the vendor's library
     triton-wq           everything else: GEMM with fused dequantize; also transposed, and for fused experts
-    gpu-dequantize      types that the kernels do not read: dequantized in parts by torch, then the vendor's library
+    gpu-dequantize      where no kernel runs: dequantized in parts by torch, then the vendor's library
 
-Without Triton or its driver only the last of them and the reference run; one line is logged.
+Without Triton or its driver only the last of them runs; one line is logged.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qtype
 from requanto.linear import reference
 from requanto.linear.activations import quantize_activations
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import codes_of
 from requanto.linear.registry import Implementation, choose, problem_of, register
+from requanto.scales.codebook import values_of
 from requanto.tensor.qtensor import QTensor
 
 #: Most bytes of a weight that are dequantized at a time: every layer of a 70B model fits, a large output head does not.
 SCRATCH_BYTES = 512 * 2**20
 #: Most weights that torch's operators dequantize at a time; each takes about 12 bytes of temporary memory.
 PART = 16 * 2**20
-
-logger = logging.getLogger(__name__)
 
 
 def run_wq(
@@ -46,13 +46,7 @@ def run_wq(
     """Weight-only GEMM with fused dequantize."""
     from requanto_kernels import wq_gemm, wq_gemm_dx
 
-    codes, layout = codes_of(weight)
-    common = {
-        "bits": weight.qtype.bits,
-        "group_size": weight.group_size,
-        "layout": layout,
-        "small_float": _small(weight),
-    }
+    codes, common = _described(weight)
     if not weight.transposed:
         return wq_gemm(x, codes, weight.scale, weight.shift, bias, **common)
     # x @ W is the kernel for the gradient of x @ W.T.
@@ -64,23 +58,16 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     """GEMMs of fused experts; ``offsets``, the end rows ``[E]``, stay on the device. Rows after the last give zeros."""
     from requanto_kernels import wq_gemm_dx, wq_gemm_grouped
 
-    codes, layout = codes_of(weight)
+    codes, common = _described(weight)
     # Kernels write the rows between two bounds: none may be beyond the result, nor before the one before it.
     ends = offsets.to(x.device).clamp(0, x.shape[0]).cummax(0).values
     bounds = F.pad(ends.to(offsets.dtype), (1, 0))
     out = x.new_zeros(x.shape[0], weight.shape[1])
     if not x.shape[0]:
         return out
-    common = {
-        "bits": weight.qtype.bits,
-        "group_size": weight.group_size,
-        "layout": layout,
-        "small_float": _small(weight),
-        "out": out,
-    }
     if weight.transposed:
-        return wq_gemm_dx(x, codes, weight.scale, weight.shift, k=weight.row_length, offsets=bounds, **common)
-    return wq_gemm_grouped(x, bounds, codes, weight.scale, weight.shift, **common)
+        return wq_gemm_dx(x, codes, weight.scale, weight.shift, k=weight.row_length, offsets=bounds, out=out, **common)
+    return wq_gemm_grouped(x, bounds, codes, weight.scale, weight.shift, out=out, **common)
 
 
 def run_dequantized(
@@ -116,24 +103,39 @@ def _dequantized_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype
     """Rows ``start .. stop`` of the stored matrix, dequantized by a kernel."""
     from requanto_kernels import wq_dequant
 
-    codes, layout = codes_of(weight)
+    codes, common = _described(weight)
     shift = None if weight.shift is None else weight.shift[start:stop]
     return wq_dequant(
-        codes[start:stop],
-        weight.scale[start:stop],
-        shift,
-        bits=weight.qtype.bits,
-        k=weight.row_length,
-        group_size=weight.group_size,
-        layout=layout,
-        small_float=_small(weight),
-        dtype=dtype,
-    )
+        codes[start:stop], weight.scale[start:stop], shift, k=weight.row_length, dtype=dtype, **common
+    )  # fmt: skip
 
 
-def _small(weight: QTensor) -> str:
-    """Name of the floats that codes of 4 bits are, as kernels take it; empty for integers and 8 bits."""
-    return "e2m1" if weight.qtype.blocks is not None and weight.qtype.bits == 4 else ""
+def _described(weight: QTensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The codes, and what they are, as arguments of kernels."""
+    kind = weight.qtype
+    codes, layout = codes_of(weight)
+    described = {"bits": kind.bits, "group_size": weight.group_size, "layout": layout}
+    if kind.is_codebook:
+        form = _small_float(kind)
+        described |= {"small_float": form} if form else {"codebook": _values(weight, codes.device)}
+    return codes, described
+
+
+@functools.cache
+def _small_float(kind: qtype) -> str:
+    """The form of a codebook's values if they are those of small floats, ``"e2m1"``; else empty: kernels look them up."""
+    forms = ((bits, e, m) for bits, e, m in MINIFLOATS if bits == kind.bits)
+    return next((f"e{e}m{m}" for _, e, m in forms if minifloat(e, m) == kind.values), "")
+
+
+def _values(weight: QTensor, device: torch.device) -> torch.Tensor:
+    return _fixed_values(weight.qtype, device) if weight.codebook is None else weight.codebook
+
+
+@functools.cache
+def _fixed_values(kind: qtype, device: torch.device) -> torch.Tensor:
+    """The values of a fixed codebook; kept for good, since captured graphs read them."""
+    return values_of(kind, torch.empty(0, dtype=torch.uint8, device=device))
 
 
 def run_scaled_mm(
@@ -158,7 +160,7 @@ def run_w4a8(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """GEMM of int8 activations and integer codes of 2, 4 or 8 bits, with integer sums within each group."""
+    """GEMM of int8 activations and integer codes, with integer sums within each group."""
     from requanto_kernels import w4a8_gemm
 
     assert activation is not None
@@ -199,8 +201,7 @@ def run_without_kernel(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dequantizes rows of the weight, at most `PART` weights at a time, with torch's operators; logs it once per type."""
-    _warn_no_kernel(weight.qtype.name, x.device.type)
+    """Dequantizes rows of the weight, at most `PART` weights at a time, with torch's operators."""
     stored, length = weight.lead.numel(), weight.row_length
     step = max(1, PART // max(1, length))
     if weight.transposed or step >= stored:
@@ -211,16 +212,6 @@ def run_without_kernel(
         part_bias = None if bias is None else bias[rows]
         parts.append(reference.run(x, weight[rows], part_bias, activation, input_scale))
     return torch.cat(parts, dim=1)
-
-
-@functools.cache
-def _warn_no_kernel(name: str, device: str) -> None:
-    logger.warning(
-        "no kernel supports %s weights on %s devices: each GEMM dequantizes them first. int4, int2, int8 and float8 have "
-        "kernels.",
-        name.removeprefix("q"),
-        device,
-    )
 
 
 def quantized(
@@ -271,7 +262,7 @@ for _implementation in (
         name="gpu-dequantize",
         run=run_without_kernel,
         supports=rules.without_kernel,
-        reason="no kernel reads codes of this type: dequantized by torch, then the vendor's library",
+        reason="no kernel runs here (no Triton, an older GPU, or float64): dequantized by torch, then the vendor's library",
         run_grouped=reference.run_grouped,
     ),
 ):
