@@ -1,10 +1,7 @@
 """Registers the GPU implementations: `requanto_kernels` on CUDA, ROCm and XPU. Conditions: `requanto.linear.gpu.conditions`.
 
-In order of preference:
+In order of preference, after those for activations of 8 bits (`requanto.linear.gpu.eight_bit`):
 
-    triton-scaled-mm    int8 x int8 and float8 x float8: activations quantized per token, one GEMM of 8-bit codes
-    triton-w4a8         integer weights below 8 bits, or with groups, and int8 activations
-    triton-rounded      other pairs of types: activations rounded to their codes, then one of the two below
     triton-dequantize   many rows: dequantized by a kernel, then the vendor's library
     triton-wq           everything else: GEMM with fused dequantize; also transposed, and for fused experts
     gpu-dequantize      where no kernel runs: dequantized in parts by torch, then the vendor's library
@@ -23,10 +20,9 @@ import torch.nn.functional as F
 from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qtype
 from requanto.linear import reference
-from requanto.linear.activations import quantize_activations
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import codes_of
-from requanto.linear.registry import Implementation, choose, problem_of, register
+from requanto.linear.registry import Implementation, register
 from requanto.scales.codebook import values_of
 from requanto.tensor.qtensor import QTensor
 
@@ -138,62 +134,6 @@ def _fixed_values(kind: qtype, device: torch.device) -> torch.Tensor:
     return values_of(kind, torch.empty(0, dtype=torch.uint8, device=device))
 
 
-def run_scaled_mm(
-    x: torch.Tensor,
-    weight: QTensor,
-    bias: torch.Tensor | None,
-    activation: qtype | None = None,
-    input_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """GEMM of 8-bit codes; on GPUs without float8 instructions, the kernel converts float8 codes first."""
-    from requanto_kernels import scaled_mm
-
-    assert activation is not None
-    codes, steps = quantized(x, activation, input_scale)
-    return scaled_mm(codes, codes_of(weight)[0], steps, weight.scale, bias, out_dtype=x.dtype)
-
-
-def run_w4a8(
-    x: torch.Tensor,
-    weight: QTensor,
-    bias: torch.Tensor | None,
-    activation: qtype | None = None,
-    input_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """GEMM of int8 activations and integer codes, with integer sums within each group."""
-    from requanto_kernels import w4a8_gemm
-
-    assert activation is not None
-    codes, layout = codes_of(weight)
-    x_codes, steps = quantized(x, activation, input_scale)
-    return w4a8_gemm(
-        x_codes,
-        steps.expand(x.shape[0]),
-        codes,
-        weight.scale,
-        weight.shift,
-        bias,
-        bits=weight.qtype.bits,
-        group_size=weight.group_size,
-        layout=layout,
-        out_dtype=x.dtype,
-    )
-
-
-def run_rounded(
-    x: torch.Tensor,
-    weight: QTensor,
-    bias: torch.Tensor | None,
-    activation: qtype | None = None,
-    input_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Quantizes and dequantizes the activations, then runs the weight-only implementation."""
-    assert activation is not None
-    codes, steps = quantized(x, activation, input_scale)
-    x = codes.float().mul_(steps.unsqueeze(-1)).to(x.dtype)
-    return choose(problem_of(weight, x.dtype, x.shape[0])).implementation.run(x, weight, bias)
-
-
 def run_without_kernel(
     x: torch.Tensor,
     weight: QTensor,
@@ -214,37 +154,7 @@ def run_without_kernel(
     return torch.cat(parts, dim=1)
 
 
-def quantized(
-    x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes x: codes, and float32 scales, one per row or the static one."""
-    from requanto_kernels import quant_rows
-
-    if input_scale is None:
-        return quant_rows(x, kind.dtype)
-    codes, scale = quantize_activations(x, kind, input_scale)
-    return codes.to(kind.dtype), scale.reshape(-1)
-
-
 for _implementation in (
-    Implementation(
-        name="triton-scaled-mm",
-        run=run_scaled_mm,
-        supports=rules.both_8_bit,
-        reason="activations quantized per token, one GEMM of 8-bit codes",
-    ),
-    Implementation(
-        name="triton-w4a8",
-        run=run_w4a8,
-        supports=rules.int8_activations,
-        reason="int8 activations times integer codes, exact sums within each group",
-    ),
-    Implementation(
-        name="triton-rounded",
-        run=run_rounded,
-        supports=rules.rounded_activations,
-        reason="no GEMM of these two types of codes: activations are rounded to their codes, then weight-only",
-    ),
     Implementation(
         name="triton-dequantize",
         run=run_dequantized,
