@@ -284,7 +284,7 @@ def compile_case(case: Case) -> dict:
         else:
             signature[name] = case.pointers.get(name, "i32")
             # Rows of scales need not be multiples of 16; everything else is, in the shapes of real models.
-            if name not in ("stride_sn", "stride_zn", "E", "total"):
+            if name not in ("stride_sn", "stride_sg", "stride_zn", "stride_zg", "E", "total"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
     row = {"case": case.name, "arch": case.arch, "key": key_of(case), "problems": []}
     options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}

@@ -1,7 +1,7 @@
 """Triton kernels for low-bit matrix multiplication. Arguments and results are plain tensors; needs only torch and triton."""
 
 from .config import Config
-from .layout import from_exec_layout, has_exec_layout, to_exec_layout
+from .layout import from_exec_layout, group_major, has_exec_layout, to_exec_layout
 from .quant_rows import quant_rows
 from .scaled_mm import scaled_mm
 from .tune import tune
@@ -14,6 +14,7 @@ from .wq_gemm_grouped import wq_gemm_grouped
 __all__ = [
     "Config",
     "from_exec_layout",
+    "group_major",
     "has_exec_layout",
     "quant_rows",
     "scaled_mm",

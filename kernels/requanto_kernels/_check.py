@@ -71,11 +71,11 @@ class Weight:
     exec: bool
     experts: int
 
-    def strides(self) -> tuple[int, int, int, int, int, int]:
-        """(q, scale, shift) by row, then (q, scale, shift) by expert."""
-        z = self.shift if self.shift is not None else self.scale
-        expert = (self.q.stride(0), self.scale.stride(0), z.stride(0)) if self.experts else (0, 0, 0)
-        return (self.q.stride(-2), self.scale.stride(-2), z.stride(-2), *expert)
+    def strides(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """q by row, scale by row and group, shift by row and group, then (q, scale, shift) by expert."""
+        s, z = self.scale, self.shift if self.shift is not None else self.scale
+        expert = (self.q.stride(0), s.stride(0), z.stride(0)) if self.experts else (0, 0, 0)
+        return (self.q.stride(-2), *s.stride()[-2:], *z.stride()[-2:], *expert)
 
 
 def exec_block(bits: int) -> int:
@@ -162,11 +162,10 @@ def check_weight(
         if q.data_ptr() % 2 or q.storage_offset() % 2 or any(s % 2 for s in q.stride()[:-1]):
             q = q.clone(memory_format=torch.contiguous_format)
         q = q.view(torch.int16)
-    scale = _inner_contiguous(scale)
     return Weight(
         q=q,
         scale=scale,
-        shift=None if shift is None else _inner_contiguous(shift),
+        shift=shift,
         table=scale if codebook is None else codebook.contiguous(),
         n=lead[-1],
         k=k,

@@ -161,7 +161,7 @@ def load_codes(
 
 @triton.jit
 def load_group(
-    ptr, rn, k0, N, K, stride_n,
+    ptr, rn, k0, N, K, stride_n, stride_g,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Scale or shift of the tile at k0 in fp32: `[BLOCK_N, 1]` if the tile is in one group, else `[BLOCK_N, BLOCK_K]`.
@@ -173,17 +173,18 @@ def load_group(
     if GROUP == 0:
         return tl.load(rows, mask=n_mask, other=0).to(tl.float32)
     elif GROUP % BLOCK_K == 0:
-        return tl.load(rows + k0 // GROUP, mask=n_mask, other=0).to(tl.float32)
+        return tl.load(rows + tl.cast(k0 // GROUP, tl.int64) * stride_g, mask=n_mask, other=0).to(tl.float32)
     elif BLOCK_K % GROUP == 0:
         rg = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
         mask = n_mask & (rg < (K + GROUP - 1) // GROUP)[None, :]
-        few = tl.load(rows + rg[None, :], mask=mask, other=0).to(tl.float32)
+        few = tl.load(rows + rg.to(tl.int64)[None, :] * stride_g, mask=mask, other=0).to(tl.float32)
         wide = tl.broadcast_to(few[:, :, None], [BLOCK_N, BLOCK_K // GROUP, GROUP])
         return tl.reshape(wide, [BLOCK_N, BLOCK_K])
     else:
         # The group size is not a power of two: one (cached) load per element, which is slower.
         rk = k0 + tl.arange(0, BLOCK_K)
-        return tl.load(rows + (rk // GROUP)[None, :], mask=n_mask & (rk < K)[None, :], other=0).to(tl.float32)
+        groups = (rk // GROUP).to(tl.int64)[None, :] * stride_g
+        return tl.load(rows + groups, mask=n_mask & (rk < K)[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
@@ -203,7 +204,7 @@ def from_zero(scale, shift, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def scale_codes(
-    codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn,
+    codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FORM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -211,9 +212,9 @@ def scale_codes(
 
     An explicit fma: rounding the product before the subtraction would double the error.
     """
-    scale = load_group(s_ptr, rn, k0, N, K, stride_sn, GROUP, BLOCK_N, BLOCK_K)
+    scale = load_group(s_ptr, rn, k0, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
     if AFFINE:
-        shift = load_group(z_ptr, rn, k0, N, K, stride_zn, GROUP, BLOCK_N, BLOCK_K)
+        shift = load_group(z_ptr, rn, k0, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
         if FORM == "magic":
             offset, shift = from_zero(scale, shift, BITS, DTYPE)
             codes = codes - offset

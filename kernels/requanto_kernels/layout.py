@@ -22,6 +22,17 @@ def has_exec_layout(bits: int, k: int) -> bool:
     return bits in EXEC_BITS and k % exec_block(bits) == 0
 
 
+def group_major(scales: torch.Tensor) -> torch.Tensor:
+    """Scales or shifts `[..., N, G]` with the same shape, in memory `[..., G, N]`; no copy if they are so already.
+
+    The kernels accept any strides. With this order the scales of the rows of a tile are adjacent, so they are loaded as
+    vectors, asynchronously; in the order of the shape every row of a tile costs one small load.
+    """
+    if scales.dim() < 2:
+        fail("scales.shape", tuple(scales.shape), "at least two dimensions, (..., N, G)")
+    return scales.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def _unpack(data: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """`count` fields of `bits` bits, on a new last axis."""
     mask = (1 << bits) - 1

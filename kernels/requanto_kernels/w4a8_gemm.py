@@ -19,7 +19,7 @@ from .config import Config, select
 @triton.jit
 def w4a8_gemm_kernel(
     x_ptr, xs_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
-    stride_xm, stride_qn, stride_sn, stride_zn,
+    stride_xm, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -45,16 +45,16 @@ def w4a8_gemm_kernel(
                 x_total += tl.sum(x.to(tl.int32), axis=1)
         else:
             part = tl.dot(c, tl.trans(x), out_dtype=tl.int32).to(tl.float32)
-            scale = load_group(s_ptr, rn, k0, N, K, stride_sn, GROUP, BLOCK_N, BLOCK_K)
+            scale = load_group(s_ptr, rn, k0, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
             y += part * scale
             if AFFINE:
-                z = load_group(z_ptr, rn, k0, N, K, stride_zn, GROUP, BLOCK_N, BLOCK_K)
+                z = load_group(z_ptr, rn, k0, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
                 y -= z * tl.sum(x.to(tl.int32), axis=1).to(tl.float32)[None, :]
     if GROUP == 0:
-        scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
+        scale = load_group(s_ptr, rn, 0, N, K, stride_sn, stride_sg, 0, BLOCK_N, BLOCK_K)
         y = total.to(tl.float32) * scale
         if AFFINE:
-            z = load_group(z_ptr, rn, 0, N, K, stride_zn, 0, BLOCK_N, BLOCK_K)
+            z = load_group(z_ptr, rn, 0, N, K, stride_zn, stride_zg, 0, BLOCK_N, BLOCK_K)
             y -= z * x_total.to(tl.float32)[None, :]
     y = tl.trans(y) * tl.load(xs_ptr + rm, mask=rm < M, other=0).to(tl.float32)[:, None]
     if BIAS:
@@ -125,7 +125,7 @@ def w4a8_gemm(
     with on_device(x):
         w4a8_gemm_kernel[(-(-m // config.block_m) * -(-w.n // config.block_n),)](
             x2, xs, w.q, w.scale, z, bias if bias is not None else w.scale, result, m, w.n, k,
-            x2.stride(0), *w.strides()[:3],
+            x2.stride(0), *w.strides()[:5],
             BITS=bits, GROUP=w.group, AFFINE=w.shift is not None, EXEC=is_exec, BIAS=bias is not None,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -15,7 +15,7 @@ from ._device import arch_of, fp8_decoder, on_device
 
 @triton.jit
 def wq_dequant_kernel(
-    q_ptr, s_ptr, z_ptr, t_ptr, out_ptr, N, K, stride_qn, stride_sn, stride_zn,
+    q_ptr, s_ptr, z_ptr, t_ptr, out_ptr, N, K, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
@@ -27,7 +27,7 @@ def wq_dequant_kernel(
         q_ptr, t_ptr, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
     )  # fmt: skip
     w = scale_codes(
-        codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn,
+        codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
         BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, tl.float32,
     )  # fmt: skip
     rk = k0 + tl.arange(0, BLOCK_K)
@@ -70,7 +70,7 @@ def wq_dequant(
     z = w.shift if w.shift is not None else w.scale
     with on_device(qdata):
         wq_dequant_kernel[(-(-w.n // block_n), -(-k // block_k))](
-            w.q, w.scale, z, w.table, result, w.n, k, *w.strides()[:3],
+            w.q, w.scale, z, w.table, result, w.n, k, *w.strides()[:5],
             BITS=bits, KIND=fp8_decoder(w.kind, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0, num_warps=4,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from .config import Config, select, split_for
 @triton.jit
 def accumulate(
     x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, rm, m_end, rn, k_begin, k_end, N, K,
-    stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
@@ -47,8 +47,8 @@ def accumulate(
     FIELDS: tl.constexpr = exec_fields(BITS) if BY_FIELD else 1
     STEP: tl.constexpr = BLOCK_K // FIELDS
     if GROUP == 0 and AFFINE:
-        scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
-        shift = load_group(z_ptr, rn, 0, N, K, stride_zn, 0, BLOCK_N, BLOCK_K)
+        scale = load_group(s_ptr, rn, 0, N, K, stride_sn, stride_sg, 0, BLOCK_N, BLOCK_K)
+        shift = load_group(z_ptr, rn, 0, N, K, stride_zn, stride_zg, 0, BLOCK_N, BLOCK_K)
         if FORM == "magic":
             offset, shift = from_zero(scale, shift, BITS, DTYPE)
     for k0 in range(k_begin, k_end, BLOCK_K):
@@ -67,7 +67,8 @@ def accumulate(
                 )  # fmt: skip
             if GROUP > 0:
                 w = scale_codes(
-                    w, s_ptr, z_ptr, rn, k, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, FORM, BLOCK_N, STEP, DTYPE
+                    w, s_ptr, z_ptr, rn, k, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+                    BITS, GROUP, AFFINE, FORM, BLOCK_N, STEP, DTYPE,
                 )  # fmt: skip
             elif AFFINE:
                 if FORM == "magic":
@@ -81,7 +82,7 @@ def accumulate(
         acc = tl.trans(acc)
     if GROUP == 0:
         if not AFFINE:
-            scale = load_group(s_ptr, rn, 0, N, K, stride_sn, 0, BLOCK_N, BLOCK_K)
+            scale = load_group(s_ptr, rn, 0, N, K, stride_sn, stride_sg, 0, BLOCK_N, BLOCK_K)
         acc = acc * tl.reshape(scale, [BLOCK_N])[None, :]
         if AFFINE:
             acc = acc - x_sum[:, None] * tl.reshape(shift, [BLOCK_N])[None, :]
@@ -91,7 +92,7 @@ def accumulate(
 @triton.jit
 def wq_gemm_kernel(
     x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, M, N, K,
-    stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, k_per_split,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, k_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
@@ -108,7 +109,7 @@ def wq_gemm_kernel(
     k_begin = split * k_per_split
     acc = accumulate(
         x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, rm, M, rn, k_begin, min(k_begin + k_per_split, K), N, K,
-        stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
+        stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
         BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
     )  # fmt: skip
     if BIAS and not SPLIT:
@@ -237,7 +238,7 @@ def wq_gemm(
     b = bias if bias is not None else w.scale
     with on_device(x):
         wq_gemm_kernel[grid](
-            x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:3], k_per_split,
+            x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:5], k_per_split,
             BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from .config import Config, select
 @triton.jit
 def wq_gemm_dx_kernel(
     dy_ptr, q_ptr, s_ptr, z_ptr, t_ptr, dx_ptr, offsets_ptr, M, N, K, E,
-    stride_ym, stride_yn, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,
+    stride_ym, stride_yn, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, stride_qe, stride_se, stride_ze,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     GROUPED: tl.constexpr, E_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
@@ -47,7 +47,8 @@ def wq_gemm_dx_kernel(
                 q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
             )  # fmt: skip
             w = scale_codes(
-                w, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_zn, BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE
+                w, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+                BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE,
             )  # fmt: skip
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
     rk = k0 + tl.arange(0, BLOCK_K)

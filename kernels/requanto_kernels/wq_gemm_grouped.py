@@ -19,7 +19,7 @@ from .wq_gemm_dx import expert_tile
 @triton.jit
 def wq_gemm_grouped_kernel(
     x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, offsets_ptr, out_ptr, N, K, E,
-    stride_xm, stride_xk, stride_qn, stride_sn, stride_zn, stride_qe, stride_se, stride_ze,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, stride_qe, stride_se, stride_ze,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, E_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -32,7 +32,7 @@ def wq_gemm_grouped_kernel(
         rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = accumulate(
             x_ptr, q_ptr + expert * stride_qe, s_ptr + expert * stride_se, z_ptr + expert * stride_ze, t_ptr,
-            rm, m_end, rn, 0, K, N, K, stride_xm, stride_xk, stride_qn, stride_sn, stride_zn,
+            rm, m_end, rn, 0, K, N, K, stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
             BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
         )  # fmt: skip
         if BIAS:

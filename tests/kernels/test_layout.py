@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from requanto_kernels import from_exec_layout, has_exec_layout, layout, to_exec_layout
+from requanto_kernels import from_exec_layout, group_major, has_exec_layout, layout, to_exec_layout
 
 
 @settings(max_examples=40, deadline=None)
@@ -85,3 +85,15 @@ def test_bad_input_is_named(args, message):
 def test_in_place_needs_contiguous_memory():
     with pytest.raises(ValueError, match=r"qdata\.stride"):
         to_exec_layout(torch.zeros(64, 2, dtype=torch.uint8).T, 4, inplace=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (5, 1), (0, 3)])
+def test_group_major(shape):
+    scales = torch.randn(shape)
+    moved = group_major(scales)
+    assert torch.equal(moved, scales)
+    assert moved.transpose(-1, -2).is_contiguous()
+    assert group_major(moved).data_ptr() == moved.data_ptr()
+    assert torch.equal(moved[..., 1:4, :], scales[..., 1:4, :])  # rows are sliced as views
+    with pytest.raises(ValueError, match=r"scales\.shape: found \(3,\), expected at least two"):
+        group_major(torch.zeros(3))

@@ -6,15 +6,18 @@ import pytest
 import torch
 from reference import FP8, TOLERANCE, error, weight
 
-from requanto_kernels import Config, to_exec_layout, wq_dequant, wq_gemm, wq_gemm_dx, wq_gemm_grouped
+from requanto_kernels import Config, group_major, to_exec_layout, wq_dequant, wq_gemm, wq_gemm_dx, wq_gemm_grouped
 
 HALF, FULL = torch.float16, torch.float32
 SMALL = Config(block_m=16, block_n=32, block_k=64, split_k=1)
 
 
 def run(w, x, layout="plain", **more):
-    qdata = to_exec_layout(w.qdata, w.bits, x.shape[-1]) if layout == "exec" else w.qdata
-    return wq_gemm(x, qdata, w.scale, w.shift, bits=w.bits, group_size=w.group, layout=layout, **more)
+    qdata, scale, shift = w.qdata, w.scale, w.shift
+    if layout == "exec":
+        qdata, scale = to_exec_layout(qdata, w.bits, x.shape[-1]), group_major(scale)
+        shift = None if shift is None else group_major(shift)
+    return wq_gemm(x, qdata, scale, shift, bits=w.bits, group_size=w.group, layout=layout, **more)
 
 
 @pytest.mark.parametrize("dtype", [FULL, HALF])
@@ -98,8 +101,9 @@ def test_any_combination(seed):
     # Where terms cancel (one output, say) the error is measured against their size, not the sum's.
     size = (x.double().abs() @ w.meaning.abs().T).norm() / k**0.5
     assert ((got.double() - want).norm() / torch.maximum(size, want.norm())).item() <= TOLERANCE[dtype], draw
-    qdata = to_exec_layout(w.qdata, bits, k) if layout == "exec" else w.qdata
-    dx = wq_gemm_dx(got, qdata, w.scale, w.shift, bits=bits, k=k, group_size=group, layout=layout)
+    if layout == "exec":
+        w.qdata, w.scale = to_exec_layout(w.qdata, bits, k), group_major(w.scale)
+    dx = wq_gemm_dx(got, w.qdata, w.scale, w.shift, bits=bits, k=k, group_size=group, layout=layout)
     size = (got.double().abs() @ w.meaning.abs()).norm() / n**0.5
     want = got.double() @ w.meaning
     assert ((dx.double() - want).norm() / torch.maximum(size, want.norm())).item() <= TOLERANCE[dtype], draw
@@ -164,6 +168,32 @@ def test_misaligned_storage():
     want = x.double() @ w.meaning.T
     got = wq_gemm(x, to_exec_layout(odd, 4, inplace=True), w.scale, bits=4, layout="exec")
     assert error(got, want) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("order", ["group major", "every other", "one for all rows"])
+def test_strides_of_scales(order):
+    """Scale and shift with any strides, each with its own, in every kernel."""
+    w = weight(24, 128, 4, 32, affine=True, experts=2)
+    if order == "one for all rows":
+        w.meaning += ((w.shift - w.shift[:, :1]).double()).repeat_interleave(32, -1)
+        w.shift = w.shift[:, :1].expand_as(w.shift)
+    elif order == "every other":
+        w.scale = torch.stack([w.scale, torch.rand_like(w.scale)], -1)[..., 0]
+        w.shift = torch.stack([torch.rand_like(w.shift), w.shift])[1]
+    else:
+        w.scale = group_major(w.scale)
+    common, weights = {"bits": 4, "group_size": 32}, (w.qdata, w.scale, w.shift)
+    x, grad = torch.randn(5, 128), torch.randn(5, 24)
+    for expert in range(2):
+        one = [part[expert] for part in weights]
+        assert error(wq_gemm(x, *one, **common), x.double() @ w.meaning[expert].T) <= TOLERANCE[FULL]
+        assert error(wq_gemm_dx(grad, *one, **common), grad.double() @ w.meaning[expert]) <= TOLERANCE[FULL]
+        assert error(wq_dequant(*one, dtype=FULL, **common), w.meaning[expert]) <= TOLERANCE[FULL]
+    offsets, both = torch.tensor([0, 2, 5]), [slice(0, 2), slice(2, 5)]
+    want = torch.cat([x[rows].double() @ w.meaning[e].T for e, rows in enumerate(both)])
+    assert error(wq_gemm_grouped(x, offsets, *weights, **common), want) <= TOLERANCE[FULL]
+    want = torch.cat([grad[rows].double() @ w.meaning[e] for e, rows in enumerate(both)])
+    assert error(wq_gemm_dx(grad, *weights, offsets=offsets, **common), want) <= TOLERANCE[FULL]
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
