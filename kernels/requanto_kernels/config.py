@@ -2,16 +2,21 @@
 
 Nothing here measures times; only `tune.py` does. Tables are JSON: `tables/families.json` has tiles per architecture, op and
 number of rows; any other file in `tables/` has entries for exact shapes. The user's entries are in the file `cache_path()`.
+
+A table that is damaged is named in one warning and not used, so that a model still runs; `store` refuses to replace one.
 """
 
 import json
+import logging
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
 from ._device import capability
+
+logger = logging.getLogger(__name__)
 
 TABLES = Path(__file__).parent / "tables"
 BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -43,51 +48,118 @@ def key(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int) -> st
     return f"{arch}/{op}/{bits}/{group}/{bucket(m)}/{n}x{k}"
 
 
+#: What reading a table may raise: the file, its text, its structure, the fields of an entry.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+#: Tiles that every GPU runs, slowly: used only where `families.json` cannot be read.
+_WITHOUT_FAMILIES = tuple(
+    {"op": op, "config": {"block_m": 16, "block_n": 32, "block_k": 64, "num_stages": 2}}
+    for op in ("wq_gemm", "wq_gemm_dx", "scaled_mm", "w4a8_gemm")
+)
+
+
 @lru_cache(maxsize=1)
 def families() -> tuple[dict, ...]:
     """The shipped families, in order of precedence."""
-    return tuple(json.loads((TABLES / "families.json").read_text())["families"])
+    path = TABLES / "families.json"
+    try:
+        rows = tuple(json.loads(path.read_text())["families"])
+        for row in rows:
+            _config(row["op"], row["config"])
+    except _DAMAGE as error:
+        logger.warning(
+            "%s, the tiles of every GPU, is missing or damaged (%s: %s); kernels run with small tiles, slowly. Install "
+            "the package again.", path, type(error).__name__, error
+        )  # fmt: skip
+        return _WITHOUT_FAMILIES
+    return rows
 
 
 @lru_cache(maxsize=1)
 def _shipped() -> dict[str, Config]:
     entries: dict[str, Config] = {}
     for path in sorted(TABLES.glob("*.json")):
-        for name, values in json.loads(path.read_text()).get("entries", {}).items():
-            entries[name] = Config(**values)
+        if path.name == "families.json":
+            continue
+        try:
+            entries |= _entries(path)
+        except _DAMAGE as error:
+            logger.warning(
+                "%s, a table of tuned kernels, is damaged (%s: %s) and not used. Install the package again.",
+                path, type(error).__name__, error
+            )  # fmt: skip
     return entries
+
+
+def _entries(path: Path) -> dict[str, Config]:
+    """The entries of a table for exact shapes. Raises one of `_DAMAGE` if it is none."""
+    return {name: _config(name, values) for name, values in json.loads(path.read_text())["entries"].items()}
+
+
+def _config(name: str, values: dict) -> Config:
+    """The config of an entry. Raises a ValueError or TypeError that names what no kernel can be launched with."""
+    config = Config(**values)
+    for one in fields(Config):
+        value = getattr(config, one.name)
+        if type(value) is not type(one.default):
+            raise ValueError(f"{name}: {one.name} is {value!r}, expected {type(one.default).__name__}")
+        if isinstance(value, bool):
+            continue
+        sized = one.name.startswith("block_") or one.name == "num_warps"
+        least = 0 if one.name == "split_k" else 1
+        if not least <= value <= 4096 or (sized and value & (value - 1)):
+            raise ValueError(
+                f"{name}: {one.name} is {value}, expected {'a power of two' if sized else least} up to 4096"
+            )
+    return config
 
 
 def cache_path() -> Path:
     """The user's table: `$REQUANTO_CACHE` (a folder), else ~/.cache/requanto."""
-    root = os.environ.get("REQUANTO_CACHE")
+    return _path_of(os.environ.get("REQUANTO_CACHE"))
+
+
+def _path_of(root: str | None) -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "requanto") / "kernels.json"
 
 
-_user: tuple[Path, dict[str, Config]] | None = None
-
-
 def user_entries() -> dict[str, Config]:
-    """The user's table, cached per process and path; an invalid file raises, so that tuning is not lost silently."""
-    global _user
-    path = cache_path()
-    if _user is None or _user[0] != path:
-        entries = {}
-        if path.exists():
-            try:
-                entries = {name: Config(**v) for name, v in json.loads(path.read_text())["entries"].items()}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: not a table of tuned kernels ({error}); delete it or tune again") from error
-        _user = (path, entries)
-    return _user[1]
+    """The user's table, read once per process and path; empty, after one warning, if the file is damaged."""
+    return _user(os.environ.get("REQUANTO_CACHE"))
+
+
+@lru_cache(maxsize=8)
+def _user(root: str | None) -> dict[str, Config]:
+    try:
+        return _strict(_path_of(root))
+    except (ValueError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        logger.warning("%s Until then the tiles that ship are used.", error)
+        return {}
+
+
+def _strict(path: Path) -> dict[str, Config]:
+    try:
+        return _entries(path)
+    except FileNotFoundError:
+        return {}
+    except _DAMAGE as error:
+        raise ValueError(
+            f"{path} is no table of tuned kernels that can be read ({type(error).__name__}: {error}). Delete it, or repair "
+            f"it, and run `requanto tune` again."
+        ) from error
+
+
+def check_user_table() -> None:
+    """Raises a ValueError if the user's table is damaged: before a tuning whose result could not be stored."""
+    _strict(cache_path())
 
 
 def store(entries: dict[str, Config]) -> Path:
-    """Merges entries into the user's table, which is replaced atomically."""
-    global _user
+    """Merges entries into the user's table, which is replaced atomically.
+
+    Raises a ValueError if the present table is damaged, since what it holds would be lost.
+    """
     path = cache_path()
-    _user = None
-    merged = {**user_entries(), **entries}
+    merged = {**_strict(path), **entries}
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": 1, "entries": {name: asdict(c) for name, c in sorted(merged.items())}}, indent=1)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -98,8 +170,14 @@ def store(entries: dict[str, Config]) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    _user = None
+    forget()
     return path
+
+
+def forget() -> None:
+    """Drops what was read from the user's table and selected with it, as `store` does."""
+    _user.cache_clear()
+    _select.cache_clear()
 
 
 def family_bits(bits: int) -> int:
@@ -109,30 +187,53 @@ def family_bits(bits: int) -> int:
 
 def family(arch: str, op: str, bits: int, m: int, dtype: str) -> Config:
     """The config of the first shipped family that matches; a key that a family lacks matches every value."""
-    bits = family_bits(bits)
-    for row in families():
-        if (
-            row["op"] == op
-            and ("arch" not in row or arch in row["arch"])
-            and ("bits" not in row or bits in row["bits"])
-            and ("dtype" not in row or dtype in row["dtype"])
-            and m <= row.get("m_max", m)
-        ):
-            return Config(**row["config"])
+    for m_max, config in _family_rows(arch, op, family_bits(bits), dtype):
+        if m_max is None or m <= m_max:
+            return config
     raise LookupError(f"no family for {op} on {arch}")
 
 
+@lru_cache(maxsize=256)
+def _family_rows(arch: str, op: str, bits: int, dtype: str) -> tuple[tuple[int | None, Config], ...]:
+    """(most rows of x, config) of the families for this device, op, width and dtype, in order of precedence."""
+    return tuple(
+        (row.get("m_max"), Config(**row["config"]))
+        for row in families()
+        if row["op"] == op
+        and ("arch" not in row or arch in row["arch"])
+        and ("bits" not in row or bits in row["bits"])
+        and ("dtype" not in row or dtype in row["dtype"])
+    )
+
+
+@lru_cache(maxsize=64)
 def nearest_arch(arch: str) -> str:
-    """The architecture whose families are used: the highest one with families that is not newer."""
-    known = sorted({a for row in families() for a in row.get("arch", ()) if a.startswith("sm_")}, key=capability)
+    """The architecture whose families are used: the highest one with families that is not newer.
+
+    One without families of its own is named in one log line. AMD's and Intel's GPUs share the families for any device.
+    """
+    named = {a for row in families() for a in row.get("arch", ())}
+    known = sorted({a for a in named if a.startswith("sm_")}, key=capability)
     lower = [a for a in known if capability(a) <= capability(arch)]
-    return lower[-1] if lower and capability(arch) else arch
+    served = lower[-1] if lower and capability(arch) else arch
+    if arch not in named:
+        logger.warning(
+            "no tiles ship for %s: kernels use those of %s. `requanto tune` finds the fastest for a model.",
+            arch, served if served != arch else "any GPU",
+        )  # fmt: skip
+    return served
 
 
 def select(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str) -> Config:
+    """The tile for a launch. Selected once for the same arguments and table: layers ask for the same ones again."""
+    return _select(os.environ.get("REQUANTO_CACHE"), arch, op, bits, group, m, n, k, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _select(root: str | None, arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str) -> Config:
     name = key(arch, op, bits, group, m, n, k)
     if dtype != "float32":
-        for table in (user_entries(), _shipped()):
+        for table in (_user(root), _shipped()):
             if name in table:
                 return table[name]
     return family(nearest_arch(arch), op, bits, m, dtype)

@@ -1,6 +1,7 @@
 """Which tile is chosen, and the user's table on disk."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -13,10 +14,21 @@ from requanto_kernels import Config, config, tune, wq_gemm
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(config, "_user", None)
+    caches = (config.families, config._shipped, config._family_rows, config.nearest_arch, config._user, config._select)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "xpu"])
+def select(arch="sm_90", op="wq_gemm", bits=4, m=16):
+    return config.select(arch, op, bits, 128, m, 4096, 4096, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "arch", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "gfx942", "gfx1250", "xpu"]
+)
 @pytest.mark.parametrize("op", ["wq_gemm", "wq_gemm_dx", "scaled_mm", "w4a8_gemm"])
 def test_every_device_is_served(arch, op):
     for bits in range(1, 9):
@@ -36,11 +48,102 @@ def test_user_entries_come_first():
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_broken_table_is_named():
-    config.cache_path().parent.mkdir(parents=True)
-    config.cache_path().write_text("{")
-    with pytest.raises(ValueError, match=r"kernels\.json"):
-        config.user_entries()
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "[]", "{}", '{"entries": []}', '{"entries": {"a": 3}}', '{"entries": {"a": {"block_o": 16}}}',
+        '{"entries": {"a": {"block_n": "64"}}}', '{"entries": {"a": {"block_n": 48}}}', '{"entries": {"a": {"block_k": 0}}}',
+        '{"entries": {"a": {"left": 1}}}', '{"entries": {"a": {"num_warps": 3}}}', '{"entries": {"a": {"num_stages": -1}}}',
+        '{"entries": {"a": {"num_warps": true}}}', "\x00" * 9, "[" * 100_000, None,
+    ],
+)  # fmt: skip
+def test_a_damaged_table_of_the_user(text, caplog):
+    """It is named in one line, what ships serves, and tuning raises instead of replacing it."""
+    shipped = select()
+    config.forget()
+    path = config.cache_path()
+    path.mkdir(parents=True) if text is None else path.parent.mkdir(parents=True)
+    if text is not None:
+        path.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert [select(m=m) for m in (16, 16, 1)][:2] == [shipped] * 2
+        assert config.user_entries() == {}
+    (record,) = caplog.records
+    assert str(path) in record.message
+    assert "requanto tune" in record.message
+    for call in (config.check_user_table, lambda: config.store({"new": Config()})):
+        with pytest.raises(ValueError, match=r"kernels\.json.*Delete it"):
+            call()
+    assert text is None or path.read_text() == text
+
+
+def test_no_home_directory(monkeypatch, caplog):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("REQUANTO_CACHE")
+    monkeypatch.setattr(config.Path, "home", home)
+    assert isinstance(select(), Config)
+    assert "home directory" in caplog.text
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"families": [{"op": "wq_gemm", "config": {"block_m": 12}}]}'])
+def test_the_shipped_families_are_missing_or_damaged(tmp_path, monkeypatch, caplog, text):
+    monkeypatch.setattr(config, "TABLES", tmp_path)
+    if text is not None:
+        (tmp_path / "families.json").write_text(text)
+    for op in ("wq_gemm", "wq_gemm_dx", "scaled_mm", "w4a8_gemm"):
+        assert select("sm_120", op).block_m == 16
+    lines = [record.message for record in caplog.records if "families.json" in record.message]
+    assert len(lines) == 1
+    assert "Install the package again" in lines[0]
+
+
+def test_a_damaged_shipped_table_for_shapes(tmp_path, monkeypatch, caplog):
+    mine = replace(Config(), block_n=32)
+    name = config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096)
+    (tmp_path / "families.json").write_text((config.TABLES / "families.json").read_text())
+    (tmp_path / "a100.json").write_text('{"entries": [')
+    (tmp_path / "h200.json").write_text(json.dumps({"entries": {name: {"block_n": 32}}}))
+    monkeypatch.setattr(config, "TABLES", tmp_path)
+    assert select() == mine
+    assert [record.message for record in caplog.records if "a100.json" in record.message]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("arch", "served"),
+    [
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_120"),
+        ("sm_86", "sm_80"),
+        ("sm_130", "sm_120"),
+        ("gfx1250", None),
+        ("xpu", None),
+    ],
+)
+def test_a_device_without_families_is_named_once(arch, served, caplog):
+    found = [select(arch, op, bits, m) for op in ("wq_gemm", "scaled_mm") for bits in (4, 8) for m in (1, 500)]
+    (record,) = caplog.records
+    assert record.message.startswith(f"no tiles ship for {arch}: kernels use those of {served or 'any GPU'}.")
+    if served:
+        caplog.clear()
+        assert found == [
+            select(served, op, bits, m) for op in ("wq_gemm", "scaled_mm") for bits in (4, 8) for m in (1, 500)
+        ]
+        assert not caplog.records
+
+
+def test_selection_is_remembered_and_follows_the_table(tmp_path, monkeypatch):
+    first = select()
+    hits = config._select.cache_info().hits
+    assert select() is first
+    assert config._select.cache_info().hits == hits + 1
+    mine = replace(Config(), block_n=32)
+    config.store({config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096): mine})
+    assert select() == mine != first
+    monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "other"))
+    assert select() == first
 
 
 def test_split_fills_the_device_but_not_more():
