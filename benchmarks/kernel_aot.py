@@ -1,327 +1,46 @@
-"""Compiles every shipped kernel family for every architecture, without a GPU, and counts the instructions.
+"""Compiles the kernels for every architecture, without a GPU, as real models start them, and counts instructions.
 
-    python benchmarks/kernel_aot.py            # all cases; writes benchmarks/results/kernel_aot.json
-    python benchmarks/kernel_aot.py --quick    # the selection that the tests compile; writes nothing
+    python benchmarks/kernel_aot.py            # all programs; writes benchmarks/results/kernel_aot/<Triton's version>.json
     python benchmarks/kernel_aot.py --stale    # only what changed since the stored table; updates that table
-    python benchmarks/kernel_aot.py --check    # compiles nothing: is every case in the stored table up to date?
+    python benchmarks/kernel_aot.py --check    # compiles nothing: are the stored tables up to date and without problems?
+    python benchmarks/kernel_aot.py --quick    # the selection that the tests compile; writes nothing
 
-A case passes if there is a matrix instruction, no access to local memory (STL/LDL: register spills), more than a
-single trap, and shared memory fits the device. `loop` is the number of instructions in the innermost loop with a
-matrix instruction; `quant_rows` and `wq_dequant` need no matrix instruction.
+To compare variants, in seconds; nothing is written (`--loop` also prints the instructions of the main loop by kind):
+
+    python benchmarks/kernel_aot.py --only wq_gemm --arch sm_90 --types int4g64a int4g128 --rows 1 16 --print
+    python benchmarks/kernel_aot.py --only wq_gemm --arch sm_90 --types int4row --config block_n=128,num_warps=4 --print
+
+`aot_cases.py` has the launches, `aot_programs.py` records what they start, `aot_counts.py` counts. Launches that start
+the same program are one row. A row has a problem if a GEMM has no matrix instruction or loads single 16-bit values in its
+main loop, if there is an access to local memory (a register spill), or more shared memory than the device has.
 """
 
 import argparse
 import ast
 import functools
-import hashlib
 import inspect
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
-
+import aot_counts as counts
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from aot_cases import Case, call_of, cases
+from aot_programs import ARCHS, Program, record
 
-from requanto_kernels import _check as check
-from requanto_kernels._device import fp8_decoder
-from requanto_kernels.config import Config, families, family_bits, nearest_arch
-from requanto_kernels.quant_rows import quant_rows_kernel
-from requanto_kernels.scaled_mm import scaled_mm_kernel, scaled_mm_persistent_kernel
-from requanto_kernels.w4a8_gemm import tile_k, w4a8_gemm_kernel
-from requanto_kernels.wq_dequant import wq_dequant_kernel
-from requanto_kernels.wq_gemm import constants, of_codebook, reduce_kernel, wq_gemm_kernel
-from requanto_kernels.wq_gemm_dx import wq_gemm_dx_kernel
-from requanto_kernels.wq_gemm_grouped import wq_gemm_grouped_kernel
+from requanto_kernels.config import Config, family, nearest_arch
 
-TABLE = Path(__file__).parent / "results" / "kernel_aot.json"
-ARCHS = ("sm_90", "sm_80", "sm_89", "sm_100", "sm_120", "gfx942", "sm_75")
-SHARED_LIMIT = {
-    "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536,
-    "sm_75": 65536,
-}  # fmt: skip
-MATRIX = re.compile(r"\b(HMMA|IMMA|QMMA|OMMA|HGMMA|IGMMA|QGMMA|UTC[A-Z]*MMA|v_mfma\w*)")
-SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-
-
-@dataclass
-class Case:
-    """One kernel with all its constants; `pointers` maps pointer arguments to element types."""
-
-    name: str
-    arch: str
-    kernel: object
-    pointers: dict[str, str]
-    constants: dict
-    config: Config
-    matrix: bool = True
-    descriptors: dict[str, str] = field(default_factory=dict)
-
-
-def target(arch: str) -> GPUTarget:
-    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-
-
-def _weight(bits: int, kind: str, group: int, affine: bool, is_exec: bool) -> check.Weight:
-    some, is_exec = torch.empty(0), is_exec and bits in check.EXEC_BITS
-    return check.Weight(some, some, some if affine else None, some, 4096, 4096, bits, kind, group, is_exec, 0)
-
-
-def _name(bits: int, kind: str) -> str:
-    return f"{kind}{bits}" if kind == "table" else kind or f"w{bits}"
-
-
-def _storage(weight: check.Weight) -> str:
-    return "*i16" if weight.exec else "*u8" if weight.bits < 8 or weight.kind else "*i8"
-
-
-def _rows(arch: str, op: str, bits: int, dtype: str):
-    """The families for this architecture, each once, with the greatest M that it is used for."""
-    served, bits, seen = nearest_arch(arch), family_bits(bits), 0
-    for row in families():
-        fits = row["op"] == op and ("arch" not in row or served in row["arch"])
-        fits = fits and ("bits" not in row or bits in row["bits"]) and ("dtype" not in row or dtype in row["dtype"])
-        if fits and row.get("m_max", 1 << 30) > seen:
-            seen = row.get("m_max", 1 << 30)
-            yield row.get("m_max", "any"), Config(**row["config"])
-
-
-def _gemm_cases(
-    arch: str, bits: int, kind: str, group: int, affine: bool, is_exec: bool, dtype: str, full: bool = True
-):  # fmt: skip
-    """wq_gemm's tiles; full: also the split, grouped and gradient kernels, which decode in the same way."""
-    weight = _weight(bits, kind, group, affine, is_exec)
-    label = (
-        f"{_name(bits, kind)} g{group or 'K'} {'affine' if affine else 'sym'} {'exec' if is_exec else 'plain'} {dtype}"
-    )
-    act = "*" + SHORT[dtype]
-    pointers = {"x_ptr": act, "q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "bias_ptr": "*fp32"}
-    pointers["t_ptr"] = "*fp32"
-    smallest = True
-    for m_max, config in _rows(arch, "wq_gemm", bits, dtype):
-        config = of_codebook(config) if kind == "table" else config
-        const = constants(weight, config, arch, getattr(torch, dtype))
-        for split in (False, True) if full and m_max != "any" else (False,):
-            out = {"out_ptr": "*fp32" if split else act}
-            more = {"BIAS": not split, "SPLIT": split, "GROUP_M": config.group_m, "stride_xk": 1}
-            name = f"wq_gemm {label} M<={m_max}{' split' if split else ''}"
-            yield Case(name, arch, wq_gemm_kernel, pointers | out, const | more, config)
-        if not full:
-            continue
-        if smallest:  # decoding: Triton compiles another program for M = 1
-            more = {"BIAS": False, "SPLIT": True, "GROUP_M": config.group_m, "stride_xk": 1, "M": 1}
-            one = f"wq_gemm {label} M=1 split"
-            yield Case(one, arch, wq_gemm_kernel, pointers | {"out_ptr": "*fp32"}, const | more, config)
-            smallest = False
-        more = {"BIAS": True, "E_BLOCK": 64, "stride_xk": 1}
-        extra = {"out_ptr": act, "offsets_ptr": "*i32"}
-        yield Case(f"grouped {label} M<={m_max}", arch, wq_gemm_grouped_kernel, pointers | extra, const | more, config)
-    for m_max, config in _rows(arch, "wq_gemm_dx", bits, dtype) if full else ():
-        block_k = max(config.block_k, check.exec_block(bits)) if weight.exec else config.block_k
-        const = {k: v for k, v in constants(weight, config, arch, getattr(torch, dtype)).items()
-                 if k not in ("LEFT", "BY_FIELD")}  # fmt: skip
-        const |= {"BLOCK_K": block_k, "GROUPED": False, "E_BLOCK": 1, "stride_yn": 1}
-        p = {"dy_ptr": act, "dx_ptr": act, "offsets_ptr": "*i32"} | {
-            k: pointers[k] for k in ("q_ptr", "s_ptr", "z_ptr", "t_ptr")
-        }
-        yield Case(f"dx {label} M<={m_max}", arch, wq_gemm_dx_kernel, p, const, config)
-
-
-def _scaled_cases(arch: str, kind: str):
-    native = kind == "int8" or arch != "sm_80"
-    element = {"int8": "i8", "e4m3fn": "fp8e4nv", "e4m3fnuz": "fp8e4b8", "e5m2": "fp8e5"}[kind] if native else "u8"
-    for m_max, config in _rows(arch, "scaled_mm", 8, "int8" if kind == "int8" else "float8"):
-        shared = {
-            "X_ROWS": True, "W_ROWS": True, "BIAS": True, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-        }  # fmt: skip
-        pointers = {"xs_ptr": "*fp32", "ws_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-        const = shared | {"X_KIND": kind, "W_KIND": kind, "LEFT": config.left, "EVEN_K": True, "DECODE": not native}
-        operands = {"x_ptr": f"*{element}", "w_ptr": f"*{element}"}
-        yield Case(f"scaled_mm {kind} M<={m_max}", arch, scaled_mm_kernel, operands | pointers, const, config)
-        if config.persistent:
-            descriptors = {
-                "x_desc": f"tensordesc<{element}[{config.block_m}, {config.block_k}]>",
-                "w_desc": f"tensordesc<{element}[{config.block_n}, {config.block_k}]>",
-            }
-            const = shared | {"INT8": kind == "int8", "PROGRAMS": 132}
-            yield Case(f"scaled_mm {kind} persistent M<={m_max}", arch, scaled_mm_persistent_kernel, pointers, const,
-                       config, descriptors=descriptors)  # fmt: skip
-
-
-def _small_cases(arch: str):
-    for kind, limit in (("int8", 127.0), ("e4m3fn", 448.0), ("e5m2", 57344.0)):
-        const = {"KIND": kind, "LIMIT": limit, "BLOCK": 4096, "ONE_PASS": True, "stride_xk": 1}
-        pointers = {"x_ptr": "*bf16", "q_ptr": "*i8" if kind == "int8" else "*u8", "s_ptr": "*fp32"}
-        yield Case(f"quant_rows {kind}", arch, quant_rows_kernel, pointers, const, Config(num_warps=8), matrix=False)
-    for bits, kind in (
-        *((bits, "") for bits in range(1, 9)),
-        (8, "u8"),
-        (8, "e4m3fn"),
-        (4, "e2m1"),
-        (4, "table"),
-        (6, "e3m2"),
-    ):
-        affine = kind in ("", "u8", "e4m3fn")
-        weight = _weight(bits, kind, 128, affine, True)
-        block_k = max(128, check.exec_block(bits)) if bits < 8 else 128
-        const = {"BITS": bits, "KIND": fp8_decoder(kind, arch), "GROUP": 128, "AFFINE": affine, "EXEC": weight.exec,
-                 "EVEN_K": True, "BLOCK_K": block_k, "BLOCK_N": 4096 // block_k}  # fmt: skip
-        pointers = {"q_ptr": _storage(weight), "s_ptr": "*fp32", "z_ptr": "*fp32", "t_ptr": "*fp32", "out_ptr": "*bf16"}
-        yield Case(f"wq_dequant {_name(bits, kind)}", arch, wq_dequant_kernel, pointers, const, Config(), matrix=False)
-    const = {"SPLITS": 8, "BIAS": True, "BLOCK": 1024}
-    pointers = {"work_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    yield Case("split reduce", arch, reduce_kernel, pointers, const, Config(), matrix=False)
-    for group, affine in ((0, False), (128, True), (32, False)):
-        is_exec = group != 32
-        weight = _weight(4, "", group, affine, is_exec)
-        for m_max, config in _rows(arch, "w4a8_gemm", 4, "int8"):
-            block_k, read_exec = tile_k(weight, config.block_k)
-            const = {"BITS": 4, "GROUP": group, "AFFINE": affine, "EXEC": read_exec, "BIAS": True, "EVEN_K": True,
-                     "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": block_k}  # fmt: skip
-            pointers = {"x_ptr": "*i8", "xs_ptr": "*fp32", "q_ptr": _storage(weight), "s_ptr": "*fp32",
-                        "z_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}  # fmt: skip
-            name = f"w4a8 g{group or 'K'} {'affine' if affine else 'sym'} M<={m_max}"
-            yield Case(name, arch, w4a8_gemm_kernel, pointers, const, config)
-
-
-def cases(quick: bool = False, archs=ARCHS):
-    """All cases; quick: on each architecture the int4 family in bf16 (all its tiles on sm_90, else those of one row and of
-    most rows), one float8 and one int8 GEMM."""
-    for arch in archs:
-        if arch == "sm_75":
-            # Triton emits no matrix instruction there: only the kernels that decode and quantize are used.
-            yield from (case for case in _small_cases(arch) if not case.matrix)
-            continue
-        if quick:
-            tiles = [c for c in _gemm_cases(arch, 4, "", 128, False, True, "bfloat16") if c.name.startswith("wq")]
-            yield from tiles if arch == "sm_90" else (c for c in tiles if "M=1" in c.name or c is tiles[-1])
-            kind = "e4m3fnuz" if arch == "gfx942" else "e4m3fn"
-            yield from list(_scaled_cases(arch, kind))[-1:]
-            yield from list(_small_cases(arch))[-2:-1]
-            continue
-        for i, (bits, kind, group, affine, is_exec, dtype) in enumerate(
-            (
-                (4, "", 128, False, True, "bfloat16"),
-                (4, "", 128, True, True, "bfloat16"),
-                (4, "", 64, True, True, "float16"),
-                (4, "", 32, False, True, "bfloat16"),
-                (4, "", 0, False, True, "bfloat16"),
-                (4, "", 128, False, False, "bfloat16"),
-                (4, "", 128, False, True, "float32"),
-                (2, "", 64, True, True, "bfloat16"),
-                (8, "", 0, False, False, "bfloat16"),
-                (8, "", 128, True, False, "float16"),
-                (8, "e4m3fn", 0, False, False, "bfloat16"),
-                (8, "e4m3fn", 0, False, False, "float16"),
-                (8, "e5m2", 0, False, False, "bfloat16"),
-                (4, "e2m1", 16, False, True, "bfloat16"),
-                (4, "e2m1", 32, False, True, "float16"),
-                (4, "table", 64, False, True, "bfloat16"),
-                (4, "table", 64, False, True, "float32"),
-                (3, "", 64, True, True, "bfloat16"),
-                (3, "", 64, True, False, "bfloat16"),
-                (8, "u8", 64, True, False, "bfloat16"),
-            )
-        ):
-            # The other kernels for one variant of each number of bits; all of them would take a quarter of an hour.
-            yield from _gemm_cases(arch, bits, kind, group, affine, is_exec, dtype, full=i in (0, 6, 7, 8, 15))
-        for kind in ("int8", "e4m3fnuz" if arch == "gfx942" else "e4m3fn"):
-            yield from _scaled_cases(arch, kind)
-        yield from _small_cases(arch)
-
-
-def disassemble(compiled, arch: str) -> list[str]:
-    """Instruction lines, and labels (they end in a colon)."""
-    if arch.startswith("gfx"):
-        lines = (line.split(";")[0].strip() for line in compiled.asm["amdgcn"].splitlines())
-        return [line for line in lines if line and (not line.startswith(".") or line.endswith(":"))]
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [tools / "nvdisasm", "-c", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = []
-    for line in text.splitlines():
-        line = re.sub(r"/\*.*?\*/", "", line).strip()
-        if re.match(r"\.L\w+:", line) or (line and line[0] != "." and line.endswith(";")):
-            found.append(line)
-    return found
-
-
-def innermost_loop(lines: list[str]) -> int:
-    """Instructions of the shortest backward branch around a matrix instruction; 0 if there is none."""
-    places = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
-    best = 0
-    for i, line in enumerate(lines):
-        hit = re.search(r"(?:BRA\S*|s_cbranch\w+|s_branch)\b.*?(\.L\w+)", line)
-        if hit and (start := places.get(hit[1], i)) < i:
-            body = [text for text in lines[start:i] if not text.endswith(":")]
-            if any(MATRIX.search(text) for text in body) and (not best or len(body) < best):
-                best = len(body)
-    return best
-
-
-def compile_case(case: Case) -> dict:
-    """Compiles and checks one case; `problems` is empty if it passes."""
-    signature, constexprs, attributes = {}, {}, {}
-    for index, name in enumerate(case.kernel.arg_names):
-        if name in case.constants:
-            signature[name] = "constexpr"
-            constexprs[(index,)] = case.constants[name]
-        elif name in case.descriptors:
-            signature[name] = case.descriptors[name]
-        else:
-            signature[name] = case.pointers.get(name, "i32")
-            # Rows of scales need not be multiples of 16; everything else is, in the shapes of real models.
-            if name not in ("stride_sn", "stride_sg", "stride_zn", "stride_zg", "E", "total"):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    row = {"case": case.name, "arch": case.arch, "key": key_of(case), "problems": []}
-    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
-    try:
-        source = ASTSource(case.kernel, signature, constexprs, attributes)
-        compiled = triton.compile(source, target=target(case.arch), options=options)
-    except Exception as error:
-        text = " ".join(str(error.__cause__ or error).split())[-300:]
-        row["problems"].append(f"does not compile: {type(error).__name__}: {text}")
-        return row
-    lines = disassemble(compiled, case.arch)
-    code = [line for line in lines if not line.endswith(":")]
-    row["shared"] = compiled.metadata.shared
-    row["instructions"] = len(code)
-    row["loop"] = innermost_loop(lines)
-    kinds = sorted({hit[1] for line in code if (hit := MATRIX.search(line))})
-    row["matrix"] = kinds
-    spills = sum(bool(re.search(r"\b(STL|LDL|scratch_(store|load)\w*)\b", line)) for line in code)
-    row["spills"] = spills
-    fp32 = "float32" in case.name  # exact fp32 GEMMs run on the ordinary units
-    if case.matrix and not kinds and not fp32:
-        row["problems"].append("no matrix instruction")
-    if spills:
-        row["problems"].append(f"{spills} local memory accesses")
-    if len(code) < 30:
-        row["problems"].append(f"only {len(code)} instructions")
-    if row["shared"] > SHARED_LIMIT[case.arch]:
-        row["problems"].append(f"shared memory {row['shared']} over {SHARED_LIMIT[case.arch]}")
-    return row
+TABLES = Path(__file__).parent / "results" / "kernel_aot"
+TABLE = TABLES / f"{triton.__version__}.json"
 
 
 @functools.cache
 def sources_of(path: Path) -> str:
     """Source of the device functions of a file and of those it imports, without comments and docstrings."""
-    tree = ast.parse(path.read_text())
     found = []
-    for node in tree.body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
             found.append(sources_of(path.parent / f"{node.module}.py"))
         if isinstance(node, ast.FunctionDef) and any("triton" in ast.unparse(d) for d in node.decorator_list):
@@ -331,76 +50,177 @@ def sources_of(path: Path) -> str:
     return "\n".join(found)
 
 
-def key_of(case: Case) -> str:
-    """A digest of everything that the machine code depends on, except Triton's version."""
-    config = {name: getattr(case.config, name) for name in ("num_warps", "num_stages")}
-    parts = (sources_of(Path(inspect.getfile(case.kernel.fn))), case.pointers, case.constants, case.descriptors, config)
-    text = "\n".join(part if isinstance(part, str) else repr(sorted(part.items())) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def key_of(program: Program) -> str:
+    return program.key(sources_of(Path(inspect.getfile(program.kernel.fn))))
 
 
-def stored_rows() -> dict[tuple[str, str], dict]:
-    """Rows of the table on disk."""
-    return {(row["arch"], row["case"]): row for row in json.loads(TABLE.read_text())["rows"]} if TABLE.exists() else {}
+def programs(chosen: list[tuple[str, Case]], config: Config | None = None) -> dict[str, tuple[Program, list[str]]]:
+    """What the launches start, each program once: key -> (program, names of its launches)."""
+    found: dict[str, tuple[Program, list[str]]] = {}
+    for arch, case in chosen:
+        for program in record(arch, call_of(case, config)):
+            names = found.setdefault(key_of(program), (program, []))[1]
+            if case.name not in names:
+                names.append(case.name)
+    return found
 
 
-def stale() -> list[Case]:
-    """Cases that are missing in the stored table or have changed since."""
-    table = stored_rows()
-    return [case for case in cases() if table.get((case.arch, case.name), {}).get("key") != key_of(case)]
+def all_cases(archs=ARCHS) -> list[tuple[str, Case]]:
+    return [(arch, case) for arch in archs for case in cases(arch)]
+
+
+def quick_cases() -> list[tuple[str, Case]]:
+    """One row and most rows of the default type, a float8 GEMM and one decoder for each architecture of users."""
+    wanted = {("wq_gemm", "int4g64a", 1), ("wq_gemm", "int4g64a", 4096), ("scaled_mm", "float8", 4096),
+              ("wq_dequant", "nf4g64", 1)}  # fmt: skip
+    archs = ("sm_90", "sm_80", "sm_89", "sm_100", "sm_120", "gfx942")
+    return [(a, c) for a, c in all_cases(archs) if (c.op, c.type, c.rows) in wanted and c.dtype == torch.bfloat16]
+
+
+def row_of(key: str, program: Program, names: list[str]) -> tuple[dict, list[str]]:
+    """(the row of the table, the instructions of its main loop)."""
+    row = {
+        "arch": program.arch,
+        "program": program.name,
+        "key": key,
+        "launches": names,
+        "tile": counts.tile_of(program),
+    }
+    try:
+        compiled = program.compile()
+    except Exception as error:
+        text = " ".join(str(error.__cause__ or error).split())[-300:]
+        return row | {"problems": [f"does not compile: {type(error).__name__}: {text}"]}, []
+    counted, body = counts.count(program, compiled)
+    return row | counted | {"problems": counts.problems_of(program, counted)}, body
+
+
+def head() -> str:
+    sizes = f"{'loop':>5} {'a weight':>8} {'regs':>4} {'shared':>6} {'spills':>6}"
+    return f"{'':7} {'launch':44} {'tile':18} {sizes}  in the loop"
+
+
+def line_of(row: dict) -> str:
+    names = row["launches"][0] + (f" +{len(row['launches']) - 1}" if len(row["launches"]) > 1 else "")
+    inside = " ".join(f"{kind}:{number}" for kind, number in row.get("in_loop", {}).items())
+    name = names if row["program"].startswith(names.split()[0]) else f"{row['program']} of {names}"
+    text = f"{row['arch']:7} {name:44} {row['tile']:18} {row.get('loop', 0):5} {row.get('per_weight') or '':>8} "
+    text += f"{row.get('registers', 0):4} {row.get('shared', 0):6} {row.get('spills', 0):6}  "
+    return text + ",".join([*row.get("matrix", []), inside]) + "".join(f"\n{'':8}! {text}" for text in row["problems"])
+
+
+def stored(table: Path) -> dict[str, dict]:
+    """Rows of a table on disk, by key."""
+    return {row["key"]: row for row in json.loads(table.read_text())["rows"]} if table.exists() else {}
 
 
 def check_stored() -> int:
-    """Prints all problems of the stored table; returns 1 if there are any."""
-    bad = [f"not compiled as it is now: {case.arch} {case.name}" for case in stale()]
-    known = {(case.arch, case.name) for case in cases()}
-    bad += [f"no longer a case: {arch} {name}" for arch, name in stored_rows() if (arch, name) not in known]
-    bad += [f"{row['arch']} {row['case']}: {problem}" for row in stored_rows().values() for problem in row["problems"]]
-    print("\n".join([*bad, f"{len(known)} cases, {len(bad)} with problems in {TABLE.name}"]))
+    """Prints all problems of the stored tables; returns 1 if there are any."""
+    known, bad = programs(all_cases()), []
+    tables = sorted(TABLES.glob("*.json"))
+    for table in tables or [TABLE]:
+        rows = stored(table)
+        bad += [
+            f"{table.name}: not compiled as it is now: {known[key][0].arch} {known[key][1][0]}"
+            for key in known.keys() - rows
+        ]
+        bad += [
+            f"{table.name}: no longer a program: {rows[k]['arch']} {rows[k]['launches'][0]}"
+            for k in rows.keys() - known
+        ]
+        bad += [
+            f"{table.name}: {row['arch']} {row['launches'][0]}: {text}"
+            for row in rows.values()
+            for text in row["problems"]
+        ]
+    print("\n".join([*sorted(bad), f"{len(known)} programs, {len(tables)} tables, {len(bad)} with problems"]))
     return bool(bad)
 
 
-def write(rows: list[dict], keep: bool) -> None:
-    """Writes the table, one row on each line for readable diffs; keep: rows that were not compiled now stay."""
-    table = stored_rows() if keep else {}
-    table |= {(row["arch"], row["case"]): row for row in rows}
-    order = {(case.arch, case.name): i for i, case in enumerate(cases())}
-    ordered = [table[place] for place in sorted(table.keys() & order.keys(), key=order.__getitem__)]
-    head = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__}
-    TABLE.parent.mkdir(exist_ok=True)
-    body = ",\n".join("  " + json.dumps(row) for row in ordered)
-    TABLE.write_text(json.dumps(head)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+def write(rows: dict[str, dict], order: list[str]) -> None:
+    """Writes the table, one row on each line for readable diffs."""
+    top = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__}
+    TABLES.mkdir(parents=True, exist_ok=True)
+    body = ",\n".join("  " + json.dumps(rows[key]) for key in order if key in rows)
+    TABLE.write_text(json.dumps(top)[:-1] + ', "rows": [\n' + body + "\n]}\n")
+
+
+def parsed_config(text: str, arch: str, case: Case) -> Config:
+    """The shipped tile for this launch, with the given fields replaced."""
+    kinds = {field.name: type(field.default) for field in fields(Config)}
+    bits = int(case.type.lstrip("abcdefghijklmnopqrstuvwxyz")[0]) if case.op.startswith(("wq", "w4")) else 8
+    base = family(nearest_arch(arch), case.op.replace("_grouped", ""), bits, case.rows, str(case.dtype)[6:])
+    values = {name: getattr(base, name) for name in kinds}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise SystemExit(f"--config: found {name!r}, expected one of {', '.join(kinds)}")
+        values[name] = value.lower() in ("1", "true") if kinds[name] is bool else int(value)
+    return Config(**values)
+
+
+def chosen_cases(args: argparse.Namespace) -> list[tuple[str, Case]]:
+    """The launches that the command line names."""
+    archs = args.arch or ARCHS
+    if not (args.types or args.config or args.shape or args.dtype != "bfloat16"):
+        base = quick_cases() if args.quick else all_cases(archs)
+        return [
+            (a, c) for a, c in base if a in archs and args.only in c.name and (not args.rows or c.rows in args.rows)
+        ]
+    n, k = (int(size) for size in (args.shape or "4096x14336").split("x"))
+    op = args.only or "wq_gemm"
+    return [
+        (arch, Case(op, text, m, getattr(torch, args.dtype), n, k))
+        for arch in archs for text in args.types or ["int4g64a"] for m in args.rows or [1, 16]
+    ]  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only what the tests compile; writes nothing")
-    parser.add_argument("--only", default="", help="only cases whose 'arch name' contains this text")
-    parser.add_argument("--arch", action="append", choices=ARCHS, help="only this architecture; may be repeated")
-    parser.add_argument("--merge", action="store_true", help="put the rows of --only or --arch into the stored table")
     parser.add_argument(
-        "--stale", action="store_true", help="only cases that are missing in the stored table or have changed since"
+        "--only", default="", help="only launches whose name contains this; with --types, the op itself"
     )
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, help="only these architectures")
+    parser.add_argument("--types", nargs="+", help="these types, e.g. int4g64a int8row nf4g64 mxfp4g32 float8row")
+    parser.add_argument("--rows", nargs="+", type=int, help="these numbers of rows")
+    parser.add_argument("--shape", help="N x K of the weight, e.g. 4096x14336")
+    parser.add_argument("--dtype", default="bfloat16", help="of the activations")
+    parser.add_argument("--config", help="fields of the tile to replace, e.g. block_m=16,block_n=128,num_stages=4")
+    parser.add_argument("--print", action="store_true", help="write nothing")
+    parser.add_argument("--loop", action="store_true", help="print the instructions of each main loop by kind")
+    parser.add_argument("--sass", type=Path, help="a folder for the disassembled main loops")
+    parser.add_argument("--stale", action="store_true", help="only what is missing in the stored table or has changed")
     parser.add_argument(
-        "--check", action="store_true", help="compile nothing, compare the stored table with the sources"
+        "--check", action="store_true", help="compile nothing, compare the stored tables with the sources"
     )
     args = parser.parse_args()
     if args.check:
         return check_stored()
-    rows, partial = [], args.quick or args.only or args.arch or args.stale
-    for case in stale() if args.stale else cases(args.quick, args.arch or ARCHS):
-        if args.only in f"{case.arch} {case.name}":
-            rows.append(compile_case(case))
-            row = rows[-1]
-            verdict = "; ".join(row["problems"]) or "ok"
-            print(f"{row['arch']:7} {row['case']:52} loop {row.get('loop', 0):5} shared {row.get('shared', 0):7} "
-                  f"{','.join(row.get('matrix', [])):14} {verdict}", flush=True)  # fmt: skip
-            if args.stale and len(rows) % 20 == 0:  # a run that is ended goes on where it was
-                write(rows, keep=True)
-    if args.merge or args.stale or not partial:
-        write(rows, keep=bool(partial))
-    bad = sum(bool(row["problems"]) for row in rows)
-    print(f"{len(rows)} cases, {bad} with problems")
+    found: dict[str, tuple[Program, list[str]]] = {}
+    for arch, case in chosen_cases(args):
+        config = parsed_config(args.config, arch, case) if args.config else None
+        for key, (program, names) in programs([(arch, case)], config).items():
+            found.setdefault(key, (program, []))[1].extend(names)
+    before = stored(TABLE) if args.stale else {}
+    writes = len(found) > 0 and not (args.print or args.quick or args.only or args.arch or args.types or args.config)
+    rows = {key: before[key] | {"launches": found[key][1]} for key in found.keys() & before.keys()}
+    print(head())
+    fresh = [key for key in found if key not in rows]
+    for number, key in enumerate(fresh, 1):
+        rows[key], body = row_of(key, *found[key])
+        print(line_of(rows[key]), flush=True)
+        if args.loop:
+            print("         " + " ".join(f"{name}:{times}" for name, times in counts.opcodes(body).most_common()))
+        if args.sass:
+            args.sass.mkdir(parents=True, exist_ok=True)
+            (args.sass / f"{key}.txt").write_text("\n".join([line_of(rows[key]), *body]) + "\n")
+        if writes and number % 20 == 0:  # a run that is ended goes on with --stale
+            write(rows, list(found))
+    if writes:
+        write(rows, list(found))
+    bad = sum(bool(row["problems"]) for row in rows.values())
+    print(f"{len(rows)} programs, {bad} with problems")
     return bool(bad)
 
 
