@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import _check as check
 from ._device import on_device
+from ._launch import launch
 
 #: The largest finite value of each code type.
 LIMITS = {
@@ -94,7 +95,8 @@ def quant_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.
     x2 = x.reshape(-1, k)
     block = min(triton.next_power_of_2(k), MAX_BLOCK)
     with on_device(x):
-        quant_rows_kernel[(x2.shape[0],)](
+        launch(
+            quant_rows_kernel, (x2.shape[0],),
             x2, codes, scales, k, x2.stride(0), x2.stride(1),
             KIND=kind, LIMIT=LIMITS[dtype], BLOCK=block, ONE_PASS=k <= block, num_warps=8 if block > 2048 else 4,
         )  # fmt: skip

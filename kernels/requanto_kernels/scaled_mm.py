@@ -12,6 +12,7 @@ import triton.language as tl
 from . import _check as check
 from ._device import arch_of, capability, on_device, processors
 from ._fields import fp8_to_float
+from ._launch import launch
 from .config import Config, select
 
 
@@ -181,12 +182,14 @@ def scaled_mm(
             x_desc = TensorDescriptor.from_tensor(x2, [config.block_m, config.block_k])
             w_desc = TensorDescriptor.from_tensor(w, [config.block_n, config.block_k])
             programs = min(processors(device), tiles)
-            scaled_mm_persistent_kernel[(programs,)](
-                x_desc, w_desc, xs, ws, b, result, m, n, k, INT8=int8, PROGRAMS=programs, **common
-            )
+            launch(
+                scaled_mm_persistent_kernel, (programs,),
+                x_desc, w_desc, xs, ws, b, result, m, n, k, INT8=int8, PROGRAMS=programs, **common,
+            )  # fmt: skip
         else:
             decode = not native
-            scaled_mm_kernel[(tiles,)](
+            launch(
+                scaled_mm_kernel, (tiles,),
                 x2.view(torch.uint8) if decode else x2, w.view(torch.uint8) if decode else w,
                 xs, ws, b, result, m, n, k, x2.stride(0), w.stride(0),
                 X_KIND=check.FP8_KINDS.get(x.dtype, "int8"), W_KIND=check.FP8_KINDS.get(w.dtype, "int8"),

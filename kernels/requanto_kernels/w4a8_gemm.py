@@ -13,6 +13,7 @@ import triton.language as tl
 from . import _check as check
 from ._decode import load_codes, load_group
 from ._device import arch_of, on_device
+from ._launch import launch
 from .config import Config, select
 
 
@@ -123,7 +124,8 @@ def w4a8_gemm(
     xs = x_scale.reshape(-1).contiguous()
     z = w.shift if w.shift is not None else w.scale
     with on_device(x):
-        w4a8_gemm_kernel[(-(-m // config.block_m) * -(-w.n // config.block_n),)](
+        launch(
+            w4a8_gemm_kernel, (-(-m // config.block_m) * -(-w.n // config.block_n),),
             x2, xs, w.q, w.scale, z, bias if bias is not None else w.scale, result, m, w.n, k,
             x2.stride(0), *w.strides()[:5],
             BITS=bits, GROUP=w.group, AFFINE=w.shift is not None, EXEC=is_exec, BIAS=bias is not None,

@@ -11,6 +11,7 @@ import triton.language as tl
 from . import _check as check
 from ._decode import code_form, load_codes, scale_codes
 from ._device import arch_of, fp8_decoder, on_device
+from ._launch import launch
 
 
 @triton.jit
@@ -69,7 +70,8 @@ def wq_dequant(
     block_n = 4096 // block_k
     z = w.shift if w.shift is not None else w.scale
     with on_device(qdata):
-        wq_dequant_kernel[(-(-w.n // block_n), -(-k // block_k))](
+        launch(
+            wq_dequant_kernel, (-(-w.n // block_n), -(-k // block_k)),
             w.q, w.scale, z, w.table, result, w.n, k, *w.strides()[:5],
             BITS=bits, KIND=fp8_decoder(w.kind, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0, num_warps=4,

@@ -21,6 +21,7 @@ from . import _check as check
 from ._decode import code_form, exec_fields, from_zero, load_codes, load_exec, load_group, scale_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from ._fields import field_to_float, open_table
+from ._launch import launch
 from .config import Config, select, split_for
 
 
@@ -237,14 +238,16 @@ def wq_gemm(
     z = w.shift if w.shift is not None else w.scale
     b = bias if bias is not None else w.scale
     with on_device(x):
-        wq_gemm_kernel[grid](
+        launch(
+            wq_gemm_kernel, grid,
             x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:5], k_per_split,
             BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if splits > 1:
             total = m * w.n
-            reduce_kernel[(-(-total // 1024),)](
-                target, b, result, total, w.n, SPLITS=splits, BIAS=bias is not None, BLOCK=1024
-            )
+            launch(
+                reduce_kernel, (-(-total // 1024),),
+                target, b, result, total, w.n, SPLITS=splits, BIAS=bias is not None, BLOCK=1024,
+            )  # fmt: skip
     return result

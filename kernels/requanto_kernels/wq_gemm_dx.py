@@ -12,6 +12,7 @@ from . import _check as check
 from ._decode import code_form, load_codes, scale_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from ._fields import open_table
+from ._launch import launch
 from .config import Config, select
 
 
@@ -121,7 +122,8 @@ def wq_gemm_dx(
     block_k = max(config.block_k, check.exec_block(bits)) if w.exec else config.block_k
     tiles_m = -(-m // config.block_m) + w.experts
     with on_device(dy):
-        wq_gemm_dx_kernel[(tiles_m, -(-k // block_k))](
+        launch(
+            wq_gemm_dx_kernel, (tiles_m, -(-k // block_k)),
             dy2, w.q, w.scale, w.shift if w.shift is not None else w.scale, w.table, result,
             offsets if offsets is not None else w.q, m, w.n, k, w.experts, dy2.stride(0), dy2.stride(1), *w.strides(),
             BITS=bits, KIND=fp8_decoder(w.kind, arch), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,

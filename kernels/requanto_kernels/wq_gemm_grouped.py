@@ -11,6 +11,7 @@ import triton.language as tl
 
 from . import _check as check
 from ._device import arch_of, on_device
+from ._launch import launch
 from .config import Config
 from .wq_gemm import accumulate, config_for, constants
 from .wq_gemm_dx import expert_tile
@@ -82,7 +83,8 @@ def wq_gemm_grouped(
         config = config_for(w, -(-m // w.experts), arch, x.dtype)
     const = constants(w, config, arch, x.dtype)
     with on_device(x):
-        wq_gemm_grouped_kernel[(-(-m // config.block_m) + w.experts, -(-w.n // config.block_n))](
+        launch(
+            wq_gemm_grouped_kernel, (-(-m // config.block_m) + w.experts, -(-w.n // config.block_n)),
             x, w.q, w.scale, w.shift if w.shift is not None else w.scale, w.table, bias if bias is not None else w.scale,
             offsets, result, w.n, k, w.experts, x.stride(0), x.stride(1), *w.strides(),
             BIAS=bias is not None, E_BLOCK=triton.next_power_of_2(w.experts), **const,
