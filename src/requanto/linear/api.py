@@ -14,7 +14,7 @@ from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.linear import custom_ops
 from requanto.linear.columns import as_shown, as_stored, scale_columns
 from requanto.linear.cpu import paths as cpu
-from requanto.linear.gpu import eight_bit
+from requanto.linear.gpu import eight_bit, humming
 from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
 from requanto.linear.registry import find_plan, remember_plan
@@ -24,7 +24,7 @@ from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
 
-__all__ = ["cpu", "eight_bit", "gpu", "linear", "packed_gemm", "reference", "times"]
+__all__ = ["cpu", "eight_bit", "gpu", "humming", "linear", "packed_gemm", "reference", "times"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

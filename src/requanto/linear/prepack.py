@@ -14,6 +14,7 @@ from torch import nn
 from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.cpu import float8, fused_dequantize, int4, onednn_bf16, onednn_int8
 from requanto.linear.cpu.aot import cache, calls
+from requanto.linear.gpu import humming
 from requanto.linear.gpu import layout as gpu_layout
 from requanto.runtime.settings import registry_state, settings
 from requanto.tensor.layout import LOCK, PLAIN, Layout
@@ -42,6 +43,9 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qt
     spec = weight._spec
     if not weight.numel():
         return None
+    other = humming.layout_for(weight, dtype, activation)
+    if other is not None:
+        return other
     if gpu_layout.fits(weight, activation):
         return gpu_layout.EXEC
     if weight.device.type != "cpu" or spec.axis != 0 or len(spec.shape) not in (2, 4):
@@ -115,6 +119,8 @@ def _pack(
     if gpu_layout.capturing(weight.device):
         return False  # the CUDA graph that is being captured may have recorded the address of the codes
     layout = layout_for(weight, dtype, activation)
+    if layout is not None and not humming.ready(weight, layout):  # compiles its kernels; the next choice is another
+        layout = layout_for(weight, dtype, activation)
     if layout is None:  # float8 has a layout for compiled kernels only: ask again when something has changed
         storage.declined = (registry_state.version, dtype, activation)
         return False

@@ -1,4 +1,4 @@
-"""Settings of the process. None of them changes a result.
+"""Settings of the process. None of them changes a result, except by rounding (``humming``).
 
 requanto.settings.workspace_bytes = 256 * 2**20
 """
@@ -48,6 +48,16 @@ def parse_digests(variable: str, text: str) -> bool:
     """
     what = "are written when saving" if "WRITE" in variable else "are checked when loading"
     return bool(_switch(variable, text, True, f"1 or nothing (digests of weights {what}) or 0 (they are not)"))
+
+
+def parse_humming(text: str) -> bool | None:
+    """The value of ``settings.humming`` for a text of REQUANTO_HUMMING.
+
+    Raises:
+        ValueError: the text is not "1", "0" or "".
+    """
+    expected = "1 (humming's GPU kernels wherever they can run), 0 (never) or nothing (where a measurement says faster)"
+    return _switch("REQUANTO_HUMMING", text, None, expected)
 
 
 def parse_foreign(text: str) -> str:
@@ -138,6 +148,10 @@ class Settings:
             is installed and runs on the device, else Requanto, which says so in a line of the log. ``"always"``: Requanto,
             wherever it knows the format. ``"never"``: never Requanto. A ``quantization_config=QuantoConfig()`` asks for
             Requanto whatever the setting is. (environment: REQUANTO_FOREIGN)
+        humming: on NVIDIA GPUs, run weights with 16-bit activations by humming's kernels (``requanto[humming]``) instead of
+            the Triton ones. None: where a table of measurements says that they are faster on this GPU. True: wherever they
+            can. False: never. Their results differ in rounding: scales and zero points are rounded to the dtype of x
+            (docs/kernels.md). Applies to weights that are not prepacked yet. (environment: REQUANTO_HUMMING=1 or 0)
 
     Raises:
         AttributeError: there is no setting of that name.
@@ -150,6 +164,7 @@ class Settings:
     write_digests: bool = parse_digests("REQUANTO_WRITE_DIGESTS", os.environ.get("REQUANTO_WRITE_DIGESTS", ""))
     check_digests: bool = parse_digests("REQUANTO_CHECK_DIGESTS", os.environ.get("REQUANTO_CHECK_DIGESTS", ""))
     foreign: str = parse_foreign(os.environ.get("REQUANTO_FOREIGN", ""))
+    humming: bool | None = parse_humming(os.environ.get("REQUANTO_HUMMING", ""))
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__(name, _checked(name, value))
@@ -164,7 +179,7 @@ def _checked(name: str, value: object) -> object:
         return _bytes(value)
     if name in ("pack_on_first_use", "write_digests", "check_digests"):
         return _one_of(name, value, (True, False))
-    if name == "compiled":
+    if name in ("compiled", "humming"):
         return _one_of(name, value, (None, True, False))
     if name == "foreign":
         if value not in FOREIGN:
