@@ -79,8 +79,10 @@ def call_of(case: Case, config: "rk.Config | None" = None) -> Callable[[], objec
     """The launch, on tensors without data; run it inside `aot_programs.device`."""
     n, k, rows, dtype = case.n, case.k, case.rows, case.dtype
     keywords = {} if config is None else {"config": config}
-    if case.op == "quant_rows":
-        return lambda: rk.quant_rows(empty(rows, k, dtype=dtype), FLOAT8.get(case.type, torch.int8))
+    if case.op in ("quant_rows", "round_rows"):
+        code, _, form = case.type.partition("/")
+        more = {"column": empty(k, dtype=dtype), "static_scale": empty(1, dtype=torch.float32)} if form else {}
+        return lambda: getattr(rk, case.op)(empty(rows, k, dtype=dtype), FLOAT8.get(code, torch.int8), **more)
     if case.op == "scaled_mm":
         code = FLOAT8.get(case.type, torch.int8)
         scales = empty(rows, 1, dtype=torch.float32), empty(n, 1, dtype=dtype)
@@ -128,7 +130,8 @@ COMMON = (
 #: On every architecture, also on those without matrix instructions.
 SMALL = (
     ("wq_dequant", ("int4g64a", "nf4g64", "int8row", "float8row", "int3g64a", "int5g64a", "mxfp4g32"), (1,)),
-    ("quant_rows", ("int8", "float8"), (1,)),
+    ("quant_rows", ("int8", "float8", "int8/column and static scale"), (1,)),
+    ("round_rows", ("int8", "float8"), (1,)),
 )  # fmt: skip
 #: On the goal's architecture: the other types, widths, dtypes and strides.
 MORE = (

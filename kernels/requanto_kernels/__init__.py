@@ -2,7 +2,7 @@
 
 from .config import Config
 from .layout import from_exec_layout, group_major, has_exec_layout, to_exec_layout
-from .quant_rows import quant_rows
+from .quant_rows import quant_rows, round_rows
 from .scaled_mm import scaled_mm
 from .tune import tune
 from .w4a8_gemm import w4a8_gemm
@@ -17,6 +17,7 @@ __all__ = [
     "group_major",
     "has_exec_layout",
     "quant_rows",
+    "round_rows",
     "scaled_mm",
     "to_exec_layout",
     "tune",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
-from requanto_kernels import Config, quant_rows, scaled_mm, to_exec_layout, w4a8_gemm
+from requanto_kernels import Config, quant_rows, round_rows, scaled_mm, to_exec_layout, w4a8_gemm
 from requanto_kernels.config import family
 
 FULL = torch.float32
@@ -74,11 +74,69 @@ def test_quant_rows(dtype, k):
     assert torch.allclose(scale, torch.where(peak == 0, 1.0, peak / limit), rtol=1e-6)
     assert scale[2] == 1
     assert not codes[2].view(torch.uint8).any()
-    y = x / scale[:, None]
+    y = x * scale[:, None].reciprocal()
     if dtype == torch.int8:
         assert torch.equal(codes, y.round().clamp(-127, 127).to(torch.int8))
     else:
         assert torch.equal(decode_fp8(codes), nearest_code(y.clamp(-limit, limit), dtype))
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("k", [40, 17000])
+def test_quant_rows_multiplies_columns_first(dtype, k):
+    x, column = torch.randn(3, k).half(), (torch.rand(k) * 2).half()
+    codes, scale = quant_rows(x, dtype, column=column)
+    want, want_scale = quant_rows(x * column, dtype)  # rounded to half, as torch does
+    assert torch.equal(codes.view(torch.uint8), want.view(torch.uint8))
+    assert torch.equal(scale, want_scale)
+    wide, _ = quant_rows(x, dtype, column=column.float())
+    assert torch.equal(wide.view(torch.uint8), want.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("static", [False, True])
+def test_rounded_rows_are_codes_times_scale(dtype, static):
+    x, column = torch.randn(2, 3, 100).half(), torch.rand(100)
+    x[0, 1, 5] = float("nan")
+    more = {"column": column, "static_scale": torch.tensor(0.01) if static else None}
+    codes, scale = quant_rows(x, dtype, **more)
+    values = codes.float() if dtype == torch.int8 else decode_fp8(codes).float()
+    want = (values * scale[..., None]).half()
+    got = round_rows(x, dtype, **more)
+    assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+    assert got.isnan().any(-1).tolist() == [[False, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("step", [0.02, -0.02, 0.0, 1e-44, float("inf")])
+def test_quant_rows_with_a_static_scale(dtype, step):
+    x = torch.randn(3, 300)
+    x[0, :3] = torch.tensor([float("inf"), 1e30, -1e30])
+    x[1, 7] = float("nan")
+    codes, scale = quant_rows(x, dtype, static_scale=torch.tensor([[step]]))
+    assert scale[1].isnan()
+    assert torch.equal(scale[[0, 2]], torch.full((2,), step))
+    assert not codes[1].view(torch.uint8).any()
+    if step in (0.0, 1e-44, float("inf")):
+        assert not codes[1:].view(torch.uint8).any()
+        return
+    y = x[[0, 2]] * torch.tensor(step).reciprocal()
+    if dtype == torch.int8:
+        assert torch.equal(codes[[0, 2]], y.round().clamp(-128, 127).to(torch.int8))
+    else:
+        limit = torch.finfo(dtype).max
+        found = decode_fp8(codes[[0, 2]].view(torch.uint8).view(dtype))
+        assert torch.equal(found, nearest_code(y.clamp(-limit, limit), dtype))
+
+
+def test_quant_rows_with_strides_past_32_bits():
+    memory = torch.empty(2**32 + 64, dtype=torch.float16)  # pages that are not touched take no memory
+    for strides in ((1, 2**31 + 5), (2**31 + 5, 1)):
+        x = torch.as_strided(memory, (2, 3), strides)
+        x.copy_(torch.randn(2, 3))
+        (codes, scale), (want, want_scale) = quant_rows(x), quant_rows(x.contiguous())
+        assert torch.equal(codes, want)
+        assert torch.equal(scale, want_scale)
 
 
 @pytest.mark.parametrize("dtype", FP8)
@@ -106,9 +164,9 @@ def test_quant_rows_bad_rows_and_shapes():
 
 
 def test_quant_rows_longer_than_a_block():
-    x = torch.randn(2, 9000).to(torch.float16)
+    x = torch.randn(2, 17000).to(torch.float16)
     codes, scale = quant_rows(x.T.contiguous().T)
-    assert torch.equal(codes, (x.float() / scale[:, None]).round().to(torch.int8))
+    assert torch.equal(codes, (x.float() * scale[:, None].reciprocal()).round().to(torch.int8))
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -150,6 +208,8 @@ def test_int8_activations_ragged():
         (lambda x, w, s: quant_rows(x.float()[:0]), "x.shape: .* at least one row"),
         (lambda x, w, s: quant_rows(x), "x.dtype"),
         (lambda x, w, s: quant_rows(x.float(), torch.int16), "dtype"),
+        (lambda x, w, s: quant_rows(x.float(), column=torch.ones(7)), r"column.shape: found \(7,\), expected \(8,\)"),
+        (lambda x, w, s: quant_rows(x.float(), static_scale=torch.ones(2)), "static_scale.shape: .* one element"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 1), bits=4), "qdata.dtype"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(3), w, torch.ones(5, 1), bits=8), "x_scale.shape"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 2), bits=8), "group_size: found 4"),
