@@ -83,11 +83,11 @@ def call_of(case: Case, config: "rk.Config | None" = None) -> Callable[[], objec
         code, _, form = case.type.partition("/")
         more = {"column": empty(k, dtype=dtype), "static_scale": empty(1, dtype=torch.float32)} if form else {}
         return lambda: getattr(rk, case.op)(empty(rows, k, dtype=dtype), FLOAT8.get(code, torch.int8), **more)
-    if case.op == "scaled_mm":
+    if case.op in ("scaled_mm", "int_mm"):
         code = FLOAT8.get(case.type, torch.int8)
         scales = empty(rows, 1, dtype=torch.float32), empty(n, 1, dtype=dtype)
         x, w = empty(rows, k, dtype=code), empty(n, k, dtype=code)
-        return lambda: rk.scaled_mm(x, w, *scales, **keywords, out_dtype=dtype)
+        return lambda: getattr(rk, case.op)(x, w, *scales, **keywords, out_dtype=dtype)
     experts = 64 if case.op in ("wq_gemm_grouped", "wq_gemm_dx_grouped") else 0
     parts, described = weight(case.type, n, k, dtype, experts)
     keywords |= described
@@ -121,8 +121,8 @@ COMMON = (
     ("wq_gemm", "float8row", (1, 64, 4096)),
     ("wq_gemm_grouped", "int4g64a", (64, 4096)),
     ("wq_gemm_dx", "int4g64a", (16, 4096)),
-    ("scaled_mm", "int8", (16, 128, 4096)),
-    ("scaled_mm", "float8", (16, 128, 4096)),
+    ("scaled_mm", "int8", (16, 128, 256, 4096)),
+    ("scaled_mm", "float8", (16, 128, 256, 4096)),
     ("w4a8_gemm", "int4g64a", (4096,)),
     ("w4a8_gemm", "int4g128", (16, 4096)),
     ("w4a8_gemm", "int4row", (16, 4096)),
@@ -132,6 +132,7 @@ SMALL = (
     ("wq_dequant", ("int4g64a", "nf4g64", "int8row", "float8row", "int3g64a", "int5g64a", "mxfp4g32"), (1,)),
     ("quant_rows", ("int8", "float8", "int8/column and static scale"), (1,)),
     ("round_rows", ("int8", "float8"), (1,)),
+    ("int_mm", "int8", (17,)),
 )  # fmt: skip
 #: On the goal's architecture: the other types, widths, dtypes and strides.
 MORE = (

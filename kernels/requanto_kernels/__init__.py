@@ -1,6 +1,7 @@
 """Triton kernels for low-bit matrix multiplication. Arguments and results are plain tensors; needs only torch and triton."""
 
 from .config import Config
+from .int_mm import int_mm
 from .layout import from_exec_layout, group_major, has_exec_layout, to_exec_layout
 from .quant_rows import quant_rows, round_rows
 from .scaled_mm import scaled_mm
@@ -16,6 +17,7 @@ __all__ = [
     "from_exec_layout",
     "group_major",
     "has_exec_layout",
+    "int_mm",
     "quant_rows",
     "round_rows",
     "scaled_mm",

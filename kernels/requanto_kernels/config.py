@@ -25,7 +25,9 @@ BUCKETS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
 @dataclass(frozen=True)
 class Config:
     """One tile. `left`: the weight is the left operand of the matrix instruction; `fields`: one dot per bit field
-    of the words instead of one for the joined tile; `persistent`: the persistent kernel of `scaled_mm`."""
+    of the words instead of one for the joined tile; `persistent`: the persistent kernel of `scaled_mm`, `per_processor`: its
+    programs on each multiprocessor; `shrink`: smaller tiles while there are fewer than multiprocessors; `exact_every`: of
+    float8, see `scaled_mm.py`."""
 
     block_m: int = 16
     block_n: int = 64
@@ -37,6 +39,9 @@ class Config:
     left: bool = True
     fields: bool = False
     persistent: bool = False
+    per_processor: int = 1
+    shrink: bool = False
+    exact_every: int = 0
 
 
 def bucket(m: int) -> int:
@@ -105,7 +110,7 @@ def _config(name: str, values: dict) -> Config:
         if isinstance(value, bool):
             continue
         sized = one.name.startswith("block_") or one.name == "num_warps"
-        least = 0 if one.name == "split_k" else 1
+        least = 0 if one.name in ("split_k", "exact_every") else 1
         if not least <= value <= 4096 or (sized and value & (value - 1)):
             raise ValueError(
                 f"{name}: {one.name} is {value}, expected {'a power of two' if sized else least} up to 4096"

@@ -1,9 +1,15 @@
 """GEMM of two quantized operands: `y[m, n] = x_scale[m] * w_scale[n] * (x[m] . w[n]) + bias[n]`.
 
-int8 x int8 accumulates in int32, exactly; float8 x float8 in fp32. A scale is one number or one per row. The kernel with
-pointers runs everywhere. Large GEMMs on sm_90 use the persistent kernel: it loads tiles through tensor descriptors (bulk
-copies), with one program per multiprocessor that loops over tiles, so that a tile's stores overlap the next one's loads.
+int8 x int8 accumulates in int32, exactly. float8 x float8 accumulates in fp32, except on sm_90: the accumulator of its
+float8 instructions keeps about 14 bits. `Config.exact_every` adds it to a sum in fp32 after so many products; 0 never does,
+as `torch._scaled_mm(use_fast_accum=True)`. What this costs in accuracy is in benchmarks/NOTES.md.
+
+A scale is one number or one per row. The kernel with pointers runs everywhere. Large GEMMs on sm_90 use the persistent
+kernel: it loads tiles through tensor descriptors (bulk copies), with `Config.per_processor` programs on each multiprocessor
+that loop over tiles, so that a tile's stores overlap the next one's loads.
 """
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -51,7 +57,7 @@ def scaled_mm_kernel(
     x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn,
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    LEFT: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr,
+    LEFT: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr, EXACT_EVERY: tl.constexpr,
 ):  # fmt: skip
     """One tile, loaded through pointers. DECODE: float8 as uint8, converted to fp16 (sm_80 and older have no fp8)."""
     INT8: tl.constexpr = X_KIND == "int8"
@@ -76,9 +82,9 @@ def scaled_mm_kernel(
             x = fp8_to_float(x, X_KIND, tl.float16)
             w = fp8_to_float(w, W_KIND, tl.float16)
         if LEFT:
-            acc = tl.dot(w, tl.trans(x), acc, out_dtype=ACC)
+            acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=EXACT_EVERY, out_dtype=ACC)
         else:
-            acc = tl.dot(x, tl.trans(w), acc, out_dtype=ACC)
+            acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=EXACT_EVERY, out_dtype=ACC)
     if LEFT:
         acc = tl.trans(acc)
     _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
@@ -89,21 +95,22 @@ def scaled_mm_persistent_kernel(
     x_desc, w_desc, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K,
     INT8: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    EXACT_EVERY: tl.constexpr,
 ):  # fmt: skip
-    """Program p computes the tiles p, p + PROGRAMS, ... Descriptors load zeros past the edge."""
+    """Program p of P computes the tiles p, p + P, ... Descriptors load zeros past the edge."""
     ACC: tl.constexpr = tl.int32 if INT8 else tl.float32
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m0, n0 = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k0 in range(0, K, BLOCK_K):
-            acc = tl.dot(x_desc.load([m0, k0]), tl.trans(w_desc.load([n0, k0])), acc, out_dtype=ACC)
+            x, w = x_desc.load([m0, k0]), w_desc.load([n0, k0])
+            acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=EXACT_EVERY, out_dtype=ACC)
         rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
 
 
-def _scale(name: str, scale: torch.Tensor, rows: int) -> tuple[torch.Tensor, bool]:
+def flat_scale(name: str, scale: torch.Tensor, rows: int) -> tuple[torch.Tensor, bool]:
     """The flat scale, and whether it has one number per row."""
     check.check_dtype(name, scale, check.FLOATS)
     if scale.numel() not in (1, rows):
@@ -123,6 +130,32 @@ def _persistent(config: Config, arch: str, *operands: torch.Tensor) -> bool:
     """Whether to use the persistent kernel; descriptors need sm_90 or newer, and 16-byte aligned base and rows."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 for t in operands)
     return config.persistent and aligned and (capability(arch) >= 90 or arch == "interpreter")
+
+
+def shrunk(config: Config, m: int, n: int, programs: int) -> Config:
+    """The config with the greatest tile of which there are as many as programs run at once: half as wide, then half as high.
+
+    A tile of 128 x 256 keeps the matrix units busiest, but 256 rows and 4096 columns are only 32 of them.
+    """
+    while config.shrink and _tiles(config, m, n) < programs and config.block_m * config.block_n > 64 * 128:
+        if config.block_n > 128:
+            config = replace(config, block_n=config.block_n // 2)
+        else:
+            config = replace(config, block_m=config.block_m // 2, num_warps=4)
+    return config
+
+
+def _tiles(config: Config, m: int, n: int) -> int:
+    return -(-m // config.block_m) * -(-n // config.block_n)
+
+
+def exact_every(config: Config, int8: bool) -> int | None:
+    """The kernels' EXACT_EVERY; None leaves it to Triton: never on sm_90, after every product elsewhere."""
+    if int8 or not config.exact_every:
+        return None
+    if config.exact_every % 32 or config.exact_every > config.block_k:
+        check.fail("config.exact_every", config.exact_every, f"0 or a multiple of 32 up to block_k = {config.block_k}")
+    return config.exact_every
 
 
 def scaled_mm(
@@ -161,17 +194,18 @@ def scaled_mm(
     if result.numel() == 0:
         return result
     w = check._inner_contiguous(w)
-    xs, x_rows = _scale("x_scale", x_scale, m)
-    ws, w_rows = _scale("w_scale", w_scale, n)
+    xs, x_rows = flat_scale("x_scale", x_scale, m)
+    ws, w_rows = flat_scale("w_scale", w_scale, n)
     int8 = x.dtype == torch.int8
     arch = arch_of(device)
     if config is None:
         config = select(arch, "scaled_mm", 8, 0, m, n, k, "int8" if int8 else "float8")
-    tiles = -(-m // config.block_m) * -(-n // config.block_n)
+    config = shrunk(config, m, n, processors(device))
+    tiles = _tiles(config, m, n)
     common = {
         "X_ROWS": x_rows, "W_ROWS": w_rows, "BIAS": bias is not None,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "EXACT_EVERY": exact_every(config, int8), "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     b = bias if bias is not None else ws
     native = int8 or _multiplies(arch, x.dtype, w.dtype)
@@ -181,10 +215,10 @@ def scaled_mm(
 
             x_desc = TensorDescriptor.from_tensor(x2, [config.block_m, config.block_k])
             w_desc = TensorDescriptor.from_tensor(w, [config.block_n, config.block_k])
-            programs = min(processors(device), tiles)
+            programs = min(processors(device) * config.per_processor, tiles)
             launch(
                 scaled_mm_persistent_kernel, (programs,),
-                x_desc, w_desc, xs, ws, b, result, m, n, k, INT8=int8, PROGRAMS=programs, **common,
+                x_desc, w_desc, xs, ws, b, result, m, n, k, INT8=int8, **common,
             )  # fmt: skip
         else:
             decode = not native

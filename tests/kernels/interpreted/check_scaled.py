@@ -6,8 +6,9 @@ import pytest
 import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
-from requanto_kernels import Config, quant_rows, round_rows, scaled_mm, to_exec_layout, w4a8_gemm
+from requanto_kernels import Config, int_mm, quant_rows, round_rows, scaled_mm, to_exec_layout, w4a8_gemm
 from requanto_kernels.config import family
+from requanto_kernels.scaled_mm import exact_every, shrunk
 
 FULL = torch.float32
 KINDS = (torch.int8, *FP8)
@@ -44,6 +45,46 @@ def test_forms(dtype, config):
     got = scaled_mm(x, w, xs, ws, out_dtype=torch.float16, config=config)
     want = xs.double()[:, None] * ws.double() * (x64 @ w64.T)
     assert error(got, want) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_the_librarys_int8_gemm_agrees_bit_for_bit(per_row, bias):
+    (x, x64), (w, w64) = operand(19, 72, torch.int8), operand(2056, 72, torch.int8)
+    w = w.T.contiguous().T  # the launcher copies what the library would not take
+    xs, ws = (torch.rand(19, 1), torch.rand(2056, 1)) if per_row else (torch.rand(1), torch.rand(1, 1))
+    added = torch.randn(2056).half() if bias else None
+    got = int_mm(x, w, xs, ws, added, out_dtype=FULL)
+    assert torch.equal(got, scaled_mm(x, w, xs, ws, added, out_dtype=FULL))
+    want = xs.double() * ws.double().reshape(1, -1) * (x64 @ w64.T) + (added.double() if bias else 0)
+    assert error(got, want) <= TOLERANCE[FULL]
+
+
+def test_large_tiles_shrink_until_they_fill_the_device():
+    large = Config(128, 256, 128, num_warps=8, persistent=True, shrink=True)
+    tile = lambda m, n: (lambda c: (c.block_m, c.block_n, c.num_warps))(shrunk(large, m, n, 132))  # noqa: E731
+    assert tile(4096, 4096) == tile(1024, 14336) == (128, 256, 8)
+    assert tile(1024, 4096) == (128, 128, 8)
+    assert tile(256, 4096) == tile(129, 64) == (64, 128, 4)
+    assert shrunk(Config(128, 256), 1, 1, 132) == Config(128, 256)  # a tuned tile stays
+    (x, _), (w, _) = operand(131, 80, torch.int8), operand(272, 80, torch.int8)
+    one = torch.ones(1)
+    got, want = (scaled_mm(x, w, one, one, out_dtype=FULL, config=c) for c in (large, Config(32, 32, 32)))
+    assert torch.equal(got, want)
+
+
+def test_sums_of_float8_that_are_exact_every_so_often():
+    (x, x64), (w, w64) = operand(33, 160, FP8[0]), operand(40, 160, FP8[0])
+    for left in (False, True):
+        config = Config(32, 32, 64, left=left, exact_every=32)
+        got = scaled_mm(x, w, torch.ones(1), torch.ones(1), out_dtype=FULL, config=config)
+        assert error(got, x64 @ w64.T) <= TOLERANCE[FULL]
+    assert exact_every(config, True) is None
+    for wrong in (16, 128):
+        with pytest.raises(
+            ValueError, match=r"exact_every: found .*, expected 0 or a multiple of 32 up to block_k = 64"
+        ):
+            exact_every(Config(32, 32, 64, exact_every=wrong), False)
 
 
 def test_mixed_float8_and_leading_dimensions():
@@ -210,6 +251,8 @@ def test_int8_activations_ragged():
         (lambda x, w, s: quant_rows(x.float(), torch.int16), "dtype"),
         (lambda x, w, s: quant_rows(x.float(), column=torch.ones(7)), r"column.shape: found \(7,\), expected \(8,\)"),
         (lambda x, w, s: quant_rows(x.float(), static_scale=torch.ones(2)), "static_scale.shape: .* one element"),
+        (lambda x, w, s: int_mm(x, w, s, s), r"x.shape: found \(2, 8\), expected \(M, K\), M at least 17"),
+        (lambda x, w, s: int_mm(x.repeat(9, 1), w, s, s), r"w.shape: found \(5, 8\), .* N a multiple of 8"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 1), bits=4), "qdata.dtype"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(3), w, torch.ones(5, 1), bits=8), "x_scale.shape"),
         (lambda x, w, s: w4a8_gemm(x, torch.ones(2), w, torch.ones(5, 2), bits=8), "group_size: found 4"),
