@@ -2,7 +2,8 @@
 
 A convolution uses each weight once per output pixel, so dequantization is a small part of its time. It runs in x's dtype
 (autocast's, if enabled), whatever the weight's dtype is. On a CPU the weight is dequantized into a scratch buffer, a slice
-of output channels at a time: page faults of a new tensor would take longer than the convolution of a small image.
+of output channels at a time: page faults of a new tensor would take longer than the convolution of a small image. GPUs:
+`requanto.linear.gpu.convolution`.
 
 With few output pixels, reading the weight dominates. Then `F.unfold` turns the image into rows, and the convolution is a
 GEMM with the prepacked weight (`requanto.linear.api.packed_gemm`).
@@ -20,6 +21,8 @@ from requanto.linear.api import packed_gemm
 from requanto.linear.cpu import onednn_bf16
 from requanto.linear.cpu.aot import cache, calls
 from requanto.linear.cpu.dequantize import rows_rounded_once
+from requanto.linear.gpu import convolution as gpu_convolution
+from requanto.linear.gpu import dequantize as gpu_dequantize
 from requanto.linear.prepack import expected_layout
 from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
@@ -53,6 +56,8 @@ def convolution(
     """
     if not x.is_floating_point():
         raise RuntimeError(f"{function.__name__}: expected a float tensor for x, found {x.dtype}")
+    if gpu_dequantize.by_kernel(weight):
+        return gpu_convolution.run(function, as_autocast(x), weight, *args, **kwargs)
     bias, *rest = args or (kwargs.pop("bias", None),)
     plain = weight.rotation is None and weight.up is None and weight.order is None
     regular = plain and weight.axis == 0 and not weight.transposed

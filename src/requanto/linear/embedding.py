@@ -7,6 +7,7 @@ import torch
 from requanto.dtypes.bit_packing import pack
 from requanto.linear.columns import as_shown
 from requanto.linear.cpu.dequantize import codes_to_float
+from requanto.linear.gpu import dequantize as gpu
 from requanto.linear.prepack import EMBEDDING_WEIGHT
 from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, runs_eagerly
@@ -41,6 +42,8 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
             rows = _onnx_rows(weight, flat)
         elif weight.is_packed and is_tracing():
             rows = weight.dequantize()[flat]
+        elif weight.dim() == 2 and gpu.by_kernel(weight):
+            rows = gpu.gathered_rows(weight, flat)
         elif _simple(weight):
             rows = _values(weight, flat)
         else:

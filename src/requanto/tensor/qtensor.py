@@ -35,6 +35,7 @@ a log line (`requanto.tensor.values`), or raises if it writes. Reading changes n
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ from requanto.tensor.layout import PLAIN, Layout, layout_named
 from requanto.tensor.parts import WeightParts
 from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
 from requanto.tensor.storage import WeightStorage
+
+#: ``values_on_device(weight, dtype, as_stored=, low_rank=)`` dequantizes by a kernel of the weight's device: ``[*lead, K]``,
+#: or None where there is none. `requanto.linear.gpu.dequantize` sets it.
+values_on_device: Callable[..., torch.Tensor | None] | None = None
 
 
 class QTensor(WeightParts, torch.Tensor):
@@ -368,16 +373,22 @@ class QTensor(WeightParts, torch.Tensor):
         if in_jit_trace():
             with jit_trace_paused():
                 return self.dequantize(dtype)
+        dtype = dtype or self.dtype
         with without_autocast(self.device):  # autocast would round the factors of the low-rank term
-            values = self.values_without_lowrank()
-            if self.up is not None and self.down is not None:
-                values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
-        values = values.to(dtype or self.dtype).reshape(self.canonical_shape)
+            values = None if values_on_device is None else values_on_device(self, dtype)
+            if values is None:
+                values = self.values_without_lowrank()
+                if self.up is not None and self.down is not None:
+                    values = values + self.up.to(torch.float32) @ self.down.to(torch.float32)
+        values = values.to(dtype).reshape(self.canonical_shape)
         return values.transpose(-1, -2) if self.transposed else values
 
     def values_without_lowrank(self) -> torch.Tensor:
         """float32 ``[*lead, K]``: the dequantized codes, rotated back, times the column scale and in the weight's order of
         columns, without low-rank term."""
+        found = None if values_on_device is None else values_on_device(self, torch.float32, low_rank=False)
+        if found is not None:
+            return found
         values, column, order = self.stored_values(), self.column, self.order
         values = values if self.rotation is None else rotate(values, self.rotation)
         values = values if column is None else values * column.to(torch.float32).unsqueeze(-2)
@@ -392,6 +403,9 @@ class QTensor(WeightParts, torch.Tensor):
             parts, attributes = self.onnx_inputs()
             shape = (*self.lead, self.row_length)
             return onnx_nodes.node("Values", parts, attributes, parts[0], shape, torch.float32)
+        found = None if values_on_device is None else values_on_device(self, torch.float32, as_stored=True)
+        if found is not None:
+            return found
         return scaled_values(self._code_values(), self.qtype, self.scale, self.shift, self.row_length)
 
     def _code_values(self) -> torch.Tensor:

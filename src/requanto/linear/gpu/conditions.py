@@ -82,12 +82,17 @@ def has_matrix_instructions(kind: str) -> bool:
 
 
 def has_decoder(problem: Problem) -> bool:
-    """True if there are kernels that decode this type of codes on this device."""
-    if problem.device not in DEVICES or problem.dtype not in FLOATS or problem.qtype not in KINDS:
+    """True if there are kernels that decode this type of codes on this device, for x of this dtype."""
+    if problem.dtype not in FLOATS or not problem.in_features:
         return False
-    if not problem.in_features or problem.layout not in ("plain", "exec") or not available():
+    return decodes(problem.device, problem.qtype, problem.layout)
+
+
+def decodes(device: str, kind: qtype, layout: str) -> bool:
+    """True if a kernel reads weights of a type and layout on the current device: on every GPU that Triton compiles for."""
+    if device not in DEVICES or kind not in KINDS or layout not in ("plain", "exec") or not available():
         return False
-    found = capability(problem.device)
+    found = capability(device)
     return found == 0 or found >= 75
 
 

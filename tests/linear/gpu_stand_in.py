@@ -1,0 +1,47 @@
+"""The CPU in the place of a GPU, for tests in the interpreter: kernels run, and what torch decodes is noted."""
+
+import contextlib
+
+import pytest
+import torch
+
+from requanto.linear import registry
+from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu import layout
+from requanto.tensor import qtensor
+from requanto.tensor.layout import Layout
+
+NOWHERE = ("none",)
+
+
+@contextlib.contextmanager
+def gpu(device="cpu", capability=0):
+    """The table with the GPU's entries first, which take ``device`` for theirs; yields a list of what torch decodes."""
+    noted = []
+
+    def counted(original):
+        def run(*args, **kwargs):
+            if rules.DEVICES != NOWHERE:
+                noted.append(original.__qualname__)
+            return original(*args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "DEVICES", (device,))
+        patch.setattr(rules, "capability", lambda kind: capability)
+        entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(("triton", "gpu")))
+        patch.setattr(registry, "_REGISTRY", entries)
+        for place, name in (
+            (Layout, "codes"), (Layout, "gather"), (layout.ExecLayout, "codes"), (layout.ExecLayout, "gather"),
+            (qtensor, "scaled_values"),
+        ):  # fmt: skip
+            patch.setattr(place, name, counted(getattr(place, name)))
+        yield noted
+
+
+def reference(weight, dtype=torch.float32):
+    """The dequantized weight by torch's operators, whatever the device is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "DEVICES", NOWHERE)
+        return weight.dequantize(dtype)
