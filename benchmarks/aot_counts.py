@@ -76,7 +76,8 @@ def per_weight(program: Program, body: list[str]) -> float:
     warps = program.options["num_warps"]
     products = warps * sum(products_of(line, warp) for line in body)
     # A matrix instruction whose name has no shape (sm_100), or none: one tile a turn.
-    weights = products / m if products else n * k
+    columns = m * (program.constant("SLOTS") or 1)
+    weights = products / columns if products else n * k
     return round(len(body) * warps * warp / weights, 2)
 
 

@@ -77,6 +77,14 @@ class Weight:
         expert = (self.q.stride(0), s.stride(0), z.stride(0)) if self.experts else (0, 0, 0)
         return (self.q.stride(-2), *s.stride()[-2:], *z.stride()[-2:], *expert)
 
+    def has_pairs(self) -> bool:
+        """Whether scales (and shifts) of adjacent rows can be loaded as one 32-bit word: PAIRS of `_scales.py`."""
+        return self.n % 2 == 0 and all(
+            t.element_size() == 2 and t.stride(-2) == 1 and t.data_ptr() % 4 == 0
+            and not any(s % 2 for s, size in zip(t.stride(), t.shape) if size > 1 and s != 1)
+            for t in (self.scale, self.shift if self.shift is not None else self.scale)
+        )  # fmt: skip
+
 
 def exec_block(bits: int) -> int:
     """Length along K of one block of the execution layout, 32 words; 1 for widths without that layout."""

@@ -1,34 +1,15 @@
-"""Device functions that read tiles of stored codes, scales and shifts; all kernels of the package use them.
+"""Device functions that read tiles of stored codes; all kernels of the package use them.
 
 A tile is `[BLOCK_N, BLOCK_K]` with k in natural order, independent of the layout. `_fields.py` converts single codes and
-explains KIND. `code_form` selects the offset that is subtracted from codes of fewer than 8 bits: for symmetric weights the
-centre `2**(bits-1)`. With a shift that would be inaccurate: a group of equal weights has codes 0 and any scale, and rounding
-`shift - centre * scale` to 16 bits loses a shift that is small compared to the scale.
+explains KIND, `_scales.py` reads scales; its `code_form` selects the offset that is subtracted from codes of fewer than 8
+bits: for symmetric weights the centre `2**(bits-1)`. With a shift that would be inaccurate: a group of equal weights has
+codes 0 and any scale, and rounding `shift - centre * scale` to 16 bits loses a shift that is small compared to the scale.
 """
 
 import triton
 import triton.language as tl
 
-from ._fields import field_to_float, field_to_int8, fp8_to_float, magic_number
-
-
-@triton.constexpr_function
-def code_form(bits: int, kind: str, affine: bool, group: int, dtype, scale_dtype, shift_dtype) -> str:
-    """The offset of the codes that a kernel computes with; "float" for small floats and codebooks, which have none.
-
-    "centred": the centre is subtracted, for symmetric weights. "plain": as stored, if dtype holds scale and shift exactly,
-    so that `scale * code - shift` rounds once; also float8 and signed codes of 8 bits. "magic": the magic number is still
-    added; the code that applies scale and shift subtracts it together with the offset of `from_zero`. Rounding scale or
-    shift from fp32 then costs no more accuracy than with centred codes, if the weights are around zero.
-    """
-    if bits == 8 and kind != "u8":
-        return "plain"
-    if kind not in ("", "u8"):
-        return "float"
-    if not affine:
-        return "centred"
-    exact = dtype.is_fp32() or (scale_dtype == dtype and shift_dtype == dtype)
-    return "plain" if group and exact else "magic"
+from ._fields import field_to_float, field_to_int8, fp8_to_float
 
 
 @triton.jit
@@ -74,13 +55,20 @@ def _interleave(
 
 
 @triton.jit
+def row_starts(q_ptr, rn, N, stride_qn):
+    """Pointers to rows; past the end to the last one, which costs less than a mask on every load."""
+    return q_ptr + tl.minimum(rn, N - 1).to(tl.int64)[:, None] * stride_qn
+
+
+@triton.jit
 def load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
     """The `[BLOCK_N, BLOCK_K / FIELDS]` stored words of k0 .. k0 + BLOCK_K."""
     rw = k0 // FIELDS + tl.arange(0, BLOCK_K // FIELDS)
-    mask = (rn < N)[:, None]
-    if not EVEN_K:
-        mask = mask & (rw < (K + FIELDS - 1) // FIELDS)[None, :]
-    return tl.load(q_ptr + rn.to(tl.int64)[:, None] * stride_qn + rw[None, :], mask=mask, other=0)
+    words = row_starts(q_ptr, rn, N, stride_qn) + rw[None, :]
+    if EVEN_K:
+        return tl.load(words)
+    else:
+        return tl.load(words, mask=(rw < (K + FIELDS - 1) // FIELDS)[None, :], other=0)
 
 
 @triton.constexpr_function
@@ -100,13 +88,14 @@ def load_exec(
     else:
         rw = tl.arange(0, BLOCK_K // FIELDS)
         block = k0 // 256 + rw // 32
-        mask = (rn < N)[:, None]
-        if not EVEN_K:
-            mask = mask & (block < K // 256)[None, :]
-        rows = q_ptr + rn.to(tl.int64)[:, None] * stride_qn
-        low = tl.load(rows + (block * 48 + rw % 32)[None, :], mask=mask, other=0)
+        rows = row_starts(q_ptr, rn, N, stride_qn)
+        low = rows + (block * 48 + rw % 32)[None, :]
         third = rows.to(tl.pointer_type(tl.uint8)) + (block * 96 + 64 + rw % 32)[None, :]
-        return low, tl.load(third, mask=mask, other=0).to(tl.int16)
+        if EVEN_K:
+            return tl.load(low), tl.load(third).to(tl.int16)
+        else:
+            mask = (block < K // 256)[None, :]
+            return tl.load(low, mask=mask, other=0), tl.load(third, mask=mask, other=0).to(tl.int16)
 
 
 @triton.jit
@@ -120,13 +109,14 @@ def load_quads(
     BYTES: tl.constexpr = (4 * BITS + 4) // 8
     bit = (k0 // 4 + tl.arange(0, BLOCK_K // 4)) * (4 * BITS)
     first = bit >> 3
-    rows = q_ptr + rn.to(tl.int64)[:, None] * stride_qn
+    rows = row_starts(q_ptr, rn, N, stride_qn)
     word = tl.zeros((1, 1), tl.int32)
     for i in tl.static_range(BYTES):
-        mask = (rn < N)[:, None]
-        if not EVEN_K:
-            mask = mask & (first + i < (K * BITS + 7) // 8)[None, :]
-        word = word | (tl.load(rows + (first + i)[None, :], mask=mask, other=0).to(tl.int32) << (8 * i))
+        if EVEN_K:
+            byte = tl.load(rows + (first + i)[None, :])
+        else:
+            byte = tl.load(rows + (first + i)[None, :], mask=(first + i < (K * BITS + 7) // 8)[None, :], other=0)
+        word = word | (byte.to(tl.int32) << (8 * i))
     return word >> (bit & 7)[None, :]
 
 
@@ -185,39 +175,3 @@ def load_group(
         rk = k0 + tl.arange(0, BLOCK_K)
         groups = (rk // GROUP).to(tl.int64)[None, :] * stride_g
         return tl.load(rows + groups, mask=n_mask & (rk < K)[None, :], other=0).to(tl.float32)
-
-
-@triton.jit
-def from_zero(scale, shift, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """For codes in "magic" form: (offset to subtract from the codes, remaining shift).
-
-    Besides the magic number, the offset contains 0 or the centre, whichever leaves the smaller shift. So the remaining shift
-    is small if the weights are around zero, and is the stored one if all are equal and small compared to the scale.
-    """
-    MAGIC: tl.constexpr = magic_number(DTYPE, BITS)
-    CENTRE: tl.constexpr = 1 << (BITS - 1)
-    centred = shift - scale * CENTRE
-    stored = tl.abs(shift) < tl.abs(centred)
-    offset = tl.where(stored, tl.full([1, 1], MAGIC, DTYPE), tl.full([1, 1], MAGIC + CENTRE, DTYPE))
-    return offset, tl.where(stored, shift, centred)
-
-
-@triton.jit
-def scale_codes(
-    codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
-    BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FORM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """`scale * code - shift` of a tile of codes, in DTYPE. FORM: that of the codes.
-
-    An explicit fma: rounding the product before the subtraction would double the error.
-    """
-    scale = load_group(s_ptr, rn, k0, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K)
-    if AFFINE:
-        shift = load_group(z_ptr, rn, k0, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K)
-        if FORM == "magic":
-            offset, shift = from_zero(scale, shift, BITS, DTYPE)
-            codes = codes - offset
-        return tl.fma(codes, scale.to(DTYPE), -shift.to(DTYPE))
-    else:
-        return codes * scale.to(DTYPE)

@@ -9,27 +9,29 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import code_form, load_codes, scale_codes
+from ._decode import load_codes
 from ._device import arch_of, fp8_decoder, on_device
 from ._launch import launch
+from ._scales import code_form, scale_codes
 
 
 @triton.jit
 def wq_dequant_kernel(
     q_ptr, s_ptr, z_ptr, t_ptr, out_ptr, N, K, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """One `[BLOCK_N, BLOCK_K]` tile. It is memory bound, so the conversion without PTX is fast enough."""
-    rn = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n0 = tl.program_id(0) * BLOCK_N
+    rn = n0 + tl.arange(0, BLOCK_N)
     k0 = tl.program_id(1) * BLOCK_K
     FORM: tl.constexpr = code_form(BITS, KIND, AFFINE, 1, tl.float32, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     codes = load_codes(
         q_ptr, t_ptr, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
     )  # fmt: skip
     w = scale_codes(
-        codes, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
-        BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, tl.float32,
+        codes, s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+        BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, tl.float32, PAIRS, "natural",
     )  # fmt: skip
     rk = k0 + tl.arange(0, BLOCK_K)
     mask = (rn < N)[:, None] & (rk < K)[None, :]
@@ -74,6 +76,6 @@ def wq_dequant(
             wq_dequant_kernel, (-(-w.n // block_n), -(-k // block_k)),
             w.q, w.scale, z, w.table, result, w.n, k, *w.strides()[:5],
             BITS=bits, KIND=fp8_decoder(w.kind, arch_of(device)), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
-            BLOCK_N=block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0, num_warps=4,
+            BLOCK_N=block_n, BLOCK_K=block_k, PAIRS=w.has_pairs(), EVEN_K=k % block_k == 0, num_warps=4,
         )  # fmt: skip
     return result

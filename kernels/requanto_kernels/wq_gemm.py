@@ -2,13 +2,10 @@
 
     W[n, k] = scale[n, k // group] * code[n, k] - shift[n, k // group]
 
-With one group per row the exact codes are multiplied, and `y = scale * (x . code) - shift * sum(x)` is computed in fp32; the
-offset of the codes is that of `from_zero`. With more groups the weight is dequantized in x's dtype, one fma each, before the
-dot.
-
-Ideas: weight as the left operand so that dequantized values stay in registers on wgmma; magic numbers for codes (see
-`_decode.py`); split-K through an fp32 scratch buffer that a second kernel sums in a fixed order (the "split-K" of Osama et
-al. 2023, "Stream-K", without atomics), so that the same input always gives the same bits.
+Ideas: weight as the left operand, so that the tile is `[N, M]` and decoded weights stay in registers on wgmma; magic numbers
+for codes (see `_decode.py`); scales applied to sums, not to weights, and few rows of x in slots (see `_accumulate.py`);
+split-K through an fp32 scratch buffer that a second kernel sums in a fixed order (the "split-K" of Osama et al. 2023,
+"Stream-K", without atomics), so that the same input always gives the same bits.
 """
 
 from dataclasses import replace
@@ -18,85 +15,22 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import code_form, exec_fields, from_zero, load_codes, load_exec, load_group, scale_codes
+from ._accumulate import accumulate
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
-from ._fields import field_to_float, open_table
 from ._launch import launch
 from .config import Config, select, split_for
-
-
-@triton.jit
-def accumulate(
-    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, rm, m_end, rn, k_begin, k_end, N, K,
-    stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
-    BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """The `[BLOCK_M, BLOCK_N]` tile of `x @ W^T` over k_begin .. k_end, in fp32."""
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    FORM: tl.constexpr = code_form(BITS, KIND, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
-    table = open_table(t_ptr, BITS, KIND, EXEC, DTYPE, PTX)
-    if LEFT:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    x_sum = tl.zeros((BLOCK_M,), tl.float32)
-    x_rows = x_ptr + rm.to(tl.int64)[:, None] * stride_xm
-    m_mask = (rm < m_end)[:, None]
-    # One dot for the joined tile, or one for each field of 32 consecutive k; which is faster depends on the hardware.
-    FIELDS: tl.constexpr = exec_fields(BITS) if BY_FIELD else 1
-    STEP: tl.constexpr = BLOCK_K // FIELDS
-    if GROUP == 0 and AFFINE:
-        scale = load_group(s_ptr, rn, 0, N, K, stride_sn, stride_sg, 0, BLOCK_N, BLOCK_K)
-        shift = load_group(z_ptr, rn, 0, N, K, stride_zn, stride_zg, 0, BLOCK_N, BLOCK_K)
-        if FORM == "magic":
-            offset, shift = from_zero(scale, shift, BITS, DTYPE)
-    for k0 in range(k_begin, k_end, BLOCK_K):
-        if BY_FIELD:
-            words = load_exec(q_ptr, rn, k0, N, stride_qn, K, BITS, BLOCK_K, EVEN_K)
-        for i in tl.static_range(FIELDS):
-            k = k0 + i * STEP
-            rk = k + tl.arange(0, STEP)
-            x_mask = m_mask if EVEN_K else m_mask & (rk < K)[None, :]
-            x = tl.load(x_rows + rk[None, :] * stride_xk, mask=x_mask, other=0)
-            if BY_FIELD:
-                w = field_to_float(words, table, i, BITS, BITS == 3, KIND, FORM, DTYPE, PTX)
-            else:
-                w = load_codes(
-                    q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
-                )  # fmt: skip
-            if GROUP > 0:
-                w = scale_codes(
-                    w, s_ptr, z_ptr, rn, k, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
-                    BITS, GROUP, AFFINE, FORM, BLOCK_N, STEP, DTYPE,
-                )  # fmt: skip
-            elif AFFINE:
-                if FORM == "magic":
-                    w = w - offset
-                x_sum += tl.sum(x.to(tl.float32), axis=1)
-            if LEFT:
-                acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    if LEFT:
-        acc = tl.trans(acc)
-    if GROUP == 0:
-        if not AFFINE:
-            scale = load_group(s_ptr, rn, 0, N, K, stride_sn, stride_sg, 0, BLOCK_N, BLOCK_K)
-        acc = acc * tl.reshape(scale, [BLOCK_N])[None, :]
-        if AFFINE:
-            acc = acc - x_sum[:, None] * tl.reshape(shift, [BLOCK_N])[None, :]
-    return acc
+from .forms import form_of
 
 
 @triton.jit
 def wq_gemm_kernel(
     x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, M, N, K,
-    stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, k_per_split,
+    stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, steps_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
-    BIAS: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    BIAS: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
+    SCALE: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One tile of y; with SPLIT, one tile of the fp32 scratch buffer `[splits, M, N]` for the K slice of this program."""
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -105,14 +39,16 @@ def wq_gemm_kernel(
     first = pid // (GROUP_M * tiles_n) * GROUP_M
     height = min(tiles_m - first, GROUP_M)
     local = pid % (GROUP_M * tiles_n)
-    rm = (first + local % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rn = local // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_begin = split * k_per_split
+    m0, n0 = (first + local % height) * BLOCK_M, local // height * BLOCK_N
+    first_step = split * steps_per_split
     acc = accumulate(
-        x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, rm, M, rn, k_begin, min(k_begin + k_per_split, K), N, K,
+        x_ptr, q_ptr, s_ptr, z_ptr, t_ptr,
+        m0, M, n0, first_step, min(first_step + steps_per_split, tl.cdiv(K, BLOCK_K)), N, K,
         stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
-        BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
+        BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, DEPTH, SLOTS, SCALE, LEFT, BY_FIELD, PAIRS, EVEN_K,
+        STAGES, PTX,
     )  # fmt: skip
+    rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     if BIAS and not SPLIT:
         acc += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
     row = rm.to(tl.int64)
@@ -138,33 +74,26 @@ def reduce_kernel(work_ptr, bias_ptr, out_ptr, total, N, SPLITS: tl.constexpr, B
     tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def fit(config: Config, weight: check.Weight) -> tuple[int, bool]:
-    """The config's (block_k, fields), adjusted to this weight: execution-layout tiles must consist of whole blocks."""
-    block_k, fields = config.block_k, config.fields
-    if not weight.exec:
-        # Joining bytes needs a tile's codes in registers twice; half the depth avoids spills.
-        return (min(block_k, 64) if weight.bits < 8 else block_k), False
-    block = check.exec_block(weight.bits)
-    if fields and (weight.group == 0 or weight.group % 32 == 0 or weight.group in (16, 8)):
-        return block, True
-    return max(block_k, block), False
-
-
-def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtype) -> dict:
-    """The constexpr arguments that every weight-quantized kernel shares."""
-    block_k, fields = fit(config, weight)
+def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtype, m: int | None = None) -> dict:
+    """The constexpr arguments of `accumulate`. BLOCK_M can be less than the config's for m rows of x; None: unknown."""
+    form = form_of(weight, config, m)
     return {
         "BITS": weight.bits,
         "KIND": fp8_decoder(weight.kind, arch),
         "GROUP": weight.group,
         "AFFINE": weight.shift is not None,
         "EXEC": weight.exec,
-        "BLOCK_M": config.block_m,
+        "BLOCK_M": form.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_K": block_k,
+        "BLOCK_K": form.block_k,
+        "DEPTH": form.depth,
+        "SLOTS": form.slots,
+        "SCALE": form.scale,
         "LEFT": config.left,
-        "BY_FIELD": fields,
-        "EVEN_K": weight.k % block_k == 0,
+        "BY_FIELD": form.fields,
+        "PAIRS": weight.has_pairs(),
+        "EVEN_K": weight.k % form.block_k == 0,
+        "STAGES": config.num_stages,
         "PTX": is_cuda(arch) and dtype != torch.float32,
     }
 
@@ -228,19 +157,18 @@ def wq_gemm(
     arch = arch_of(device)
     if config is None:
         config = config_for(w, m, arch, x.dtype)
-    const = constants(w, config, arch, x.dtype)
-    block_k = const["BLOCK_K"]
-    splits = split_for(config, m, w.n, k, processors(device))
-    k_per_split = -(-k // (splits * block_k)) * block_k
-    splits = -(-k // k_per_split)
+    const = constants(w, config, arch, x.dtype, m)
+    steps = -(-k // const["BLOCK_K"])
+    per_split = -(-steps // split_for(config, m, w.n, k, processors(device)))
+    splits = -(-steps // per_split)
     target = result if splits == 1 else torch.empty(splits * m * w.n, dtype=torch.float32, device=device)
-    grid = (-(-m // config.block_m) * -(-w.n // config.block_n), splits)
+    grid = (-(-m // const["BLOCK_M"]) * -(-w.n // config.block_n), splits)
     z = w.shift if w.shift is not None else w.scale
     b = bias if bias is not None else w.scale
     with on_device(x):
         launch(
             wq_gemm_kernel, grid,
-            x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:5], k_per_split,
+            x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:5], per_split,
             BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

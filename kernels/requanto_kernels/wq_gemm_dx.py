@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 
 from . import _check as check
-from ._decode import code_form, load_codes, scale_codes
+from ._decode import load_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from ._fields import open_table
 from ._launch import launch
+from ._scales import code_form, scale_codes
 from .config import Config, select
 
 
@@ -22,7 +23,8 @@ def wq_gemm_dx_kernel(
     stride_ym, stride_yn, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, stride_qe, stride_se, stride_ze,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     GROUPED: tl.constexpr, E_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIRS: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One `[BLOCK_M, BLOCK_K]` tile of dx, computed transposed, so that W^T is the left operand."""
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
@@ -48,8 +50,8 @@ def wq_gemm_dx_kernel(
                 q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
             )  # fmt: skip
             w = scale_codes(
-                w, s_ptr, z_ptr, rn, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
-                BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE,
+                w, s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+                BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE, PAIRS, "natural",
             )  # fmt: skip
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
     rk = k0 + tl.arange(0, BLOCK_K)
@@ -128,7 +130,8 @@ def wq_gemm_dx(
             offsets if offsets is not None else w.q, m, w.n, k, w.experts, dy2.stride(0), dy2.stride(1), *w.strides(),
             BITS=bits, KIND=fp8_decoder(w.kind, arch), GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec,
             GROUPED=offsets is not None, E_BLOCK=triton.next_power_of_2(max(w.experts, 1)),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, PAIRS=w.has_pairs(),
+            EVEN_K=k % block_k == 0,
             PTX=is_cuda(arch) and dy.dtype != torch.float32,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip

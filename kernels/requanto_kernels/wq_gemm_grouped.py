@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from . import _check as check
+from ._accumulate import accumulate
 from ._device import arch_of, on_device
 from ._launch import launch
 from .config import Config
-from .wq_gemm import accumulate, config_for, constants
+from .wq_gemm import config_for, constants
 from .wq_gemm_dx import expert_tile
 
 
@@ -23,19 +24,22 @@ def wq_gemm_grouped_kernel(
     stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, stride_qe, stride_se, stride_ze,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, E_BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    LEFT: tl.constexpr, BY_FIELD: tl.constexpr, EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
+    SCALE: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """One `[BLOCK_M, BLOCK_N]` tile of one expert; programs past the last tile do nothing."""
     expert, m0, m_end = expert_tile(offsets_ptr, tl.program_id(0), E, E_BLOCK, BLOCK_M)
     if m0 < m_end:
-        rm = m0 + tl.arange(0, BLOCK_M)
-        rn = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n0 = tl.program_id(1) * BLOCK_N
         acc = accumulate(
             x_ptr, q_ptr + expert * stride_qe, s_ptr + expert * stride_se, z_ptr + expert * stride_ze, t_ptr,
-            rm, m_end, rn, 0, K, N, K, stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
-            BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, LEFT, BY_FIELD, EVEN_K, PTX,
+            m0, m_end, n0, 0, tl.cdiv(K, BLOCK_K), N, K,
+            stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
+            BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, DEPTH, SLOTS, SCALE, LEFT, BY_FIELD, PAIRS, EVEN_K,
+            STAGES, PTX,
         )  # fmt: skip
+        rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
         if BIAS:
             acc += tl.load(bias_ptr + expert * N + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
         mask = (rm < m_end)[:, None] & (rn < N)[None, :]
@@ -84,7 +88,7 @@ def wq_gemm_grouped(
     const = constants(w, config, arch, x.dtype)
     with on_device(x):
         launch(
-            wq_gemm_grouped_kernel, (-(-m // config.block_m) + w.experts, -(-w.n // config.block_n)),
+            wq_gemm_grouped_kernel, (-(-m // const["BLOCK_M"]) + w.experts, -(-w.n // config.block_n)),
             x, w.q, w.scale, w.shift if w.shift is not None else w.scale, w.table, bias if bias is not None else w.scale,
             offsets, result, w.n, k, w.experts, x.stride(0), x.stride(1), *w.strides(),
             BIAS=bias is not None, E_BLOCK=triton.next_power_of_2(w.experts), **const,
