@@ -82,6 +82,7 @@ def accumulate(
     DECODED: tl.constexpr = code_form(BITS, KIND, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     # fp32 holds scale and shift of codes as stored.
     FORM: tl.constexpr = "plain" if SCALE == "after" and DECODED == "magic" else DECODED
+    SPAN: tl.constexpr = span_of(GROUP, BLOCK_K, DEPTH, BY_FIELD) if SCALE == "after" else BLOCK_K
     COLUMNS: tl.constexpr = BLOCK_M * SLOTS
     ORDER: tl.constexpr = "paired"
     table = open_table(t_ptr, BITS, KIND, EXEC, DTYPE, PTX)
@@ -128,7 +129,6 @@ def accumulate(
                     w = w - offset
                 x_sum += tl.sum(x.to(tl.float32), axis=1)
             if SCALE == "after":
-                SPAN: tl.constexpr = span_of(GROUP, BLOCK_K, DEPTH, BY_FIELD)
                 part = _multiply(w, x, part, LEFT)
                 if (i + 1) * DEPTH % SPAN == 0:
                     begin = k0 + (i + 1) * DEPTH - SPAN
