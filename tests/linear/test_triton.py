@@ -86,11 +86,12 @@ def test_quantized_activations(gpu, capability):
     gpu(capability)
     for rows in (1, 5000):
         assert name(INT8, activation=qint8, rows=rows) == "triton-scaled-mm"
-        # Below sm_89 the same kernel decodes float8 itself.
-        assert name(FLOAT8, activation=qfloat8_e4m3fn, rows=rows) == "triton-scaled-mm"
-        assert name(FLOAT8, activation=qfloat8_e5m2, rows=rows) == "triton-scaled-mm"
         assert name(BASE, activation=qint8, rows=rows) == "triton-w4a8"
         assert name(BASE, activation=qint8, rows=rows, layout="exec") == "triton-w4a8"
+    for kind in (qfloat8_e4m3fn, qfloat8_e5m2):
+        # Below sm_89 no matrix instruction multiplies float8.
+        found = name(FLOAT8, qtype=kind, activation=kind)
+        assert found == ("triton-scaled-mm" if capability >= 89 else "triton-rounded")
     assert name(INT8, activation=qint8, affine=True) == "triton-w4a8"
     assert name(INT8, activation=qint8, group_size=64) == "triton-w4a8"
     assert name(BASE, activation=qint8, group_size=64) == "triton-w4a8"
@@ -103,15 +104,18 @@ def test_quantized_activations(gpu, capability):
         replace(BASE, activation=qint8, group_size=16),
         replace(BASE, activation=qint8, transposed=True),
         replace(INT8, activation=qint8, transposed=True),
+        replace(INT8, activation=qint8, layout="exec"),
         replace(INT8, activation=qfloat8_e4m3fn),
         replace(FLOAT8, activation=qint8),
         replace(FLOAT8, activation=qfloat8_e4m3fn, group_size=128),
-        replace(INT8, activation=qint8, in_features=2**18),  # an int32 sum could overflow
+        replace(FLOAT8, activation=qfloat8_e4m3fn, layout="exec"),
+        replace(INT8, activation=qint8, in_features=2**17),  # an int32 sum could overflow
         replace(INT8, qtype=quint8, activation=qint8, affine=True),  # codes up to 255 are no int8
         replace(BASE, qtype=qnf4, activation=qint8),
         replace(BASE, qtype=qint3, activation=qint8, layout="exec"),  # groups of 128, blocks of 256
     ):
         assert name(unfit) == "triton-rounded"
+    assert name(INT8, activation=qint8, in_features=2**17 - 8) == "triton-scaled-mm"
     assert name(BASE, activation=qint4) == "reference"  # which refuses it by name
 
 

@@ -8,7 +8,7 @@ import requanto
 from requanto.dtypes.qtypes import qfloat8_e4m3fn, qfloat8_e5m2, qint2, qint4, qint8, qtypes
 from requanto.linear import custom_ops, grouped_linear, linear, registry
 from requanto.linear.gpu import conditions as rules
-from requanto.linear.gpu import layout, paths
+from requanto.linear.gpu import eight_bit, eight_bit_conditions, layout, paths
 from requanto.linear.prepack import prepare
 from requanto.tensor.qtensor import QTensor
 
@@ -21,7 +21,8 @@ def on_the_cpu(monkeypatch):
     """The table with the GPU's entries first, which take the CPU for their device."""
     monkeypatch.setattr(rules, "DEVICES", ("cpu",))
     monkeypatch.setattr(rules, "capability", lambda kind: 0)
-    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
+    monkeypatch.setattr(eight_bit_conditions, "rocm_arch", lambda kind: "gfx950")
+    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(("torch-", "triton")))
     monkeypatch.setattr(registry, "_REGISTRY", entries)
     torch.manual_seed(0)
 
@@ -143,6 +144,37 @@ def test_int8_activations(bits, group, affine, name, static):
         again = linear(x, q, bias, activation=qint8, input_scale=scale)
         assert q.is_packed
         assert error(again, got.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_vendors_int8_gemm_agrees_bit_for_bit(static):
+    w = weight(40, 256, 8, scale_dtype=HALF)
+    q, x, bias = tensor(w), torch.randn(18, 256), torch.randn(40)
+    scale = torch.tensor(0.02) if static else None
+    got = eight_bit.run_torch_int_mm(x, q, bias, qint8, scale)
+    assert torch.equal(got, eight_bit.run_scaled_mm(x, q, bias, qint8, scale))
+    assert torch.equal(got, linear(x, q, bias, activation=qint8, input_scale=scale))
+
+
+def test_scales_for_the_vendors_float8_gemm_are_cached_and_follow_the_weight():
+    w = weight(48, 64, 8, fp8=FP8[0], scale_dtype=HALF)
+    q = tensor(w)
+    found = eight_bit.float32_scales(q)
+    assert torch.equal(found, w.scale[:, 0].float())
+    assert eight_bit.float32_scales(q) is found
+    with torch.no_grad():
+        q.scale.mul_(2)
+    assert torch.equal(eight_bit.float32_scales(q), 2 * found)
+    full = tensor(weight(48, 64, 8, fp8=FP8[0]))
+    assert eight_bit.float32_scales(full).data_ptr() == full.scale.data_ptr()
+
+
+def test_a_row_with_nan_stays_nan_with_a_static_scale():
+    for w in (weight(40, 256, 8), weight(40, 256, 4, 64, True), weight(40, 384, 4, 48)):
+        x = torch.randn(3, w.meaning.shape[1])
+        x[1, 5] = float("nan")
+        out = linear(x, tensor(w), activation=qint8, input_scale=torch.tensor(0.02))
+        assert out.isnan().all(1).tolist() == out.isnan().any(1).tolist() == [False, True, False]
 
 
 def test_int8_activations_keep_small_groups_plain():

@@ -1,7 +1,7 @@
 """Conditions for the GPU implementations: correctness, and the number of rows from which dequantizing is faster.
 
 Conditions for correctness are exact: they repeat the kernels' own checks. Those for speed are the tables `DEQUANTIZE_ROWS`,
-which are not measured yet.
+which are not measured yet. Those for activations of 8 bits: `requanto.linear.gpu.eight_bit_conditions`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 
 import torch
 
-from requanto.dtypes.qtypes import qint8, qtype, qtypes
+from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.linear.registry import Problem
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = frozenset(kind for kind in qtypes.values() if kind.bits < 8 or not kind.is_codebook)
 #: Codes along K in one block of the execution layout, by the widths that have one.
 EXEC_BLOCKS = {4: 128, 3: 256, 2: 256}
-#: Largest K for which a sum of products of int8 codes (-128 .. 127 times -127 .. 127) fits into int32.
-LONGEST_INT8 = 2**17
 
 #: (minimum compute capability, rows): from so many rows on, the weight is dequantized once and multiplied by the vendor's
 #: library. The first entry that fits the GPU is used; (1, 1) is for GPUs without `has_matrix_instructions`, (0, ...) for
@@ -101,11 +99,6 @@ def without_kernel(problem: Problem) -> bool:
     return problem.device in DEVICES and problem.layout == "plain" and not has_decoder(problem)
 
 
-def _rounded_to(activation: qtype | None) -> bool:
-    """True for types of activations whose codes kernels compute: int8 and float8."""
-    return activation is not None and activation in KINDS and activation.bits == 8 and not activation.is_unsigned
-
-
 def weight_only(problem: Problem) -> bool:
     """True for `wq_gemm`, or `wq_gemm_dx` if the weight is transposed: every type, group size and layout."""
     return problem.activation is None and has_decoder(problem) and has_matrix_instructions(problem.device)
@@ -123,42 +116,3 @@ def dequantize_from(device: str, transposed: bool) -> int:
     found = capability(device)
     table = DEQUANTIZE_ROWS_TRANSPOSED if transposed else DEQUANTIZE_ROWS
     return next(rows for least, rows in table if found >= least)
-
-
-def both_8_bit(problem: Problem) -> bool:
-    """True for `scaled_mm`: int8 times int8 or float8 times float8, with one scale per row of the weight."""
-    activation, kind = problem.activation, problem.qtype
-    if not _rounded_to(activation) or kind.bits != 8:
-        return False
-    if not has_decoder(problem) or not has_matrix_instructions(problem.device):
-        return False
-    if activation.is_floating_point != kind.is_floating_point:
-        return False
-    if problem.affine or problem.transposed or problem.group_size not in (None, problem.in_features):
-        return False
-    return kind.is_floating_point or problem.in_features <= LONGEST_INT8
-
-
-def int8_activations(problem: Problem) -> bool:
-    """True for `w4a8_gemm`: integer weights with group sizes that are powers of two of at least 32, or one scale per row.
-
-    Unsigned codes of 8 bits do not fit into int8.
-    """
-    kind = problem.qtype
-    if problem.activation != qint8 or kind.is_floating_point or kind.is_codebook or problem.transposed:
-        return False
-    if kind.bits == 8 and kind.is_unsigned:
-        return False
-    if not has_decoder(problem) or not has_matrix_instructions(problem.device):
-        return False
-    group = problem.group_size
-    if group in (None, problem.in_features):
-        return problem.in_features <= LONGEST_INT8
-    if group < 32 or group & (group - 1):
-        return False
-    return problem.layout == "plain" or group % EXEC_BLOCKS[kind.bits] == 0
-
-
-def rounded_activations(problem: Problem) -> bool:
-    """True for quantized activations without an integer or float8 GEMM: they are rounded, then multiplied as floats."""
-    return _rounded_to(problem.activation) and has_decoder(problem)

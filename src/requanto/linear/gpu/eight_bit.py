@@ -2,22 +2,103 @@
 
 In order of preference, before the weight-only ones (`requanto.linear.gpu.paths`):
 
-    triton-scaled-mm    int8 x int8 and float8 x float8: activations quantized per token, one GEMM of 8-bit codes
+    torch-scaled-mm     float8 x float8, many rows: the vendor's GEMM (`torch._scaled_mm`)
+    torch-int-mm        int8 x int8: the vendor's GEMM (`torch._int_mm`), scaled by a second launch
+    triton-scaled-mm    int8 x int8 and float8 x float8: one GEMM of 8-bit codes
     triton-w4a8         integer weights below 8 bits, or with groups, and int8 activations
     triton-rounded      other pairs of types: activations rounded to their codes, then weight-only
+
+In all of them one launch quantizes x, per token or with a static scale. `requanto.linear.gpu.eight_bit_conditions` has the
+conditions.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import torch
 
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.activations import quantize_activations
-from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu import eight_bit_conditions as rules
 from requanto.linear.gpu import paths  # noqa: F401  (registered first: these are inserted before them)
-from requanto.linear.gpu.layout import codes_of
+from requanto.linear.gpu.layout import capturing, codes_of
 from requanto.linear.registry import Implementation, choose, problem_of, register
+from requanto.runtime.tracing import outside_tracing
 from requanto.tensor.qtensor import QTensor
+
+logger = logging.getLogger(__name__)
+
+
+def run_torch_scaled_mm(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The vendor's GEMM of float8 codes, which adds scales and bias itself.
+
+    ``use_fast_accum``: on sm_89 and sm_90 the matrix units' own sums, of about 14 bits, as in `scaled_mm`.
+    """
+    weight_codes = codes_of(weight)[0]
+    if not _is_aligned(weight_codes):
+        return run_scaled_mm(x, weight, bias, activation, input_scale)
+    codes, steps = quantized(x, activation, input_scale)
+    return torch._scaled_mm(
+        codes,
+        weight_codes.t(),
+        steps.view(-1, 1),
+        float32_scales(weight).view(1, -1),
+        bias=None if bias is None else bias.to(x.dtype),
+        out_dtype=x.dtype,
+        use_fast_accum=True,
+    )
+
+
+def _is_aligned(codes: torch.Tensor) -> bool:
+    """Whether the library takes these codes ``[N, K]``: base and rows of 16 bytes. Else one line is logged."""
+    found = codes.data_ptr() % 16 == 0 and codes.stride(1) == 1 and codes.stride(0) % 16 == 0
+    return found or _log_unaligned()
+
+
+@functools.cache
+def _log_unaligned() -> bool:
+    logger.warning(
+        "a float8 weight does not start at a multiple of 16 bytes, which torch._scaled_mm needs; triton-scaled-mm runs "
+        "such weights. weight.contiguous() copies it to an aligned place."
+    )
+    return False
+
+
+def float32_scales(weight: QTensor) -> torch.Tensor:
+    """Scales of the rows, contiguous float32 ``[N]``: the stored ones, or a copy that the weight caches."""
+    stored = weight.scale.reshape(-1)
+    if stored.dtype == torch.float32:
+        return stored.contiguous()
+    # In a capture the copy becomes a part of the graph, which would not know that a cached one was dropped.
+    if stored.is_inference() or capturing(stored.device):
+        return stored.float()
+    derived, key = weight._storage.derived, ("row scales", stored.data_ptr(), stored._version)
+    found = derived.get(key)
+    if found is None:
+        with outside_tracing():
+            found = derived[key] = stored.float()
+    return found
+
+
+def run_torch_int_mm(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The vendor's GEMM of int8 codes; its int32 result is scaled by one more launch."""
+    from requanto_kernels import int_mm
+
+    codes, steps = quantized(x, activation, input_scale)
+    return int_mm(codes, codes_of(weight)[0], steps, weight.scale, bias, out_dtype=x.dtype)
 
 
 def run_scaled_mm(
@@ -27,10 +108,9 @@ def run_scaled_mm(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """GEMM of 8-bit codes; on GPUs without float8 instructions, the kernel converts float8 codes first."""
+    """GEMM of 8-bit codes."""
     from requanto_kernels import scaled_mm
 
-    assert activation is not None
     codes, steps = quantized(x, activation, input_scale)
     return scaled_mm(codes, codes_of(weight)[0], steps, weight.scale, bias, out_dtype=x.dtype)
 
@@ -45,12 +125,11 @@ def run_w4a8(
     """GEMM of int8 activations and integer codes, with integer sums within each group."""
     from requanto_kernels import w4a8_gemm
 
-    assert activation is not None
     codes, layout = codes_of(weight)
     x_codes, steps = quantized(x, activation, input_scale)
     return w4a8_gemm(
         x_codes,
-        steps.expand(x.shape[0]),
+        steps,
         codes,
         weight.scale,
         weight.shift,
@@ -69,31 +148,42 @@ def run_rounded(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Quantizes and dequantizes the activations, then runs the weight-only implementation."""
+    """Rounds the activations to their codes, then runs the weight-only implementation."""
+    from requanto_kernels import round_rows
+
     assert activation is not None
-    codes, steps = quantized(x, activation, input_scale)
-    x = codes.float().mul_(steps.unsqueeze(-1)).to(x.dtype)
+    x = round_rows(x, activation.dtype, static_scale=input_scale)
     return choose(problem_of(weight, x.dtype, x.shape[0])).implementation.run(x, weight, bias)
 
 
 def quantized(
-    x: torch.Tensor, kind: qtype, input_scale: torch.Tensor | None = None
+    x: torch.Tensor, kind: qtype | None, input_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes x: codes, and float32 scales, one per row or the static one."""
+    """Quantizes x ``[rows, K]``: its codes, and float32 scales ``[rows]``, all of them the static one if there is one."""
     from requanto_kernels import quant_rows
 
-    if input_scale is None:
-        return quant_rows(x, kind.dtype)
-    codes, scale = quantize_activations(x, kind, input_scale)
-    return codes.to(kind.dtype), scale.reshape(-1)
+    assert kind is not None
+    return quant_rows(x, kind.dtype, static_scale=input_scale)
 
 
 for _implementation in (
     Implementation(
+        name="torch-scaled-mm",
+        run=run_torch_scaled_mm,
+        supports=rules.torch_float8,
+        reason="many rows: the vendor's GEMM of float8 codes, torch._scaled_mm (threshold not measured)",
+    ),
+    Implementation(
+        name="torch-int-mm",
+        run=run_torch_int_mm,
+        supports=rules.torch_int8,
+        reason="the vendor's GEMM of int8 codes, torch._int_mm, and one launch that scales it (threshold not measured)",
+    ),
+    Implementation(
         name="triton-scaled-mm",
         run=run_scaled_mm,
         supports=rules.both_8_bit,
-        reason="activations quantized per token, one GEMM of 8-bit codes",
+        reason="activations quantized in one launch, one GEMM of 8-bit codes",
     ),
     Implementation(
         name="triton-w4a8",
@@ -105,7 +195,7 @@ for _implementation in (
         name="triton-rounded",
         run=run_rounded,
         supports=rules.rounded_activations,
-        reason="no GEMM of these two types of codes: activations are rounded to their codes, then weight-only",
+        reason="no GEMM of these two types of codes here: activations are rounded to their codes, then weight-only",
     ),
 ):
     register(_implementation, before="triton-dequantize")
