@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from requanto.dtypes.float8 import from_float8, to_float8
 from requanto.dtypes.qtypes import qtype
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -110,7 +111,7 @@ class Codec:
     def _packed(self, codes: torch.Tensor) -> torch.Tensor:
         bits = self.kind.bits
         if self.kind.is_floating_point:
-            return codes.to(self.kind.dtype).view(torch.uint8)
+            return to_float8(codes, self.kind.dtype).view(torch.uint8)
         if bits == 8:
             return codes.to(torch.int8)
         lanes, width = 8 // bits, self.width(codes.shape[-1])
@@ -177,7 +178,7 @@ def _neighbour(positive: torch.Tensor, step: int) -> torch.Tensor:
 def _write_float8(codes: torch.Tensor, kind: qtype, out: torch.Tensor) -> None:
     """Converts float8 bytes to floats. On a CPU, torch's conversion takes ten times as long as these integer operations."""
     if codes.device.type != "cpu" or torch.compiler.is_compiling() or out.dtype == torch.float64:
-        out.copy_(codes.view(kind.dtype))
+        out.copy_(from_float8(codes.view(kind.dtype), out.dtype))
         return
     mantissa = 3 if kind.dtype == torch.float8_e4m3fn else 2
     word = _WORDS[out.element_size()]

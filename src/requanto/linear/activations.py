@@ -12,6 +12,7 @@ from ctypes import c_float
 
 import torch
 
+from requanto.dtypes.float8 import rounded_to_float8
 from requanto.dtypes.qtypes import qtype
 from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.tracing import is_tracing
@@ -96,7 +97,7 @@ def quantize_activations(
     inverse = _inverse(scale, input_scale)
     codes = wide.mul(inverse) if wide is x else wide.mul_(inverse)
     if kind.is_floating_point:
-        return codes.clamp_(kind.qmin, kind.qmax).to(kind.dtype).float(), scale
+        return rounded_to_float8(codes.clamp_(kind.qmin, kind.qmax), kind.dtype), scale
     codes.round_()
     return (codes if input_scale is None else codes.clamp_(kind.qmin, kind.qmax)), scale
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from requanto.dtypes.float8 import rounded_to_float8
 from requanto.dtypes.qtypes import qtype
 from requanto.scales import blocks
 from requanto.scales.codebook import nearest_codes, values_of
@@ -54,7 +55,9 @@ class Grid:
             table = values_of(self.kind, found).to(values.dtype)
             return torch.index_select(table, 0, found).view(scaled.shape)
         scaled = scaled.clamp_(self.low, self.high)
-        return scaled.to(self.kind.dtype).to(values.dtype) if self.kind.is_floating_point else scaled.round_()
+        if self.kind.is_floating_point:
+            return rounded_to_float8(scaled, self.kind.dtype).to(values.dtype)
+        return scaled.round_()
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
         """Dequantizes codes."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from requanto.dtypes.float8 import rounded_to_float8
 from requanto.dtypes.qtypes import qtype
 from requanto.scales.blocks import round_blocks
 
@@ -44,7 +45,7 @@ def round_per_token(value: torch.Tensor, kind: qtype, dims: int = 1) -> torch.Te
         scale = wide.abs().amax(list(range(-dims, 0)), keepdim=True) / kind.qmax
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         codes = (wide / scale).clamp(kind.qmin, kind.qmax)
-        codes = codes.to(kind.dtype).float() if kind.is_floating_point else codes.round()
+        codes = rounded_to_float8(codes, kind.dtype) if kind.is_floating_point else codes.round()
         return (codes * scale).to(x.dtype)
 
     return straight_through(value, rounded)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 
+from requanto.dtypes.float8 import to_float8
 from requanto.dtypes.qtypes import BlockFormat, qtype
 from requanto.runtime.tracing import is_fake, is_tracing, without_ambient_state
 
@@ -145,7 +146,7 @@ def nearest_scale(scale: torch.Tensor, row_scale: torch.Tensor | None, form: str
         exponent = torch.log2(scale).round_().add_(127)
         return exponent.clamp_(0, LAST[form]).to(torch.int32).to(torch.uint8).masked_fill_(zero, OF_ZEROS[form])
     relative = scale if row_scale is None else scale / row_scale
-    codes = relative.clamp(max=LARGEST_PLAIN).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = to_float8(relative.clamp(max=LARGEST_PLAIN), torch.float8_e4m3fn).view(torch.uint8)
     return codes.clamp_(min=FIRST[form]).masked_fill_(zero, OF_ZEROS[form])
 
 
@@ -171,7 +172,7 @@ def rounded(scaled: torch.Tensor, kind: qtype) -> torch.Tensor:
 def encoded(values: torch.Tensor, kind: qtype) -> torch.Tensor:
     """The codes of float32 values that `rounded` returned: float8 for codes of 8 bits, else uint8 bit patterns."""
     if not kind.is_packed:
-        return values.to(kind.dtype)  # exact
+        return to_float8(values, kind.dtype)  # exact
     form = _form(kind)
     # float16 has the same fields with more bits: times a power of two, its exponent is that of the code.
     bits = (values * 2.0 ** (1 - form.smallest_exponent - 15)).to(torch.float16).view(torch.int16)

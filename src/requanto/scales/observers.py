@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from requanto.dtypes.float8 import rounded_to_float8
 from requanto.dtypes.qtypes import qint8, qtype
 
 Observer = Callable[[torch.Tensor, qtype], torch.Tensor]
@@ -72,7 +73,7 @@ class MseObserver:
         for share in torch.linspace(1, 0.2, self.steps, dtype=torch.float32, device="cpu").tolist():
             scale = top * share
             codes = (sample / scale).clamp(kind.qmin, kind.qmax)
-            codes = codes.to(kind.dtype).float() if kind.is_floating_point else codes.round()
+            codes = rounded_to_float8(codes, kind.dtype) if kind.is_floating_point else codes.round()
             error = float((codes * scale - sample).square().mean())
             if best is None or error < best:
                 best, found = error, scale

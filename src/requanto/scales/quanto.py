@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from requanto.dtypes.float8 import to_float8
+
 
 def symmetric_codes(base: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor) -> torch.Tensor:
     """int8 or float8 codes of ``base / scale``, in base's shape."""
@@ -11,7 +13,7 @@ def symmetric_codes(base: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor)
     if not dtype.is_floating_point:
         scaled = torch.round(scaled)
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    return torch.clamp(scaled, min=info.min, max=info.max).to(dtype)
+    return to_float8(torch.clamp(scaled, min=info.min, max=info.max), dtype)
 
 
 def _divided(base: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

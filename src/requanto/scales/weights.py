@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from requanto.dtypes.bit_packing import pack, packed_length
+from requanto.dtypes.float8 import to_float8
 from requanto.dtypes.qtypes import qtype
 from requanto.runtime.buffers import release_scratch, scratch_like
 from requanto.scales import blocks
@@ -227,7 +228,7 @@ def encode(groups: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None
     else:
         scaled = torch.add(groups, shift.unsqueeze(-1), out=buffer).div_(divisor)
     if kind.is_floating_point:
-        codes = scaled.clamp_(kind.qmin, kind.qmax).to(kind.dtype)
+        codes = to_float8(scaled.clamp_(kind.qmin, kind.qmax), kind.dtype)
     elif shift is not None:
         codes = scaled.round_().clamp_(0, 2**kind.bits - 1)
         # Converted via int8, which holds these values: there is no vector instruction for float -> uint8.

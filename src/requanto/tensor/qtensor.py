@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from requanto.dtypes.float8 import from_float8
 from requanto.dtypes.qtypes import qtype, resolve_qtype
 from requanto.runtime import onnx_nodes
 from requanto.runtime.tracing import in_jit_trace, is_tracing, jit_trace_paused, without_autocast
@@ -412,7 +413,7 @@ class QTensor(WeightParts, torch.Tensor):
         """float32 ``[*lead, K]``: the codes as numbers, or their values in the codebook."""
         codes = self.codes()
         if not self.qtype.is_codebook:
-            return codes.to(torch.float32)
+            return from_float8(codes, torch.float32)
         table = self.codebook.float() if self.codebook is not None else values_of(self.qtype, codes)
         return torch.index_select(table, 0, codes.flatten().to(torch.int32)).view(codes.shape)
 
