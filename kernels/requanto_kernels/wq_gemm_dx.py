@@ -45,7 +45,9 @@ def wq_gemm_dx_kernel(
         for n0 in range(0, N, BLOCK_N):
             rn = n0 + tl.arange(0, BLOCK_N)
             mask = (rm < m_end)[:, None] & (rn < N)[None, :]
-            dy = tl.load(dy_ptr + rm.to(tl.int64)[:, None] * stride_ym + rn[None, :] * stride_yn, mask=mask, other=0)
+            dy = tl.load(
+                dy_ptr + rm.to(tl.int64)[:, None] * stride_ym + rn.to(tl.int64)[None, :] * stride_yn, mask=mask, other=0
+            )
             w = load_codes(
                 q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
             )  # fmt: skip
