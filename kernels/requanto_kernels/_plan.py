@@ -22,11 +22,14 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import config
+from ._counters import counters
 from ._launch import Compiled, compiled, known, local, settings, whole
 
 #: ROCm compiles tensors of less than 2 GB differently.
 _SIZE_MATTERS = torch.version.hip is not None
-_ALLOCATE = (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
+_aten = torch.ops.aten
+_ALLOCATE = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default, _aten.empty_strided.default)
 
 
 def traits(tensor: torch.Tensor | None) -> tuple:
@@ -53,12 +56,16 @@ class Plan:
     """The launches of one call, for other inputs of the same `traits`. Several threads may call it."""
 
     def __init__(
-        self, steps: list[_Step], buffers: list[tuple], result: tuple, device: torch.device, constants: list
+        self, steps: list[_Step], made: list[tuple], result: tuple, device: torch.device, constants: list
     ) -> None:
-        self._steps, self._buffers, self._result, self._device = steps, buffers, result, device
+        self._steps, self._made, self._result, self._device = steps, made, result, device
         self._constants = constants  # kept: the steps know their addresses
-        self._settings, self._driver = settings(), triton.runtime.driver
+        self._settings, self._changes, self._driver = settings(), config.changes, triton.runtime.driver
         self.launches = len(steps)
+
+    def holds(self) -> bool:
+        """False once tiles were selected anew, since a tuned table was stored: then record the call again."""
+        return self._changes == config.changes
 
     def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         """The result for these inputs, in the order in which `record` got them."""
@@ -71,8 +78,11 @@ class Plan:
 
     def _run(self, inputs: tuple) -> torch.Tensor:
         values = [*inputs]
-        for shape, dtype in self._buffers:
-            values.append(torch.empty(shape, dtype=dtype, device=self._device))
+        for shape, dtype in self._made:
+            if dtype is None:
+                values.append(counters(shape, self._device))
+            else:
+                values.append(torch.empty(shape, dtype=dtype, device=self._device))
         stream: int | None = None
         as_recorded = settings() == self._settings
         for step in self._steps:
@@ -90,10 +100,9 @@ class Plan:
                 driver = self._driver.active
                 stream = driver.get_current_stream(driver.get_current_device())
             found.start(step.grid, stream, args)
-        source, dtype, shape = self._result
+        source, dtype = self._result
         out = values[source]
-        out = out if dtype is None else out.view(dtype)
-        return out if shape is None else out.view(shape)
+        return out if dtype is None else out.view(dtype)
 
 
 def _with_base(descriptor: Any, tensor: torch.Tensor) -> Any:
@@ -109,6 +118,7 @@ class Recording:
     def __init__(self, inputs: dict[str, torch.Tensor | None], constants: list[torch.Tensor]) -> None:
         self.problem = ""
         self.inputs, self.constants, self.buffers = inputs, constants, []
+        self.counters: list[tuple[torch.Tensor, int]] = []
         self.launches: list[tuple[Any, tuple, tuple, dict]] = []
 
     def launch(self, kernel: Any, grid: tuple, args: tuple, constexprs: dict) -> None:
@@ -122,7 +132,8 @@ class Recording:
 
     def plan(self, result: torch.Tensor) -> Plan | None:
         """The plan for the recorded call, which returned `result`."""
-        sources = [*self.inputs.values(), *self.buffers]
+        zeros = list({id(found): found for found, _ in self.counters}.values())
+        sources = [*self.inputs.values(), *self.buffers, *zeros]
         kept = {tensor.untyped_storage()._cdata for tensor in self.constants}
         steps = []
         for kernel, grid, args, constexprs in self.launches:
@@ -140,15 +151,20 @@ class Recording:
                     self._fail(f"argument {kernel.fn.__name__}.{kernel.arg_names[place]} is a tensor made in the call")
             steps.append(_Step(kernel, grid, places, constexprs, slots, known(kernel, args, constexprs)))
         source = self._source(result, sources)
-        if source is None or not result.is_contiguous():
+        if source is None or not result.is_contiguous() or result.nbytes != sources[source].nbytes:
             self._fail("the result is no tensor that the call allocated")
         if self.problem:
             return None
-        base = sources[source]
-        dtype = None if base.dtype == result.dtype else result.dtype
-        shape = None if base.shape == result.shape else result.shape
-        buffers = [(buffer.shape, buffer.dtype) for buffer in self.buffers]
-        return Plan(steps, buffers, (source, dtype, shape), result.device, self.constants)
+        dtype = None if sources[source].dtype == result.dtype else result.dtype
+        made: list[tuple] = [(buffer.shape, buffer.dtype) for buffer in self.buffers]
+        mine = source - len(self.inputs)
+        if 0 <= mine < len(made) and dtype is None:
+            made[mine] = result.shape, made[mine][1]  # kernels see an address, no shape
+        elif sources[source].shape != result.shape:
+            self._fail("the result is a view of another shape")
+            return None
+        made += [(max(count for _, count in self.counters), None) for _ in zeros]
+        return Plan(steps, made, (source, dtype), result.device, self.constants)
 
     def _source(self, tensor: torch.Tensor, sources: list) -> int | None:
         """Index of the input or buffer that the tensor is, or is a view of from its start."""

@@ -179,8 +179,14 @@ def store(entries: dict[str, Config]) -> Path:
     return path
 
 
+#: How often `forget` was called: cached plans hold only as long as this stays the same.
+changes = 0
+
+
 def forget() -> None:
     """Drops what was read from the user's table and selected with it, as `store` does."""
+    global changes
+    changes += 1
     _user.cache_clear()
     _select.cache_clear()
 

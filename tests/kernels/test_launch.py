@@ -11,7 +11,17 @@ pytest.importorskip("triton")
 
 import triton
 
-from requanto_kernels import _launch, quant_rows, scaled_mm, w4a8_gemm, wq_dequant, wq_gemm, wq_gemm_dx
+from requanto_kernels import (
+    _counters,
+    _launch,
+    config,
+    quant_rows,
+    scaled_mm,
+    w4a8_gemm,
+    wq_dequant,
+    wq_gemm,
+    wq_gemm_dx,
+)
 from requanto_kernels._plan import record, traits
 
 
@@ -207,3 +217,49 @@ def test_a_call_that_computes_elsewhere_has_no_plan(gpu):
     with record(x=x.t().contiguous().t(), constants=[q, s, z]) as recording:
         out = wq_gemm(x, q, s, z, bits=4)
     assert recording.plan(out) is None  # x itself was not told
+
+
+def test_counters_are_kept_for_each_stream(gpu, monkeypatch):
+    cpu = torch.device("cpu")
+    first = _counters.counters(10, cpu)
+    assert first.dtype == torch.int32
+    assert not first.any()
+    assert _counters.counters(5, cpu) is first
+    gpu.stream = 8
+    other = _counters.counters(5, cpu)
+    assert other is not first
+    assert _counters.counters(10**5, cpu).numel() >= 10**5
+    gpu.stream = 7
+    assert _counters.counters(5, cpu) is first
+    monkeypatch.setattr(_counters, "is_capturing", lambda device: True)
+    assert _counters.counters(5, cpu) is not _counters.counters(5, cpu)
+
+
+def test_a_plan_asks_for_counters_at_each_call(gpu):
+    q, s, z = int4()
+    x = torch.randn(1, 1024, dtype=torch.bfloat16)
+
+    def call(x):
+        # As a launcher with counters would: the kernel gets them in place of a bias here.
+        return wq_gemm(x, q, s, z, _counters.counters(256, x.device)[:256].view(torch.float32), bits=4)
+
+    with record(x=x, constants=[q, s, z]) as recording:
+        out = call(x)
+    plan = recording.plan(out)
+    gpu.stream = 8
+    gpu.launches.clear()
+    plan(x)
+    other = _counters.counters(256, x.device)
+    given = [a.data_ptr() for one in gpu.launches for a in one.args if isinstance(a, torch.Tensor)]
+    assert other.data_ptr() in given
+
+
+def test_a_stored_table_ends_plans(gpu):
+    q, s, z = int4()
+    x = torch.randn(1, 1024, dtype=torch.bfloat16)
+    with record(x=x, constants=[q, s, z]) as recording:
+        out = wq_gemm(x, q, s, z, bits=4)
+    plan = recording.plan(out)
+    assert plan.holds()
+    config.forget()
+    assert not plan.holds()
