@@ -32,7 +32,7 @@ class WeightStorage:
     Attributes:
         state: ``(layout, parts)``, replaced together, so that other threads never see a partial change.
         plans: cached plans of GEMMs (`requanto.linear.registry`).
-        derived: other tensors that kernels derived from the parts, by name.
+        derived: other tensors that kernels derived from the parts, by name; one with ``is_read_by_graph`` survives changes.
         version: number of changes.
         stays_plain: the reason why this weight is never prepacked, or None.
         declined: the conditions under which prepacking was last found not to help (`requanto.linear.prepack`), or None.
@@ -117,8 +117,12 @@ class WeightStorage:
     def changed(self) -> None:
         """Drops the caches; to be called after any change of the tensors."""
         self.version += 1
+        # A captured CUDA graph goes on reading the memory of some, which get the new values at once.
+        read = {name: one for name, one in self.derived.items() if getattr(one, "is_read_by_graph", False)}
+        parts = _STATE.__get__(self)[1] if read else {}  # not `parts`, which a slice renews by this function
         # New dictionaries: another thread may be about to put something into the old ones, which nobody reads any more.
-        self.plans, self.derived, self._unpacked = {}, {}, None
+        self.derived = {name: one for name, one in read.items() if one.renew(parts)}
+        self.plans, self._unpacked = {}, None
 
     def write(self, spec: WeightSpec, source: Parts) -> None:
         """Copies the values of another weight of the same spec into this memory.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from requanto.linear.gpu import conditions as rules
-from requanto.linear.gpu.paths import _described as described
+from requanto.linear.gpu.layout import described
 from requanto.runtime.tracing import is_fake, runs_eagerly, without_autocast
 from requanto.scales.order import in_order, inverse
 from requanto.scales.rotation import rotate

@@ -8,13 +8,21 @@ packed or unpacked, and new codes are written into the same memory.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from requanto.dtypes.bit_packing import unpack
+from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.gpu import conditions as rules
+from requanto.runtime.tracing import outside_tracing, runs_eagerly
+from requanto.scales.codebook import values_of
 from requanto.tensor.layout import Layout, Parts, register_layout
+from requanto.tensor.parts import float_scale, float_shift
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
@@ -78,6 +86,154 @@ def fits(weight: QTensor, activation: qtype | None = None) -> bool:
     if grouped_int8 and weight.group_size % block:
         return False  # this kernel sums integers within a group, and cannot read blocks that span several groups
     return not is_pinned(weight._qdata)
+
+
+class KernelParts(NamedTuple):
+    """A weight as kernels take it.
+
+    Attributes:
+        codes, layout: the codes, and the name of their layout.
+        scale, shift: float ``[*lead, G]``, or None without a shift.
+        how: the other arguments: ``bits``, ``group_size``, ``layout``, and ``small_float`` or ``codebook``.
+        expanded: where scale and shift come from if they are stored in few bits; None if they are the stored ones.
+    """
+
+    codes: torch.Tensor
+    layout: str
+    scale: torch.Tensor
+    shift: torch.Tensor | None
+    how: dict[str, Any]
+    expanded: ExpandedScales | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors that a kernel reads."""
+        found = (self.codes, self.scale, self.shift, self.how.get("codebook"))
+        return [tensor for tensor in found if tensor is not None]
+
+
+def kernel_parts(weight: QTensor, dtype: torch.dtype) -> KernelParts:
+    """The weight as kernels take it for x of ``dtype``. During a capture, it pins what they read.
+
+    Scales that are stored in few bits, in blocks or with whole zero points are expanded once and cached with the weight
+    (`ExpandedScales`).
+    """
+    codes, how = described(weight)
+    parts = weight._storage.parts
+    if not _expands(weight._spec):
+        return KernelParts(codes, how["layout"], parts["scale"], parts.get("shift"), how)
+    found = ExpandedScales.of(weight, dtype)
+    return KernelParts(codes, how["layout"], found.scale, found.shift, how, found)
+
+
+def described(weight: QTensor) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The codes, and what they are, as arguments of kernels; pins the codes during a capture."""
+    codes, layout = codes_of(weight)
+    kind = weight._spec.qtype
+    how = {"bits": kind.bits, "group_size": weight._spec.group_size, "layout": layout}
+    if kind.is_codebook:
+        form = _small_float(kind)
+        values = weight._storage.parts.get("codebook")
+        values = _fixed_values(kind, codes.device) if values is None else values
+        how |= {"small_float": form} if form else {"codebook": values}
+    return codes, how
+
+
+def _expands(spec: WeightSpec) -> bool:
+    """Whether kernels cannot read the stored scales."""
+    return bool(spec.code_bits) or spec.qtype.blocks is not None or spec.zeros
+
+
+@functools.cache
+def _small_float(kind: qtype) -> str:
+    """The form of a codebook's values if they are those of small floats, ``"e2m1"``; else empty: kernels look them up."""
+    forms = ((bits, e, m) for bits, e, m in MINIFLOATS if bits == kind.bits)
+    return next((f"e{e}m{m}" for _, e, m in forms if minifloat(e, m) == kind.values), "")
+
+
+@functools.cache
+def _fixed_values(kind: qtype, device: torch.device) -> torch.Tensor:
+    """The values of a fixed codebook; kept for good, since captured graphs read them."""
+    with outside_tracing():
+        return values_of(kind, torch.empty(0, dtype=torch.uint8, device=device))
+
+
+class ExpandedScales:
+    """Float scales and shifts of a weight that stores them in few bits, cached in the weight's storage.
+
+    They are in x's dtype where that is bfloat16, whose range is that of float32, else in float32; group-major. After a
+    change of the stored parts the values are computed anew in the same memory, since cached plans and captured graphs know
+    the address. Changes through ``row_scale.data`` are not detected, because torch does not count them.
+
+    Attributes:
+        is_read_by_graph: whether a captured graph reads them. Then the storage keeps them after a change, and renews them at
+            once.
+        is_cached: whether the weight's storage has them.
+    """
+
+    def __init__(self, spec: WeightSpec, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        self._spec, self._dtype, self.is_read_by_graph, self.is_cached = spec, dtype, False, False
+        self._names = [name for name in ("scale", "shift", "row_scale", "row_shift") if name in parts]
+        self._parts = {name: parts[name] for name in self._names}
+        self.scale, self.shift = self._made()
+        self._state = self._versions()
+
+    @staticmethod
+    def of(weight: QTensor, dtype: torch.dtype) -> ExpandedScales:
+        """The cached object of a weight; a new one where nothing can be cached."""
+        storage, spec = weight._storage, weight._spec
+        derived = storage.derived  # before the parts: a change in another thread replaces this dictionary
+        parts = storage.parts
+        wide = dtype if dtype == torch.bfloat16 else torch.float32
+        found: ExpandedScales | None = derived.get(("kernel scales", wide))
+        captured = capturing(parts["scale"].device)
+        if found is not None:
+            if found.is_current():
+                found.is_read_by_graph = found.is_read_by_graph or captured
+                return found
+            if not captured:
+                found.renew()
+                return found
+        made = ExpandedScales(spec, parts, wide)
+        # In a capture the values would be computed when the graph runs. Inference tensors have no version to tell a change.
+        if not captured and runs_eagerly() and not any(part.is_inference() for part in made._parts.values()):
+            derived[("kernel scales", wide)], made.is_cached = made, True
+        return made
+
+    def is_current(self) -> bool:
+        """Whether the stored parts are as they were when the values were computed."""
+        return self._state == self._versions()
+
+    def renew(self, parts: Mapping[str, torch.Tensor] | None = None) -> bool:
+        """Computes the values anew, in the same memory; False if the parts are of other shapes."""
+        if parts is not None:
+            if any(name not in parts or parts[name].shape != self._parts[name].shape for name in self._names):
+                return False
+            self._parts = {name: parts[name] for name in self._names}
+        state = self._versions()
+        scale, shift = self._made()
+        with outside_tracing():
+            self.scale.copy_(scale)
+            if self.shift is not None and shift is not None:
+                self.shift.copy_(shift)
+        self._state = state
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached tensors."""
+        return self.scale.nbytes + (0 if self.shift is None else self.shift.nbytes)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        parts = self._parts.values()
+        return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
+
+    def _made(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        from requanto_kernels import group_major
+
+        with outside_tracing(), torch._C.DisableTorchFunctionSubclass():
+            scale, shift = float_scale(self._spec, self._parts), float_shift(self._spec, self._parts)
+            return group_major(scale.to(self._dtype)), None if shift is None else group_major(shift.to(self._dtype))
 
 
 def codes_of(weight: QTensor) -> tuple[torch.Tensor, str]:

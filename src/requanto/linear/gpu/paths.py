@@ -11,19 +11,15 @@ Without Triton or its driver only the last of them runs; one line is logged.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
-from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qtype
 from requanto.linear import reference
 from requanto.linear.gpu import conditions as rules
-from requanto.linear.gpu.layout import codes_of
-from requanto.linear.registry import Implementation, register
-from requanto.scales.codebook import values_of
+from requanto.linear.gpu.layout import KernelParts, kernel_parts
+from requanto.linear.gpu.plans import recorded
+from requanto.linear.registry import Gemm, Implementation, register
 from requanto.tensor.qtensor import QTensor
 
 #: Most bytes of a weight that are dequantized at a time: every layer of a 70B model fits, a large output head does not.
@@ -40,30 +36,42 @@ def run_wq(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weight-only GEMM with fused dequantize."""
-    from requanto_kernels import wq_gemm, wq_gemm_dx
+    from requanto_kernels import wq_gemm_dx
 
-    codes, common = _described(weight)
+    parts = kernel_parts(weight, x.dtype)
     if not weight.transposed:
-        return wq_gemm(x, codes, weight.scale, weight.shift, bias, **common)
+        return _gemm(x, parts, bias)
     # x @ W is the kernel for the gradient of x @ W.T.
-    out = wq_gemm_dx(x, codes, weight.scale, weight.shift, k=weight.row_length, **common)
+    out = wq_gemm_dx(x, parts.codes, parts.scale, parts.shift, k=weight.row_length, **parts.how)
     return out if bias is None else out.add_(bias)
+
+
+def _gemm(x: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None) -> torch.Tensor:
+    from requanto_kernels import wq_gemm
+
+    return wq_gemm(x, parts.codes, parts.scale, parts.shift, bias, **parts.how)
+
+
+def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """Plan of `run_wq` for one shape of x."""
+    return None if weight.transposed else recorded(_gemm, dtype)
 
 
 def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
     """GEMMs of fused experts; ``offsets``, the end rows ``[E]``, stay on the device. Rows after the last give zeros."""
     from requanto_kernels import wq_gemm_dx, wq_gemm_grouped
 
-    codes, common = _described(weight)
+    parts = kernel_parts(weight, x.dtype)
     # Kernels write the rows between two bounds: none may be beyond the result, nor before the one before it.
     ends = offsets.to(x.device).clamp(0, x.shape[0]).cummax(0).values
     bounds = F.pad(ends.to(offsets.dtype), (1, 0))
     out = x.new_zeros(x.shape[0], weight.shape[1])
     if not x.shape[0]:
         return out
+    tensors = (parts.codes, parts.scale, parts.shift)
     if weight.transposed:
-        return wq_gemm_dx(x, codes, weight.scale, weight.shift, k=weight.row_length, offsets=bounds, out=out, **common)
-    return wq_gemm_grouped(x, bounds, codes, weight.scale, weight.shift, out=out, **common)
+        return wq_gemm_dx(x, *tensors, k=weight.row_length, offsets=bounds, out=out, **parts.how)
+    return wq_gemm_grouped(x, bounds, *tensors, out=out, **parts.how)
 
 
 def run_dequantized(
@@ -97,41 +105,28 @@ def run_dequantized(
 
 def _dequantized_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows ``start .. stop`` of the stored matrix, dequantized by a kernel."""
+    return _dequantized(kernel_parts(weight, dtype), slice(start, stop), weight.row_length, dtype)
+
+
+def _dequantized(parts: KernelParts, rows: slice, length: int, dtype: torch.dtype) -> torch.Tensor:
     from requanto_kernels import wq_dequant
 
-    codes, common = _described(weight)
-    shift = None if weight.shift is None else weight.shift[start:stop]
-    return wq_dequant(
-        codes[start:stop], weight.scale[start:stop], shift, k=weight.row_length, dtype=dtype, **common
-    )  # fmt: skip
+    shift = None if parts.shift is None else parts.shift[rows]
+    return wq_dequant(parts.codes[rows], parts.scale[rows], shift, k=length, dtype=dtype, **parts.how)
 
 
-def _described(weight: QTensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The codes, and what they are, as arguments of kernels."""
-    kind = weight.qtype
-    codes, layout = codes_of(weight)
-    described = {"bits": kind.bits, "group_size": weight.group_size, "layout": layout}
-    if kind.is_codebook:
-        form = _small_float(kind)
-        described |= {"small_float": form} if form else {"codebook": _values(weight, codes.device)}
-    return codes, described
+def make_plan_dequantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """Plan of `run_dequantized` for one shape of x; None for a weight that is dequantized in several parts."""
+    stored, length = weight.matrix_shape
+    if weight.transposed or stored * length * dtype.itemsize > SCRATCH_BYTES:
+        return None
+    dequantize = recorded(lambda x, parts, bias: _dequantized(parts, slice(0, stored), length, dtype), dtype)
 
+    def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        whole = dequantize(None, weight, None)  # type: ignore[arg-type]
+        return F.linear(x, whole, None if bias is None else bias.to(dtype))
 
-@functools.cache
-def _small_float(kind: qtype) -> str:
-    """The form of a codebook's values if they are those of small floats, ``"e2m1"``; else empty: kernels look them up."""
-    forms = ((bits, e, m) for bits, e, m in MINIFLOATS if bits == kind.bits)
-    return next((f"e{e}m{m}" for _, e, m in forms if minifloat(e, m) == kind.values), "")
-
-
-def _values(weight: QTensor, device: torch.device) -> torch.Tensor:
-    return _fixed_values(weight.qtype, device) if weight.codebook is None else weight.codebook
-
-
-@functools.cache
-def _fixed_values(kind: qtype, device: torch.device) -> torch.Tensor:
-    """The values of a fixed codebook; kept for good, since captured graphs read them."""
-    return values_of(kind, torch.empty(0, dtype=torch.uint8, device=device))
+    return gemm
 
 
 def run_without_kernel(
@@ -160,12 +155,14 @@ for _implementation in (
         run=run_dequantized,
         supports=rules.dequantized,
         reason="many rows: the weight is dequantized once, then the vendor's library (threshold not measured)",
+        make_plan=make_plan_dequantized,
     ),
     Implementation(
         name="triton-wq",
         run=run_wq,
         supports=rules.weight_only,
         reason="GEMM with fused dequantize",
+        make_plan=make_plan,
         run_grouped=run_grouped,
     ),
     Implementation(

@@ -1,0 +1,77 @@
+"""Cached plans of GPU layers in Triton's interpreter: every call gives the numbers of the weight as it is now."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from requanto.linear import registry
+from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu import layout, plans
+from requanto.tensor.qtensor import QTensor
+
+BOUNDS = {torch.float16: 3e-3, torch.float32: 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
+    monkeypatch.setattr(rules, "capability", lambda kind: 0)
+    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
+    monkeypatch.setattr(registry, "_REGISTRY", entries)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def error(found, wanted):
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+WEIGHTS = {
+    "int4": {"kind": "int4", "group_size": 64},
+    "int3": {"kind": "int3", "group_size": 32},
+    "nf4": {"kind": "nf4"},
+    "nvfp4": {"kind": "nvfp4"},
+    "scales in 6 bits": {"kind": "int4", "group_size": 32, "scale_bits": 6},
+    "whole zero points": {"kind": "int4", "group_size": 64, "zero_point": "integer"},
+    "a column scale": {"kind": "int4", "column_scale": "std"},
+    "int8": {"kind": "int8"},
+}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_numbers_of_the_present_weight(name, dtype, monkeypatch):
+    made = []
+    real = plans._Recorded._record
+    monkeypatch.setattr(plans._Recorded, "_record", lambda self, *a: made.append(1) or real(self, *a))
+    weight = QTensor.quantize(torch.randn(40, 256).to(dtype), **WEIGHTS[name])
+    if layout.fits(weight) and name != "int3":
+        weight.pack(layout.EXEC)
+    weight = torch.nn.Parameter(weight, requires_grad=False)
+    bias = torch.randn(40).to(dtype)
+    for change in range(3):
+        if change == 1:
+            stored = weight._storage.parts
+            part = stored.get("row_scale", stored["scale"])
+            part.mul_(0.5)
+        if change == 2:
+            weight.copy_(QTensor.quantize(torch.randn(40, 256).to(dtype), **WEIGHTS[name]))
+        for call in range(3):
+            x = torch.randn(2, 3, 256).to(dtype) if call else torch.randn(2, 3, 512).to(dtype)[..., ::2]
+            b = None if call == 1 else bias
+            wanted = x.double() @ weight.dequantize(torch.float64).T + (0 if b is None else b.double())
+            assert error(F.linear(x, weight, b), wanted) <= BOUNDS[dtype]
+    assert made
+    assert any(one.plan is not None for plan in weight._storage.plans.values() for one in _recorded(plan.gemm))
+
+
+def _recorded(gemm):
+    """The recorded calls behind a plan, which a column scale may wrap."""
+    if isinstance(gemm, plans._Recorded):
+        return list(gemm._plans.values())
+    return [one for cell in gemm.__closure__ or () for one in _recorded_of(cell.cell_contents)]
+
+
+def _recorded_of(value):
+    return list(value._plans.values()) if isinstance(value, plans._Recorded) else []
