@@ -113,7 +113,7 @@ def record(arch: str, call: Callable[[], object]) -> list[Program]:
     found: list[Program] = []
 
     def hook(*, fn, compile: dict, **_: object) -> bool:
-        options = {"num_warps": compile["num_warps"], "num_stages": compile["num_stages"]}
+        options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
         attributes = {place: value for place, value in compile["configs"][0].items() if value}
         found.append(Program(arch, fn.jit_function, compile["signature"], compile["constants"], attributes, options))
         return True  # Triton then neither compiles nor launches

@@ -141,16 +141,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
         found.start(whole(grid), driver.get_current_stream(driver.get_current_device()), args)
 
 
+def by_triton(kernel: Any, grid: tuple[int, ...], args: Any, constexprs: dict[str, Any]) -> Any:
+    """Triton's own launch; the compiled kernel, or None where a hook kept it from compiling.
+
+    Products and sums are contracted to fma whatever Triton's version: 3.9 warns that 3.10 leaves them apart by default, which
+    would add an instruction for each weight.
+    """
+    return kernel[grid](*args, enable_fp_fusion=True, **constexprs)
+
+
 def compiled(kernel: Any, grid: tuple[int, ...], args: tuple, constexprs: dict[str, Any]) -> Compiled | None:
     """The compiled kernel for these arguments; None if Triton has launched it now, and perhaps compiled it."""
     signature = signature_of(kernel)
     if signature is None or kernel.pre_run_hooks or len(args) != signature.count:
-        kernel[grid](*args, **constexprs)
+        by_triton(kernel, grid, args, constexprs)
         return None
     key = key_of(kernel, args, constexprs)
     found = _compiled.get(key)
     if found is None:
-        result = kernel[grid](*args, **constexprs)
+        result = by_triton(kernel, grid, args, constexprs)
         # Not remembered: a kernel that is still being compiled elsewhere, and one that a hook may change next time.
         if type(result) is kernel.CompiledKernel and knobs.runtime.add_stages_inspection_hook is None:
             _compiled[key] = Compiled(result, signature.tail(constexprs))

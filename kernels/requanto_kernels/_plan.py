@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import config
 from ._counters import counters
-from ._launch import Compiled, compiled, known, local, settings, whole
+from ._launch import Compiled, by_triton, compiled, known, local, settings, whole
 
 #: ROCm compiles tensors of less than 2 GB differently.
 _SIZE_MATTERS = torch.version.hip is not None
@@ -94,7 +94,7 @@ class Plan:
                 args[place] = value if descriptor is None else _with_base(descriptor, value)
             found = step.compiled
             if found is None or step.kernel.pre_run_hooks or not as_recorded:
-                step.kernel[step.grid](*args, **step.constexprs)
+                by_triton(step.kernel, step.grid, args, step.constexprs)
                 continue
             if stream is None:
                 driver = self._driver.active

@@ -81,6 +81,8 @@ again, *_ = record("sm_90", call_of(Case("wq_gemm", "int4g64a", 1, k=7168)))
 assert first.key() == again.key(), "sizes that Triton does not specialize on make no other program"
 many, *_ = record("sm_90", call_of(Case("wq_gemm", "int4g64a", 16)))
 assert first.key() != many.key()
+# Triton 3.10 turns it off where it is not asked for.
+assert first.options["enable_fp_fusion"] is True, first.options
 """
 
 
