@@ -77,6 +77,11 @@ class Weight:
         expert = (self.q.stride(0), s.stride(0), z.stride(0)) if self.experts else (0, 0, 0)
         return (self.q.stride(-2), *s.stride()[-2:], *z.stride()[-2:], *expert)
 
+    def form(self) -> str:
+        """All of the weight but its shape that decides which program runs, in names of tuned tiles (`config.key`)."""
+        affine, layout = "symmetric" if self.shift is None else "affine", "exec" if self.exec else "plain"
+        return f"{self.kind or 'int'}/{affine}/{str(self.scale.dtype)[6:]}/{layout}"
+
     def has_pairs(self) -> bool:
         """Whether scales (and shifts) of adjacent rows can be loaded as one 32-bit word: PAIRS of `_scales.py`."""
         return self.n % 2 == 0 and all(

@@ -1,7 +1,8 @@
 """Selects the tile of a launch: a user's tuned entry, else a shipped one for the shape, else that of a shipped family.
 
 Nothing here measures times; only `tune.py` does. Tables are JSON: `tables/families.json` has tiles per architecture, op and
-number of rows; any other file in `tables/` has entries for exact shapes. The user's entries are in the file `cache_path()`.
+number of rows; any other file in `tables/` has entries for exact shapes (`_table.py`). The user's entries are in the file
+`cache_path()`.
 
 A table that is damaged is named in one warning and not used, so that a model still runs; `store` refuses to replace one.
 """
@@ -9,11 +10,11 @@ A table that is damaged is named in one warning and not used, so that a model st
 import json
 import logging
 import os
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+from . import _table
 from ._device import capability
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,12 @@ def bucket(m: int) -> int:
     return next((b for b in BUCKETS if m <= b), BUCKETS[-1])
 
 
-def key(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int) -> str:
-    return f"{arch}/{op}/{bits}/{group}/{bucket(m)}/{n}x{k}"
+def key(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str, form: str = "") -> str:
+    """Name of a tuned entry: all that decides which program is launched, and the shape.
+
+    dtype: of x, "int8" and "float8" for codes. form: `_check.Weight.form`, e.g. "int/affine/bfloat16/exec".
+    """
+    return "/".join([arch, op, f"{bits}", *([form] if form else []), f"{group}", dtype, f"{bucket(m)}", f"{n}x{k}"])
 
 
 #: What reading a table may raise: the file, its text, its structure, the fields of an entry.
@@ -86,18 +91,13 @@ def _shipped() -> dict[str, Config]:
         if path.name == "families.json":
             continue
         try:
-            entries |= _entries(path)
+            entries |= _table.read(path, _config)
         except _DAMAGE as error:
             logger.warning(
                 "%s, a table of tuned kernels, is damaged (%s: %s) and not used. Install the package again.",
                 path, type(error).__name__, error
             )  # fmt: skip
     return entries
-
-
-def _entries(path: Path) -> dict[str, Config]:
-    """The entries of a table for exact shapes. Raises one of `_DAMAGE` if it is none."""
-    return {name: _config(name, values) for name, values in json.loads(path.read_text())["entries"].items()}
 
 
 def _config(name: str, values: dict) -> Config:
@@ -143,7 +143,7 @@ def _user(root: str | None) -> dict[str, Config]:
 
 def _strict(path: Path) -> dict[str, Config]:
     try:
-        return _entries(path)
+        return _table.read(path, _config)
     except FileNotFoundError:
         return {}
     except _DAMAGE as error:
@@ -158,25 +158,43 @@ def check_user_table() -> None:
     _strict(cache_path())
 
 
-def store(entries: dict[str, Config]) -> Path:
-    """Merges entries into the user's table, which is replaced atomically.
+def store(entries: dict[str, Config], about: dict[str, dict] | None = None) -> Path:
+    """Merges entries into the user's table, which is replaced atomically; those of other versions of Triton stay.
 
+    about: further facts of each entry, by its name: the GPU, microseconds.
     Raises a ValueError if the present table is damaged, since what it holds would be lost.
     """
     path = cache_path()
-    merged = {**_strict(path), **entries}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": 1, "entries": {name: asdict(c) for name, c in sorted(merged.items())}}, indent=1)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    _strict(path)
+    _table.merge(path, _table.described(entries, about or {}))
     forget()
     return path
+
+
+def export_table(path: Path | str) -> int:
+    """Writes the user's table to a file, for another machine or to ship it in `tables/`; returns the number of entries."""
+    _strict(cache_path())
+    raw = _table.raw(cache_path())
+    if not raw:
+        raise ValueError(f"{cache_path()} has no tuned tiles to export; run `requanto tune MODEL` first")
+    _table.write(Path(path), raw)
+    return len(raw)
+
+
+def import_table(path: Path | str) -> int:
+    """Adds the entries of an exported table to the user's, which they replace; returns their number.
+
+    Raises a ValueError if one of the two is damaged.
+    """
+    try:
+        _table.read(Path(path), _config)
+        raw = _table.raw(Path(path))
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is no table of tuned kernels ({type(error).__name__}: {error})") from error
+    _strict(cache_path())
+    _table.merge(cache_path(), raw)
+    forget()
+    return len(raw)
 
 
 #: How often `forget` was called: cached plans hold only as long as this stays the same.
@@ -235,14 +253,19 @@ def nearest_arch(arch: str) -> str:
     return served
 
 
-def select(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str) -> Config:
-    """The tile for a launch. Selected once for the same arguments and table: layers ask for the same ones again."""
-    return _select(os.environ.get("REQUANTO_CACHE"), arch, op, bits, group, m, n, k, dtype)
+def select(arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str, form: str = "") -> Config:
+    """The tile for a launch. Selected once for the same arguments and table: layers ask for the same ones again.
+
+    dtype, form: see `key`.
+    """
+    return _select(os.environ.get("REQUANTO_CACHE"), arch, op, bits, group, m, n, k, dtype, form)
 
 
 @lru_cache(maxsize=4096)
-def _select(root: str | None, arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str) -> Config:
-    name = key(arch, op, bits, group, m, n, k)
+def _select(
+    root: str | None, arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str, form: str
+) -> Config:
+    name = key(arch, op, bits, group, m, n, k, dtype, form)
     if dtype != "float32":
         for table in (_user(root), _shipped()):
             if name in table:

@@ -117,7 +117,7 @@ def w4a8_gemm(
     if x_scale.numel() != m:
         check.fail("x_scale.shape", tuple(x_scale.shape), f"{m} elements, one for each row of x")
     if config is None:
-        config = select(arch_of(device), "w4a8_gemm", bits, w.group, m, w.n, k, "int8")
+        config = select(arch_of(device), "w4a8_gemm", bits, w.group, m, w.n, k, "int8", w.form())
     block_k, is_exec = tile_k(w, config.block_k)
     if result.numel() == 0:
         return result

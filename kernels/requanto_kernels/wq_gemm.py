@@ -100,7 +100,7 @@ def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtyp
 
 def config_for(weight: check.Weight, m: int, arch: str, dtype: torch.dtype) -> Config:
     """The tile for m rows of x."""
-    config = select(arch, "wq_gemm", weight.bits, weight.group, m, weight.n, weight.k, str(dtype)[6:])
+    config = select(arch, "wq_gemm", weight.bits, weight.group, m, weight.n, weight.k, str(dtype)[6:], weight.form())
     return of_codebook(config) if weight.kind == "table" else config
 
 

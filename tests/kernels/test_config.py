@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from requanto_kernels import Config, config, tune, wq_gemm
+from requanto_kernels import Config, _table, config, tune, wq_gemm
 
 
 @pytest.fixture(autouse=True)
@@ -37,24 +37,39 @@ def test_every_device_is_served(arch, op):
 
 
 def test_user_entries_come_first():
-    name = config.key("sm_90", "wq_gemm", 4, 128, 7, 4096, 4096)
+    name = config.key("sm_90", "wq_gemm", 4, 128, 7, 4096, 4096, "bfloat16", "int/affine/bfloat16/exec")
     mine = replace(Config(), block_n=32)
-    path = config.store({name: mine})
-    assert json.loads(path.read_text())["entries"][name]["block_n"] == 32
-    assert config.select("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096, "bfloat16") == mine
-    assert config.select("sm_90", "wq_gemm", 4, 128, 17, 4096, 4096, "bfloat16") != mine
+    path = config.store({name: mine}, {name: {"gpu": "A GPU", "us": 1.5}})
+    entry = json.loads(path.read_text())["entries"][_table.prefix() + name]
+    assert (entry["config"]["block_n"], entry["gpu"], entry["us"]) == (32, "A GPU", 1.5)
+    assert entry["triton"].startswith(_table.prefix().split()[1][:-1])
+    assert entry["requanto"]
+    asked = ("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096, "bfloat16", "int/affine/bfloat16/exec")
+    assert config.select(*asked) == mine
+    for place, other in (
+        (3, 64),
+        (4, 17),
+        (7, "float16"),
+        (8, "int/affine/float32/exec"),
+        (8, "int/affine/bfloat16/plain"),
+    ):
+        assert config.select(*asked[:place], other, *asked[place + 1 :]) != mine
     config.store({"other": mine})
     assert set(config.user_entries()) == {name, "other"}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def damaged(entry):
+    return f'{{"format": 2, "entries": {{"a": {{"config": {entry}}}}}}}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        "{", "[]", "{}", '{"entries": []}', '{"entries": {"a": 3}}', '{"entries": {"a": {"block_o": 16}}}',
-        '{"entries": {"a": {"block_n": "64"}}}', '{"entries": {"a": {"block_n": 48}}}', '{"entries": {"a": {"block_k": 0}}}',
-        '{"entries": {"a": {"left": 1}}}', '{"entries": {"a": {"num_warps": 3}}}', '{"entries": {"a": {"num_stages": -1}}}',
-        '{"entries": {"a": {"num_warps": true}}}', "\x00" * 9, "[" * 100_000, None,
+        "{", "[]", "{}", '{"format": 2, "entries": []}', '{"format": 2, "entries": {"a": 3}}', damaged('{"block_o": 16}'),
+        damaged('{"block_n": "64"}'), damaged('{"block_n": 48}'), damaged('{"block_k": 0}'), damaged('{"left": 1}'),
+        damaged('{"num_warps": 3}'), damaged('{"num_stages": -1}'), damaged('{"num_warps": true}'), "\x00" * 9,
+        "[" * 100_000, '{"entries": {}}', '{"format": 3, "entries": {}}', None,
     ],
 )  # fmt: skip
 def test_a_damaged_table_of_the_user(text, caplog):
@@ -75,6 +90,68 @@ def test_a_damaged_table_of_the_user(text, caplog):
         with pytest.raises(ValueError, match=r"kernels\.json.*Delete it"):
             call()
     assert text is None or path.read_text() == text
+
+
+def test_entries_of_another_version_of_triton(monkeypatch, caplog):
+    name = config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096, "bfloat16")
+    mine = replace(Config(), block_n=32)
+    shipped = select()
+    monkeypatch.setattr(_table.triton, "__version__", "3.5.1")
+    path = config.store({name: mine})
+    assert select() == mine
+    monkeypatch.undo()
+    monkeypatch.setenv("REQUANTO_CACHE", str(path.parent))
+    config.forget()
+    with caplog.at_level(logging.WARNING):
+        assert [select(m=m) for m in (16, 15)] == [shipped] * 2
+    (record,) = caplog.records
+    for word in (str(path), "1 of 1 tuned tiles are of triton 3.5", _table.prefix()[:-1], "requanto tune"):
+        assert word in record.message
+    config.store({name: mine})  # both versions' entries stay
+    assert select() == mine
+    assert {entry.split("/")[0] for entry in json.loads(path.read_text())["entries"]} == {
+        "triton 3.5",
+        _table.prefix()[:-1],
+    }
+
+
+def test_tables_of_older_formats_and_newer_fields(caplog):
+    path = config.cache_path()
+    path.parent.mkdir(parents=True)
+    path.write_text('{"format": 1, "entries": {"sm_90/wq_gemm/4/128/16/4096x4096": {"block_n": 32}}}')
+    with caplog.at_level(logging.WARNING):
+        assert config.user_entries() == {}
+    assert "format 1, whose 1 tuned tiles" in caplog.text
+    config.store({"new": Config()})
+    assert list(config.user_entries()) == ["new"]
+    text = json.loads(path.read_text())
+    text["entries"]["triton 3.7/other"] = {"config": {"block_o": 1}, "requanto": "99.0"}
+    path.write_text(json.dumps(text))
+    config.forget()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert list(config.user_entries()) == ["new"]
+    assert "another version of requanto" in caplog.text
+
+
+def test_tables_are_exported_and_imported(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no tuned tiles to export"):
+        config.export_table(tmp_path / "h200.json")
+    config.store({"a": Config(), "b": Config(block_n=32)}, {"a": {"us": 3.0}})
+    assert config.export_table(tmp_path / "h200.json") == 2
+    monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "another"))
+    config.store({"b": Config(), "c": Config()})
+    assert config.import_table(tmp_path / "h200.json") == 2
+    assert config.user_entries() == {"a": Config(), "b": Config(block_n=32), "c": Config()}
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"bad\.json is no table"):
+        config.import_table(tmp_path / "bad.json")
+    # Shipped as it is, the file serves.
+    (tmp_path / "tables").mkdir()
+    monkeypatch.setattr(config, "TABLES", tmp_path / "tables")
+    monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "empty"))
+    (tmp_path / "h200.json").rename(tmp_path / "tables" / "h200.json")
+    assert config._shipped() == {"a": Config(), "b": Config(block_n=32)}
 
 
 def test_no_home_directory(monkeypatch, caplog):
@@ -101,10 +178,10 @@ def test_the_shipped_families_are_missing_or_damaged(tmp_path, monkeypatch, capl
 
 def test_a_damaged_shipped_table_for_shapes(tmp_path, monkeypatch, caplog):
     mine = replace(Config(), block_n=32)
-    name = config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096)
+    name = _table.prefix() + config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096, "bfloat16")
     (tmp_path / "families.json").write_text((config.TABLES / "families.json").read_text())
     (tmp_path / "a100.json").write_text('{"entries": [')
-    (tmp_path / "h200.json").write_text(json.dumps({"entries": {name: {"block_n": 32}}}))
+    (tmp_path / "h200.json").write_text(json.dumps({"format": 2, "entries": {name: {"config": {"block_n": 32}}}}))
     monkeypatch.setattr(config, "TABLES", tmp_path)
     assert select() == mine
     assert [record.message for record in caplog.records if "a100.json" in record.message]
@@ -140,7 +217,7 @@ def test_selection_is_remembered_and_follows_the_table(tmp_path, monkeypatch):
     assert select() is first
     assert config._select.cache_info().hits == hits + 1
     mine = replace(Config(), block_n=32)
-    config.store({config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096): mine})
+    config.store({config.key("sm_90", "wq_gemm", 4, 128, 16, 4096, 4096, "bfloat16"): mine})
     assert select() == mine != first
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "other"))
     assert select() == first

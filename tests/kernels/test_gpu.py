@@ -213,7 +213,6 @@ def test_tuning_times_tiles_and_keeps_the_best(tmp_path, monkeypatch):
     from requanto_kernels import config, tune
 
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path))
-    monkeypatch.setattr(config, "_user", None)
     module = sys.modules["requanto_kernels.tune"]  # the package's `tune` is the function
     every = module.candidates
     monkeypatch.setattr(module, "candidates", lambda *what: every(*what)[:2])
@@ -224,4 +223,3 @@ def test_tuning_times_tiles_and_keeps_the_best(tmp_path, monkeypatch):
         winners = tune([(256, 512)], op=op, bits=bits, group_size=group, rows=(1, 300), repeats=3, report=lines.append)
         assert len(winners) == 2, lines
     assert len(config.user_entries()) == 6
-    monkeypatch.setattr(config, "_user", None)

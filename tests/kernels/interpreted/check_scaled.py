@@ -1,13 +1,10 @@
 """Products of two quantized operands and row quantization, in Triton's interpreter, against float64."""
 
-import importlib
-
 import pytest
 import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
 from requanto_kernels import Config, int_mm, quant_rows, round_rows, scaled_mm, to_exec_layout, w4a8_gemm
-from requanto_kernels.config import family
 from requanto_kernels.scaled_mm import exact_every, shrunk
 
 FULL = torch.float32
@@ -262,38 +259,3 @@ def test_bad_input_is_named(call, message):
     x, w = torch.ones(2, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
     with pytest.raises(ValueError, match=message):
         call(x, w, torch.ones(1))
-
-
-@pytest.mark.parametrize(("op", "bits"), [("wq_gemm", 4), ("wq_gemm", 8), ("scaled_mm", 8), ("w4a8_gemm", 2)])
-def test_what_tuning_launches(op, bits):
-    tune = importlib.import_module("requanto_kernels.tune")  # the package's `tune` is the function
-    launch, copies = tune._launcher(op, bits, 256, 3, 16, 512, torch.float16, torch.device("cpu"))
-    config = family("interpreter", op, bits, 3, "float16")
-    assert [launch(config, i).shape for i in (0, copies - 1)] == [(3, 16)] * 2
-    assert tune.candidates(op, bits, 3, "sm_90")
-
-
-def test_the_search_for_the_fastest_tile():
-    tune = importlib.import_module("requanto_kernels.tune")
-    tiles = tune.candidates("wq_gemm", 4, 16, "sm_90")
-    assert 2 <= len(tiles) <= 10
-    assert all(config.block_m <= 32 for config in tiles)
-    asked, best_tile = [], tiles[1]
-
-    def clock(config):  # the second tile, deeper and split in 4, is the fastest; the first does not run
-        assert config not in asked
-        asked.append(config)
-        if config == tiles[0]:
-            return None
-        same = (config.block_m, config.block_n, config.num_warps) == (
-            best_tile.block_m,
-            best_tile.block_n,
-            best_tile.num_warps,
-        )
-        return 10 - 3 * same - (config.num_stages == best_tile.num_stages + 1) - (config.split_k == 4)
-
-    ms, best = tune._best(tiles, "wq_gemm", 4, 16, clock)
-    assert (best.split_k, best.num_stages) == (4, best_tile.num_stages + 1)
-    assert ms == 5
-    assert len(asked) < 60
-    assert tune._best(tiles, "wq_gemm", 4, 16, lambda config: None) is None
