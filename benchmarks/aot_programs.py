@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import requanto_kernels
-from requanto_kernels import _check, _device
+from requanto_kernels import _check, _device, config
 
 #: Every architecture that programs are compiled for, the goal's first.
 ARCHS = (
@@ -33,6 +33,10 @@ PROCESSORS = {
     "sm_75": 40, "sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170,
     "gfx90a": 104, "gfx942": 304, "gfx950": 256, "gfx1100": 96, "gfx1201": 64,
 }  # fmt: skip
+
+
+#: The version of Triton whose tiles are used, as `config` names it.
+TRITON = config.served_triton()
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -93,6 +97,14 @@ def _common_device(**tensors: torch.Tensor | None) -> torch.device:
     return next(tensor.device for tensor in tensors.values() if tensor is not None)
 
 
+def _families_of(version: str) -> None:
+    """From now on tiles are those for this version of Triton, whatever the installed one."""
+    if config.served_triton() != version:
+        config.served_triton = lambda: version
+        config._family_rows.cache_clear()
+        config._select.cache_clear()
+
+
 @contextlib.contextmanager
 def device(arch: str) -> Iterator[None]:
     """Launchers take tensors without data, and see a device of this architecture."""
@@ -108,9 +120,10 @@ def device(arch: str) -> Iterator[None]:
         _device._arch, _device._processors, _check.check_devices, triton.runtime.driver._active = saved
 
 
-def record(arch: str, call: Callable[[], object]) -> list[Program]:
-    """The programs that `call` starts, in order; nothing is compiled and nothing runs."""
+def record(arch: str, call: Callable[[], object], version: str = TRITON) -> list[Program]:
+    """The programs that `call` starts, in order, with the tiles for a version of Triton; nothing is compiled or runs."""
     found: list[Program] = []
+    _families_of(version)
 
     def hook(*, fn, compile: dict, **_: object) -> bool:
         options = {name: compile[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}

@@ -1,6 +1,6 @@
 """Compiles the kernels for every architecture, without a GPU, as real models start them, and counts instructions.
 
-    python benchmarks/kernel_aot.py            # all programs; writes benchmarks/results/kernel_aot/<Triton's version>.json
+    python benchmarks/kernel_aot.py            # all programs; writes benchmarks/results/kernel_aot/<version of Triton>.json
     python benchmarks/kernel_aot.py --stale    # only what changed since the stored table; updates that table
     python benchmarks/kernel_aot.py --check    # compiles nothing: are the stored tables up to date and without problems?
     python benchmarks/kernel_aot.py --quick    # the selection that the tests compile; writes nothing
@@ -28,12 +28,16 @@ import aot_counts as counts
 import torch
 import triton
 from aot_cases import Case, call_of, cases
-from aot_programs import ARCHS, Program, record
+from aot_programs import ARCHS, TRITON, Program, record
 
-from requanto_kernels.config import Config, family, nearest_arch
+from requanto_kernels.config import TRITONS, Config, family, nearest_arch
 
 TABLES = Path(__file__).parent / "results" / "kernel_aot"
-TABLE = TABLES / f"{triton.__version__}.json"
+TABLE = TABLES / f"{TRITON}.json"
+COLUMNS = (
+    "arch", "launches", "program", "key", "tile", "loop", "sometimes", "per_weight", "registers", "shared", "instructions",
+    "spills", "matrix", "in_loop", "problems",
+)  # fmt: skip
 
 
 @functools.cache
@@ -54,11 +58,13 @@ def key_of(program: Program) -> str:
     return program.key(sources_of(Path(inspect.getfile(program.kernel.fn))))
 
 
-def programs(chosen: list[tuple[str, Case]], config: Config | None = None) -> dict[str, tuple[Program, list[str]]]:
+def programs(
+    chosen: list[tuple[str, Case]], config: Config | None = None, version: str = TRITON
+) -> dict[str, tuple[Program, list[str]]]:
     """What the launches start, each program once: key -> (program, names of its launches)."""
     found: dict[str, tuple[Program, list[str]]] = {}
     for arch, case in chosen:
-        for program in record(arch, call_of(case, config)):
+        for program in record(arch, call_of(case, config), version):
             names = found.setdefault(key_of(program), (program, []))[1]
             if case.name not in names:
                 names.append(case.name)
@@ -92,7 +98,9 @@ def row_of(key: str, program: Program, names: list[str]) -> tuple[dict, list[str
         text = " ".join(str(error.__cause__ or error).split())[-300:]
         return row | {"problems": [f"does not compile: {type(error).__name__}: {text}"]}, []
     counted, body = counts.count(program, compiled)
-    return row | counted | {"problems": counts.problems_of(program, counted)}, body
+    return row | counted | {
+        "problems": counts.problems_of(program, counted, all("/plain" in name for name in names))
+    }, body
 
 
 def head() -> str:
@@ -102,46 +110,50 @@ def head() -> str:
 
 def line_of(row: dict) -> str:
     names = row["launches"][0] + (f" +{len(row['launches']) - 1}" if len(row["launches"]) > 1 else "")
-    inside = " ".join(f"{kind}:{number}" for kind, number in row.get("in_loop", {}).items())
     name = names if row["program"].startswith(names.split()[0]) else f"{row['program']} of {names}"
     text = f"{row['arch']:7} {name:44} {row['tile']:18} {row.get('loop', 0):5} {row.get('per_weight') or '':>8} "
     text += f"{row.get('registers', 0):4} {row.get('shared', 0):6} {row.get('spills', 0):6}  "
-    return text + ",".join([*row.get("matrix", []), inside]) + "".join(f"\n{'':8}! {text}" for text in row["problems"])
+    return (
+        text
+        + ",".join([*row.get("matrix", []), row.get("in_loop", "")])
+        + "".join(f"\n{'':8}! {text}" for text in row["problems"])
+    )
 
 
 def stored(table: Path) -> dict[str, dict]:
     """Rows of a table on disk, by key."""
-    return {row["key"]: row for row in json.loads(table.read_text())["rows"]} if table.exists() else {}
+    if not table.exists():
+        return {}
+    content = json.loads(table.read_text())
+    rows = (dict(zip(content["columns"], values, strict=True)) for values in content["rows"])
+    return {row["key"]: row for row in rows}
 
 
 def check_stored() -> int:
     """Prints all problems of the stored tables; returns 1 if there are any."""
-    known, bad = programs(all_cases()), []
-    tables = sorted(TABLES.glob("*.json"))
-    for table in tables or [TABLE]:
-        rows = stored(table)
+    bad, total = [], 0
+    for version in TRITONS:
+        rows, known = stored(TABLES / f"{version}.json"), programs(all_cases(), version=version)
+        total += len(known)
+        missing = [(known[key][0].arch, known[key][1][0]) for key in known.keys() - rows]
+        gone = [(rows[key]["arch"], rows[key]["launches"][0]) for key in rows.keys() - known]
+        bad += [f"{version}: not compiled as it is now: {arch} {name}" for arch, name in missing]
+        bad += [f"{version}: no longer a program: {arch} {name}" for arch, name in gone]
         bad += [
-            f"{table.name}: not compiled as it is now: {known[key][0].arch} {known[key][1][0]}"
-            for key in known.keys() - rows
-        ]
-        bad += [
-            f"{table.name}: no longer a program: {rows[k]['arch']} {rows[k]['launches'][0]}"
-            for k in rows.keys() - known
-        ]
-        bad += [
-            f"{table.name}: {row['arch']} {row['launches'][0]}: {text}"
+            f"{version}: {row['arch']} {row['launches'][0]}: {text}"
             for row in rows.values()
             for text in row["problems"]
         ]
-    print("\n".join([*sorted(bad), f"{len(known)} programs, {len(tables)} tables, {len(bad)} with problems"]))
+    print("\n".join([*sorted(bad), f"{total} programs in {len(TRITONS)} tables, {len(bad)} with problems"]))
     return bool(bad)
 
 
 def write(rows: dict[str, dict], order: list[str]) -> None:
     """Writes the table, one row on each line for readable diffs."""
-    top = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__}
+    top = {"command": "python benchmarks/kernel_aot.py", "triton": triton.__version__, "columns": COLUMNS}
     TABLES.mkdir(parents=True, exist_ok=True)
-    body = ",\n".join("  " + json.dumps(rows[key]) for key in order if key in rows)
+    lines = ([rows[key].get(name) for name in COLUMNS] for key in order if key in rows)
+    body = ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
     TABLE.write_text(json.dumps(top)[:-1] + ', "rows": [\n' + body + "\n]}\n")
 
 

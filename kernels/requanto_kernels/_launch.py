@@ -144,8 +144,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constexprs: Any) ->
 def by_triton(kernel: Any, grid: tuple[int, ...], args: Any, constexprs: dict[str, Any]) -> Any:
     """Triton's own launch; the compiled kernel, or None where a hook kept it from compiling.
 
-    Products and sums are contracted to fma whatever Triton's version: 3.9 warns that 3.10 leaves them apart by default, which
-    would add an instruction for each weight.
+    Products and sums are contracted to fma whatever Triton's version: 3.9 warns that 3.10 leaves them apart by default,
+    which would add an instruction for each weight.
     """
     return kernel[grid](*args, enable_fp_fusion=True, **constexprs)
 

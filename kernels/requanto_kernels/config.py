@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
+import triton
+
 from . import _table
 from ._device import capability
 
@@ -232,7 +234,20 @@ def _family_rows(arch: str, op: str, bits: int, dtype: str) -> tuple[tuple[int |
         and ("arch" not in row or arch in row["arch"])
         and ("bits" not in row or bits in row["bits"])
         and ("dtype" not in row or dtype in row["dtype"])
+        and ("triton" not in row or served_triton() in row["triton"])
     )
+
+
+#: Versions of Triton that every family is compiled with ahead of time. They allocate registers their own way, so what fits
+#: one version may spill in another: a family's "triton" names the versions that it is for.
+TRITONS = ("3.6", "3.7", "3.8", "3.9")
+
+
+def served_triton() -> str:
+    """The version whose families are used: the present one, else the nearest of `TRITONS` before it (or the first)."""
+    present = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    older = [known for known in TRITONS if tuple(int(part) for part in known.split(".")) <= present]
+    return older[-1] if older else TRITONS[0]
 
 
 @lru_cache(maxsize=64)

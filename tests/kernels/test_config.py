@@ -223,6 +223,21 @@ def test_selection_is_remembered_and_follows_the_table(tmp_path, monkeypatch):
     assert select() == first
 
 
+@pytest.mark.parametrize(
+    ("present", "served"),
+    [("3.6.0", "3.6"), ("3.7.1", "3.7"), ("3.9.0+git1", "3.9"), ("3.10.0", "3.9"), ("4.0.0", "3.9"), ("3.5.1", "3.6")],
+)
+def test_families_of_a_version_of_triton(present, served, monkeypatch):
+    rows = (
+        {"op": "wq_gemm", "triton": ["3.6", "3.9"], "config": {"block_n": 32}},
+        {"op": "wq_gemm", "config": {"block_n": 128}},
+    )
+    monkeypatch.setattr(config.triton, "__version__", present)
+    monkeypatch.setattr(config, "families", lambda: rows)
+    assert config.served_triton() == served
+    assert config.family("sm_90", "wq_gemm", 4, 1, "bfloat16").block_n == (32 if served in ("3.6", "3.9") else 128)
+
+
 def test_split_fills_the_device_but_not_more():
     assert config.split_for(Config(16, 64, 128), 1, 4096, 4096, 132) == 4
     assert config.split_for(Config(16, 64, 128), 1, 28672, 8192, 132) == 1
