@@ -69,8 +69,9 @@ def test_before_sm_80_weights_are_rebuilt(gpu):
 
 def test_what_no_kernel_takes(gpu):
     gpu(90)
-    assert name(BASE, dtype=torch.float64) == "gpu-dequantize"
-    assert name(BASE, dtype=torch.float64, layout="exec") == "reference"
+    for layout in ("plain", "exec"):
+        assert name(BASE, dtype=torch.float64, layout=layout) == "triton-dequantize"
+    assert name(BASE, dtype=torch.float64, activation=qint8) == "gpu-dequantize"
     assert name(BASE, layout="onednn") == "reference"
     assert name(BASE, device="mps") == "reference"
     assert name(BASE, device="cpu") != "triton-wq"

@@ -9,10 +9,10 @@ import torch
 from reference import FP8, TOLERANCE, check_equal_groups, decode_fp8, draw, error, weight
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
-from requanto_kernels import (  # noqa: E402
+from requanto_kernels import (
     Config,
     group_major,
     quant_rows,

@@ -14,8 +14,8 @@ from reference import TOLERANCE, error
 
 import requanto
 from requanto.dtypes.qtypes import qtypes
-from requanto.linear import embedding
-from requanto.linear.gpu import convolution, dequantize, layout
+from requanto.linear import embedding, registry
+from requanto.linear.gpu import convolution, dequantize, layout, paths
 from requanto.tensor.qtensor import QTensor
 
 HALF, FULL = torch.float16, torch.float32
@@ -207,6 +207,23 @@ def test_autocast_and_float64():
     table = QTensor.quantize(torch.randn(8, 128), "int4", low_rank=3, rotation=64)
     with torch.autocast("cpu", dtype=HALF):
         assert error(embedding(torch.arange(8), table), reference(table).double()) <= 1e-6
+
+
+@pytest.mark.parametrize("part", [2**29, 8 * 64 * 5])
+def test_products_in_float64(part, monkeypatch):
+    monkeypatch.setattr(paths, "SCRATCH_BYTES", part)
+    for weight in (
+        QTensor.quantize(torch.randn(24, 64), "nf4"),
+        QTensor.quantize(torch.randn(24, 64), "int4", scale_bits=6),
+    ):
+        x, bias, wide = torch.randn(3, 64, dtype=torch.float64), torch.randn(24).double(), reference(weight).double()
+        assert registry.choose(registry.problem_of(weight, x.dtype, 3)).implementation.name == "triton-dequantize"
+        leaf = x.clone().requires_grad_()
+        out = requanto.linear.linear(leaf, weight, bias)
+        assert error(out, x @ wide.T + bias) <= 1e-7  # of affine weights, values differ in the last bit of float32
+        out.sum().backward()
+        assert error(leaf.grad, wide.sum(0).expand(3, -1)) <= 1e-6
+        assert error(requanto.linear.linear(x, weight), x @ wide.T) <= 1e-7
 
 
 def test_operators_that_read_values(caplog):

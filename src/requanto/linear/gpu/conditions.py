@@ -95,7 +95,7 @@ def decodes(device: str, kind: qtype, layout: str) -> bool:
 
 
 def without_kernel(problem: Problem) -> bool:
-    """True on a GPU where no kernel runs: without Triton or its driver, below sm_75, for float64."""
+    """True on a GPU for what no GEMM kernel takes: without Triton or its driver, below sm_75; some cases of float64."""
     return problem.device in DEVICES and problem.layout == "plain" and not has_decoder(problem)
 
 
@@ -105,7 +105,12 @@ def weight_only(problem: Problem) -> bool:
 
 
 def dequantized(problem: Problem) -> bool:
-    """True for so many rows that dequantizing and the vendor's library are expected to be faster than a fused kernel."""
+    """True for so many rows that dequantizing and the vendor's library are expected to be faster than a fused kernel.
+
+    Also for float64, which no GEMM kernel takes: weights are dequantized in float32.
+    """
+    if problem.dtype == torch.float64 and problem.activation is None and problem.in_features:
+        return decodes(problem.device, problem.qtype, problem.layout)
     if problem.activation is not None or not has_decoder(problem):
         return False
     return problem.rows >= dequantize_from(problem.device, problem.transposed)

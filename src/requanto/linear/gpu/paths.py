@@ -96,8 +96,8 @@ def run_dequantized(
         if not weight.transposed:
             torch.mm(x, part.t(), out=out[:, start:stop])
             continue
-        # Partial sums are accumulated in float32 and rounded once.
-        partial = (x[:, start:stop] @ part).float()
+        # Partial sums are accumulated in float32 (of float64 as they are) and rounded once.
+        partial = (x[:, start:stop] @ part).to(torch.promote_types(x.dtype, torch.float32))
         total = partial if total is None else total.add_(partial)
     out = out if total is None else total.to(x.dtype)
     return out if bias is None else out.add_(bias)
@@ -111,14 +111,14 @@ def _dequantized_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype
 def _dequantized(parts: KernelParts, rows: slice, length: int, dtype: torch.dtype) -> torch.Tensor:
     from requanto_kernels import wq_dequant
 
-    shift = None if parts.shift is None else parts.shift[rows]
-    return wq_dequant(parts.codes[rows], parts.scale[rows], shift, k=length, dtype=dtype, **parts.how)
+    shift, width = None if parts.shift is None else parts.shift[rows], dtype if dtype in rules.FLOATS else torch.float32
+    return wq_dequant(parts.codes[rows], parts.scale[rows], shift, k=length, dtype=width, **parts.how).to(dtype)
 
 
 def make_plan_dequantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """Plan of `run_dequantized` for one shape of x; None for a weight that is dequantized in several parts."""
     stored, length = weight.matrix_shape
-    if weight.transposed or stored * length * dtype.itemsize > SCRATCH_BYTES:
+    if weight.transposed or stored * length * dtype.itemsize > SCRATCH_BYTES or dtype not in rules.FLOATS:
         return None
     dequantize = recorded(lambda x, parts, bias: _dequantized(parts, slice(0, stored), length, dtype), dtype)
 
@@ -136,7 +136,7 @@ def run_without_kernel(
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dequantizes rows of the weight, at most `PART` weights at a time, with torch's operators."""
+    """Dequantizes rows of the weight, at most `PART` weights at a time, with torch's operators where no kernel runs."""
     stored, length = weight.lead.numel(), weight.row_length
     step = max(1, PART // max(1, length))
     if weight.transposed or step >= stored:
@@ -154,7 +154,7 @@ for _implementation in (
         name="triton-dequantize",
         run=run_dequantized,
         supports=rules.dequantized,
-        reason="many rows: the weight is dequantized once, then the vendor's library (threshold not measured)",
+        reason="many rows (threshold not measured) or float64: dequantized by a kernel, then the vendor's library",
         make_plan=make_plan_dequantized,
     ),
     Implementation(
@@ -169,7 +169,7 @@ for _implementation in (
         name="gpu-dequantize",
         run=run_without_kernel,
         supports=rules.without_kernel,
-        reason="no kernel runs here (no Triton, an older GPU, or float64): dequantized by torch, then the vendor's library",
+        reason="no kernel runs here (no Triton, an older GPU), or float64 experts: dequantized, then the vendor's library",
         run_grouped=reference.run_grouped,
     ),
 ):
