@@ -95,8 +95,6 @@ def call_of(case: Case, config: "rk.Config | None" = None) -> Callable[[], objec
         return lambda: rk.wq_dequant(*parts, k=k, dtype=dtype, **described)
     if case.op == "w4a8_gemm":
         x, xs = empty(rows, k, dtype=torch.int8), empty(rows, dtype=torch.float32)
-        if keywords["group_size"] % 128:
-            keywords["layout"] = "plain"
         return lambda: rk.w4a8_gemm(x, xs, *parts, out_dtype=dtype, **keywords)
     offsets = empty(experts + 1, dtype=torch.int32)
     if case.op == "wq_gemm_grouped":

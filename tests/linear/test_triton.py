@@ -98,9 +98,9 @@ def test_quantized_activations(gpu, capability):
     assert name(BASE, activation=qint8, group_size=64) == "triton-w4a8"
     for kind in (qint3, qint5, quint1, quint7):
         assert name(BASE, qtype=kind, activation=qint8, affine=True) == "triton-w4a8"
-    assert name(BASE, qtype=qint3, activation=qint8, group_size=256, layout="exec") == "triton-w4a8"
+    for kind, group in ((qint3, 256), (qint3, 128), (qint4, 64), (qint4, 32)):  # also groups smaller than a block
+        assert name(BASE, qtype=kind, activation=qint8, group_size=group, layout="exec") == "triton-w4a8"
     for unfit in (
-        replace(BASE, activation=qint8, group_size=64, layout="exec"),  # a block of 128 spans two groups
         replace(BASE, activation=qint8, group_size=96),
         replace(BASE, activation=qint8, group_size=16),
         replace(BASE, activation=qint8, transposed=True),
@@ -113,7 +113,6 @@ def test_quantized_activations(gpu, capability):
         replace(INT8, activation=qint8, in_features=2**17),  # an int32 sum could overflow
         replace(INT8, qtype=quint8, activation=qint8, affine=True),  # codes up to 255 are no int8
         replace(BASE, qtype=qnf4, activation=qint8),
-        replace(BASE, qtype=qint3, activation=qint8, layout="exec"),  # groups of 128, blocks of 256
     ):
         assert name(unfit) == "triton-rounded"
     assert name(INT8, activation=qint8, in_features=2**17 - 8) == "triton-scaled-mm"

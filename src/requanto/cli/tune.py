@@ -196,8 +196,6 @@ def _job_8_bit(problem: Problem, kind: qtype, group: int | None) -> Job | str:
         return Job("scaled_mm", 8, None, *shape)
     if group is not None and (group < 32 or group & (group - 1)):
         return f"groups of {group} with int8 activations use a float GEMM"
-    if group is not None and group % rules.EXEC_BLOCKS.get(kind.bits, 1):
-        return f"groups of {group} with int8 activations use the shipped tiles"
     return Job("w4a8_gemm", kind.bits, group, *shape)
 
 

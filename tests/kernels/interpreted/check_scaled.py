@@ -4,8 +4,9 @@ import pytest
 import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
-from requanto_kernels import Config, int_mm, quant_rows, round_rows, scaled_mm, to_exec_layout, w4a8_gemm
+from requanto_kernels import Config, group_major, int_mm, quant_rows, round_rows, scaled_mm, to_exec_layout, w4a8_gemm
 from requanto_kernels.scaled_mm import exact_every, shrunk
+from requanto_kernels.w4a8_gemm import bytes_asm, unit_of
 
 FULL = torch.float32
 KINDS = (torch.int8, *FP8)
@@ -210,16 +211,18 @@ def test_quant_rows_longer_than_a_block():
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("bits", "group", "layout"), [
     (4, 128, "exec"), (4, 256, "exec"), (4, None, "exec"), (4, 32, "plain"), (4, 64, "plain"), (2, 256, "exec"),
-    (2, 64, "plain"), (8, 128, "plain"), (8, None, "plain"),
+    (2, 64, "plain"), (8, 128, "plain"), (8, None, "plain"), (4, 32, "exec"), (4, 64, "exec"), (2, 32, "exec"),
+    (3, 64, "exec"), (3, None, "exec"), (1, 64, "plain"),
 ])  # fmt: skip
 def test_int8_activations(bits, group, layout, affine):
-    w = weight(40, 512, bits, group, affine)
+    w = weight(40, 512, bits, group, affine, scale_dtype=torch.float16)
+    scale, shift = group_major(w.scale), None if w.shift is None else group_major(w.shift)
     x = torch.randn(19, 512)
     codes, xs = quant_rows(x)
     bias = torch.randn(40)
     qdata = to_exec_layout(w.qdata, bits) if layout == "exec" else w.qdata
     got = w4a8_gemm(
-        codes, xs, qdata, w.scale, w.shift, bias, bits=bits, group_size=group, layout=layout, out_dtype=FULL
+        codes, xs, qdata, scale, shift, bias, bits=bits, group_size=group, layout=layout, out_dtype=FULL
     )  # fmt: skip
     want = (codes.double() * xs.double()[:, None]) @ w.meaning.T + bias.double()
     assert error(got, want) <= TOLERANCE[FULL]
@@ -230,6 +233,54 @@ def test_int8_activations_ragged():
     codes, xs = quant_rows(torch.randn(3, 100))
     got = w4a8_gemm(codes, xs, w.qdata, w.scale, w.shift, group_size=32, out_dtype=FULL)
     assert error(got, (codes.double() * xs.double()[:, None]) @ w.meaning.T) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("form", ["centred", "plain"])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_bytes_that_ptx_extracts(bits, wide, form):
+    """What the instructions of `bytes_asm` compute, one after the other."""
+    size = 16 if wide else 8
+    words = torch.randint(0, 1 << size, (64, 4)).tolist()
+    for field in range(size // bits):
+        for four in words:
+            found = run_ptx(bytes_asm(field, bits, wide, form), four, size)
+            codes = [word >> (field * bits) & ((1 << bits) - 1) for word in four]
+            if form == "centred":
+                assert [byte * unit_of(bits, form, True) for byte in found] == [
+                    code - (1 << (bits - 1)) for code in codes
+                ]
+            else:
+                assert found == codes
+
+
+def run_ptx(text, words, size):
+    """Interprets shifts, and, lop3 and prmt on 32-bit registers. Returns the four signed bytes of $0."""
+    packed = sum(word << (size * i) for i, word in enumerate(words))
+    registers = {"$1": packed & 0xFFFFFFFF, "$2": packed >> 32}
+    for line in text.splitlines():
+        name, *operands = line.strip().rstrip(";").replace(",", "").split()
+        if name in ("{", "}", ".reg"):
+            continue
+        target, *values = operands
+        a, *rest = (registers[v] if v in registers else int(v, 0) for v in values)
+        if name == "mov.b32":
+            found = a
+        elif name == "shl.b32":
+            found = a << rest[0] & 0xFFFFFFFF
+        elif name == "shr.u32":
+            found = a >> rest[0]
+        elif name == "and.b32":
+            found = a & rest[0]
+        elif name == "lop3.b32":
+            b, c, table = rest
+            found = sum((table >> ((a >> i & 1) << 2 | (b >> i & 1) << 1 | (c >> i & 1)) & 1) << i for i in range(32))
+        else:
+            assert name == "prmt.b32"
+            both = (a | rest[0] << 32).to_bytes(8, "little")
+            found = int.from_bytes(bytes(both[rest[1] >> (4 * i) & 7] for i in range(4)), "little")
+        registers[target] = found
+    return [byte - 256 if byte > 127 else byte for byte in registers["$0"].to_bytes(4, "little")]
 
 
 @pytest.mark.parametrize(

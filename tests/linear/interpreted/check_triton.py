@@ -177,17 +177,16 @@ def test_a_row_with_nan_stays_nan_with_a_static_scale():
         assert out.isnan().all(1).tolist() == out.isnan().any(1).tolist() == [False, True, False]
 
 
-def test_int8_activations_keep_small_groups_plain():
-    assert not layout.fits(tensor(weight(40, 256, 4, 64)), qint8)
-    assert layout.fits(tensor(weight(40, 256, 4, 64)))
-    assert layout.fits(tensor(weight(40, 256, 4, 128)), qint8)
-    # Packed before the activations were known: right all the same, by another way.
-    w = weight(40, 256, 4, 64)
-    q, x = tensor(w), torch.randn(2, 256)
-    q.pack(layout.EXEC)
-    assert chosen(q, x, qint8) == "triton-rounded"
-    want = quantized_rows(x, 127, torch.round) @ w.meaning.T
-    assert error(linear(x, q, activation=qint8), want) <= 1e-5
+def test_int8_activations_read_the_layout_of_float_ones():
+    """Also with groups smaller than a block."""
+    for bits, group in ((4, 64), (4, 32), (2, 64)):
+        w = weight(40, 256, bits, group, affine=bits == 4)
+        q, x = tensor(w), torch.randn(2, 256)
+        assert layout.fits(q, qint8)
+        q.pack(layout.EXEC)
+        assert chosen(q, x, qint8) == "triton-w4a8"
+        want = quantized_rows(x, 127, torch.round) @ w.meaning.T
+        assert error(linear(x, q, activation=qint8), want) <= 1e-5
 
 
 @pytest.mark.parametrize(("kind", "fp8"), [(qfloat8_e4m3fn, FP8[0]), (qfloat8_e5m2, FP8[2])])

@@ -125,9 +125,7 @@ def int8_activations(problem: Problem) -> bool:
     group = problem.group_size
     if group in (None, problem.in_features):
         return problem.in_features <= LONGEST_INT8
-    if group < 32 or group & (group - 1):
-        return False
-    return problem.layout == "plain" or group % rules.EXEC_BLOCKS[kind.bits] == 0
+    return group >= 32 and not group & (group - 1)
 
 
 def rounded_activations(problem: Problem) -> bool:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.codebooks import MINIFLOATS, minifloat
-from requanto.dtypes.qtypes import qint8, qtype
+from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import conditions as rules
 from requanto.runtime.tracing import outside_tracing, runs_eagerly
 from requanto.scales.codebook import values_of
@@ -82,9 +82,6 @@ def fits(weight: QTensor, activation: qtype | None = None) -> bool:
         return False
     if not rules.has_matrix_instructions(weight.device.type):
         return False  # weights are only dequantized there, which is not faster in this layout
-    grouped_int8 = (activation or weight.activation) == qint8 and weight.group_size not in (None, length)
-    if grouped_int8 and weight.group_size % block:
-        return False  # this kernel sums integers within a group, and cannot read blocks that span several groups
     return not is_pinned(weight._qdata)
 
 
