@@ -147,31 +147,3 @@ def load_codes(
     else:
         words = load_quads(q_ptr, rn, k0, N, stride_qn, K, BITS, BLOCK_K, EVEN_K)
         return tl.reshape(_interleave(words, table, 4, BITS, False, KIND, FORM, DTYPE, False), [BLOCK_N, BLOCK_K])
-
-
-@triton.jit
-def load_group(
-    ptr, rn, k0, N, K, stride_n, stride_g,
-    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Scale or shift of the tile at k0 in fp32: `[BLOCK_N, 1]` if the tile is in one group, else `[BLOCK_N, BLOCK_K]`.
-
-    GROUP 0 means one group as long as K.
-    """
-    rows = ptr + rn.to(tl.int64)[:, None] * stride_n
-    n_mask = (rn < N)[:, None]
-    if GROUP == 0:
-        return tl.load(rows, mask=n_mask, other=0).to(tl.float32)
-    elif GROUP % BLOCK_K == 0:
-        return tl.load(rows + tl.cast(k0 // GROUP, tl.int64) * stride_g, mask=n_mask, other=0).to(tl.float32)
-    elif BLOCK_K % GROUP == 0:
-        rg = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        mask = n_mask & (rg < (K + GROUP - 1) // GROUP)[None, :]
-        few = tl.load(rows + rg.to(tl.int64)[None, :] * stride_g, mask=mask, other=0).to(tl.float32)
-        wide = tl.broadcast_to(few[:, :, None], [BLOCK_N, BLOCK_K // GROUP, GROUP])
-        return tl.reshape(wide, [BLOCK_N, BLOCK_K])
-    else:
-        # The group size is not a power of two: one (cached) load per element, which is slower.
-        rk = k0 + tl.arange(0, BLOCK_K)
-        groups = (rk // GROUP).to(tl.int64)[None, :] * stride_g
-        return tl.load(rows + groups, mask=n_mask & (rk < K)[None, :], other=0).to(tl.float32)
