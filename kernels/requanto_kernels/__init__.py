@@ -11,6 +11,7 @@ from .wq_dequant import wq_dequant
 from .wq_gemm import wq_gemm
 from .wq_gemm_dx import wq_gemm_dx
 from .wq_gemm_grouped import wq_gemm_grouped
+from .wq_gemm_many import wq_gemm_many
 
 __all__ = [
     "Config",
@@ -28,4 +29,5 @@ __all__ = [
     "wq_gemm",
     "wq_gemm_dx",
     "wq_gemm_grouped",
+    "wq_gemm_many",
 ]

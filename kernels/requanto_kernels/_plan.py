@@ -56,9 +56,11 @@ class Plan:
     """The launches of one call, for other inputs of the same `traits`. Several threads may call it."""
 
     def __init__(
-        self, steps: list[_Step], made: list[tuple], result: tuple, device: torch.device, constants: list
-    ) -> None:
-        self._steps, self._made, self._result, self._device = steps, made, result, device
+        self, steps: list[_Step], made: list[tuple], results: list[tuple], several: bool, device: torch.device,
+        constants: list,
+    ) -> None:  # fmt: skip
+        self._steps, self._made, self._device = steps, made, device
+        self._results, self._several = results, several
         self._constants = constants  # kept: the steps know their addresses
         self._settings, self._changes, self._driver = settings(), config.changes, triton.runtime.driver
         self.launches = len(steps)
@@ -67,8 +69,8 @@ class Plan:
         """False once tiles were selected anew, since a tuned table was stored: then record the call again."""
         return self._changes == config.changes
 
-    def __call__(self, *inputs: torch.Tensor | None) -> torch.Tensor:
-        """The result for these inputs, in the order in which `record` got them."""
+    def __call__(self, *inputs: torch.Tensor | None) -> Any:
+        """The result for these inputs, in the order in which `record` got them; a list if the call returned one."""
         if self._device.type in ("cuda", "xpu"):
             module = getattr(torch, self._device.type)
             if module.current_device() != self._device.index:  # Triton launches on the current device
@@ -76,7 +78,7 @@ class Plan:
                     return self._run(inputs)
         return self._run(inputs)
 
-    def _run(self, inputs: tuple) -> torch.Tensor:
+    def _run(self, inputs: tuple) -> Any:
         values = [*inputs]
         for shape, dtype in self._made:
             if dtype is None:
@@ -100,9 +102,8 @@ class Plan:
                 driver = self._driver.active
                 stream = driver.get_current_stream(driver.get_current_device())
             found.start(step.grid, stream, args)
-        source, dtype = self._result
-        out = values[source]
-        return out if dtype is None else out.view(dtype)
+        outs = [values[i] if dtype is None else values[i].view(dtype) for i, dtype in self._results]
+        return outs if self._several else outs[0]
 
 
 def _with_base(descriptor: Any, tensor: torch.Tensor) -> Any:
@@ -130,7 +131,7 @@ class Recording:
                 found.start(whole(grid), driver.get_current_stream(driver.get_current_device()), args)
         self.launches.append((kernel, grid, args, constexprs))
 
-    def plan(self, result: torch.Tensor) -> Plan | None:
+    def plan(self, result: torch.Tensor | list[torch.Tensor]) -> Plan | None:
         """The plan for the recorded call, which returned `result`."""
         zeros = list({id(found): found for found, _ in self.counters}.values())
         sources = [*self.inputs.values(), *self.buffers, *zeros]
@@ -150,21 +151,27 @@ class Recording:
                 elif tensor.untyped_storage()._cdata not in kept:
                     self._fail(f"argument {kernel.fn.__name__}.{kernel.arg_names[place]} is a tensor made in the call")
             steps.append(_Step(kernel, grid, places, constexprs, slots, known(kernel, args, constexprs)))
-        source = self._source(result, sources)
-        if source is None or not result.is_contiguous() or result.nbytes != sources[source].nbytes:
-            self._fail("the result is no tensor that the call allocated")
+        made: list[tuple] = [(buffer.shape, buffer.dtype) for buffer in self.buffers]
+        outs = result if isinstance(result, list) else [result]
+        results = [self._result(out, sources, made) for out in outs]
         if self.problem:
             return None
-        dtype = None if sources[source].dtype == result.dtype else result.dtype
-        made: list[tuple] = [(buffer.shape, buffer.dtype) for buffer in self.buffers]
+        made += [(max(count for _, count in self.counters), None) for _ in zeros]
+        return Plan(steps, made, results, outs is result, outs[0].device, self.constants)
+
+    def _result(self, out: torch.Tensor, sources: list, made: list[tuple]) -> tuple[int | None, torch.dtype | None]:
+        """Index and dtype (None: that of the source) of a result, which is then allocated in its own shape."""
+        source = self._source(out, sources)
+        if source is None or not out.is_contiguous() or out.nbytes != sources[source].nbytes:
+            self._fail("the result is no tensor that the call allocated")
+            return None, None
+        dtype = None if sources[source].dtype == out.dtype else out.dtype
         mine = source - len(self.inputs)
         if 0 <= mine < len(made) and dtype is None:
-            made[mine] = result.shape, made[mine][1]  # kernels see an address, no shape
-        elif sources[source].shape != result.shape:
+            made[mine] = out.shape, made[mine][1]  # kernels see an address, no shape
+        elif sources[source].shape != out.shape:
             self._fail("the result is a view of another shape")
-            return None
-        made += [(max(count for _, count in self.counters), None) for _ in zeros]
-        return Plan(steps, made, (source, dtype), result.device, self.constants)
+        return source, dtype
 
     def _source(self, tensor: torch.Tensor, sources: list) -> int | None:
         """Index of the input or buffer that the tensor is, or is a view of from its start."""
