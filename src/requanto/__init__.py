@@ -43,6 +43,7 @@ from requanto.linear import functions as _functions  # noqa: F401  (registers QT
 from requanto.linear.explain import explain
 from requanto.linear.prepack import prepare, unpack
 from requanto.model.calibrate import Calibration
+from requanto.model.join import join_layers, separate_layers
 from requanto.model.quantize import freeze, quantization_map, quantize, quantize_module
 from requanto.model.requantize import requantize
 from requanto.nn import (
@@ -110,6 +111,7 @@ __all__ = [
     "inspect_directory",
     "inspect_model",
     "install_as_optimum_quanto",
+    "join_layers",
     "prepare",
     "qcodebook2",
     "qcodebook3",
@@ -144,6 +146,7 @@ __all__ = [
     "quint8",
     "register_qmodule",
     "requantize",
+    "separate_layers",
     "settings",
     "unpack",
 ]

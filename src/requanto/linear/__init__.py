@@ -3,6 +3,7 @@
 from requanto.linear.api import linear, times
 from requanto.linear.embedding import embedding
 from requanto.linear.grouped import grouped_linear
+from requanto.linear.joint import linear_many
 from requanto.linear.registry import Choice, Implementation, Problem, choose, implementations, register
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "grouped_linear",
     "implementations",
     "linear",
+    "linear_many",
     "register",
     "times",
 ]

@@ -118,7 +118,8 @@ def explain(
         for count in (rows,) if isinstance(rows, int) else rows:
             problem = problem_of(stored, float_type, count, activation, layout=layout, static=static)
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation
-            found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, chosen.reason))
+            why = chosen.reason + _together(readers, count, float_type)
+            found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, why))
     return found
 
 
@@ -135,6 +136,14 @@ def _users(model: nn.Module) -> dict[int, list[nn.Module]]:
             if isinstance(parameter, QTensor):
                 users.setdefault(id(parameter), []).append(module)
     return users
+
+
+def _together(readers: list[nn.Module], rows: int, dtype: torch.dtype) -> str:
+    """Names the layers that one launch computes together with this one (`requanto.join_layers`); "" if it runs alone."""
+    layer = readers[0] if len(readers) == 1 else None
+    others = getattr(layer, "others_in_one_launch", None)
+    names = [] if others is None else others(rows, dtype)
+    return f"; one launch with {', '.join(names)}" if names else ""
 
 
 def _dequantized_by(weight: QTensor) -> str:

@@ -53,7 +53,7 @@ class _Recorded:
         self._plans: dict[tuple, _Cached] = {}
 
     def __call__(self, x: torch.Tensor | None, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        key = _kind(x), _kind(bias)
+        key = kind_of(x), kind_of(bias)
         found = self._plans.get(key)
         if found is None:
             return self._record(key, x, weight, bias)
@@ -90,7 +90,7 @@ class _Recorded:
         return out
 
 
-def _kind(tensor: torch.Tensor | None) -> tuple | None:
+def kind_of(tensor: torch.Tensor | None) -> tuple | None:
     """What a plan depends on in x or the bias. x's shape and dtype are known from the weight's cache."""
     if tensor is None:
         return None

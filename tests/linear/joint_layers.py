@@ -1,0 +1,54 @@
+"""Layers of one input and a stand-in for the launch that computes several of them; used by test_joint*.py."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from requanto import QTensor
+from requanto.linear import custom_ops
+from requanto.linear.gpu import many
+from requanto.runtime.settings import registry_state
+
+
+@contextlib.contextmanager
+def launches():
+    """Lets sets of weights run together on this CPU: one "launch" for all, which computes them one by one and is noted."""
+    noted = []
+
+    def make_plan(weights, rows, dtype):
+        def gemm(x, weights, biases, stacked):
+            noted.append((len(weights), rows))
+            xs = [x] * len(weights) if isinstance(x, torch.Tensor) and not stacked else list(x)
+            each = zip(xs, weights, biases)
+            outs = [custom_ops.run(one.reshape(rows, -1), weight, bias) for one, weight, bias in each]
+            return [out.view(*one.shape[:-1], -1) for one, out in zip(xs, outs)]
+
+        return gemm
+
+    before = many.why_separate, many.make_plan
+    many.why_separate, many.make_plan = lambda weights, rows, dtype: None, make_plan
+    registry_state.changed()
+    try:
+        yield noted
+    finally:
+        many.why_separate, many.make_plan = before
+        registry_state.changed()
+
+
+def quantized(out_features, in_features=128, kind="int4", bias=True, dtype=torch.float32, **how):
+    layer = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    weight = QTensor.quantize(layer.weight.detach(), kind, **{"search": "minmax", **how})
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer.requires_grad_(False)
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one input."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.q, self.k, self.v = (quantized(n, **how) for n in (256, 64, 64))
+
+    def forward(self, x):
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
