@@ -281,10 +281,9 @@ def _select(
     root: str | None, arch: str, op: str, bits: int, group: int, m: int, n: int, k: int, dtype: str, form: str
 ) -> Config:
     name = key(arch, op, bits, group, m, n, k, dtype, form)
-    if dtype != "float32":
-        for table in (_user(root), _shipped()):
-            if name in table:
-                return table[name]
+    for table in (_user(root), _shipped()):
+        if name in table:
+            return table[name]
     return family(nearest_arch(arch), op, bits, m, dtype)
 
 

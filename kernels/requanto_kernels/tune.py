@@ -12,7 +12,7 @@ import torch
 
 from . import _check as check
 from ._device import arch_of
-from .config import Config, check_user_table, families, family_bits, key, nearest_arch, store
+from .config import Config, check_user_table, families, family_bits, key, nearest_arch, served_triton, store
 from .layout import group_major, to_exec_layout
 from .scaled_mm import scaled_mm
 from .w4a8_gemm import w4a8_gemm
@@ -49,15 +49,18 @@ class Problem:
 def candidates(problem: Problem, m: int, arch: str) -> list[Config]:
     """The shipped tiles for the architecture or for any, without duplicates; the heuristic splits K."""
     served, bits, op = nearest_arch(arch), family_bits(problem.bits), problem.op
-    codes = _x_dtype(problem)
+    dtype = _x_dtype(problem)
     found: dict[Config, None] = {}
     for row in families():
         if row["op"] != op or bits not in row.get("bits", [bits]) or served not in row.get("arch", [served]):
             continue
-        if op == "scaled_mm" and codes not in row.get("dtype", [codes]):
+        if served_triton() not in row.get("triton", [served_triton()]):
+            continue
+        # Exact fp32 runs on the ordinary units, with tiles of its own.
+        if dtype not in row.get("dtype", [] if dtype == "float32" else [dtype]):
             continue
         config = Config(**row["config"])
-        if "float32" not in row.get("dtype", ()) and config.block_m <= max(16, 2 * m):
+        if config.block_m <= max(16, 2 * m):
             found[of_codebook(config) if problem.kind == "table" else config] = None
     return list(found)
 

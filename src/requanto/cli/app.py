@@ -371,29 +371,55 @@ def evaluate(
 
 @app.command()
 def tune(
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(help="Quantized model: a directory, or a name on the hub.", show_default=False)
+    ] = None,
     rows: Annotated[
         list[int] | None, typer.Option(help="Number of tokens (rows of a GEMM) to tune for. Repeatable.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="dtype of the activations: bfloat16, float16, float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="GPU to tune on, e.g. cuda (also for ROCm).")] = "cuda",
     repeats: Annotated[int, typer.Option(help="Timed launches per tile.")] = 20,
+    humming: Annotated[
+        bool, typer.Option("--humming", help="Also time humming's kernels, and let layers choose by the times.")
+    ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Write all tuned tiles to this file (after tuning, if a MODEL is given).")
+    ] = None,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Add the tiles of a file that --export wrote, first.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the fastest kernel tiles for MODEL's quantized layers on this GPU and store them on disk."""
     import torch
 
-    from requanto.cli.tune import ROWS, tune_model
+    from requanto.cli.tune import ROWS, export_tiles, import_tiles, tune_model
 
     with reported():
         chosen = getattr(torch, dtype, None)
         if chosen not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"--dtype must be bfloat16, float16 or float32, found {dtype!r}")
-        tuned = tune_model(model, rows=rows or ROWS, dtype=chosen, device=device, repeats=repeats, progress=not as_json)
+        if model is None and export is None and import_ is None:
+            raise ValueError("requanto tune needs a MODEL, --export FILE or --import FILE")
+        result: dict = {}
+        if import_ is not None:
+            result["imported"] = import_tiles(import_)
+        if model is not None:
+            result |= asdict(
+                tune_model(
+                    model, rows=rows or ROWS, dtype=chosen, device=device, repeats=repeats, progress=not as_json,
+                    humming=humming,
+                )
+            )  # fmt: skip
+        if export is not None:
+            result["exported"] = export_tiles(export)
         if as_json:
-            print(json.dumps(asdict(tuned), default=str))
+            print(json.dumps(result, default=str))
         else:
-            console.print(str(tuned), markup=False, highlight=False)
+            console.print(
+                "\n".join(f"{name}: {value}" for name, value in result.items()), markup=False, highlight=False
+            )
 
 
 @app.command()

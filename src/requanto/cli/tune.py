@@ -1,14 +1,16 @@
 """``requanto tune MODEL``: finds the fastest kernel tiles for a model's layers on this GPU and stores them on disk.
 
-Kernels never time anything themselves. Without tuning, they use the tiles that ship with them.
+Kernels never time anything themselves. Without tuning, they use the tiles that ship with them. What is timed is what the
+layers launch: `Job` has all that the kernels' tables tell tiles apart by.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from requanto.checkpoint.format import parse_spec
+from requanto.cli import tune_humming as beside
 from requanto.config.config import QuantoConfig
+from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import conditions as rules
-from requanto.linear.registry import Problem
+from requanto.linear.gpu import humming as backend
+from requanto.linear.prepack import SMALLEST
 from requanto.tensor.qtensor import QTensor
 
 #: Numbers of rows (tokens) to time: decoding, small batches, prompts.
@@ -29,13 +34,33 @@ ROWS = (1, 16, 64, 256, 1024, 4096)
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One shape to tune: all layers of this shape use the same tiles for a given number of rows."""
+    """One shape to tune: all layers of this shape use the same tiles for a given number of rows.
+
+    Attributes:
+        op: the kernel.
+        bits, kind: of the codes; kind as `requanto_kernels.tune` has it.
+        group_size: None: one scale per row.
+        out_features, in_features: N and K.
+        affine: whether there is a shift.
+        scale_dtype: dtype of scales and shifts as kernels read them.
+        layout: ``"exec"``, or ``"plain"`` for weights that are not packed.
+    """
 
     op: str
     bits: int
     group_size: int | None
     out_features: int
     in_features: int
+    kind: str = ""
+    affine: bool = False
+    scale_dtype: str = "float32"
+    layout: str = "exec"
+
+    def __str__(self) -> str:
+        kind = f" {self.kind}" if self.kind else ""
+        group = "" if self.group_size is None else f" group {self.group_size}"
+        affine = " affine" if self.affine else ""
+        return f"{self.op} {self.bits} bit{kind}{group}{affine} {self.out_features}x{self.in_features}"
 
 
 @dataclass
@@ -45,6 +70,7 @@ class Tuned:
     Attributes:
         path: the file of tiles, which every later process reads.
         entries: number of entries written.
+        humming: of `Job` with humming beside ours: whether it will run such layers from now on.
         jobs: the shapes that were timed.
         skipped: parameter -> why it is not tuned.
         seconds: duration of the run.
@@ -55,6 +81,7 @@ class Tuned:
     jobs: list[Job] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    humming: dict[str, bool] = field(default_factory=dict)
 
 
 def tune_model(
@@ -66,6 +93,7 @@ def tune_model(
     repeats: int = 20,
     progress: bool = True,
     report: Callable[[str], object] | None = None,
+    humming: bool = False,
 ) -> Tuned:
     """Times tiles for each shape of the model's quantized layers (`requanto_kernels.tune`).
 
@@ -79,87 +107,112 @@ def tune_model(
         repeats: timed launches per tile.
         progress: show a progress bar.
         report: called with a line of text for each result; None: not called.
+        humming: also time humming's kernels (`requanto.linear.gpu.humming`) beside the tuned ones, weight-only layers only,
+            and keep the times, by which layers choose between the two.
 
     Raises:
-        RuntimeError: no GPU, or Triton does not work on it.
+        RuntimeError: no GPU, or Triton does not work on it; humming asked for and not available.
         ValueError: no weight of the model is quantized.
     """
-    jobs, skipped = jobs_of(model)
+    jobs, skipped = jobs_of(model, dtype)
     if not jobs and not skipped:
         raise ValueError(f"{_name(model)} holds no quantized matrix; quantize it first (requanto quantize MODEL OUT)")
     _require_gpu(torch.device(device))
+    if humming and not backend.available():
+        raise RuntimeError("humming is asked for and not available: pip install requanto[humming]; see the log")
     from requanto_kernels import tune
     from requanto_kernels.config import cache_path
 
     started = time.monotonic()
     found = Tuned(cache_path(), jobs=jobs, skipped=skipped)
-    rows = tuple(rows)
-    with tqdm(jobs, desc="tuning", unit="shape", disable=not progress) as bar:
-        for job in bar:
-            bar.set_postfix_str(f"{job.op} {job.bits} bit {job.out_features}x{job.in_features}")
+    rows, report = tuple(rows), report or (lambda line: None)
+    with tqdm(total=len(jobs) * len(rows), desc="tuning", unit="tile", disable=not progress) as bar:
+        for job in jobs:
+            bar.set_postfix_str(str(job))
             winners = tune(
                 [(job.out_features, job.in_features)],
                 op=job.op,
                 bits=job.bits,
                 group_size=job.group_size,
+                kind=job.kind,
+                affine=job.affine,
+                scale_dtype=getattr(torch, job.scale_dtype),
+                layout=job.layout,
                 rows=rows,
                 dtype=dtype,
                 device=device,
                 repeats=repeats,
-                report=report or (lambda line: None),
+                report=report,
+                done=bar.update,
             )
             found.entries += len(winners)
+            if humming and job.op == "wq_gemm":
+                faster = beside.compare(job, rows, dtype, torch.device(device), repeats, report)
+                if faster is not None:
+                    found.humming[str(job)] = faster
     found.seconds = time.monotonic() - started
     return found
 
 
-def jobs_of(model: nn.Module | str | Path) -> tuple[list[Job], dict[str, str]]:
-    """Returns (distinct shapes to time, {parameter: why it is not tuned})."""
+def export_tiles(path: str | Path) -> int:
+    """Writes all tuned tiles of this machine to a file; returns their number."""
+    from requanto_kernels.config import export_table
+
+    return export_table(path)
+
+
+def import_tiles(path: str | Path) -> int:
+    """Adds the tiles of a file that `export_tiles` wrote to those of this machine; returns their number."""
+    from requanto_kernels.config import import_table
+
+    return import_table(path)
+
+
+def jobs_of(model: nn.Module | str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[list[Job], dict[str, str]]:
+    """Returns (distinct shapes to time, {parameter: why it is not tuned}).
+
+    Args:
+        dtype: of the activations.
+    """
     jobs: set[Job] = set()
     skipped: dict[str, str] = {}
-    for name, problem in _problems(model):
-        job = _job(problem)
+    for name, spec in _specs(model, dtype):
+        job = _job(spec)
         if isinstance(job, Job):
             jobs.add(job)
         else:
             skipped[name] = job
-    return sorted(
-        jobs, key=lambda job: (job.op, job.bits, job.group_size or 0, job.out_features, job.in_features)
-    ), skipped
+    order = lambda job: (job.op, job.bits, job.group_size or 0, job.out_features, job.in_features, str(job))  # noqa: E731
+    return sorted(jobs, key=order), skipped
 
 
-def _problems(model: nn.Module | str | Path) -> Iterator[tuple[str, Problem]]:
-    """Yields (name, problem with one row) for every quantized matrix or stack of experts."""
+def _specs(model: nn.Module | str | Path, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (name, spec with the dtype of scales) for every quantized matrix or stack of experts."""
     if isinstance(model, nn.Module):
         for prefix, module in model.named_modules():
             own = getattr(module, "activation_qtype", None)
             for leaf, weight in module.named_parameters(recurse=False):
                 if isinstance(weight, QTensor) and weight.dim() in (2, 3) and not isinstance(module, nn.Embedding):
-                    name = f"{prefix}.{leaf}" if prefix else leaf
+                    spec = {**weight.spec(), "qtype": weight.qtype, "activation": own or weight.activation}
+                    stored = weight._storage.parts["scale"].dtype
                     yield (
-                        name,
-                        _problem({**weight.spec(), "qtype": weight.qtype, "activation": own or weight.activation}),
+                        f"{prefix}.{leaf}" if prefix else leaf,
+                        spec | {"scale_dtype": _scale_dtype(spec, stored, dtype)},
                     )
         return
     for name, text in _stored(model).items():
         spec = parse_spec(text, name)
         if len(spec["shape"]) in (2, 3):
-            yield name, _problem(spec)
+            # As `QTensor.quantize` stores them; a model is run in the dtype in which it is tuned.
+            stored = torch.float32 if spec["group_size"] in (None, spec["shape"][-1]) else dtype
+            yield name, spec | {"scale_dtype": _scale_dtype(spec, stored, dtype)}
 
 
-def _problem(spec: dict[str, Any]) -> Problem:
-    return Problem(
-        device="cuda",
-        qtype=spec["qtype"],
-        activation=spec["activation"],
-        dtype=torch.bfloat16,
-        rows=1,
-        out_features=spec["shape"][-2],
-        in_features=spec["shape"][-1],
-        group_size=spec["group_size"],
-        affine=spec["affine"],
-        transposed=spec["transposed"],
-    )
+def _scale_dtype(spec: dict[str, Any], stored: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """dtype of scales as kernels read them: those in few bits are expanded (`requanto.linear.gpu.layout.ExpandedScales`)."""
+    if spec["scale_bits"] is None and not spec["zeros"] and spec["qtype"].blocks is None:
+        return stored
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def _stored(model: str | Path) -> dict[str, str]:
@@ -172,31 +225,49 @@ def _stored(model: str | Path) -> dict[str, str]:
     return QuantoConfig.from_dict(stored).tensors if stored.get("quant_method") == "quanto" else {}
 
 
-def _job(problem: Problem) -> Job | str:
+def _job(spec: dict[str, Any]) -> Job | str:
     """Returns the job for the kernel that the registry selects on a GPU with matrix instructions, or why it is not tuned."""
-    kind, group = problem.qtype, problem.group_size
-    if problem.transposed:
+    kind, activation, shape = spec["qtype"], spec["activation"], spec["shape"]
+    rows, length = shape[-2:]
+    if spec["transposed"]:
         return "stored transposed: the kernel for transposed weights has fixed tiles"
-    if kind.is_codebook and kind.blocks is None:
-        return "codebooks use the tiles of integers of as many bits"
-    group = None if group == problem.in_features else group
-    if problem.activation is None:
-        return Job("wq_gemm", kind.bits, group, problem.out_features, problem.in_features)
-    return _job_8_bit(problem, kind, group)
+    group = None if spec["group_size"] == length else spec["group_size"]
+    if kind.is_codebook and kind.bits == 8:
+        return f"{kind.name} has no kernel"
+    layout = "exec" if math.prod(shape) >= SMALLEST else "plain"
+    job = Job(
+        "wq_gemm", kind.bits, group, rows, length, _kind(kind), spec["affine"], str(spec["scale_dtype"])[6:], layout
+    )
+    if activation is None or activation.blocks is not None:
+        return job
+    if kind.bits == 8 and not kind.is_unsigned and group is None and not job.affine:
+        if kind.is_floating_point == activation.is_floating_point:
+            return replace(job, op="scaled_mm", scale_dtype="float32", layout="exec")
+    elif _is_for_w4a8(kind, activation, group):
+        return replace(job, op="w4a8_gemm")
+    return job  # x is rounded, then multiplied as floats
 
 
-def _job_8_bit(problem: Problem, kind: qtype, group: int | None) -> Job | str:
-    assert problem.activation is not None
-    shape = problem.out_features, problem.in_features
-    if kind.is_floating_point or problem.activation.is_floating_point:
-        return "GEMMs of float8 codes use the shipped tiles"
-    if kind.is_codebook or (kind.bits == 8 and kind.is_unsigned):
-        return f"{kind.name} with int8 activations uses a float GEMM"
-    if kind.bits == 8 and group is None and not problem.affine:
-        return Job("scaled_mm", 8, None, *shape)
-    if group is not None and (group < 32 or group & (group - 1)):
-        return f"groups of {group} with int8 activations use a float GEMM"
-    return Job("w4a8_gemm", kind.bits, group, *shape)
+def _is_for_w4a8(kind: qtype, activation: qtype, group: int | None) -> bool:
+    """Whether int8 activations are multiplied as integers."""
+    if (
+        activation.is_floating_point
+        or kind.is_floating_point
+        or kind.is_codebook
+        or (kind.bits == 8 and kind.is_unsigned)
+    ):
+        return False
+    return group is None or (group >= 32 and not group & (group - 1))
+
+
+def _kind(kind: qtype) -> str:
+    """The type of codes as `requanto_kernels.tune` names it."""
+    if kind.is_floating_point:
+        return str(kind.dtype).removeprefix("torch.float8_")
+    if kind.is_codebook:
+        forms = ((exponent, mantissa) for bits, exponent, mantissa in MINIFLOATS if bits == kind.bits)
+        return next((f"e{e}m{m}" for e, m in forms if kind.values == minifloat(e, m)), "table")
+    return "u8" if kind.bits == 8 and kind.is_unsigned else ""
 
 
 def _require_gpu(device: torch.device) -> None:
