@@ -1,9 +1,8 @@
 # make quickstart   a quantized model end to end, in its own virtual environment (.venv)
 # make test         lint and every test that needs no GPU
-# make gpu-check    gpu-test, gpu-matmul and gpu-model, with the active Python: nothing is installed
-# make gpu-test     tests on a GPU                } each ends within ten minutes; benchmarks list what they left out, and
-# make gpu-matmul   kernels compared with peers   } write figures (JSON), a table and a plot to benchmarks/results
-# make gpu-model    whole models                  }
+# make gpu-check    on a CUDA machine: every kernel checked and timed, models, other libraries, in five minutes (docs/kernels.md);
+#                   with the active Python, nothing is installed: rows, a summary and a plot in benchmarks/results, or OUT
+# make gpu-test     the tests that need a GPU, with the active Python
 # make fuzz         damaged checkpoints, kills while saving, damaged kernel caches and forks: JSON summaries (docs/reliability.md)
 # make fuzz-loads, fuzz-kills, fuzz-cache   its parts
 # make lint, wheel, clean
@@ -11,12 +10,12 @@
 # Variables:
 #   PYTHON  the interpreter that creates .venv (at least 3.11)
 #   TORCH   what pip installs when .venv has no torch yet, e.g. make quickstart TORCH=torch for the newest
-#   PY      the interpreter of gpu-check and its parts
+#   PY      the interpreter of gpu-check and gpu-test
 #   WORKERS processes among which `make test` distributes the test files; 0: no additional process
 #   COUNT, KILLS, CACHES   of `make fuzz`: damaged loads, kills, damaged caches and as many forks
 #   SEED, MINUTES, JOBS    of `make fuzz`: the first seed, the longest time of each part, processes that load
-#   OUT     of `make fuzz`: folder for the summaries, fuzz.json, kills.json and fuzz_cache.json
-#   ARGS    further arguments: for pytest in `make test` and `gpu-test`, for the program in `make quickstart`, `gpu-matmul` ...
+#   OUT     of `make fuzz`: folder for the summaries, fuzz.json, kills.json and fuzz_cache.json; of gpu-check: for all it writes
+#   ARGS    further arguments: for pytest in `make test` and `gpu-test`, for the program in `make quickstart`, `gpu-check` ...
 
 PYTHON ?= python3
 PY ?= python3
@@ -36,7 +35,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: help quickstart test fuzz fuzz-loads fuzz-kills fuzz-cache lint gpu-check gpu-test gpu-matmul gpu-model wheel clean
+.PHONY: help quickstart test fuzz fuzz-loads fuzz-kills fuzz-cache lint gpu-check gpu-test wheel clean
 
 help:
 	@sed -n '/^PYTHON/q; s/^# \{0,1\}//p' Makefile
@@ -70,21 +69,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# All three run, even if one fails.
 gpu-check:
-	@failed=; for part in gpu-test gpu-matmul gpu-model; do $(MAKE) $$part || failed="$$failed $$part"; done; \
-		test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	PYTHONPATH=src:kernels:benchmarks $(PY) -m gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # Most of the time is spent compiling kernels: with pytest-xdist it is distributed among processes.
 gpu-test:
 	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels/test_gpu.py tests/linear/test_triton_gpu.py \
 		$$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) $(ARGS)
-
-gpu-matmul:
-	PYTHONPATH=src:kernels $(PY) benchmarks/matmul.py $(ARGS)
-
-gpu-model:
-	PYTHONPATH=src:kernels $(PY) benchmarks/model.py $(ARGS)
 
 # build/ is removed first: setuptools packs what an earlier build left there, also files that were deleted from the checkout.
 wheel: $(VENV)/.torch

@@ -25,7 +25,7 @@ def nothing_compiled(monkeypatch):
 
 try:
     from hypothesis import settings
-except ImportError:  # `make gpu-check` installs nothing, and its tests do without
+except ImportError:  # `make gpu-test` installs nothing, and its tests do without
     pass
 else:
     # Shared machines stall: a slow example is no failure. The same examples on every run.

@@ -1,4 +1,4 @@
-"""Quantized layers on a real GPU: eager, compiled, captured, trained, saved. Run by `make gpu-check`."""
+"""Quantized layers on a real GPU: eager, compiled, captured, trained, saved. Run by `make gpu-test`."""
 
 import copy
 

@@ -1,0 +1,404 @@
+"""`make gpu-check` without a GPU: a dry run of every path; what a crash, a hang, a wrong kernel or no time left costs."""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_driver import fake_gpu_layers
+
+import requanto_kernels
+from requanto.linear import prepack
+
+pytest.importorskip("triton")
+pytest.importorskip("transformers")
+ROOT = Path(__file__).resolve().parents[1]
+FEW = {"n": 4096, "k": 14336}
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """Imports a module of the check by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return lambda name: importlib.import_module(f"gpu_check.{name}")
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- a dry run
+
+
+@pytest.mark.slow
+def test_a_dry_run_is_right_everywhere(tmp_path, part):
+    paths = [ROOT / "src", ROOT / "kernels", ROOT / "benchmarks", os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-m", "gpu_check", "--dry", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = read(tmp_path / "gpu_check.jsonl")
+    cases = part("cases")
+    absent = [row for row in rows if row["stage"] == "peers" and row.get("fault", "").startswith("not compared")]
+    faults = [(row["case"], row["fault"]) for row in rows if row.get("fault") and row not in absent]
+    assert faults == []
+    assert {row["family"] for row in rows} >= {case.family for case in cases.every_case()} - {"tune"}
+    assert all(row["error"] < 0.01 for row in rows if row["stage"] in ("goals", "questions") and "error" in row)
+    implementations = {row["kind"]: row["implementation"] for row in rows if "implementation" in row}
+    assert all(name.startswith("triton") for name in implementations.values()), implementations
+    assert set(implementations) == set(cases.KINDS)
+    assert "Faults" in done.stdout.splitlines()[-3]
+    assert (tmp_path / "summary.md").read_text() in done.stdout
+    assert (tmp_path / "summary.png").exists() or "no plot: matplotlib" in done.stdout
+
+
+def test_every_product_launches_on_a_device_of_the_goals(part, monkeypatch):
+    """As the processes do that compile: the tiles of sm_90, every variant of the questions, no number computed."""
+    cases, measure, place = part("cases"), part("measure"), part("weights").Place
+    asked: dict[str, set] = {}
+    monkeypatch.setattr(prepack, "layout_for", part("child").gpu_layout_for)
+    with fake_gpu_layers() as gpu:
+        measurer = measure.Measurer(place("cpu", torch.bfloat16, compiling=True))
+        for case in sorted(cases.every_case(), key=lambda case: case.kind):
+            if case.do != "product":
+                continue
+            before = len(gpu.launches)
+            row = case.row() | {"n": 128, "k": 512, "m": case.m}
+            assert measurer.product(row)["seconds"] > 0
+            assert len(gpu.launches) > before or case.op == "vendor codes, fast sums", case.key
+            asked.setdefault(case.op, set()).update(case.config)
+    kernels = set(gpu.names())
+    assert kernels >= {"wq_gemm_kernel", "wq_dequant_kernel", "quant_rows_kernel", "w4a8_gemm_kernel"}
+    assert kernels >= {"scaled_mm_kernel", "scaled_mm_persistent_kernel", "rescale_kernel"}
+    # A new field of the tiles is a new question.
+    varied = asked["wq_gemm"] | asked["codes"]
+    assert {one.name for one in fields(requanto_kernels.Config)} <= varied
+
+
+def test_cases_are_told_apart_and_the_goals_come_first(part):
+    cases = part("cases").every_case()
+    assert len({case.key for case in cases}) == len(cases) < 700
+    stages = list(dict.fromkeys(case.stage for case in cases))
+    assert stages[:4] == ["ceilings", "goals", "questions", "models"]
+    assert stages[-1] == "tune"
+    assert list(part("cases").STAGES) == stages
+    again = part("cases").Case(**{k: v for k, v in json.loads(json.dumps(cases[30].row())).items() if k != "case"})
+    assert again.key == cases[30].key
+
+
+# ---------------------------------------------------------------------- children that fail
+
+#: Stands for `gpu_check.child`: does what the case's op says.
+STANDIN = """
+import json, os, signal, sys, time
+setup = json.loads(sys.stdin.readline())
+print(json.dumps({"ready": True}), flush=True)
+for line in sys.stdin:
+    case = json.loads(line)
+    print("working on", case["op"], file=sys.stderr, flush=True)
+    if case["op"] == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif case["op"] == "hang":
+        time.sleep(60)
+    elif case["op"] == "exit":
+        sys.exit("illegal memory access")
+    elif case["op"] == "broken":
+        print(json.dumps({"fault": "illegal", "broken": True, "s": 0}), flush=True)
+        time.sleep(60)
+    else:
+        print(json.dumps({"us": 1.0, "pid": os.getpid(), "compiling": setup["compiling"], "s": 0}), flush=True)
+"""
+
+
+@pytest.fixture
+def standin(tmp_path, part):
+    """run(ops, ...): runs cases of these names in stand-ins of children; returns the rows, and how many were started."""
+
+    def run(ops, budget=60.0, compile_with=0, stage="goals", **more):
+        count = []
+
+        def start(setup):
+            count.append(setup)
+            return part("serve").Child(setup, dict(os.environ), sys.stderr, (sys.executable, "-c", STANDIN))
+
+        case, words = part("cases").Case, [op.split() for op in ops]
+        cases = [case(stage, family, "product", op, "", 8, 8, 1 + i, {}, 1.0) for i, (op, family) in enumerate(words)]
+        file = tmp_path / "rows.jsonl"
+        runner = part("parent").Run(file, budget, start, show=lambda line: None, **more)
+        if compile_with:
+            runner.compile(cases, compile_with)
+        runner.measure(cases)
+        return read(file) if file.exists() else [], count, runner
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("crash", "SIGSEGV); last line of stderr: working on crash"),
+        ("exit", "exit code 1); last line of stderr: illegal memory access"),
+        ("hang", "took longer than 1 s"),
+        ("broken", "illegal"),
+    ],
+)
+def test_a_fault_costs_its_own_row(standin, how, said):
+    rows, started, _ = standin(["ok a", f"{how} a", "ok a", "ok b"])
+    assert [bool(row.get("fault")) for row in rows] == [False, True, False, False]
+    assert said in rows[1]["fault"]
+    assert len({row["pid"] for row in rows if "pid" in row}) == 3  # before, after, and the other family
+    assert len(started) == 3
+
+
+def test_a_family_that_always_dies_ends(standin):
+    rows, started, _ = standin(["crash a"] * 5 + ["ok b"])
+    assert [row["fault"][:7] for row in rows if "fault" in row] == ["the pro"] * 3 + ["not run"] * 2
+    assert "us" in rows[-1]
+    assert len(started) == 4
+
+
+def test_no_time_left(standin):
+    rows, started, run = standin(["ok a", "ok b"], budget=0.0)
+    assert rows == started == []
+    assert run.left_out == {"goals": 2}
+
+
+def test_stages_share_the_time(tmp_path, part):
+    run = part("parent").Run(tmp_path / "rows.jsonl", 100.0, start=None)
+    all_of_it = run.shares({"ceilings", "goals", "questions", "models", "peers", "tune"})
+    assert all_of_it["ceilings"] == all_of_it["tune"] == pytest.approx(100)
+    assert all_of_it["goals"] == pytest.approx(31, abs=0.1)
+    assert run.shares({"goals", "peers"}) == {"goals": pytest.approx(60, abs=0.1), "peers": pytest.approx(100)}
+
+
+def test_compiling_in_many_processes(standin):
+    rows, _, _ = standin(["ok a", "crash b", "ok c", "ok d"], compile_with=2)
+    compiled = [row for row in rows if row["stage"] == "compile"]
+    assert len(compiled) == 4
+    assert sum("fault" in row for row in compiled) == 1
+    assert all(row["compiling"] for row in compiled if "us" in row)
+    (total,) = [row for row in rows if row["stage"] == "compiled"]
+    assert (total["op"], total["left"], total["processes"]) == ("4 cases", 0, 2)
+    assert sum("us" in row for row in rows if row["stage"] == "goals") == 3
+
+
+def test_rows_that_are_right_are_not_made_again(tmp_path, part, capsys):
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"case": "a", "stage": "goals"},
+        {"case": "b", "stage": "goals", "fault": "x"},
+        {"case": "c", "stage": "compile"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"case": "d", "sta')
+    assert part("rows").done(file) == {"a"}
+    assert "line 4 is not JSON" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- wrong kernels
+
+
+def checked(part, call):
+    expected = torch.ones(2, 3, dtype=torch.float64)
+    weights = SimpleNamespace(expected=lambda x: expected)
+    product = SimpleNamespace(call=call, check=None, expected=None, prepare=lambda x: x)
+    return part("measure").check(weights, product, [torch.ones(2, 3)], 1e-2)
+
+
+def test_a_wrong_kernel_is_a_fault(part):
+    moving = iter([1.0, 1.001])
+    assert "fault" not in checked(part, lambda x, i: torch.ones(2, 3))
+    assert "wrong" in checked(part, lambda x, i: torch.ones(2, 3) * 1.02)["fault"]
+    assert "error inf" in checked(part, lambda x, i: torch.full((2, 3), float("nan")))["fault"]
+    assert "error inf" in checked(part, lambda x, i: torch.ones(3, 2))["fault"]
+    assert "different bits" in checked(part, lambda x, i: torch.full((2, 3), next(moving)))["fault"]
+
+    def leaves_one_out(x, i):
+        out = torch.empty(2, 3)
+        out[:, :2] = 1
+        return out
+
+    assert "error inf" in checked(part, leaves_one_out)["fault"]  # new memory is poisoned
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_wrong_kernel_meets_no_goal(part):
+    goals = part("goals")
+    row = {"stage": "goals", "op": "layer", "kind": "int4 g128", "m": 1, **FEW, "us": 5.0, "bf16_us": 20.0}
+    assert goals.verdict(row, 4.0) == "MOON"
+    assert goals.verdict(row, 2.7) == "goal"
+    assert goals.verdict(row, 2.5) == "below"
+    assert goals.verdict(row | {"fault": "wrong: error 0.5"}, 4.0) == "FAULT"
+    assert goals.verdict(row | {"dry": True}, 4.0) == ""
+    report = part("report")
+    assert report.ratio_of(row | {"fault": "wrong"}) is None
+
+
+# ---------------------------------------------------------------------- timing and steps on a device
+
+
+class FakeGraph:
+    """Records what is called during a capture, and calls it again when it is replayed."""
+
+    current = None
+
+    def __init__(self):
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+
+
+def test_graphs_are_timed(part, monkeypatch):
+    timing = part("timing")
+    events, graphs = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.when = None
+
+        def record(self):
+            self.when = time.perf_counter()
+            events.append(self)
+
+        def synchronize(self):
+            assert self.when is not None
+
+        def elapsed_time(self, other):
+            return 0.1  # ms
+
+    class Nothing:
+        def __init__(self, *args):
+            graphs.extend(arg for arg in args if isinstance(arg, FakeGraph))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return False
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "stream": Nothing, "synchronize": lambda: None,
+        "CUDAGraph": FakeGraph, "graph": Nothing, "Event": Event,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls = []
+    found = timing.time_calls([lambda i=i: calls.append(i) or i for i in range(3)], "cuda")
+    # 100 us a replay: the second graph holds every call five times, twice 100 replays at most.
+    assert found.us == pytest.approx(100 / 15)
+    assert (found.spread, found.first, found.how) == (0, 0, "graph")
+    assert calls.count(0) == 1 + 1 + 1 + 5
+    assert len(graphs) == 2
+    assert graphs[1].replays == 1 + 1 + 2 * 100
+
+    def cannot_be_captured():
+        if graphs and graphs[-1].replays == 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return "y"
+
+    graphs.append(FakeGraph())
+    with pytest.raises(RuntimeError, match="capturing"):
+        timing.time_calls([cannot_be_captured], "cuda")
+    timed = iter([RuntimeError("operation not permitted"), *["y"] * 1000])
+
+    def at_first():
+        value = next(timed)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    found = timing.time_calls([at_first], "cuda", may_fail=True)
+    assert (found.how, found.first) == ("events", "y")
+    assert "not permitted" in found.row()["not_captured"]
+
+
+@pytest.mark.parametrize("family", ["llama-8b", "flux"])
+def test_a_step_reads_nothing_from_the_device(family, part, monkeypatch):
+    # On the meta device there is nothing to read: what asks for a number raises, as it would break a capture.
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *tensors: True)  # as it answers during a capture
+    models, place = part("models"), part("weights").Place("meta", torch.bfloat16)
+    monkeypatch.setattr(models, "synchronize", lambda device: None)
+    monkeypatch.setattr(models, "PROMPT", 8)
+    with torch.inference_mode():
+        model = models.Model(family, "bf16", place)
+        for name in ("step",) if family == "flux" else ("decode", "prefill"):
+            step, restart = model.step(name, "graph")
+            restart()
+            assert step().is_meta
+            assert step().is_meta
+
+
+def test_tuning_is_asked_for_as_it_wants(part, monkeypatch):
+    from requanto.cli import tune
+
+    wanted, asked = inspect.signature(tune.tune_model), []
+
+    def tune_model(*args, **keywords):
+        asked.append(tune.jobs_of(wanted.bind(*args, **keywords).arguments["model"]))
+        return tune.Tuned(Path(), entries=4)
+
+    monkeypatch.setattr(tune, "tune_model", tune_model)
+    runner = object.__new__(part("child").Runner)
+    runner.torch, runner.measurer = torch, part("measure").Measurer(part("weights").Place("cpu", torch.bfloat16))
+    for case in part("cases").tuning():
+        assert runner.tune(case.row() | {"n": 128, "k": 256})["entries"] == 4
+    assert all(len(jobs) + len(skipped) == 1 for jobs, skipped in asked)
+    assert {job.op for jobs, _ in asked for job in jobs} >= {"wq_gemm", "w4a8_gemm", "scaled_mm"}
+
+
+# ---------------------------------------------------------------------- the summary
+
+
+def made_up(part):
+    """Rows as a device would give them: every fourth kind fails, one model is missing."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    cases = part("cases")
+    for number, case in enumerate(cases.every_case()):
+        row = case.row() | {"t": number, "s": 0.1}
+        speed = 0.8 + 2 * torch.rand((), generator=generator).item()
+        bf16 = max(case.n * case.k * 2 / 4.3e6, 2 * case.m * case.n * case.k / 7.9e8)
+        if case.do == "ceiling":
+            row |= {"rate": 4.3e12 if case.op == "copy" else 7.9e14, "us": 1.0}
+        elif case.do == "device":
+            row |= {"gpu": "made up", "torch": "2.11.0"}
+        elif number % 37 == 5:
+            row |= {"error": 0.5, "fault": "wrong: error 0.5, at most 0.01 is right"}
+        elif case.do == "model":
+            row |= {"us": 1e4 / speed, "all_us": 4e4 / speed}
+        elif case.do == "tune":
+            row |= {"entries": 4}
+        else:
+            work = {"bytes": case.n * case.k / 2, "flops": 2 * case.m * case.n * case.k}
+            row |= {"us": max(1.0, bf16 / speed), "bf16_us": bf16, "spread": 0.01, "error": 0.002} | work
+        rows.append(row)
+    return rows
+
+
+def test_the_summary_is_remade_from_the_file(tmp_path, part):
+    file = tmp_path / "gpu_check.jsonl"
+    rows = made_up(part)
+    stale = rows[10] | {"fault": "an older row of the same case"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in [stale, *rows]))
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, "-m", "gpu_check", "--summarize", str(file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "summary.md").read_text()
+    assert text in done.stdout
+    assert len(text) < 24_000
+    assert "older row" not in text
+    for words in ("4.30 TB/s", "MOON", "below", "FAULT", "int4 g64 affine", "dequantize", "llama-8b", "Goals: FAULT"):
+        assert words in text, words
+    assert text.index("## Best tile") < text.index("## Goals")  # the end of the output is what a remote call returns
+    shares = part("report").share_of({"us": 2.0, "bytes": 4.3e6, "flops": 1.0}, {"copy": 4.3e12, "bf16": 7.9e14})
+    assert shares == (pytest.approx(0.5), "mem")
