@@ -45,6 +45,8 @@ def check_devices(**tensors: torch.Tensor | None) -> torch.device:
     present = {name: t for name, t in tensors.items() if t is not None}
     first, anchor = next(iter(present.items()))
     for name, tensor in present.items():
+        if tensor.layout is not torch.strided:
+            fail(f"{name}.layout", tensor.layout, "torch.strided")
         if tensor.device != anchor.device:
             fail(f"{name}.device", tensor.device, f"{anchor.device}, the device of {first}")
     if anchor.device.type not in ("cuda", "xpu") and not (anchor.device.type == "cpu" and is_interpreted()):
@@ -97,8 +99,8 @@ def exec_block(bits: int) -> int:
 
 
 def check_bits(bits: int) -> None:
-    if bits not in range(1, 9):
-        fail("bits", bits, "1 to 8")
+    if not isinstance(bits, int) or not 1 <= bits <= 8:
+        fail("bits", repr(bits), "a whole number, 1 to 8")
 
 
 def _kind_of(qdata: torch.Tensor, bits: int, affine: bool, codebook: torch.Tensor | None, small_float: str) -> str:
@@ -111,7 +113,7 @@ def _kind_of(qdata: torch.Tensor, bits: int, affine: bool, codebook: torch.Tenso
         check_shape("codebook", codebook, (2**bits,))
         return "table"
     if small_float:
-        form = re.fullmatch(r"e([1-9])m([0-9])", small_float)
+        form = re.fullmatch(r"e([1-9])m([0-9])", str(small_float))
         exponent, mantissa = map(int, form.groups()) if form else (0, 0)
         if affine or not form or exponent > MOST_EXPONENT_BITS or 1 + exponent + mantissa != bits or bits > 7:
             expected = f"'' or, without a shift, 'eXmY' of 1 + X + Y = {bits} bits, X at most {MOST_EXPONENT_BITS}"
@@ -144,8 +146,8 @@ def check_weight(
     check_bits(bits)
     if layout not in LAYOUTS:
         fail("layout", repr(layout), "'plain' or 'exec'")
-    if k <= 0:
-        fail("K", k, "a positive number")
+    if not isinstance(k, int) or k <= 0:
+        fail("K", repr(k), "a positive whole number")
     dims = 3 if experts else 2
     for name, tensor in (("qdata", qdata), ("scale", scale), ("shift", shift)):
         if tensor is not None and tensor.dim() != dims:
@@ -160,8 +162,8 @@ def check_weight(
         if k % scale.shape[-1]:
             fail("group_size", None, f"a number, since {scale.shape[-1]} groups do not divide K={k}")
         group = k // scale.shape[-1]
-    if group <= 0:
-        fail("group_size", group, "a positive number")
+    if not isinstance(group, int) or group <= 0:
+        fail("group_size", repr(group), "a positive whole number")
     check_shape("scale", scale, (*lead, -(-k // group)))
     if shift is not None:
         check_dtype("shift", shift, FLOATS)
