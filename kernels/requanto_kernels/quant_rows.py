@@ -63,8 +63,8 @@ def _load_row(x_ptr, c_ptr, k0, cols, K, stride_xk, COLUMN: tl.constexpr):
     inside = k0 + cols < K
     x = tl.load(x_ptr + (k0 + cols).to(tl.int64) * stride_xk, mask=inside, other=0)
     if COLUMN:
-        column = tl.load(c_ptr + k0 + cols, mask=inside, other=0).to(tl.float32)
-        # Rounded as x * column is by torch, so that a compiled graph, which multiplies first, has the same codes.
+        # Rounded as torch rounds x * column.to(x.dtype): a compiled graph, which multiplies first, has the same codes.
+        column = tl.load(c_ptr + k0 + cols, mask=inside, other=0).to(x.dtype).to(tl.float32)
         return (x.to(tl.float32) * column).to(x.dtype).to(tl.float32)
     else:
         return x.to(tl.float32)

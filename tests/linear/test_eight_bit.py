@@ -1,15 +1,24 @@
 """The vendor's GEMMs of 8-bit codes: when they are chosen, and that torch takes the call. No GPU is asked."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from requanto.dtypes.qtypes import qfloat8_e4m3fn, qfloat8_e4m3fnuz, qfloat8_e5m2, qint8, quint8
+from requanto.linear import linear
 from requanto.linear.gpu import conditions, eight_bit
 from requanto.linear.gpu import eight_bit_conditions as rules
 from requanto.linear.registry import Problem, choose
+from requanto.tensor.qtensor import QTensor
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from fake_driver import fake_gpu_layers, watch
 
 ROWS = 8192
 INT8 = Problem(
@@ -125,3 +134,69 @@ def test_unaligned_codes_are_named_once(caplog):
     assert [eight_bit._is_aligned(one) for one in (codes[0], codes[1], codes[1])] == [True, False, False]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     eight_bit._log_unaligned.cache_clear()
+
+
+# ---------------------------------------------------------------------- launches, on a GPU that only the driver pretends
+
+
+def layer(kind, activation, n=256, k=512, **how):
+    weight = QTensor.quantize(torch.randn(n, k, dtype=torch.bfloat16), kind, **how)
+    weight = QTensor._over(weight._spec.replace(activation=activation), weight._storage)
+    return torch.nn.Parameter(weight, requires_grad=False)
+
+
+def counted(gpu, weight, rows=16, **how):
+    """What a call does once its plan is cached."""
+    x = torch.randn(2, rows // 2, 512, dtype=torch.bfloat16)
+    bias = torch.randn(256, dtype=torch.bfloat16)
+    call = lambda: linear(x, weight, bias, **how)  # noqa: E731
+    with torch.no_grad():
+        for _ in range(3):
+            out = call()
+        assert (out.shape, out.dtype) == ((2, rows // 2, 256), torch.bfloat16)
+        return watch(gpu, call)
+
+
+PAIRS = {
+    "int8": ("int8", qint8, {}, "scaled_mm_kernel"),
+    "float8": ("float8_e4m3fn", qfloat8_e4m3fn, {}, "scaled_mm_kernel"),
+    "int4": ("int4", qint8, {"group_size": 64}, "w4a8_gemm_kernel"),
+    "int8 in groups": ("int8", qint8, {"group_size": 64}, "w4a8_gemm_kernel"),
+    "scales in 6 bits": ("int4", qint8, {"group_size": 32, "scale_bits": 6}, "w4a8_gemm_kernel"),
+    "rounded": ("int8", qfloat8_e4m3fn, {}, "wq_gemm_kernel"),
+    "nf4": ("nf4", qint8, {"group_size": 64}, "wq_gemm_kernel"),
+}
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_call_is_two_launches(name, column):
+    kind, activation, how, gemm = PAIRS[name]
+    if column:
+        how = how | {"column_scale": torch.rand(512) + 0.5}
+    with fake_gpu_layers() as gpu:
+        weight = layer(kind, activation, **how)
+        found = counted(gpu, weight)
+        assert found.launches[:2] == ["quant_rows_kernel", gemm]
+        assert len(found.launches) == 2 or gemm == "wq_gemm_kernel"  # which may sum parts in a launch of its own
+        assert set(found.operators) <= {"empty", "view"}
+        assert found.reads == []
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_static_scale_is_two_launches(name):
+    kind, activation, how, gemm = PAIRS[name]
+    with fake_gpu_layers() as gpu:
+        found = counted(gpu, layer(kind, activation, **how), input_scale=torch.tensor(0.02))
+        assert found.launches[:2] == ["quant_rows_kernel", gemm]
+        assert found.reads == []
+        assert not {"mul", "div", "clamp", "round", "copy_", "to"} & set(found.operators)
+
+
+def test_one_program_for_all_row_counts():
+    with fake_gpu_layers() as gpu:
+        weight = layer("int8", qint8, n=4096)
+        for rows in range(144, 1040, 16):
+            linear(torch.randn(rows, 512, dtype=torch.bfloat16), weight)
+        assert gpu.compiled.count("scaled_mm_persistent_kernel") <= 3  # one for each tile
+        assert "scaled_mm_kernel" not in gpu.compiled

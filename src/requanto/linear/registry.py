@@ -76,6 +76,7 @@ class Implementation:
             row of each expert in ``offsets``; None if experts are not supported.
         make_plan: ``make_plan(weight, rows, dtype) -> gemm`` prepares a GEMM for one shape of x (`find_plan`), or returns
             None; None if there is nothing to prepare.
+        takes_column: whether the GEMMs of ``make_plan`` multiply x by the weight's column scale themselves.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Implementation:
     reason: str
     run_grouped: Callable[..., torch.Tensor] | None = None
     make_plan: MakePlan | None = None
+    takes_column: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,9 +206,9 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
         return
     matrix = weight.as_matrix()
     found = choose(problem_of(matrix, x.dtype, x.numel() // x.shape[-1], spec.activation)).implementation
-    gemm = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if found.make_plan is not None else None
-    gemm = gemm or _plan_without_preparation(found, spec.activation)
-    if "column" in storage.parts:
+    planned = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if found.make_plan is not None else None
+    gemm = planned or _plan_without_preparation(found, spec.activation)
+    if "column" in storage.parts and not (planned is not None and found.takes_column):
         gemm = _with_columns(gemm, column_for(weight, x.dtype), storage.parts["column"])
     if "order" in storage.parts:
         gemm = _with_order(gemm, storage.parts["order"])

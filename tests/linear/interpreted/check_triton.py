@@ -156,6 +156,24 @@ def test_the_vendors_int8_gemm_agrees_bit_for_bit(static):
     assert torch.equal(got, linear(x, q, bias, activation=qint8, input_scale=scale))
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+def test_a_plan_multiplies_columns_as_a_first_call_does(kind):
+    for dtype in (HALF, FULL):
+        q = QTensor.quantize(torch.randn(40, 256).to(dtype), kind, column_scale=torch.rand(256) + 0.5)
+        q = torch.nn.Parameter(QTensor._over(q._spec.replace(activation=qint8), q._storage), requires_grad=False)
+        x, bias = torch.randn(2, 3, 256).to(dtype), torch.randn(40).to(dtype)
+        with torch.no_grad():
+            first, *others = [linear(x, q, bias) for _ in range(4)]
+        assert len(q._storage.plans) == 1
+        assert all(torch.equal(first, other) for other in others)
+        assert first.shape == (2, 3, 40)
+        want = quantized_rows((x * q.column.to(dtype)).view(6, 256), 127, torch.round)
+        codes = (
+            QTensor._over(q._spec.replace(activation=None), q._storage).dequantize(torch.float64) / q.column.double()
+        )
+        assert error(first.view(6, 40), want @ codes.T + bias.double()) <= 5e-3
+
+
 def test_scales_for_the_vendors_float8_gemm_are_cached_and_follow_the_weight():
     w = weight(48, 64, 8, fp8=FP8[0], scale_dtype=HALF)
     q = tensor(w)

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import eight_bit_conditions as rules
 from requanto.linear.gpu import paths  # noqa: F401  (registered first: these are inserted before them)
-from requanto.linear.gpu.layout import capturing, codes_of
-from requanto.linear.registry import Implementation, choose, problem_of, register
+from requanto.linear.gpu.layout import KernelParts, capturing, codes_of, kernel_parts
+from requanto.linear.gpu.plans import recorded
+from requanto.linear.registry import Gemm, Implementation, MakePlan, choose, problem_of, register
 from requanto.runtime.tracing import outside_tracing
 from requanto.tensor.qtensor import QTensor
 
@@ -109,10 +111,15 @@ def run_scaled_mm(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GEMM of 8-bit codes."""
+    return _scaled(*quantized(x, activation, input_scale), kernel_parts(weight, x.dtype), bias, x.dtype)
+
+
+def _scaled(
+    codes: torch.Tensor, steps: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     from requanto_kernels import scaled_mm
 
-    codes, steps = quantized(x, activation, input_scale)
-    return scaled_mm(codes, codes_of(weight)[0], steps, weight.scale, bias, out_dtype=x.dtype)
+    return scaled_mm(codes, parts.codes, steps, parts.scale, bias, out_dtype=dtype)
 
 
 def run_w4a8(
@@ -123,22 +130,29 @@ def run_w4a8(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """GEMM of int8 activations and integer codes, with integer sums within each group."""
+    return _w4a8(*quantized(x, activation, input_scale), kernel_parts(weight, x.dtype), bias, x.dtype)
+
+
+def _w4a8(
+    codes: torch.Tensor, steps: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     from requanto_kernels import w4a8_gemm
 
-    codes, layout = codes_of(weight)
-    x_codes, steps = quantized(x, activation, input_scale)
-    return w4a8_gemm(
-        x_codes,
-        steps,
-        codes,
-        weight.scale,
-        weight.shift,
-        bias,
-        bits=weight.qtype.bits,
-        group_size=weight.group_size,
-        layout=layout,
-        out_dtype=x.dtype,
-    )
+    return w4a8_gemm(codes, steps, parts.codes, parts.scale, parts.shift, bias, out_dtype=dtype, **parts.how)
+
+
+def _plan_of(gemm: Callable[..., torch.Tensor]) -> MakePlan:
+    """Plans of two launches for one shape of x: one quantizes it, ``x * column`` if there is a column scale."""
+
+    def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+        kind = weight.activation
+
+        def run(x: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None) -> torch.Tensor:
+            return gemm(*quantized(x, kind, column=parts.column), parts, bias, dtype)
+
+        return recorded(run, dtype)
+
+    return make_plan
 
 
 def run_rounded(
@@ -156,14 +170,33 @@ def run_rounded(
     return choose(problem_of(weight, x.dtype, x.shape[0])).implementation.run(x, weight, bias)
 
 
+def make_plan_rounded(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """Plan of `run_rounded`: one launch more than that of the weight-only implementation."""
+    from requanto_kernels import round_rows
+
+    found, kind = choose(problem_of(weight, dtype, rows)).implementation, weight.activation
+    inner = found.make_plan(weight, rows, dtype) if found.make_plan is not None else None
+    if inner is None or kind is None:
+        return None
+    rounded = recorded(lambda x, parts, bias: round_rows(x, kind.dtype, column=parts.column), dtype)
+
+    def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return inner(rounded(x, weight, None), weight, bias)
+
+    return gemm
+
+
 def quantized(
-    x: torch.Tensor, kind: qtype | None, input_scale: torch.Tensor | None = None
+    x: torch.Tensor,
+    kind: qtype | None,
+    input_scale: torch.Tensor | None = None,
+    column: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes x ``[rows, K]``: its codes, and float32 scales ``[rows]``, all of them the static one if there is one."""
+    """Quantizes x ``[..., K]``: its codes, and float32 scales ``[...]``, all of them the static one if there is one."""
     from requanto_kernels import quant_rows
 
     assert kind is not None
-    return quant_rows(x, kind.dtype, static_scale=input_scale)
+    return quant_rows(x, kind.dtype, static_scale=input_scale, column=column)
 
 
 for _implementation in (
@@ -184,18 +217,24 @@ for _implementation in (
         run=run_scaled_mm,
         supports=rules.both_8_bit,
         reason="activations quantized in one launch, one GEMM of 8-bit codes",
+        make_plan=_plan_of(_scaled),
+        takes_column=True,
     ),
     Implementation(
         name="triton-w4a8",
         run=run_w4a8,
         supports=rules.int8_activations,
         reason="int8 activations times integer codes, exact sums within each group",
+        make_plan=_plan_of(_w4a8),
+        takes_column=True,
     ),
     Implementation(
         name="triton-rounded",
         run=run_rounded,
         supports=rules.rounded_activations,
         reason="no GEMM of these two types of codes here: activations are rounded to their codes, then weight-only",
+        make_plan=make_plan_rounded,
+        takes_column=True,
     ),
 ):
     register(_implementation, before="triton-dequantize")

@@ -93,6 +93,7 @@ class KernelParts(NamedTuple):
         scale, shift: float ``[*lead, G]``, or None without a shift.
         how: the other arguments: ``bits``, ``group_size``, ``layout``, and ``small_float`` or ``codebook``.
         expanded: where scale and shift come from if they are stored in few bits; None if they are the stored ones.
+        column: the column scale as it is stored, which only kernels that quantize x multiply by themselves; or None.
     """
 
     codes: torch.Tensor
@@ -101,11 +102,12 @@ class KernelParts(NamedTuple):
     shift: torch.Tensor | None
     how: dict[str, Any]
     expanded: ExpandedScales | None = None
+    column: torch.Tensor | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All tensors that a kernel reads."""
-        found = (self.codes, self.scale, self.shift, self.how.get("codebook"))
+        found = (self.codes, self.scale, self.shift, self.how.get("codebook"), self.column)
         return [tensor for tensor in found if tensor is not None]
 
 
@@ -117,10 +119,11 @@ def kernel_parts(weight: QTensor, dtype: torch.dtype) -> KernelParts:
     """
     codes, how = described(weight)
     parts = weight._storage.parts
+    column = parts.get("column")
     if not _expands(weight._spec):
-        return KernelParts(codes, how["layout"], parts["scale"], parts.get("shift"), how)
+        return KernelParts(codes, how["layout"], parts["scale"], parts.get("shift"), how, None, column)
     found = ExpandedScales.of(weight, dtype)
-    return KernelParts(codes, how["layout"], found.scale, found.shift, how, found)
+    return KernelParts(codes, how["layout"], found.scale, found.shift, how, found, column)
 
 
 def described(weight: QTensor) -> tuple[torch.Tensor, dict[str, Any]]:
