@@ -133,6 +133,11 @@ def problems_of(program: Program, row: dict, plain: bool) -> list[str]:
         found.append(f"only {row['instructions']} instructions")
     if row["shared"] > SHARED_LIMIT[program.arch]:
         found.append(f"shared memory {row['shared']} over {SHARED_LIMIT[program.arch]}")
-    if matrix and not plain and (narrow := re.search(r"ldg\.u16:(\d+)", row["in_loop"])):
+    if (
+        matrix
+        and not plain
+        and program.arch.startswith("sm_")
+        and (narrow := re.search(r"ldg\.u16:(\d+)", row["in_loop"]))
+    ):
         found.append(f"{narrow[1]} loads of 16 bits in the main loop")
     return found

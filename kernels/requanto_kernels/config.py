@@ -252,15 +252,18 @@ def served_triton() -> str:
 
 @lru_cache(maxsize=64)
 def nearest_arch(arch: str) -> str:
-    """The architecture whose families are used: the highest one with families that is not newer.
+    """The architecture whose families are used: the highest one with families that is not newer; of AMD's, one whose name
+    begins the same, as `gfx110` for `gfx1100`.
 
-    One without families of its own is named in one log line. AMD's and Intel's GPUs share the families for any device.
+    One without families of its own is named in one log line: it uses those for any device, as Intel's GPUs do.
     """
     named = {a for row in families() for a in row.get("arch", ())}
     known = sorted({a for a in named if a.startswith("sm_")}, key=capability)
     lower = [a for a in known if capability(a) <= capability(arch)]
     served = lower[-1] if lower and capability(arch) else arch
-    if arch not in named:
+    if arch.startswith("gfx"):
+        served = max((a for a in named if arch.startswith(a)), key=len, default=arch)
+    if served not in named or (served != arch and capability(arch)):
         logger.warning(
             "no tiles ship for %s: kernels use those of %s. `requanto tune` finds the fastest for a model.",
             arch, served if served != arch else "any GPU",

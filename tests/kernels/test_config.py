@@ -211,6 +211,13 @@ def test_a_device_without_families_is_named_once(arch, served, caplog):
         assert not caplog.records
 
 
+def test_amd_gpus_of_one_generation_share_their_tiles(caplog):
+    # gfx1250 is another generation than gfx1201, whatever its name begins with.
+    assert [config.nearest_arch(arch) for arch in ("gfx1100", "gfx1151", "gfx1201")] == ["gfx110", "gfx115", "gfx120"]
+    assert not caplog.records
+    assert config.nearest_arch("gfx1250") == "gfx1250"
+
+
 def test_selection_is_remembered_and_follows_the_table(tmp_path, monkeypatch):
     first = select()
     hits = config._select.cache_info().hits
