@@ -113,8 +113,8 @@ def of_codebook(config: Config) -> Config:
 
 def rows_of(x: torch.Tensor, k: int) -> torch.Tensor:
     """x as `[M, K]`; a view wherever its strides allow."""
-    if x.dim() < 1:
-        check.fail("x.shape", tuple(x.shape), "at least one dimension")
+    if x.dim() < 1 or not x.shape[-1]:
+        check.fail("x.shape", tuple(x.shape), "a last dimension of at least 1")
     return x.reshape(-1, k)
 
 

@@ -155,6 +155,7 @@ def _inputs(x: torch.Tensor | Sequence[torch.Tensor], count: int, stacked: bool)
     if len(xs) not in (1, count):
         check.fail("x", f"{len(xs)} tensors", f"one, or one for each of {count} weights")
     first = xs[0]
+    check.check_devices(**{f"x[{i}]": one for i, one in enumerate(xs)})
     for i, one in enumerate(xs):
         check.check_dtype(f"x[{i}]", one, check.FLOATS)
         if (one.shape, one.stride(), one.dtype) != (first.shape, first.stride(), first.dtype):

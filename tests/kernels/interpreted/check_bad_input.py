@@ -9,7 +9,17 @@ from reference import FP8, draw
 import requanto_kernels as kernels
 
 FULL = torch.float32
-LAUNCHERS = ("wq_gemm", "wq_gemm_dx", "wq_gemm_grouped", "wq_dequant", "quant_rows", "scaled_mm", "int_mm", "w4a8_gemm")
+LAUNCHERS = (
+    "wq_gemm",
+    "wq_gemm_many",
+    "wq_gemm_dx",
+    "wq_gemm_grouped",
+    "wq_dequant",
+    "quant_rows",
+    "scaled_mm",
+    "int_mm",
+    "w4a8_gemm",
+)
 
 
 class Launched(Exception):
@@ -30,13 +40,15 @@ def no_launch(monkeypatch):
 
 def arguments(name, kind="4", affine=True):
     """Arguments that fit, by name."""
-    if name in ("wq_gemm", "wq_gemm_dx", "wq_gemm_grouped", "wq_dequant"):
+    if name in ("wq_gemm", "wq_gemm_many", "wq_gemm_dx", "wq_gemm_grouped", "wq_dequant"):
         w = draw(kind, affine, 24, 128, 32, experts=2 if name == "wq_gemm_grouped" else 0)
         given = {"qdata": w.qdata, "scale": w.scale, "shift": w.shift, **w.what, "layout": "plain"}
         if name == "wq_dequant":
             return {**given, "k": 128, "dtype": FULL, "out": torch.empty(24, 128)}
         if name == "wq_gemm_dx":
             return {"dy": torch.randn(3, 24), **given, "k": 128, "out": torch.empty(3, 128)}
+        if name == "wq_gemm_many":
+            return {"x": torch.randn(3, 128), **given, "bias": torch.randn(24)}
         given = {"x": torch.randn(3, 128), **given, "out": torch.empty(3, 24)}
         if name == "wq_gemm":
             return {**given, "bias": torch.randn(24)}
@@ -56,6 +68,15 @@ def arguments(name, kind="4", affine=True):
 
 
 def call(name, given):
+    if name == "wq_gemm_many":
+        given = dict(given)
+        fits = arguments("wq_gemm")
+        weights = [tuple(one[part] for part in ("qdata", "scale", "shift")) for one in (given, fits)]
+        if given["scale"] is not None and given["shift"] is None:
+            weights = weights[:1] * 2
+        biases = [given.pop("bias"), None]
+        given = {key: value for key, value in given.items() if key not in ("qdata", "scale", "shift")}
+        return kernels.wq_gemm_many(given.pop("x"), weights, biases, **given)
     return getattr(kernels, name)(**given)
 
 

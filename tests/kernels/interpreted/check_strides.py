@@ -23,6 +23,7 @@ from requanto_kernels import (
     wq_gemm,
     wq_gemm_dx,
     wq_gemm_grouped,
+    wq_gemm_many,
 )
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reserves memory as Linux does")
@@ -97,6 +98,25 @@ def test_weights(bits, part, scale_dtype):
     assert error(wq_gemm(x, *one, **what), x.double() @ w.meaning[1].T) <= TOLERANCE[FULL]
     assert error(wq_gemm_dx(dy, *one, **what), dy.double() @ w.meaning[1]) <= TOLERANCE[FULL]
     assert error(wq_dequant(*one, **what, dtype=FULL), w.meaning[1]) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("part", ["rows of x", "columns of x", "qdata", "rows of scales", "groups"])
+def test_several_weights(part):
+    ws = [weight(n, 256, 4, 32, affine=True, scale_dtype=HALF) for n in (24, 16)]
+    taken = x = torch.randn(4, 256)
+    if part.endswith("x"):
+        taken = far(x, 0 if part == "rows of x" else 1)
+    parts = [(to_exec_layout(w.qdata, 4), w.scale, w.shift) for w in ws]
+    # Rows of the two must be equally far apart: the smaller weight is a part of one as large as the other.
+    padded = [tuple(torch.cat([t, t])[:24] for t in one) for one in parts]
+    if part == "qdata":
+        parts = [(far(q, 0), s, z) for q, s, z in padded]
+    elif not part.endswith("x"):
+        axis = 0 if part == "rows of scales" else 1
+        parts = [(q, far(s, axis), far(z, axis)) for q, s, z in padded]
+    parts = [tuple(t[: len(w.meaning)] for t in one) for one, w in zip(parts, ws)]
+    for found, w in zip(wq_gemm_many(taken, parts, bits=4, group_size=32, layout="exec"), ws):
+        assert error(found, x.double() @ w.meaning.T) <= TOLERANCE[FULL]
 
 
 @pytest.mark.parametrize("part", ["x", "qdata", "scale", "groups"])
