@@ -10,11 +10,13 @@ compiled is compiled here. Its autotuning, if it tunes at the first call, happen
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -53,6 +55,7 @@ def _in_groups(weight: torch.Tensor, group: int, symmetric: bool) -> tuple[torch
 
 def _humming(weight: torch.Tensor, device: str, *, schema: dict, inputs: str | None = None) -> Layer:
     from humming.layer import HummingLayer
+    from humming.tune import get_heuristics_config
 
     n, k = weight.shape
     layer = HummingLayer(
@@ -63,19 +66,37 @@ def _humming(weight: torch.Tensor, device: str, *, schema: dict, inputs: str | N
         torch_dtype=weight.dtype,
     ).to(device)
     layer.load_from_unquantized(weight)
-    layer.transform()  # its order of codes; kernels are compiled at the first call
-    return layer
+    layer.transform()  # its order of codes
+    tiles = get_heuristics_config(layer.humming_config)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        # The tile that it chooses for so many rows. Without it, it compiles a kernel for every number of rows first.
+        tile = next(tile for low, high, tile in tiles if low < x.shape[0] <= high)
+        return layer(x, tuning_config=tile)
+
+    return product
+
+
+@functools.cache
+def _gemlite_tables() -> None:
+    """Has an H200 use the tiles that gemlite ships for an H100, instead of searching for half a minute a shape."""
+    import gemlite
+
+    if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name():
+        gemlite.load_config(str(Path(gemlite.__file__).parent / "configs" / "h100.json"))
 
 
 def _gemlite_groups(weight: torch.Tensor, device: str, *, group: int, symmetric: bool) -> Layer:
     from gemlite.helper import A16W4_HQQ_INT
 
+    _gemlite_tables()
     return A16W4_HQQ_INT(device=device, dtype=weight.dtype).from_weights(*_in_groups(weight, group, symmetric))
 
 
 def _gemlite_rows(weight: torch.Tensor, device: str, *, processor: str) -> Layer:
     import gemlite.helper
 
+    _gemlite_tables()
     # A layer of its own: `from_linear` sets its weight to None.
     return getattr(gemlite.helper, processor)(device=device, dtype=weight.dtype).from_linear(_linear(weight))
 
