@@ -25,15 +25,15 @@ import triton.language as tl
 
 from ._decode import load_codes, load_exec
 from ._fields import field_to_float, open_table
-from ._scales import code_form, from_zero, load_scales, natural_rows, rows_of_tile, scale_codes
+from ._scales import code_form, from_zero, load_scales, natural_rows, rows_of_tile, scale_codes, scales_of_codes
 
 
 @triton.constexpr_function
 def span_of(group: int, block_k: int, depth: int, by_field: bool) -> int:
-    """Number of k whose sums are scaled together in "after" form: a tile of slots, or the fields of one group."""
-    if not by_field:
+    """Number of k for which scales are loaded together: a whole tile, or the fields of one group."""
+    if not by_field or not group:
         return block_k
-    return min(group, block_k) if group % block_k == 0 or block_k % group == 0 else depth
+    return min(group, block_k) if group % depth == 0 and (group % block_k == 0 or block_k % group == 0) else depth
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def accumulate(
     DECODED: tl.constexpr = code_form(BITS, KIND, AFFINE, GROUP, DTYPE, s_ptr.dtype.element_ty, z_ptr.dtype.element_ty)
     # fp32 holds scale and shift of codes as stored.
     FORM: tl.constexpr = "plain" if SCALE == "after" and DECODED == "magic" else DECODED
-    SPAN: tl.constexpr = span_of(GROUP, BLOCK_K, DEPTH, BY_FIELD) if SCALE == "after" else BLOCK_K
+    SPAN: tl.constexpr = span_of(GROUP, BLOCK_K, DEPTH, BY_FIELD)
     COLUMNS: tl.constexpr = BLOCK_M * SLOTS
     ORDER: tl.constexpr = "paired"
     table = open_table(t_ptr, BITS, KIND, EXEC, DTYPE, PTX)
@@ -120,10 +120,12 @@ def accumulate(
                     q_ptr, table, rn, k, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, DEPTH, DTYPE, EVEN_K, PTX
                 )  # fmt: skip
             if SCALE == "before":
-                w = scale_codes(
-                    w, s_ptr, z_ptr, n0, k, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
-                    BITS, GROUP, AFFINE, FORM, BLOCK_N, DEPTH, DTYPE, PAIRS, ORDER,
-                )  # fmt: skip
+                if i * DEPTH % SPAN == 0:
+                    scales = scales_of_codes(
+                        s_ptr, z_ptr, n0, k, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+                        BITS, GROUP, AFFINE, FORM, BLOCK_N, SPAN, DTYPE, PAIRS, ORDER,
+                    )  # fmt: skip
+                w = scale_codes(w, scales, AFFINE, FORM)
             elif SCALE == "end" and AFFINE:
                 if FORM == "magic":
                     w = w - offset

@@ -53,37 +53,44 @@ def natural_rows(tile):
 
 
 @triton.jit
-def _take_apart(words, DTYPE: tl.constexpr, ORDER: tl.constexpr):
-    """Scales in fp32 from words of two rows each: `[2 * WORDS, GROUPS]` from int32 `[WORDS, GROUPS]`."""
-    WORDS: tl.constexpr = words.shape[0]
-    GROUPS: tl.constexpr = words.shape[1]
+def _half(words, HIGH: tl.constexpr, DTYPE: tl.constexpr):
+    """The high or the low half of int32 words, values of DTYPE, in fp32."""
     if tl.bfloat16 == DTYPE:
-        low = (words << 16).to(tl.float32, bitcast=True)
-        high = (words & -65536).to(tl.float32, bitcast=True)
+        return (words & -65536 if HIGH else words << 16).to(tl.float32, bitcast=True)
     else:
-        low = words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        high = (words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    both = tl.join(low, high)
-    if ORDER == "natural":
-        return tl.reshape(tl.permute(both, [0, 2, 1]), [2 * WORDS, GROUPS])
-    else:
-        both = tl.permute(tl.reshape(both, [WORDS // 8, 8, GROUPS, 2]), [0, 3, 1, 2])
-        return tl.reshape(both, [2 * WORDS, GROUPS])
+        return (words >> 16 if HIGH else words).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def load_scales(
     ptr, n0, N, group, groups, stride_n, stride_g,
     COUNT: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, ORDER: tl.constexpr,
+    JOIN: tl.constexpr = True,
 ):  # fmt: skip
-    """`[BLOCK_N, COUNT]` scales or shifts in fp32, of COUNT groups from `group` on, at most the last of `groups`."""
+    """`[BLOCK_N, COUNT]` scales or shifts in fp32, of COUNT groups from `group` on, at most the last of `groups`.
+
+    JOIN: False for scales of an operand of a matrix instruction.
+    """
     rg = group + tl.arange(0, COUNT)
     if COUNT > 1:
         rg = tl.minimum(rg, groups - 1)
     if PAIRS:
-        word = tl.minimum(n0 // 2 + tl.arange(0, BLOCK_N // 2), N // 2 - 1)
-        words = ptr.to(tl.pointer_type(tl.int32)) + word[:, None]
-        return _take_apart(tl.load(words + rg.to(tl.int64)[None, :] * (stride_g // 2)), ptr.dtype.element_ty, ORDER)
+        DTYPE: tl.constexpr = ptr.dtype.element_ty
+        words = ptr.to(tl.pointer_type(tl.int32)) + rg.to(tl.int64)[None, :] * (stride_g // 2)
+        last = N // 2 - 1
+        if JOIN and ORDER == "paired":
+            words = tl.load(words + tl.minimum(n0 // 2 + tl.arange(0, BLOCK_N // 2), last)[:, None])
+            both = tl.join(_half(words, False, DTYPE), _half(words, True, DTYPE))
+            both = tl.permute(tl.reshape(both, [BLOCK_N // 16, 8, COUNT, 2]), [0, 3, 1, 2])
+            return tl.reshape(both, [BLOCK_N, COUNT])
+        else:
+            # Both rows of a pair read its word. In the operand of a matrix instruction a join would change how Triton
+            # loads x on sm_80: without ldmatrix.
+            i = tl.arange(0, BLOCK_N)
+            word = i // 2 if ORDER == "natural" else i // 16 * 8 + i % 8
+            high = i % 2 if ORDER == "natural" else i // 8 % 2
+            words = tl.load(words + tl.minimum(n0 // 2 + word, last)[:, None])
+            return tl.where((high == 1)[:, None], _half(words, True, DTYPE), _half(words, False, DTYPE))
     else:
         rows = rows_of_tile(n0, N, BLOCK_N, ORDER).to(tl.int64)[:, None] * stride_n
         return tl.load(ptr + rows + rg.to(tl.int64)[None, :] * stride_g).to(tl.float32)
@@ -123,13 +130,13 @@ def _scales_of_tile(
 ):  # fmt: skip
     """Scales or shifts of the tile at k0 in fp32, `[BLOCK_N, groups in the tile]`, or `[BLOCK_N, BLOCK_K]`."""
     if GROUP == 0:
-        return load_scales(ptr, n0, N, 0, 1, stride_n, stride_g, 1, BLOCK_N, PAIRS, ORDER)
+        return load_scales(ptr, n0, N, 0, 1, stride_n, stride_g, 1, BLOCK_N, PAIRS, ORDER, False)
     elif GROUP % BLOCK_K == 0:
-        return load_scales(ptr, n0, N, k0 // GROUP, 1, stride_n, stride_g, 1, BLOCK_N, PAIRS, ORDER)
+        return load_scales(ptr, n0, N, k0 // GROUP, 1, stride_n, stride_g, 1, BLOCK_N, PAIRS, ORDER, False)
     elif BLOCK_K % GROUP == 0:
         COUNT: tl.constexpr = BLOCK_K // GROUP
         groups = (K + GROUP - 1) // GROUP
-        return load_scales(ptr, n0, N, k0 // GROUP, groups, stride_n, stride_g, COUNT, BLOCK_N, PAIRS, ORDER)
+        return load_scales(ptr, n0, N, k0 // GROUP, groups, stride_n, stride_g, COUNT, BLOCK_N, PAIRS, ORDER, False)
     else:
         # The group size is not a power of two: one (cached) load per element, which is slower.
         rows = rows_of_tile(n0, N, BLOCK_N, ORDER).to(tl.int64)[:, None] * stride_n
@@ -138,22 +145,32 @@ def _scales_of_tile(
 
 
 @triton.jit
-def scale_codes(
-    codes, s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+def scales_of_codes(
+    s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FORM: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PAIRS: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """`scale * code - shift` of a tile of codes, in DTYPE. FORM: that of the codes.
-
-    An explicit fma: rounding the product before the subtraction would double the error.
-    """
+    """What `scale_codes` takes for the tile at k0: scale, negative shift, and the offset of codes in "magic" form."""
     scale = _scales_of_tile(s_ptr, n0, k0, N, K, stride_sn, stride_sg, GROUP, BLOCK_N, BLOCK_K, PAIRS, ORDER)
+    shift = scale
+    offset = tl.zeros([1, 1], DTYPE)
     if AFFINE:
         shift = _scales_of_tile(z_ptr, n0, k0, N, K, stride_zn, stride_zg, GROUP, BLOCK_N, BLOCK_K, PAIRS, ORDER)
         if FORM == "magic":
             offset, shift = from_zero(scale, shift, BITS, DTYPE)
-            codes = codes - _over_groups(offset, BLOCK_K)
-        shift = -shift.to(DTYPE)
-        return tl.fma(codes, _over_groups(scale.to(DTYPE), BLOCK_K), _over_groups(shift, BLOCK_K))
+    return scale.to(DTYPE), -shift.to(DTYPE), offset
+
+
+@triton.jit
+def scale_codes(codes, scales, AFFINE: tl.constexpr, FORM: tl.constexpr):
+    """`scale * code - shift` of a tile of codes, in their dtype. FORM: that of the codes. scales: from `scales_of_codes`.
+
+    An explicit fma: rounding the product before the subtraction would double the error.
+    """
+    DEPTH: tl.constexpr = codes.shape[1]
+    if AFFINE:
+        if FORM == "magic":
+            codes = codes - _over_groups(scales[2], DEPTH)
+        return tl.fma(codes, _over_groups(scales[0], DEPTH), _over_groups(scales[1], DEPTH))
     else:
-        return codes * _over_groups(scale.to(DTYPE), BLOCK_K)
+        return codes * _over_groups(scales[0], DEPTH)

@@ -11,8 +11,10 @@ from .config import Config
 #: Most columns that a tile of few rows is laid out in for slots; most results of a thread, of which "after" has two sets.
 MOST_COLUMNS = 64
 MOST_RESULTS = 64
-#: Least columns of a matrix instruction.
-LEAST_COLUMNS = 16
+#: Most rows of a tile for whose sums, which a shift needs, "after" costs less than "before".
+MOST_ROWS_WITH_SHIFT = 16
+#: Least columns of a matrix instruction on NVIDIA's GPUs; families for up to 8 rows are for these.
+LEAST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,17 @@ def form_of(weight: check.Weight, config: Config, m: int | None = None) -> Form:
     if group == 0:
         return Form(config.block_m, block_k, depth, 1, "end", fields)
     results = config.block_n * config.block_m // (32 * config.num_warps)
+    most_rows = config.block_m if weight.shift is None else MOST_ROWS_WITH_SHIFT
+    fits = results <= MOST_RESULTS and config.block_m <= most_rows
     if fields:
-        after = group % depth == 0 and results <= MOST_RESULTS
+        after = group % depth == 0 and fits
         return Form(config.block_m, block_k, depth, 1, "after" if after else "before", True)
     if group % block_k == 0:
-        return Form(config.block_m, block_k, depth, 1, "after" if results <= MOST_RESULTS else "before", False)
+        return Form(config.block_m, block_k, depth, 1, "after" if fits else "before", False)
     if block_k % group == 0:
         slots = block_k // group
         rows = config.block_m if m is None else min(config.block_m, 1 << (m - 1).bit_length())
         rows = max(rows, LEAST_COLUMNS // slots)
-        if slots * rows <= MOST_COLUMNS and rows <= config.block_m:
+        if slots * rows <= MOST_COLUMNS and rows <= config.block_m and rows <= most_rows:
             return Form(rows, block_k, depth, slots, "after", False)
     return Form(config.block_m, block_k, depth, 1, "before", False)

@@ -12,7 +12,7 @@ from . import _check as check
 from ._decode import load_codes
 from ._device import arch_of, fp8_decoder, on_device
 from ._launch import launch
-from ._scales import code_form, scale_codes
+from ._scales import code_form, scale_codes, scales_of_codes
 
 
 @triton.jit
@@ -29,10 +29,11 @@ def wq_dequant_kernel(
     codes = load_codes(
         q_ptr, t_ptr, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, tl.float32, EVEN_K, False
     )  # fmt: skip
-    w = scale_codes(
-        codes, s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+    scales = scales_of_codes(
+        s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
         BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, tl.float32, PAIRS, "natural",
     )  # fmt: skip
+    w = scale_codes(codes, scales, AFFINE, FORM)
     rk = k0 + tl.arange(0, BLOCK_K)
     mask = (rn < N)[:, None] & (rk < K)[None, :]
     tl.store(out_ptr + rn.to(tl.int64)[:, None] * K + rk[None, :], w.to(out_ptr.dtype.element_ty), mask=mask)

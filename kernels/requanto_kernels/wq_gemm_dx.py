@@ -13,7 +13,7 @@ from ._decode import load_codes
 from ._device import arch_of, fp8_decoder, is_cuda, on_device
 from ._fields import open_table
 from ._launch import launch
-from ._scales import code_form, scale_codes
+from ._scales import code_form, scale_codes, scales_of_codes
 from .config import Config, select
 
 
@@ -51,10 +51,11 @@ def wq_gemm_dx_kernel(
             w = load_codes(
                 q_ptr, table, rn, k0, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, BLOCK_K, DTYPE, EVEN_K, PTX
             )  # fmt: skip
-            w = scale_codes(
-                w, s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
+            scales = scales_of_codes(
+                s_ptr, z_ptr, n0, k0, N, K, stride_sn, stride_sg, stride_zn, stride_zg,
                 BITS, GROUP, AFFINE, FORM, BLOCK_N, BLOCK_K, DTYPE, PAIRS, "natural",
             )  # fmt: skip
+            w = scale_codes(w, scales, AFFINE, FORM)
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision="ieee")
     rk = k0 + tl.arange(0, BLOCK_K)
     mask = (rm < m_end)[:, None] & (rk < K)[None, :]
