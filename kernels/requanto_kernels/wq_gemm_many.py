@@ -14,9 +14,11 @@ import triton.language as tl
 
 from . import _check as check
 from ._accumulate import accumulate
-from ._device import arch_of, on_device
+from ._counters import counters
+from ._device import arch_of, on_device, processors
 from ._launch import launch
-from .config import Config
+from ._splits import count_part, sum_parts
+from .config import Config, split_for
 from .wq_gemm import config_for, constants, rows_of
 
 #: Most weights of one launch.
@@ -39,14 +41,16 @@ def pick(part, a, b, c, d, PARTS: tl.constexpr):
 @triton.jit
 def wq_gemm_many_kernel(
     x0, x1, x2, x3, q0, q1, q2, q3, s0, s1, s2, s3, z0, z1, z2, z3, t_ptr, b0, b1, b2, b3, y0, y1, y2, y3,
-    n0, n1, n2, n3, g0, g1, g2, g3, M, K, stride_xp, stride_xm, stride_xk, stride_qn, stride_sn,
+    n0, n1, n2, n3, g0, g1, g2, g3, work_ptr, counter_ptr, M, K,
+    stride_xp, stride_xm, stride_xk, stride_qn, stride_sn, steps_per_split,
     PARTS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr,
-    EXEC: tl.constexpr, BIAS: tl.constexpr,
+    EXEC: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
     SCALE: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one y. g: stride of scale and shift along the groups. BIAS: bit i for a bias of weight i."""
+    """One tile of one y, or its part for a slice of K. g: stride of scale and shift along the groups. BIAS: bit i for weight
+    i. Grid: tiles along all N, splits, tiles along M."""
     pid = tl.program_id(0)
     begin, part, end = pid * 0, pid * 0, pid * 0
     if PARTS > 1:
@@ -60,20 +64,36 @@ def wq_gemm_many_kernel(
         begin, part = tl.where(pid >= end, end, begin), tl.where(pid >= end, 3, part)
     N = pick(part, n0, n1, n2, n3, PARTS)
     stride_g = pick(part, g0, g1, g2, g3, PARTS)
-    m0, begin_n = tl.program_id(1) * BLOCK_M, (pid - begin) * BLOCK_N
+    split = tl.program_id(1)
+    first_step = split * steps_per_split
+    m0, begin_n = tl.program_id(2) * BLOCK_M, (pid - begin) * BLOCK_N
     acc = accumulate(
         pick(part, x0, x1, x2, x3, PARTS) + part.to(tl.int64) * stride_xp, pick(part, q0, q1, q2, q3, PARTS),
         pick(part, s0, s1, s2, s3, PARTS), pick(part, z0, z1, z2, z3, PARTS), t_ptr,
-        m0, M, begin_n, 0, tl.cdiv(K, BLOCK_K), N, K,
+        m0, M, begin_n, first_step, min(first_step + steps_per_split, tl.cdiv(K, BLOCK_K)), N, K,
         stride_xm, stride_xk, stride_qn, stride_sn, stride_g, stride_sn, stride_g,
         BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, DEPTH, SLOTS, SCALE, LEFT, BY_FIELD, PAIRS, EVEN_K,
         STAGES, PTX,
     )  # fmt: skip
-    rm, rn = m0 + tl.arange(0, BLOCK_M), begin_n + tl.arange(0, BLOCK_N)
+    bias, y = pick(part, b0, b1, b2, b3, PARTS), pick(part, y0, y1, y2, y3, PARTS)
+    has_bias = ((BIAS >> part) & 1) != 0
+    if SPLITS == 1:
+        _finish(acc, bias, y, m0, begin_n, M, N, has_bias, BIAS, BLOCK_M, BLOCK_N)
+    else:
+        tile = tl.program_id(2) * tl.num_programs(0) + pid
+        if count_part(acc, work_ptr, counter_ptr, tile, split, SPLITS, BLOCK_M, BLOCK_N):
+            acc = sum_parts(work_ptr, counter_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
+            _finish(acc, bias, y, m0, begin_n, M, N, has_bias, BIAS, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _finish(
+    acc, bias, y, m0, n0, M, N, has_bias, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Adds the bias and stores a tile of y."""
+    rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     if BIAS:
-        has = ((BIAS >> part) & 1) != 0
-        acc += tl.load(pick(part, b0, b1, b2, b3, PARTS) + rn, mask=(rn < N) & has, other=0).to(tl.float32)[None, :]
-    y = pick(part, y0, y1, y2, y3, PARTS)
+        acc += tl.load(bias + rn, mask=(rn < N) & has_bias, other=0).to(tl.float32)[None, :]
     mask = (rm < M)[:, None] & (rn < N)[None, :]
     tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
@@ -126,7 +146,15 @@ def wq_gemm_many(
     outs = [torch.empty((*lead, w.n), dtype=xs[0].dtype, device=device) for w in found]
     given = next((bias for bias in biases if bias is not None), None)
     absent = first.scale if given is None else given
-    grid = (sum(-(-w.n // config.block_n) for w in found), -(-m // const["BLOCK_M"]))
+    steps = -(-k // const["BLOCK_K"])
+    per_split = -(-steps // split_for(config, m, whole.n, k, processors(device)))
+    splits = -(-steps // per_split)
+    grid = (sum(-(-w.n // config.block_n) for w in found), splits, -(-m // const["BLOCK_M"]))
+    work = zeros = outs[0]
+    if splits > 1:
+        tiles = grid[0] * grid[2]
+        work = torch.empty(tiles * splits * const["BLOCK_M"] * config.block_n, dtype=torch.float32, device=device)
+        zeros = counters(tiles, device)
     slots = (
         xs,
         [w.q for w in found],
@@ -141,9 +169,9 @@ def wq_gemm_many(
     with on_device(xs[0]):
         launch(
             wq_gemm_many_kernel, grid,
-            *x4, *q4, *s4, *z4, first.table, *b4, *y4, *n4, *g4, m, k, stride_xp, *xs[0].stride(),
-            *first.strides()[:2],
-            PARTS=count, BIAS=sum(1 << i for i, bias in enumerate(biases) if bias is not None), **const,
+            *x4, *q4, *s4, *z4, first.table, *b4, *y4, *n4, *g4, work, zeros, m, k,
+            stride_xp, *xs[0].stride(), *first.strides()[:2], per_split,
+            PARTS=count, SPLITS=splits, BIAS=sum(1 << i for i, bias in enumerate(biases) if bias is not None), **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return outs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import TOLERANCE, error, weight
 
-from requanto_kernels import group_major, to_exec_layout, wq_gemm, wq_gemm_many
+from requanto_kernels import Config, _counters, group_major, to_exec_layout, wq_gemm, wq_gemm_many
 from requanto_kernels._plan import record
 
 TYPES = [
@@ -55,6 +55,22 @@ def test_a_codebook_and_small_floats():
         outs = wq_gemm_many(x, [(w.qdata, w.scale, None) for w in ws], bits=4, **how)
         for out, w in zip(outs, ws):
             assert torch.equal(out, wq_gemm(x, w.qdata, w.scale, bits=4, **how))
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_a_split_is_summed_in_the_same_launch(splits):
+    ws = [weight(n, 384, 4, 64, True) for n in (33, 8)]
+    stored = [parts(w, "exec", True) for w in ws]
+    config = Config(block_m=16, block_n=32, block_k=128, num_stages=1, split_k=splits)
+    x, bias = torch.randn(3, 384), torch.randn(8)
+    for _ in range(2):
+        outs = wq_gemm_many(x, stored, [None, bias], bits=4, layout="exec", config=config)
+        want = [x.double() @ w.meaning.T for w in ws]
+        want[1] += bias.double()
+        assert error(torch.cat(outs, 1), torch.cat(want, 1)) <= TOLERANCE[torch.float32]
+        assert not any(zeros.any() for zeros in _counters._kept.values())
+    again = wq_gemm_many(x, stored, [None, bias], bits=4, layout="exec", config=config)
+    assert all(torch.equal(a, b) for a, b in zip(again, outs))
 
 
 def test_a_plan_gives_all_results():
