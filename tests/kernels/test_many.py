@@ -11,14 +11,11 @@ pytest.importorskip("triton")
 
 from requanto import QTensor, join_layers
 from requanto.linear import linear_many
-from requanto.linear import prepack as packing
 from requanto.linear.gpu import layout
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
-    monkeypatch.setattr(packing, "SMALLEST", 0)
+def gpu():
     with fake_gpu_layers() as found, torch.no_grad():
         yield found
 
@@ -57,12 +54,15 @@ def x_of(rows=1):
 def test_one_launch_and_no_more_memory(gpu, how):
     model = Attention(**how)
     assert join_layers(model, x_of()) == [("q", "k", "v")]
+    model(x_of())
+    layouts = {one.weight.layout_name for one in (model.q, model.k, model.v)}
+    assert len(layouts) == 1  # keys and values are too small to be packed by themselves
     for rows in (1, 16):
         x = x_of(rows)
         model(x)
         found = watch(gpu, lambda x=x: model(x))
         assert found.launches == ["wq_gemm_many_kernel"]
-        assert found.allocations == ["empty"] * 3
+        assert len(found.allocations) in (3, 4)  # the results, and the parts of a split sum
         assert not found.reads
         assert [out.shape for out in model(x)] == [(1, rows, 1024), (1, rows, 256), (1, rows, 256)]
         assert len({out.untyped_storage().data_ptr() for out in model(x)}) == 3

@@ -11,6 +11,7 @@ graph break between them is harmless.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,12 +24,14 @@ from requanto.linear.api import linear
 from requanto.linear.columns import scale_columns
 from requanto.linear.gpu import layout as gpu_layout
 from requanto.linear.gpu import many
-from requanto.linear.prepack import pack_on_first_use
+from requanto.linear.prepack import pack_together
 from requanto.linear.registry import MAX_PLANS
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import is_tracing, needs_gradient, runs_eagerly, without_ambient_state
 from requanto.tensor.layout import LOCK
 from requanto.tensor.qtensor import QTensor
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 Biases = Sequence[torch.Tensor | None]
@@ -151,10 +154,12 @@ def _plan_for(weights: Sequence[QTensor], rows: int, features: int, dtype: torch
     with torch._C.DisableTorchFunctionSubclass():
         gemm = None
         if why_separate(weights, rows, features, dtype, device) is None:
-            for weight in weights:
-                pack_on_first_use(weight, dtype, None)
-            if why_separate(weights, rows, features, dtype, device) is None:
-                gemm = many.make_plan(weights, rows, dtype)
+            pack_together(weights, dtype)
+            why = many.why_other_memory(weights, dtype)
+            if why is None:
+                gemm = many.make_plan(dtype)
+            else:
+                logger.info("%d weights with one input run one by one: %s", len(weights), why)
         plan = _Plan(gemm, weights)
     with LOCK:
         plans = weights[0]._storage.plans
@@ -168,7 +173,7 @@ def _plan_for(weights: Sequence[QTensor], rows: int, features: int, dtype: torch
 def why_separate(
     weights: Sequence[QTensor], rows: int, features: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Why the GEMMs of these weights run one by one; None if one launch computes all."""
+    """Why the GEMMs of these weights run one by one; None if one launch can compute all once they are packed."""
     unlike = why_unlike(weights)
     if unlike is not None:
         return unlike

@@ -7,6 +7,7 @@ is called. Reading a packed weight does not unpack it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ SMALLEST = 2**20
 #: two to three times as fast packed. int8 weights with float activations are slower packed below `SMALLEST`, unless compiled
 #: kernels read them.
 SMALLEST_ON_CPU = 2**16
+#: Why a small weight stays plain.
+SMALL = "it is small"
 #: Why an embedding's weight stays plain.
 EMBEDDING_WEIGHT = "its rows are looked up by an embedding"
 #: References to a memory block that only this weight uses: its tensor, and the handle that is used to count them.
@@ -102,9 +105,20 @@ def pack_on_first_use(weight: QTensor, dtype: torch.dtype, activation: qtype | N
     if not settings.pack_on_first_use or storage.declined == (registry_state.version, dtype, activation):
         return
     if weight.numel() < SMALLEST_ON_CPU and weight.numel() < SMALLEST:
-        storage.stays_plain = "it is small"
+        storage.stays_plain = SMALL
         return
     _pack(weight, dtype, activation)
+
+
+def pack_together(weights: Sequence[QTensor], dtype: torch.dtype) -> None:
+    """`pack_on_first_use` for weights that one launch reads: small ones are packed as well if a larger one is."""
+    for weight in weights:
+        pack_on_first_use(weight, dtype, None)
+    if not settings.pack_on_first_use or not any(weight.is_packed for weight in weights):
+        return
+    for weight in weights:
+        if getattr(weight, "_is_param", False) and weight._storage.stays_plain in (None, SMALL):
+            _pack(weight, dtype, None, smallest=0)
 
 
 def _pack(

@@ -18,7 +18,7 @@ from torch import nn
 
 from requanto.linear.joint import in_one_launch, why_separate
 from requanto.nn.modules import QLinear
-from requanto.runtime.tracing import needs_gradient, runs_eagerly
+from requanto.runtime.tracing import needs_gradient
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
@@ -106,15 +106,14 @@ class JoinedSet:
         return self._compute(x) if layer._place == 0 else None
 
     def _take(self, found: _Results, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+        # A tracer's tensors are others than those of the eager call that computed this.
         if found.x() is not x or found.state != _state_of(x):
             return None
-        if not runs_eagerly() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
-            return None
-        place = layer._place
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        place, parameters = layer._place, layer._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
         if weight is not found.weights[place] or bias is not found.biases[place]:
             return None
-        if needs_gradient(x, bias) or found.versions[place] != _version(weight, bias):
+        if found.versions[place] != _version(weight, bias) or needs_gradient(x, bias):
             return None
         out = found.outs.pop(place, None)  # each once: two callers must not get one tensor
         if not found.outs:
@@ -177,7 +176,8 @@ def _state_of(x: torch.Tensor) -> tuple:
     """What must not change until results are taken: x's version (inference tensors have none), the modes, the stream."""
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0  # type: ignore[attr-defined]
     version = None if x.is_inference() else x._version
-    return version, torch.is_inference_mode_enabled(), torch.is_grad_enabled(), stream
+    modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
+    return version, modes, stream
 
 
 def _version(weight: Any, bias: torch.Tensor | None) -> tuple[int, int | None]:

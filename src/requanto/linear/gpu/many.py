@@ -46,11 +46,14 @@ def why_separate(weights: Sequence[QTensor], rows: int, dtype: torch.dtype) -> s
         name = choose(problem_of(weight, dtype, rows)).implementation.name
         if name != "triton-wq":
             return f"{name} runs a weight"
-    return why_other_memory(weights, dtype)
+    return None
 
 
 def why_other_memory(weights: Sequence[QTensor], dtype: torch.dtype) -> str | None:
-    """Why one program cannot read the memory of like weights; None if it can. `wq_gemm_many` raises for these."""
+    """Why one program cannot read the memory of like weights as it is now; None if it can.
+
+    `wq_gemm_many` raises for these.
+    """
     first = _memory_of(weights[0], dtype)
     if any(_memory_of(weight, dtype) != first for weight in weights):
         return "codes or scales differ in dtype or in the order of their memory"
@@ -65,8 +68,8 @@ def _memory_of(weight: QTensor, dtype: torch.dtype) -> tuple:
     return parts.layout, parts.codes.dtype, parts.codes.stride(), scale.dtype, scale.stride(0), shifted
 
 
-def make_plan(weights: Sequence[QTensor], rows: int, dtype: torch.dtype) -> Gemm:
-    """The launch for so many rows of ``dtype``, recorded once for each form of x and repeated from then on."""
+def make_plan(dtype: torch.dtype) -> Gemm:
+    """The launch for one number of rows of ``dtype``, recorded once for each form of x and repeated from then on."""
     return _Launch(dtype)
 
 
