@@ -77,7 +77,7 @@ def test_every_product_launches_on_a_device_of_the_goals(part, monkeypatch):
             asked.setdefault(case.op, set()).update(case.config)
     kernels = set(gpu.names())
     assert kernels >= {"wq_gemm_kernel", "wq_dequant_kernel", "quant_rows_kernel", "w4a8_gemm_kernel"}
-    assert kernels >= {"scaled_mm_kernel", "scaled_mm_persistent_kernel", "rescale_kernel"}
+    assert kernels >= {"wq_gemm_many_kernel", "scaled_mm_kernel", "scaled_mm_persistent_kernel", "rescale_kernel"}
     # A new field of the tiles is a new question.
     varied = asked["wq_gemm"] | asked["codes"]
     assert {one.name for one in fields(requanto_kernels.Config)} <= varied
@@ -177,6 +177,15 @@ def test_stages_share_the_time(tmp_path, part):
     assert all_of_it["ceilings"] == all_of_it["tune"] == pytest.approx(100)
     assert all_of_it["goals"] == pytest.approx(31, abs=0.1)
     assert run.shares({"goals", "peers"}) == {"goals": pytest.approx(60, abs=0.1), "peers": pytest.approx(100)}
+
+
+def test_peers_have_equal_shares(standin):
+    rows, _, run = standin(["ok a", "ok b", "ok c"], stage="peers", budget=40.0)
+    assert [row["family"] for row in rows] == ["a", "b", "c"]
+    assert run.late["peers"] > run.ends["peers"] - 0.1  # the last one has what is left
+    rows, _, run = standin(["hang a", "ok a", "ok b"], stage="peers", budget=1.5)
+    assert [row["family"] for row in rows[3:]] == ["a", "b"]
+    assert run.left_out == {"peers": 1}
 
 
 def test_compiling_in_many_processes(standin):

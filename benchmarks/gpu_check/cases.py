@@ -10,6 +10,7 @@ from gpu_check import peers
 
 #: (N, K) of the goals: the down projection of an 8B model, the up projection of a 70B model.
 SHAPES = ((4096, 14336), (28672, 8192))
+GATE = (14336, 4096)
 ROWS = (1, 16, 128, 4096)
 #: Weights by which the stages of a run share its time; what a stage leaves, the next ones have.
 STAGES = {"ceilings": 1, "goals": 30, "questions": 24, "models": 20, "peers": 20, "tune": 5}
@@ -79,6 +80,11 @@ def ceilings() -> Iterator[Case]:
         yield Case("ceilings", "ceilings", "ceiling", op)
 
 
+def kind_of(name: str) -> Kind | None:
+    """The kind of a weight or a model; None for ``"bf16"``."""
+    return KINDS.get(name.removesuffix(JOINED))
+
+
 def goals() -> Iterator[Case]:
     """Each kind as users get it, through `nn.Linear`: the shapes of the goals, then the CPU time of one call."""
     for kind in KINDS:
@@ -107,14 +113,19 @@ def questions() -> Iterator[Case]:
         for m, (n, k) in ((32, few), (128, few), (4096, few), (4096, many)):
             for op in ("codes", "vendor codes", *fast, "vendor", "quantize x"):
                 yield Case("questions", "vendor", "product", op, kind, n, k, m)
-    # 4. How far K is split for one row, and which tile: a grid, since they depend on each other.
+    # 4. Gate and up projection of an 8B model: one launch for both, or two.
+    for kind in ("int4 g128", "int4 g64 affine", "int8"):
+        for m in (1, 16):
+            for op in ("together", "apart"):
+                yield Case("questions", "joined", "product", op, kind, *GATE, m)
+    # 5. How far K is split for one row, and which tile: a grid, since they depend on each other.
     for n, k in SHAPES:
         for split in (1, 2, 4, 8, 16):
             for block_n in (64, 128):
                 for block_k in (128, 256):
                     config = {"split_k": split, "block_n": block_n, "block_k": block_k}
                     yield Case("questions", "splits", "product", "wq_gemm", "int4 g128", n, k, 1, config)
-    # 5. One field at a time, from what ships.
+    # 6. One field at a time, from what ships.
     for kind, ms in (("int4 g128", (1, 16, 128)), ("int4 g64 affine", (1,)), ("int8", (1, 128)), ("float8", (1,))):
         for m in ms:
             for config in _one_at_a_time(m):
@@ -150,6 +161,8 @@ def _tiles_of_codes(kind: str, m: int) -> Iterator[dict[str, Any]]:
         yield from ({name: value} for value in values)
 
 
+#: Ends the kind of a model whose layers that read one tensor are joined (`requanto.join_layers`).
+JOINED = " joined"
 #: (step, mode) of a model; "32 layers" of a body are computed from a part of them (`models.py`).
 MODEL_STEPS = (
     ("decode", "eager"), ("decode", "graph"), ("decode", "compiled"), ("prefill", "eager"), ("prefill", "graph"),
@@ -158,9 +171,10 @@ MODEL_STEPS = (
 
 def models() -> Iterator[Case]:
     """Decode and prefill of an 8B-shaped model, then a denoising step of a Flux-shaped one."""
-    for kind in ("bf16", "int4 g128", "int4 g64 affine", "int8", "float8 x float8", "int8 x int8"):
+    decode = ("bf16", "int4 g128", "int4 g128 joined", "int4 g64 affine")
+    for kind in (*decode, "int8", "float8 x float8", "int8 x int8"):
         for step, mode in MODEL_STEPS:
-            if mode == "compiled" and kind not in ("bf16", "int4 g128", "int4 g64 affine"):
+            if (mode == "compiled" and kind not in decode) or (step == "prefill" and kind.endswith(JOINED)):
                 continue
             yield Case("models", "llama-8b", "model", f"{step} {mode}", kind, limit=90.0)
         if kind in ("bf16", "float8 x float8", "int8 x int8"):
@@ -197,6 +211,7 @@ DRY_SHAPE, DRY_ROWS = (32, 256), (1, 3)
 DRY_MODELS = {
     "bf16": ("decode eager", "prefill eager", "prefill graph", "step graph"),
     "int4 g128": ("decode compiled",),
+    "int4 g128 joined": ("decode eager",),
     "int8 x int8": ("decode graph",),
 }
 
@@ -206,7 +221,7 @@ def dry_cases() -> list[Case]:
     found: dict[object, Case] = {}
     families: set[str] = set()
     for case in every_case():
-        if case.do == "host" and case.kind not in ("bf16", "int4 g128", "int8 x int8"):
+        if (case.do == "host" or case.family == "joined") and case.kind not in ("bf16", "int4 g128", "int8 x int8"):
             continue
         if case.stage == "tune" or (case.stage == "models" and case.op not in DRY_MODELS.get(case.kind, ())):
             continue  # tuning asks for a device

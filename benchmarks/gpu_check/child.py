@@ -67,7 +67,7 @@ class Runner:
             traceback.print_exc()
             text = str(error).strip()
             row = {"fault": f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"}
-            self.measurer.kept.clear()
+            self.measurer.kept.clear()  # after an out of memory, what the next case needs may fit
         if self.place.device == "cuda":
             try:
                 self.torch.cuda.synchronize()

@@ -52,6 +52,7 @@ _BOTH = {"prefill eager": Goal(1.35, 1.6), "prefill graph": Goal(1.35, 1.6), "pr
 #: By kind, then by step and mode, of the 8B-shaped model.
 MODELS: dict[str, dict[str, Goal]] = {
     "int4 g128": _WEIGHT_ONLY,
+    "int4 g128 joined": _WEIGHT_ONLY,
     "int4 g64 affine": _WEIGHT_ONLY,
     "int8": {name: goal for name, goal in _WEIGHT_ONLY.items() if "prefill" in name},
     "float8 x float8": _BOTH,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import requanto
-from gpu_check.cases import KINDS
+from gpu_check.cases import JOINED, kind_of
 from gpu_check.measure import error
 from gpu_check.timing import steps_us, synchronize, time_calls
 from gpu_check.weights import Place
@@ -62,7 +62,8 @@ class Model:
     @torch.inference_mode()
     def _quantize(self) -> float:
         """Quantizes the layers in place; returns the error of the output."""
-        what, held = KINDS[self.kind], []
+        what, held = kind_of(self.kind), []
+        assert what is not None
         for layer in linears(self.whole):
             group = what.group_size
             weight = QTensor.quantize(
@@ -78,6 +79,8 @@ class Model:
         del held, layer, weight
         gc.collect()
         requanto.prepare(self.whole, smallest=0)
+        if self.kind.endswith(JOINED):
+            requanto.join_layers(self.whole)
         if self.place.device == "cuda":
             torch.cuda.empty_cache()
         return 0.0 if expected is None else error(self._output(inputs), expected.double())
@@ -132,7 +135,7 @@ class Model:
 def measure(model: Model, op: str) -> Row:
     """Milliseconds of one step: ``"decode eager"``, ``"prefill graph"`` ...; of a Llama also those of all 32 layers."""
     name, mode = op.split()
-    place, what = model.place, KINDS.get(model.kind)
+    place, what = model.place, kind_of(model.kind)
     row: Row = {"quantize_s": round(model.seconds, 2), "error": model.error}
     if not model.error <= BOUND[None if what is None else what.activation]:
         return row | {"fault": f"wrong: error {model.error:.3g} against the same weights as floats"}

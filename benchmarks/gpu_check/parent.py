@@ -29,7 +29,10 @@ COMPILE_SHARE = 0.25
 
 @dataclass
 class Run:
-    """One call: where rows go, when time is up, what is left out. after: called with each row that was added."""
+    """One call: where rows go, when time is up, what is left out.
+
+    after: called with each row that was added. ends: seconds at which a stage ends; late: at which its present family does.
+    """
 
     file: Path
     budget: float
@@ -40,6 +43,7 @@ class Run:
     began: float = field(default_factory=time.monotonic)
     left_out: dict[str, int] = field(default_factory=dict)
     ends: dict[str, float] = field(default_factory=dict)
+    late: dict[str, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -94,11 +98,17 @@ class Run:
         if self.dry:
             groups = [list(cases)]
         self.ends = self.shares({case.stage for case in cases})
+        self.late = dict(self.ends)
         ahead: deque[Child] = deque()
         try:
             for index, group in enumerate(groups):
                 while len(ahead) < min(1 + AHEAD, len(groups) - index) and not self._is_late(group[0]):
                     ahead.append(self.start({"compiling": False}))
+                if (
+                    group[0].stage == "peers"
+                ):  # each has the same share: one that tunes for long costs none of the others'
+                    left = sum(1 for one in groups[index:] if one[0].stage == "peers")
+                    self.late["peers"] = self.seconds + (self.ends["peers"] - self.seconds) / left
                 self._family(group, ahead)
         finally:
             for child in ahead:
@@ -125,7 +135,7 @@ class Run:
                 child.stop()
 
     def _is_late(self, case: Case) -> bool:
-        return self.seconds > self.ends[case.stage]
+        return self.seconds > self.late[case.stage]
 
     def shares(self, stages: set[str]) -> dict[str, float]:
         """Seconds at which each of the stages ends: from now on they share what is left of the budget."""

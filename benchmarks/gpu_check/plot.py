@@ -13,7 +13,8 @@ def plot(path: Path, rows: Sequence[Row]) -> str:
     """Draws one panel for each shape and one for models; returns a message, also where matplotlib is missing."""
     from gpu_check.report import is_right, model_ratio, of, ratio_of
 
-    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in of(rows, stage="goals", op="layer")))
+    own = [row for row in of(rows, stage="goals", op="layer") if ratio_of(row)]
+    shapes = list(dict.fromkeys((row["n"], row["k"]) for row in own))
     models = [row for row in of(rows, stage="models") if row["kind"] != "bf16" and model_ratio(row, rows)]
     if not shapes and not models:
         return "no plot: no rows for it"

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 import requanto_kernels as rk
 from gpu_check.weights import Weights, shipped_config
+from requanto.linear.api import linear
+from requanto.linear.joint import linear_many
 from requanto.linear.registry import choose, problem_of
 from requanto_kernels import forms
 
@@ -25,7 +27,8 @@ class Product:
     """call: the product. prepare: what x becomes before the clock runs (codes of 8 bits, for GEMMs of codes alone).
 
     check: what is compared with ``expected(x)``, where that is not the call itself; expected: by default ``x @ W^T``.
-    extra: bytes that are moved in addition to the weight, x and y. note: columns for the row.
+    extra: bytes that are moved in addition to the weight, x and y. times: such products in one call. note: columns for
+    the row.
     """
 
     call: Call
@@ -33,6 +36,7 @@ class Product:
     check: Call | None = None
     expected: Callable[[torch.Tensor], torch.Tensor] | None = None
     extra: int = 0
+    times: int = 1
     note: dict[str, Any] | None = None
 
 
@@ -149,6 +153,29 @@ def with_changes(config: rk.Config, changes: dict[str, Any]) -> rk.Config:
     return replace(config, **{k: (not getattr(config, k)) if v == "other" else v for k, v in changes.items()})
 
 
+def together(weights: Weights, m: int, config: dict[str, Any]) -> Product:
+    """Two weights that read one x, by one launch."""
+    return _of_two(weights, linear_many)
+
+
+def apart(weights: Weights, m: int, config: dict[str, Any]) -> Product:
+    """The same two, one after the other."""
+    return _of_two(weights, lambda x, pair: [linear(x, one) for one in pair])
+
+
+def _of_two(weights: Weights, multiply: Callable[[torch.Tensor, list[Any]], list[torch.Tensor]]) -> Product:
+    made = [layer.weight for layer in weights.layers]
+    pairs = [[one, made[(i + 1) % len(made)]] for i, one in enumerate(made)]
+
+    def joined(x: torch.Tensor, i: int) -> torch.Tensor:
+        return torch.cat(multiply(x, pairs[i]), dim=1)
+
+    def expected(x: torch.Tensor) -> torch.Tensor:
+        return weights.expected(x).repeat(1, 2)
+
+    return Product(lambda x, i: multiply(x, pairs[i])[0], check=joined, expected=expected, times=2)
+
+
 #: By the name of a case's `op`.
 PRODUCTS: dict[str, Callable[[Weights, int, dict[str, Any]], Product]] = {
     "layer": layer,
@@ -160,4 +187,6 @@ PRODUCTS: dict[str, Callable[[Weights, int, dict[str, Any]], Product]] = {
     "vendor codes": vendor_codes,
     "vendor codes, fast sums": partial(vendor_codes, fast=True),
     "vendor": vendor,
+    "together": together,
+    "apart": apart,
 }

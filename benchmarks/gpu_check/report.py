@@ -27,10 +27,11 @@ def write(file: Path, out: Path | None = None) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """The whole summary as Markdown, the most important at the end: a remote call may return only that."""
     rows = [row for row in rows if row["stage"] != "compile" or row.get("fault")]
-    parts = [
-        _head(rows), _tune(rows), _best(rows), _dequantize(rows), _vendor(rows), _least_rows(rows), _host(rows),
-        _peers(rows), _models(rows), _goals(rows), _faults(rows), _counts(rows),
-    ]  # fmt: skip
+    order = (
+        _head, _tune, _best, _dequantize, _vendor, _least_rows, _sums, _joined, _host, _peers, _models, _goals,
+        _faults, _counts,
+    )  # fmt: skip
+    parts = [part(rows) for part in order]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -176,6 +177,22 @@ def _least_rows(rows: Sequence[Row]) -> str:
     return "## From how many rows 8-bit activations pay\n\n" + table(lines[0], lines[1:]) if lines else ""
 
 
+def _joined(rows: Sequence[Row]) -> str:
+    lines = _by_rows(rows, "joined", "op")
+    return "## Gate and up projection: one launch or two\n\n" + table(lines[0], lines[1:]) if lines else ""
+
+
+def _sums(rows: Sequence[Row]) -> str:
+    """What exact sums of float8 products cost, and what they change."""
+    found = [row for row in of(rows, family="8bit-tiles", kind="float8 x float8") if is_right(row)]
+    chosen = [row for row in found if not row.get("config") or "exact_every" in row["config"]]
+    said = []
+    for row in chosen:
+        every = row.get("config", {}).get("exact_every", "as shipped")
+        said.append(f"M={row['m']} {every}: {row['us']:.1f} us, error {row['error']:.2e}")
+    return "## Float8: sums in fp32 after so many products\n\n" + "; ".join(said) if said else ""
+
+
 def _host(rows: Sequence[Row]) -> str:
     found = [f"{row['kind']} {row['us']:.1f}" for row in of(rows, family="host") if is_right(row)]
     return f"## CPU time of one eager call, us\n\n{', '.join(found)}" if found else ""
@@ -245,9 +262,10 @@ def _tune(rows: Sequence[Row]) -> str:
 def _faults(rows: Sequence[Row]) -> str:
     lines: dict[str, int] = {}
     for row in rows:
-        if row.get("fault"):
+        why = row.get("fault") or (row.get("not_captured") and f"timed without a graph: {row['not_captured']}")
+        if why:
             name = row["case"] if row["stage"] != "peers" else f"{row['stage']}/{row['family']}/{row['op']}"
-            text = f"- {name}: {row['fault'][:200]}"
+            text = f"- {name}: {why[:200]}"
             lines[text] = lines.get(text, 0) + 1
     shown = [text + (f" ({count} times)" if count > 1 else "") for text, count in lines.items()]
     if len(shown) > 25:
