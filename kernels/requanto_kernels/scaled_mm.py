@@ -4,9 +4,10 @@ int8 x int8 accumulates in int32, exactly. float8 x float8 accumulates in fp32, 
 float8 instructions keeps about 14 bits. `Config.exact_every` adds it to a sum in fp32 after so many products; 0 never does,
 as `torch._scaled_mm(use_fast_accum=True)`. What this costs in accuracy is in benchmarks/NOTES.md.
 
-A scale is one number or one per row. The kernel with pointers runs everywhere. Large GEMMs on sm_90 use the persistent
-kernel: it loads tiles through tensor descriptors (bulk copies), with `Config.per_processor` programs on each multiprocessor
-that loop over tiles, so that a tile's stores overlap the next one's loads.
+A scale is one number or one per row. The kernel with pointers runs everywhere. With few rows it splits K (`_split.py`); sums
+of integers are the same for any split. Large GEMMs on sm_90 use the persistent kernel: it loads tiles through tensor
+descriptors (bulk copies), with `Config.per_processor` programs on each multiprocessor that loop over tiles, so that a tile's
+stores overlap the next one's loads.
 """
 
 from dataclasses import replace
@@ -19,7 +20,8 @@ from . import _check as check
 from ._device import arch_of, capability, on_device, processors
 from ._fields import fp8_to_float
 from ._launch import launch
-from .config import Config, select
+from ._split import grid_of, is_last, range_of_part, store_part, sum_of_parts, workspace
+from .config import Config, select, split_for
 
 
 @triton.jit
@@ -54,12 +56,13 @@ def _finish(
 
 @triton.jit
 def scaled_mm_kernel(
-    x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, out_ptr, M, N, K, stride_xm, stride_wn,
+    x_ptr, w_ptr, xs_ptr, ws_ptr, bias_ptr, out_ptr, work_ptr, count_ptr, M, N, K, stride_xm, stride_wn,
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     LEFT: tl.constexpr, EVEN_K: tl.constexpr, DECODE: tl.constexpr, EXACT_EVERY: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One tile, loaded through pointers. DECODE: float8 as uint8, converted to fp16 (sm_80 and older have no fp8)."""
+    """One tile, or a part of one, loaded through pointers. DECODE: float8 as uint8, converted to fp16 (for older GPUs)."""
     INT8: tl.constexpr = X_KIND == "int8"
     m0, n0 = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
@@ -70,7 +73,8 @@ def scaled_mm_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     x_rows = x_ptr + rm.to(tl.int64)[:, None] * stride_xm
     w_rows = w_ptr + rn.to(tl.int64)[:, None] * stride_wn
-    for k0 in range(0, K, BLOCK_K):
+    first, end = range_of_part(K, BLOCK_K, SPLIT)
+    for k0 in range(first, end, BLOCK_K):
         rk = k0 + tl.arange(0, BLOCK_K)
         x_mask, w_mask = (rm < M)[:, None], (rn < N)[:, None]
         if not EVEN_K:
@@ -85,9 +89,18 @@ def scaled_mm_kernel(
             acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=EXACT_EVERY, out_dtype=ACC)
         else:
             acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=EXACT_EVERY, out_dtype=ACC)
-    if LEFT:
-        acc = tl.trans(acc)
-    _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
+    if SPLIT:
+        tile = tl.program_id(0)
+        store_part(work_ptr, tile, acc)
+        if is_last(count_ptr, tile):
+            total = sum_of_parts(work_ptr, tile, acc)
+            if LEFT:
+                total = tl.trans(total)
+            _finish(total, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
+    else:
+        if LEFT:
+            acc = tl.trans(acc)
+        _finish(acc, xs_ptr, ws_ptr, bias_ptr, out_ptr, rm, rn, M, N, X_ROWS, W_ROWS, BIAS)
 
 
 @triton.jit
@@ -222,10 +235,13 @@ def scaled_mm(
             )  # fmt: skip
         else:
             decode = not native
+            splits = split_for(config, m, n, k, processors(device))
+            cells = config.block_m * config.block_n
+            work, count = workspace(tiles, splits, cells, torch.int32 if int8 else torch.float32, ws)
             launch(
-                scaled_mm_kernel, (tiles,),
+                scaled_mm_kernel, grid_of(tiles, splits),
                 x2.view(torch.uint8) if decode else x2, w.view(torch.uint8) if decode else w,
-                xs, ws, b, result, m, n, k, x2.stride(0), w.stride(0),
+                xs, ws, b, result, work, count, m, n, k, x2.stride(0), w.stride(0), SPLIT=splits > 1,
                 X_KIND=check.FP8_KINDS.get(x.dtype, "int8"), W_KIND=check.FP8_KINDS.get(w.dtype, "int8"),
                 LEFT=config.left, EVEN_K=k % config.block_k == 0, DECODE=decode, **common,
             )  # fmt: skip

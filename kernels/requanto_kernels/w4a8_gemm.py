@@ -10,17 +10,20 @@ On NVIDIA GPUs four codes are extracted from a 32-bit word at once, as bytes. Ce
 byte, which takes one instruction less: the sums are `2**(8 - bits)` times as large, a power of two that x_scale takes back.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _check as check
 from ._decode import load_codes, load_exec, load_words
-from ._device import arch_of, is_cuda, on_device
+from ._device import arch_of, is_cuda, on_device, processors
 from ._fields import field_to_int8
 from ._launch import launch
 from ._scales import load_scales, natural_rows, rows_of_tile
-from .config import Config, select
+from ._split import grid_of, is_last, range_of_part, store_part, sum_of_parts, workspace
+from .config import Config, select, split_for
 
 
 @triton.constexpr_function
@@ -103,14 +106,41 @@ def _plain_tile(
 
 
 @triton.jit
+def _finish(
+    y, xs_ptr, bias_ptr, out_ptr, rm, n0, M, N, UNIT: tl.constexpr, BIAS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Applies the scales of x and the bias to a `[BLOCK_N, BLOCK_M]` tile of paired rows, and stores it."""
+    y = tl.trans(natural_rows(y)) * (tl.load(xs_ptr + rm, mask=rm < M, other=0).to(tl.float32) * UNIT)[:, None]
+    rn = n0 + tl.arange(0, BLOCK_N)
+    if BIAS:
+        y += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scaled_row(
+    total, x_total, s_ptr, z_ptr, n0, N, stride_sn, stride_sg, stride_zn, stride_zg,
+    AFFINE: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The sums of whole rows in fp32, with one scale (and shift) a row."""
+    scale = load_scales(s_ptr, n0, N, 0, 1, stride_sn, stride_sg, 1, BLOCK_N, PAIRS, "paired")
+    y = total.to(tl.float32) * scale
+    if AFFINE:
+        shift = load_scales(z_ptr, n0, N, 0, 1, stride_zn, stride_zg, 1, BLOCK_N, PAIRS, "paired")
+        y -= shift * x_total.to(tl.float32)
+    return y
+
+
+@triton.jit
 def w4a8_gemm_kernel(
-    x_ptr, xs_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, M, N, K,
+    x_ptr, xs_ptr, q_ptr, s_ptr, z_ptr, bias_ptr, out_ptr, work_ptr, count_ptr, M, N, K,
     stride_xm, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg,
     BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, PAIRS: tl.constexpr,
-    EVEN_K: tl.constexpr, PTX: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One `[BLOCK_M, BLOCK_N]` tile, weight as left operand. GROUP 0: one group per row, scaled once at the end.
+    """One `[BLOCK_M, BLOCK_N]` tile, or a part of one, weight as left operand. GROUP 0: one group a row, scaled at the end.
 
     DEPTH: of one multiplication, at most a group. PAIRS: see `_scales.py`.
     """
@@ -124,7 +154,8 @@ def w4a8_gemm_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     x_total = tl.zeros((BLOCK_M,), tl.int32)
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    first, end = range_of_part(K, BLOCK_K, SPLIT)
+    for k0 in range(first, end, BLOCK_K):
         if EXEC:
             words = load_exec(q_ptr, rn, k0, N, stride_qn, K, BITS, BLOCK_K, EVEN_K)
         for i in tl.static_range(BLOCK_K // DEPTH):
@@ -148,20 +179,34 @@ def w4a8_gemm_kernel(
                 if AFFINE:
                     z = load_scales(z_ptr, n0, N, k // GROUP, groups, stride_zn, stride_zg, 1, BLOCK_N, PAIRS, "paired")
                     y -= z * tl.sum(x.to(tl.int32), axis=1).to(tl.float32)[None, :]
-    if GROUP == 0:
-        y = total.to(tl.float32) * load_scales(
-            s_ptr, n0, N, 0, 1, stride_sn, stride_sg, 1, BLOCK_N, PAIRS, "paired"
-        )  # fmt: skip
-        if AFFINE:
-            z = load_scales(z_ptr, n0, N, 0, 1, stride_zn, stride_zg, 1, BLOCK_N, PAIRS, "paired")
-            y -= z * x_total.to(tl.float32)[None, :]
-    x_scale = tl.load(xs_ptr + rm, mask=rm < M, other=0).to(tl.float32) * unit_of(BITS, FORM, PTX)
-    y = tl.trans(natural_rows(y)) * x_scale[:, None]
-    rn = n0 + tl.arange(0, BLOCK_N)
-    if BIAS:
-        y += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
-    mask = (rm < M)[:, None] & (rn < N)[None, :]
-    tl.store(out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+    UNIT: tl.constexpr = unit_of(BITS, FORM, PTX)
+    x_row = x_total[None, :]
+    if SPLIT:
+        tile = tl.program_id(0)
+        x_work = work_ptr + tl.num_programs(0) * tl.num_programs(1) * (BLOCK_N * BLOCK_M)
+        if GROUP == 0:
+            store_part(work_ptr, tile, total)
+            if AFFINE:
+                store_part(x_work, tile, x_row)
+        else:
+            store_part(work_ptr, tile, y)
+        if is_last(count_ptr, tile):
+            if GROUP == 0:
+                total = sum_of_parts(work_ptr, tile, total)
+                if AFFINE:
+                    x_row = sum_of_parts(x_work, tile, x_row)
+                y = _scaled_row(
+                    total, x_row, s_ptr, z_ptr, n0, N, stride_sn, stride_sg, stride_zn, stride_zg, AFFINE, BLOCK_N, PAIRS
+                )  # fmt: skip
+            else:
+                y = sum_of_parts(work_ptr, tile, y)
+            _finish(y, xs_ptr, bias_ptr, out_ptr, rm, n0, M, N, UNIT, BIAS, BLOCK_N)
+    else:
+        if GROUP == 0:
+            y = _scaled_row(
+                total, x_row, s_ptr, z_ptr, n0, N, stride_sn, stride_sg, stride_zn, stride_zg, AFFINE, BLOCK_N, PAIRS
+            )  # fmt: skip
+        _finish(y, xs_ptr, bias_ptr, out_ptr, rm, n0, M, N, UNIT, BIAS, BLOCK_N)
 
 
 def depths(weight: check.Weight, block_k: int) -> tuple[int, int]:
@@ -219,14 +264,18 @@ def w4a8_gemm(
         return result
     xs = x_scale.reshape(-1).contiguous()
     z = w.shift if w.shift is not None else w.scale
+    tiles = -(-m // config.block_m) * -(-w.n // config.block_n)
+    splits = split_for(replace(config, block_k=block_k), m, w.n, k, processors(device))
+    cells = config.block_m * (config.block_n + 1)  # a row for the sums of x
     with on_device(x):
+        work, count = workspace(tiles, splits, cells, torch.float32 if w.group else torch.int32, xs)
         launch(
-            w4a8_gemm_kernel, (-(-m // config.block_m) * -(-w.n // config.block_n),),
-            x2, xs, w.q, w.scale, z, bias if bias is not None else w.scale, result, m, w.n, k,
+            w4a8_gemm_kernel, grid_of(tiles, splits),
+            x2, xs, w.q, w.scale, z, bias if bias is not None else w.scale, result, work, count, m, w.n, k,
             x2.stride(0), *w.strides()[:5],
             BITS=bits, GROUP=w.group, AFFINE=w.shift is not None, EXEC=w.exec, BIAS=bias is not None,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, DEPTH=depth, PAIRS=w.has_pairs(),
-            EVEN_K=k % block_k == 0, PTX=is_cuda(arch),
+            EVEN_K=k % block_k == 0, SPLIT=splits > 1, PTX=is_cuda(arch),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return result

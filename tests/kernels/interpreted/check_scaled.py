@@ -1,5 +1,7 @@
 """Products of two quantized operands and row quantization, in Triton's interpreter, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
@@ -226,6 +228,39 @@ def test_int8_activations(bits, group, layout, affine):
     )  # fmt: skip
     want = (codes.double() * xs.double()[:, None]) @ w.meaning.T + bias.double()
     assert error(got, want) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("splits", [2, 3, 16])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, FP8[0]])
+def test_split_sums_of_two_operands(dtype, left, splits):
+    (x, x64), (w, w64) = operand(19, 300, dtype), operand(70, 300, dtype)
+    xs, ws, bias = torch.rand(19), torch.rand(70), torch.randn(70)
+    config = Config(16, 32, 32, left=left)
+    want = xs.double()[:, None] * ws.double() * (x64 @ w64.T) + bias.double()
+    whole = scaled_mm(x, w, xs, ws, bias, out_dtype=FULL, config=replace(config, split_k=1))
+    for _ in range(2):  # the counters are zeros again
+        got = scaled_mm(x, w, xs, ws, bias, out_dtype=FULL, config=replace(config, split_k=splits))
+        assert error(got, want) <= TOLERANCE[FULL]
+        assert dtype != torch.int8 or torch.equal(got, whole)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 16])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("bits", "group", "layout"), [(4, 64, "exec"), (4, None, "exec"), (2, None, "plain")])
+def test_split_sums_of_int8_activations(bits, group, layout, affine, splits):
+    w = weight(40, 512, bits, group, affine)
+    codes, xs = quant_rows(torch.randn(19, 512))
+    qdata = to_exec_layout(w.qdata, bits) if layout == "exec" else w.qdata
+    config = Config(16, 32, 64)
+    run = lambda k: w4a8_gemm(  # noqa: E731
+        codes, xs, qdata, w.scale, w.shift, bits=bits, group_size=group, layout=layout, out_dtype=FULL,
+        config=replace(config, split_k=k),
+    )  # fmt: skip
+    want = (codes.double() * xs.double()[:, None]) @ w.meaning.T
+    for _ in range(2):
+        assert error(run(splits), want) <= TOLERANCE[FULL]
+        assert group or torch.equal(run(splits), run(1))
 
 
 def test_int8_activations_ragged():
