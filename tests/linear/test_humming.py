@@ -121,7 +121,6 @@ def test_hummings_own_scales_and_configs(tmp_path):
         "from humming_aot import pretended\n"
         f"with pretended(folder={str(tmp_path)!r}):\n"
         "    from humming.transform import transform_humming_weight_scale as theirs\n"
-        "    from humming.tune import get_heuristics_config\n"
         "    from requanto.dtypes.qtypes import qtypes\n"
         "    from requanto.linear.gpu import humming\n"
         "    from requanto.linear.gpu.humming_layout import KINDS, ordered\n"
@@ -135,7 +134,8 @@ def test_hummings_own_scales_and_configs(tmp_path):
         "                for n, k in ((128, 128), (640, 1664), (4096, 14336)):\n"
         "                    found = humming.config_of(kind, group, kind.is_unsigned, dtype, n, k, 0)\n"
         "                    assert found.should_apply_bs_on_c == (group == 0)\n"
-        "                    assert get_heuristics_config(found, device=0)\n"
+        "                    form = kind, group, kind.is_unsigned, dtype, n, k, 0\n"
+        "                    assert all('block_shape' in humming._tile(form, m) for m in (1, 8, 9, 100, 10**6))\n"
         "print('same')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -145,10 +145,10 @@ def test_hummings_own_scales_and_configs(tmp_path):
 # ---------------------------------------------------------------------- the backend, with a simulated humming
 
 
-def product(config, *, inputs, weight, weight_scale, zero_point, locks):
+def product(config, *, inputs, weight, weight_scale, zero_point, locks, tuning_config):
     """humming's product as its kernel computes it: ``scale * (code - zero)`` in x's dtype, summed in float32."""
     kind, group, affine, dtype, rows, length, _ = config
-    assert inputs.dtype == dtype
+    assert (inputs.dtype, tuning_config) == (dtype, f"a tile for {len(inputs)}")
     assert (inputs.is_contiguous(), locks.dtype, tuple(locks.shape)) == (True, torch.int32, (2048,))
     assert (weight.dtype, tuple(weight.shape)) == (torch.int32, (length // 16, rows * kind.bits // 2))
     places = torch.empty(rows * length, dtype=torch.int64)
@@ -197,6 +197,7 @@ def simulated(monkeypatch, tmp_path):
     monkeypatch.setattr(humming, "_index", lambda device: 0)
     monkeypatch.setattr(humming, "available", lambda: True)
     monkeypatch.setattr(humming, "_compile", forms.append)
+    monkeypatch.setattr(humming, "_tile", lambda form, rows: f"a tile for {rows}")
     monkeypatch.setattr(humming, "config_of", lambda *form: form)
     monkeypatch.setattr(humming, "_failed", set())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")

@@ -1,6 +1,7 @@
 """An optional backend: humming's kernels for weights with 16-bit activations (``pip install requanto[humming]``, CUDA only).
 
-humming compiles a kernel for each shape with NVRTC or nvcc, when a weight is packed for it. It runs a weight only
+humming compiles its kernels with NVRTC or nvcc: one when a weight of a new shape is packed for it, further ones when there
+are so many rows for the first time (about thirty in all), as Triton does. It runs a weight only
 
 - where a table of measurements says that it is faster than the Triton kernels on this GPU (`humming_times`; the shipped
   table is empty, ``requanto tune --humming`` adds to the user's), and nothing is asked of it otherwise, not even an import;
@@ -14,8 +15,8 @@ with other dtypes, with quantized activations and backward passes run through th
 from __future__ import annotations
 
 import functools
+import json
 import logging
-import os
 import weakref
 from typing import Any
 
@@ -93,7 +94,7 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None, activation: qtype | N
 
 
 def ready(weight: QTensor, layout: Layout) -> bool:
-    """Compiles the kernels for a weight that is about to be packed; False, after a log line, if they cannot run it."""
+    """Compiles a kernel for a weight that is about to be packed; False, after a log line, if humming cannot run it."""
     if not isinstance(layout, HummingLayout):
         return True
     form = _form(weight, layout.dtype)
@@ -122,13 +123,12 @@ def ready(weight: QTensor, layout: Layout) -> bool:
 @functools.cache
 def available() -> bool:
     """True if humming can be imported; else logs one line, once."""
-    # Otherwise its import may start a C++ compiler in the background.
-    os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
     try:
         import humming.forward
         import humming.kernel.humming
         import humming.schema
-        import humming.transform  # noqa: F401
+        import humming.transform
+        import humming.tune  # noqa: F401
     except Exception as error:  # ImportError, or what its native parts raise
         logger.warning(
             "humming is not available, the Triton kernels run instead: %s: %s. Install requanto[humming], or set "
@@ -179,11 +179,26 @@ def config_of(kind: qtype, group: int, affine: bool, dtype: torch.dtype, rows: i
     return config
 
 
+@functools.lru_cache(maxsize=1024)
+def _tiles(form: tuple[Any, ...]) -> list[tuple[int, int, str]]:
+    """(rows from, exclusive, rows to, tile): the tiles that humming chooses."""
+    from humming.tune import get_heuristics_config
+
+    return [
+        (low, high, json.dumps(tile)) for low, high, tile in get_heuristics_config(config_of(*form), device=form[-1])
+    ]
+
+
+def _tile(form: tuple[Any, ...], rows: int) -> str:
+    """The tile for a number of rows. Asked for one, humming compiles one kernel, else those of all tiles first."""
+    return next(tile for low, high, tile in _tiles(form) if low < rows <= high)
+
+
 def _compile(form: tuple[Any, ...]) -> None:
-    """Compiles the kernels for all numbers of rows, or loads them from humming's cache on disk."""
+    """Compiles the kernel for one row, or loads it from humming's cache on disk."""
     from humming.kernel.humming import HummingKernel
 
-    HummingKernel.prepare_kernels(config_of(*form).to_str(), device=form[-1])
+    HummingKernel.prepare_kernels(config_of(*form).to_str(), tuning_config=_tile(form, 1), device=form[-1])
 
 
 def run(
@@ -201,13 +216,15 @@ def run(
     parts = _current(weight)
     from humming.forward import humming_forward
 
+    form = _form(weight, x.dtype)
     out = humming_forward(
-        config_of(*_form(weight, x.dtype)),
+        config_of(*form),
         inputs=x.contiguous(),
         weight=codes.view(torch.int32).view(length // 16, -1),
         weight_scale=parts["humming_scale"],
         zero_point=parts["humming_zero"] if weight.affine else None,
         locks=parts["humming_locks"],
+        tuning_config=_tile(form, x.shape[0]),
     )
     return out if bias is None else out.add_(bias)
 
