@@ -27,9 +27,9 @@ def launches():
 
         return gemm
 
-    names = ("why_separate", "why_other_memory", "make_plan")
+    names = ("why_not_here", "why_separate", "why_other_memory", "make_plan", "run")
     before = [getattr(many, name) for name in names]
-    for name, function in zip(names, (lambda *_: None, lambda *_: None, make_plan)):
+    for name, function in zip(names, (*[lambda *_: None] * 3, make_plan, make_plan(None))):
         setattr(many, name, function)
     registry_state.changed()
     try:

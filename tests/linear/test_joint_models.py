@@ -7,12 +7,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.linear.joint_layers import launches
+from tests.linear.joint_layers import launches, quantized
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import requanto
+from requanto.linear import custom_ops
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
@@ -91,6 +92,40 @@ def test_a_gradient_in_a_graph():
         out.sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads)
+
+
+def test_the_operator():
+    layers = [quantized(n, column_scale=kind) for n, kind in ((64, "mean"), (33, None))]
+    parts, words, shapes = [], [], []
+    for layer in layers:
+        its_parts, text, shape = custom_ops.arguments(layer.weight)
+        parts, words, shapes = parts + its_parts, [*words, text], [*shapes, *shape, len(its_parts)]
+    xs = [torch.randn(3, 128), torch.randn(3, 128)]
+    arguments = (xs, [layers[0].bias, None], parts, "|".join(words), shapes)
+    torch.library.opcheck(torch.ops.requanto.linear_many, arguments, test_utils=("test_schema", "test_faketensor"))
+    with launches() as noted, torch.no_grad():
+        outs = torch.ops.requanto.linear_many(*arguments)
+        assert noted == [(2, 3)]
+    torch.testing.assert_close(outs, torch.ops.requanto.linear_many(*arguments))
+
+
+def test_any_number_of_rows_in_a_graph():
+    mlp = llama().model.layers[0].mlp
+    requanto.join_layers(mlp, torch.randn(1, 128))
+    torch._dynamo.reset()
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(mlp, backend=aot_autograd(fw_compiler=counted), dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for rows in (3, 8, 40):
+            x = torch.randn(2, rows, 128)
+            torch.testing.assert_close(compiled(x), mlp(x))
+    assert len(graphs) == 1
+    assert "linear_many" in str(graphs[0].graph)
 
 
 class Between(torch.nn.Module):

@@ -174,9 +174,9 @@ def why_separate(
     weights: Sequence[QTensor], rows: int, features: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """Why the GEMMs of these weights run one by one; None if one launch can compute all once they are packed."""
-    unlike = why_unlike(weights)
-    if unlike is not None:
-        return unlike
+    why = many.why_not_here(device, rows) or why_unlike(weights)
+    if why is not None:
+        return why
     if any(weight.device != device for weight in weights):
         return "weights or x are on different devices"
     if weights[0]._spec.shape[1] != features:
@@ -199,10 +199,17 @@ def _many(
             the number of parts.
     """
     weights = _weights(parts, words, shapes, xs[0].dtype)
-    rows, features = xs[0].shape
-    gemm = _plan_for(weights, rows, features, xs[0].dtype, xs[0].device).gemm if xs[0].numel() else None
-    if gemm is not None:
-        return list(gemm(xs[0] if len(xs) == 1 else [x.contiguous() for x in xs], weights, biases, False))
+    (rows, features), dtype, device = xs[0].shape, xs[0].dtype, xs[0].device
+    if xs[0].numel() and many.why_not_here(device, rows) is None:
+        given = xs[0] if len(xs) == 1 else [x.contiguous() for x in xs]
+        # A packed weight is the model's, with its plans; a plain one was made here, and a plan would be for this call alone.
+        if any(weight.is_packed for weight in weights):
+            gemm = _plan_for(weights, rows, features, dtype, device).gemm
+        else:
+            separate = why_separate(weights, rows, features, dtype, device) or many.why_other_memory(weights, dtype)
+            gemm = many.run if separate is None else None
+        if gemm is not None:
+            return list(gemm(given, weights, biases, False))
     each = xs if len(xs) > 1 else [xs[0]] * len(weights)
     return [custom_ops.run(x, weight, bias) for x, weight, bias in zip(each, weights, biases)]
 

@@ -33,15 +33,20 @@ MOST_FORMS = 16
 TOGETHER_ROWS: tuple[tuple[int, int], ...] = ((80, 16), (0, 16))
 
 
-def why_separate(weights: Sequence[QTensor], rows: int, dtype: torch.dtype) -> str | None:
-    """Why the GEMMs of like weights run one by one; None if one launch computes all."""
-    kind = weights[0].device.type
+def why_not_here(device: torch.device, rows: int) -> str | None:
+    """Why GEMMs of so many rows run one by one on a device, whatever the weights; None if one launch may compute all."""
+    kind = device.type
     if kind not in rules.DEVICES:
         return f"no launches to save on {kind}"
     found = rules.capability(kind)
     most = next((limit for least, limit in TOGETHER_ROWS if found >= least), 0)
     if rows > most:
         return f"{rows} rows: one launch is for up to {most}"
+    return None
+
+
+def why_separate(weights: Sequence[QTensor], rows: int, dtype: torch.dtype) -> str | None:
+    """Why the GEMMs of like weights run one by one; None if one launch can compute all once they are packed."""
     for weight in weights:
         name = choose(problem_of(weight, dtype, rows)).implementation.name
         if name != "triton-wq":
@@ -66,6 +71,18 @@ def _memory_of(weight: QTensor, dtype: torch.dtype) -> tuple:
     scale, shift = parts.scale, parts.shift
     shifted = None if shift is None else (shift.dtype, shift.stride() == scale.stride())
     return parts.layout, parts.codes.dtype, parts.codes.stride(), scale.dtype, scale.stride(0), shifted
+
+
+def run(
+    x: Inputs, weights: Sequence[QTensor], biases: Sequence[torch.Tensor | None], stacked: bool = False
+) -> list[torch.Tensor]:
+    """The launch, checked and selected anew."""
+    from requanto_kernels import wq_gemm_many
+
+    first = x if isinstance(x, torch.Tensor) else x[0]
+    parts = [kernel_parts(weight, first.dtype) for weight in weights]
+    each = [(one.codes, one.scale, one.shift) for one in parts]
+    return wq_gemm_many(x, each, biases, stacked=stacked, **parts[0].how)
 
 
 def make_plan(dtype: torch.dtype) -> Gemm:
@@ -115,17 +132,15 @@ class _Launch:
         biases: Sequence[torch.Tensor | None],
         stacked: bool,
     ) -> list[torch.Tensor]:
-        from requanto_kernels import wq_gemm_many
         from requanto_kernels._plan import record
 
-        parts = [kernel_parts(weight, self._dtype) for weight in weights]
-        each = [(one.codes, one.scale, one.shift) for one in parts]
         if key in self._plans and self._plans[key].plan is None:
-            return wq_gemm_many(x, each, biases, stacked=stacked, **parts[0].how)
+            return run(x, weights, biases, stacked)
+        parts = [kernel_parts(weight, self._dtype) for weight in weights]
         xs = (x,) if isinstance(x, torch.Tensor) else x
         inputs = {f"x{i}": one for i, one in enumerate(xs)} | {f"bias{i}": one for i, one in enumerate(biases)}
         with record(**inputs, constants=[tensor for one in parts for tensor in one.tensors]) as recording:
-            outs = wq_gemm_many(x, each, biases, stacked=stacked, **parts[0].how)
+            outs = run(x, weights, biases, stacked)
         expanded = [one.expanded for one in parts if one.expanded is not None]
         if all(one.is_cached for one in expanded):  # else in a capture, or of inference tensors
             plan = recording.plan(outs)

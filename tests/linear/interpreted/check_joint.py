@@ -1,0 +1,71 @@
+"""`linear_many` through the launch for several weights, in Triton's interpreter, against one `linear` for each weight."""
+
+import pytest
+import torch
+from reference import TOLERANCE, error
+from torch import nn
+
+from requanto.linear import custom_ops, linear_many, registry
+from requanto.linear import prepack as packing
+from requanto.linear.gpu import conditions as rules
+from requanto.tensor.qtensor import QTensor
+from requanto_kernels import wq_gemm_many as kernel
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
+    monkeypatch.setattr(rules, "capability", lambda kind: 0)
+    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
+    monkeypatch.setattr(registry, "_REGISTRY", entries)
+    monkeypatch.setattr(packing, "SMALLEST", 0)
+    monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    import requanto_kernels
+
+    found = []
+
+    def noted(*args, **how):
+        found.append(how["layout"])
+        return kernel(*args, **how)
+
+    monkeypatch.setattr(requanto_kernels, "wq_gemm_many", noted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("int4", {"column_scale": "mean"}), ("int4", {"group_size": 128, "symmetric": True}), ("int4", {"scale_bits": 6}),
+        ("nf4", {}), ("int3", {}), ("mxfp4", {}), ("float8", {}), ("int8", {"group_size": 64}),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_like_one_by_one(kind, how, calls):
+    weights = [nn.Parameter(QTensor.quantize(torch.randn(n, 256).half(), kind, **how), False) for n in (72, 33)]
+    meanings = [weight.dequantize(torch.float64) for weight in weights]
+    biases = [None, torch.randn(33).half()]
+    for shape in ((1, 256), (2, 3, 256), (1, 256)):
+        x = torch.randn(shape).half()
+        outs = linear_many(x, weights, biases)
+        for out, meaning, bias in zip(outs, meanings, biases):
+            want = x.double() @ meaning.T + (0 if bias is None else bias.double())
+            assert out.shape == want.shape
+            assert error(out, want) <= 2 * TOLERANCE[torch.float16]
+    packed = weights[0].is_packed
+    assert packed == weights[1].is_packed == (weights[0].qtype.bits < 8)
+    assert calls == ["exec" if packed else "plain"] * 2  # recorded once for each number of rows, then repeated
+    calls.clear()
+    parts, words, shapes = [], [], []
+    for weight in weights:
+        its_parts, text, size = custom_ops.arguments(weight)
+        parts, words, shapes = parts + its_parts, [*words, text], [*shapes, *size, len(its_parts)]
+    xs = [x if weight.column is None else x * weight.column for weight in weights]
+    xs = xs if "column_scale" in how else xs[:1]
+    again = torch.ops.requanto.linear_many(xs, biases, parts, "|".join(words), shapes)
+    assert all(torch.equal(one, two) for one, two in zip(again, outs))
+    assert len(calls) == (0 if packed and len(xs) == 1 else 1)  # the plans of packed weights are found by their memory
