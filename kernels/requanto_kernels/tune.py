@@ -78,7 +78,7 @@ def neighbours(config: Config, problem: Problem, m: int) -> list[Config]:
         for b in (config.block_m // 2, config.block_m * 2)
         if 16 <= b <= max(16, min(256, 2 * m))
     ]
-    if op == "wq_gemm" and m <= 256:
+    if m <= 256 and not config.persistent:
         found += [replace(config, split_k=split) for split in (1, 2, 4, 8, 16) if split != config.split_k]
     if op == "wq_gemm" and problem.bits < 8:
         found.append(replace(config, fields=not config.fields))

@@ -81,6 +81,9 @@ def test_neighbours_change_no_result():
     found = tune.neighbours(whole, tune.Problem("scaled_mm", 8, 4096, 4096, kind="e4m3fn"), 4096)
     assert {config.exact_every for config in found} == {64}
     assert {config.per_processor for config in found} == {1, 2}
+    assert {config.split_k for config in found} == {0}
+    few = tune.neighbours(Config(), tune.Problem("w4a8_gemm", 4, 4096, 4096, group=128), 16)
+    assert {config.split_k for config in few} == {0, 1, 2, 4, 8, 16}
     assert all(not config.shrink for config in found if (config.block_m, config.block_n) != (128, 256))
     table = tune.neighbours(Config(64, 64, 128, fields=True), tune.Problem("wq_gemm", 4, 64, 512, kind="table"), 64)
     assert all(config.block_m <= 32 or not config.fields for config in table)
