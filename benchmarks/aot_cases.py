@@ -96,6 +96,9 @@ def call_of(case: Case, config: "rk.Config | None" = None) -> Callable[[], objec
     if case.op == "w4a8_gemm":
         x, xs = empty(rows, k, dtype=torch.int8), empty(rows, dtype=torch.float32)
         return lambda: rk.w4a8_gemm(x, xs, *parts, out_dtype=dtype, **keywords)
+    if case.op == "wq_gemm_many":  # queries, keys and values of n rows in all
+        several = [tuple(weight(case.type, size, k, dtype)[0]) for size in (n // 2, n // 4, n // 4)]
+        return lambda: rk.wq_gemm_many(empty(rows, k, dtype=dtype), several, **keywords)
     offsets = empty(experts + 1, dtype=torch.int32)
     if case.op == "wq_gemm_grouped":
         return lambda: rk.wq_gemm_grouped(empty(rows, k, dtype=dtype), offsets, *parts, **keywords)
@@ -119,6 +122,7 @@ COMMON = (
     ("wq_gemm", "float8row", (1, 64, 4096)),
     ("wq_gemm_grouped", "int4g64a", (64, 4096)),
     ("wq_gemm_dx", "int4g64a", (16, 4096)),
+    ("wq_gemm_many", "int4g64a", (1, 16)),
     ("scaled_mm", "int8", (16, 128, 256, 4096)),
     ("scaled_mm", "float8", (16, 128, 256, 4096)),
     ("w4a8_gemm", "int4g64a", (4096,)),

@@ -161,7 +161,9 @@ def parsed_config(text: str, arch: str, case: Case) -> Config:
     """The shipped tile for this launch, with the given fields replaced."""
     kinds = {field.name: type(field.default) for field in fields(Config)}
     bits = int(case.type.lstrip("abcdefghijklmnopqrstuvwxyz")[0]) if case.op.startswith(("wq", "w4")) else 8
-    base = family(nearest_arch(arch), case.op.replace("_grouped", ""), bits, case.rows, str(case.dtype)[6:])
+    base = family(
+        nearest_arch(arch), case.op.replace("_grouped", "").replace("_many", ""), bits, case.rows, str(case.dtype)[6:]
+    )
     values = {name: getattr(base, name) for name in kinds}
     for part in text.split(","):
         name, _, value = part.partition("=")
