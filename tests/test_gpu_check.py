@@ -199,6 +199,16 @@ def test_compiling_in_many_processes(standin):
     assert sum("us" in row for row in rows if row["stage"] == "goals") == 3
 
 
+def test_what_is_compiled_ahead(part):
+    cases, parent = part("cases").every_case(), part("parent")
+    chosen = parent.to_compile(cases)
+    assert {case.do for case in chosen} == {"model", "product", "host"}
+    assert chosen[0].do == "model"
+    assert all(case.op.endswith("compiled") for case in chosen if case.do == "model")
+    peers = parent.to_compile([case for case in cases if case.stage == "peers"])
+    assert {case.family for case in peers} == set(parent.KEPT)
+
+
 def test_rows_that_are_right_are_not_made_again(tmp_path, part, capsys):
     file = tmp_path / "rows.jsonl"
     rows = [
@@ -409,5 +419,11 @@ def test_the_summary_is_remade_from_the_file(tmp_path, part):
     for words in ("4.30 TB/s", "MOON", "below", "FAULT", "int4 g64 affine", "dequantize", "llama-8b", "Goals: FAULT"):
         assert words in text, words
     assert text.index("## Best tile") < text.index("## Goals")  # the end of the output is what a remote call returns
+    later = tmp_path / "later.jsonl"
+    changed = [row | {"us": row["us"] / 2} if row["case"] == rows[20]["case"] else row for row in rows]
+    later.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    said = part("report").write(later, tmp_path / "more", before=file).split("## Since the earlier run\n")[1]
+    assert [line for line in said.splitlines() if rows[20]["case"] in line and "2.00x" in line]
+    assert len([line for line in said.splitlines() if line.startswith("- ")]) == 1
     shares = part("report").share_of({"us": 2.0, "bytes": 4.3e6, "flops": 1.0}, {"copy": 4.3e12, "bf16": 7.9e14})
     assert shares == (pytest.approx(0.5), "mem")

@@ -26,9 +26,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "gpu_check", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=HERE.parent / "results", help="folder for gpu_check.jsonl and its tables"
-    )
+    parser.add_argument("--out", type=Path, help="folder for gpu_check.jsonl and its tables: benchmarks/results")
     parser.add_argument("--budget", type=float, default=285.0, help="seconds; what is left out then is counted")
     parser.add_argument("--only", nargs="+", help="stages or families: goals, questions, splits, llama-8b, int8 ...")
     parser.add_argument("--resume", action="store_true", help="skip cases that the file already has a row for")
@@ -37,6 +35,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=16, help="that compile at once; 0: nothing beforehand")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in Triton's interpreter, one process, no clock")
     parser.add_argument("--summarize", type=Path, metavar="FILE", help="only remake summary.md and .png from the rows")
+    parser.add_argument("--before", type=Path, metavar="FILE", help="rows of an earlier run: what has changed since?")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     return parser.parse_args(argv)
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the cases; prints the summary last, since a remote call may return only the end of the output."""
     options = arguments(argv)
     if options.summarize is not None:
-        print(report.write(options.summarize, options.out if options.out != HERE.parent / "results" else None))
+        print(report.write(options.summarize, options.out, options.before))
         return 0
     from gpu_check.cases import dry_cases, every_case  # needs torch and the kernels
 
@@ -65,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             "gpu_check needs a CUDA device and found none: nothing was measured. --dry runs without.", file=sys.stderr
         )
         return 2
+    options.out = options.out or HERE.parent / "results"
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "gpu_check.jsonl"
     if file.exists() and not options.resume:
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             run.compile(cases, min(options.processes, len(os.sched_getaffinity(0))))
         run.measure(cases)
         run.append({"case": "end", "stage": "end", "family": "end", "op": "end", "left_out": run.left_out})
-    print(report.write(file))
+    print(report.write(file, before=options.before))
     return 0
 
 
@@ -125,13 +125,17 @@ def has_device() -> bool:
 
 def header(options: argparse.Namespace) -> dict[str, Any]:
     """The first row: what was run."""
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = found.stdout.strip() or None
+    except OSError:  # a machine without git, a checkout without history
+        commit = None
     asked = [f"--budget {options.budget:g}", *(["--only", *options.only] if options.only else [])]
     asked += [
         word for word, on in (("--dry", options.dry), ("--resume", options.resume), ("--table", options.table)) if on
     ]
     return {
-        "case": "start", "stage": "start", "family": "start", "op": "start", "commit": commit.stdout.strip() or None,
+        "case": "start", "stage": "start", "family": "start", "op": "start", "commit": commit,
         "command": " ".join(["python -m gpu_check", *asked]),
     }  # fmt: skip
 

@@ -54,6 +54,8 @@ class Runner:
             properties = torch.cuda.get_device_properties(0)
             place = Place("cuda", torch.bfloat16, getattr(properties, "L2_cache_size", 0) or 60 << 20, compiling)
         self.place = place
+        if compiling:  # one of many processes
+            torch.set_num_threads(1)
         torch.manual_seed(time.time_ns() % (1 << 62))  # other inputs in every process
         self.measurer = Measurer(place)
 

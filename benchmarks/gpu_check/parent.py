@@ -156,12 +156,12 @@ KEPT = ("humming", "torchao")
 def to_compile(cases: Sequence[Case]) -> list[Case]:
     """The cases with kernels or a model to compile ahead of time; whole models first, each takes as long as many kernels.
 
-    Peers compile only in a run of their own: in a full one they would take the time of the others.
+    Peers compile only in a run without questions, where there is time for it.
     """
     own = [case for case in cases if case.do in ("product", "host")]
     whole = [case for case in cases if case.do == "model" and case.op.endswith("compiled")]
     others = [case for case in cases if case.do == "peer" and case.family in KEPT]
-    return [*whole, *(own or others)]
+    return [*whole, *own, *([] if any(case.stage == "questions" for case in cases) else others)]
 
 
 def line_of(row: Row) -> str:

@@ -13,15 +13,47 @@ from gpu_check.rows import rows_of
 Row = dict[str, Any]
 
 
-def write(file: Path, out: Path | None = None) -> str:
-    """Writes summary.md and summary.png beside the rows, or into ``out``; returns the summary."""
+def write(file: Path, out: Path | None = None, before: Path | None = None) -> str:
+    """Writes summary.md and summary.png beside the rows, or into ``out``; returns the summary.
+
+    Args:
+        before: rows of an earlier run, to say what has changed since.
+    """
     folder = out or file.parent
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list({row["case"]: row for row in rows_of(file) if "case" in row}.values())  # the last of each case
+    rows = last_of_each(file)
     text = summary(rows)
+    if before is not None:
+        text = f"{text}\n{_since(last_of_each(before), rows)}\n"
     (folder / "summary.md").write_text(text)
     drawn = plot(folder / "summary.png", rows)
     return f"{text}\nwrote {folder / 'summary.md'}; {drawn}"
+
+
+def last_of_each(file: Path) -> list[Row]:
+    """The last row of each case."""
+    return list({row["case"]: row for row in rows_of(file) if "case" in row}.values())
+
+
+def _since(before: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Cases whose time has changed by more than the spreads of both, those that changed most first."""
+    known, lines = {row["case"]: row for row in before}, []
+    for row in rows:
+        old = known.get(row["case"])
+        if old is None or row["stage"] in ("compile", "ceilings") or bool(old.get("fault")) != bool(row.get("fault")):
+            if old is not None and bool(old.get("fault")) != bool(row.get("fault")):
+                lines.append((float("inf"), f"- {row['case']}: {'now a fault' if row.get('fault') else 'right now'}"))
+            continue
+        if not (is_right(row) and is_right(old)):
+            continue
+        gain = old["us"] / row["us"]
+        if max(gain, 1 / gain) > 1 + max(row.get("spread", 0), old.get("spread", 0), 0.02):
+            lines.append((max(gain, 1 / gain), f"- {row['case']}: {old['us']:.1f} -> {row['us']:.1f} us, {gain:.2f}x"))
+    shown = [text for _, text in sorted(lines, reverse=True)]
+    more = [f"- and {len(shown) - 20} more"] if len(shown) > 20 else []
+    return "## Since the earlier run\n\n" + "\n".join(
+        [*shown[:20], *more] or ["nothing has changed by more than the spread"]
+    )
 
 
 def summary(rows: Sequence[Row]) -> str:

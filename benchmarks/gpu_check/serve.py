@@ -125,6 +125,7 @@ def environment(root: Path, *, dry: bool, cache: Path, late: Path | None = None)
         "REQUANTO_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # the same in all, since it is a part of the cache's key
     }
     if late is not None:
         found["GPU_CHECK_WHEELS"] = str(late)
