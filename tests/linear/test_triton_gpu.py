@@ -96,8 +96,7 @@ def test_eager_forward_and_backward(kind, group, dtype):
         dy = torch.randn_like(out)
         out.backward(dy)
         assert error(x.grad, dy.double() @ w) <= BOUND[dtype]
-    packs = module.weight.qtype.bits in rules.EXEC_BLOCKS and rules.has_matrix_instructions(DEVICE)
-    assert module.weight.is_packed == packs
+    assert module.weight.is_packed == rules.has_matrix_instructions(DEVICE)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

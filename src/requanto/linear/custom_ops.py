@@ -17,7 +17,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.activations import rounded_in_blocks
-from requanto.linear.registry import choose, problem_of
+from requanto.linear.registry import choose, operator_plan, problem_of
 from requanto.runtime import onnx_nodes
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
@@ -32,13 +32,22 @@ def run(
     bias: torch.Tensor | None,
     activation: qtype | None = None,
     input_scale: torch.Tensor | None = None,
+    *,
+    lasts: bool = False,
 ) -> torch.Tensor:
-    """``[rows, K] -> [rows, N]`` with the implementation that the registry selects."""
+    """``[rows, K] -> [rows, N]`` with the implementation that the registry selects.
+
+    Args:
+        lasts: whether the weight's storage outlives the call, and can cache a plan.
+    """
     if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
         out = x.new_zeros(x.shape[0], weight.shape[0])
         return out if bias is None else out.add_(bias)
     if activation is not None and activation.blocks is not None:
         x, activation = rounded_in_blocks(x, activation, input_scale), None
+    gemm = operator_plan(x, weight, activation) if lasts and input_scale is None else None
+    if gemm is not None:
+        return gemm(x, weight, bias)
     found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
     return found.implementation.run(x, weight, bias, activation, input_scale)
 
@@ -59,7 +68,7 @@ class EagerLinear(torch.autograd.Function):
         ctx.names = ctx.layout.names(ctx.spec)
         ctx.save_for_backward(*(parts[name] for name in ctx.names))  # autograd raises if they are overwritten meanwhile
         ctx.bias_dtype = None if bias is None else bias.dtype
-        out = run(x, weight, bias, activation, input_scale)
+        out = run(x, weight, bias, activation, input_scale, lasts=weight._storage.base is None)
         return out if out._base is None else out.clone()  # autograd forbids in-place changes of a view made here
 
     @staticmethod
@@ -69,12 +78,13 @@ class EagerLinear(torch.autograd.Function):
             parts = dict(zip(ctx.names, ctx.saved_tensors))
             spec = ctx.spec.replace(transposed=not ctx.spec.transposed, activation=None)
             weight = _prepacked(spec, parts, ctx.layout)
+            lasts = weight is not None
             if weight is None:
                 weight = QTensor._over(spec, WeightStorage(parts, ctx.layout))
             if torch.is_grad_enabled():  # create_graph=True: a gradient penalty differentiates this product too
                 grad_x = EagerLinear.apply(grad, None, weight, None, None)
             else:
-                grad_x = run(grad, weight, None)
+                grad_x = run(grad, weight, None, lasts=lasts)
         return grad_x, _bias_gradient(ctx, grad), None, None, None
 
 
@@ -115,11 +125,18 @@ def onnx_linear(
 def _weight(
     parts: list[torch.Tensor], words: str, shape: list[int], dtype: torch.dtype, *, flip: bool = False
 ) -> QTensor:
+    return _lasting(parts, words, shape, dtype, flip=flip)[0]
+
+
+def _lasting(
+    parts: list[torch.Tensor], words: str, shape: list[int], dtype: torch.dtype, *, flip: bool = False
+) -> tuple[QTensor, bool]:
+    """The weight of an operator's arguments, and whether its storage outlives the call."""
     spec, layout, named = operator_weight(parts, words, shape, dtype)
     if flip:
         spec = spec.replace(transposed=not spec.transposed)
     found = _prepacked(spec, named, layout)
-    return QTensor._of(spec, named, layout) if found is None else found
+    return (QTensor._of(spec, named, layout), False) if found is None else (found, True)
 
 
 def _seen(words: str, shape: Any) -> Any:
@@ -135,8 +152,8 @@ def _linear(
     shape: list[int],
     input_scale: torch.Tensor | None,
 ) -> torch.Tensor:
-    weight = _weight(parts, words, shape, x.dtype)
-    return run(x, weight, bias, weight.activation, input_scale)
+    weight, lasts = _lasting(parts, words, shape, x.dtype)
+    return run(x, weight, bias, weight._spec.activation, input_scale, lasts=lasts)
 
 
 @_linear.register_fake
@@ -147,7 +164,8 @@ def _(x, bias, parts, words, shape, input_scale):  # type: ignore[no-untyped-def
 @torch.library.custom_op("requanto::linear_backward", mutates_args=())
 def _linear_backward(grad: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
     # The gradient with respect to x is grad @ W (straight-through estimator if activations are quantized).
-    return run(grad, _weight(parts, words, shape, grad.dtype, flip=True), None)
+    weight, lasts = _lasting(parts, words, shape, grad.dtype, flip=True)
+    return run(grad, weight, None, lasts=lasts)
 
 
 @_linear_backward.register_fake

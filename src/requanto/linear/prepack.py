@@ -36,6 +36,7 @@ SMALL = "it is small"
 EMBEDDING_WEIGHT = "its rows are looked up by an embedding"
 #: References to a memory block that only this weight uses: its tensor, and the handle that is used to count them.
 _OWN_REFERENCES = 2
+_warned_of_memory = False
 
 
 def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype | None = None) -> Layout | None:
@@ -154,8 +155,26 @@ def _pack(
                 logger.info("a %s weight of shape %s is not packed: %s", weight.qtype.name, tuple(weight.shape), why)
             storage.declined = why
             return False
-        weight.pack(layout)
+        try:
+            weight.pack(layout)
+        except torch.OutOfMemoryError:  # nothing has changed: the kernels read the stored form too, somewhat slower
+            storage.declined = (registry_state.version, dtype, activation)
+            _log_out_of_memory(weight, layout)
+            return False
     return True
+
+
+def _log_out_of_memory(weight: QTensor, layout: Layout) -> None:
+    """One warning a process: after the first weight, the others meet the same."""
+    global _warned_of_memory
+    level = logging.DEBUG if _warned_of_memory else logging.WARNING
+    _warned_of_memory = True
+    logger.log(
+        level,
+        "%s of shape %s on %s stays as it is stored, and so may others: no memory is left to bring it into the layout %r. "
+        "Kernels read it too, somewhat slower; call requanto.prepare(model) before other memory is taken.",
+        weight._storage.name or f"a {weight.qtype.name} weight", tuple(weight.shape), weight.device, layout.name,
+    )  # fmt: skip
 
 
 def shared(weight: QTensor) -> str | None:

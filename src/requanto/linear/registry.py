@@ -17,7 +17,7 @@ from requanto.linear.columns import column_for
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import needs_gradient, runs_eagerly
 from requanto.scales.order import in_order
-from requanto.tensor.layout import LOCK
+from requanto.tensor.layout import LOCK, layout_named
 from requanto.tensor.qtensor import QTensor
 
 #: ``gemm(x, weight, bias) -> y`` for one shape and dtype of x; everything that does not depend on x's values is prepared.
@@ -45,7 +45,7 @@ class Problem:
         group_size: group size of the weight's scales; None: one scale per row.
         affine: whether the weight has a shift.
         transposed: whether the weight is stored as ``[K, N]``, with scales along N.
-        layout: ``"plain"``, or the name of a packed layout (`requanto.tensor.layout`).
+        layout: order of the codes: ``"plain"``, or the name of a packed layout (`requanto.tensor.layout`).
         static: whether activations have a static scale instead of one per token.
     """
 
@@ -77,6 +77,8 @@ class Implementation:
         make_plan: ``make_plan(weight, rows, dtype) -> gemm`` prepares a GEMM for one shape of x (`find_plan`), or returns
             None; None if there is nothing to prepare.
         takes_column: whether the GEMMs of ``make_plan`` multiply x by the weight's column scale themselves.
+        plans_operators: whether ``make_plan`` takes transposed weights too, and its plans are used where a GEMM is an
+            operator: in compiled graphs and for autograd.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Implementation:
     run_grouped: Callable[..., torch.Tensor] | None = None
     make_plan: MakePlan | None = None
     takes_column: bool = False
+    plans_operators: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def problem_of(
         group_size=spec.group_size,
         affine=spec.affine,
         transposed=spec.transposed,
-        layout=layout or weight._storage.layout.name,
+        layout=(weight._storage.layout if layout is None else layout_named(layout)).order(spec),
         static=static,
     )
 
@@ -218,6 +221,38 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
             if len(storage.plans) >= MAX_PLANS:
                 storage.plans.clear()
             storage.plans[key] = plan
+
+
+def operator_plan(x: torch.Tensor, weight: QTensor, activation: qtype | None) -> Gemm | None:
+    """The cached plan of a GEMM of the codes with rows x ``[rows, K]``; made if there is none yet.
+
+    Args:
+        weight: of a storage that lasts.
+
+    Returns:
+        None if the implementation that the registry selects has no plans for operators.
+    """
+    storage = weight._storage
+    key = (x.shape, x.dtype, registry_state.version, activation, weight._spec.transposed)
+    found = storage.plans.get(key)
+    if found is None:
+        if not runs_eagerly():
+            return None
+        version = storage.version
+        chosen = choose(problem_of(weight, x.dtype, x.shape[0], activation)).implementation
+        # x was multiplied by the column scale before.
+        usable = chosen.plans_operators and not (chosen.takes_column and "column" in storage.parts)
+        make = chosen.make_plan if usable else None
+        spec = weight._spec
+        seen = weight if activation is spec.activation else weight.view_of_storage(activation=activation)
+        gemm = None if make is None else make(seen, x.shape[0], x.dtype)
+        found = Plan(gemm, activation, x.is_cpu)  # type: ignore[arg-type]
+        with LOCK:
+            if storage.version == version:
+                if len(storage.plans) >= MAX_PLANS:
+                    storage.plans.clear()
+                storage.plans[key] = found
+    return found.gemm if x.is_cpu is found.cpu else None
 
 
 def _with_columns(gemm: Gemm, column: torch.Tensor, part: torch.Tensor) -> Gemm:

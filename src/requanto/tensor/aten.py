@@ -57,9 +57,10 @@ def _clone(func: Any, args: tuple, kwargs: dict) -> QTensor:
 def _contiguous(func: Any, args: tuple, kwargs: dict) -> QTensor:
     tensor = args[0]
     parts = tensor._storage.parts.values()
+    packed = tensor.is_packed  # scales may be stored in the order that kernels read
     return (
         tensor.view_of_storage()
-        if all(p.is_contiguous() for p in parts)
+        if all(p.is_contiguous() or (packed and p.dim() > 1 and p.mT.is_contiguous()) for p in parts)
         else map_parts(tensor, lambda t: t.contiguous())
     )
 

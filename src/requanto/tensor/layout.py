@@ -48,6 +48,18 @@ class Layout:
         """The plain codes, bit for bit: the same tensor for the plain layout, else a new one."""
         return parts["qdata"]
 
+    def plain(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
+        """All other parts in the plain layout: all but ``qdata`` and `extra`."""
+        return {name: part for name, part in parts.items() if name not in ("qdata", *self.extra)}
+
+    def order(self, spec: WeightSpec) -> str:
+        """The order of the codes, by which implementations are selected: the layout's name, or ``"plain"``."""
+        return self.name
+
+    def arranged(self, spec: WeightSpec, name: str, part: torch.Tensor) -> torch.Tensor:
+        """A float scale or shift of the plain layout as this layout stores it."""
+        return part
+
     def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
         """Unpacked codes of rows ``start .. stop`` of the stored matrix: ``[stop - start, K]``, one code per element."""
         rows = self._rows(spec, parts)[start:stop]

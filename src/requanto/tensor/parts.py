@@ -218,7 +218,7 @@ class WeightParts:
                 f"set_inner()"
             )
         layout, parts = self._storage.state
-        parts = {**parts, name: value}
+        parts = {**parts, name: layout.arranged(self._spec, name, value)}
         layout.check(self._spec, parts)
         self._storage.set(parts, layout)
 

@@ -95,7 +95,8 @@ class WeightStorage:
             with outside_tracing():
                 codes = layout.unpack(spec, parts)
             self._unpacked = weakref.ref(codes)
-        return {"qdata": codes, **{name: part for name, part in parts.items() if name not in ("qdata", *layout.extra)}}
+        with outside_tracing():
+            return {"qdata": codes, **layout.plain(spec, parts)}
 
     def set(self, parts: Parts, layout: Layout = PLAIN, spec: WeightSpec | None = None) -> None:
         """Replaces all tensors and the layout; parts that are None are omitted."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from requanto.linear import registry
+from requanto.linear import custom_ops, registry
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import layout, plans
 from requanto.tensor.qtensor import QTensor
@@ -64,6 +64,34 @@ def test_numbers_of_the_present_weight(name, dtype, monkeypatch):
             assert error(F.linear(x, weight, b), wanted) <= BOUNDS[dtype]
     assert made
     assert any(one.plan is not None for plan in weight._storage.plans.values() for one in _recorded(plan.gemm))
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "nf4"])
+def test_operators_use_plans(kind, monkeypatch):
+    """Compiled graphs call `requanto::linear`, whose arguments are tensors; training uses plans for both products."""
+    made = []
+    real = plans._Recorded._record
+    monkeypatch.setattr(plans._Recorded, "_record", lambda self, *a: made.append(1) or real(self, *a))
+    weight = QTensor.quantize(torch.randn(40, 256), kind)
+    weight.pack(layout.EXEC)
+    values, parts = weight.dequantize(torch.float64), custom_ops.arguments(weight)
+    for _ in range(3):
+        x = torch.randn(5, 256)
+        assert error(torch.ops.requanto.linear(x, None, *parts, None), x.double() @ values.T) <= 1e-5
+    assert len(made) == 1
+    with torch.enable_grad():
+        for _ in range(3):
+            x, bias = torch.randn(7, 256, requires_grad=True), torch.randn(40, requires_grad=True)
+            out = F.linear(x, weight, bias)
+            dy = torch.randn_like(out)
+            out.backward(dy)
+            assert error(out, x.double() @ values.T + bias.double()) <= 1e-5
+            assert error(x.grad, dy.double() @ values) <= 1e-5
+    assert len(made) == 3
+    x, bias = torch.randn(2, 40), torch.randn(256)
+    for _ in range(2):  # a transposed weight; its kernel adds no bias
+        found = custom_ops.run(x, weight.t(), bias, lasts=True)
+        assert error(found, x.double() @ values + bias.double()) <= 1e-5
 
 
 def _recorded(gemm):

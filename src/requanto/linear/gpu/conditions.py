@@ -21,8 +21,6 @@ DEVICES = ("cuda", "xpu")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 #: Types that the kernels decode: integers, float8, small floats, and codebooks of fewer than 8 bits.
 KINDS = frozenset(kind for kind in qtypes.values() if kind.bits < 8 or not kind.is_codebook)
-#: Codes along K in one block of the execution layout, by the widths that have one.
-EXEC_BLOCKS = {4: 128, 3: 256, 2: 256}
 
 #: (minimum compute capability, rows): from so many rows on, the weight is dequantized once and multiplied by the vendor's
 #: library. The first entry that fits the GPU is used; (1, 1) is for GPUs without `has_matrix_instructions`, (0, ...) for

@@ -219,6 +219,7 @@ for _implementation in (
         reason="activations quantized in one launch, one GEMM of 8-bit codes",
         make_plan=_plan_of(_scaled),
         takes_column=True,
+        plans_operators=True,
     ),
     Implementation(
         name="triton-w4a8",
@@ -227,6 +228,7 @@ for _implementation in (
         reason="int8 activations times integer codes, exact sums within each group",
         make_plan=_plan_of(_w4a8),
         takes_column=True,
+        plans_operators=True,
     ),
     Implementation(
         name="triton-rounded",
@@ -235,6 +237,7 @@ for _implementation in (
         reason="no GEMM of these two types of codes here: activations are rounded to their codes, then weight-only",
         make_plan=make_plan_rounded,
         takes_column=True,
+        plans_operators=True,
     ),
 ):
     register(_implementation, before="triton-dequantize")

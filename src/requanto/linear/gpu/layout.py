@@ -21,7 +21,7 @@ from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import conditions as rules
 from requanto.runtime.tracing import outside_tracing, runs_eagerly
 from requanto.scales.codebook import values_of
-from requanto.tensor.layout import Layout, Parts, register_layout
+from requanto.tensor.layout import PLAIN, Layout, Parts, register_layout
 from requanto.tensor.parts import float_scale, float_shift
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
@@ -30,28 +30,53 @@ _pinned: dict[int, StorageWeakRef] = {}
 
 
 class ExecLayout(Layout):
-    """Codes of 2, 3 or 4 bits in the execution layout, uint8 of the plain layout's shape."""
+    """The kernels' order: codes as `requanto_kernels.to_exec_layout` puts them, float scales and shifts group-major.
+
+    Codes have the plain layout's shape; for widths and rows that have no other order (`has_exec_layout`) they are the plain
+    ones. Scales and shifts have their shape too, ``[*lead, G]``, with strides ``(1, N)`` in the last two axes, so that those
+    of adjacent rows are loaded together.
+    """
 
     name = "exec"
 
     def accepts(self, spec: WeightSpec) -> bool:
-        return spec.qtype in rules.KINDS and spec.qtype.bits in rules.EXEC_BLOCKS and len(spec.shape) - spec.axis == 2
+        return spec.qtype in rules.KINDS and len(spec.shape) - spec.axis == 2
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
-        from requanto_kernels import to_exec_layout
+        from requanto_kernels import group_major, to_exec_layout
 
-        return {"qdata": to_exec_layout(parts["qdata"], spec.qtype.bits)}
+        scales = {name: group_major(parts[name]) for name in _ARRANGED if _is_arranged(spec, parts, name)}
+        return {"qdata": to_exec_layout(parts["qdata"], spec.qtype.bits, spec.row_length), **scales}
 
     def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
         from requanto_kernels import from_exec_layout
 
-        return from_exec_layout(parts["qdata"], spec.qtype.bits)
+        return from_exec_layout(parts["qdata"], spec.qtype.bits, spec.row_length)
+
+    def plain(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
+        return {
+            name: part.contiguous() if name in _ARRANGED else part for name, part in super().plain(spec, parts).items()
+        }
+
+    def order(self, spec: WeightSpec) -> str:
+        return self.name if _is_permuted(spec) else PLAIN.name
+
+    def arranged(self, spec: WeightSpec, name: str, part: torch.Tensor) -> torch.Tensor:
+        from requanto_kernels import group_major
+
+        return group_major(part) if _is_arranged(spec, {name: part}, name) else part
 
     def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
-        return self._unpacked(spec, parts["qdata"].reshape(spec.matrix_shape[0], -1)[start:stop])
+        if not _is_permuted(spec):
+            return super().codes(spec, parts, start, stop)
+        return self._unpacked(spec, self._rows(spec, parts)[start:stop])
 
     def gather(self, spec: WeightSpec, parts: Parts, index: torch.Tensor) -> torch.Tensor:
-        return self._unpacked(spec, torch.index_select(parts["qdata"].reshape(spec.matrix_shape[0], -1), 0, index))
+        if not _is_permuted(spec):
+            return super().gather(spec, parts, index)
+        rows = self._rows(spec, parts)
+        picked = torch.index_select(rows.view(torch.uint8), 0, index)  # float8 codes have no index_select
+        return self._unpacked(spec, picked.view(rows.dtype))
 
     def is_readable(self, codes: torch.Tensor) -> bool:
         return not codes.numel() or codes.stride(-1) == 1 or codes.shape[-1] == 1
@@ -66,23 +91,44 @@ class ExecLayout(Layout):
     def _unpacked(self, spec: WeightSpec, rows: torch.Tensor) -> torch.Tensor:
         from requanto_kernels import from_exec_layout
 
-        return unpack(from_exec_layout(rows.contiguous(), spec.qtype.bits), spec.qtype.bits, spec.row_length)
+        plain = from_exec_layout(rows.contiguous(), spec.qtype.bits, spec.row_length)
+        return unpack(plain, spec.qtype.bits, spec.row_length) if spec.qtype.is_packed else plain
 
 
 EXEC = register_layout(ExecLayout())
 
+#: Parts that are stored group-major where they are floats.
+_ARRANGED = ("scale", "shift")
+
+
+def _is_arranged(spec: WeightSpec, parts: Parts, name: str) -> bool:
+    """Whether that part is stored group-major: floats of several groups."""
+    part = parts.get(name)
+    return part is not None and name not in spec.code_bits and spec.qtype.blocks is None and part.shape[-1] > 1
+
+
+def _is_permuted(spec: WeightSpec) -> bool:
+    from requanto_kernels import has_exec_layout
+
+    return has_exec_layout(spec.qtype.bits, spec.row_length)
+
 
 def fits(weight: QTensor, activation: qtype | None = None) -> bool:
-    """True for weights whose kernels can read the execution layout at full speed."""
-    kind, length = weight.qtype, weight.row_length
-    if weight.device.type not in rules.DEVICES or kind not in rules.KINDS or kind.bits not in rules.EXEC_BLOCKS:
+    """True for weights that kernels read in the execution layout at full speed.
+
+    Where nothing is to be put in another order, the layout costs nothing; its storage is then found by operators, whose
+    arguments are tensors, so that compiled graphs use its cached plans too.
+    """
+    spec = weight._spec
+    kind, length = spec.qtype, spec.row_length
+    if weight.device.type not in rules.DEVICES or not EXEC.accepts(spec) or not length or not rules.available():
         return False
-    block = rules.EXEC_BLOCKS[kind.bits]
-    if weight.dim() - weight.axis != 2 or length % block or capturing(weight.device) or not rules.available():
-        return False
-    if not rules.has_matrix_instructions(weight.device.type):
-        return False  # weights are only dequantized there, which is not faster in this layout
-    return not is_pinned(weight._qdata)
+    if capturing(weight.device) or not rules.has_matrix_instructions(weight.device.type):
+        return False  # before sm_80, weights are only dequantized, which is not faster in this layout
+    activation = activation or spec.activation
+    if kind.bits == 8 and activation is not None and _is_permuted(spec):
+        return False  # GEMMs of two 8-bit codes read the plain layout
+    return not is_pinned(weight._storage.parts["qdata"])
 
 
 class KernelParts(NamedTuple):
@@ -242,7 +288,7 @@ def codes_of(weight: QTensor) -> tuple[torch.Tensor, str]:
     codes = parts["qdata"]
     if capturing(codes.device):
         pin(codes)
-    return codes, layout.name
+    return codes, layout.order(weight._spec)
 
 
 def capturing(device: torch.device) -> bool:

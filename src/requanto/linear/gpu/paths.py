@@ -18,7 +18,7 @@ from requanto.dtypes.qtypes import qtype
 from requanto.linear import reference
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import KernelParts, kernel_parts
-from requanto.linear.gpu.plans import recorded
+from requanto.linear.gpu.plans import Run, recorded, with_bias_added
 from requanto.linear.registry import Gemm, Implementation, register
 from requanto.tensor.qtensor import QTensor
 
@@ -54,7 +54,20 @@ def _gemm(x: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None) -> tor
 
 def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """Plan of `run_wq` for one shape of x."""
-    return None if weight.transposed else recorded(_gemm, dtype)
+    return (
+        recorded(_gemm, dtype)
+        if not weight.transposed
+        else with_bias_added(recorded(_gemm_dx(weight.row_length), dtype))
+    )
+
+
+def _gemm_dx(length: int) -> Run:
+    def run(x: torch.Tensor, parts: KernelParts, bias: None) -> torch.Tensor:
+        from requanto_kernels import wq_gemm_dx
+
+        return wq_gemm_dx(x, parts.codes, parts.scale, parts.shift, k=length, **parts.how)
+
+    return run
 
 
 def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -118,13 +131,14 @@ def _dequantized(parts: KernelParts, rows: slice, length: int, dtype: torch.dtyp
 def make_plan_dequantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """Plan of `run_dequantized` for one shape of x; None for a weight that is dequantized in several parts."""
     stored, length = weight.matrix_shape
-    if weight.transposed or stored * length * dtype.itemsize > SCRATCH_BYTES or dtype not in rules.FLOATS:
+    if stored * length * dtype.itemsize > SCRATCH_BYTES or dtype not in rules.FLOATS:
         return None
+    transposed = weight.transposed
     dequantize = recorded(lambda x, parts, bias: _dequantized(parts, slice(0, stored), length, dtype), dtype)
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         whole = dequantize(None, weight, None)  # type: ignore[arg-type]
-        return F.linear(x, whole, None if bias is None else bias.to(dtype))
+        return F.linear(x, whole.t() if transposed else whole, None if bias is None else bias.to(dtype))
 
     return gemm
 
@@ -156,6 +170,7 @@ for _implementation in (
         supports=rules.dequantized,
         reason="many rows (threshold not measured) or float64: dequantized by a kernel, then the vendor's library",
         make_plan=make_plan_dequantized,
+        plans_operators=True,
     ),
     Implementation(
         name="triton-wq",
@@ -163,6 +178,7 @@ for _implementation in (
         supports=rules.weight_only,
         reason="GEMM with fused dequantize",
         make_plan=make_plan,
+        plans_operators=True,
         run_grouped=run_grouped,
     ),
     Implementation(

@@ -90,6 +90,16 @@ class _Recorded:
         return out
 
 
+def with_bias_added(gemm: Gemm) -> Gemm:
+    """The GEMM of kernels that add no bias."""
+
+    def added(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = gemm(x, weight, None)
+        return out if bias is None else out.add_(bias)
+
+    return added
+
+
 def kind_of(tensor: torch.Tensor | None) -> tuple | None:
     """What a plan depends on in x or the bias. x's shape and dtype are known from the weight's cache."""
     if tensor is None:

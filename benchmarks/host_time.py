@@ -1,0 +1,109 @@
+"""CPU time of a GPU layer's call, without a GPU: everything on the host runs, by a driver that launches nothing.
+
+    OMP_NUM_THREADS=1 python benchmarks/host_time.py           # half a minute; writes benchmarks/results/host_time.json
+
+Tensors are on the CPU (`tests/kernels/fake_driver.py`). Not in it, and the same for every library: what the driver takes
+to start a kernel (a few microseconds each). `F.linear` is torch's own linear in bfloat16 at 16 x 16, whose work is nothing.
+The times are those of this thread on its core, the fastest of several rounds, in microseconds.
+
+gpu.md, the measurement this repeats, has for gemlite's layer 111 us, in the same way, on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import RESULTS, write
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+from fake_driver import fake_gpu_layers, watch
+
+import requanto
+from requanto import QTensor
+from requanto.linear import custom_ops
+
+#: name, type and options, rows of x
+LAYERS = [
+    ("int4, group 64, affine", "int4", {}, 1),
+    ("int4, group 128, symmetric", "int4", {"group_size": 128, "symmetric": True}, 1),
+    ("int4, 16 rows", "int4", {}, 16),
+    ("int4, 2048 rows", "int4", {}, 2048),
+    ("int4, scales in 6 bits", "int4", {"scale_bits": 6}, 1),
+    ("int4, column scale", "int4", {"column_scale": "std"}, 1),
+    ("int4, rotation", "int4", {"rotation": True}, 1),
+    ("nf4", "nf4", {}, 1),
+    ("int8", "int8", {}, 1),
+    ("float8", "float8", {}, 1),
+    ("int8 x int8", "int8", {"activation": "int8"}, 16),
+    ("int4 x int8", "int4", {"group_size": 128, "activation": "int8"}, 16),
+    ("float8 x float8", "float8", {"activation": "float8"}, 16),
+]
+
+
+def microseconds(call: Callable[[], object], rounds: int = 9, calls: int = 500) -> float:
+    """CPU time of a call: of the fastest round."""
+    best = float("inf")
+    for _ in range(rounds):
+        begin = time.thread_time()
+        for _ in range(calls):
+            call()
+        best = min(best, time.thread_time() - begin)
+    return round(best / calls * 1e6, 1)
+
+
+def layer(kind: str, size: int, activation: str | None = None, **how: object) -> nn.Linear:
+    made = nn.Linear(size, size, bias=False, dtype=torch.bfloat16)
+    weight = QTensor.quantize(made.weight, kind, **how)
+    weight.activation = activation
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
+
+
+def row_of(name: str, kind: str, how: dict, rows: int, gpu, size: int) -> dict[str, object]:
+    module, x = layer(kind, size, **how), torch.randn(rows, size, dtype=torch.bfloat16)
+    for _ in range(3):
+        module(x)
+    counts = watch(gpu, lambda: module(x))
+    found: dict[str, object] = {
+        "layer": name, "rows": rows, "kernels": counts.launches, "operators": counts.operators, "reads": counts.reads,
+    }  # fmt: skip
+    if "linear" in counts.operators:  # cuBLAS's part would be computed here
+        found["us"] = None
+    else:
+        found["us"] = microseconds(lambda: module(x))
+        parts = custom_ops.arguments(module.weight)
+        if module.weight.column is None and module.weight.rotation is None:
+            found["in a compiled graph, us"] = microseconds(lambda: torch.ops.requanto.linear(x, None, *parts, None))
+    gpu.launches.clear()
+    gpu.streams.clear()
+    return found
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--size", type=int, default=1024, help="N and K")
+    options.add_argument("--out", type=Path, default=RESULTS / "host_time.json")
+    chosen = options.parse_args()
+    with fake_gpu_layers() as gpu, torch.no_grad():
+        tiny, x = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16), torch.randn(1, 16, dtype=torch.bfloat16)
+        torch_us = {
+            "F.linear": microseconds(lambda: F.linear(x, tiny.weight)),
+            "nn.Linear": microseconds(lambda: tiny(x)),
+        }
+        rows = [row_of(*one, gpu, chosen.size) for one in LAYERS]
+    for row in rows:
+        print(f"{row['layer']:28} {row['us']!s:>6} us {row.get('in a compiled graph, us', '')!s:>6}  {row['kernels']}")
+    print(torch_us)
+    quoted = {"gemlite's layer, as measured in the same way on another machine": 111}
+    write(chosen.out, {"version": requanto.__version__, "torch_us": torch_us, "quoted_us": quoted, "layers": rows})
+
+
+if __name__ == "__main__":
+    main()
