@@ -1,6 +1,7 @@
 """Triton kernels for low-bit matrix multiplication. Arguments and results are plain tensors; needs only torch and triton."""
 
 from .config import Config
+from .expert_bounds import expert_bounds
 from .int_mm import int_mm
 from .layout import from_exec_layout, group_major, has_exec_layout, to_exec_layout
 from .quant_rows import quant_rows, round_rows
@@ -15,6 +16,7 @@ from .wq_gemm_many import wq_gemm_many
 
 __all__ = [
     "Config",
+    "expert_bounds",
     "from_exec_layout",
     "group_major",
     "has_exec_layout",

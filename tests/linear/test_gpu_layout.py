@@ -22,6 +22,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from fake_driver import fake_gpu_layers
+
 from requanto_kernels import has_exec_layout
 
 KINDS = {

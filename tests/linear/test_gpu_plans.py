@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from requanto.linear import grouped_linear
 from requanto.linear.gpu import layout, plans
 from requanto.tensor.qtensor import QTensor
 
@@ -231,3 +232,28 @@ def test_gradients_and_errors_go_around_plans(gpu):
     with torch.enable_grad():
         y = F.linear(x.clone().requires_grad_(), weight)
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts_are_two_launches(gpu, transposed):
+    values = torch.randn(4, 512, 256, dtype=torch.bfloat16)
+    weight = QTensor.quantize(values, "int4", transposed=transposed)
+    weight.pack(layout.EXEC)
+    x = torch.randn(6, 256 if not transposed else 512, dtype=torch.bfloat16)
+    offsets = torch.tensor([1, 3, 3, 6], dtype=torch.int32)
+    for _ in range(2):
+        grouped_linear(x, weight.transpose(1, 2) if transposed else weight, offsets)
+    counts = watch(gpu, lambda: grouped_linear(x, weight.transpose(1, 2) if transposed else weight, offsets))
+    assert counts.launches[0] == "expert_bounds_kernel"
+    assert len(counts.launches) == 2
+    assert counts.reads == []
+    free = {"empty", "new_zeros", "new_empty", "zero_", "fill_", "to", "transpose"}
+    assert set(counts.operators) <= free  # the result's zeros, and what touches no memory
+
+
+def test_a_rotated_weight_has_a_plan(gpu):
+    weight = parameter("int4", rotation=True, column_scale=torch.rand(512) + 0.5)
+    x = torch.randn(1, 512, dtype=torch.bfloat16)
+    warm(x, weight)
+    assert weight._storage.plans
+    assert watch(gpu, lambda: F.linear(x, weight)).launches[0] == "wq_gemm_kernel"

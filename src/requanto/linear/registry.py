@@ -17,8 +17,10 @@ from requanto.linear.columns import column_for
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import needs_gradient, runs_eagerly
 from requanto.scales.order import in_order
+from requanto.scales.rotation import rotate
 from requanto.tensor.layout import LOCK, layout_named
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.storage import WeightStorage
 
 #: ``gemm(x, weight, bias) -> y`` for one shape and dtype of x; everything that does not depend on x's values is prepared.
 Gemm = Callable[[torch.Tensor, QTensor, torch.Tensor | None], torch.Tensor]
@@ -199,7 +201,7 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     Does nothing as long as the weight may still be packed, because packing is tried outside of plans.
     """
     spec, storage = weight._spec, weight._storage
-    if not runs_eagerly() or x.dim() < 2 or not x.numel() or spec.rotation is not None or "up" in storage.parts:
+    if not runs_eagerly() or x.dim() < 2 or not x.numel() or "up" in storage.parts:
         return
     if spec.activation is not None and spec.activation.blocks is not None:
         return
@@ -209,18 +211,31 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
         return
     matrix = weight.as_matrix()
     found = choose(problem_of(matrix, x.dtype, x.numel() // x.shape[-1], spec.activation)).implementation
-    planned = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if found.make_plan is not None else None
+    # A rotation comes between the column scale and the codes' GEMM.
+    makes = found.make_plan is not None and not (found.takes_column and "column" in storage.parts and spec.rotation)
+    planned = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if makes else None  # type: ignore[misc]
     gemm = planned or _plan_without_preparation(found, spec.activation)
+    if spec.rotation is not None:
+        gemm = _with_rotation(gemm, spec.rotation)
     if "column" in storage.parts and not (planned is not None and found.takes_column):
         gemm = _with_columns(gemm, column_for(weight, x.dtype), storage.parts["column"])
     if "order" in storage.parts:
         gemm = _with_order(gemm, storage.parts["order"])
-    plan = Plan(gemm, spec.activation, x.is_cpu)
-    with LOCK:  # another thread may have changed the weight meanwhile
+    cache_plan(storage, key, Plan(gemm, spec.activation, x.is_cpu), version)
+
+
+def cache_plan(storage: WeightStorage, key: tuple, plan: Plan, version: int) -> Plan:
+    """Caches a plan in a weight's storage and returns it.
+
+    Args:
+        version: the storage's before the plan was made: another thread may have changed the weight meanwhile.
+    """
+    with LOCK:
         if storage.version == version:
             if len(storage.plans) >= MAX_PLANS:
                 storage.plans.clear()
             storage.plans[key] = plan
+    return plan
 
 
 def operator_plan(x: torch.Tensor, weight: QTensor, activation: qtype | None) -> Gemm | None:
@@ -246,12 +261,7 @@ def operator_plan(x: torch.Tensor, weight: QTensor, activation: qtype | None) ->
         spec = weight._spec
         seen = weight if activation is spec.activation else weight.view_of_storage(activation=activation)
         gemm = None if make is None else make(seen, x.shape[0], x.dtype)
-        found = Plan(gemm, activation, x.is_cpu)  # type: ignore[arg-type]
-        with LOCK:
-            if storage.version == version:
-                if len(storage.plans) >= MAX_PLANS:
-                    storage.plans.clear()
-                storage.plans[key] = found
+        found = cache_plan(storage, key, Plan(gemm, activation, x.is_cpu), version)  # type: ignore[arg-type]
     return found.gemm if x.is_cpu is found.cpu else None
 
 
@@ -270,6 +280,15 @@ def _with_columns(gemm: Gemm, column: torch.Tensor, part: torch.Tensor) -> Gemm:
         return gemm(x * column_for(weight, x.dtype), weight, bias)  # the part may have changed in place
 
     return scaled if column is part else scaled_by_a_copy
+
+
+def _with_rotation(gemm: Gemm, block: int) -> Gemm:
+    """The plan of a weight whose rows are rotated, from that of its codes."""
+
+    def rotated(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return gemm(rotate(x, block), weight, bias)
+
+    return rotated
 
 
 def _with_order(gemm: Gemm, order: torch.Tensor) -> Gemm:

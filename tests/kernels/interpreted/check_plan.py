@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import TOLERANCE, error, weight
 
-from requanto_kernels import quant_rows, scaled_mm, wq_gemm, wq_gemm_dx
+from requanto_kernels import expert_bounds, quant_rows, scaled_mm, wq_gemm, wq_gemm_dx
 from requanto_kernels._plan import record
 
 
@@ -54,3 +54,18 @@ def test_transposed_and_strided():
     other = torch.randn(5, 80)[:, ::2]
     got = recording.plan(out)(other)
     assert error(got, other.double() @ w.meaning) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("experts", [1, 3, 8, 200])
+def test_bounds_of_experts(dtype, experts):
+    for ends in (torch.sort(torch.randint(0, 50, (experts,)))[0], torch.randint(-5, 90, (experts,))):
+        ends = ends.to(dtype)
+        found = expert_bounds(ends, 40)
+        assert found.dtype == dtype
+        assert torch.equal(found[1:], ends.clamp(0, 40).cummax(0).values)
+        assert found[0] == 0
+    with pytest.raises(ValueError, match="ends"):
+        expert_bounds(ends.float(), 40)
+    with pytest.raises(ValueError, match="ends"):
+        expert_bounds(ends[:0], 40)

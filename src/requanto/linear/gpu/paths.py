@@ -19,7 +19,10 @@ from requanto.linear import reference
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import KernelParts, kernel_parts
 from requanto.linear.gpu.plans import Run, recorded, with_bias_added
-from requanto.linear.registry import Gemm, Implementation, register
+from requanto.linear.registry import Gemm, Implementation, Plan, cache_plan, register
+from requanto.runtime.settings import registry_state
+from requanto.runtime.tracing import runs_eagerly
+from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
 
 #: Most bytes of a weight that are dequantized at a time: every layer of a 70B model fits, a large output head does not.
@@ -72,19 +75,32 @@ def _gemm_dx(length: int) -> Run:
 
 def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
     """GEMMs of fused experts; ``offsets``, the end rows ``[E]``, stay on the device. Rows after the last give zeros."""
-    from requanto_kernels import wq_gemm_dx, wq_gemm_grouped
-
-    parts = kernel_parts(weight, x.dtype)
-    # Kernels write the rows between two bounds: none may be beyond the result, nor before the one before it.
-    ends = offsets.to(x.device).clamp(0, x.shape[0]).cummax(0).values
-    bounds = F.pad(ends.to(offsets.dtype), (1, 0))
     out = x.new_zeros(x.shape[0], weight.shape[1])
     if not x.shape[0]:
         return out
-    tensors = (parts.codes, parts.scale, parts.shift)
-    if weight.transposed:
-        return wq_gemm_dx(x, *tensors, k=weight.row_length, offsets=bounds, out=out, **parts.how)
-    return wq_gemm_grouped(x, bounds, *tensors, out=out, **parts.how)
+    offsets = offsets.to(x.device).contiguous()
+    storage = weight._storage
+    if storage.layout is PLAIN or not runs_eagerly():
+        return _experts(weight.row_length, weight.transposed)(x, kernel_parts(weight, x.dtype), None, offsets, out)
+    key = ("experts", x.shape, x.dtype, registry_state.version, weight.transposed)
+    found = storage.plans.get(key)
+    if found is None:
+        gemm = recorded(_experts(weight.row_length, weight.transposed), x.dtype)
+        found = cache_plan(storage, key, Plan(gemm, None, x.is_cpu), storage.version)
+    return found.gemm(x, weight, None, offsets, out)  # type: ignore[call-arg]
+
+
+def _experts(length: int, transposed: bool) -> Run:
+    def run(x: torch.Tensor, parts: KernelParts, bias: None, offsets: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        from requanto_kernels import expert_bounds, wq_gemm_dx, wq_gemm_grouped
+
+        bounds = expert_bounds(offsets, x.shape[0])
+        tensors = (parts.codes, parts.scale, parts.shift)
+        if transposed:
+            return wq_gemm_dx(x, *tensors, k=length, offsets=bounds, out=out, **parts.how)
+        return wq_gemm_grouped(x, bounds, *tensors, out=out, **parts.how)
+
+    return run
 
 
 def run_dequantized(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from requanto.linear.gpu.layout import ExpandedScales, KernelParts, capturing, kernel_parts, pin
+from requanto.linear.gpu.layout import ExpandedScales, capturing, kernel_parts, pin
 from requanto.linear.registry import Gemm
 from requanto.tensor.qtensor import QTensor
 
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 #: Most plans of one layer and shape of x: one for each stride and alignment of x and of the bias.
 _MOST = 16
 
-#: ``run(x, parts, bias) -> y`` by launchers of `requanto_kernels`. y has x's shape without the last axis, plus N.
-Run = Callable[[Any, KernelParts, Any], torch.Tensor]
+#: ``run(x, parts, bias, *others) -> y`` by launchers of `requanto_kernels`, from a weight's `KernelParts`. y has x's shape
+#: without the last axis, plus N, or is one of the others.
+Run = Callable[..., torch.Tensor]
 
 
 class _Cached(NamedTuple):
@@ -52,16 +53,18 @@ class _Recorded:
         self._run, self._dtype = run, dtype
         self._plans: dict[tuple, _Cached] = {}
 
-    def __call__(self, x: torch.Tensor | None, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        key = kind_of(x), kind_of(bias)
+    def __call__(
+        self, x: torch.Tensor | None, weight: QTensor, bias: torch.Tensor | None, *others: torch.Tensor
+    ) -> torch.Tensor:
+        key = (kind_of(x), kind_of(bias), *map(kind_of, others))
         found = self._plans.get(key)
         if found is None:
-            return self._record(key, x, weight, bias)
+            return self._record(key, x, weight, bias, *others)
         plan, codes, expanded = found
         if plan is None:
-            return self._run(x, kernel_parts(weight, self._dtype), bias)
+            return self._run(x, kernel_parts(weight, self._dtype), bias, *others)
         if not plan.holds():
-            return self._record(key, x, weight, bias)
+            return self._record(key, x, weight, bias, *others)
         captured = capturing(codes.device)
         if captured:
             pin(codes)
@@ -70,14 +73,17 @@ class _Recorded:
                 expanded.is_read_by_graph = True
             if not expanded.is_current():
                 expanded.renew()
-        return plan(x, bias)
+        return plan(x, bias, *others)
 
-    def _record(self, key: tuple, x: Any, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _record(
+        self, key: tuple, x: Any, weight: QTensor, bias: torch.Tensor | None, *others: torch.Tensor
+    ) -> torch.Tensor:
         from requanto_kernels._plan import record
 
         parts = kernel_parts(weight, self._dtype)
-        with record(x=x, bias=bias, constants=parts.tensors) as recording:
-            out = self._run(x, parts, bias)
+        inputs = {f"input{i}": other for i, other in enumerate(others)}
+        with record(x=x, bias=bias, **inputs, constants=parts.tensors) as recording:
+            out = self._run(x, parts, bias, *others)
         if parts.expanded is not None and not parts.expanded.is_cached:
             return out  # in a capture, or of inference tensors
         plan = recording.plan(out)
