@@ -14,10 +14,9 @@ import triton.language as tl
 
 from . import _check as check
 from ._accumulate import accumulate
-from ._counters import counters
 from ._device import arch_of, on_device, processors
 from ._launch import launch
-from ._splits import count_part, sum_parts
+from ._split import is_last, store_part, sum_of_parts, workspace
 from .config import Config, split_for
 from .wq_gemm import config_for, constants, rows_of
 
@@ -41,10 +40,10 @@ def pick(part, a, b, c, d, PARTS: tl.constexpr):
 @triton.jit
 def wq_gemm_many_kernel(
     x0, x1, x2, x3, q0, q1, q2, q3, s0, s1, s2, s3, z0, z1, z2, z3, t_ptr, b0, b1, b2, b3, y0, y1, y2, y3,
-    n0, n1, n2, n3, g0, g1, g2, g3, work_ptr, counter_ptr, M, K,
+    n0, n1, n2, n3, g0, g1, g2, g3, work_ptr, count_ptr, M, K,
     stride_xp, stride_xm, stride_xk, stride_qn, stride_sn, steps_per_split,
     PARTS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr,
-    EXEC: tl.constexpr, BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    EXEC: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, SLOTS: tl.constexpr,
     SCALE: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
@@ -77,13 +76,14 @@ def wq_gemm_many_kernel(
     )  # fmt: skip
     bias, y = pick(part, b0, b1, b2, b3, PARTS), pick(part, y0, y1, y2, y3, PARTS)
     has_bias = ((BIAS >> part) & 1) != 0
-    if SPLITS == 1:
-        _finish(acc, bias, y, m0, begin_n, M, N, has_bias, BIAS, BLOCK_M, BLOCK_N)
-    else:
+    if SPLIT:
         tile = tl.program_id(2) * tl.num_programs(0) + pid
-        if count_part(acc, work_ptr, counter_ptr, tile, split, SPLITS, BLOCK_M, BLOCK_N):
-            acc = sum_parts(work_ptr, counter_ptr, tile, SPLITS, BLOCK_M, BLOCK_N)
-            _finish(acc, bias, y, m0, begin_n, M, N, has_bias, BIAS, BLOCK_M, BLOCK_N)
+        store_part(work_ptr, tile, acc)
+        if is_last(count_ptr, tile):
+            total = sum_of_parts(work_ptr, tile, acc)
+            _finish(total, bias, y, m0, begin_n, M, N, has_bias, BIAS, BLOCK_M, BLOCK_N)
+    else:
+        _finish(acc, bias, y, m0, begin_n, M, N, has_bias, BIAS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -150,11 +150,8 @@ def wq_gemm_many(
     per_split = -(-steps // split_for(config, m, whole.n, k, processors(device)))
     splits = -(-steps // per_split)
     grid = (sum(-(-w.n // config.block_n) for w in found), splits, -(-m // const["BLOCK_M"]))
-    work = zeros = outs[0]
-    if splits > 1:
-        tiles = grid[0] * grid[2]
-        work = torch.empty(tiles * splits * const["BLOCK_M"] * config.block_n, dtype=torch.float32, device=device)
-        zeros = counters(tiles, device)
+    cells = const["BLOCK_M"] * config.block_n
+    work, count_of_tile = workspace(grid[0] * grid[2], splits, cells, torch.float32, outs[0])
     slots = (
         xs,
         [w.q for w in found],
@@ -169,9 +166,9 @@ def wq_gemm_many(
     with on_device(xs[0]):
         launch(
             wq_gemm_many_kernel, grid,
-            *x4, *q4, *s4, *z4, first.table, *b4, *y4, *n4, *g4, work, zeros, m, k,
+            *x4, *q4, *s4, *z4, first.table, *b4, *y4, *n4, *g4, work, count_of_tile, m, k,
             stride_xp, *xs[0].stride(), *first.strides()[:2], per_split,
-            PARTS=count, SPLITS=splits, BIAS=sum(1 << i for i, bias in enumerate(biases) if bias is not None), **const,
+            PARTS=count, SPLIT=splits > 1, BIAS=sum(1 << i for i, bias in enumerate(biases) if bias is not None), **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return outs
