@@ -305,7 +305,7 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda q, s, o: wq_dequant(q[0], s[0], bits=0), "bits: found 0, expected 1 to 8"),
+        (lambda q, s, o: wq_dequant(q[0], s[0], bits=0), "bits: found 0, expected a whole number, 1 to 8"),
         (lambda q, s, o: wq_dequant(q[0], s[0], bits=4, dtype=torch.float64), "dtype: found torch.float64"),
         (lambda q, s, o: wq_dequant(q[0], s[0, :1], bits=4), r"scale.shape: found \(1, 2\), expected \(8, 2\)"),
         (lambda q, s, o: wq_dequant(q[0], s[0], bits=4, out=torch.ones(8, 60)), r"out.shape: found \(8, 60\)"),
