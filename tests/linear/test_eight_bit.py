@@ -200,3 +200,33 @@ def test_one_program_for_all_row_counts():
             linear(torch.randn(rows, 512, dtype=torch.bfloat16), weight)
         assert gpu.compiled.count("scaled_mm_persistent_kernel") <= 3  # one for each tile
         assert "scaled_mm_kernel" not in gpu.compiled
+
+
+@pytest.mark.parametrize("column", [False, True])
+@pytest.mark.parametrize("name", ["float8", "int8"])
+def test_the_vendors_gemms_are_cached_plans(monkeypatch, name, column):
+    kind, activation, operator, rows = {
+        "float8": ("float8_e4m3fn", qfloat8_e4m3fn, "_scaled_mm", 256),
+        "int8": ("int8", qint8, "_int_mm", 32),
+    }[name]
+    asked = []
+
+    def stand_in(a, b, *args, **more):
+        asked.append((a, b, args, more))
+        return torch.empty(a.shape[0], b.shape[1], dtype=more.get("out_dtype", torch.int32))
+
+    monkeypatch.setattr(torch, operator, stand_in)
+    monkeypatch.setattr(rules, "TORCH_INT8_ROWS", ((80, 1),))
+    how = {"column_scale": torch.rand(512) + 0.5} if column else {}
+    with fake_gpu_layers() as gpu:
+        weight = layer(kind, activation, **how)
+        found = counted(gpu, weight, rows)
+        assert found.launches == ["quant_rows_kernel"] + ["rescale_kernel"] * (name == "int8")
+        assert not {"mul", "_to_copy", "copy_"} & set(found.operators)
+        assert found.reads == []
+    a, b, args, _ = asked[-1]
+    assert (a.shape, a.dtype, b.shape) == ((rows, 512), activation.dtype, (512, 256))
+    assert b.data_ptr() == weight._storage.parts["qdata"].data_ptr()
+    if name == "float8":
+        assert [one.shape for one in args] == [(rows, 1), (1, 256)]
+        assert torch.equal(args[1][0], weight.scale.float()[:, 0])

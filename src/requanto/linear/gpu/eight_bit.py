@@ -43,17 +43,21 @@ def run_torch_scaled_mm(
 
     ``use_fast_accum``: on sm_89 and sm_90 the matrix units' own sums, of about 14 bits, as in `scaled_mm`.
     """
-    weight_codes = codes_of(weight)[0]
-    if not _is_aligned(weight_codes):
+    if not _is_aligned(codes_of(weight)[0]):
         return run_scaled_mm(x, weight, bias, activation, input_scale)
-    codes, steps = quantized(x, activation, input_scale)
+    return _torch_scaled(*quantized(x, activation, input_scale), weight, bias, x.dtype)
+
+
+def _torch_scaled(
+    codes: torch.Tensor, steps: torch.Tensor, weight: QTensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     return torch._scaled_mm(
         codes,
-        weight_codes.t(),
+        codes_of(weight)[0].t(),
         steps.view(-1, 1),
         float32_scales(weight).view(1, -1),
-        bias=None if bias is None else bias.to(x.dtype),
-        out_dtype=x.dtype,
+        bias=None if bias is None else bias.to(dtype),
+        out_dtype=dtype,
         use_fast_accum=True,
     )
 
@@ -97,10 +101,38 @@ def run_torch_int_mm(
     input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The vendor's GEMM of int8 codes; its int32 result is scaled by one more launch."""
+    return _torch_int(*quantized(x, activation, input_scale), weight, bias, x.dtype)
+
+
+def _torch_int(
+    codes: torch.Tensor, steps: torch.Tensor, weight: QTensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     from requanto_kernels import int_mm
 
-    codes, steps = quantized(x, activation, input_scale)
-    return int_mm(codes, codes_of(weight)[0], steps, weight.scale, bias, out_dtype=x.dtype)
+    return int_mm(codes, codes_of(weight)[0], steps, weight.scale, bias, out_dtype=dtype)
+
+
+def _torch_plan_of(gemm: Callable[..., torch.Tensor]) -> MakePlan:
+    """Plans for one shape of x: a launch quantizes it, ``x * column`` if there is a column scale; then torch's operator."""
+
+    def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+        kind, length = weight.activation, weight.row_length
+        if not _is_aligned(weight._storage.parts["qdata"]):
+            return None
+
+        def run(x: torch.Tensor, parts: KernelParts, bias: None) -> list[torch.Tensor]:
+            return [*quantized(x.reshape(-1, length), kind, column=parts.column)]
+
+        quantize = recorded(run, dtype)  # type: ignore[arg-type]
+
+        def planned(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+            codes, steps = quantize(x, weight, None)
+            with torch._C.DisableTorchFunctionSubclass():
+                return gemm(codes, steps, weight, bias, dtype).view(*x.shape[:-1], -1)
+
+        return planned
+
+    return make_plan
 
 
 def run_scaled_mm(
@@ -205,12 +237,16 @@ for _implementation in (
         run=run_torch_scaled_mm,
         supports=rules.torch_float8,
         reason="many rows: the vendor's GEMM of float8 codes, torch._scaled_mm (threshold not measured)",
+        make_plan=_torch_plan_of(_torch_scaled),
+        takes_column=True,
     ),
     Implementation(
         name="torch-int-mm",
         run=run_torch_int_mm,
         supports=rules.torch_int8,
         reason="the vendor's GEMM of int8 codes, torch._int_mm, and one launch that scales it (threshold not measured)",
+        make_plan=_torch_plan_of(_torch_int),
+        takes_column=True,
     ),
     Implementation(
         name="triton-scaled-mm",
