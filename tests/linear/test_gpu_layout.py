@@ -141,6 +141,17 @@ def test_which_weights_have_it():
     assert not layout.fits(made("int4"))  # on a CPU
 
 
+def test_codes_that_keep_their_order_may_share_memory(monkeypatch):
+    monkeypatch.setattr(prepack, "SMALLEST", 0)
+    with fake_gpu_layers(), torch.no_grad():
+        for name, packed in (("float8 groups", not has_exec_layout(8, 512)), ("int4", False)):
+            weight = nn.Parameter(made(name), requires_grad=False)
+            held = weight.qdata
+            F.linear(torch.randn(1, 512, dtype=torch.bfloat16), weight)
+            assert weight.is_packed is packed
+            assert not packed or weight._storage.parts["qdata"].data_ptr() == held.data_ptr()
+
+
 def test_without_memory_the_stored_form_stays(monkeypatch, caplog):
     with fake_gpu_layers() as gpu, torch.no_grad():
         weights = [nn.Parameter(made("int4"), requires_grad=False) for _ in range(3)]

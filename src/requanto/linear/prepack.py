@@ -149,7 +149,9 @@ def _pack(
     if family is not None and not calls.ready(family):
         return False
     with LOCK:
-        why = shared(weight)
+        # Codes that keep their order stay in the memory that they share.
+        stays = layout.order(weight._spec) == PLAIN.name and storage.base is None
+        why = None if stays else shared(weight)
         if why is not None:  # tried again at the next GEMM, when this may have changed
             if storage.declined != why:
                 logger.info("a %s weight of shape %s is not packed: %s", weight.qtype.name, tuple(weight.shape), why)
