@@ -79,6 +79,19 @@ def test_weights_that_differ_run_one_by_one(noted):
     assert noted == []
 
 
+def test_inputs_of_other_kinds(noted):
+    model = joined()
+    noted.clear()
+    for x in (torch.randn(128), torch.nested.nested_tensor([torch.randn(2, 128), torch.randn(3, 128)])):
+        for layer in (model.q, model.k):
+            got, want = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+            assert all(torch.equal(*pair) for pair in zip(got.unbind(), want.unbind()))
+    for x in (torch.randn(2, 64), torch.ones(2, 128, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="linear: x"):
+            model(x)
+    assert noted == []
+
+
 def test_a_gradient(noted):
     model = Attention()
     weights = [model.q.weight, model.k.weight]
@@ -223,7 +236,9 @@ def test_copies_and_pickles_are_joined_by_themselves(noted):
         assert other.q._joined is other.v._joined is not model.q._joined
         assert other.q._joined._results == {}
         assert torch.equal(other(x), want)
-        assert noted == [(3, 2)]
+        with torch.inference_mode():
+            assert torch.equal(other(x.clone()), want)
+        assert noted == [(3, 2)] * 2
     noted.clear()
     one = copy.deepcopy(model.q)  # a single layer
     shallow = copy.copy(model.q)

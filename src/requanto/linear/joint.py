@@ -33,7 +33,8 @@ from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: Classes of x without behaviour of their own.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 Biases = Sequence[torch.Tensor | None]
 
 
@@ -64,11 +65,11 @@ def linear_many(x: torch.Tensor, weights: Sequence[QTensor], biases: Biases | No
 
 def in_one_launch(x: torch.Tensor, weights: Sequence[QTensor], biases: Biases) -> list[torch.Tensor] | None:
     """The results of `linear_many` from one launch; None where the GEMMs run one by one."""
-    if type(x) not in _PLAIN or not runs_eagerly() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
+    if type(x) not in PLAIN or not runs_eagerly() or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
         return None
     if torch.is_grad_enabled() and any(needs_gradient(x, bias) for bias in biases):
         return None
-    if x.dim() < 2 or not x.numel():
+    if x.dim() < 2 or not x.numel() or x.is_nested or x.layout is not torch.strided:
         return None
     plan = _plan_for(weights, x.numel() // x.shape[-1], x.shape[-1], x.dtype, x.device)
     if plan.gemm is None:
@@ -179,7 +180,7 @@ def why_separate(
         return why
     if any(weight.device != device for weight in weights):
         return "weights or x are on different devices"
-    if weights[0]._spec.shape[1] != features:
+    if weights[0]._spec.shape[1] != features or not dtype.is_floating_point or dtype.itemsize < 2:
         return "x does not fit the weights"
     return many.why_separate(weights, rows, dtype)
 

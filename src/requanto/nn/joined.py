@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from requanto.linear.joint import in_one_launch, why_separate
+from requanto.linear.joint import PLAIN, in_one_launch, why_separate
 from requanto.nn.modules import QLinear
 from requanto.runtime.tracing import needs_gradient
 from requanto.tensor.qtensor import QTensor
@@ -64,11 +64,11 @@ class JoinedSet:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied and unpickled layers enter their copy of the set themselves; results stay behind.
-        return {"count": len(self.layers), "name": self.name, "off": self.off}
+        return {"count": len(self.layers), "name": self.name, "off": self.off, "hooks": self._hooks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["count"], state["name"])  # type: ignore[misc]
-        self.off = state["off"]
+        self.off, self._hooks = state["off"], state["hooks"]
 
     def enter(self, place: int, layer: nn.Linear) -> None:
         """Makes a layer the one at this place."""
@@ -96,7 +96,7 @@ class JoinedSet:
 
     def output(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         """The result of a layer of the set; None: it must compute it itself."""
-        if not self.has(layer):
+        if type(x) not in PLAIN or not self.has(layer):
             return None
         found = self._results.get(id(x))
         if found is not None:
@@ -174,7 +174,11 @@ class JoinedSet:
 
 def _state_of(x: torch.Tensor) -> tuple:
     """What must not change until results are taken: x's version (inference tensors have none), the modes, the stream."""
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0  # type: ignore[attr-defined]
+    stream = 0
+    if x.is_cuda:
+        stream = torch._C._cuda_getCurrentRawStream(x.get_device())  # type: ignore[attr-defined]
+    elif x.is_xpu:
+        stream = torch._C._xpu_getCurrentRawStream(x.get_device())  # type: ignore[attr-defined]
     version = None if x.is_inference() else x._version
     modes = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()  # type: ignore[attr-defined]
     return version, modes, stream

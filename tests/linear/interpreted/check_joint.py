@@ -5,7 +5,7 @@ import torch
 from reference import TOLERANCE, error
 from torch import nn
 
-from requanto.linear import custom_ops, linear_many, registry
+from requanto.linear import custom_ops, linear, linear_many, registry
 from requanto.linear import prepack as packing
 from requanto.linear.gpu import conditions as rules
 from requanto.tensor.qtensor import QTensor
@@ -35,6 +35,17 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(requanto_kernels, "wq_gemm_many", noted)
     return found
+
+
+@torch.no_grad()
+def test_biases_of_unlike_dtypes(calls):
+    weights = [QTensor.quantize(torch.randn(n, 128), "int4") for n in (40, 33)]
+    biases = [torch.randn(40), torch.randn(33).half()]
+    x = torch.randn(1, 128)
+    for _ in range(2):
+        for out, weight, bias in zip(linear_many(x, weights, biases), weights, biases):
+            assert torch.equal(out, linear(x, weight, bias))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def run(
     first = x if isinstance(x, torch.Tensor) else x[0]
     parts = [kernel_parts(weight, first.dtype) for weight in weights]
     each = [(one.codes, one.scale, one.shift) for one in parts]
+    if len({bias.dtype for bias in biases if bias is not None}) > 1:
+        biases = [None if bias is None else bias.float() for bias in biases]
     return wq_gemm_many(x, each, biases, stacked=stacked, **parts[0].how)
 
 
