@@ -1,8 +1,8 @@
 """GEMM of two quantized operands: `y[m, n] = x_scale[m] * w_scale[n] * (x[m] . w[n]) + bias[n]`.
 
-int8 x int8 accumulates in int32, exactly. float8 x float8 accumulates in fp32, except on sm_90: the accumulator of its
-float8 instructions keeps about 14 bits. `Config.exact_every` adds it to a sum in fp32 after so many products; 0 never does,
-as `torch._scaled_mm(use_fast_accum=True)`. What this costs in accuracy is in benchmarks/NOTES.md.
+int8 x int8 accumulates in int32, exactly. float8 x float8 accumulates in fp32, except on sm_89 and sm_90: the accumulator of
+their float8 instructions keeps about 14 bits. On sm_90 `Config.exact_every` adds it to a sum in fp32 after so many products;
+0 never does, as `torch._scaled_mm(use_fast_accum=True)`. What this costs in accuracy is in benchmarks/NOTES.md.
 
 A scale is one number or one per row. The kernel with pointers runs everywhere. With few rows it splits K (`_split.py`); sums
 of integers are the same for any split. Large GEMMs on sm_90 use the persistent kernel: it loads tiles through tensor
@@ -163,7 +163,7 @@ def _tiles(config: Config, m: int, n: int) -> int:
 
 
 def exact_every(config: Config, int8: bool) -> int | None:
-    """The kernels' EXACT_EVERY; None leaves it to Triton: never on sm_90, after every product elsewhere."""
+    """The kernels' EXACT_EVERY; None leaves it to Triton: never on sm_90. Only there does it change the program."""
     if int8 or not config.exact_every:
         return None
     if config.exact_every % 32 or config.exact_every > config.block_k:
