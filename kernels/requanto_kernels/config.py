@@ -291,12 +291,13 @@ def _select(
 
 
 def split_for(config: Config, m: int, n: int, k: int, programs: int) -> int:
-    """Number of programs that share one tile's K: enough to fill the device once or twice, each with four steps or more."""
+    """Number of programs that share one tile's K: enough to fill the device, each with 512 k or more.
+
+    programs: multiprocessors. Their registers hold four programs of few rows (at most 128 registers a thread), two of up to
+    32 rows. More programs than fit at once would begin when the others have ended.
+    """
     if config.split_k:
         return config.split_k
     tiles = -(-m // config.block_m) * -(-n // config.block_n)
-    steps = -(-k // config.block_k)
-    split = 1
-    while split < 16 and tiles * split < programs and steps >= split * 2 * 4:
-        split *= 2
-    return split
+    at_once = 4 if config.block_m <= 8 else 2 if config.block_m <= 32 else 1
+    return max(1, min(programs * at_once * 4 // config.num_warps // tiles, k // 512, 32))

@@ -13,8 +13,8 @@ MOST_COLUMNS = 64
 MOST_RESULTS = 64
 #: Most rows of a tile for whose sums, which a shift needs, "after" costs less than "before".
 MOST_ROWS_WITH_SHIFT = 16
-#: Least columns of a matrix instruction on NVIDIA's GPUs; families for up to 8 rows are for these.
-LEAST_COLUMNS = 8
+#: Least columns of a matrix instruction: of tiles of up to 8 rows, which only ship for NVIDIA's GPUs, and of others.
+LEAST_COLUMNS = 8, 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def form_of(weight: check.Weight, config: Config, m: int | None = None) -> Form:
     if block_k % group == 0:
         slots = block_k // group
         rows = config.block_m if m is None else min(config.block_m, 1 << (m - 1).bit_length())
-        rows = max(rows, LEAST_COLUMNS // slots)
+        rows = max(rows, LEAST_COLUMNS[config.block_m > 8] // slots)
         if slots * rows <= MOST_COLUMNS and rows <= config.block_m and rows <= most_rows:
             return Form(rows, block_k, depth, slots, "after", False)
     return Form(config.block_m, block_k, depth, 1, "before", False)

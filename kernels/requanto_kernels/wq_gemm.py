@@ -4,8 +4,7 @@
 
 Ideas: weight as the left operand, so that the tile is `[N, M]` and decoded weights stay in registers on wgmma; magic numbers
 for codes (see `_decode.py`); scales applied to sums, not to weights, and few rows of x in slots (see `_accumulate.py`);
-split-K through an fp32 scratch buffer that a second kernel sums in a fixed order (the "split-K" of Osama et al. 2023,
-"Stream-K", without atomics), so that the same input always gives the same bits.
+slices of K by several programs, whose sums the last of them adds in a fixed order (see `_splits.py`).
 """
 
 from dataclasses import replace
@@ -18,13 +17,14 @@ from . import _check as check
 from ._accumulate import accumulate
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from ._launch import launch
+from ._splits import add_parts, workspace_size
 from .config import Config, select, split_for
 from .forms import form_of
 
 
 @triton.jit
 def wq_gemm_kernel(
-    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, M, N, K,
+    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, work_ptr, M, N, K,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, steps_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
@@ -32,7 +32,7 @@ def wq_gemm_kernel(
     SCALE: tl.constexpr, LEFT: tl.constexpr, BY_FIELD: tl.constexpr, PAIRS: tl.constexpr, EVEN_K: tl.constexpr,
     STAGES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y; with SPLIT, one tile of the fp32 scratch buffer `[splits, M, N]` for the K slice of this program."""
+    """One tile of y; with SPLIT, the sum over the K slice of this program, or the sum of all slices if it is the last."""
     pid, split = tl.program_id(0), tl.program_id(1)
     # GROUP_M tiles down a column before the next column, so that they share the weight in L2.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -48,30 +48,21 @@ def wq_gemm_kernel(
         BITS, KIND, GROUP, AFFINE, EXEC, BLOCK_M, BLOCK_N, BLOCK_K, DEPTH, SLOTS, SCALE, LEFT, BY_FIELD, PAIRS, EVEN_K,
         STAGES, PTX,
     )  # fmt: skip
-    rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-    if BIAS and not SPLIT:
-        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
-    row = rm.to(tl.int64)
+    end = M
     if SPLIT:
-        row += split.to(tl.int64) * M
-    tl.store(
-        out_ptr + row[:, None] * N + rn[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(rm < M)[:, None] & (rn < N)[None, :],
-    )
-
-
-@triton.jit
-def reduce_kernel(work_ptr, bias_ptr, out_ptr, total, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """`out = sum over splits of work[splits, M * N] + bias`, always in the same order."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < total
-    acc = tl.load(work_ptr + offsets, mask=mask, other=0)
-    for split in tl.static_range(1, SPLITS):
-        acc += tl.load(work_ptr + split * total + offsets, mask=mask, other=0)
+        tile = m0 // BLOCK_M * tiles_n + n0 // BLOCK_N
+        last, acc = add_parts(
+            acc, work_ptr, tile, tiles_m * tiles_n, split, tl.num_programs(1), m0, M, n0, N, BLOCK_M, BLOCK_N
+        )  # fmt: skip
+        end = tl.where(last, M, 0)
+    rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     if BIAS:
-        acc += tl.load(bias_ptr + offsets % N, mask=mask, other=0).to(tl.float32)
-    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(bias_ptr + rn, mask=rn < N, other=0).to(tl.float32)[None, :]
+    tl.store(
+        out_ptr + rm.to(tl.int64)[:, None] * N + rn[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(rm < end)[:, None] & (rn < N)[None, :],
+    )
 
 
 def constants(weight: check.Weight, config: Config, arch: str, dtype: torch.dtype, m: int | None = None) -> dict:
@@ -161,21 +152,17 @@ def wq_gemm(
     steps = -(-k // const["BLOCK_K"])
     per_split = -(-steps // split_for(config, m, w.n, k, processors(device)))
     splits = -(-steps // per_split)
-    target = result if splits == 1 else torch.empty(splits * m * w.n, dtype=torch.float32, device=device)
-    grid = (-(-m // const["BLOCK_M"]) * -(-w.n // config.block_n), splits)
+    tiles = -(-m // const["BLOCK_M"]) * -(-w.n // config.block_n)
+    size = workspace_size(tiles, splits, m, w.n)
+    work = torch.empty(size, dtype=torch.float32, device=device) if size else result
     z = w.shift if w.shift is not None else w.scale
     b = bias if bias is not None else w.scale
     with on_device(x):
         launch(
-            wq_gemm_kernel, grid,
-            x2, w.q, w.scale, z, w.table, b, target, m, w.n, k, x2.stride(0), x2.stride(1), *w.strides()[:5], per_split,
+            wq_gemm_kernel, (tiles, splits),
+            x2, w.q, w.scale, z, w.table, b, result, work, m, w.n, k,
+            x2.stride(0), x2.stride(1), *w.strides()[:5], per_split,
             BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        if splits > 1:
-            total = m * w.n
-            launch(
-                reduce_kernel, (-(-total // 1024),),
-                target, b, result, total, w.n, SPLITS=splits, BIAS=bias is not None, BLOCK=1024,
-            )  # fmt: skip
     return result

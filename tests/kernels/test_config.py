@@ -246,9 +246,12 @@ def test_families_of_a_version_of_triton(present, served, monkeypatch):
 
 
 def test_split_fills_the_device_but_not_more():
-    assert config.split_for(Config(16, 64, 128), 1, 4096, 4096, 132) == 4
-    assert config.split_for(Config(16, 64, 128), 1, 28672, 8192, 132) == 1
-    assert config.split_for(Config(16, 64, 128), 1, 64, 128, 132) == 1
+    one = Config(8, 128, 128)
+    assert config.split_for(one, 1, 4096, 14336, 132) == 16  # 512 programs of 528 that fit at once
+    assert config.split_for(one, 1, 4096, 4096, 132) == 8  # four steps each
+    assert config.split_for(one, 1, 28672, 8192, 132) == 2
+    assert config.split_for(one, 1, 128, 128, 132) == 1
+    assert config.split_for(Config(64, 64, 128), 64, 4096, 4096, 132) == 2
     assert config.split_for(Config(split_k=3), 1, 4096, 4096, 132) == 3
 
 
