@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ._decode import load_codes, load_exec
-from ._fields import field_to_float, open_table
+from ._fields import field_to_float, has_planes, open_table
 from ._scales import code_form, from_zero, load_scales, natural_rows, rows_of_tile, scale_codes, scales_of_codes
 
 
@@ -114,7 +114,7 @@ def accumulate(
                 x_mask = m_mask & (slot[None, :] == (columns // BLOCK_M)[:, None])
             x = _load_x(x_rows, k, K, x_mask, stride_xk, DEPTH, EVEN_K)
             if BY_FIELD:
-                w = field_to_float(words, table, i, BITS, BITS == 3, KIND, FORM, DTYPE, PTX)
+                w = field_to_float(words, table, i, BITS, has_planes(BITS), KIND, FORM, DTYPE, PTX)
             else:
                 w = load_codes(
                     q_ptr, table, rn, k, N, K, stride_qn, BITS, KIND, EXEC, FORM, BLOCK_N, DEPTH, DTYPE, EVEN_K, PTX

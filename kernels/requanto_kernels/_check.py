@@ -15,7 +15,7 @@ FP8_KINDS = {
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("plain", "exec")
 #: Widths that the execution layout permutes.
-EXEC_BITS = (2, 3, 4)
+EXEC_BITS = (2, 3, 4, 5, 6, 7)
 #: Most bits of exponent of a float of fewer than 8 bits: fp16 must hold all of them.
 MOST_EXPONENT_BITS = 4
 
@@ -94,8 +94,8 @@ class Weight:
 
 
 def exec_block(bits: int) -> int:
-    """Length along K of one block of the execution layout, 32 words; 1 for widths without that layout."""
-    return {4: 128, 3: 256, 2: 256}.get(bits, 1)
+    """Length along K of one block of the execution layout; 1 for widths without that layout."""
+    return {2: 256, 3: 256, 4: 128, 5: 256, 6: 128, 7: 256}.get(bits, 1)
 
 
 def check_bits(bits: int) -> None:

@@ -9,7 +9,7 @@ codes 0 and any scale, and rounding `shift - centre * scale` to 16 bits loses a 
 import triton
 import triton.language as tl
 
-from ._fields import field_to_float, field_to_int8, fp8_to_float
+from ._fields import field_to_float, field_to_int8, fp8_to_float, has_planes
 
 
 @triton.jit
@@ -73,29 +73,43 @@ def load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS: tl.constexpr, BLOCK_K: tl
 
 @triton.constexpr_function
 def exec_fields(bits: int) -> int:
-    """Fields of one word of the execution layout, each of 32 consecutive k."""
-    return 4 if bits == 4 else 8
+    """Fields of one block of the execution layout, each of 32 consecutive k."""
+    return 4 if bits in (4, 6) else 8
+
+
+@triton.jit
+def _load_plane(base, mask, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(base).to(tl.int16)
+    else:
+        return tl.load(base, mask=mask, other=0).to(tl.int16)
 
 
 @triton.jit
 def load_exec(
     q_ptr, rn, k0, N, stride_qn, K, BITS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr
 ):  # fmt: skip
-    """The int16 words of the execution layout; for 3 bits a pair: words of the low 2 bits, and the third bits as int16."""
+    """The int16 words of the execution layout; of several planes a tuple, words of the low bits first: see `layout.py`."""
     FIELDS: tl.constexpr = exec_fields(BITS)
-    if BITS != 3:
+    if not has_planes(BITS):
         return load_words(q_ptr, rn, k0, N, stride_qn, K, FIELDS, BLOCK_K, EVEN_K)
     else:
+        BLOCK: tl.constexpr = 32 * FIELDS
+        BYTES: tl.constexpr = BLOCK * BITS // 8
         rw = tl.arange(0, BLOCK_K // FIELDS)
-        block = k0 // 256 + rw // 32
+        block = k0 // BLOCK + rw // 32
+        mask = (block < K // BLOCK)[None, :]
         rows = row_starts(q_ptr, rn, N, stride_qn)
-        low = rows + (block * 48 + rw % 32)[None, :]
-        third = rows.to(tl.pointer_type(tl.uint8)) + (block * 96 + 64 + rw % 32)[None, :]
-        if EVEN_K:
-            return tl.load(low), tl.load(third).to(tl.int16)
+        words = rows + (block * (BYTES // 2) + rw % 32)[None, :]
+        bytes_ = rows.to(tl.pointer_type(tl.uint8)) + (block * BYTES + rw % 32)[None, :]
+        low = _load_plane(words, mask, EVEN_K)
+        if BITS == 3 or BITS == 6:
+            return low, _load_plane(bytes_ + 64, mask, EVEN_K)
+        elif BITS == 5:
+            return low, _load_plane(words + 32, mask, EVEN_K), _load_plane(bytes_ + 128, mask, EVEN_K)
         else:
-            mask = (block < K // 256)[None, :]
-            return tl.load(low, mask=mask, other=0), tl.load(third, mask=mask, other=0).to(tl.int16)
+            two = _load_plane(words + 64, mask, EVEN_K)
+            return low, _load_plane(words + 32, mask, EVEN_K), two, _load_plane(bytes_ + 192, mask, EVEN_K)
 
 
 @triton.jit
@@ -136,7 +150,7 @@ def load_codes(
     elif EXEC:
         FIELDS: tl.constexpr = exec_fields(BITS)
         words = load_exec(q_ptr, rn, k0, N, stride_qn, K, BITS, BLOCK_K, EVEN_K)
-        tile = _interleave(words, table, FIELDS, BITS, BITS == 3, KIND, FORM, DTYPE, PTX)
+        tile = _interleave(words, table, FIELDS, BITS, has_planes(BITS), KIND, FORM, DTYPE, PTX)
         tile = tl.reshape(tile, [BLOCK_N, BLOCK_K // (32 * FIELDS), 32, FIELDS])
         return tl.reshape(tl.permute(tile, [0, 1, 3, 2]), [BLOCK_N, BLOCK_K])
     elif 8 % BITS == 0:

@@ -49,16 +49,33 @@ def lop3_asm(field: int, bits: int, bf16: bool, form: str) -> str:
 
 
 @triton.constexpr_function
-def planes_asm(field: int, bf16: bool, form: str) -> str:
-    """The same for codes of 3 bits, whose third bit is bit number `field` of the second operand."""
-    magic, third = 0x4300 if bf16 else 0x6400, field - 2
-    return _magic_asm(
-        f"""{"shr.u32" if third > 0 else "shl.b32"} u, $2, {abs(third)};
-    lop3.b32 u, u, 0x40004, {magic * 0x10001:#x}, 0xEA;
-    shr.u32 t, $1, {2 * field};
-    lop3.b32 t, t, 0x30003, u, 0xEA;""",
-        3, bf16, form,
-    )  # fmt: skip
+def has_planes(bits: int) -> bool:
+    """Whether the execution layout stores the low bits of a code apart from the others: see `layout.py`."""
+    return bits in (3, 5, 6, 7)
+
+
+@triton.constexpr_function
+def planes_asm(field: int, bits: int, bf16: bool, form: str) -> str:
+    """The same for codes in planes: one lop3 for each, with the bits that are joined already as its third operand.
+
+    $1 is the word of the low bits that has this field, $2 and $3 have higher bits of all fields (16-bit numbers).
+    """
+    low = 2 if bits == 3 else 4
+    planes, place = [], low  # (bits, place in the operand, place in the code)
+    while place < bits:
+        width = min(2 if bits > 5 else 1, bits - place)
+        planes.append((width, width * field, place))
+        place += width
+    lines, joined = [], f"{(0x4300 if bf16 else 0x6400) * 0x10001:#x}"
+    for i, plane in enumerate(planes):  # Triton's search for dependencies reads no nested targets
+        width, source, target = plane
+        distance, mask = source - target, ((1 << width) - 1) << target
+        lines.append(f"{'shr.u32' if distance > 0 else 'shl.b32'} t, ${i + 2}, {abs(distance)};")
+        lines.append(f"lop3.b32 u, t, {mask * 0x10001:#x}, {joined}, 0xEA;")
+        joined = "u"
+    lines.append(f"shr.u32 t, $1, {low * field % 16};")
+    lines.append(f"lop3.b32 t, t, {((1 << low) - 1) * 0x10001:#x}, u, 0xEA;")
+    return _magic_asm("\n".join(lines), bits, bf16, form)
 
 
 @triton.constexpr_function
@@ -96,11 +113,46 @@ def small_float_asm(field: int, kind: str, bf16: bool) -> str:
 
 @triton.jit
 def field_bits(words, FIELD: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr):
-    """Field number FIELD of each word, as an integer. PLANES: words is a pair, of the low 2 bits and the third bit."""
-    if PLANES:
-        return ((words[0] >> (2 * FIELD)) & 3) | (((words[1] >> FIELD) & 1) << 2)
-    else:
+    """Field number FIELD of each word, as an integer. PLANES: words is what `load_exec` loads of several planes."""
+    if not PLANES:
         return (words >> (FIELD * BITS)) & ((1 << BITS) - 1)
+    elif BITS == 3:
+        return ((words[0] >> (2 * FIELD)) & 3) | (((words[1] >> FIELD) & 1) << 2)
+    elif BITS == 6:
+        return ((words[0] >> (4 * FIELD)) & 15) | (((words[1] >> (2 * FIELD)) & 3) << 4)
+    else:
+        low = (low_word(words, FIELD) >> (4 * (FIELD % 4))) & 15
+        if BITS == 5:
+            return low | (((words[2] >> FIELD) & 1) << 4)
+        else:
+            return low | (((words[2] >> (2 * FIELD)) & 3) << 4) | (((words[3] >> FIELD) & 1) << 6)
+
+
+@triton.jit
+def low_word(words, FIELD: tl.constexpr):
+    """Of 5 or 7 bits, the word whose 4 fields of 4 bits contain this one."""
+    if FIELD < 4:
+        return words[0]
+    else:
+        return words[1]
+
+
+@triton.jit
+def planes_to_float(words, FIELD: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, DTYPE: tl.constexpr):
+    """Field number FIELD of codes in planes as DTYPE, fp16 or bf16, by PTX."""
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
+    ASM: tl.constexpr = planes_asm(FIELD, BITS, BF16, FORM)
+    if BITS == 3 or BITS == 6:
+        arguments = [words[0], words[1]]
+    elif BITS == 5:
+        arguments = [low_word(words, FIELD), words[2]]
+    else:
+        arguments = [low_word(words, FIELD), words[2], words[3]]
+    REGISTERS: tl.constexpr = "=r,r,r,r" if BITS == 7 else "=r,r,r"
+    if BF16:  # the builtin accepts a dtype, but not a constexpr of one
+        return tl.inline_asm_elementwise(ASM, REGISTERS, arguments, dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(ASM, REGISTERS, arguments, dtype=tl.float16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -220,16 +272,7 @@ def field_to_float(
     elif tl.float32 == DTYPE:
         return (field_bits(words, FIELD, BITS, PLANES) - CENTRE).to(tl.float32)
     elif PTX and PLANES:
-        if tl.bfloat16 == DTYPE:
-            PLANES_BF16: tl.constexpr = planes_asm(FIELD, True, FORM)
-            return tl.inline_asm_elementwise(
-                PLANES_BF16, "=r,r,r", [words[0], words[1]], dtype=tl.bfloat16, is_pure=True, pack=2
-            )
-        else:
-            PLANES_FP16: tl.constexpr = planes_asm(FIELD, False, FORM)
-            return tl.inline_asm_elementwise(
-                PLANES_FP16, "=r,r,r", [words[0], words[1]], dtype=tl.float16, is_pure=True, pack=2
-            )
+        return planes_to_float(words, FIELD, BITS, FORM, DTYPE)
     elif PTX:
         if tl.bfloat16 == DTYPE:
             BF16: tl.constexpr = lop3_asm(FIELD, BITS, True, FORM)

@@ -212,8 +212,8 @@ def forget() -> None:
 
 
 def family_bits(bits: int) -> int:
-    """The width whose families a width uses that has none of its own."""
-    return {1: 2, 5: 4, 6: 4, 7: 4}.get(bits, bits)
+    """The width whose families a width uses that has none of its own: one with as long a block."""
+    return {1: 2, 5: 3, 6: 3, 7: 3}.get(bits, bits)
 
 
 def family(arch: str, op: str, bits: int, m: int, dtype: str) -> Config:

@@ -1,13 +1,21 @@
-"""Conversion of weights of 2, 3 and 4 bits between the plain and the execution layout, which permutes bits within blocks.
+"""Conversion of weights of 2 to 7 bits between the plain and the execution layout, which permutes bits within blocks.
 
-Plain layout: codes adjacent along K, low bits first. Execution layout: a block of 32 little-endian 16-bit words has `32 * F`
-consecutive k, where F = 16 / bits; field i of word j is `k = 32 * i + j`. So one shift and mask of 32 words gives 32
-consecutive k: fields need no shuffle between lanes, and a group of 32 or more never ends inside a field. A block of 3 bits
-is one of 2 bits, with the low two bits of each code, and 32 bytes: bit i of byte j is the third bit of `k = 32 * i + j`.
+Plain layout: codes adjacent along K, low bits first. Execution layout: a block has F fields of 32 consecutive k, so number j
+of field i is `k = 32 * i + j`. Its codes are cut into planes of 4, 2 or 1 bits, stored one after the other, low bits first:
 
-Shape, dtype and memory are the same in both layouts. If K is not a multiple of the block (128 for 4 bits, 256 for 2 and 3
-bits), and for other widths, the execution layout is defined to be the plain one.
+    bits    2   3      4   5      6      7          4 bits      words j of 16 bits, each with 4 fields; two sets if F is 8
+    planes  2   2, 1   4   4, 1   4, 2   4, 2, 1    2 bits      words j with 8 fields, or bytes j with 4
+    F       8   8      4   8      4      8          1 bit       bytes j with 8 fields
+
+So one shift and mask of 32 words gives 32 consecutive k: fields need no shuffle between lanes, and a group of 32 or more
+never ends inside a field.
+
+Shape, dtype and memory are the same in both layouts. If K is not a multiple of the block (128 for 4 and 6 bits, else 256),
+and for 1 and 8 bits, the execution layout is defined to be the plain one.
 """
+
+import functools
+import operator
 
 import torch
 
@@ -47,40 +55,55 @@ def _pack(fields: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _codes_of(chunk: torch.Tensor, bits: int) -> torch.Tensor:
-    """The codes of plain bytes, one after the other."""
-    if bits != 3:
-        return _unpack(chunk, bits, 8 // bits)
-    a, b, c = chunk.reshape(-1, 3).unbind(-1)  # codes 2 and 5 lie in two bytes; bits that leave a byte are dropped
-    codes = (a, a >> 3, a >> 6 | b << 2, b >> 1, b >> 4, b >> 7 | c << 1, c >> 2, c >> 5)
-    return torch.stack(codes, dim=-1) & 7
+    """The codes of plain bytes, `[..., 8]` for each `bits` bytes; bits that leave a byte are dropped."""
+    data = chunk.reshape(-1, bits).unbind(-1)
+    codes = []
+    for i in range(8):
+        byte, place = divmod(i * bits, 8)
+        code = data[byte] >> place
+        codes.append(code if place + bits <= 8 else code | data[byte + 1] << (8 - place))
+    return torch.stack(codes, dim=-1) & ((1 << bits) - 1)
 
 
 def _bytes_of(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The reverse of `_codes_of`."""
-    if bits != 3:
-        return _pack(codes.reshape(-1, 8 // bits), bits)
-    d = codes.reshape(-1, 8).unbind(-1)
-    a, b = d[0] | d[1] << 3 | d[2] << 6, d[2] >> 2 | d[3] << 1 | d[4] << 4 | d[5] << 7
-    return torch.stack([a, b, d[5] >> 1 | d[6] << 2 | d[7] << 5], dim=-1)
+    codes, found = codes.reshape(-1, 8).unbind(-1), []
+    for byte in range(bits):
+        parts = [(code, i * bits - 8 * byte) for i, code in enumerate(codes) if -bits < i * bits - 8 * byte < 8]
+        shifted = [code << place if place >= 0 else code >> -place for code, place in parts]
+        found.append(functools.reduce(operator.or_, shifted))
+    return torch.stack(found, dim=-1)
+
+
+def _planes(bits: int) -> list[tuple[int, int, list[int]]]:
+    """(first bit, bits, shape) of each plane; the shape is (sets, bytes of a word, fields in a byte)."""
+    fields, first, found = exec_block(bits) // 32, 0, []
+    while first < bits:
+        width = max(w for w in (4, 2, 1) if w <= bits - first)
+        per_word = min(fields, 16 // width)
+        found.append((first, width, [fields // per_word, per_word * width // 8, 8 // width]))
+        first += width
+    return found
 
 
 def _forward(chunk: torch.Tensor, bits: int) -> torch.Tensor:
-    low = bits & ~1  # of 3 bits, 2
-    codes = _codes_of(chunk, bits).reshape(-1, 16 // low, 32)
-    # Byte b of word j has the fields from b * 8 / low on.
-    halves = (codes & ((1 << low) - 1)).reshape(-1, 2, 8 // low, 32).permute(0, 3, 1, 2)
-    words = _pack(halves, low).reshape(-1, 64)
-    if bits == 3:
-        words = torch.cat([words, _pack((codes >> 2).transpose(1, 2), 1)], dim=-1)
-    return words.reshape(chunk.shape)
+    codes = _codes_of(chunk, bits).reshape(-1, exec_block(bits))
+    planes = []
+    for first, width, shape in _planes(bits):
+        fields = (codes >> first & ((1 << width) - 1)).reshape(-1, *shape, 32).permute(0, 1, 4, 2, 3)
+        planes.append(_pack(fields, width).reshape(len(codes), -1))
+    return torch.cat(planes, dim=-1).reshape(chunk.shape)
 
 
 def _backward(chunk: torch.Tensor, bits: int) -> torch.Tensor:
-    low = bits & ~1
-    blocks = chunk.reshape(-1, 64 if bits != 3 else 96)
-    codes = _unpack(blocks[:, :64], low, 8 // low).reshape(-1, 32, 16 // low).transpose(1, 2)
-    if bits == 3:
-        codes = codes | _unpack(blocks[:, 64:], 1, 8).transpose(1, 2) << 2
+    block = exec_block(bits)
+    blocks = chunk.reshape(-1, block * bits // 8)
+    codes = torch.zeros((len(blocks), block), dtype=torch.uint8, device=chunk.device)
+    begin = 0
+    for first, width, shape in _planes(bits):
+        plane = blocks[:, begin : begin + block * width // 8].reshape(-1, shape[0], 32, shape[1])
+        codes |= _unpack(plane, width, shape[2]).permute(0, 1, 3, 4, 2).reshape(codes.shape) << first
+        begin += block * width // 8
     return _bytes_of(codes, bits).reshape(chunk.shape)
 
 

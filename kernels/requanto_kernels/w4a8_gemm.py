@@ -19,7 +19,7 @@ import triton.language as tl
 from . import _check as check
 from ._decode import load_codes, load_exec, load_words
 from ._device import arch_of, is_cuda, on_device, processors
-from ._fields import field_to_int8
+from ._fields import field_to_int8, has_planes
 from ._launch import launch
 from ._scales import load_scales, natural_rows, rows_of_tile
 from ._split import grid_of, is_last, range_of_part, store_part, sum_of_parts, workspace
@@ -52,12 +52,12 @@ def unit_of(bits: int, form: str, ptx: bool) -> float:
 @triton.jit
 def _field(words, FIELD: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, FORM: tl.constexpr, PTX: tl.constexpr):
     """One field of each word as int8, divided by `unit_of`. WIDE: words of the execution layout, else bytes."""
-    if PTX and BITS != 3:
+    if PTX and not (WIDE and has_planes(BITS)):
         ASM: tl.constexpr = bytes_asm(FIELD, BITS, WIDE, FORM)
         REGISTERS: tl.constexpr = "=r,r,r" if WIDE else "=r,r"
         return tl.inline_asm_elementwise(ASM, REGISTERS, [words], dtype=tl.int8, is_pure=True, pack=4)
     else:
-        return field_to_int8(words, FIELD, BITS, BITS == 3, FORM)
+        return field_to_int8(words, FIELD, BITS, WIDE and has_planes(BITS), FORM)
 
 
 @triton.jit

@@ -86,14 +86,21 @@ def test_small_floats_of_4_bits(field, kind, bf16):
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("form", ["plain", "centred", "magic"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
 def test_integers(bits, form, bf16):
-    words, third = every_word(), np.random.default_rng(1).integers(0, 256, (2**16, 2)).astype(np.uint16)
-    for field in range(16 // (bits & ~1)):
-        codes = (halves(words) >> ((bits & ~1) * field) & ((1 << (bits & ~1)) - 1)).astype(np.int64)
-        if bits == 3:
-            codes |= (third.ravel() >> field & 1).astype(np.int64) << 2
-            found = carried_out(_fields.planes_asm(field, bf16, form), words, third.view(np.uint32)[:, 0])
+    low = 2 if bits < 4 else 4
+    words, random = every_word(), np.random.default_rng(1)
+    bytes_, two = (random.integers(0, most, (2**16, 2)).astype(np.uint16) for most in (256, 2**16))
+    planes = {3: [(1, bytes_)], 5: [(1, bytes_)], 6: [(2, bytes_)], 7: [(2, two), (1, bytes_)]}.get(bits, [])
+    for field in range(8 if bits in (2, 3, 5, 7) else 4):
+        codes = (halves(words) >> (low * field % 16) & ((1 << low) - 1)).astype(np.int64)
+        place = low
+        for width, plane in planes:
+            codes |= (plane.ravel() >> (width * field) & ((1 << width) - 1)).astype(np.int64) << place
+            place += width
+        if planes:
+            operands = [plane.view(np.uint32)[:, 0] for _, plane in planes]
+            found = carried_out(_fields.planes_asm(field, bits, bf16, form), words, *operands)
         else:
             found = carried_out(_fields.lop3_asm(field, bits, bf16, form), words)
         codes = torch.from_numpy(codes)

@@ -10,7 +10,7 @@ from requanto_kernels import from_exec_layout, group_major, has_exec_layout, lay
 
 
 @settings(max_examples=40, deadline=None)
-@given(bits=st.sampled_from([2, 3, 4]), rows=st.integers(0, 5), k=st.integers(1, 600), inplace=st.booleans())
+@given(bits=st.sampled_from([2, 3, 4, 5, 6, 7]), rows=st.integers(0, 5), k=st.integers(1, 600), inplace=st.booleans())
 def test_round_trip(bits, rows, k, inplace):
     stored = torch.randint(0, 256, (rows, -(-k * bits // 8)), dtype=torch.uint8)
     moved = to_exec_layout(stored.clone(), bits, k, inplace=inplace)
@@ -47,12 +47,37 @@ def test_places_of_3_bits():
                 assert low + 4 * third == codes[block * 256 + 32 * i + j]
 
 
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_places_of_more_than_4_bits(bits):
+    fields, k = (4 if bits == 6 else 8), 2 * 32 * (4 if bits == 6 else 8)
+    codes = torch.randint(0, 1 << bits, (k,))
+    stream = (codes[:, None] >> torch.arange(bits) & 1).flatten().view(-1, 8)
+    stored = (stream << torch.arange(8)).sum(-1).to(torch.uint8)
+    blocks = to_exec_layout(stored[None], bits).view(2, -1)
+    half = fields * 16
+    words = blocks[:, :half].contiguous().view(torch.int16).int().view(2, -1, 32)
+    rest = blocks[:, half:].int()
+    for block in range(2):
+        for i in range(fields):
+            for j in range(32):
+                found = (words[block, i // 4, j] >> (4 * (i % 4))) & 15
+                if bits == 5:
+                    found += ((rest[block, j] >> i) & 1) << 4
+                elif bits == 6:
+                    found += ((rest[block, j] >> (2 * i)) & 3) << 4
+                else:
+                    two = rest[block, 2 * j] | rest[block, 2 * j + 1] << 8
+                    found += ((two >> (2 * i)) & 3) << 4 | ((rest[block, 64 + j] >> i) & 1) << 6
+                assert found == codes[block * 32 * fields + 32 * i + j]
+
+
 def test_plain_where_there_is_no_block():
     odd = torch.randint(0, 256, (3, 50), dtype=torch.uint8)
     assert not has_exec_layout(4, 100)
     assert not has_exec_layout(3, 128)
-    assert not has_exec_layout(5, 256)
-    assert to_exec_layout(odd, 5) is odd
+    assert not has_exec_layout(5, 128)
+    assert not has_exec_layout(1, 256)
+    assert to_exec_layout(odd, 1) is odd
     assert to_exec_layout(odd, 4) is odd
     eight = torch.zeros(3, 128, dtype=torch.int8)
     assert to_exec_layout(eight, 8) is eight
