@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ._device import is_interpreted
+from ._device import is_interpreted, kept
 from ._launch import local
 
 _SMALLEST = 4096
@@ -33,7 +33,7 @@ def _stream(device: torch.device) -> object:
 def counters(count: int, device: torch.device) -> torch.Tensor:
     """At least `count` int32 zeros for the current stream, which must be zeros again when the kernel ends.
 
-    A cached plan asks for them anew at each call.
+    device: the current one, whose stream it is. A cached plan asks for counters anew at each call.
     """
     with torch._C._DisableTorchDispatch():  # in a recording this is no operator of the call
         found = _zeros(count, device)
@@ -49,5 +49,5 @@ def _zeros(count: int, device: torch.device) -> torch.Tensor:
     found = _kept.get(key)
     if found is None or found.numel() < count:
         size = max(_SMALLEST, triton.next_power_of_2(count))
-        found = _kept[key] = torch.zeros(size, dtype=torch.int32, device=device)
+        found = _kept[key] = kept(lambda: torch.zeros(size, dtype=torch.int32, device=device), device)
     return found

@@ -1,10 +1,15 @@
 """Cached properties of devices that the launchers need."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
+from typing import TypeVar
 
 import torch
 import triton
+
+T = TypeVar("T")
 
 
 def is_interpreted() -> bool:
@@ -57,6 +62,26 @@ def on_device(tensor: torch.Tensor):
     if tensor.device.type in ("cuda", "xpu"):
         return getattr(torch, tensor.device.type).device(tensor.device)
     return nullcontext()
+
+
+def kept(make: Callable[[], T], device: torch.device) -> T:
+    """`make()` on the current stream, by another thread: for tensors that outlive the call in which they are made.
+
+    The CUDA graphs of torch.compile(mode="reduce-overhead") take all that a thread allocates in its first call from a pool
+    of their own, and raise an error for whatever is neither freed nor returned (`check_memory_pool` in
+    torch/_inductor/cudagraph_trees.py). `torch.cuda.use_mem_pool` goes by the thread, too. Inference mode, autocast, default
+    devices and dispatch modes of this thread do not hold in the other one either.
+    Not for use while a graph is captured.
+    """
+    module = getattr(torch, device.type)
+    stream = module.current_stream(device)
+
+    def run() -> T:
+        with module.stream(stream):
+            return make()
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def fp8_decoder(kind: str, arch: str) -> str:

@@ -120,7 +120,7 @@ class Recording:
         self.problem = ""
         self.inputs, self.constants, self.buffers = inputs, constants, []
         self.counters: list[tuple[torch.Tensor, int]] = []
-        self.launches: list[tuple[Any, tuple, tuple, dict]] = []
+        self.launches: list[tuple[Any, tuple, tuple, dict, Compiled | None]] = []
 
     def launch(self, kernel: Any, grid: tuple, args: tuple, constexprs: dict) -> None:
         """Launches, and adds it to the recording."""
@@ -129,7 +129,9 @@ class Recording:
             if found is not None:
                 driver = triton.runtime.driver.active
                 found.start(whole(grid), driver.get_current_stream(driver.get_current_device()), args)
-        self.launches.append((kernel, grid, args, constexprs))
+            else:
+                found = known(kernel, args, constexprs)  # now: later another device may be the current one
+        self.launches.append((kernel, grid, args, constexprs, found))
 
     def plan(self, result: torch.Tensor | list[torch.Tensor]) -> Plan | None:
         """The plan for the recorded call, which returned `result`."""
@@ -137,7 +139,7 @@ class Recording:
         sources = [*self.inputs.values(), *self.buffers, *zeros]
         kept = {tensor.untyped_storage()._cdata for tensor in self.constants}
         steps = []
-        for kernel, grid, args, constexprs in self.launches:
+        for kernel, grid, args, constexprs, found in self.launches:
             places, slots = list(args), []
             for place, arg in enumerate(args):
                 tensor = getattr(arg, "base", arg) if not isinstance(arg, torch.Tensor) else arg
@@ -150,7 +152,7 @@ class Recording:
                     slots.append((place, source, dtype))
                 elif tensor.untyped_storage()._cdata not in kept:
                     self._fail(f"argument {kernel.fn.__name__}.{kernel.arg_names[place]} is a tensor made in the call")
-            steps.append(_Step(kernel, grid, places, constexprs, slots, known(kernel, args, constexprs)))
+            steps.append(_Step(kernel, grid, places, constexprs, slots, found))
         made: list[tuple] = [(buffer.shape, buffer.dtype) for buffer in self.buffers]
         outs = result if isinstance(result, list) else [result]
         results = [self._result(out, sources, made) for out in outs]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._counters import counters
+from ._device import on_device
 
 
 @triton.jit
@@ -64,7 +65,8 @@ def workspace(
     if splits == 1:
         return unused, unused
     work = torch.empty(tiles * splits * cells, dtype=dtype, device=unused.device)
-    return work, counters(tiles, unused.device)
+    with on_device(unused):  # the counters are those of this device's stream
+        return work, counters(tiles, unused.device)
 
 
 def grid_of(tiles: int, splits: int) -> tuple[int, ...]:

@@ -1,11 +1,14 @@
 """Launches and cached plans, on a GPU that only the driver pretends (`fake_driver.py`)."""
 
+import contextlib
 import logging
+import sys
 
 import pytest
 import torch
 from fake_driver import fake_gpu, watch
 from reference import weight
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 
@@ -14,6 +17,7 @@ import triton
 from requanto_kernels import (
     _counters,
     _launch,
+    _split,
     config,
     quant_rows,
     scaled_mm,
@@ -252,6 +256,63 @@ def test_a_plan_asks_for_counters_at_each_call(gpu):
     other = _counters.counters(256, x.device)
     given = [a.data_ptr() for one in gpu.launches for a in one.args if isinstance(a, torch.Tensor)]
     assert other.data_ptr() in given
+
+
+def test_a_plan_of_another_device_has_that_devices_kernels(gpu, monkeypatch):
+    """As in a model on several devices, whose layers run while the first one is the current device."""
+    q, s, z = int4()
+    x = torch.randn(1, 1024, dtype=torch.bfloat16)
+    wq_gemm(x, q, s, z, bits=4)  # the first device has the kernel
+    first = gpu.device
+    switched(gpu, monkeypatch)
+    with record(x=x, constants=[q, s, z]) as recording:
+        out = wq_gemm(x, q, s, z, bits=4)
+    assert gpu.device == first
+    of_first = {id(one) for key, one in _launch._compiled.items() if key[2] == first}
+    found = [step.compiled for step in recording.plan(out)._steps]
+    assert all(found)
+    assert not of_first & {id(one) for one in found}
+
+
+def test_counters_are_those_of_the_tensors_device(gpu, monkeypatch):
+    first = gpu.device
+    asked = []
+    switched(gpu, monkeypatch)
+    monkeypatch.setattr(_split, "counters", lambda count, device: asked.append(gpu.device) or torch.zeros(count))
+    _split.workspace(4, 2, 16, torch.float32, torch.ones(1))
+    assert asked == [first + 1]
+
+
+def switched(gpu, monkeypatch):
+    """All tensors are on the device after the current one from now on."""
+
+    @contextlib.contextmanager
+    def on_device(tensor):
+        before, gpu.device = gpu.device, home + 1
+        try:
+            yield
+        finally:
+            gpu.device = before
+
+    home = gpu.device
+    for module in (sys.modules["requanto_kernels.wq_gemm"], _split):
+        monkeypatch.setattr(module, "on_device", on_device)
+
+
+def test_what_is_kept_is_made_by_another_thread(gpu):
+    """torch.compile(mode="reduce-overhead") raises for what a thread keeps of its first call's allocations."""
+    made = []
+
+    class Noted(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            made.append(func)
+            return func(*args, **(kwargs or {}))
+
+    gpu.stream = 1234
+    with Noted(), torch.inference_mode():
+        found = _counters.counters(10, torch.device("cpu"))
+    assert torch.zeros not in made
+    assert not found.is_inference()
 
 
 def test_a_stored_table_ends_plans(gpu):

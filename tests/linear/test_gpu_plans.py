@@ -139,6 +139,39 @@ def test_what_a_capture_read_keeps_its_memory(gpu, monkeypatch):
     assert torch.equal(found.scale, other.scale.bfloat16())
 
 
+def test_a_change_before_a_capture_is_not_taken_for_done(gpu, monkeypatch):
+    """What a capture records has not run: new values would be missing until the first replay."""
+    weight = parameter(kind="int4", group_size=32, scale_bits=6)
+    x = torch.randn(1, 512, dtype=torch.bfloat16)
+    warm(x, weight)
+    found = layout.ExpandedScales.of(weight, torch.bfloat16)
+    before = found.scale.clone()
+    weight.row_scale.mul_(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "capturing", lambda device: True)
+        patch.setattr(layout, "capturing", lambda device: True)
+        F.linear(x, weight)
+    assert torch.equal(found.scale, before)
+    assert not found.is_current()
+
+
+def test_cached_values_are_allocated_by_another_thread(gpu, monkeypatch):
+    """torch.compile(mode="reduce-overhead") raises for what a thread keeps of its first call's allocations."""
+    threads = []
+    made, table = layout.ExpandedScales._made, layout.values_of
+
+    def noted(function):
+        return lambda *args: threads.append(threading.current_thread()) or function(*args)
+
+    monkeypatch.setattr(layout.ExpandedScales, "_made", noted(made))
+    monkeypatch.setattr(layout, "values_of", noted(table))
+    layout._fixed_values.cache_clear()
+    for kind in ({"kind": "int4", "group_size": 32, "scale_bits": 6}, {"kind": "nf4"}):
+        F.linear(torch.randn(1, 512, dtype=torch.bfloat16), parameter(**kind))
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
 def test_the_first_call_in_a_capture_caches_no_values(gpu, monkeypatch):
     weight = parameter(kind="int4", group_size=32, scale_bits=6)
     x = torch.randn(1, 512, dtype=torch.bfloat16)

@@ -88,8 +88,13 @@ def float32_scales(weight: QTensor) -> torch.Tensor:
     derived, key = weight._storage.derived, ("row scales", stored.data_ptr(), stored._version)
     found = derived.get(key)
     if found is None:
-        with outside_tracing():
-            found = derived[key] = stored.float()
+        from requanto_kernels._device import kept
+
+        def copy() -> torch.Tensor:
+            with outside_tracing():
+                return stored.float()
+
+        found = derived[key] = kept(copy, stored.device)
     return found
 
 

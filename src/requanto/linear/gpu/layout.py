@@ -27,6 +27,8 @@ from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
 _pinned: dict[int, StorageWeakRef] = {}
+#: Parts of a weight from which float scales and shifts are expanded.
+_STORED = ("scale", "shift", "row_scale", "row_shift")
 
 
 class ExecLayout(Layout):
@@ -200,8 +202,13 @@ def _small_float(kind: qtype) -> str:
 @functools.cache
 def _fixed_values(kind: qtype, device: torch.device) -> torch.Tensor:
     """The values of a fixed codebook; kept for good, since captured graphs read them."""
-    with outside_tracing():
-        return values_of(kind, torch.empty(0, dtype=torch.uint8, device=device))
+    from requanto_kernels._device import kept
+
+    def values() -> torch.Tensor:
+        with outside_tracing():
+            return values_of(kind, torch.empty(0, dtype=torch.uint8, device=device))
+
+    return kept(values, device)
 
 
 class ExpandedScales:
@@ -219,7 +226,7 @@ class ExpandedScales:
 
     def __init__(self, spec: WeightSpec, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         self._spec, self._dtype, self.is_read_by_graph, self.is_cached = spec, dtype, False, False
-        self._names = [name for name in ("scale", "shift", "row_scale", "row_shift") if name in parts]
+        self._names = [name for name in _STORED if name in parts]
         self._parts = {name: parts[name] for name in self._names}
         self.scale, self.shift = self._made()
         self._state = self._versions()
@@ -240,11 +247,15 @@ class ExpandedScales:
             if not captured:
                 found.renew()
                 return found
-        made = ExpandedScales(spec, parts, wide)
         # In a capture the values would be computed when the graph runs. Inference tensors have no version to tell a change.
-        if not captured and runs_eagerly() and not any(part.is_inference() for part in made._parts.values()):
-            derived[("kernel scales", wide)], made.is_cached = made, True
-        return made
+        stored = [parts[name] for name in _STORED if name in parts]
+        if captured or not runs_eagerly() or any(part.is_inference() for part in stored):
+            return ExpandedScales(spec, parts, wide)
+        from requanto_kernels._device import kept
+
+        found = kept(lambda: ExpandedScales(spec, parts, wide), parts["scale"].device)
+        derived[("kernel scales", wide)], found.is_cached = found, True
+        return found
 
     def is_current(self) -> bool:
         """Whether the stored parts are as they were when the values were computed."""

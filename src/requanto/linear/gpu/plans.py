@@ -69,10 +69,12 @@ class _Recorded:
         if captured:
             pin(codes)
         if expanded is not None:
+            if not expanded.is_current():
+                if captured:  # renewed values would count as present, but be computed only when the graph runs
+                    return self._run(x, kernel_parts(weight, self._dtype), bias, *others)
+                expanded.renew()
             if captured:
                 expanded.is_read_by_graph = True
-            if not expanded.is_current():
-                expanded.renew()
         return plan(x, bias, *others)
 
     def _record(
