@@ -19,7 +19,9 @@ from gpu_check.weights import Place, Weights
 Row = dict[str, Any]
 #: Largest relative error in the Frobenius norm: one rounding of each weight and one of the result.
 BOUND = {torch.bfloat16: 1e-2, torch.float16: 4e-3}
-#: The same for a peer, which quantizes the float weight itself, by what its operation's name begins with.
+#: A smaller error of a peer is that of floats: rounding the weight to 8 bits alone costs 0.006.
+PEER_LEAST = 0.004
+#: Largest error of a peer, which quantizes the float weight itself, by what its operation's name begins with.
 PEER_BOUND = {"int4": 0.25, "nf4": 0.25, "int8": 0.05, "float8": 0.1, "int4 x int8": 0.25}
 
 
@@ -118,6 +120,8 @@ class Measurer:
         row = check(dense, product, [self.fresh(m, k)], PEER_BOUND[longest], poison=False)
         if "fault" in row:
             return row
+        if row["error"] < PEER_LEAST:
+            return row | {"fault": f"error {row['error']:.2g} is that of floats: it has not quantized the weight"}
         x = self.fresh(m, k)
         timing = time_calls([lambda: call(x)], self.place.device, may_fail=True)
         row |= {"version": peers.version(name), "flops": 2 * m * n * k, "bf16_us": self.bf16_us(n, k, m)}

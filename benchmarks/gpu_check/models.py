@@ -21,7 +21,7 @@ import requanto
 from gpu_check.cases import JOINED, kind_of
 from gpu_check.measure import error
 from gpu_check.timing import steps_us, synchronize, time_calls
-from gpu_check.weights import Place
+from gpu_check.weights import Place, decoded
 from requanto.dtypes.qtypes import resolve_qtype
 from requanto.tensor.qtensor import QTensor
 
@@ -69,7 +69,7 @@ class Model:
             weight = QTensor.quantize(
                 layer.weight, what.qtype, group_size=group, symmetric=what.symmetric, search="minmax"
             )
-            layer.weight.data.copy_(weight.dequantize())
+            layer.weight.data.copy_(decoded(weight))
             weight.activation = None if what.activation is None else resolve_qtype(what.activation)
             held.append((layer, weight))
         inputs = self._inputs(16)

@@ -296,7 +296,8 @@ def _faults(rows: Sequence[Row]) -> str:
     for row in rows:
         why = row.get("fault") or (row.get("not_captured") and f"timed without a graph: {row['not_captured']}")
         if why:
-            name = row["case"] if row["stage"] != "peers" else f"{row['stage']}/{row['family']}/{row['op']}"
+            peer = row["stage"] == "peers" and why.startswith("not compared")
+            name = f"peers/{row['family']}" if peer else row["case"]
             text = f"- {name}: {why[:200]}"
             lines[text] = lines.get(text, 0) + 1
     shown = [text + (f" ({count} times)" if count > 1 else "") for text, count in lines.items()]

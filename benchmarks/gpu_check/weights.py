@@ -36,6 +36,30 @@ class Place:
         return 1 if self.compiling or self.dry else max(2, min(64, -(-3 * self.l2 // max(1, size))))
 
 
+def decoded(stored: QTensor) -> torch.Tensor:
+    """The values ``[N, K]`` of a weight in the plain layout, in float64, by torch's operators and the format's definition.
+
+    Not by `QTensor.dequantize`, which runs the kernels that are to be checked. Of codes of 4 and 8 bits.
+    """
+    kind, codes = stored.qtype, stored.qdata
+    if kind.bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)  # low bits first
+        if kind.is_codebook:
+            table = torch.tensor(kind.values, dtype=torch.float64, device=codes.device)
+            values = table[codes.int()]
+        else:
+            values = codes.double() - (0 if stored.shift is not None else 8)
+    elif kind.bits == 8 and not kind.is_codebook:
+        values = codes.float().double()  # there is no direct conversion of float8 everywhere
+    else:
+        raise ValueError(f"found {kind.name}, expected codes of 4 bits, or integers or floats of 8")
+    groups = values.view(values.shape[0], stored.scale.shape[1], -1)
+    groups = groups.mul_(stored.scale.double().unsqueeze(-1))
+    if stored.shift is not None:
+        groups = groups.sub_(stored.shift.double().unsqueeze(-1))
+    return groups.view(values.shape)
+
+
 class Weights:
     """One weight ``[n, k]`` of a kind: quantized layers as users have them, and its parts as the kernels take them."""
 
@@ -57,8 +81,8 @@ class Weights:
 
     @cached_property
     def exact(self) -> torch.Tensor:
-        """W in float64, by torch's operators from the stored codes; of ``"bf16"``, the dense weight."""
-        return self.dense.double() if self.what is None else self.stored.dequantize(torch.float32).double()
+        """W in float64; of ``"bf16"``, the dense weight."""
+        return self.dense.double() if self.what is None else decoded(self.stored)
 
     @property
     def bytes(self) -> int:
