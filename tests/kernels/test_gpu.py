@@ -9,7 +9,10 @@ pytest.importorskip("triton")
 from reference import FP8, TOLERANCE, check_equal_groups, decode_fp8, draw, error, weight
 
 from requanto_kernels import (
+    Config,
     from_exec_layout,
+    group_major,
+    int_mm,
     quant_rows,
     scaled_mm,
     to_exec_layout,
@@ -121,16 +124,48 @@ def test_quantize_and_multiply(dtype, m):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "layout"),
-    [(4, None, "exec"), (4, 128, "exec"), (4, 32, "plain"), (3, 256, "exec"), (6, 64, "plain")],
-)
-@pytest.mark.parametrize("m", [1, 100])
-def test_int8_activations(bits, group, layout, m):
-    w = weight(520, 1024, bits, group, True, device="cuda")
+    ("bits", "group", "affine", "layout"),
+    [
+        (4, None, False, "exec"), (4, None, True, "exec"), (4, 128, False, "exec"), (4, 64, True, "exec"),
+        (4, 32, True, "exec"), (4, 32, False, "plain"), (3, 256, True, "exec"), (2, 64, True, "exec"),
+        (2, None, False, "plain"), (1, 64, False, "plain"), (6, 64, True, "plain"), (8, 128, False, "plain"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("m", [1, 400])
+def test_int8_activations(bits, group, affine, layout, m):
+    w = weight(520, 1024, bits, group, affine, device="cuda", scale_dtype=torch.bfloat16)
     codes, xs = quant_rows(torch.randn(m, 1024, device="cuda"))
     qdata = put(w) if layout == "exec" else w.qdata
-    got = w4a8_gemm(codes, xs, qdata, w.scale, w.shift, bits=bits, layout=layout, out_dtype=torch.float32)
+    scale, shift = group_major(w.scale), None if w.shift is None else group_major(w.shift)
+    got = w4a8_gemm(codes, xs, qdata, scale, shift, bits=bits, layout=layout, out_dtype=torch.float32)
     assert error(got, (codes.double() * xs.double()[:, None]) @ w.meaning.T) <= BOUND[torch.float32]
+
+
+@pytest.mark.parametrize("m", [17, 300])
+def test_the_librarys_int8_gemm_and_splits_agree_bit_for_bit(m):
+    (x, xs), (w, ws) = (quant_rows(torch.randn(rows, 2048, device="cuda")) for rows in (m, 520))
+    bias = torch.randn(520, device="cuda")
+    want = int_mm(x, w, xs, ws, bias, out_dtype=torch.float32)
+    assert torch.equal(scaled_mm(x, w, xs, ws, bias, out_dtype=torch.float32), want)
+    for split in (1, 2, 8):
+        config = Config(16, 64, 128, split_k=split)
+        for _ in range(3):  # the counters are zeros again
+            assert torch.equal(scaled_mm(x, w, xs, ws, bias, out_dtype=torch.float32, config=config), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, *FP8])
+def test_codes_are_those_of_a_cpu(dtype):
+    x, column = torch.randn(40, 1030, device="cuda", dtype=torch.bfloat16), torch.rand(1030, device="cuda")
+    kind = {FP8[0]: "qfloat8_e4m3fn", FP8[1]: "qfloat8_e4m3fnuz", FP8[2]: "qfloat8_e5m2"}.get(dtype, "qint8")
+    activations = pytest.importorskip("requanto.linear.activations")
+    types = pytest.importorskip("requanto.dtypes.qtypes").qtypes
+    for static in (None, torch.tensor(0.02)):
+        codes, scale = quant_rows(x, dtype, column=column, static_scale=None if static is None else static.cuda())
+        scaled = (x * column.to(x.dtype)).cpu()
+        want, want_scale = activations.quantize_activations(scaled, types[kind], static)
+        found = codes.cpu().double() if dtype == torch.int8 else decode_fp8(codes.cpu())
+        assert torch.equal(found, want.double())
+        assert torch.equal(scale.cpu(), want_scale[:, 0].expand(40))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -162,10 +197,9 @@ def test_groups_of_equal_weights(form, dtype, scale_dtype):
     dy = torch.eye(264, device="cuda", dtype=dtype)
     check_equal_groups(wq_gemm_dx(dy, put(w), w.scale, w.shift, **common), w, BOUND[dtype])
     check_equal_groups(wq_dequant(put(w), w.scale, w.shift, dtype=dtype, **common), w, BOUND[dtype])
-    if group != 32 and (bits, group) != (2, 64):
-        x = torch.eye(1024, device="cuda", dtype=torch.int8)
-        got = w4a8_gemm(x, torch.ones(1024, device="cuda"), put(w), w.scale, w.shift, out_dtype=dtype, **common)
-        check_equal_groups(got.T, w, BOUND[dtype])
+    x = torch.eye(1024, device="cuda", dtype=torch.int8)
+    got = w4a8_gemm(x, torch.ones(1024, device="cuda"), put(w), w.scale, w.shift, out_dtype=dtype, **common)
+    check_equal_groups(got.T, w, BOUND[dtype])
 
 
 def test_layout_on_the_device():
