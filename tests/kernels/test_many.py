@@ -1,6 +1,7 @@
 """Several weights in one launch, on a GPU that only the driver pretends: launches, allocations, host time, captures."""
 
 import time
+import weakref
 
 import pytest
 import torch
@@ -96,6 +97,24 @@ def test_a_capture_pins_codes_and_reads_the_weight_itself(gpu, monkeypatch):
     assert found.operators.count("mul") == 3  # no copy of the column scales, which may change after the capture
     assert all(layout.is_pinned(layer.weight._qdata) for layer in (model.q, model.k, model.v))
     assert not found.reads
+
+
+@pytest.mark.parametrize("whole_layer", [False, True])
+def test_former_weights_are_freed(gpu, whole_layer):
+    model, other = Attention(), Attention()
+    join_layers(model, x_of())
+    for rows in (1, 2, 3):
+        model(x_of(rows))
+    codes = weakref.ref(model.k.weight._storage.parts["qdata"])
+    if whole_layer:
+        model.k = other.k
+    else:
+        model.k.weight = other.k.weight
+    model(x_of())
+    gpu.launches.clear()
+    assert codes() is None
+    model(x_of())
+    assert ("wq_gemm_many_kernel" in gpu.names()) != whole_layer
 
 
 @pytest.mark.parametrize("column_scale", [None, "mean"])

@@ -150,8 +150,10 @@ def _plan_for(weights: Sequence[QTensor], rows: int, features: int, dtype: torch
     """The plan for x of ``[rows, features]`` and these weights, from the cache if they have not changed."""
     key = ("many", rows, features, dtype, device, registry_state.version)
     plan = weights[0]._storage.plans.get(key)
-    if plan is not None and plan.fits(weights):
-        return plan
+    if plan is not None:
+        if plan.fits(weights):
+            return plan
+        forget(weights[0])  # plans of other numbers of rows keep the tensors of former weights, too
     with torch._C.DisableTorchFunctionSubclass():
         gemm = None
         if why_separate(weights, rows, features, dtype, device) is None:
@@ -169,6 +171,13 @@ def _plan_for(weights: Sequence[QTensor], rows: int, features: int, dtype: torch
         if plan.fits(weights):  # another thread may have changed a weight meanwhile
             plans[key] = plan
     return plan
+
+
+def forget(first: QTensor) -> None:
+    """Drops the plans of the sets whose first weight this is; they keep the tensors of the others."""
+    plans = first._storage.plans
+    for key in [key for key in list(plans) if key[0] == "many"]:
+        plans.pop(key, None)
 
 
 def why_separate(

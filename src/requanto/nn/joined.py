@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from requanto.linear.joint import PLAIN, in_one_launch, why_separate
+from requanto.linear.joint import PLAIN, forget, in_one_launch, why_separate
 from requanto.nn.modules import QLinear
 from requanto.runtime.tracing import needs_gradient
 from requanto.tensor.qtensor import QTensor
@@ -170,6 +170,10 @@ class JoinedSet:
             self.off = why
             logger.info("%s: computed one by one from now on: %s", self.name, why)
         self._results.clear()
+        first = None if self.layers[0] is None else self.layers[0]()
+        weight = None if first is None else first._parameters.get("weight")
+        if isinstance(weight, QTensor):
+            forget(weight)
 
 
 def _state_of(x: torch.Tensor) -> tuple:
