@@ -23,7 +23,6 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import config
-from ._counters import counters
 from ._launch import Compiled, by_triton, compiled, known, local, settings, whole
 
 #: ROCm compiles tensors of less than 2 GB differently.
@@ -81,10 +80,7 @@ class Plan:
     def _run(self, inputs: tuple) -> Any:
         values = [*inputs]
         for shape, dtype in self._made:
-            if dtype is None:
-                values.append(counters(shape, self._device))
-            else:
-                values.append(torch.empty(shape, dtype=dtype, device=self._device))
+            values.append(torch.empty(shape, dtype=dtype, device=self._device))
         stream: int | None = None
         as_recorded = settings() == self._settings
         for step in self._steps:
@@ -119,7 +115,6 @@ class Recording:
     def __init__(self, inputs: dict[str, torch.Tensor | None], constants: list[torch.Tensor]) -> None:
         self.problem = ""
         self.inputs, self.constants, self.buffers = inputs, constants, []
-        self.counters: list[tuple[torch.Tensor, int]] = []
         self.launches: list[tuple[Any, tuple, tuple, dict, Compiled | None]] = []
 
     def launch(self, kernel: Any, grid: tuple, args: tuple, constexprs: dict) -> None:
@@ -135,8 +130,7 @@ class Recording:
 
     def plan(self, result: torch.Tensor | list[torch.Tensor]) -> Plan | None:
         """The plan for the recorded call, which returned `result`."""
-        zeros = list({id(found): found for found, _ in self.counters}.values())
-        sources = [*self.inputs.values(), *self.buffers, *zeros]
+        sources = [*self.inputs.values(), *self.buffers]
         kept = {tensor.untyped_storage()._cdata for tensor in self.constants}
         steps = []
         for kernel, grid, args, constexprs, found in self.launches:
@@ -158,7 +152,6 @@ class Recording:
         results = [self._result(out, sources, made) for out in outs]
         if self.problem:
             return None
-        made += [(max(count for _, count in self.counters), None) for _ in zeros]
         return Plan(steps, made, results, outs is result, outs[0].device, self.constants)
 
     def _result(self, out: torch.Tensor, sources: list, made: list[tuple]) -> tuple[int | None, torch.dtype | None]:

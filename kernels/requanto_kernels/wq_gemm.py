@@ -4,7 +4,7 @@
 
 Ideas: weight as the left operand, so that the tile is `[N, M]` and decoded weights stay in registers on wgmma; magic numbers
 for codes (see `_decode.py`); scales applied to sums, not to weights, and few rows of x in slots (see `_accumulate.py`);
-slices of K by several programs, whose sums the last of them adds in a fixed order (see `_splits.py`).
+slices of K by several programs, whose sums the last of them adds in a fixed order (see `_split.py`).
 """
 
 from dataclasses import replace
@@ -17,14 +17,14 @@ from . import _check as check
 from ._accumulate import accumulate
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from ._launch import launch
-from ._splits import add_parts, workspace_size
+from ._split import add_rows
 from .config import Config, select, split_for
 from .forms import form_of
 
 
 @triton.jit
 def wq_gemm_kernel(
-    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, work_ptr, M, N, K,
+    x_ptr, q_ptr, s_ptr, z_ptr, t_ptr, bias_ptr, out_ptr, work_ptr, count_ptr, M, N, K,
     stride_xm, stride_xk, stride_qn, stride_sn, stride_sg, stride_zn, stride_zg, steps_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, EXEC: tl.constexpr,
     BIAS: tl.constexpr, SPLIT: tl.constexpr, GROUP_M: tl.constexpr,
@@ -51,9 +51,7 @@ def wq_gemm_kernel(
     end = M
     if SPLIT:
         tile = m0 // BLOCK_M * tiles_n + n0 // BLOCK_N
-        last, acc = add_parts(
-            acc, work_ptr, tile, tiles_m * tiles_n, split, tl.num_programs(1), m0, M, n0, N, BLOCK_M, BLOCK_N
-        )  # fmt: skip
+        last, acc = add_rows(acc, work_ptr, count_ptr, tile, m0, M, n0, N, BLOCK_M, BLOCK_N)
         end = tl.where(last, M, 0)
     rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     if BIAS:
@@ -153,14 +151,16 @@ def wq_gemm(
     per_split = -(-steps // split_for(config, m, w.n, k, processors(device)))
     splits = -(-steps // per_split)
     tiles = -(-m // const["BLOCK_M"]) * -(-w.n // config.block_n)
-    size = workspace_size(tiles, splits, m, w.n)
-    work = torch.empty(size, dtype=torch.float32, device=device) if size else result
+    work = count = result
+    if splits > 1:
+        work = torch.empty((splits, m, w.n), dtype=torch.float32, device=device)
+        count = torch.empty(tiles, dtype=torch.int64, device=device)
     z = w.shift if w.shift is not None else w.scale
     b = bias if bias is not None else w.scale
     with on_device(x):
         launch(
             wq_gemm_kernel, (tiles, splits),
-            x2, w.q, w.scale, z, w.table, b, result, work, m, w.n, k,
+            x2, w.q, w.scale, z, w.table, b, result, work, count, m, w.n, k,
             x2.stride(0), x2.stride(1), *w.strides()[:5], per_split,
             BIAS=bias is not None, SPLIT=splits > 1, GROUP_M=config.group_m, **const,
             num_warps=config.num_warps, num_stages=config.num_stages,
