@@ -74,7 +74,7 @@ gpu-check:
 
 # Most of the time is spent compiling kernels: with pytest-xdist it is distributed among processes.
 gpu-test:
-	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels/test_gpu.py tests/linear/test_triton_gpu.py \
+	PYTHONPATH=src:kernels $(PY) -m pytest -m gpu tests/kernels/test_gpu.py tests/linear/test_triton_gpu.py tests/linear/test_values_gpu.py \
 		$$($(PY) -c 'import xdist; print("-n 8")' 2>/dev/null) $(ARGS)
 
 # build/ is removed first: setuptools packs what an earlier build left there, also files that were deleted from the checkout.
