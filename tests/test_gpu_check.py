@@ -353,6 +353,21 @@ def test_graphs_are_timed(part, monkeypatch):
     assert "not permitted" in found.row()["not_captured"]
 
 
+def test_a_weight_in_the_cache_is_timed_as_if_it_were_not(part, monkeypatch):
+    timing, done = part("timing"), []
+
+    def time_calls(calls, device, may_fail=False):
+        first = calls[0]()
+        return timing.Timing(50.0 if first == "y" else 40.0, 0.01, first)
+
+    monkeypatch.setattr(timing, "time_calls", time_calls)
+    buffer = SimpleNamespace(sum=lambda: done.append("read"))
+    found = timing.time_cold(lambda: done.append("called") or "y", "cuda", buffer)
+    assert (found.us, found.how, found.first) == (10.0, "cold", "y")
+    assert found.spread == pytest.approx(0.09)  # that of the difference
+    assert done == ["read", "called", "read"]
+
+
 @pytest.mark.parametrize("family", ["llama-8b", "flux"])
 def test_a_step_reads_nothing_from_the_device(family, part, monkeypatch):
     # On the meta device there is nothing to read: what asks for a number raises, as it would break a capture.

@@ -49,7 +49,7 @@ class Runner:
         self.torch, self.devices, self.models = torch, device, models
         if dry:
             on_the_cpu()
-            place = Place("cpu", torch.float16, 1 << 10, compiling)
+            place = Place("cpu", torch.float16, 1 << 12, compiling)
         else:
             properties = torch.cuda.get_device_properties(0)
             place = Place("cuda", torch.bfloat16, getattr(properties, "L2_cache_size", 0) or 60 << 20, compiling)

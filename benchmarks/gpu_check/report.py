@@ -242,7 +242,7 @@ def _peers(rows: Sequence[Row]) -> str:
             if row is None or not is_right(row):
                 cells.append("-" if row is None else "FAULT")
                 continue
-            own, mark = _layer_us(rows, row["kind"], n, k, m), "" if row.get("how") == "graph" else "*"
+            own, mark = _layer_us(rows, row["kind"], n, k, m), "" if row.get("how") in ("graph", "cold") else "*"
             ours = f" {row['us'] / own:.2f}" if own else ""
             cells.append(f"{row['us']:.1f}{mark} {ratio_of(row) or 0:.2f}x{ours}")
         lines.append([peer, op, f"{n}x{k}", *cells])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -23,8 +23,8 @@ REPLAYS = (5, 100)
 class Timing:
     """us: microseconds of one call, the mean of two runs' medians. spread: their difference, as a share of the smaller.
 
-    first: what the first call gave in the last replay. how: ``"graph"``, ``"events"`` or ``"wall"``. why: why no graph was
-    captured.
+    first: what the first call gave in the last replay. how: ``"graph"``, ``"cold"``, ``"events"`` or ``"wall"``. why: why
+    no graph was captured.
     """
 
     us: float
@@ -56,6 +56,22 @@ def time_calls(calls: Sequence[Call], device: str, *, may_fail: bool = False) ->
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         first, run = calls[0](), lambda: [call() for call in calls]
         return Timing(*_two_runs(run, len(calls)), first, "events", why)
+
+
+def time_cold(call: Call, device: str, buffer: torch.Tensor) -> Timing:
+    """Times a call on one weight that fits the L2 cache, as if the cache held none of it.
+
+    A buffer larger than the cache is read before each call, and the time of that alone is subtracted.
+    """
+
+    def read_and_call() -> object:
+        buffer.sum()
+        return call()
+
+    both, reading = time_calls([read_and_call], device, may_fail=True), time_calls([buffer.sum], device)
+    us = both.us - reading.us
+    spread = (both.us * both.spread + reading.us * reading.spread) / max(us, 1e-3)
+    return replace(both, us=max(us, 1e-3), spread=spread, how="cold" if both.how == "graph" else both.how)
 
 
 def _in_graph(calls: Sequence[Call]) -> Timing:
