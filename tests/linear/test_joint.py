@@ -14,6 +14,7 @@ from torch import nn
 
 import requanto
 from requanto.linear import joint, linear, linear_many
+from requanto.linear.gpu.layout import EXEC
 from requanto.nn.joined import JoinedLinear, JoinedSet
 
 
@@ -52,6 +53,18 @@ def test_linear_many(how, noted):
     assert torch.equal(linear_many(x, weights)[1], linear(x, weights[1]))
     with pytest.raises(ValueError, match="3 weights and 1 biases"):
         linear_many(x, weights, [None])
+
+
+def test_operators_plan_nothing_for_weights_of_which_some_are_packed(noted, monkeypatch):
+    """As after `prepare`, which leaves small weights plain: a plan would be made anew in each call."""
+    weights = [quantized(n).weight for n in (64, 32)]
+    weights[0].pack(EXEC)
+    x = torch.randn(2, 128)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: linear_many(x, weights), backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(joint, "_plan_for", lambda *args: pytest.fail("a plan was made"))
+    for out, weight in zip(compiled(x), weights):
+        assert torch.equal(out, linear(x, weight))
 
 
 def test_some_have_a_column_scale(noted):

@@ -213,8 +213,11 @@ def _many(
     if xs[0].numel() and many.why_not_here(device, rows) is None:
         given = xs[0] if len(xs) == 1 else [x.contiguous() for x in xs]
         # A packed weight is the model's, with its plans; a plain one was made here, and a plan would be for this call alone.
-        if any(weight.is_packed for weight in weights):
+        packed = [weight.is_packed for weight in weights]
+        if all(packed):
             gemm = _plan_for(weights, rows, features, dtype, device).gemm
+        elif any(packed):
+            gemm = None  # one launch reads one layout
         else:
             separate = why_separate(weights, rows, features, dtype, device) or many.why_other_memory(weights, dtype)
             gemm = many.run if separate is None else None
