@@ -57,8 +57,8 @@ def test_a_dry_run_is_right_everywhere(tmp_path, part):
     assert all(name.startswith("triton") for name in implementations.values()), implementations
     assert set(implementations) == set(cases.KINDS)
     assert "Faults" in done.stdout.splitlines()[-3]
-    assert (tmp_path / "summary.md").read_text() in done.stdout
-    assert (tmp_path / "summary.png").exists() or "no plot: matplotlib" in done.stdout
+    assert (tmp_path / "gpu_check.md").read_text() in done.stdout
+    assert (tmp_path / "gpu_check.png").exists() or "no plot: matplotlib" in done.stdout
 
 
 def test_every_product_launches_on_a_device_of_the_goals(part, monkeypatch):
@@ -441,7 +441,7 @@ def test_the_summary_is_remade_from_the_file(tmp_path, part):
     command = [sys.executable, "-m", "gpu_check", "--summarize", str(file)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "summary.md").read_text()
+    text = (tmp_path / "gpu_check.md").read_text()
     assert text in done.stdout
     assert len(text) < 24_000
     assert "older row" not in text

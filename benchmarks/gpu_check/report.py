@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def write(file: Path, out: Path | None = None, before: Path | None = None) -> str:
-    """Writes summary.md and summary.png beside the rows, or into ``out``; returns the summary.
+    """Writes gpu_check.md and gpu_check.png beside the rows, or into ``out``; returns the summary.
 
     Args:
         before: rows of an earlier run, to say what has changed since.
@@ -25,9 +25,9 @@ def write(file: Path, out: Path | None = None, before: Path | None = None) -> st
     text = summary(rows)
     if before is not None:
         text = f"{text}\n{_since(last_of_each(before), rows)}\n"
-    (folder / "summary.md").write_text(text)
-    drawn = plot(folder / "summary.png", rows)
-    return f"{text}\nwrote {folder / 'summary.md'}; {drawn}"
+    (folder / "gpu_check.md").write_text(text)
+    drawn = plot(folder / "gpu_check.png", rows)
+    return f"{text}\nwrote {folder / 'gpu_check.md'}; {drawn}"
 
 
 def last_of_each(file: Path) -> list[Row]:
