@@ -63,7 +63,7 @@ def test_one_launch_and_no_more_memory(gpu, how):
         model(x)
         found = watch(gpu, lambda x=x: model(x))
         assert found.launches == ["wq_gemm_many_kernel"]
-        assert len(found.allocations) in (3, 4)  # the results, and the parts of a split sum
+        assert len(found.allocations) in (3, 5)  # the results; parts and counters of a split sum
         assert not found.reads
         assert [out.shape for out in model(x)] == [(1, rows, 1024), (1, rows, 256), (1, rows, 256)]
         assert len({out.untyped_storage().data_ptr() for out in model(x)}) == 3
