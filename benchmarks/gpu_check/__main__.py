@@ -34,7 +34,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="a table of tuned tiles (kernels.json) for this run")
     parser.add_argument("--processes", type=int, default=16, help="that compile at once; 0: nothing beforehand")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in Triton's interpreter, one process, no clock")
-    parser.add_argument("--summarize", type=Path, metavar="FILE", help="only remake gpu_check.md and .png from the rows")
+    parser.add_argument(
+        "--summarize", type=Path, metavar="FILE", help="only remake gpu_check.md and .png from the rows"
+    )
     parser.add_argument("--before", type=Path, metavar="FILE", help="rows of an earlier run: what has changed since?")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     return parser.parse_args(argv)
