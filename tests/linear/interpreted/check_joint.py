@@ -8,6 +8,7 @@ from torch import nn
 from requanto.linear import custom_ops, linear, linear_many, registry
 from requanto.linear import prepack as packing
 from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu.layout import kernel_parts
 from requanto.tensor.qtensor import QTensor
 from requanto_kernels import wq_gemm_many as kernel
 
@@ -68,8 +69,10 @@ def test_like_one_by_one(kind, how, calls):
             assert out.shape == want.shape
             assert error(out, want) <= 2 * TOLERANCE[torch.float16]
     packed = weights[0].is_packed
-    assert packed == weights[1].is_packed == (weights[0].qtype.bits < 8)
-    assert calls == ["exec" if packed else "plain"] * 2  # recorded once for each number of rows, then repeated
+    assert packed == weights[1].is_packed
+    layout = kernel_parts(weights[0], torch.float16).layout
+    assert layout == "exec" or weights[0].qtype.bits == 8
+    assert calls == [layout] * 2  # recorded once for each number of rows, then repeated
     calls.clear()
     parts, words, shapes = [], [], []
     for weight in weights:
