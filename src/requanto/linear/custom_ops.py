@@ -40,15 +40,17 @@ def run(
     Args:
         lasts: whether the weight's storage outlives the call, and can cache a plan.
     """
-    if not x.shape[0] or not x.shape[1] or not weight.shape[0]:
-        out = x.new_zeros(x.shape[0], weight.shape[0])
+    rows, features = x.shape
+    out_features = weight._spec.seen_shape[-2]  # `weight.shape` is a Python call
+    if not rows or not features or not out_features:
+        out = x.new_zeros(rows, out_features)
         return out if bias is None else out.add_(bias)
     if activation is not None and activation.blocks is not None:
         x, activation = rounded_in_blocks(x, activation, input_scale), None
     gemm = operator_plan(x, weight, activation) if lasts and input_scale is None else None
     if gemm is not None:
         return gemm(x, weight, bias)
-    found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
+    found = choose(problem_of(weight, x.dtype, rows, activation, static=input_scale is not None))
     return found.implementation.run(x, weight, bias, activation, input_scale)
 
 

@@ -195,6 +195,8 @@ def storage_of(parts: Parts, layout: Layout, spec: WeightSpec) -> WeightStorage 
     own = found.parts
     for name, part in parts.items():
         mine = own.get(name)
+        if mine is part:  # as in graphs, which get the tensors themselves
+            continue
         if mine is None or mine.data_ptr() != part.data_ptr() or mine.dtype != part.dtype:
             return None
         if mine.shape != part.shape or mine.stride() != part.stride():
