@@ -11,6 +11,7 @@ The backward is a GEMM with the same codes, transposed; no dequantized weight is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -145,7 +146,26 @@ def _seen(words: str, shape: Any) -> Any:
     return swapped(shape) if "transposed" in words.split() else shape
 
 
-@torch.library.custom_op("requanto::linear", mutates_args=())
+def _operator(name: str) -> Callable[[Callable[..., torch.Tensor]], torch.library.CustomOpDef]:
+    """Registers a custom operator whose kernel is called by torch's dispatcher itself on devices of layers.
+
+    `torch.library.custom_op` calls it through Python that checks at each call whether a result is an argument; no operator
+    here returns one.
+    """
+
+    def register(function: Callable[..., torch.Tensor]) -> torch.library.CustomOpDef:
+        operator = torch.library.custom_op(f"requanto::{name}", function, mutates_args=())
+        for key in ("CPU", "CUDA", "XPU", "MPS"):
+            _kernels.impl(name, function, key)
+        return operator
+
+    return register
+
+
+_kernels = torch.library.Library("requanto", "FRAGMENT")
+
+
+@_operator("linear")
 def _linear(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -163,7 +183,7 @@ def _(x, bias, parts, words, shape, input_scale):  # type: ignore[no-untyped-def
     return x.new_empty(*x.shape[:-1], _seen(words, shape)[-2])
 
 
-@torch.library.custom_op("requanto::linear_backward", mutates_args=())
+@_operator("linear_backward")
 def _linear_backward(grad: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
     # The gradient with respect to x is grad @ W (straight-through estimator if activations are quantized).
     weight, lasts = _lasting(parts, words, shape, grad.dtype, flip=True)
@@ -192,7 +212,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 _linear.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("requanto::grouped_linear", mutates_args=())
+@_operator("grouped_linear")
 def _grouped(
     x: torch.Tensor, offsets: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int], flip: bool
 ) -> torch.Tensor:
