@@ -78,7 +78,10 @@ def kept(make: Callable[[], T], device: torch.device) -> T:
 
     def run() -> T:
         with module.stream(stream):
-            return make()
+            made = make()
+        if device.type in ("cuda", "xpu"):
+            stream.synchronize()  # threads that run on other streams may read it at once
+        return made
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 import triton
 
 from requanto_kernels import (
+    _device,
     _launch,
     config,
     quant_rows,
@@ -260,3 +262,23 @@ def test_a_stored_table_ends_plans(gpu):
     assert plan.holds()
     config.forget()
     assert not plan.holds()
+
+
+def test_what_is_kept_is_made_by_another_thread_and_complete(monkeypatch):
+    """Another thread: what one allocates in the first call of a graph of torch.compile is the graph's memory."""
+    steps = []
+
+    class Stream:
+        def __init__(self, device):
+            steps.append(device)
+
+        def synchronize(self):
+            steps.append("wait")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    with torch.inference_mode():
+        found = _device.kept(lambda: steps.append(threading.current_thread()) or torch.ones(1), torch.device("cuda:1"))
+    assert steps[::2] == [torch.device("cuda:1"), "wait"]
+    assert steps[1] is not threading.current_thread()
+    assert not found.is_inference()

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from reversed_layout import REVERSED
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -645,3 +646,27 @@ def test_storages_of_freed_weights_are_forgotten():
     assert storage._packed[address] is made.weight._storage
     del made
     assert address not in storage._packed
+
+
+def test_packed_codes_are_computed_before_other_threads_see_them(monkeypatch):
+    """Threads that run on other streams read them without waiting for the stream of the thread that packs."""
+    weight, seen = quantized("int8"), []
+    monkeypatch.setattr(storage, "_wait_for", lambda device: seen.append((device, weight.is_packed)))
+    weight.pack(REVERSED)
+    assert seen == [(torch.device("cpu"), False)]
+
+
+def test_waits_for_the_current_stream_of_the_device(monkeypatch):
+    waited = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def synchronize(self):
+            waited.append(self.device)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    storage._wait_for(torch.device("cuda:1"))
+    storage._wait_for(torch.device("cpu"))
+    assert waited == [torch.device("cuda:1")]

@@ -152,6 +152,8 @@ class WeightStorage:
                 return
             with outside_tracing():
                 packed = layout.pack(spec, self.parts)
+                if runs_eagerly() and not is_fake(self.parts["qdata"]):
+                    _wait_for(self.parts["qdata"].device)
             self.set({**self.parts, **packed}, layout, spec)
 
     def unpack(self, spec: WeightSpec) -> None:
@@ -169,6 +171,12 @@ class WeightStorage:
     def nbytes(self) -> int:
         """Bytes of the tensors and of those derived from them."""
         return sum(tensor.nbytes for tensor in (*self.parts.values(), *self.derived.values()))
+
+
+def _wait_for(device: torch.device) -> None:
+    """Waits for what was computed on the current stream: threads that run on other streams may read it at once."""
+    if device.type in ("cuda", "xpu"):
+        getattr(torch, device.type).current_stream(device).synchronize()
 
 
 def _owned(parts: Parts, layout: Layout) -> dict[str, torch.Tensor]:
