@@ -95,8 +95,10 @@ def config_for(weight: check.Weight, m: int, arch: str, dtype: torch.dtype) -> C
 
 def of_codebook(config: Config) -> Config:
     """The config for a codebook, whose values take registers: larger tiles would spill."""
+    if config.fields and config.block_m > 16:
+        return replace(config, block_m=32, block_n=64, num_warps=4, num_stages=2)
     if config.fields:
-        return replace(config, block_m=min(config.block_m, 32), block_n=min(config.block_n, 64))
+        return replace(config, block_n=min(config.block_n, 64))
     return replace(config, block_m=min(config.block_m, 128))
 
 

@@ -85,7 +85,8 @@ def wq_gemm_grouped(
     arch = arch_of(device)
     if config is None:
         config = config_for(w, -(-m // w.experts), arch, x.dtype)
-    const = constants(w, config, arch, x.dtype)
+    # Tiles for the mean number of rows; an expert with more has more tiles, which share its weight in L2.
+    const = constants(w, config, arch, x.dtype, -(-m // w.experts))
     with on_device(x):
         launch(
             wq_gemm_grouped_kernel, (-(-m // const["BLOCK_M"]) + w.experts, -(-w.n // config.block_n)),
