@@ -186,6 +186,39 @@ def test_operators_are_well_formed():
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", [{}, {"scale_bits": 6}, {"zero_point": "integer"}, {"column_scale": "std"}])
+def test_cached_plans_read_the_weight_as_it_is(how):
+    module = layer(**how)
+    other = QTensor.quantize(torch.randn(384, 1024, device=DEVICE, dtype=torch.bfloat16), "int4", group_size=64, **how)
+    x = torch.randn(4, 1024, device=DEVICE, dtype=torch.bfloat16)
+    odd = torch.randn(4 * 1024 + 1, device=DEVICE, dtype=torch.bfloat16)[1:].view(4, 1024)
+
+    def right(got, x):
+        want = x.double() @ module.weight.dequantize(torch.float64).T + module.bias.double()
+        return error(got, want) <= BOUND[torch.bfloat16]
+
+    with torch.no_grad():
+        for one in (x, x, odd, x, odd, x[:, ::2].repeat(1, 2), x):
+            assert right(module(one), one)
+        assert module.weight._storage.plans
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            on_stream = module(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert right(on_stream, x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = module(x)
+        graph.replay()
+        assert right(got, x)
+        module.weight.copy_(other)  # in the memory that the graph reads, expanded scales too
+        graph.replay()
+        torch.cuda.synchronize()
+        assert right(got, x)
+        assert right(module(x), x)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 1500])
 def test_a_captured_graph_outlives_a_save(rows, packed):
     module = layer(group=128)
