@@ -185,7 +185,6 @@ def test_operators_are_well_formed():
     torch.library.opcheck(torch.ops.requanto.grouped_linear, (x, ends, *custom_ops.arguments(experts), False))
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("how", [{}, {"scale_bits": 6}, {"zero_point": "integer"}, {"column_scale": "std"}])
 def test_cached_plans_read_the_weight_as_it_is(how):
     module = layer(**how)
@@ -219,6 +218,7 @@ def test_cached_plans_read_the_weight_as_it_is(how):
         assert right(module(x), x)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 1500])
 def test_a_captured_graph_outlives_a_save(rows, packed):
     module = layer(group=128)
