@@ -15,6 +15,7 @@ from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import conditions as gpu
 from requanto.linear.prepack import expected_layout
 from requanto.linear.registry import choose, problem_of
+from requanto.runtime.devices import made_current
 from requanto.tensor.qtensor import QTensor
 
 
@@ -150,7 +151,8 @@ def _dequantized_by(weight: QTensor) -> str:
     """What dequantizes a convolution's or an embedding's weight in eager calls."""
     device = weight.device.type
     if device in gpu.DEVICES:
-        return _KERNEL if gpu.decodes(device, weight.qtype, weight.layout_name) else _TORCH
+        with made_current(device, weight.device.index):
+            return _KERNEL if gpu.decodes(device, weight.qtype, weight.layout_name) else _TORCH
     return _CPU if device == "cpu" else "reference"
 
 

@@ -14,6 +14,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.columns import column_for
+from requanto.runtime.devices import made_current
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import needs_gradient, runs_eagerly
 from requanto.scales.order import in_order
@@ -49,6 +50,7 @@ class Problem:
         transposed: whether the weight is stored as ``[K, N]``, with scales along N.
         layout: order of the codes: ``"plain"``, or the name of a packed layout (`requanto.tensor.layout`).
         static: whether activations have a static scale instead of one per token.
+        index: number of the device; None: the current one. `choose` makes it current.
     """
 
     device: str
@@ -63,6 +65,7 @@ class Problem:
     transposed: bool = False
     layout: str = "plain"
     static: bool = False
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ def choose(problem: Problem, *, grouped: bool = False) -> Choice:
     Args:
         grouped: selects among implementations for fused experts; the problem then describes one expert with all rows.
     """
-    for implementation in _REGISTRY:
-        if (implementation.run_grouped is not None or not grouped) and implementation.supports(problem):
-            return Choice(problem, implementation)
+    with made_current(problem.device, problem.index):
+        for implementation in _REGISTRY:
+            if (implementation.run_grouped is not None or not grouped) and implementation.supports(problem):
+                return Choice(problem, implementation)
     raise RuntimeError(f"no implementation supports {problem}; is requanto.linear.reference imported?")
 
 
@@ -161,6 +165,7 @@ def problem_of(
         transposed=spec.transposed,
         layout=(weight._storage.layout if layout is None else layout_named(layout)).order(spec),
         static=static,
+        index=weight.device.index,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import described
+from requanto.runtime.devices import made_current
 from requanto.runtime.tracing import is_fake, runs_eagerly, without_autocast
 from requanto.scales.order import in_order, inverse
 from requanto.scales.rotation import rotate
@@ -29,7 +30,8 @@ def by_kernel(weight: QTensor) -> bool:
     codes = weight._storage.parts["qdata"]
     if codes.device.type not in rules.DEVICES or not runs_eagerly() or is_fake(codes) or not weight.numel():
         return False
-    return rules.decodes(codes.device.type, weight.qtype, weight.layout_name)
+    with made_current(codes.device.type, codes.device.index):
+        return rules.decodes(codes.device.type, weight.qtype, weight.layout_name)
 
 
 def stored_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:

@@ -29,6 +29,7 @@ from requanto.linear.gpu.humming_layout import KINDS, LAYOUTS, HummingLayout, ma
 from requanto.linear.gpu.humming_times import is_faster, key, measured
 from requanto.linear.gpu.layout import capturing, codes_of, is_pinned
 from requanto.linear.registry import Implementation, Problem, register
+from requanto.runtime.devices import made_current
 from requanto.runtime.settings import settings
 from requanto.tensor.layout import Layout
 from requanto.tensor.qtensor import QTensor
@@ -65,7 +66,8 @@ def serves(weight: QTensor, dtype: torch.dtype | None = None, activation: qtype 
         return False
     if spec.group_size not in (None, length, *GROUPS) or not LAYOUTS[dtype].accepts(spec):
         return False
-    return rules.capability("cuda") >= (80 if dtype == torch.bfloat16 else 75)
+    with made_current("cuda", weight.device.index):
+        return rules.capability("cuda") >= (80 if dtype == torch.bfloat16 else 75)
 
 
 def _on_nvidia(device: torch.device) -> bool:

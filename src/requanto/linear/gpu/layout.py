@@ -19,6 +19,7 @@ from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import conditions as rules
+from requanto.runtime.devices import made_current
 from requanto.runtime.tracing import outside_tracing, runs_eagerly
 from requanto.scales.codebook import values_of
 from requanto.tensor.layout import PLAIN, Layout, Parts, register_layout
@@ -125,8 +126,9 @@ def fits(weight: QTensor, activation: qtype | None = None) -> bool:
     kind, length = spec.qtype, spec.row_length
     if weight.device.type not in rules.DEVICES or not EXEC.accepts(spec) or not length or not rules.available():
         return False
-    if capturing(weight.device) or not rules.has_matrix_instructions(weight.device.type):
-        return False  # before sm_80, weights are only dequantized, which is not faster in this layout
+    with made_current(weight.device.type, weight.device.index):
+        if capturing(weight.device) or not rules.has_matrix_instructions(weight.device.type):
+            return False  # before sm_80, weights are only dequantized, which is not faster in this layout
     activation = activation or spec.activation
     if kind.bits == 8 and activation is not None and _is_permuted(spec):
         return False  # GEMMs of two 8-bit codes read the plain layout

@@ -12,6 +12,7 @@ from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import ExpandedScales, capturing, kernel_parts, pin
 from requanto.linear.gpu.plans import kind_of
 from requanto.linear.registry import choose, problem_of
+from requanto.runtime.devices import made_current
 from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ def why_not_here(device: torch.device, rows: int) -> str | None:
     kind = device.type
     if kind not in rules.DEVICES:
         return f"no launches to save on {kind}"
-    found = rules.capability(kind)
+    with made_current(kind, device.index):
+        found = rules.capability(kind)
     most = next((limit for least, limit in TOGETHER_ROWS if found >= least), 0)
     if rows > most:
         return f"{rows} rows: one launch is for up to {most}"
