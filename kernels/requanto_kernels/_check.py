@@ -87,10 +87,13 @@ class Weight:
     def has_pairs(self) -> bool:
         """Whether scales (and shifts) of adjacent rows can be loaded as one 32-bit word: PAIRS of `_scales.py`."""
         return self.n % 2 == 0 and all(
-            t.element_size() == 2 and t.stride(-2) == 1 and t.data_ptr() % 4 == 0
-            and not any(s % 2 for s, size in zip(t.stride(), t.shape) if size > 1 and s != 1)
+            t.element_size() == 2
+            and t.data_ptr() % 4 == 0
+            and t.stride(-2) == 1
+            and (t.shape[-1] == 1 or t.stride(-1) % 2 == 0)
+            and (t.dim() == 2 or t.stride(0) % 2 == 0)
             for t in (self.scale, self.shift if self.shift is not None else self.scale)
-        )  # fmt: skip
+        )
 
 
 def exec_block(bits: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from reference import FP8, TOLERANCE, error, weight
 
 from requanto_kernels import Config, group_major, to_exec_layout, wq_dequant, wq_gemm, wq_gemm_dx, wq_gemm_grouped
+from requanto_kernels._check import check_weight
 
 HALF, FULL = torch.float16, torch.float32
 SMALL = Config(block_m=16, block_n=32, block_k=64, split_k=1)
@@ -194,6 +195,39 @@ def test_strides_of_scales(order):
     assert error(wq_gemm_grouped(x, offsets, *weights, **common), want) <= TOLERANCE[FULL]
     want = torch.cat([grad[rows].double() @ w.meaning[e] for e, rows in enumerate(both)])
     assert error(wq_gemm_dx(grad, *weights, offsets=offsets, **common), want) <= TOLERANCE[FULL]
+
+
+@pytest.mark.parametrize("order", ["pairs", "odd rows", "odd address", "odd stride", "overlapping"])
+def test_pairs_of_half_precision_scales(order):
+    """Scales of two bytes are loaded as words of two rows, where their memory allows it."""
+    n = 23 if order == "odd rows" else 24
+    w = weight(n, 256, 4, 64, affine=True, scale_dtype=HALF)
+    w.scale, w.shift = group_major(w.scale), group_major(w.shift)
+    if order == "odd address":
+        flat = torch.empty(n * 4 + 1, dtype=HALF)
+        w.scale = flat[1:].view(4, n).copy_(w.scale.T).T
+    elif order == "odd stride":
+        w.shift = torch.empty(4, n + 1, dtype=HALF)[:, :n].copy_(w.shift.T).T
+    elif order == "overlapping":
+        row = torch.rand(n + 3).to(HALF) / 16
+        before, w.scale = w.scale, row.as_strided((n, 4), (1, 1))
+        ratio = (w.scale.double() / before.double()).repeat_interleave(64, -1)
+        shift = w.shift.double().repeat_interleave(64, -1)
+        w.meaning = (w.meaning + shift) * ratio - shift
+    found = check_weight(w.qdata, w.scale, w.shift, 256, 4, 64, "plain")
+    assert found.has_pairs() == (order == "pairs")
+    common = {"bits": 4, "group_size": 64}
+    for config in (
+        None,
+        Config(block_m=16, block_n=16, block_k=64),
+        Config(block_m=32, block_n=16, block_k=64, num_stages=1),
+    ):
+        x, grad = torch.randn(3, 256).to(HALF), torch.randn(3, n).to(HALF)
+        got = wq_gemm(x, w.qdata, w.scale, w.shift, config=config, **common)
+        assert error(got, x.double() @ w.meaning.T) <= TOLERANCE[HALF]
+    got = wq_gemm_dx(grad, w.qdata, w.scale, w.shift, **common)
+    assert error(got, grad.double() @ w.meaning) <= TOLERANCE[HALF]
+    assert error(wq_dequant(w.qdata, w.scale, w.shift, dtype=FULL, **common), w.meaning) <= TOLERANCE[FULL]
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
