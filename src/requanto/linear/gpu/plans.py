@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 #: Most plans of one layer and shape of x: one for each stride and alignment of x and of the bias.
 _MOST = 16
 
+_ROCM = torch.version.hip is not None
+
 #: ``run(x, parts, bias, *others) -> y`` by launchers of `requanto_kernels`, from a weight's `KernelParts`. y has x's shape
 #: without the last axis, plus N, or is one of the others.
 Run = Callable[..., torch.Tensor]
@@ -112,4 +114,5 @@ def kind_of(tensor: torch.Tensor | None) -> tuple | None:
     """What a plan depends on in x or the bias. x's shape and dtype are known from the weight's cache."""
     if tensor is None:
         return None
-    return tensor.stride(), tensor.data_ptr() & 15, tensor.get_device(), tensor.dtype, tensor.shape
+    found = tensor.stride(), tensor.data_ptr() & 15, tensor.get_device(), tensor.dtype, tensor.shape
+    return (*found, tensor.untyped_storage().size() < 2**31) if _ROCM else found  # compiled otherwise there
