@@ -8,6 +8,7 @@ from reference import FP8, TOLERANCE, error, weight
 
 from requanto_kernels import Config, group_major, to_exec_layout, wq_dequant, wq_gemm, wq_gemm_dx, wq_gemm_grouped
 from requanto_kernels._check import check_weight
+from requanto_kernels.forms import form_of
 
 HALF, FULL = torch.float16, torch.float32
 SMALL = Config(block_m=16, block_n=32, block_k=64, split_k=1)
@@ -132,6 +133,18 @@ def test_every_form_of_the_kernel(bits, left, fields, split):
     assert error(got, x.double() @ w.meaning.T + bias.double()) <= TOLERANCE[HALF]
     if split == 2:
         assert torch.equal(got, run(w, x, "exec", bias=bias, config=config))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("m", "group", "slots", "rows"), [(1, 32, 8, 1), (1, 64, 4, 2), (3, 64, 4, 4), (8, 128, 2, 8)])
+def test_few_rows_are_laid_out_in_slots(m, group, slots, rows, affine):
+    """One column for each row and group of a tile; groups of 64 and 256 k are 4 slots, so two rows fill 8 columns."""
+    w = weight(40, 512, 4, group, affine)
+    config = Config(block_m=8, block_n=16, block_k=256, split_k=1)
+    found = form_of(check_weight(w.qdata, w.scale, w.shift, 512, 4, group, "exec"), config, m)
+    assert (found.scale, found.slots, found.block_m) == ("after", slots, rows)
+    x = torch.randn(m, 512).to(HALF)
+    assert error(run(w, x, "exec", config=config), x.double() @ w.meaning.T) <= 5e-4  # weights are not rounded
 
 
 def test_long_sum():
