@@ -22,6 +22,7 @@ the same memory.
 import torch
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 #: Marks a word as a counter: 47 bits of the golden ratio, which no other code should store.
 MARK = tl.constexpr(0x5E3779B97F4A)
@@ -65,9 +66,23 @@ def _count(counter_ptr):
     return count
 
 
+@triton.constexpr_function
+def barrier_waits_for_no_store() -> bool:
+    """True on AMD's CDNA GPUs (gfx9): the thread that counts would publish the stores of its own wave only.
+
+    On newer ones Triton's barrier waits for stores, and NVIDIA's memory model has releases publish what a barrier ordered.
+    """
+    target = current_target()
+    return target is not None and target.backend == "hip" and str(target.arch).startswith("gfx9")
+
+
 @triton.jit
 def is_last(count_ptr, tile):
     """Counts this program, whose parts are stored; True in the last one of the tile, which may read all parts."""
+    if barrier_waits_for_no_store():
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\nv_mov_b32 $0, $1", "=v,v", [tl.arange(0, 64)], dtype=tl.int32, is_pure=False, pack=1
+        )  # fmt: skip
     tl.debug_barrier()  # the stores of all threads come before the count of one
     last = _count(count_ptr + tile) == tl.num_programs(1)
     if last:
