@@ -1,8 +1,6 @@
 """The vendor's GEMMs of 8-bit codes: when they are chosen, and that torch takes the call. No GPU is asked."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from requanto.linear.registry import Problem, choose
 from requanto.tensor.qtensor import QTensor
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from fake_driver import fake_gpu_layers, watch
 

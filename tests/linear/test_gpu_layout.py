@@ -3,8 +3,6 @@
 import copy
 import io
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from requanto.linear.registry import problem_of
 from requanto.tensor.qtensor import QTensor
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from fake_driver import fake_gpu_layers
 

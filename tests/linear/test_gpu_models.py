@@ -1,8 +1,5 @@
 """A tiny Llama on a GPU that only the driver pretends: what one step of decoding does on the host."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +9,6 @@ from requanto.linear import prepack
 from requanto.tensor.qtensor import QTensor
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from fake_driver import fake_gpu_layers, watch
 

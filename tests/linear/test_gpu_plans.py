@@ -1,10 +1,8 @@
 """Cached plans of GPU layers, on a GPU that only the driver pretends (`tests/kernels/fake_driver.py`)."""
 
 import gc
-import sys
 import threading
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from requanto.linear.gpu import layout, plans
 from requanto.tensor.qtensor import QTensor
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from fake_driver import fake_gpu_layers, watch
 
