@@ -14,6 +14,14 @@ from requanto.tensor.layout import Layout
 NOWHERE = ("none",)
 
 
+def take_for_a_gpu(patch, device="cpu", capability=0, first=("triton",)):
+    """Implementations for GPUs take ``device`` for theirs. Those whose names begin as one of ``first`` lead the table."""
+    patch.setattr(rules, "DEVICES", (device,))
+    patch.setattr(rules, "capability", lambda kind: capability)
+    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(first))
+    patch.setattr(registry, "_REGISTRY", entries)
+
+
 @contextlib.contextmanager
 def gpu(device="cpu", capability=0):
     """The table with the GPU's entries first, which take ``device`` for theirs; yields a list of what torch decodes."""
@@ -28,10 +36,7 @@ def gpu(device="cpu", capability=0):
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "DEVICES", (device,))
-        patch.setattr(rules, "capability", lambda kind: capability)
-        entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(("triton", "gpu")))
-        patch.setattr(registry, "_REGISTRY", entries)
+        take_for_a_gpu(patch, device, capability, first=("triton", "gpu"))
         for place, name in (
             (Layout, "codes"), (Layout, "gather"), (layout.ExecLayout, "codes"), (layout.ExecLayout, "gather"),
             (qtensor, "scaled_values"),

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from gpu_stand_in import take_for_a_gpu
 from torch import nn
 
 import requanto
 from requanto.linear import prepack as packing
 from requanto.linear import registry
-from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import paths
 from requanto.tensor.qtensor import QTensor
 
@@ -23,12 +23,9 @@ SHAPE = {
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """The table with the GPU's entries first, which take the CPU for their device."""
-    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
-    monkeypatch.setattr(rules, "capability", lambda kind: 0)
+    take_for_a_gpu(monkeypatch)
     monkeypatch.setattr(packing, "SMALLEST", 0)
     monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
-    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(registry, "_REGISTRY", entries)
     torch.manual_seed(0)
 
 

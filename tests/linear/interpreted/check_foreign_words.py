@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from gpu_stand_in import take_for_a_gpu
 from made_weights import ACT_ORDER, EVERY, MIXED, Q3_K, Q4_0, Q4_K, Q6_K, made, meaning
 from reference import TOLERANCE, error
 
 from requanto.dtypes.qtypes import qint8
 from requanto.linear import grouped_linear, linear, registry
-from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import layout, paths
 
 HALF, FULL = torch.float16, torch.float32
@@ -16,10 +16,7 @@ HALF, FULL = torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """The table with the GPU's entries first, which take the CPU for their device."""
-    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
-    monkeypatch.setattr(rules, "capability", lambda kind: 0)
-    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(registry, "_REGISTRY", entries)
+    take_for_a_gpu(monkeypatch)
     torch.manual_seed(0)
 
 

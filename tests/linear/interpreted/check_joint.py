@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from gpu_stand_in import take_for_a_gpu
 from reference import TOLERANCE, error
 from torch import nn
 
-from requanto.linear import custom_ops, linear, linear_many, registry
+from requanto.linear import custom_ops, linear, linear_many
 from requanto.linear import prepack as packing
-from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu.layout import kernel_parts
 from requanto.tensor.qtensor import QTensor
 from requanto_kernels import wq_gemm_many as kernel
@@ -15,10 +15,7 @@ from requanto_kernels import wq_gemm_many as kernel
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
-    monkeypatch.setattr(rules, "capability", lambda kind: 0)
-    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(registry, "_REGISTRY", entries)
+    take_for_a_gpu(monkeypatch)
     monkeypatch.setattr(packing, "SMALLEST", 0)
     monkeypatch.setattr(packing, "SMALLEST_ON_CPU", 0)
     torch.manual_seed(0)

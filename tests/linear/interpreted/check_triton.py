@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from gpu_stand_in import take_for_a_gpu
 from reference import FP8, TOLERANCE, decode_fp8, error, weight
 
 import requanto
 from requanto.dtypes.qtypes import qfloat8_e4m3fn, qfloat8_e5m2, qint2, qint4, qint8, qtypes
 from requanto.linear import custom_ops, grouped_linear, linear, registry
-from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import eight_bit, eight_bit_conditions, layout, paths
 from requanto.linear.prepack import prepare
 from requanto.tensor.qtensor import QTensor
@@ -19,11 +19,8 @@ KINDS = {2: qint2, 4: qint4, 8: qint8}
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """The table with the GPU's entries first, which take the CPU for their device."""
-    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
-    monkeypatch.setattr(rules, "capability", lambda kind: 0)
+    take_for_a_gpu(monkeypatch, first=("torch-", "triton"))
     monkeypatch.setattr(eight_bit_conditions, "rocm_arch", lambda kind: "gfx950")
-    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(("torch-", "triton")))
-    monkeypatch.setattr(registry, "_REGISTRY", entries)
     torch.manual_seed(0)
 
 

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
+from gpu_stand_in import take_for_a_gpu
 from reference import TOLERANCE, error
 
 import requanto
 from requanto.dtypes.qtypes import qint8, qtypes
 from requanto.linear import grouped_linear, linear, registry
-from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import layout, paths
 from requanto.linear.prepack import prepare
 from requanto.tensor.qtensor import QTensor
@@ -21,10 +21,7 @@ KINDS = [kind.name for kind in dict.fromkeys(qtypes.values())]
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """The table with the GPU's entries first, which take the CPU for their device."""
-    monkeypatch.setattr(rules, "DEVICES", ("cpu",))
-    monkeypatch.setattr(rules, "capability", lambda kind: 0)
-    entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith("triton"))
-    monkeypatch.setattr(registry, "_REGISTRY", entries)
+    take_for_a_gpu(monkeypatch)
     torch.manual_seed(0)
 
 
