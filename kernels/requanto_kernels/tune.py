@@ -89,7 +89,7 @@ def neighbours(config: Config, problem: Problem, m: int) -> list[Config]:
     return [of_codebook(one) for one in found] if problem.kind == "table" else found
 
 
-def _median_ms(launch: Callable[[int], object], copies: int, repeats: int) -> float:
+def median_ms(launch: Callable[[int], object], copies: int, repeats: int) -> float:
     """Median milliseconds of a launch. All copies are in one CUDA graph, since Python launches take longer than kernels."""
     launch(0)  # compiles
     torch.cuda.synchronize()
@@ -159,7 +159,7 @@ def _launcher(problem: Problem, m: int, device: torch.device) -> tuple[Callable[
 def _time(launch, copies: int, repeats: int, report: Callable[[str], object], config: Config) -> float | None:
     """Milliseconds, or None if the tile does not run."""
     try:
-        return _median_ms(partial(launch, config), copies, repeats)
+        return median_ms(partial(launch, config), copies, repeats)
     except Exception as error:  # the tile may not fit this device
         report(f"{config} does not run ({type(error).__name__})")
         return None

@@ -51,7 +51,7 @@ def test_float8_with_many_rows_is_the_vendors(gpu, arch, problem):
     assert name(problem) == "torch-scaled-mm"
     assert name(problem, group_size=4096) == "torch-scaled-mm"
     assert name(problem, static=True) == "torch-scaled-mm"
-    from_rows = rules._rows(rules.TORCH_FLOAT8_ROWS, "cuda")
+    from_rows = conditions.rows_for(rules.TORCH_FLOAT8_ROWS, "cuda")
     assert name(problem, rows=from_rows) == "torch-scaled-mm"
     assert name(problem, rows=from_rows - 1) == name(problem, rows=1) == "triton-scaled-mm"
     for unfit in (

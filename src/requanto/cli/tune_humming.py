@@ -77,10 +77,10 @@ def _weight(job: Job, dtype: torch.dtype, device: torch.device) -> QTensor | Non
 
 
 def _milliseconds(x: torch.Tensor, weights: list[QTensor], repeats: int) -> float:
-    from requanto_kernels.tune import _median_ms
+    from requanto_kernels.tune import median_ms
 
     run = choose(problem_of(weights[0], x.dtype, x.shape[0])).implementation.run
-    return _median_ms(partial(_one, run, x, weights), len(weights), repeats)
+    return median_ms(partial(_one, run, x, weights), len(weights), repeats)
 
 
 def _one(run: Callable[..., torch.Tensor], x: torch.Tensor, weights: list[QTensor], index: int) -> torch.Tensor:

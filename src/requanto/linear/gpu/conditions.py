@@ -116,6 +116,10 @@ def dequantized(problem: Problem) -> bool:
 
 def dequantize_from(device: str, transposed: bool) -> int:
     """Number of rows from which `dequantized` is True on the current device."""
+    return rows_for(DEQUANTIZE_ROWS_TRANSPOSED if transposed else DEQUANTIZE_ROWS, device)
+
+
+def rows_for(table: tuple[tuple[int, int], ...], device: str) -> int:
+    """The number of rows in a table of (minimum compute capability, rows): its first entry that fits the current device."""
     found = capability(device)
-    table = DEQUANTIZE_ROWS_TRANSPOSED if transposed else DEQUANTIZE_ROWS
     return next(rows for least, rows in table if found >= least)

@@ -88,7 +88,9 @@ def torch_float8(problem: Problem) -> bool:
         return False
     if problem.in_features < 32 or problem.device == "xpu" or rules.capability(problem.device) >= 110:
         return False
-    return float8_instructions(problem.device, kind) and problem.rows >= _rows(TORCH_FLOAT8_ROWS, problem.device)
+    return float8_instructions(problem.device, kind) and problem.rows >= rules.rows_for(
+        TORCH_FLOAT8_ROWS, problem.device
+    )
 
 
 def torch_int8(problem: Problem) -> bool:
@@ -102,12 +104,7 @@ def torch_int8(problem: Problem) -> bool:
         or not rules.capability(problem.device)
     ):
         return False
-    return problem.rows >= _rows(TORCH_INT8_ROWS, problem.device)
-
-
-def _rows(table: tuple[tuple[int, int], ...], device: str) -> int:
-    found = rules.capability(device)
-    return next(rows for least, rows in table if found >= least)
+    return problem.rows >= rules.rows_for(TORCH_INT8_ROWS, problem.device)
 
 
 def int8_activations(problem: Problem) -> bool:

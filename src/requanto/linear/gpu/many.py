@@ -40,8 +40,7 @@ def why_not_here(device: torch.device, rows: int) -> str | None:
     if kind not in rules.DEVICES:
         return f"no launches to save on {kind}"
     with made_current(kind, device.index):
-        found = rules.capability(kind)
-    most = next((limit for least, limit in TOGETHER_ROWS if found >= least), 0)
+        most = rules.rows_for(TOGETHER_ROWS, kind)
     if rows > most:
         return f"{rows} rows: one launch is for up to {most}"
     return None
