@@ -6,7 +6,7 @@ Tensors are on the CPU (`tests/kernels/fake_driver.py`). Not in it, and the same
 to start a kernel (a few microseconds each). `F.linear` is torch's own linear in bfloat16 at 16 x 16, whose work is nothing.
 The times are those of this thread on its core, the fastest of several rounds, in microseconds.
 
-gpu.md, the measurement this repeats, has for gemlite's layer 111 us, in the same way, on another machine.
+For gemlite's layer the same way of measuring gave 111 us, on another machine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`make gpu-check` without a GPU: a dry run of every path; what a crash, a hang, a wrong kernel or no time left costs."""
 
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -33,6 +33,27 @@ def part(monkeypatch):
 
 def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- what is missing
+
+
+def test_it_says_what_is_missing(part, monkeypatch, capsys):
+    """No GPU, a torch that cannot use one, no Triton: said in a line each, before anything is written."""
+    main = part("__main__")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version, said in ((None, "is built without CUDA"), ("13.0", "finds none")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(torch.version, "hip", None)
+        assert main.main(["--only", "goals"]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert torch.__version__ in error
+        assert "--dry" in error
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    assert main.main(["--dry"]) == 2
+    assert "has no package triton" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- a dry run

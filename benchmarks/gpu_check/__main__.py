@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,14 +27,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "gpu_check", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="folder for gpu_check.jsonl and its tables: benchmarks/results")
-    parser.add_argument("--budget", type=float, default=285.0, help="seconds; what is left out then is counted")
-    parser.add_argument("--only", nargs="+", help="stages or families: goals, questions, splits, llama-8b, int8 ...")
-    parser.add_argument("--resume", action="store_true", help="skip cases that the file already has a row for")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels of peers; installed into a temporary folder")
+    parser.add_argument("--out", type=Path, help="folder for all that is written (default: benchmarks/results)")
+    parser.add_argument(
+        "--budget", type=float, default=285.0,
+        help="seconds that the run may take (default: 285); the summary counts the cases that had no time left",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME",
+        help="only these stages or families, e.g. goals models splits int8; --list shows cases as STAGE/FAMILY/...",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of the file, run the other cases and those that failed"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, help="folder with wheels of other libraries; unpacked for this run, nothing is installed"
+    )
     parser.add_argument("--table", type=Path, help="a table of tuned tiles (kernels.json) for this run")
-    parser.add_argument("--processes", type=int, default=16, help="that compile at once; 0: nothing beforehand")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes in Triton's interpreter, one process, no clock")
+    parser.add_argument(
+        "--processes", type=int, default=16, help="processes that compile before the run (default: 16); 0: none"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="no GPU: tiny shapes in Triton's interpreter; times mean nothing"
+    )
     parser.add_argument(
         "--summarize", type=Path, metavar="FILE", help="only remake gpu_check.md and .png from the rows"
     )
@@ -48,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.summarize is not None:
         print(report.write(options.summarize, options.out, options.before))
         return 0
+    if problem := missing(needs_device=not (options.dry or options.list)):
+        print(f"gpu_check: {problem} Nothing was measured.", file=sys.stderr)
+        return 2
     from gpu_check.cases import dry_cases, every_case  # needs torch and the kernels
 
     cases = dry_cases() if options.dry else every_case()
@@ -61,11 +79,6 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(*(case.key for case in cases), sep="\n")
         return 0
-    if not options.dry and not has_device():
-        print(
-            "gpu_check needs a CUDA device and found none: nothing was measured. --dry runs without.", file=sys.stderr
-        )
-        return 2
     options.out = options.out or HERE.parent / "results"
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "gpu_check.jsonl"
@@ -119,10 +132,22 @@ def install(wheels: Path, target: Path) -> Path:
     return target
 
 
-def has_device() -> bool:
+def missing(needs_device: bool) -> str:
+    """What this Python lacks for a run, and what to do about it; empty if nothing."""
+    for name in ("torch", "triton", "safetensors", "packaging"):
+        if importlib.util.find_spec(name) is None:
+            return (
+                f"{sys.executable} has no package {name}. Name a Python that has torch, Triton and Requanto's other "
+                "requirements: make gpu-check PY=..."
+            )
     import torch
 
-    return torch.cuda.is_available()
+    if not needs_device or torch.cuda.is_available():
+        return ""
+    dry = "`python -m gpu_check --dry` runs every path without one."
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"a GPU is needed, and torch {torch.__version__} of {sys.executable} is built without CUDA. {dry}"
+    return f"a GPU is needed, and torch {torch.__version__} of {sys.executable} finds none. {dry}"
 
 
 def header(options: argparse.Namespace) -> dict[str, Any]:
