@@ -14,6 +14,7 @@ ROOT = HERE.parents[1]
 
 def test_interpreted():
     paths = [
+        str(HERE),
         str(ROOT / "tests" / "kernels"),
         str(ROOT / "kernels"),
         str(ROOT / "src"),
