@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from tests.linear.joint_layers import Attention, launches, quantized
+from joint_layers import Attention, launches, quantized
 from torch import nn
 
 import requanto

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.linear.joint_layers import launches, quantized
+from joint_layers import launches, quantized
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM

@@ -36,8 +36,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(("name", "dtype"), [*zip(WEIGHTS, [*BOUNDS] * 4), ("int4", torch.float32)])
 def test_numbers_of_the_present_weight(name, dtype, monkeypatch):
     made = []
     real = plans._Recorded._record
