@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._guards import TracingContext
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -24,10 +25,11 @@ def runs_eagerly() -> bool:
     """True where operators run at once on real memory, so that scratch buffers and kernels can be used.
 
     False under tracing (torch.compile, torch.export, torch.jit.trace, make_fx, fake tensors), and inside torch.func's
-    transforms, which save tensors for a derivative without setting requires_grad.
+    transforms and forward-mode derivatives, which need every operator without setting requires_grad.
     """
     return (
         not is_tracing()  # first: Dynamo then traces nothing else of this function
+        and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None  # `in_functorch_transform` and `in_jit_trace`, without
         and torch._C._len_torch_dispatch_stack() == 0  # the calls: this runs before every GEMM
         and torch._C._get_tracing_state() is None
@@ -59,8 +61,8 @@ def jit_trace_paused() -> Iterator[None]:
 
 
 def in_functorch_transform() -> bool:
-    """True inside torch.func's transforms."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """True inside torch.func's transforms, and inside ``torch.autograd.forward_ad.dual_level``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 @contextlib.contextmanager
