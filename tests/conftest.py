@@ -4,6 +4,7 @@ Kernels of torch's compiler are for the tests that ask for them: each takes 20 s
 pytest's cache.
 """
 
+import importlib
 import os
 from pathlib import Path
 
@@ -31,3 +32,10 @@ else:
     # Shared machines stall: a slow example is no failure. The same examples on every run.
     settings.register_profile("requanto", deadline=None, max_examples=40, derandomize=True)
     settings.load_profile("requanto")
+
+
+@pytest.fixture
+def part(monkeypatch):
+    """Imports a module of benchmarks/gpu_check by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    return lambda name: importlib.import_module(f"gpu_check.{name}")
