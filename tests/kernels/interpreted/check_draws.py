@@ -167,7 +167,7 @@ def test_int8_activations(data):
     assert error(got, want) <= TOLERANCE[out_dtype] * max(1, size)
 
 
-@some(20)
+@some(12)
 @given(st.data())
 def test_products_of_8_bits(data):
     m, n, k = (data.draw(st.sampled_from(sizes)) for sizes in ([1, 5, 20, 70], [8, 24, 33], [16, 64, 100, 256]))
