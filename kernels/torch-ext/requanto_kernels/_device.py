@@ -89,4 +89,10 @@ def kept(make: Callable[[], T], device: torch.device) -> T:
 
 def fp8_decoder(kind: str, arch: str) -> str:
     """KIND argument of `fp8_to_float` for a float8 kind: the hardware conversion where it exists and is faster."""
-    return "native e4m3fn" if kind == "e4m3fn" and capability(arch) >= 89 else kind
+    if kind != "e4m3fn":
+        return kind
+    from . import config
+
+    # Triton 3.6 converts to bf16 by way of an instruction that sm_89 lacks.
+    least = 90 if config.served_triton() == "3.6" else 89
+    return "native e4m3fn" if capability(arch) >= least else kind

@@ -216,17 +216,17 @@ def family_bits(bits: int) -> int:
     return {1: 2, 5: 3, 6: 3, 7: 3}.get(bits, bits)
 
 
-def family(arch: str, op: str, bits: int, m: int, dtype: str) -> Config:
+def family(arch: str, op: str, bits: int, m: int, dtype: str, group: int = 0) -> Config:
     """The config of the first shipped family that matches; a key that a family lacks matches every value."""
-    for m_max, config in _family_rows(arch, op, family_bits(bits), dtype):
+    for m_max, config in _family_rows(arch, op, family_bits(bits), dtype, group):
         if m_max is None or m <= m_max:
             return config
     raise LookupError(f"no family for {op} on {arch}")
 
 
 @lru_cache(maxsize=256)
-def _family_rows(arch: str, op: str, bits: int, dtype: str) -> tuple[tuple[int | None, Config], ...]:
-    """(most rows of x, config) of the families for this device, op, width and dtype, in order of precedence."""
+def _family_rows(arch: str, op: str, bits: int, dtype: str, group: int) -> tuple[tuple[int | None, Config], ...]:
+    """(most rows of x, config) of the families for this device, op, width, dtype and group size, in order of precedence."""
     return tuple(
         (row.get("m_max"), Config(**row["config"]))
         for row in families()
@@ -234,6 +234,7 @@ def _family_rows(arch: str, op: str, bits: int, dtype: str) -> tuple[tuple[int |
         and ("arch" not in row or arch in row["arch"])
         and ("bits" not in row or bits in row["bits"])
         and ("dtype" not in row or dtype in row["dtype"])
+        and ("group_max" not in row or 0 < group <= row["group_max"])
         and ("triton" not in row or served_triton() in row["triton"])
     )
 
@@ -287,7 +288,7 @@ def _select(
     for table in (_user(root), _shipped()):
         if name in table:
             return table[name]
-    return family(nearest_arch(arch), op, bits, m, dtype)
+    return family(nearest_arch(arch), op, bits, m, dtype, group)
 
 
 def split_for(config: Config, m: int, n: int, k: int, programs: int) -> int:

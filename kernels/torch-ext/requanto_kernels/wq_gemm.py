@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import _check as check
+from . import config as tables
 from ._accumulate import accumulate
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from ._launch import launch
@@ -96,7 +97,10 @@ def config_for(weight: check.Weight, m: int, arch: str, dtype: torch.dtype) -> C
 def of_codebook(config: Config) -> Config:
     """The config for a codebook, whose values take registers: larger tiles would spill."""
     if config.fields and config.block_m > 16:
-        return replace(config, block_m=32, block_n=64, num_warps=4, num_stages=2)
+        # Triton 3.6 spills with the two stages that the others have room for, and not with three.
+        return replace(
+            config, block_m=32, block_n=64, num_warps=4, num_stages=3 if tables.served_triton() == "3.6" else 2
+        )
     if config.fields:
         return replace(config, block_n=min(config.block_n, 64))
     return replace(config, block_m=min(config.block_m, 128))
