@@ -93,7 +93,8 @@ def _finish(
     """Adds the bias and stores a tile of y."""
     rm, rn = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     if BIAS:
-        acc += tl.load(bias + rn, mask=(rn < N) & has_bias, other=0).to(tl.float32)[None, :]
+        # Not `(rn < N) & has_bias`: the interpreter of Triton 3.9 takes no mask that a scalar was combined with.
+        acc += tl.load(bias + rn, mask=rn < tl.where(has_bias, N, 0), other=0).to(tl.float32)[None, :]
     mask = (rm < M)[:, None] & (rn < N)[None, :]
     tl.store(y + rm.to(tl.int64)[:, None] * N + rn[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
