@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from requanto import QTensor, join_layers
 from requanto.linear import linear_many
-from requanto.linear.gpu import layout
+from requanto.linear.gpu import layout, plans
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_capture_pins_codes_and_reads_the_weight_itself(gpu, monkeypatch):
     join_layers(model, x_of())
     x = x_of()
     model(x)
-    for module in (layout, __import__("requanto.linear.gpu.many", fromlist=["many"])):
+    for module in (layout, plans):
         monkeypatch.setattr(module, "capturing", lambda device: True)
     found = watch(gpu, lambda: model(x))
     assert found.launches == ["wq_gemm_many_kernel"]

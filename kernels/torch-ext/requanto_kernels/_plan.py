@@ -35,7 +35,7 @@ def traits(tensor: torch.Tensor | None) -> tuple:
     """What a plan depends on in an input, besides its values: inputs with equal traits can share a plan."""
     if tensor is None:
         return ()
-    found = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+    found = tensor.stride(), tensor.data_ptr() & 15, tensor.get_device(), tensor.dtype, tensor.shape
     return (*found, tensor.untyped_storage().size() < 2**31) if _SIZE_MATTERS else found
 
 

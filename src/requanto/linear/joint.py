@@ -160,7 +160,7 @@ def _plan_for(weights: Sequence[QTensor], rows: int, features: int, dtype: torch
             pack_together(weights, dtype)
             why = many.why_other_memory(weights, dtype)
             if why is None:
-                gemm = many.make_plan(dtype)
+                gemm = many.make_plan()
             else:
                 logger.info("%d weights with one input run one by one: %s", len(weights), why)
         plan = _Plan(gemm, weights)

@@ -39,8 +39,8 @@ WEIGHTS = {
 @pytest.mark.parametrize(("name", "dtype"), [*zip(WEIGHTS, [*BOUNDS] * 4), ("int4", torch.float32)])
 def test_numbers_of_the_present_weight(name, dtype, monkeypatch):
     made = []
-    real = plans._Recorded._record
-    monkeypatch.setattr(plans._Recorded, "_record", lambda self, *a: made.append(1) or real(self, *a))
+    real = plans.Recorder.record
+    monkeypatch.setattr(plans.Recorder, "record", lambda self, *a: made.append(1) or real(self, *a))
     weight = QTensor.quantize(torch.randn(40, 256).to(dtype), **WEIGHTS[name])
     if layout.fits(weight) and name != "int3":
         weight.pack(layout.EXEC)
@@ -66,8 +66,8 @@ def test_numbers_of_the_present_weight(name, dtype, monkeypatch):
 def test_operators_use_plans(kind, monkeypatch):
     """Compiled graphs call `requanto::linear`, whose arguments are tensors; training uses plans for both products."""
     made = []
-    real = plans._Recorded._record
-    monkeypatch.setattr(plans._Recorded, "_record", lambda self, *a: made.append(1) or real(self, *a))
+    real = plans.Recorder.record
+    monkeypatch.setattr(plans.Recorder, "record", lambda self, *a: made.append(1) or real(self, *a))
     weight = QTensor.quantize(torch.randn(40, 256), kind)
     weight.pack(layout.EXEC)
     values, parts = weight.dequantize(torch.float64), custom_ops.arguments(weight)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import torch
 
 from requanto.linear.gpu import conditions as rules
-from requanto.linear.gpu.layout import ExpandedScales, capturing, kernel_parts, pin
-from requanto.linear.gpu.plans import kind_of
+from requanto.linear.gpu.layout import kernel_parts
+from requanto.linear.gpu.plans import Recorder
 from requanto.linear.registry import choose, problem_of
 from requanto.runtime.devices import made_current
 from requanto.tensor.qtensor import QTensor
-
-logger = logging.getLogger(__name__)
 
 #: x: ``[..., K]`` for all weights, or one for each: as a list, or as one ``[weights, ..., K]``.
 Inputs = torch.Tensor | Sequence[torch.Tensor]
@@ -24,8 +20,6 @@ Gemm = Callable[[Inputs, Sequence[QTensor], Sequence[torch.Tensor | None], bool]
 
 #: Most weights of one launch.
 MOST = 4
-#: Most forms of x (strides, alignment) and of biases for which a plan keeps launches; for more, each call checks anew.
-MOST_FORMS = 16
 #: (minimum compute capability, rows): up to so many rows, one launch computes all. The first entry that fits the GPU
 #: is used; (0, ...) is for ROCm and XPU.
 #:
@@ -88,71 +82,26 @@ def run(
     return wq_gemm_many(x, each, biases, stacked=stacked, **parts[0].how)
 
 
-def make_plan(dtype: torch.dtype) -> Gemm:
-    """The launch for one number of rows of ``dtype``, recorded once for each form of x and repeated from then on."""
-    return _Launch(dtype)
+def make_plan() -> Gemm:
+    """The launch for one number of rows and dtype of x, recorded once for each form of x and repeated from then on."""
+    return _Launch()
 
 
-class _Cached(NamedTuple):
-    """A recorded launch, or None if it cannot be repeated, with what a captured graph or a change of a weight concerns."""
+class _Launch(Recorder):
+    """See `make_plan`. The storage of the first weight owns it."""
 
-    plan: Any
-    codes: list[torch.Tensor]
-    expanded: list[ExpandedScales]
-
-
-class _Launch:
-    """See `make_plan`. It references no weight: the storage of one of them owns it."""
-
-    __slots__ = ("_dtype", "_plans")
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype, self._plans = dtype, dict[tuple, _Cached]()
+    __slots__ = ()
 
     def __call__(
         self, x: Inputs, weights: Sequence[QTensor], biases: Sequence[torch.Tensor | None], stacked: bool = False
     ) -> list[torch.Tensor]:
         xs = (x,) if isinstance(x, torch.Tensor) else x
-        key = (stacked, *[kind_of(one) for one in xs], *[kind_of(bias) for bias in biases])
+        traits = self._traits
+        key = (stacked, *map(traits, xs), *map(traits, biases))
         found = self._plans.get(key)
-        if found is None or found.plan is None or not found.plan.holds():
-            return self._record(key, x, weights, biases, stacked)
-        captured = capturing(xs[0].device)
-        if captured:
-            for codes in found.codes:
-                pin(codes)
-        if captured and not all(expanded.is_current() for expanded in found.expanded):
-            return run(x, weights, biases, stacked)  # see `plans`
-        for expanded in found.expanded:
-            expanded.is_read_by_graph = expanded.is_read_by_graph or captured
-            if not expanded.is_current():
-                expanded.renew()
-        return found.plan(*xs, *biases)
-
-    def _record(
-        self,
-        key: tuple,
-        x: Inputs,
-        weights: Sequence[QTensor],
-        biases: Sequence[torch.Tensor | None],
-        stacked: bool,
-    ) -> list[torch.Tensor]:
-        from requanto_kernels._plan import record
-
-        if key in self._plans and self._plans[key].plan is None:
-            return run(x, weights, biases, stacked)
-        parts = [kernel_parts(weight, self._dtype) for weight in weights]
-        xs = (x,) if isinstance(x, torch.Tensor) else x
+        if found is not None and found.holds():
+            return found.plan(*xs, *biases) if found.is_ready() else run(x, weights, biases, stacked)
+        parts = [kernel_parts(weight, xs[0].dtype) for weight in weights]
         inputs = {f"x{i}": one for i, one in enumerate(xs)} | {f"bias{i}": one for i, one in enumerate(biases)}
-        with record(**inputs, constants=[tensor for one in parts for tensor in one.tensors]) as recording:
-            outs = run(x, weights, biases, stacked)
-        expanded = [one.expanded for one in parts if one.expanded is not None]
-        if all(one.is_cached for one in expanded):  # else in a capture, or of inference tensors
-            plan = recording.plan(outs)
-            if plan is None:
-                name = weights[0]._storage.name or "a weight"
-                logger.info("%s and those with one input have no cached plan: %s", name, recording.problem)
-            if len(self._plans) >= MOST_FORMS:
-                self._plans.clear()
-            self._plans[key] = _Cached(plan, [one.codes for one in parts], expanded)
-        return outs
+        name = f"{weights[0]._storage.name or 'a weight'} and those with one input have"
+        return self.record(key, lambda: run(x, weights, biases, stacked), inputs, parts, name)

@@ -8,12 +8,12 @@ it when it gets other tensors, while values that are changed in place are read a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from requanto.linear.gpu.layout import ExpandedScales, capturing, kernel_parts, pin
+from requanto.linear.gpu.layout import ExpandedScales, KernelParts, capturing, kernel_parts, pin
 from requanto.linear.registry import Gemm
 from requanto.tensor.qtensor import QTensor
 
@@ -22,19 +22,82 @@ logger = logging.getLogger(__name__)
 #: Most plans of one layer and shape of x: one for each stride and alignment of x and of the bias.
 _MOST = 16
 
-_ROCM = torch.version.hip is not None
-
 #: ``run(x, parts, bias, *others) -> y`` by launchers of `requanto_kernels`, from a weight's `KernelParts`. y has x's shape
 #: without the last axis, plus N, or is one of the others.
 Run = Callable[..., torch.Tensor]
 
 
 class _Cached(NamedTuple):
-    """A plan, or None if the call cannot be repeated, with what a captured graph or a change of the weight concerns."""
+    """A plan, or None if the call cannot be repeated, with what a captured graph or a change of a weight concerns."""
 
     plan: Any
-    codes: torch.Tensor
-    expanded: ExpandedScales | None
+    codes: tuple[torch.Tensor, ...]
+    expanded: tuple[ExpandedScales, ...]
+
+    def holds(self) -> bool:
+        """False if the call has to be recorded anew."""
+        return self.plan is None or self.plan.holds()
+
+    def is_ready(self) -> bool:
+        """True if the plan can run now; renews expanded scales, and marks what a graph reads that captures the call."""
+        if self.plan is None:
+            return False
+        captured = capturing(self.codes[0].device)
+        if captured:
+            # Renewed values would count as present, but be computed only when the graph runs.
+            if not all(expanded.is_current() for expanded in self.expanded):
+                return False
+            for codes in self.codes:
+                pin(codes)
+        for expanded in self.expanded:
+            if captured:
+                expanded.is_read_by_graph = True
+            elif not expanded.is_current():
+                expanded.renew()
+        return True
+
+
+class Recorder:
+    """Plans of one call, for each kind of its inputs. It does not reference weights, whose storage owns it."""
+
+    __slots__ = ("_plans", "_traits")
+
+    def __init__(self) -> None:
+        from requanto_kernels._plan import traits
+
+        self._traits = traits
+        self._plans: dict[tuple, _Cached] = {}
+
+    def record(
+        self,
+        key: tuple,
+        run: Callable[[], Any],
+        inputs: dict[str, torch.Tensor | None],
+        parts: Sequence[KernelParts],
+        name: str,
+    ) -> Any:
+        """The result of a call; its plan is kept under ``key``.
+
+        Args:
+            run: the call.
+            inputs: the tensors that another call has others of.
+            parts: of the weights that it reads.
+            name: the weight's, for the log.
+        """
+        from requanto_kernels._plan import record
+
+        with record(**inputs, constants=[tensor for one in parts for tensor in one.tensors]) as recording:
+            out = run()
+        expanded = tuple(one.expanded for one in parts if one.expanded is not None)
+        if not all(one.is_cached for one in expanded):
+            return out  # in a capture, or of inference tensors
+        plan = recording.plan(out)
+        if plan is None:
+            logger.info("%s no cached plan: %s", name, recording.problem)
+        if len(self._plans) >= _MOST:
+            self._plans.clear()
+        self._plans[key] = _Cached(plan, tuple(one.codes for one in parts), expanded)
+        return out
 
 
 def recorded(run: Run, dtype: torch.dtype) -> Gemm:
@@ -46,58 +109,29 @@ def recorded(run: Run, dtype: torch.dtype) -> Gemm:
     return _Recorded(run, dtype)
 
 
-class _Recorded:
-    """See `recorded`. It does not reference the weight, whose storage owns it."""
+class _Recorded(Recorder):
+    """See `recorded`."""
 
-    __slots__ = ("_dtype", "_plans", "_run")
+    __slots__ = ("_dtype", "_run")
 
     def __init__(self, run: Run, dtype: torch.dtype) -> None:
+        super().__init__()
         self._run, self._dtype = run, dtype
-        self._plans: dict[tuple, _Cached] = {}
 
     def __call__(
         self, x: torch.Tensor | None, weight: QTensor, bias: torch.Tensor | None, *others: torch.Tensor
     ) -> torch.Tensor:
-        key = (kind_of(x), kind_of(bias), *map(kind_of, others))
+        traits = self._traits
+        key = (traits(x), traits(bias), *map(traits, others))
         found = self._plans.get(key)
-        if found is None:
-            return self._record(key, x, weight, bias, *others)
-        plan, codes, expanded = found
-        if plan is None:
+        if found is not None and found.holds():
+            if found.is_ready():
+                return found.plan(x, bias, *others)
             return self._run(x, kernel_parts(weight, self._dtype), bias, *others)
-        if not plan.holds():
-            return self._record(key, x, weight, bias, *others)
-        captured = capturing(codes.device)
-        if captured:
-            pin(codes)
-        if expanded is not None:
-            if not expanded.is_current():
-                if captured:  # renewed values would count as present, but be computed only when the graph runs
-                    return self._run(x, kernel_parts(weight, self._dtype), bias, *others)
-                expanded.renew()
-            if captured:
-                expanded.is_read_by_graph = True
-        return plan(x, bias, *others)
-
-    def _record(
-        self, key: tuple, x: Any, weight: QTensor, bias: torch.Tensor | None, *others: torch.Tensor
-    ) -> torch.Tensor:
-        from requanto_kernels._plan import record
-
         parts = kernel_parts(weight, self._dtype)
-        inputs = {f"input{i}": other for i, other in enumerate(others)}
-        with record(x=x, bias=bias, **inputs, constants=parts.tensors) as recording:
-            out = self._run(x, parts, bias, *others)
-        if parts.expanded is not None and not parts.expanded.is_cached:
-            return out  # in a capture, or of inference tensors
-        plan = recording.plan(out)
-        if plan is None:
-            name = weight._storage.name or "a weight"
-            logger.info("%s of shape %s has no cached plan: %s", name, tuple(weight.shape), recording.problem)
-        if len(self._plans) >= _MOST:
-            self._plans.clear()
-        self._plans[key] = _Cached(plan, parts.codes, parts.expanded)
-        return out
+        inputs = {"x": x, "bias": bias} | {f"input{i}": other for i, other in enumerate(others)}
+        name = f"{weight._storage.name or 'a weight'} of shape {tuple(weight.shape)} has"
+        return self.record(key, lambda: self._run(x, parts, bias, *others), inputs, [parts], name)
 
 
 def with_bias_added(gemm: Gemm) -> Gemm:
@@ -108,11 +142,3 @@ def with_bias_added(gemm: Gemm) -> Gemm:
         return out if bias is None else out.add_(bias)
 
     return added
-
-
-def kind_of(tensor: torch.Tensor | None) -> tuple | None:
-    """What a plan depends on in x or the bias. x's shape and dtype are known from the weight's cache."""
-    if tensor is None:
-        return None
-    found = tensor.stride(), tensor.data_ptr() & 15, tensor.get_device(), tensor.dtype, tensor.shape
-    return (*found, tensor.untyped_storage().size() < 2**31) if _ROCM else found  # compiled otherwise there
