@@ -140,42 +140,40 @@ def _torch_plan_of(gemm: Callable[..., torch.Tensor]) -> MakePlan:
     return make_plan
 
 
-def run_scaled_mm(
-    x: torch.Tensor,
-    weight: QTensor,
-    bias: torch.Tensor | None,
-    activation: qtype | None = None,
-    input_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """GEMM of 8-bit codes."""
-    return _scaled(*quantized(x, activation, input_scale), kernel_parts(weight, x.dtype), bias, x.dtype)
-
-
 def _scaled(
     codes: torch.Tensor, steps: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
+    """GEMM of 8-bit codes."""
     from requanto_kernels import scaled_mm
 
     return scaled_mm(codes, parts.codes, steps, parts.scale, bias, out_dtype=dtype)
 
 
-def run_w4a8(
-    x: torch.Tensor,
-    weight: QTensor,
-    bias: torch.Tensor | None,
-    activation: qtype | None = None,
-    input_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """GEMM of int8 activations and integer codes, with integer sums within each group."""
-    return _w4a8(*quantized(x, activation, input_scale), kernel_parts(weight, x.dtype), bias, x.dtype)
-
-
 def _w4a8(
     codes: torch.Tensor, steps: torch.Tensor, parts: KernelParts, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
+    """GEMM of int8 activations and integer codes, with integer sums within each group."""
     from requanto_kernels import w4a8_gemm
 
     return w4a8_gemm(codes, steps, parts.codes, parts.scale, parts.shift, bias, out_dtype=dtype, **parts.how)
+
+
+def _run_of(gemm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`Implementation.run` in two launches: one quantizes x, the other is ``gemm(codes, steps, parts, bias, dtype)``."""
+
+    def run(
+        x: torch.Tensor,
+        weight: QTensor,
+        bias: torch.Tensor | None,
+        activation: qtype | None = None,
+        input_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return gemm(*quantized(x, activation, input_scale), kernel_parts(weight, x.dtype), bias, x.dtype)
+
+    return run
+
+
+run_scaled_mm, run_w4a8 = _run_of(_scaled), _run_of(_w4a8)
 
 
 def _plan_of(gemm: Callable[..., torch.Tensor]) -> MakePlan:
