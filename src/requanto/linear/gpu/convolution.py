@@ -15,13 +15,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from requanto.linear.gpu.dequantize import dequantized_rows
+from requanto.linear.gpu.dequantize import SCRATCH_BYTES, dequantized_rows
 from requanto.runtime.tracing import needs_gradient, without_autocast
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.storage import WeightStorage
 
-#: Most bytes of a weight that are dequantized at a time.
-SCRATCH_BYTES = 512 * 2**20
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 #: Arguments after the weight, in the order of torch's functions.
 _NAMES = ("bias", "stride", "padding", "dilation", "groups")

@@ -21,6 +21,8 @@ from requanto.tensor import qtensor
 from requanto.tensor.parts import float_scale, float_shift, scales_of_rows
 from requanto.tensor.qtensor import QTensor
 
+#: Most bytes of a weight that are dequantized at a time: every layer of a 70B model fits, a large output head does not.
+SCRATCH_BYTES = 512 * 2**20
 #: Most bytes of float32 values that are rotated, scaled, reordered or added to at a time.
 PART_BYTES = 128 * 2**20
 
@@ -39,7 +41,7 @@ def stored_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype) -> t
     codes, common = described(weight)
     scale, shift = scales_of_rows(weight._spec, weight._storage.parts, start, stop)
     rows = codes.reshape(weight._spec.matrix_shape[0], -1)[start:stop]
-    return _run(rows, scale, shift, weight.row_length, dtype, common)
+    return run(rows, scale, shift, weight.row_length, dtype, common)
 
 
 def dequantized_rows(
@@ -78,7 +80,7 @@ def gathered_rows(weight: QTensor, index: torch.Tensor) -> torch.Tensor:
     scale, shift = float_scale(weight._spec, found), float_shift(weight._spec, found)
     rows = _picked(codes.reshape(weight.shape[0], -1), index)
     plain = weight.rotation is None and weight.column is None and weight.order is None and weight.up is None
-    values = _run(rows, scale, shift, weight.row_length, weight.dtype if plain else torch.float32, common)
+    values = run(rows, scale, shift, weight.row_length, weight.dtype if plain else torch.float32, common)
     if plain:
         return values
     with without_autocast(weight.device):
@@ -110,18 +112,19 @@ def values(
         return found.view(*weight.lead, weight.row_length)
 
 
-def _run(
+def run(
     codes: torch.Tensor,
     scale: torch.Tensor,
     shift: torch.Tensor | None,
     length: int,
     dtype: torch.dtype,
-    common: dict[str, Any],
+    how: dict[str, Any],
 ) -> torch.Tensor:
+    """The launch: codes and float scales of some rows as ``[rows, length]`` in ``dtype``, by way of float32 for float64."""
     from requanto_kernels import wq_dequant
 
     width = dtype if dtype in rules.FLOATS else torch.float32
-    return wq_dequant(codes, scale, shift, k=length, dtype=width, **common).to(dtype)
+    return wq_dequant(codes, scale, shift, k=length, dtype=width, **how).to(dtype)
 
 
 def _finished(values: torch.Tensor, weight: QTensor, matrix: int, up: torch.Tensor | None) -> torch.Tensor:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from requanto.dtypes.qtypes import qtype
 from requanto.linear import reference
 from requanto.linear.gpu import conditions as rules
+from requanto.linear.gpu import dequantize
+from requanto.linear.gpu.dequantize import SCRATCH_BYTES
 from requanto.linear.gpu.layout import KernelParts, kernel_parts
 from requanto.linear.gpu.plans import Run, recorded, with_bias_added
 from requanto.linear.registry import Gemm, Implementation, Plan, cache_plan, register
@@ -25,8 +27,6 @@ from requanto.runtime.tracing import runs_eagerly
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor
 
-#: Most bytes of a weight that are dequantized at a time: every layer of a 70B model fits, a large output head does not.
-SCRATCH_BYTES = 512 * 2**20
 #: Most weights that torch's operators dequantize at a time; each takes about 12 bytes of temporary memory.
 PART = 16 * 2**20
 
@@ -138,10 +138,8 @@ def _dequantized_rows(weight: QTensor, start: int, stop: int, dtype: torch.dtype
 
 
 def _dequantized(parts: KernelParts, rows: slice, length: int, dtype: torch.dtype) -> torch.Tensor:
-    from requanto_kernels import wq_dequant
-
-    shift, width = None if parts.shift is None else parts.shift[rows], dtype if dtype in rules.FLOATS else torch.float32
-    return wq_dequant(parts.codes[rows], parts.scale[rows], shift, k=length, dtype=width, **parts.how).to(dtype)
+    shift = None if parts.shift is None else parts.shift[rows]
+    return dequantize.run(parts.codes[rows], parts.scale[rows], shift, length, dtype, parts.how)
 
 
 def make_plan_dequantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
@@ -150,10 +148,10 @@ def make_plan_dequantized(weight: QTensor, rows: int, dtype: torch.dtype) -> Gem
     if stored * length * dtype.itemsize > SCRATCH_BYTES or dtype not in rules.FLOATS:
         return None
     transposed = weight.transposed
-    dequantize = recorded(lambda x, parts, bias: _dequantized(parts, slice(0, stored), length, dtype), dtype)
+    recording = recorded(lambda x, parts, bias: _dequantized(parts, slice(0, stored), length, dtype), dtype)
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        whole = dequantize(None, weight, None)  # type: ignore[arg-type]
+        whole = recording(None, weight, None)  # type: ignore[arg-type]
         return F.linear(x, whole.t() if transposed else whole, None if bias is None else bias.to(dtype))
 
     return gemm
