@@ -158,23 +158,10 @@ def _dequantized_by(weight: QTensor) -> str:
 
 def _described(weight: QTensor, activation: qtype | None, static: bool) -> str:
     """The weight's type and all that belongs to it, in words."""
-    kind = weight.qtype.name.removeprefix("q")
-    if weight.group_size is not None:
-        kind += f", group {weight.group_size}"
-    if weight.scale_bits is not None:
-        kind += f", scales in {weight.scale_bits} bits"
-    if weight.zeros:
-        kind += ", whole zero points"
-    if weight.scale_block is not None:
-        kind += f", blocks of {weight.scale_block}"
-    if weight.rotation is not None:
-        kind += f", rotated in blocks of {weight.rotation}"
-    if weight.column is not None:
-        kind += ", column scale"
-    if weight.order is not None:
-        kind += ", columns in another order"
+    group = [] if weight.group_size is None else [f"group {weight.group_size}"]
+    words = [weight.qtype.name.removeprefix("q"), *group, *weight._spec.features()]
     if weight.rank:
-        kind += f", plus a term of rank {weight.rank}"
+        words.append(f"plus a term of rank {weight.rank}")
     if activation is not None:
-        kind += f", {activation.name.removeprefix('q')} activations{' with a static scale' if static else ''}"
-    return kind
+        words.append(f"{activation.name.removeprefix('q')} activations{' with a static scale' if static else ''}")
+    return ", ".join(words)

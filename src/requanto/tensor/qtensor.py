@@ -419,19 +419,7 @@ class QTensor(WeightParts, torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         groups = "row" if self.group_size is None else f"group {self.group_size}"
-        kind = "affine" if self.affine else "symmetric"
-        if self.scale_bits is not None:
-            kind += f", scales in {self.scale_bits} bits"
-        if self.zeros:
-            kind += ", whole zero points"
-        if self.scale_block is not None:
-            kind += f", blocks of {self.scale_block}"
-        if self.rotation is not None:
-            kind += f", rotated in blocks of {self.rotation}"
-        if self.column is not None:
-            kind += ", column scale"
-        if self.order is not None:
-            kind += ", columns in another order"
+        kind = ", ".join(["affine" if self.affine else "symmetric", *self._spec.features()])
         packed = f", packed for {self.layout_name}" if self.is_packed else ""
         return (
             f"QTensor({self.qtype.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {groups}, {kind}{packed}, "

@@ -323,6 +323,18 @@ class WeightSpec:
             words.insert(place, f"rank={rank}")
         return " ".join(words)
 
+    def features(self) -> list[str]:
+        """What belongs to the weight besides codes, scale and shift, for people: ``["column scale"]``."""
+        found = {
+            f"scales in {self.scale_bits} bits": self.scale_bits is not None,
+            "whole zero points": self.zeros,
+            f"blocks of {self.scale_block}": self.scale_block is not None,
+            f"rotated in blocks of {self.rotation}": self.rotation is not None,
+            "column scale": self.column,
+            "columns in another order": self.order,
+        }
+        return [words for words, present in found.items() if present]
+
     @classmethod
     def from_words(cls, words: str, shape: Any, dtype: torch.dtype) -> WeightSpec:
         """The reverse of `words`; ``shape`` is the stored shape."""
