@@ -25,6 +25,7 @@ from requanto.dtypes.codebooks import MINIFLOATS, minifloat
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.gpu import conditions as rules
 from requanto.linear.gpu import humming as backend
+from requanto.linear.gpu.eight_bit_conditions import integer_gemm
 from requanto.linear.prepack import SMALLEST
 from requanto.tensor.qtensor import QTensor
 
@@ -243,21 +244,9 @@ def _job(spec: dict[str, Any]) -> Job | str:
     if kind.bits == 8 and not kind.is_unsigned and group is None and not job.affine:
         if kind.is_floating_point == activation.is_floating_point:
             return replace(job, op="scaled_mm", scale_dtype="float32", layout="exec")
-    elif _is_for_w4a8(kind, activation, group):
+    elif integer_gemm(kind, activation, group, length):
         return replace(job, op="w4a8_gemm")
     return job  # x is rounded, then multiplied as floats
-
-
-def _is_for_w4a8(kind: qtype, activation: qtype, group: int | None) -> bool:
-    """Whether int8 activations are multiplied as integers."""
-    if (
-        activation.is_floating_point
-        or kind.is_floating_point
-        or kind.is_codebook
-        or (kind.bits == 8 and kind.is_unsigned)
-    ):
-        return False
-    return group is None or (group >= 32 and not group & (group - 1))
 
 
 def _kind(kind: qtype) -> str:

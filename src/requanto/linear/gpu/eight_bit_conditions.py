@@ -108,21 +108,28 @@ def torch_int8(problem: Problem) -> bool:
 
 
 def int8_activations(problem: Problem) -> bool:
-    """True for `w4a8_gemm`: integer weights with group sizes that are powers of two of at least 32, or one scale per row.
+    """True for `w4a8_gemm`, on devices that run it."""
+    if problem.transposed or (problem.qtype.bits == 8 and problem.layout != "plain"):
+        return False
+    if not integer_gemm(problem.qtype, problem.activation, problem.group_size, problem.in_features):
+        return False
+    return rules.has_decoder(problem) and rules.has_matrix_instructions(problem.device)
+
+
+def integer_gemm(kind: qtype, activation: qtype | None, group_size: int | None, in_features: int) -> bool:
+    """True for int8 activations and integer weights in groups that are powers of two of at least 32, or by row.
 
     Unsigned codes of 8 bits do not fit into int8.
+
+    Args:
+        group_size: None or K: one scale per row.
+        in_features: K.
     """
-    kind = problem.qtype
-    if problem.activation != qint8 or kind.is_floating_point or kind.is_codebook or problem.transposed:
+    if activation != qint8 or kind.is_floating_point or kind.is_codebook or (kind.bits == 8 and kind.is_unsigned):
         return False
-    if kind.bits == 8 and (kind.is_unsigned or problem.layout != "plain"):
-        return False
-    if not rules.has_decoder(problem) or not rules.has_matrix_instructions(problem.device):
-        return False
-    group = problem.group_size
-    if group in (None, problem.in_features):
-        return problem.in_features <= LONGEST_INT8
-    return group >= 32 and not group & (group - 1)
+    if group_size is None or group_size == in_features:
+        return in_features <= LONGEST_INT8
+    return group_size >= 32 and not group_size & (group_size - 1)
 
 
 def rounded_activations(problem: Problem) -> bool:
