@@ -14,8 +14,6 @@ FP8_KINDS = {
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LAYOUTS = ("plain", "exec")
-#: Widths that the execution layout permutes.
-EXEC_BITS = (2, 3, 4, 5, 6, 7)
 #: Most bits of exponent of a float of fewer than 8 bits: fp16 must hold all of them.
 MOST_EXPONENT_BITS = 4
 
@@ -101,6 +99,11 @@ def exec_block(bits: int) -> int:
     return {2: 256, 3: 256, 4: 128, 5: 256, 6: 128, 7: 256}.get(bits, 1)
 
 
+def has_exec_layout(bits: int, k: int) -> bool:
+    """Whether the two layouts differ for this weight."""
+    return exec_block(bits) > 1 and k % exec_block(bits) == 0
+
+
 def check_bits(bits: int) -> None:
     if not isinstance(bits, int) or not 1 <= bits <= 8:
         fail("bits", repr(bits), "a whole number, 1 to 8")
@@ -171,7 +174,7 @@ def check_weight(
     if shift is not None:
         check_dtype("shift", shift, FLOATS)
         check_shape("shift", shift, (*lead, -(-k // group)))
-    is_exec = layout == "exec" and bits in EXEC_BITS and k % exec_block(bits) == 0
+    is_exec = layout == "exec" and has_exec_layout(bits, k)
     q = _inner_contiguous(qdata)
     if q.dtype in FP8_KINDS:
         q = q.view(torch.uint8)

@@ -19,15 +19,10 @@ import operator
 
 import torch
 
-from ._check import EXEC_BITS, check_bits, check_dtype, exec_block, fail
+from ._check import check_bits, check_dtype, exec_block, fail, has_exec_layout
 
 #: Codes that are unpacked at once; temporary memory is about three times as many bytes.
 CHUNK_CODES = 1 << 24
-
-
-def has_exec_layout(bits: int, k: int) -> bool:
-    """Whether the two layouts differ for this weight."""
-    return bits in EXEC_BITS and k % exec_block(bits) == 0
 
 
 def group_major(scales: torch.Tensor) -> torch.Tensor:
