@@ -99,10 +99,10 @@ def merge(path: Path, entries: dict[str, dict]) -> None:
     write(path, {**raw(path), **entries})
 
 
-def write(path: Path, entries: dict[str, dict]) -> None:
-    """Replaces a file atomically."""
+def write(path: Path, entries: dict[str, dict], form: int = FORMAT) -> None:
+    """Replaces a file atomically. form: the number of its format."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": FORMAT, "entries": dict(sorted(entries.items()))}, indent=1)
+    text = json.dumps({"format": form, "entries": dict(sorted(entries.items()))}, indent=1)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w") as file:

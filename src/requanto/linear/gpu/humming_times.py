@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: humming is chosen where no measured number of rows is slower than ours by this factor, and one is faster by the other.
 NOT_SLOWER, FASTER = 1.05, 0.9
+#: Number of the format of a table.
+FORMAT = 1
 SHIPPED = Path(__file__).with_name("humming.json")
 
 
@@ -70,15 +72,13 @@ def _measured(root: str | None) -> dict[str, Any]:
 
 def store(entries: dict[str, Any]) -> Path:
     """Adds measurements to the user's table."""
+    from requanto_kernels import _table
+
     path = table_path()
     try:
         known = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.exists() else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no table of humming's times ({error}); delete it and measure again") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": 1, "entries": dict(sorted({**known, **entries}.items()))}, indent=1)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    _table.write(path, {**known, **entries}, FORMAT)
     _measured.cache_clear()
     return path
