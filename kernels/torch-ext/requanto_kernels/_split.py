@@ -121,16 +121,23 @@ def add_rows(
 
 
 def workspace(
-    tiles: int, splits: int, cells: int, dtype: torch.dtype, unused: torch.Tensor
+    tiles: int, splits: int, size: int, dtype: torch.dtype, unused: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(workspace, counters) of a launch, on the device of `unused`, which stands for both if K is not split.
 
-    cells: of one part of a tile.
+    size: elements of one part of the whole result.
     """
     if splits == 1:
         return unused, unused
-    work = torch.empty(tiles * splits * cells, dtype=dtype, device=unused.device)
+    work = torch.empty(splits * size, dtype=dtype, device=unused.device)
     return work, torch.empty(tiles, dtype=torch.int64, device=unused.device)
+
+
+def slices(k: int, block_k: int, wanted: int) -> tuple[int, int]:
+    """(slices of K, steps of block_k in each), at most as many slices as wanted and none of them empty."""
+    steps = -(-k // block_k)
+    per_slice = -(-steps // wanted)
+    return -(-steps // per_slice), per_slice
 
 
 def grid_of(tiles: int, splits: int) -> tuple[int, ...]:

@@ -237,7 +237,7 @@ def scaled_mm(
             decode = not native
             splits = split_for(config, m, n, k, processors(device))
             cells = config.block_m * config.block_n
-            work, count = workspace(tiles, splits, cells, torch.int32 if int8 else torch.float32, ws)
+            work, count = workspace(tiles, splits, tiles * cells, torch.int32 if int8 else torch.float32, ws)
             launch(
                 scaled_mm_kernel, grid_of(tiles, splits),
                 x2.view(torch.uint8) if decode else x2, w.view(torch.uint8) if decode else w,

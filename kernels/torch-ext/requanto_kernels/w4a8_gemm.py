@@ -268,7 +268,7 @@ def w4a8_gemm(
     splits = split_for(replace(config, block_k=block_k), m, w.n, k, processors(device))
     cells = config.block_m * (config.block_n + 1)  # a row for the sums of x
     with on_device(x):
-        work, count = workspace(tiles, splits, cells, torch.float32 if w.group else torch.int32, xs)
+        work, count = workspace(tiles, splits, tiles * cells, torch.float32 if w.group else torch.int32, xs)
         launch(
             w4a8_gemm_kernel, grid_of(tiles, splits),
             x2, xs, w.q, w.scale, z, bias if bias is not None else w.scale, result, work, count, m, w.n, k,

@@ -18,7 +18,7 @@ from . import config as tables
 from ._accumulate import accumulate
 from ._device import arch_of, fp8_decoder, is_cuda, on_device, processors
 from ._launch import launch
-from ._split import add_rows
+from ._split import add_rows, slices, workspace
 from .config import Config, select, split_for
 from .forms import form_of
 
@@ -153,14 +153,9 @@ def wq_gemm(
     if config is None:
         config = config_for(w, m, arch, x.dtype)
     const = constants(w, config, arch, x.dtype, m)
-    steps = -(-k // const["BLOCK_K"])
-    per_split = -(-steps // split_for(config, m, w.n, k, processors(device)))
-    splits = -(-steps // per_split)
+    splits, per_split = slices(k, const["BLOCK_K"], split_for(config, m, w.n, k, processors(device)))
     tiles = -(-m // const["BLOCK_M"]) * -(-w.n // config.block_n)
-    work = count = result
-    if splits > 1:
-        work = torch.empty((splits, m, w.n), dtype=torch.float32, device=device)
-        count = torch.empty(tiles, dtype=torch.int64, device=device)
+    work, count = workspace(tiles, splits, m * w.n, torch.float32, result)
     z = w.shift if w.shift is not None else w.scale
     b = bias if bias is not None else w.scale
     with on_device(x):

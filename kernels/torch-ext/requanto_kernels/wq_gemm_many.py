@@ -16,7 +16,7 @@ from . import _check as check
 from ._accumulate import accumulate
 from ._device import arch_of, on_device, processors
 from ._launch import launch
-from ._split import is_last, store_part, sum_of_parts, workspace
+from ._split import is_last, slices, store_part, sum_of_parts, workspace
 from .config import Config, split_for
 from .wq_gemm import config_for, constants, rows_of
 
@@ -147,12 +147,11 @@ def wq_gemm_many(
     outs = [torch.empty((*lead, w.n), dtype=xs[0].dtype, device=device) for w in found]
     given = next((bias for bias in biases if bias is not None), None)
     absent = first.scale if given is None else given
-    steps = -(-k // const["BLOCK_K"])
-    per_split = -(-steps // split_for(config, m, whole.n, k, processors(device)))
-    splits = -(-steps // per_split)
+    splits, per_split = slices(k, const["BLOCK_K"], split_for(config, m, whole.n, k, processors(device)))
     grid = (sum(-(-w.n // config.block_n) for w in found), splits, -(-m // const["BLOCK_M"]))
-    cells = const["BLOCK_M"] * config.block_n
-    work, count_of_tile = workspace(grid[0] * grid[2], splits, cells, torch.float32, outs[0])
+    tiles = grid[0] * grid[2]
+    size = tiles * const["BLOCK_M"] * config.block_n
+    work, count_of_tile = workspace(tiles, splits, size, torch.float32, outs[0])
     slots = (
         xs,
         [w.q for w in found],
