@@ -14,7 +14,6 @@ ROOT = HERE.parents[1]
 
 def test_interpreted():
     paths = [
-        str(HERE),
         str(ROOT / "tests" / "kernels"),
         str(ROOT / "kernels"),
         str(ROOT / "src"),
