@@ -1,4 +1,5 @@
-"""CPU time of a GPU layer's call, without a GPU: everything on the host runs, by a driver that launches nothing.
+"""CPU time of a GPU layer's call, without a GPU: everything on the host runs, by a driver that launches nothing. Also of
+queries, keys and values of one token, one by one and together, and the launches of a model that is joined.
 
     OMP_NUM_THREADS=1 python benchmarks/host_time.py           # half a minute; writes benchmarks/results/host_time.json
 
@@ -26,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"
 from fake_driver import fake_gpu_layers, watch
 
 import requanto
-from requanto import QTensor
-from requanto.linear import custom_ops
+from requanto import QTensor, join_layers
+from requanto.linear import custom_ops, linear_many
 
 #: name, type and options, rows of x
 LAYERS = [
@@ -86,6 +87,62 @@ def row_of(name: str, kind: str, how: dict, rows: int, gpu, size: int) -> dict[s
     return found
 
 
+class Attention(nn.Module):
+    """Queries, keys and values in the proportions of Llama-3-8B, in int4 with biases."""
+
+    def __init__(self, size: int, column_scale: str | None) -> None:
+        super().__init__()
+        for name, rows in (("q", size), ("k", size // 4), ("v", size // 4)):
+            made = nn.Linear(size, rows, dtype=torch.bfloat16).requires_grad_(False)
+            weight = QTensor.quantize(made.weight, "int4", column_scale=column_scale)
+            made.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(self, name, made)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+def together(column_scale: str | None, gpu, size: int) -> dict[str, object]:
+    """CPU time of the three layers: one by one, by `linear_many`, and as layers of a joined model."""
+    model, x = Attention(size, column_scale), torch.randn(1, 1, size, dtype=torch.bfloat16)
+    layers = model.q, model.k, model.v
+    weights, biases = [one.weight for one in layers], [one.bias for one in layers]
+    found: dict[str, object] = {"column scale": column_scale}
+    for name, call in (
+        ("one by one", lambda: model(x)),
+        ("linear_many", lambda: linear_many(x, weights, biases)),
+        ("joined", lambda: model(x)),
+    ):
+        if name == "joined":
+            join_layers(model, x)
+        for _ in range(3):
+            call()
+        found[f"{name}, launches"] = len(watch(gpu, call).launches)
+        found[f"{name}, us"] = microseconds(call)
+        gpu.launches.clear()
+        gpu.streams.clear()
+    return found
+
+
+def launches_of_a_token(gpu) -> dict[str, int]:
+    """GEMMs that a Llama of 32 layers launches for a token, as Llama-3-8B has them; its sizes are small."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=32, vocab_size=64)).bfloat16().eval()
+    requanto.quantize(model, "int4", exclude="lm_head", progress=False)
+    requanto.freeze(model)
+    requanto.prepare(model, smallest=0)
+    found, token = {}, torch.ones(1, 1, dtype=torch.int64)
+    for name in ("one by one", "joined"):
+        if name == "joined":
+            join_layers(model)
+        for _ in range(2):
+            model(token, use_cache=False)
+        found[name] = sum("wq_gemm" in one for one in watch(gpu, lambda: model(token, use_cache=False)).launches)
+    return found
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--size", type=int, default=1024, help="N and K")
@@ -98,11 +155,17 @@ def main() -> None:
             "nn.Linear": microseconds(lambda: tiny(x)),
         }
         rows = [row_of(*one, gpu, chosen.size) for one in LAYERS]
+        sets = [together(column_scale, gpu, chosen.size) for column_scale in (None, "mean")]
+        token = launches_of_a_token(gpu)
     for row in rows:
         print(f"{row['layer']:28} {row['us']!s:>6} us {row.get('in a compiled graph, us', '')!s:>6}  {row['kernels']}")
+    for one in sets:
+        print("q, k and v:", one)
+    print("launches of a token:", token)
     print(torch_us)
     quoted = {"gemlite's layer, as measured in the same way on another machine": 111}
-    write(chosen.out, {"version": requanto.__version__, "torch_us": torch_us, "quoted_us": quoted, "layers": rows})
+    found = {"layers": rows, "queries, keys and values": sets, "launches of a token": token}
+    write(chosen.out, {"version": requanto.__version__, "torch_us": torch_us, "quoted_us": quoted, **found})
 
 
 if __name__ == "__main__":
