@@ -25,7 +25,10 @@
 
 enum { RQ_ROWS = 16, RQ_COLUMNS = 32 };  // of a strip, of a unit
 
-// dtypes of x, results, scales and shifts. RQ_U8: scales that are codes of 8 bits (RqScales.kind says how they are read).
+// dtypes of x, results, scales and shifts. RQ_U8: scales or shifts that are codes (the kind says how they are read), of
+// `scale_bits` or `shift_bits` bits, in a stream of bits along the groups as in checkpoints, low bits first: code g of row n
+// is bits g * b to (g + 1) * b of the bytes n * stride_n + i * stride_g, i = 0, 1, ... With 8 bits byte g is code g.
+// (Strides are 1 and N: the byte i of 16 rows is one load, and the shift is the same for all of them.)
 enum RqDtype { RQ_NONE = 0, RQ_F32 = 1, RQ_F16 = 2, RQ_BF16 = 3, RQ_U8 = 4 };
 
 // What a code stands for, before the scale.
@@ -36,7 +39,7 @@ enum RqCode { RQ_INTEGER = 0, RQ_TABLE = 1, RQ_E4M3 = 2, RQ_E5M2 = 3, RQ_E4M3FNU
 
 // How the scale of a group is computed. `part` is what is stored at scale[n, g].
 //   RQ_PLAIN   float(part)
-//   RQ_CODES   row_scale[n, block of g] * (part - scale_zero)     (scales in 4 to 8 bits; part is one byte)
+//   RQ_CODES   row_scale[n, block of g] * (part - scale_zero)     (scales in 4 to 8 bits)
 //   RQ_E8M0    2^(part - 127), 255 is NaN                         (MX)
 //   RQ_E4M3S   e4m3(part) * row_scale[n]                          (NVFP4)
 // The shift, which is SUBTRACTED (weight = scale * code - shift):
@@ -65,11 +68,13 @@ typedef struct RqWeight {
   float level_scale;
   int32_t scale_kind, scale_dtype;
   int32_t shift_kind, shift_dtype;
-  const void* scale;         // element [n, g] at n * scale_stride_n + g * scale_stride_g elements
+  const void* scale;         // element [n, g] at n * scale_stride_n + g * scale_stride_g elements (RQ_U8: byte, see above)
   const void* shift;         // with strides of its own
   int64_t scale_stride_n, scale_stride_g, shift_stride_n, shift_stride_g;
-  const float* row_scale;    // [N, blocks], contiguous; or null
-  const float* row_shift;    // likewise
+  const void* row_scale;     // [N, blocks], contiguous, of row_dtype; or null
+  const void* row_shift;     // likewise
+  int32_t row_dtype;         // RQ_F32, RQ_F16 or RQ_BF16
+  int32_t scale_bits, shift_bits;  // of RQ_U8: bits of a code, 1 to 8
   int64_t scale_groups;      // groups that share a row_scale (all of a row, if blocks is 1)
   int32_t scale_zero;        // of RQ_CODES
   float shift_factor;        // of RQ_CODES
