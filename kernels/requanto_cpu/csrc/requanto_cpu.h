@@ -93,18 +93,27 @@ typedef struct RqGemm {
   int64_t scratch_bytes;     // size of the scratch buffer; rows of x are processed in parts that fit
 } RqGemm;
 
-// All functions may be called from several threads at once. They return 0, or a negative error code (`rq_error`).
+// All functions may be called from several threads at once. They return 0, or one of these codes; those that return a size,
+// the size or a code.
+enum RqError {
+  RQ_E_LEVEL = -1,     // no level that the processor has was built, or not this one
+  RQ_E_MISSING = -2,   // this level has no such kernel
+  RQ_E_ARGUMENT = -3,  // a value in the structs or arguments that no kernel takes
+  RQ_E_SCRATCH = -4,   // scratch_bytes is below rq_gemm_least_scratch
+  RQ_E_MEMORY = -5     // no memory for a thread's own buffers
+};
 
 // The instruction sets that were built and that this processor has, best last, separated by commas ("avx2,avx512,vnni,bf16").
 RQ_API const char* rq_levels(void);
-// Selects one of them for the process; nothing else may run meanwhile. -1 if it is not available.
+// Selects one of them for the process; nothing else may run meanwhile. RQ_E_LEVEL if it is not available.
 RQ_API int rq_set_level(const char* name);
-RQ_API const char* rq_level(void);
-RQ_API const char* rq_error(int code);
+RQ_API const char* rq_level(void);  // the selected one, at first the best; "" if the processor has none of them
+RQ_API const char* rq_error(int code);  // what a code means
 RQ_API int rq_abi(void);  // RQ_ABI of the sources it was built from
-// `torch_parallel_for` of the running torch, passed by Python (null: one thread).
-typedef void (*RqParallelFor)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
-RQ_API void rq_set_parallel(RqParallelFor parallel, uint32_t (*threads)(void));
+// `torch_parallel_for` and `torch_get_num_threads` of the running torch, passed by Python (null: one thread).
+typedef int32_t (*RqParallelFor)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+typedef int32_t (*RqThreads)(uint32_t* count);
+RQ_API void rq_set_parallel(RqParallelFor parallel, RqThreads threads);
 enum { RQ_ABI = 1 };
 
 // Bytes of scratch that `rq_gemm` wants for all rows at once, and the fewest that it can work with.
