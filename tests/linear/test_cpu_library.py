@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import re
 
 import pytest
 import requanto_cpu
 import torch
+from requanto_cpu import build, interface
 
 from requanto.dtypes import bit_packing
 
@@ -56,3 +59,32 @@ def test_strips_and_back(bits: int) -> None:
         chosen = torch.full((9, length), 255, dtype=torch.uint8, device="cpu")
         requanto_cpu.check(library.rq_codes(*where, 0, 9, index.data_ptr(), chosen.data_ptr()))
         assert torch.equal(chosen, codes[index]), (rows, length)
+
+
+HEADER = (build.SOURCES / "requanto_cpu.h").read_text()
+C_TYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "float": ctypes.c_float}
+
+
+@pytest.mark.parametrize("struct", [interface.RqWeight, interface.RqGemm])
+def test_structs_are_those_of_the_header(struct: type[ctypes.Structure]) -> None:
+    body = re.search(rf"typedef struct {struct.__name__} {{(.*?)}} {struct.__name__};", HEADER, re.DOTALL)
+    assert body is not None
+    expected = []
+    for line in re.sub(r"//.*", "", body[1]).split(";")[:-1]:
+        words = re.fullmatch(r"\s*(?:const\s+)?(\w+)(\s*\*)?\s+(.*)", line.replace("* ", " * "), re.DOTALL)
+        assert words is not None, line
+        for name in words[3].split(","):
+            expected.append((name.strip(), None if words[2] else C_TYPES[words[1]]))
+    found = [
+        (name, None if ctypes.sizeof(kind) == 8 and kind is not ctypes.c_int64 else kind)
+        for name, kind in struct._fields_
+    ]
+    assert found == expected
+
+
+def test_constants_are_those_of_the_header() -> None:
+    text = re.sub(r"//.*", "", HEADER)
+    values = {name: int(value) for name, value in re.findall(r"RQ_(\w+) = (-?\d+)", text)}
+    assert len(values) > 20
+    for name, value in values.items():
+        assert getattr(interface, name) == value, name
