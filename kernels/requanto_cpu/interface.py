@@ -20,7 +20,7 @@ NO_SHIFT, PLAIN, CODES, E8M0, E4M3S = range(5)
 # RqArithmetic
 BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
 # RqError
-E_LEVEL, E_MISSING, E_ARGUMENT, E_SCRATCH, E_MEMORY = range(-1, -6, -1)
+E_LEVEL, E_MISSING, E_ARGUMENT, E_SCRATCH, E_MEMORY, E_INDEX = range(-1, -7, -1)
 
 
 class RqWeight(ctypes.Structure):

@@ -121,6 +121,13 @@ const Level* current() {
   return selected;
 }
 
+// An embedding's indices are a user's: torch would need three operators to check them.
+bool in_range(int64_t rows, int64_t start, int64_t stop, const int64_t* index) {
+  for (int64_t i = 0; index && i < stop - start; ++i)
+    if (index[i] < 0 || index[i] >= rows) return false;
+  return true;
+}
+
 }  // namespace
 
 RQ_API const char* rq_levels(void) {
@@ -155,6 +162,7 @@ RQ_API const char* rq_error(int code) {
     case RQ_E_ARGUMENT: return "the kernel does not take these arguments";
     case RQ_E_SCRATCH: return "the scratch buffer is too small";
     case RQ_E_MEMORY: return "out of memory";
+    case RQ_E_INDEX: return "an index is out of range";
     default: return "unknown error";
   }
 }
@@ -184,12 +192,14 @@ RQ_API int rq_gemm(const RqGemm* gemm, const void* x, void* out, void* scratch) 
 RQ_API int rq_dequantize(const RqWeight* weight, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype,
                          int64_t out_stride) {
   if (!current()) return RQ_E_LEVEL;
+  if (!in_range(weight->rows, start, stop, index)) return RQ_E_INDEX;
   return current()->kernels->dequantize(weight, start, stop, index, out, dtype, out_stride);
 }
 
 RQ_API int rq_dequantize_plain(const RqWeight* weight, int32_t is_signed, int64_t start, int64_t stop, const int64_t* index,
                                void* out, int32_t dtype, int64_t out_stride) {
   if (!current()) return RQ_E_LEVEL;
+  if (!in_range(weight->rows, start, stop, index)) return RQ_E_INDEX;
   return current()->kernels->dequantize_plain(weight, is_signed, start, stop, index, out, dtype, out_stride);
 }
 

@@ -100,7 +100,8 @@ enum RqError {
   RQ_E_MISSING = -2,   // this level has no such kernel
   RQ_E_ARGUMENT = -3,  // a value in the structs or arguments that no kernel takes
   RQ_E_SCRATCH = -4,   // scratch_bytes is below rq_gemm_least_scratch
-  RQ_E_MEMORY = -5     // no memory for a thread's own buffers
+  RQ_E_MEMORY = -5,    // no memory for a thread's own buffers
+  RQ_E_INDEX = -6      // an index is no row of the weight
 };
 
 // The instruction sets that were built and that this processor has, best last, separated by commas ("avx2,avx512,vnni,bf16").
@@ -123,8 +124,8 @@ RQ_API int64_t rq_gemm_least_scratch(const RqGemm* gemm);
 // that is not finite, or (RQ_BLOCKS16) a block in which more than half of the nonzero elements would keep fewer than 8 bits.
 RQ_API int rq_gemm(const RqGemm* gemm, const void* x, void* out, void* scratch);
 
-// Rows `start` to `stop`, or those of `index` (int64, stop - start of them, checked by the caller) if it is not null, as
-// floats, row by row: value = float(code) * scale - shift, each operation rounded to float32, then to `dtype`.
+// Rows `start` to `stop`, or those of `index` (int64, stop - start of them; RQ_E_INDEX if one is out of range) if it is
+// not null, as floats, row by row: value = float(code) * scale - shift, each operation rounded to float32, then to `dtype`.
 RQ_API int rq_dequantize(const RqWeight* weight, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype,
                          int64_t out_stride);
 // The same of codes in the plain layout of checkpoints: rows of ceil(K * bits / 8) bytes, low bits first (`codes` of the

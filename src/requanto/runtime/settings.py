@@ -1,4 +1,4 @@
-"""Settings of the process. None of them changes a result, except by rounding (``humming``).
+"""Settings of the process. None of them changes a result, except by rounding (``humming``, ``cpu_arithmetic``).
 
 requanto.settings.workspace_bytes = 256 * 2**20
 """
@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields
 _MEGABYTE = 2**20
 #: values of ``settings.foreign``
 FOREIGN = ("auto", "always", "never")
+#: values of ``settings.cpu_arithmetic``
+CPU_ARITHMETIC = ("auto", "float")
 _MOST_BYTES = 2**63 - 1  # torch counts bytes in int64
 
 
@@ -24,8 +26,7 @@ def parse_compiled(text: str) -> bool | None:
         ValueError: the text is not "1", "0" or "".
     """
     expected = (
-        "1 (compiled CPU kernels, or an error), 0 (no compiled kernels) or nothing (compiled kernels where there is a C++ "
-        "compiler)"
+        "1 (the library of CPU kernels, or an error), 0 (torch's operators) or nothing (the library, where it loads)"
     )
     return _switch("REQUANTO_COMPILE", text, None, expected)
 
@@ -68,6 +69,20 @@ def parse_foreign(text: str) -> str:
     """
     if text not in ("", *FOREIGN):
         raise ValueError(f"REQUANTO_FOREIGN is {text!r}, expected {', '.join(FOREIGN)} or nothing (auto)")
+    return text or "auto"
+
+
+def parse_cpu_arithmetic(text: str) -> str:
+    """The value of ``settings.cpu_arithmetic`` for a text of REQUANTO_CPU_ARITHMETIC.
+
+    Raises:
+        ValueError: the text is none of its values.
+    """
+    if text not in ("", *CPU_ARITHMETIC):
+        raise ValueError(
+            f"REQUANTO_CPU_ARITHMETIC is {text!r}, expected auto (x is rounded where that is faster), float (never) or "
+            f"nothing (auto)"
+        )
     return text or "auto"
 
 
@@ -135,11 +150,14 @@ class Settings:
         pack_on_first_use: on a CPU, prepack a layer's weight for its kernel in the first GEMM. The prepacked codes replace
             the plain ones, and are converted back when the plain ones are needed.
             (environment: REQUANTO_PACK=0 turns it off; `requanto.prepare(model)` prepacks regardless)
-        compiled: on a CPU, use kernels compiled by TorchInductor where they are faster: for int8, float8 (e4m3), int4,
-            int3 and int2 with many rows, and for convolutions, mostly in bfloat16. The first use on a machine takes half a
-            minute and needs a C++ compiler; later ones load a file (`cpu.aot.cache`). None: if there is a compiler; a
-            failed compilation is logged and falls back to eager operators. True: a failure raises. False: never.
+        compiled: on a CPU, use the C library of kernels (docs/cpu.md). A wheel carries it; a source checkout builds it at
+            the first use, in a few seconds, with a C++ compiler. None: where it can be loaded; else one line is logged and
+            torch's operators run. True: a failure raises. False: never.
             (environment: REQUANTO_COMPILE=1 or 0; default None)
+        cpu_arithmetic: how a CPU multiplies float x with packed weights. ``"auto"``: x is rounded in blocks of 32 columns,
+            to int8 for weights of up to 6 bits and to 16 bits for those of 7 and 8, and multiplied as integers; the error
+            is below that of the weights themselves (docs/cpu.md). ``"float"``: x is never rounded.
+            (environment: REQUANTO_CPU_ARITHMETIC)
         write_digests: write a digest of each quantized weight into config.json when saving (docs/format.md).
             (environment: REQUANTO_WRITE_DIGESTS=0 turns it off)
         check_digests: compare these digests with the stored tensors when loading.
@@ -161,6 +179,7 @@ class Settings:
     workspace_bytes: int = parse_workspace(os.environ.get("REQUANTO_WORKSPACE_MB", ""))
     pack_on_first_use: bool = parse_packing(os.environ.get("REQUANTO_PACK", ""))
     compiled: bool | None = parse_compiled(os.environ.get("REQUANTO_COMPILE", ""))
+    cpu_arithmetic: str = parse_cpu_arithmetic(os.environ.get("REQUANTO_CPU_ARITHMETIC", ""))
     write_digests: bool = parse_digests("REQUANTO_WRITE_DIGESTS", os.environ.get("REQUANTO_WRITE_DIGESTS", ""))
     check_digests: bool = parse_digests("REQUANTO_CHECK_DIGESTS", os.environ.get("REQUANTO_CHECK_DIGESTS", ""))
     foreign: str = parse_foreign(os.environ.get("REQUANTO_FOREIGN", ""))
@@ -174,6 +193,9 @@ class Settings:
         raise AttributeError(f"requanto.settings.{name} cannot be deleted; set it to another value")
 
 
+_TEXTS = {"foreign": FOREIGN, "cpu_arithmetic": CPU_ARITHMETIC}
+
+
 def _checked(name: str, value: object) -> object:
     if name == "workspace_bytes":
         return _bytes(value)
@@ -181,9 +203,10 @@ def _checked(name: str, value: object) -> object:
         return _one_of(name, value, (True, False))
     if name in ("compiled", "humming"):
         return _one_of(name, value, (None, True, False))
-    if name == "foreign":
-        if value not in FOREIGN:
-            raise ValueError(f"requanto.settings.foreign is {value!r}, expected one of {', '.join(map(repr, FOREIGN))}")
+    if name in _TEXTS:
+        if value not in _TEXTS[name]:
+            expected = ", ".join(map(repr, _TEXTS[name]))
+            raise ValueError(f"requanto.settings.{name} is {value!r}, expected one of {expected}")
         return value
     known = [field.name for field in fields(Settings)]
     near = difflib.get_close_matches(name, known, 1, 0.5)

@@ -1,0 +1,174 @@
+"""GEMMs of the C library: cached plans, each one call with the addresses of x, of the result and of a scratch buffer.
+
+A plan holds an `RqGemm` that is filled in once for a weight and a shape of x: a small model makes hundreds of these calls
+for a token, so all else happens when the plan is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from requanto.dtypes.qtypes import qtype
+from requanto.linear.cpu import library
+from requanto.linear.cpu.weights import DTYPES, MOST_TABLE_ERROR, Described, described, table_of
+from requanto.linear.registry import Gemm
+from requanto.runtime.buffers import scratch_memory
+from requanto.runtime.settings import settings
+from requanto.runtime.tracing import without_ambient_state
+from requanto.tensor.qtensor import QTensor
+
+#: `RqArithmetic`
+BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
+#: Most bits of codes that are multiplied with x rounded to 8 bits; above, x has 16.
+MOST_BITS_WITH_8 = 6
+#: Largest result (bytes) that is allocated like a tensor that exists, which takes half the time.
+_SMALL = 16 * 1024
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: ``rq_gemm`` with addresses as arguments: a third faster than with ctypes' pointers.
+_PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+
+
+def arithmetic(kind: qtype, table_error: float = 0.0) -> int:
+    """How a weight of that type is multiplied with float x.
+
+    Args:
+        table_error: see `Table.error`; 0 for types that are no codebooks.
+    """
+    if settings.cpu_arithmetic == "float" or kind.is_floating_point or table_error > MOST_TABLE_ERROR:
+        return FLOAT
+    return BLOCKS8 if kind.bits <= MOST_BITS_WITH_8 else BLOCKS16
+
+
+def arithmetic_of(weight: QTensor) -> int:
+    """`arithmetic` of a weight, with its own codebook."""
+    kind = weight._spec.qtype
+    return arithmetic(kind, table_of(weight).error if kind.is_codebook else 0.0)
+
+
+def run(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes ``x @ w.T + bias`` of x ``[rows, K]`` and a packed weight; x is rounded as `arithmetic` says."""
+    gemm = make_plan(weight, x.shape[0], x.dtype)
+    assert gemm is not None
+    return gemm(x, weight, bias)
+
+
+def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
+    """Plan of `run` for one shape of x; None if the library cannot read the weight."""
+    found = described(weight)
+    if found is None:
+        return None
+    call = Call(found, 0, arithmetic_of(weight), rows, dtype)
+    return call if not found.has_copies else _renewed(call, found, rows, dtype)
+
+
+def _renewed(call: Call, found: Described, rows: int, dtype: torch.dtype) -> Gemm:
+    """The plan of a weight of which copies were made; another one once their originals have changed in place."""
+
+    def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        current = call if found.is_current() else make_plan(weight, rows, dtype)
+        assert current is not None
+        return current(x, weight, bias)
+
+    return gemm
+
+
+class Call:
+    """``gemm(x, weight, bias)`` for one shape of x and one matrix.
+
+    Args:
+        found: the weight; it is kept.
+        expert: number of the matrix.
+        how: BLOCKS8, BLOCKS16 or FLOAT.
+        rows, dtype: of x.
+    """
+
+    __slots__ = ("_biased", "_check", "_found", "_function", "_like", "_plain", "_scratch", "_shape", "out_features")
+
+    def __init__(self, found: Described, expert: int, how: int, rows: int, dtype: torch.dtype) -> None:
+        used = library.find()
+        assert used is not None
+        matrix = found.matrices[expert]
+        self._found, self._check = found, used.check
+        self._function = _function(used)
+        self.out_features = matrix.rows
+        gemm = used.interface.RqGemm()
+        gemm.weight, gemm.rows = ctypes.pointer(matrix), rows
+        gemm.x_stride, gemm.out_stride = matrix.length, matrix.rows
+        gemm.x_dtype = gemm.out_dtype = DTYPES[dtype]
+        gemm.arithmetic = how
+        self._scratch = gemm.scratch_bytes = scratch_bytes(used, gemm, rows)
+        self._plain = gemm
+        # (address and dtype of the bias, the struct with it); replaced as a whole, since several threads may run a plan
+        self._biased: tuple[int, torch.dtype | None, Any] = (0, None, None)
+        self._shape: torch.Size | None = None
+        self._like: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, weight: QTensor | None, bias: torch.Tensor | None) -> torch.Tensor:
+        if not x.is_contiguous() or x.is_neg():
+            x = x.resolve_neg().contiguous()
+        if x.shape == self._shape:
+            out = torch.empty_like(self._like)
+        else:
+            out = self._allocated(x)
+        late = None
+        if bias is None:
+            gemm = self._plain
+        else:
+            start, kind, gemm = self._biased
+            if start != bias.data_ptr() or kind is not bias.dtype:
+                gemm = self._with_bias(bias)
+            if gemm is None or bias.numel() != self.out_features or not bias.is_contiguous():
+                gemm, late = self._plain, bias
+        scratch = scratch_memory(self._scratch, "gemm")
+        code = self._function(ctypes.addressof(gemm), x.data_ptr(), out.data_ptr(), scratch.data_ptr())
+        if code:
+            self._check(code)
+        return out if late is None else out.add_(late)
+
+    def _allocated(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        if out.nbytes <= _SMALL and type(out) is torch.Tensor:
+            self._like, self._shape = _template(tuple(out.shape), out.dtype), x.shape
+        return out
+
+    def _with_bias(self, bias: torch.Tensor) -> Any:
+        """The struct with that bias; None if the library cannot add it."""
+        if type(bias) not in _PLAIN or not bias.is_cpu or bias.dtype not in DTYPES or bias.is_neg():
+            return None
+        gemm = type(self._plain).from_buffer_copy(self._plain)
+        gemm.bias, gemm.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+        self._biased = (bias.data_ptr(), bias.dtype, gemm)
+        return gemm
+
+
+def scratch_bytes(used: library.Library, gemm: Any, rows: int) -> int:
+    """The bytes of the scratch buffer for a GEMM: for all rows at once, or what half of the workspace holds."""
+    wanted = used.functions.rq_gemm_scratch(ctypes.byref(gemm), rows)
+    least = used.functions.rq_gemm_least_scratch(ctypes.byref(gemm))
+    used.check(wanted)
+    used.check(least)
+    return max(least, min(wanted, settings.workspace_bytes // 2))
+
+
+@functools.lru_cache(maxsize=4)
+def _function(used: library.Library) -> Callable[..., int]:
+    address = ctypes.cast(used.functions.rq_gemm, ctypes.c_void_p).value
+    assert address is not None
+    return _PROTOTYPE(address)
+
+
+@functools.lru_cache(maxsize=256)
+def _template(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    with without_ambient_state():
+        return torch.empty(shape, dtype=dtype, device="cpu")

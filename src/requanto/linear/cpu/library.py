@@ -1,0 +1,142 @@
+"""The C library of CPU kernels (the package `requanto_cpu`), where the settings allow it and it can be loaded.
+
+It is loaded, or built from its sources in a few seconds, when a weight is first multiplied, packed or dequantized on a CPU;
+never by an import. Where it cannot be, one line is logged and torch's operators run; with ``settings.compiled = True`` that
+is an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from requanto.runtime.settings import registry_state, settings
+from requanto.runtime.tracing import is_fake
+
+logger = logging.getLogger(__name__)
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: Levels whose processor multiplies bfloat16 faster than float32.
+_BFLOAT16_LEVELS = ("bf16", "amx")
+
+
+class Library:
+    """The functions of requanto_cpu/csrc/requanto_cpu.h. Those of this class raise RuntimeError for an error code.
+
+    Attributes:
+        functions: the ctypes library; its functions return codes.
+        interface: structs and constants.
+        level: the instruction set in use, such as ``"vnni"``.
+    """
+
+    def __init__(self, package: ModuleType, functions: ctypes.CDLL, interface: ModuleType) -> None:
+        self._package, self.functions, self.interface = package, functions, interface
+
+    @property
+    def level(self) -> str:
+        return self._package.level()  # type: ignore[no-any-return]
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether the level in use multiplies bfloat16 faster than float32."""
+        return self.level in _BFLOAT16_LEVELS
+
+    def check(self, code: int) -> None:
+        """Raises RuntimeError for an error code."""
+        if code < 0:
+            self._package.check(code)
+
+    def pack(self, plain: int, bits: int, rows: int, length: int, flip: int, strips: int) -> None:
+        """`rq_pack` with addresses of tensors."""
+        self.check(self.functions.rq_pack(plain, bits, rows, length, flip, strips))
+
+    def unpack(
+        self, strips: int, bits: int, rows: int, length: int, flip: int, start: int, stop: int, plain: int
+    ) -> None:
+        """`rq_unpack`."""
+        self.check(self.functions.rq_unpack(strips, bits, rows, length, flip, start, stop, plain))
+
+    def codes(
+        self,
+        strips: int,
+        bits: int,
+        rows: int,
+        length: int,
+        flip: int,
+        start: int,
+        stop: int,
+        index: int | None,
+        out: int,
+    ) -> None:
+        """`rq_codes`."""
+        self.check(self.functions.rq_codes(strips, bits, rows, length, flip, start, stop, index, out))
+
+
+_library: Library | None = None
+_why_not: str | None = None
+
+
+def find() -> Library | None:
+    """The library; None where settings forbid it or it cannot be loaded.
+
+    Raises:
+        RuntimeError: it cannot be loaded, and ``settings.compiled`` requires it.
+        ValueError: REQUANTO_CPU names an instruction set that does not exist, or that this processor does not have.
+    """
+    compiled = settings.compiled
+    if compiled is False:
+        return None
+    if _library is None and _why_not is None:
+        _load()
+    if _library is None and compiled:
+        raise RuntimeError(
+            f"requanto.settings.compiled is True, but the CPU kernels are not available: {_why_not}. Set it to None, to run "
+            f"torch's operators instead."
+        )
+    return _library
+
+
+def _load() -> None:
+    global _library, _why_not
+    if os.environ.get("REQUANTO_CPU") == "torch":
+        _why_not = "REQUANTO_CPU=torch"
+        logger.info("REQUANTO_CPU=torch: no CPU kernels, torch's operators run")
+        return
+    try:
+        import requanto_cpu
+        from requanto_cpu import interface
+    except ImportError as error:
+        _why_not = f"the package requanto_cpu cannot be imported ({error})"
+    else:
+        try:
+            functions = requanto_cpu.library()
+            if requanto_cpu.level():
+                _library = Library(requanto_cpu, functions, interface)
+                return
+            _why_not = "this processor has none of the instruction sets that they are built for (AVX2 or NEON)"
+        except requanto_cpu.LibraryUnavailable as error:
+            _why_not = str(error)
+    registry_state.changed()
+    logger.warning("no CPU kernels, so torch's operators run, several times slower: %s", _why_not)
+
+
+def structs() -> Any:
+    """The structs and constants of the interface; only where there is a library."""
+    found = find()
+    assert found is not None
+    return found.interface
+
+
+def for_tensors(*tensors: torch.Tensor) -> Library | None:
+    """The library, if it can read and write all these tensors: ordinary ones, on the CPU, and no trace is recorded."""
+    if torch._C._get_tracing_state() is not None:
+        return None
+    for tensor in tensors:
+        if not tensor.is_cpu or (type(tensor) not in _PLAIN and is_fake(tensor)) or torch._is_functional_tensor(tensor):
+            return None
+    return find()
