@@ -1,8 +1,10 @@
 """CPU kernels in C++: one library for all versions of Python and torch, which this package finds or builds, and loads.
 
-``library()`` has the functions of csrc/requanto_cpu.h; `interface` has their structs and constants.
+``library()`` has the functions of csrc/requanto_cpu.h; `interface` has their structs and constants. ``python -m
+requanto_cpu`` builds it beforehand.
 """
 
-from requanto_cpu.library import LibraryUnavailable, check, level, levels, library, set_level
+from requanto_cpu.load import check, level, levels, library, path, set_level
+from requanto_cpu.trust import LibraryUnavailable
 
-__all__ = ["LibraryUnavailable", "check", "level", "levels", "library", "set_level"]
+__all__ = ["LibraryUnavailable", "check", "level", "levels", "library", "path", "set_level"]

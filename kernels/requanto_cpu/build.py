@@ -1,21 +1,29 @@
 """Builds the library of CPU kernels from csrc/ with the system's C++ compiler, in a few seconds.
 
-Each level (instruction set) is one file, compiled with its own flags; a level whose flags the compiler does not know is left
-out. Everything else is compiled for the baseline of the platform and picks a level at run time.
+Each level (instruction set) is one file, compiled with flags of its own; a level whose flags the compiler does not know is
+left out. Everything else is compiled for the baseline of the platform, and picks a level at run time.
+
+Imports nothing but the standard library: setup.py runs it too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 
@@ -24,6 +32,8 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-math-errno",
     "-ffp-contract=off",
 )  # fmt: skip
+#: For a library that reports every access outside of a buffer. Python must run with LD_PRELOAD=libasan.so.
+SANITIZER = ("-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=alignment")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -38,8 +48,10 @@ _ARM = {"neon": (), "dotprod": ("-march=armv8.2-a+dotprod",)}
 #: Flags of each level, by the processor's name.
 LEVELS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
-#: Most seconds for one call of the compiler: fifty times what it takes.
+#: Most seconds for a build: fifty times what it takes.
 TIMEOUT = 300.0
+#: Name of the folder of intermediate files, beside the library.
+FOLDER = ".build-"
 _LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 
 
@@ -49,39 +61,54 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the words of its command, and the first line of what ``--version`` prints."""
+    """A C++ compiler: the words of its command, the first of which is the path of a program."""
 
     command: tuple[str, ...]
-    version: str
+
+    @property
+    def identity(self) -> str:
+        """8 digits for this command and this version of its program. No process is started for it."""
+        facts: list[object] = list(self.command)
+        for word in self.command:
+            found = shutil.which(word)
+            if found is None:
+                break
+            real = os.path.realpath(found)
+            info = os.stat(real)
+            facts += [real, info.st_size, info.st_mtime_ns]
+            if Path(word).stem not in _LAUNCHERS:
+                break
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
+
+    def version(self) -> str:
+        """First line of what ``--version`` prints; "unknown" where it fails."""
+        with tempfile.TemporaryDirectory() as folder:
+            code, text = _run([[*self.command, "--version"]], Path(folder))[0]
+        return (text.splitlines() or ["unknown"])[0].strip() if code == 0 else "unknown"
 
 
-def find_compiler() -> Compiler:
-    """The compiler of $CXX, else c++, g++ or clang++, whichever works first.
+def compilers() -> list[Compiler]:
+    """The compilers to try, best first: $CXX if it is set (it may have options), else c++, g++ and clang++.
 
     Raises:
-        BuildError: none works.
+        BuildError: none is installed.
     """
     chosen = os.environ.get("CXX", "")
-    tried = []
-    for text in [chosen] if chosen else [] if os.name == "nt" else ["c++", "g++", "clang++"]:
+    # On Windows the usual compiler is MSVC, which takes other options.
+    names = [chosen] if chosen else [] if os.name == "nt" else ["c++", "g++", "clang++"]
+    found: dict[tuple[str, ...], Compiler] = {}
+    for name in names:
         try:
-            words = shlex.split(text)
+            words = shlex.split(name)
         except ValueError:  # unbalanced quotation marks
-            words = [text]
-        found = shutil.which(words[0]) if words else None
-        if found is None:
-            tried.append(f"{text} (not found)")
-            continue
-        try:
-            shown = _run([found, *words[1:], "--version"])
-        except BuildError as error:
-            tried.append(f"{text} ({str(error).splitlines()[0]})")
-            continue
-        return Compiler((found, *words[1:]), (shown.splitlines() or [""])[0].strip())
-    raise BuildError(
-        f"no C++ compiler works: {', '.join(tried) or 'on Windows set CXX to g++ or clang++'}. Install g++ or clang++, or "
-        "set CXX to one"
-    )
+            words = [name]
+        program = shutil.which(words[0]) if words else None
+        if program is not None:
+            found.setdefault((os.path.realpath(program), *words[1:]), Compiler((program, *words[1:])))
+    if not found:
+        tried = f"$CXX ({chosen})" if chosen else ", ".join(names) or "$CXX"
+        raise BuildError(f"no C++ compiler was found: {tried}. Install g++ or clang++, or set CXX to one")
+    return list(found.values())
 
 
 def level_flags(machine: str | None = None) -> dict[str, tuple[str, ...]]:
@@ -96,13 +123,26 @@ def level_flags(machine: str | None = None) -> dict[str, tuple[str, ...]]:
     return LEVELS[name]
 
 
-def build(target: Path, compiler: Compiler, machine: str | None = None, more: tuple[str, ...] = ()) -> list[str]:
-    """Compiles all files, as many at a time as there are CPUs, and links them.
+def library_name() -> str:
+    """``requanto-cpu-`` and 12 digits for the sources, the flags and the platform."""
+    facts = FLAGS, LEVELS, platform.system(), platform.machine(), platform.libc_ver()[0]
+    found = hashlib.sha256(repr(facts).encode())
+    for source in sorted(SOURCES.iterdir()):
+        if source.suffix in (".cpp", ".h"):
+            found.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    return f"requanto-cpu-{found.hexdigest()[:12]}"
+
+
+def build(
+    target: Path, compiler: Compiler, machine: str | None = None, more: tuple[str, ...] = (), cpus: int | None = None
+) -> list[str]:
+    """Compiles all files, several at a time, and links them.
 
     Args:
         target: file to write. Its folder must exist; intermediate files are written into a new folder beside it.
         machine: processor to build for, which the compiler must be for; None: this one.
         more: further flags for compiling and linking.
+        cpus: files that are compiled at a time; None: as many as there are CPUs.
 
     Returns:
         Levels that were built.
@@ -111,67 +151,100 @@ def build(target: Path, compiler: Compiler, machine: str | None = None, more: tu
         BuildError: a file could not be compiled or linked, with the compiler's messages.
         OSError: files cannot be written.
     """
-    flags, wanted = [*FLAGS, *more], level_flags(machine)
-    work = Path(tempfile.mkdtemp(prefix=".build-", dir=target.parent))
+    wanted, command = level_flags(machine), [*compiler.command, *FLAGS, *more]
+    work = Path(tempfile.mkdtemp(prefix=FOLDER, dir=target.parent))
     try:
-        with ThreadPoolExecutor(_cpus()) as pool:
-            known = dict(zip(wanted, pool.map(lambda extra: _accepts(compiler, extra, work), wanted.values())))
-            levels = [level for level in wanted if known[level]]
-            have = [f"-DRQ_HAVE_{level.upper()}" for level in levels]
-            jobs = {f"level_{level}": wanted[level] for level in reversed(levels)} | {"pack": (), "dispatch": have}
-            objects = pool.map(lambda job: _compile(compiler, job[0], [*flags, *job[1]], work), jobs.items())
-            files = [str(file) for file in objects]
-        static = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
-        output = work / "linked"
-        _run([*compiler.command, "-shared", *flags, "-o", str(output), *files, *static], work)
-        output.replace(target)
+        probes = [
+            [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", os.devnull] for flags in ((), *wanted.values())
+        ]
+        (code, text), *known = _run(probes, work, cpus)
+        if code:
+            raise _failed(probes[0], code, text)
+        levels = [level for level, (code, _) in zip(wanted, known) if code == 0]
+        if not levels:
+            raise BuildError(f"{compiler.command[0]} knows the instructions of none of {', '.join(wanted)}")
+        if left_out := ", ".join(level for level in wanted if level not in levels):
+            logger.info("%s does not know the instructions of: %s", compiler.command[0], left_out)
+        have = [f"-DRQ_HAVE_{level.upper()}" for level in levels]
+        # The levels first, since they take the longest, and of them the longest.
+        flags = {f"level_{level}": [*wanted[level]] for level in reversed(levels)} | {"pack": [], "dispatch": have}
+        files = [str(work / f"{name}.o") for name in flags]
+        jobs = [
+            [*command, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", file]
+            for (name, own), file in zip(flags.items(), files)
+        ]
+        linked = str(work / "linked")
+        libraries = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
+        for commands in (jobs, [[*command, "-shared", "-o", linked, *libraries, *files]]):
+            for job, (code, text) in zip(commands, _run(commands, work, cpus)):
+                if code:
+                    raise _failed(job, code, text)
+        if not os.path.exists(linked):
+            raise BuildError(f"{compiler.command[0]} succeeded, but wrote no library")
+        os.replace(linked, target)
         return levels
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _failed(command: list[str], code: int, text: str) -> BuildError:
+    lines = text.strip().splitlines() or ["no message"]
+    wrong = next((line for line in lines if "error" in line.lower()), lines[-1])
+    return BuildError("\n".join([f"{command[0]} failed ({code}): {wrong.strip()}", shlex.join(command), *lines[-15:]]))
 
 
-def _accepts(compiler: Compiler, flags: tuple[str, ...], work: Path) -> bool:
-    """True if the compiler knows these flags."""
-    try:
-        _run([*compiler.command, *flags, "-fsyntax-only", "-x", "c++", os.devnull], work)
-    except BuildError:
-        return False
-    return True
+def _run(commands: list[list[str]], folder: Path, most: int | None = None) -> list[tuple[int, str]]:
+    """Runs programs, several at a time; returns the exit status and the output of each.
 
-
-def _compile(compiler: Compiler, name: str, flags: list[str], work: Path) -> Path:
-    output = work / f"{name}.o"
-    _run([*compiler.command, *flags, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(output)], work)
-    return output
-
-
-def _run(command: list[str], folder: Path | None = None) -> str:
-    """Runs a compiler; returns its standard output.
+    Polls them at short intervals, so that KeyboardInterrupt works and no further thread is needed.
 
     Raises:
-        BuildError: it failed, took too long or does not start.
+        BuildError: one did not start, or all together took too long.
+        OSError: their output cannot be written.
     """
-    environment = {**os.environ, "LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {})
+    if most is None:
+        most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
+    until, waiting, codes = time.monotonic() + TIMEOUT, list(enumerate(commands)), [0] * len(commands)
+    running: dict[int, subprocess.Popen[bytes]] = {}
     try:
-        done = subprocess.run(
+        while waiting or running:
+            while waiting and len(running) < most:
+                number, command = waiting.pop(0)
+                with open(folder / f"log{number}", "wb") as log:
+                    running[number] = _start(command, environment, folder, log)
+            for number, process in list(running.items()):
+                if process.poll() is not None:
+                    codes[number] = running.pop(number).returncode
+            if time.monotonic() > until:
+                raise BuildError(f"{commands[0][0]} did not finish in {TIMEOUT:.0f} s")
+            if running:
+                time.sleep(0.005)
+    finally:
+        for process in running.values():
+            _kill(process)
+    return [(code, (folder / f"log{number}").read_text(errors="replace")) for number, code in enumerate(codes)]
+
+
+def _start(command: list[str], environment: dict[str, str], folder: Path, log: object) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
             command,
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=TIMEOUT,
-            check=False,
+            stdout=log,  # type: ignore[call-overload]
+            stderr=log,
+            start_new_session=True,  # its own process group, so that what it starts can be killed with it
         )
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} did not finish in {TIMEOUT:.0f} s: {shlex.join(command)}") from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: the interpreter is ending
         raise BuildError(f"{command[0]} did not start: {error}") from error
-    if done.returncode:
-        log = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        wrong = next((line for line in log if "error" in line.lower()), log[-1])
-        raise BuildError("\n".join([f"{command[0]} failed: {wrong.strip()}", shlex.join(command), *log[-15:]]))
-    return done.stdout.decode(errors="replace")
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()

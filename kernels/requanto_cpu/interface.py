@@ -81,6 +81,7 @@ class RqGemm(ctypes.Structure):
 _WEIGHT, _GEMM = POINTER(RqWeight), POINTER(RqGemm)
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "rq_levels": (c_char_p, ()),
+    "rq_built": (c_char_p, ()),
     "rq_set_level": (c_int, (c_char_p,)),
     "rq_level": (c_char_p, ()),
     "rq_error": (c_char_p, (c_int,)),

@@ -128,18 +128,28 @@ bool in_range(int64_t rows, int64_t start, int64_t stop, const int64_t* index) {
   return true;
 }
 
-}  // namespace
+enum { LIST = 96 };
 
-RQ_API const char* rq_levels(void) {
-  static char text[96];  // written with the same bytes by every thread
-  char names[96] = "";
+const char* listed(char* text, bool only_available) {
+  char names[LIST] = "";
   for (const Level* level = LEVELS; level->name; ++level) {
-    if (!level->available()) continue;
+    if (only_available && !level->available()) continue;
     if (names[0]) strcat(names, ",");
     strcat(names, level->name);
   }
-  memcpy(text, names, sizeof text);
-  return text;
+  return static_cast<const char*>(memcpy(text, names, LIST));
+}
+
+}  // namespace
+
+RQ_API const char* rq_levels(void) {
+  static char text[LIST];  // every thread writes the same bytes
+  return listed(text, true);
+}
+
+RQ_API const char* rq_built(void) {
+  static char text[LIST];
+  return listed(text, false);
 }
 
 RQ_API int rq_set_level(const char* name) {

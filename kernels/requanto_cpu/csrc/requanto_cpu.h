@@ -106,6 +106,7 @@ enum RqError {
 
 // The instruction sets that were built and that this processor has, best last, separated by commas ("avx2,avx512,vnni,bf16").
 RQ_API const char* rq_levels(void);
+RQ_API const char* rq_built(void);  // also those that it lacks
 // Selects one of them for the process; nothing else may run meanwhile. RQ_E_LEVEL if it is not available.
 RQ_API int rq_set_level(const char* name);
 RQ_API const char* rq_level(void);  // the selected one, at first the best; "" if the processor has none of them

@@ -1,0 +1,182 @@
+"""Where the library is: in this package (wheels, `pip install .`), else in the cache, into which it is built once.
+
+The cache holds one library for each state of the sources and each compiler, so versions and machines may share it. If it is
+damaged, read-only, full or owned by another user, `find` raises `LibraryUnavailable`; `requanto_cpu.trust` decides which
+files may be loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from requanto_cpu import build, trust
+from requanto_cpu.trust import LibraryUnavailable, first_line
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may both build it
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+#: Where setup.py writes the library.
+PACKAGED = Path(__file__).parent / "built"
+SUFFIX = ".dll" if os.name == "nt" else ".so"
+#: Free disk space in bytes that a build needs; the library takes 1 MB.
+MIN_FREE_BYTES = 32 * 2**20
+
+#: File descriptors of locks that this process holds.
+_held: set[int] = set()
+
+
+def packaged() -> Path:
+    """Path of this package's own library, whether it exists or not."""
+    return PACKAGED / f"{build.library_name()}{SUFFIX}"
+
+
+def path_of(compiler: build.Compiler) -> Path:
+    """Path of a library in the cache, whether it exists or not.
+
+    Raises:
+        LibraryUnavailable: there is no folder for the cache.
+    """
+    return trust.directory() / f"{build.library_name()}-{compiler.identity}{SUFFIX}"
+
+
+def find() -> Path:
+    """The library: that of this package, or in the cache that of the compiler; built if there is none.
+
+    Where no compiler works, one of another compiler.
+
+    Raises:
+        LibraryUnavailable: there is none that may be loaded, and none can be built.
+    """
+    if trust.intact(packaged(), owners=False):
+        return packaged()
+    try:
+        compilers = build.compilers()
+        for compiler in compilers:
+            if trust.intact(path := path_of(compiler)):
+                return path
+        return _build_with_any(compilers)
+    except build.BuildError as error:
+        if (other := _of_another_compiler()) is not None:
+            return other
+        logger.debug("%s", error)  # with the compiler's output
+        raise LibraryUnavailable(f"they could not be built: {first_line(error)}") from error
+
+
+def _build_with_any(compilers: list[build.Compiler]) -> Path:
+    for number, compiler in enumerate(compilers, 1):
+        try:
+            return make(path_of(compiler), compiler)
+        except build.BuildError as error:
+            if number == len(compilers):
+                raise
+            logger.info("%s; trying %s", first_line(error), compilers[number].command[0])
+    raise AssertionError("there is no compiler")
+
+
+def _of_another_compiler() -> Path | None:
+    found = trust.directory().glob(f"{build.library_name()}-*{SUFFIX}")
+    return next((path for path in sorted(found) if trust.intact(path)), None)
+
+
+def make(path: Path, compiler: build.Compiler) -> Path:
+    """Builds the library and writes it to ``path``, unless another process does so meanwhile; returns ``path``.
+
+    Raises:
+        BuildError: the compiler failed.
+        LibraryUnavailable: it cannot be written there, or not be loaded from there.
+    """
+    folder = path.parent
+    try:
+        # Only this user may write native code here; others may read it, as those of an image in which root built it.
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        trust.check_owner_and_mode(folder)
+        with _locked(path):
+            if trust.intact(path):
+                return path
+            _remove_stale_folders(folder)
+            if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            trust.check_not_noexec(folder)
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory(prefix=build.FOLDER, dir=folder, ignore_cleanup_errors=True) as work:
+                fresh = Path(work) / "library"
+                levels = build.build(fresh, compiler)
+                trust.write(path, fresh.read_bytes() + trust.mark(path.name))
+            seconds, names = time.monotonic() - start, ", ".join(levels)
+            logger.info("built the CPU kernels (%s) with %s in %.1f s: %s", names, compiler.command[0], seconds, path)
+    except OSError as error:
+        raise LibraryUnavailable(
+            f"they cannot be written to {folder}: {error}. Set REQUANTO_CACHE to a writable directory"
+        ) from error
+    return path
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a library among processes.
+
+    Raises:
+        OSError: the lock cannot be written.
+        LibraryUnavailable: another process has held it for too long.
+    """
+    if fcntl is None:
+        yield
+        return
+    file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+    _held.add(file)
+    try:
+        until = time.monotonic() + build.TIMEOUT
+        while not _lock(file):
+            if time.monotonic() > until:
+                raise LibraryUnavailable(
+                    f"another process holds {path}.lock and has not built the kernels in {build.TIMEOUT:.0f} s"
+                )
+            time.sleep(0.02)
+        yield
+    finally:
+        if file in _held:  # not so in a fork
+            _held.remove(file)
+            os.close(file)
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        # No locks on this file system: the library may be built twice, and is written atomically.
+    return True
+
+
+def _remove_stale_folders(folder: Path) -> None:
+    """Removes folders left by processes that were killed: those older than any build can be."""
+    for left in folder.glob(f"{build.FOLDER}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 4 * build.TIMEOUT:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _after_fork() -> None:
+    """In the child of a fork, which would hold the lock as long as it lives."""
+    for file in _held:
+        os.close(file)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
