@@ -1,4 +1,12 @@
 // NEON with integer dot products (ARMv8.2).
+#include <arm_neon.h>
+#include <string.h>
+
+#include "requanto_cpu.h"
+
 #define RQ_LEVEL_NAMESPACE rq_dotprod
 #define RQ_LEVEL_NAME "dotprod"
+namespace RQ_LEVEL_NAMESPACE {
+#include "simd_neon.h"
+}
 #include "kernels.h"

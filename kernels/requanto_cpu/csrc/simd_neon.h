@@ -1,0 +1,180 @@
+// Vectors of a strip (16 rows) with NEON: four registers hold 4 bytes, one int32 or one float of each row.
+//
+// Included inside the namespace of a level. With the dot products of ARMv8.2 (RQ_VNNI) sums of 32 bits are built at once.
+#ifndef RQ_SIMD_H
+#define RQ_SIMD_H
+
+struct Bytes { uint8x16_t a, b, c, d; };   // of each row 4 bytes (a: rows 0 to 3), or 2 numbers of 16 bits
+struct Ints { int32x4_t a, b, c, d; };     // of each row an int32
+struct Floats { float32x4_t a, b, c, d; };  // of each row a float32
+struct Floats8 { float32x4_t a, b; };      // 8 consecutive numbers of x
+struct Ints8 { int32x4_t a, b; };
+
+// The same operation on all four registers.
+#define RQ_ONE(f, x) {f(x.a), f(x.b), f(x.c), f(x.d)}
+#define RQ_TWO(f, x, y) {f(x.a, y.a), f(x.b, y.b), f(x.c, y.c), f(x.d, y.d)}
+#define RQ_THREE(f, x, y, z) {f(x.a, y.a, z.a), f(x.b, y.b, z.b), f(x.c, y.c, z.c), f(x.d, y.d, z.d)}
+
+static inline Bytes load_bytes(const void* p) {
+  const uint8_t* from = (const uint8_t*)p;
+  return {vld1q_u8(from), vld1q_u8(from + 16), vld1q_u8(from + 32), vld1q_u8(from + 48)};
+}
+static inline void store_bytes(void* p, Bytes a) {
+  uint8_t* to = (uint8_t*)p;
+  vst1q_u8(to, a.a);
+  vst1q_u8(to + 16, a.b);
+  vst1q_u8(to + 32, a.c);
+  vst1q_u8(to + 48, a.d);
+}
+static inline Bytes splat_byte(int a) {
+  const uint8x16_t v = vdupq_n_u8((uint8_t)a);
+  return {v, v, v, v};
+}
+static inline Bytes splat4(const void* p) {  // the same 4 bytes for each row
+  uint32_t four;
+  memcpy(&four, p, 4);
+  const uint8x16_t v = vreinterpretq_u8_u32(vdupq_n_u32(four));
+  return {v, v, v, v};
+}
+// Shifts move bits between the bytes of a row; the caller masks them.
+template <int N> static inline uint8x16_t down_part(uint8x16_t a) {
+  if constexpr (N == 0) return a;
+  else return vreinterpretq_u8_u32(vshrq_n_u32(vreinterpretq_u32_u8(a), N));
+}
+template <int N> static inline uint8x16_t up_part(uint8x16_t a) {
+  return vreinterpretq_u8_u32(vshlq_n_u32(vreinterpretq_u32_u8(a), N));
+}
+template <int N> static inline Bytes down(Bytes a) { return RQ_ONE(down_part<N>, a); }
+template <int N> static inline Bytes up(Bytes a) { return RQ_ONE(up_part<N>, a); }
+static inline Bytes operator&(Bytes a, Bytes b) { return RQ_TWO(vandq_u8, a, b); }
+static inline Bytes operator|(Bytes a, Bytes b) { return RQ_TWO(vorrq_u8, a, b); }
+static inline Bytes operator^(Bytes a, Bytes b) { return RQ_TWO(veorq_u8, a, b); }
+
+// table[index] for 16 bytes (`load_table16`) and indices below 16.
+static inline Bytes load_table16(const uint8_t* p) {
+  const uint8x16_t v = vld1q_u8(p);
+  return {v, v, v, v};
+}
+static inline Bytes lookup16(Bytes table, Bytes index) { return RQ_TWO(vqtbl1q_u8, table, index); }
+// Of 64 bytes, in 4 tables of 16, and indices below 64.
+static inline Bytes lookup64(const Bytes* table, Bytes index) {
+  const uint8x16x4_t all = {{table[0].a, table[1].a, table[2].a, table[3].a}};
+  return {vqtbl4q_u8(all, index.a), vqtbl4q_u8(all, index.b), vqtbl4q_u8(all, index.c), vqtbl4q_u8(all, index.d)};
+}
+
+static inline Ints splat_int(int32_t a) {
+  const int32x4_t v = vdupq_n_s32(a);
+  return {v, v, v, v};
+}
+static inline Ints operator+(Ints a, Ints b) { return RQ_TWO(vaddq_s32, a, b); }
+// Byte J of each row, as int32.
+template <int J> static inline int32x4_t column_part(uint8x16_t a) {
+  const uint32x4_t rows = vreinterpretq_u32_u8(a);
+  if constexpr (J == 3) return vreinterpretq_s32_u32(vshrq_n_u32(rows, 24));
+  else if constexpr (J == 0) return vreinterpretq_s32_u32(vandq_u32(rows, vdupq_n_u32(255)));
+  else return vreinterpretq_s32_u32(vandq_u32(vshrq_n_u32(rows, 8 * J), vdupq_n_u32(255)));
+}
+template <int J> static inline Ints column(Bytes a) { return RQ_ONE(column_part<J>, a); }
+
+static inline Floats to_floats(Ints a) { return RQ_ONE(vcvtq_f32_s32, a); }
+static inline Floats splat(float a) {
+  const float32x4_t v = vdupq_n_f32(a);
+  return {v, v, v, v};
+}
+static inline Floats load_floats(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
+static inline void store_floats(float* p, Floats a) {
+  vst1q_f32(p, a.a);
+  vst1q_f32(p + 4, a.b);
+  vst1q_f32(p + 8, a.c);
+  vst1q_f32(p + 12, a.d);
+}
+static inline Floats operator+(Floats a, Floats b) { return RQ_TWO(vaddq_f32, a, b); }
+static inline Floats operator-(Floats a, Floats b) { return RQ_TWO(vsubq_f32, a, b); }
+static inline Floats operator*(Floats a, Floats b) { return RQ_TWO(vmulq_f32, a, b); }
+static inline Floats fma(Floats a, Floats b, Floats c) { return RQ_THREE(vfmaq_f32, c, a, b); }   // a * b + c
+static inline Floats fnma(Floats a, Floats b, Floats c) { return RQ_THREE(vfmsq_f32, c, a, b); }  // c - a * b
+
+// Integer dot products: of each row, 4 bytes of the weight by 4 signed bytes of x, added to a sum. `Partial` as in simd_avx2.h.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define RQ_VNNI 1
+typedef Ints Partial;
+constexpr int partial_steps(int) { return 8; }
+static inline int32x4_t dot_part(int32x4_t sum, uint8x16_t w, uint8x16_t x) {
+  return vdotq_s32(sum, vreinterpretq_s8_u8(w), vreinterpretq_s8_u8(x));
+}
+static inline Partial dot(Partial sum, Bytes w, Bytes x) { return RQ_THREE(dot_part, sum, w, x); }
+static inline Ints widen(Ints sum, Partial p) { return sum + p; }
+static inline Partial no_partial() { return splat_int(0); }
+#else
+#define RQ_VNNI 0
+struct Products { int16x8_t low, high; };       // of 4 rows 4 sums of 16 bits each: products are not added across columns
+struct Partial { Products a, b, c, d; };
+constexpr int partial_steps(int bits) { return bits <= 5 ? 8 : bits == 6 ? 4 : bits == 7 ? 2 : 1; }
+static inline Products dot_part(Products sum, uint8x16_t w, uint8x16_t x) {
+  const int8x16_t a = vreinterpretq_s8_u8(w), b = vreinterpretq_s8_u8(x);
+  return {vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
+}
+static inline Partial dot(Partial sum, Bytes w, Bytes x) { return RQ_THREE(dot_part, sum, w, x); }
+static inline int32x4_t widen_part(int32x4_t sum, Products p) {
+  return vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(p.low), vpaddlq_s16(p.high)));
+}
+static inline Ints widen(Ints sum, Partial p) { return RQ_TWO(widen_part, sum, p); }
+static inline Partial no_partial() {
+  const Products none = {vdupq_n_s16(0), vdupq_n_s16(0)};
+  return {none, none, none, none};
+}
+#endif
+
+// x in 16 bits: `even` holds its columns 0 and 2 for the 4 bytes of w, `odd` columns 1 and 3.
+static inline int32x4_t dot_wide_part(int32x4_t sum, uint8x16_t w, uint8x16_t even, uint8x16_t odd) {
+  const int16x8_t both = vreinterpretq_s16_u8(w), x = vreinterpretq_s16_u8(even), y = vreinterpretq_s16_u8(odd);
+  const int16x8_t first = vshrq_n_s16(vshlq_n_s16(both, 8), 8), second = vshrq_n_s16(both, 8);
+  const int32x4_t low = vmlal_s16(vmull_s16(vget_low_s16(first), vget_low_s16(x)), vget_low_s16(second), vget_low_s16(y));
+  const int32x4_t high = vmlal_high_s16(vmull_high_s16(first, x), second, y);
+  return vaddq_s32(sum, vpaddq_s32(low, high));
+}
+static inline Ints dot_wide(Ints sum, Bytes w, Bytes even, Bytes odd) {
+  return {dot_wide_part(sum.a, w.a, even.a, odd.a), dot_wide_part(sum.b, w.b, even.b, odd.b),
+          dot_wide_part(sum.c, w.c, even.c, odd.c), dot_wide_part(sum.d, w.d, even.d, odd.d)};
+}
+
+#define RQ_BF16_DOT 0
+
+// 16 numbers in memory of each float dtype; the first `count` of them.
+static inline float32x4_t of_half(uint16x4_t a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }
+static inline float32x4_t of_bfloat16(uint16x4_t a) { return vreinterpretq_f32_u32(vshll_n_u16(a, 16)); }
+static inline Floats load_dtype(const void* p, int32_t dtype, int count) {
+  uint8_t copy[64] = {0};
+  if (count < 16) {
+    memcpy(copy, p, (size_t)count * (dtype == RQ_F32 ? 4 : 2));
+    p = copy;
+  }
+  if (dtype == RQ_F32) return load_floats((const float*)p);
+  const uint16_t* from = (const uint16_t*)p;
+  struct { uint16x4_t a, b, c, d; } const halves = {vld1_u16(from), vld1_u16(from + 4), vld1_u16(from + 8), vld1_u16(from + 12)};
+  if (dtype == RQ_F16) return RQ_ONE(of_half, halves);
+  return RQ_ONE(of_bfloat16, halves);
+}
+static inline uint16x4_t to_half(float32x4_t a) { return vreinterpret_u16_f16(vcvt_f16_f32(a)); }
+// To the nearest, ties to even; NaN keeps its upper bits, quiet.
+static inline uint16x4_t to_bfloat16(float32x4_t a) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(a), tie = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t up = vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7FFF)), tie);
+  return vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), up, vorrq_u32(bits, vdupq_n_u32(0x400000))), 16);
+}
+static inline void store_dtype(void* p, int32_t dtype, int count, Floats a) {
+  uint8_t copy[64];
+  void* to = count < 16 ? copy : p;
+  if (dtype == RQ_F32) {
+    store_floats((float*)to, a);
+  } else {
+    uint16_t* half = (uint16_t*)to;
+    const bool brain = dtype == RQ_BF16;
+    vst1_u16(half, brain ? to_bfloat16(a.a) : to_half(a.a));
+    vst1_u16(half + 4, brain ? to_bfloat16(a.b) : to_half(a.b));
+    vst1_u16(half + 8, brain ? to_bfloat16(a.c) : to_half(a.c));
+    vst1_u16(half + 12, brain ? to_bfloat16(a.d) : to_half(a.d));
+  }
+  if (count < 16) memcpy(p, copy, (size_t)count * (dtype == RQ_F32 ? 4 : 2));
+}
+#endif
