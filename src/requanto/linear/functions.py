@@ -19,14 +19,23 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from requanto.linear import embedding, linear, times
 from requanto.linear.convolution import as_autocast, convolution
+from requanto.linear.registry import find_plan
 from requanto.runtime.tracing import in_functorch_transform, is_tracing
 from requanto.tensor.dispatch import implements_aten, implements_function
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.values import run_on_values, values_of
 
+#: classes of a bias that brings no behaviour of its own
+_NO_SUBCLASS = (type(None), torch.nn.Parameter, torch.Tensor)
+
 
 @implements_function(F.linear)
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    # A token's GEMM takes a few microseconds, as long as the checks below and those of `linear`: a plan needs none of them.
+    if type(input) is torch.Tensor and type(weight) is QTensor and type(bias) in _NO_SUBCLASS and not input.is_nested:
+        gemm = None if weight._spec.transposed or torch.compiler.is_compiling() else find_plan(input, weight, bias)
+        if gemm is not None:
+            return gemm(input, weight, bias)
     if isinstance(input, QTensor):
         input = values_of(input, "linear")
     if isinstance(bias, QTensor):

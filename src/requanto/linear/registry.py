@@ -16,7 +16,7 @@ from requanto.dtypes.qtypes import qtype
 from requanto.linear.columns import column_for
 from requanto.runtime.devices import made_current
 from requanto.runtime.settings import registry_state
-from requanto.runtime.tracing import needs_gradient, runs_eagerly
+from requanto.runtime.tracing import runs_eagerly
 from requanto.scales.order import in_order
 from requanto.scales.rotation import rotate
 from requanto.tensor.layout import LOCK, layout_named
@@ -193,11 +193,16 @@ def find_plan(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Ge
     that. Plans belong to the weight's storage, which drops them when its tensors change.
     """
     plan = weight._storage.plans.get((x.shape, x.dtype, registry_state.version))
-    if plan is None or plan.activation is not weight._spec.activation or not runs_eagerly():
+    if plan is None:
         return None
-    if x.is_cpu is not plan.cpu or torch.is_autocast_enabled("cpu" if plan.cpu else x.device.type):
+    gemm, activation, cpu = plan
+    if activation is not weight._spec.activation or not runs_eagerly() or x.is_cpu is not cpu:
         return None
-    return None if needs_gradient(x, bias) else plan.gemm
+    if torch.is_autocast_enabled("cpu" if cpu else x.device.type):
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):  # `needs_gradient`
+        return None
+    return gemm
 
 
 def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
