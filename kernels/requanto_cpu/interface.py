@@ -87,6 +87,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "rq_error": (c_char_p, (c_int,)),
     "rq_abi": (c_int, ()),
     "rq_set_parallel": (None, (c_void_p, c_void_p)),
+    "rq_forked": (c_int, ()),
     "rq_gemm_scratch": (c_int64, (_GEMM, c_int64)),
     "rq_gemm_least_scratch": (c_int64, (_GEMM,)),
     "rq_gemm": (c_int, (_GEMM, c_void_p, c_void_p, c_void_p)),

@@ -164,9 +164,14 @@ def _names(text: bytes) -> list[str]:
 
 
 def _after_fork() -> None:
-    """In the child of a fork, no other thread exists that could hold the lock."""
+    """In the child of a fork, no other thread exists: none that could hold the lock, and none that kernels could use."""
     global _lock
     _lock = threading.Lock()
+    if _loaded is not None and _loaded.rq_forked():
+        logger.info(
+            "a fork of a process whose CPU kernels ran on several threads: here they run on one, since OpenMP's threads do "
+            "not survive a fork. Start processes by spawn or forkserver to use more"
+        )
 
 
 if hasattr(os, "register_at_fork"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import re
+import signal
 
 import pytest
 import requanto_cpu
@@ -88,3 +90,29 @@ def test_constants_are_those_of_the_header() -> None:
     assert len(values) > 20
     for name, value in values.items():
         assert getattr(interface, name) == value, name
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_after_several_threads() -> None:
+    """OpenMP waits forever for threads that a fork does not have, so loops run in one there; an alarm ends a wait."""
+    library = requanto_cpu.library()
+    plain = torch.randint(0, 256, (4096, 1024), dtype=torch.uint8, device="cpu")
+    packed = torch.empty(4096 * 1024, dtype=torch.uint8, device="cpu")
+
+    def pack() -> int:
+        return library.rq_pack(plain.data_ptr(), 4, 4096, 2048, 0, packed.data_ptr())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert pack() == 0
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            os._exit(pack())
+        assert os.waitpid(child, 0)[1] == 0
+        assert pack() == 0
+    finally:
+        torch.set_num_threads(before)

@@ -16,6 +16,7 @@
 namespace rq {
 RqParallelFor parallel_for = nullptr;
 RqThreads thread_count = nullptr;
+bool used_threads = false;
 }  // namespace rq
 
 namespace {
@@ -182,6 +183,12 @@ RQ_API int rq_abi(void) { return RQ_ABI; }
 RQ_API void rq_set_parallel(RqParallelFor parallel, RqThreads threads) {
   rq::parallel_for = parallel;
   rq::thread_count = threads;
+}
+
+RQ_API int rq_forked(void) {
+  if (!rq::used_threads) return 0;
+  rq_set_parallel(nullptr, nullptr);
+  return 1;
 }
 
 RQ_API int64_t rq_gemm_scratch(const RqGemm* gemm, int64_t rows) {

@@ -116,6 +116,9 @@ RQ_API int rq_abi(void);  // RQ_ABI of the sources it was built from
 typedef int32_t (*RqParallelFor)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 typedef int32_t (*RqThreads)(uint32_t* count);
 RQ_API void rq_set_parallel(RqParallelFor parallel, RqThreads threads);
+// For the child of a fork, in which the parent's threads do not exist though OpenMP would wait for them: if a loop has run on
+// several threads, all later ones run in one. Returns 1 if so, else 0.
+RQ_API int rq_forked(void);
 enum { RQ_ABI = 1 };
 
 // Bytes of scratch that `rq_gemm` wants for all rows at once, and the fewest that it can work with.
