@@ -120,7 +120,12 @@ def checkout(folder: Path) -> list[str]:
 
 
 def built_wheel(source: Path, folder: Path, **environment: str) -> Path:
-    command = [sys.executable, *"-m pip wheel --no-deps --no-build-isolation -q -w".split(), str(folder), str(source)]
+    command = [
+        sys.executable,
+        *["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w"],
+        str(folder),
+        str(source),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, **environment})
     (wheel,) = folder.glob("*.whl")
     return wheel

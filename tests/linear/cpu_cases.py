@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from requanto_cpu.interface import RqGemm, RqWeight
 
 GEMM, SCRATCH, LEAST_SCRATCH, DEQUANTIZE, DEQUANTIZE_PLAIN, PACK, UNPACK, CODES, ROWS_TO_INT8 = range(9)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cpu_cases
+
 from requanto_cpu import build
 
 _MAIN = Path(__file__).resolve().parents[2] / "kernels" / "tests" / "cpu_main.cpp"

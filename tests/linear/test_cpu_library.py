@@ -9,11 +9,11 @@ import re
 import signal
 
 import pytest
-import requanto_cpu
 import torch
-from requanto_cpu import build, interface
 
+import requanto_cpu
 from requanto.dtypes import bit_packing
+from requanto_cpu import build, interface
 
 
 def strips(codes: torch.Tensor, bits: int) -> torch.Tensor:
