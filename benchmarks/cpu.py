@@ -1,207 +1,174 @@
-"""Quantized GEMMs on a CPU: speed relative to bf16 ``F.linear`` of the same run, compared with peers and goals.
+"""Quantized GEMMs on every class of processor that this one can be capped to, relative to the best float of that class.
 
-    python benchmarks/cpu.py                                         # Requanto
-    python benchmarks/cpu.py --peers --peers-python VENV/bin/python  # and optimum-quanto, torchao, bitsandbytes
-    python benchmarks/cpu.py --table                                 # the tables of docs/cpu.md, from the results
+    python benchmarks/cpu.py --threads 1                                  # Requanto, all classes of this processor
+    python benchmarks/cpu.py --libraries llama.cpp openvino --peers-python PYTHON    # others, an interpreter that has them
+    python benchmarks/cpu.py --table                                      # the tables of docs/cpu.md, from the results
+    python benchmarks/cpu.py --below                                      # cells that miss their goal
 
-Each library runs in its own process, which also runs the baseline. If it crashes or takes longer than --timeout, the results
-so far are stored and the rest stays empty.
-Writes benchmarks/results/cpu_<threads>threads.json; `--plot` draws docs/images/cpu_speed.png from it. Whole models:
-benchmarks/cpu_models.py.
+A class is a set of instructions: REQUANTO_CPU caps Requanto's kernels, ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and
+MKL_ENABLE_INSTRUCTIONS torch's own. "native" caps nothing. Each library and class runs in a process of its own, which
+also times bf16 and float32 `F.linear`: the faster of the two, in the same rounds, is 1. One thread: CPU time; more:
+wall time. Adds to benchmarks/results/cpu.json, so parts can be measured one by one.
+Whole models: benchmarks/cpu_models.py; convolutions and embeddings: benchmarks/cpu_layers.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from common import RESULTS, interleaved, write
-from cpu_tables import GOALS, ROWS, SHAPES, markdown, plot, show
+from common import RESULTS, command, machine
+from cpu_libraries import KINDS, LIBRARIES
+from cpu_tables import ROWS, below, markdown, plot, show
 
-COPIES = 3  # together with the baseline's buffers several times the last-level cache
-#: Rows of x from which one copy and fewer rounds are enough, since a GEMM is no longer bound by memory.
-MANY = 512
-#: Types that are also measured without compiled kernels, as on a machine without a C++ compiler.
-EAGER = ("int4", "int2", "float8")
-Layer = Callable[[torch.Tensor], torch.Tensor]
+FILE = RESULTS / "cpu.json"
+#: out_features, in_features: a large model's layer, one that is no multiple of 64, and SmolLM2's.
+SHAPES = ((4096, 4096), (1000, 1112), (576, 1536))
 
 
-def requanto_layers(weight: torch.Tensor) -> dict[str, Layer]:
-    import requanto
-    from requanto.linear import linear
-    from requanto.runtime.settings import settings
-
-    def quantize(kind: str) -> torch.nn.Parameter:
-        return torch.nn.Parameter(requanto.QTensor.quantize(weight, kind), requires_grad=False)
-
-    def eager(x: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        settings.compiled = False
-        try:
-            return linear(x, parameter)
-        finally:
-            settings.compiled = None
-
-    weights = {kind: quantize(kind) for kind in ("int8", "int4", "int2", "float8")}
-    layers: dict[str, Layer] = {kind: (lambda x, w=w: linear(x, w)) for kind, w in weights.items()}
-    both = quantize("int8")
-    both.activation = requanto.qint8
-    layers["int8 x int8"] = lambda x: linear(x, both)
-    for kind in EAGER:
-        other = quantize(kind)  # a separate weight: it is packed, or its scales are ordered, in another way
-        layers[f"{kind} eager"] = lambda x, w=other: eager(x, w)
-    return layers
+def _caps(level: str, aten: str, onednn: str, mkl: str) -> dict[str, str]:
+    return {
+        "REQUANTO_CPU": level,
+        "ATEN_CPU_CAPABILITY": aten,
+        "ONEDNN_MAX_CPU_ISA": onednn,
+        "MKL_ENABLE_INSTRUCTIONS": mkl,
+    }
 
 
-def _module(weight: torch.Tensor) -> torch.nn.Sequential:
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
-    linear.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    return torch.nn.Sequential(linear)
-
-
-def quanto_layers(weight: torch.Tensor) -> dict[str, Layer]:
-    from optimum import quanto
-
-    layers = {}
-    for name, kind in (("int8", quanto.qint8), ("int4", quanto.qint4), ("float8", quanto.qfloat8)):
-        layers[name] = _module(weight)
-        quanto.quantize(layers[name], weights=kind)
-        quanto.freeze(layers[name])
-    return layers
-
-
-def torchao_layers(weight: torch.Tensor) -> dict[str, Layer]:
-    from torchao import quantization as ao
-
-    layers = {}
-    for name, config in (
-        ("int8", ao.Int8WeightOnlyConfig()),
-        ("float8", ao.Float8WeightOnlyConfig()),
-        ("int8 x int8", ao.Int8DynamicActivationInt8WeightConfig()),
-    ):
-        layers[name] = _module(weight)
-        ao.quantize_(layers[name], config)
-    return layers
-
-
-def bitsandbytes_layers(weight: torch.Tensor) -> dict[str, Layer]:
-    import bitsandbytes as bnb
-
-    layer = bnb.nn.Linear4bit(
-        weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4"
-    )
-    layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
-    return {"nf4": layer.to("cpu")}
-
-
-LIBRARIES = {
-    "requanto": requanto_layers,
-    "optimum-quanto": quanto_layers,
-    "torchao": torchao_layers,
-    "bitsandbytes": bitsandbytes_layers,
+#: By class: the flag of /proc/cpuinfo that it needs, and what caps a processor to it.
+CLASSES: dict[str, tuple[str, dict[str, str]]] = {
+    "avx2": ("avx2", _caps("avx2", "avx2", "AVX2", "AVX2")),
+    "avxvnni": ("avx_vnni", _caps("avxvnni", "avx2", "AVX2_VNNI", "AVX2")),
+    "avx512": ("avx512bw", _caps("avx512", "avx512", "AVX512_CORE", "AVX512")),
+    "vnni": ("avx512_vnni", _caps("vnni", "avx512", "AVX512_CORE_VNNI", "AVX512")),
+    "bf16": ("avx512_bf16", _caps("bf16", "avx512", "AVX512_CORE_BF16", "AVX512")),
+    "amx": ("amx_bf16", _caps("amx", "avx512", "AVX512_CORE_AMX", "AVX512")),
+    "native": ("", {}),
 }
 
 
-def calls(
-    x: torch.Tensor, weights: list[torch.Tensor], built: list[dict[str, Layer]]
-) -> dict[str, list[Callable[[], object]]]:
-    """The calls to time for this x, by name; one for each copy of the weights."""
-    copies = 1 if x.shape[0] >= MANY else COPIES
-    found: dict[str, list[Callable[[], object]]] = {"bf16": [lambda w=w: F.linear(x, w) for w in weights[:copies]]}
-    for name in built[0]:
-        # Few rows of int4 use torch's operator with and without compiled kernels.
-        if not (name.startswith("int") and name.endswith("eager")) or x.shape[0] >= 16:
-            found[name] = [lambda layer=layers[name]: layer(x) for layers in built[:copies]]
-    return found
+def here() -> list[str]:
+    """Classes that this processor can run."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return [name for name, (flag, _) in CLASSES.items() if flag in flags and flag]
 
 
-def worker(library: str, shape: tuple[int, int], seconds: float) -> None:
-    """Measures one library and shape; prints a line of JSON for each number of rows."""
-    torch.manual_seed(0)
-    weights = [torch.randn(shape, dtype=torch.bfloat16) / 64 for _ in range(COPIES)]
-    built = [LIBRARIES[library](weight) for weight in weights]
-    with torch.inference_mode():
-        for rows in ROWS:
-            x = torch.randn(rows, shape[1], dtype=torch.bfloat16)
-            candidates = calls(x, weights, built)
-            found = interleaved(candidates, "bf16", seconds, least=3 if rows >= MANY else 5)
-            print(json.dumps({"library": library, "shape": shape, "rows": rows, "results": found}), flush=True)
-
-
-def run(python: str, library: str, shape: tuple[int, int], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs `worker` in its own process; returns a result for each number of rows that was measured in time."""
-    arguments = ["--worker", library, "--shape", *map(str, shape), "--seconds", str(options.seconds)]
-    arguments += ["--threads", str(options.threads)]
-    rows, start = [], time.monotonic()
+def run(library: str, kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one library on one class, up to the end, a failure or the time limit."""
+    python = sys.executable if library == "requanto" else options.peers_python
+    orders = {
+        "library": library,
+        "threads": options.threads,
+        "seconds": options.seconds,
+        "shapes": options.shapes,
+        "dtypes": options.dtypes,
+        "rows": options.rows,
+        "kinds": options.kinds,
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **CLASSES[kind][1]}
+    rows: list[dict[str, Any]] = []
+    start = time.monotonic()
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([python, __file__, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True)
+        child = subprocess.Popen(
+            [python, str(Path(__file__).with_name("cpu_child.py")), json.dumps(orders)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        )
         stop = threading.Timer(options.timeout, child.kill)
         stop.start()
         assert child.stdout is not None
         for line in child.stdout:
-            if line.startswith('{"library"'):
-                rows.append(json.loads(line))
-                took = time.monotonic() - start
-                print(f"{library} {shape[0]} x {shape[1]}, M={rows[-1]['rows']}: {took:.0f} s", flush=True)
+            if not line.startswith("{"):
+                print(f"  {library}: {line.strip()}", flush=True)
+                continue
+            rows.append(json.loads(line))
+            if "results" in rows[-1]:
+                show(rows[-1])
         status = child.wait()
         in_time = stop.is_alive()
         stop.cancel()
         errors.seek(0)
-        why = f"exit status {status}: {errors.read().strip()[-300:]}"
-    if status:
-        rows.append({"library": library, "shape": shape, "failed": why})
-        if not in_time:
-            rows[-1]["failed"] = f"longer than {options.timeout:.0f} s"
-        print(f"{library} {shape[0]} x {shape[1]}: {rows[-1]['failed']}", flush=True)
+        if status:
+            why = f"exit status {status}: {errors.read().strip()[-300:]}"
+            rows.append({"failed": why if in_time else f"longer than {options.timeout:.0f} s"})
+            print(f"{library}: {rows[-1]['failed']}", flush=True)
+    print(f"{library} {kind}, {options.threads} thread(s): {time.monotonic() - start:.0f} s", flush=True)
     return rows
 
 
-def results(threads: int) -> Any:
-    """File with the results for a number of threads."""
-    return RESULTS / f"cpu_{threads}threads.json"
+def merge(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a part after it was measured again: cells that were not are kept."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get("shape", ())), row.get("dtype"), row.get("rows"), "bytes" in row, "failed" in row
+
+    kept = {key(row): row for row in old if "failed" not in row}
+    for row in new:
+        before = kept.get(key(row), {})
+        # Types that were left out this time keep what they had; their ratios belong to another run's float.
+        kept[key(row)] = before | row | {"results": before["results"] | row["results"]} if "results" in before else row
+    return list(kept.values())
+
+
+def commit() -> str:
+    """Commit of this checkout."""
+    root = str(RESULTS.parent.parent)
+    found = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each candidate and number of rows")
-    parser.add_argument("--timeout", type=float, default=150, help="time limit in seconds for one library and shape")
-    parser.add_argument("--peers", action="store_true", help="also measure optimum-quanto, torchao and bitsandbytes")
-    parser.add_argument("--peers-python", default=sys.executable, help="an interpreter that can import them")
-    parser.add_argument("--plot", action="store_true", help="draw docs/images/cpu_speed.png")
+    """Measures and stores, or prints what is stored."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--classes", nargs="*", choices=list(CLASSES), help="default: all that this processor has")
+    parser.add_argument("--libraries", nargs="*", choices=list(LIBRARIES), default=["requanto"])
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="types of Requanto's weights")
+    parser.add_argument("--dtypes", nargs="*", choices=["bf16", "f16", "f32"], default=["bf16", "f16", "f32"])
+    parser.add_argument("--rows", nargs="*", type=int, default=list(ROWS))
+    parser.add_argument("--shapes", nargs="*", type=lambda text: [int(n) for n in text.split("x")], default=SHAPES)
+    parser.add_argument("--seconds", type=float, default=0.05, help="for each candidate of a cell, about")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds for each library and class")
+    parser.add_argument("--peers-python", default=sys.executable, help="an interpreter that has the other libraries")
+    parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--table", action="store_true", help="print the stored results as markdown and stop")
-    parser.add_argument("--worker", choices=list(LIBRARIES), help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--below", action="store_true", help="print stored cells that miss their goal and stop")
+    parser.add_argument(
+        "--plot", action="store_true", help="draw docs/images/cpu_speed.png of the stored results and stop"
+    )
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.worker:
-        worker(options.worker, tuple(options.shape), options.seconds)
-        return
-    picture = RESULTS.parent.parent / "docs" / "images" / "cpu_speed.png"
-    if options.table:
-        found = {threads: json.loads(results(threads).read_text()) for threads in (1, 2) if results(threads).exists()}
-        print(markdown(found))
+    stored = json.loads(options.file.read_text()) if options.file.exists() else {"parts": {}}
+    if options.table or options.below or options.plot:
+        if options.table:
+            print(markdown(stored))
+        if options.below:
+            print("\n".join(below(stored)))
         if options.plot:
-            plot(found[options.threads]["results"], picture)
+            plot(stored, RESULTS.parent.parent / "docs" / "images" / "cpu_speed.png")
         return
-    rows: list[dict[str, Any]] = []
-    for library in LIBRARIES if options.peers else ("requanto",):
-        for shape in SHAPES:
-            python = sys.executable if library == "requanto" else options.peers_python
-            rows += run(python, library, shape, options)
-            # Written after each, so that an interrupted run loses little.
-            write(results(options.threads), {"goals": GOALS, "rows_of_x": ROWS, "results": rows})
-    show(rows)
-    if options.plot:
-        plot(rows, picture)
+    torch.set_num_threads(options.threads)
+    for library in options.libraries:
+        for kind in options.classes or here():
+            about = machine()
+            rows = run(library, kind, options)
+            name = f"{library} {kind} {options.threads}"
+            old = stored["parts"].get(name, {}).get("rows", [])
+            about |= {"threads": options.threads, "caps": CLASSES[kind][1]}
+            part = {"library": library, "class": kind, "threads": options.threads, "command": command()}
+            stored["parts"][name] = {**part, "commit": commit(), "machine": about, "rows": merge(old, rows)}
+            options.file.write_text(json.dumps(stored, indent=None, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,99 +1,138 @@
-"""Output of benchmarks/cpu.py: a table with goals, the tables of docs/cpu.md, a plot."""
+"""Output of benchmarks/cpu.py: lines, the tables of docs/cpu.md, cells that miss their goal, a plot."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SHAPES = ((4096, 4096), (14336, 4096))
-ROWS = (1, 16, 128, 1024)
-# ratio to bf16 at ROWS
-GOALS = {
-    "int8": (1.8, 0.95, 0.9, 0.95),
-    "int4": (2.5, 0.95, 0.9, 0.9),
-    "int2": (2.0, 0.9, 0.9, 0.9),
-    "float8": (1.2, 0.9, 0.9, 0.9),
-    "int8 x int8": (1.6, 1.7, 2.0, 1.6),
-}
+ROWS = (1, 4, 16, 64, 128, 512, 2048)
+FLOATS = ("bf16", "f16", "f32")
+#: The least ratio to the best float: of every cell, and what a few rows are to reach.
+FLOOR = 0.95
+CLASS_ORDER = ("avx2", "avxvnni", "avx512", "vnni", "bf16", "amx", "native")
 Row = dict[str, Any]
 
 
-def _cells(rows: list[Row], shape: tuple[int, int]) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Results by library and type, then by rows of x."""
-    table: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
-    for row in rows:
-        if tuple(row["shape"]) == shape and "results" in row:
-            for name, found in row["results"].items():
-                if name != "bf16":
-                    table.setdefault((row["library"], name), {})[row["rows"]] = found
-    return table
+def show(row: Row) -> None:
+    """Prints one result as a line."""
+    shape = "x".join(map(str, row["shape"]))
+    own = {name: found for name, found in row["results"].items() if name not in FLOATS}
+    floats = ", ".join(f"{f} {row['results'][f]['ms']:.3g}" for f in FLOATS if f in row["results"])
+    texts = " ".join(
+        f"{name} {found['ratio']:.2f}{'!' if found['ratio'] < FLOOR else ''}" for name, found in own.items()
+    )
+    print(f"{shape:10} {row['dtype']:4} M={row['rows']:<5} ms {floats} | {texts}", flush=True)
 
 
-def show(rows: list[Row]) -> None:
-    """Prints every result with its goal."""
-    for shape in SHAPES:
-        print(f"\n{shape[0]} x {shape[1]}: ratio to bf16 (of the fastest tenth), goal in brackets")
-        for row in rows:
-            if tuple(row["shape"]) == shape and "failed" in row:
-                print(f"  {row['library']} failed: {row['failed'].splitlines()[-1] if row['failed'] else ''}")
-        print(f"  {'':32}" + "".join(f"{f'M={m}':22}" for m in ROWS))
-        for (library, name), cells in _cells(rows, shape).items():
-            texts = {}
-            for m, found in cells.items():
-                texts[m] = f"{found['ratio']:.2f} ({found['best_ratio']:.2f})"
-                if library == "requanto" and name in GOALS:
-                    texts[m] += f" [{GOALS[name][ROWS.index(m)]}]"
-            print(f"  {library + ' ' + name:32}" + "".join(f"{texts.get(m, ''):22}" for m in ROWS))
+def cells(stored: Row) -> Iterator[tuple[Row, Row, str, Row]]:
+    """Part, row, type and figures of every measured cell that is not float."""
+    for part in stored["parts"].values():
+        for row in part["rows"]:
+            for name, found in row.get("results", {}).items():
+                if name not in FLOATS:
+                    yield part, row, name, found
 
 
-def markdown(documents: dict[int, dict[str, Any]]) -> str:
-    """The tables of docs/cpu.md as markdown, from the results by number of threads."""
-    lines = []
-    for shape in SHAPES:
-        lines += [f"Ratio to bf16 `F.linear`, {shape[0]} x {shape[1]} (above 1 is faster):", ""]
-        lines += ["| threads | | " + " | ".join(f"M={m}" for m in ROWS) + " |", "|---" * (2 + len(ROWS)) + "|"]
-        for threads, document in sorted(documents.items()):
-            for (library, name), cells in _cells(document["results"], shape).items():
-                texts = [f"{cells[m]['ratio']:.2f}" if m in cells else "" for m in ROWS]
-                lines.append(f"| {threads} | {library} {name} | " + " | ".join(texts) + " |")
-        lines.append("")
+def below(stored: Row) -> list[str]:
+    """Lines for Requanto's cells below the floor, the slowest first, and a line with their number."""
+    found, count = [], 0
+    for part, row, name, figures in cells(stored):
+        if part["library"] != "requanto":
+            continue
+        count += 1
+        if max(figures["ratio"], figures["best_ratio"]) < FLOOR:
+            shape = "x".join(map(str, row["shape"]))
+            where = f"{part['class']}, {part['threads']} thread(s), {shape}, {row['dtype']}, {row['rows']} rows"
+            found.append((figures["ratio"], f"{figures['ratio']:.2f} ({figures['best_ratio']:.2f})  {name}: {where}"))
+    return [line for _, line in sorted(found)] + [f"{len(found)} of {count} cells are below {FLOOR}"]
+
+
+def _table(stored: Row, shape: tuple[int, int], threads: int) -> list[str]:
+    """One table: a line for each library, type and number of rows, a column for each class; bf16 / f16 / f32 models."""
+    found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
+    classes: set[str] = set()
+    for part, row, name, figures in cells(stored):
+        if tuple(row["shape"]) == shape and part["threads"] == threads:
+            key = (part["library"], name, row["rows"])
+            found.setdefault(key, {}).setdefault(part["class"], {})[row["dtype"]] = figures["ratio"]
+            classes.add(part["class"])
+    if not found:
+        return []
+    columns = [name for name in CLASS_ORDER if name in classes]
+    lines = ["| | rows | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for (library, name, rows), by_class in found.items():
+        texts = []
+        for column in columns:
+            own = by_class.get(column, {})
+            texts.append(" / ".join(f"{own[f]:.2f}" for f in FLOATS if f in own))
+        lines.append(
+            f"| {name if library == 'requanto' else f'{library} {name}'} | {rows} | " + " | ".join(texts) + " |"
+        )
+    return lines
+
+
+def markdown(stored: Row) -> str:
+    """The tables of docs/cpu.md as markdown."""
+    shapes = dict.fromkeys(
+        tuple(row["shape"]) for part in stored["parts"].values() for row in part["rows"] if "shape" in row
+    )
+    lines: list[str] = []
+    for shape in shapes:
+        for threads in sorted({part["threads"] for part in stored["parts"].values()}):
+            table = _table(stored, shape, threads)
+            if table:
+                lines += [f"{shape[0]} x {shape[1]}, {threads} thread{'s'[: threads - 1]}:", "", *table, ""]
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draws speed over rows of x, one panel for each shape."""
+def plot(stored: Row, path: Path) -> None:
+    """Draws speed over rows of x, one panel for each class, bfloat16 models of 4096 x 4096 on one thread."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(SHAPES), figsize=(12, 4.5), sharey=True)
-    styles = {"requanto": ("-", "o", 2.2), "optimum-quanto": ("--", "s", 1), "torchao": (":", "^", 1.2)}
-    colors = {"int8": "C0", "int4": "C1", "int2": "C2", "float8": "C3", "int8 x int8": "C4", "nf4": "C5"}
-    for axis, shape in zip(axes, SHAPES):
-        for (library, name), cells in _cells(rows, shape).items():
-            kind = name.removesuffix(" eager")
-            if kind not in colors:
-                continue
-            line, marker, width = styles.get(library, ("-.", "v", 1.2))
-            if kind != name:
-                line, width = (0, (1, 1)), 1.6
+    chosen: dict[str, dict[str, dict[int, float]]] = {}
+    for part, row, name, figures in cells(stored):
+        if part["threads"] == 1 and tuple(row["shape"]) == (4096, 4096) and row["dtype"] == "bf16":
+            label = name if part["library"] == "requanto" else f"{part['library']} {name}"
+            chosen.setdefault(part["class"], {}).setdefault(label, {})[row["rows"]] = figures["ratio"]
+    classes = [name for name in CLASS_ORDER if name in chosen]
+    figure, axes = plt.subplots(1, len(classes), figsize=(4 * len(classes), 4.4), sharey=True, squeeze=False)
+    labels = list(dict.fromkeys(label for own in chosen.values() for label in own))
+    ours = [label for label in labels if label.split()[0] in _own_names(stored)]
+    colors = {label: f"C{i % 10}" for i, label in enumerate(ours)} | dict.fromkeys(set(labels) - set(ours), "0.6")
+    markers = dict(zip([label for label in labels if label not in ours], "sv^<>DPX*hd" * 4))
+    for axis, name in zip(axes[0], classes):
+        for label, points in chosen[name].items():
+            own = label in ours
             axis.plot(
-                list(cells),
-                [found["best_ratio"] for found in cells.values()],
-                linestyle=line,
-                marker=marker,
-                lw=width,
-                ms=4,
-                color=colors[kind],
-                label=f"{library} {name}",
+                list(points),
+                list(points.values()),
+                "-" if own else ":",
+                marker="o" if own else markers[label],
+                lw=1.8 if own else 0.9,
+                ms=3.5,
+                color=colors[label],
+                label=label,
             )
         axis.axhline(1, color="black", lw=0.8)
-        axis.set(xscale="log", yscale="log", title=f"{shape[0]} x {shape[1]}", xlabel="rows of x")
+        axis.set(xscale="log", yscale="log", title=name, xlabel="rows of x")
         axis.set_xticks(ROWS, [str(m) for m in ROWS])
-        axis.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 4], ["0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "4"])
+        axis.minorticks_off()
+        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+        axis.set_yticks(ticks, [str(tick) for tick in ticks])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("speed relative to bf16")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.tight_layout()
+    axes[0][0].set_ylabel("speed, best float of the class = 1")
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="center right")
+    figure.tight_layout(rect=(0, 0, 1 - 1.7 / (4 * len(classes)), 1))
     figure.savefig(path, dpi=110)
+
+
+def _own_names(stored: Row) -> set[str]:
+    return {name.split()[0] for part, _, name, _ in cells(stored) if part["library"] == "requanto"}
