@@ -12,8 +12,13 @@ os.environ.setdefault("REQUANTO_CACHE", str(Path(__file__).parents[1] / ".pytest
 
 import pytest
 import torch
+from cpu_levels import Levels
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Levels())
 
 
 @pytest.fixture(autouse=True)

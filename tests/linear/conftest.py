@@ -1,7 +1,12 @@
+import contextlib
+
 import pytest
 import torch
+from cpu_levels import PROPERTY
 
+import requanto_cpu
 from requanto import QTensor
+from requanto.runtime.settings import registry_state
 
 
 @pytest.fixture
@@ -16,3 +21,46 @@ def layer():
         return module
 
     return make
+
+
+def _levels() -> list[str]:
+    """Instruction sets of kernels that this processor has; ``["torch"]`` where the library cannot be used."""
+    try:
+        return requanto_cpu.levels()
+    except requanto_cpu.LibraryUnavailable:
+        return ["torch"]
+
+
+@contextlib.contextmanager
+def _at(level: str, properties: list):
+    """Kernels of that level alone; the closing line of a run names those that ran."""
+    properties.append((PROPERTY, level))
+    if level == "torch":
+        yield level
+        return
+    before = requanto_cpu.level()
+    requanto_cpu.set_level(level)
+    registry_state.changed()  # plans depend on it
+    try:
+        yield level
+    finally:
+        requanto_cpu.set_level(before)
+        registry_state.changed()
+
+
+@pytest.fixture(params=_levels())
+def cpu_level(request):
+    """Each level of the CPU kernels that this processor has."""
+    with _at(request.param, request.node.user_properties):
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def at_level():
+    """A context manager for one of `names`, for tests that draw it."""
+
+    def at(level: str):
+        return _at(level, [])
+
+    at.names = _levels()
+    return at

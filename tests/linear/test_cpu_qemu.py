@@ -5,27 +5,50 @@
 
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import cpu_cases
 import pytest
 import torch
+from cpu_levels import MISSING, PROPERTY
 from cpu_programs import SANITIZE, Program, program
+
+from requanto_cpu import build
 
 #: Processors that qemu emulates, and the levels of kernels that they have.
 ARM = {"cortex-a72": ["neon"], "cortex-a76": ["neon", "dotprod"]}
 X86 = {"Nehalem": [], "SandyBridge": [], "Haswell": ["avx2"]}
+EVEX = Path(__file__).resolve().parents[2] / "kernels" / "tests" / "evex.h"
 is_x86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def needs(*commands: str) -> None:
-    missing = [command for command in commands if shutil.which(command) is None]
+    missing = missing_of(*commands)
     if missing:
-        pytest.skip(f"{', '.join(missing)} not installed (Debian: g++-aarch64-linux-gnu, qemu-user)")
+        pytest.skip(missing)
+
+
+def missing_of(*commands: str) -> str:
+    """What is not installed of these, or nothing."""
+    missing = [command for command in commands if shutil.which(command) is None]
+    return f"{', '.join(missing)} not installed (Debian: g++-aarch64-linux-gnu, qemu-user)" if missing else ""
+
+
+@pytest.fixture
+def noted(record_property: Callable[[str, object], None]) -> Callable[[str, str], None]:
+    """Tells the closing line of a run that a level runs by an emulator, or skips and tells it what is missing."""
+
+    def note(level: str, how: str, *commands: str) -> None:
+        if missing := missing_of(*commands):
+            record_property(MISSING, f"{level}: {missing}")
+            pytest.skip(missing)
+        record_property(PROPERTY, f"{level} ({how})")
+
+    return note
 
 
 def arm(processor: str) -> Program:
-    needs("aarch64-linux-gnu-g++", "qemu-aarch64")
     return program("aarch64-linux-gnu-g++", "aarch64").emulated(
         "qemu-aarch64", "-cpu", processor, "-L", "/usr/aarch64-linux-gnu"
     )
@@ -38,7 +61,8 @@ def packing(seed: int) -> list[cpu_cases.Case]:
 
 
 @pytest.mark.parametrize("processor", ARM)
-def test_arm(processor: str, tmp_path: Path) -> None:
+def test_arm(processor: str, tmp_path: Path, noted: Callable[..., None]) -> None:
+    noted(ARM[processor][-1], "qemu-user", "aarch64-linux-gnu-g++", "qemu-aarch64")
     emulated = arm(processor)
     assert emulated.levels() == ARM[processor]
     emulated.compare(packing(1), ARM[processor][-1], tmp_path, threads=2)
@@ -53,6 +77,24 @@ def test_nothing_beyond_the_processor_is_executed(processor: str, tmp_path: Path
     assert emulated.levels() == X86[processor]
     if X86[processor]:
         emulated.compare(packing(2), X86[processor][-1], tmp_path)
+
+
+@pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
+def test_avx_vnni_by_the_instructions_of_avx512(
+    tmp_path: Path, noted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of AVX-VNNI, on processors that have its dot product in the other encoding alone."""
+    native = program("g++").levels()
+    if "avxvnni" in native:
+        return  # test_cpu_sweep.py runs them
+    if "vnni" not in native:
+        pytest.skip("this processor has neither AVX-VNNI nor AVX-512 VNNI")
+    noted("avxvnni", "by AVX-512 VNNI")
+    flags = (*build.LEVELS["x86_64"]["vnni"], "-include", str(EVEX))
+    monkeypatch.setitem(build.LEVELS["x86_64"], "avxvnni", flags)
+    emulated = program("g++", more=("-DRQ_TEST_EVEX",))
+    assert "avxvnni" in emulated.levels()
+    emulated.compare(packing(4), "avxvnni", tmp_path, threads=2)
 
 
 def test_no_access_outside_of_the_buffers(tmp_path: Path) -> None:

@@ -54,12 +54,16 @@ bool has_avx2() {
   const unsigned c = cpuid(1, 0).c;
   return bit(c, 12) && bit(c, 28) && bit(c, 29) && bit(leaf7(0).b, 5) && has_saved(0x6);  // FMA, AVX, F16C, AVX2
 }
-bool has_avxvnni() { return has_avx2() && bit(leaf7(1).a, 4); }
 bool has_avx512() {
   const unsigned b = leaf7(0).b;
   return has_avx2() && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31) && has_saved(0xe6);  // F, DQ, BW, VL
 }
 bool has_vnni() { return has_avx512() && bit(leaf7(0).c, 11); }
+#ifdef RQ_TEST_EVEX  // compiled with kernels/tests/evex.h
+bool has_avxvnni() { return has_vnni(); }
+#else
+bool has_avxvnni() { return has_avx2() && bit(leaf7(1).a, 4); }
+#endif
 bool has_bf16() { return has_vnni() && bit(leaf7(1).a, 5); }
 bool has_amx() {
   const unsigned d = leaf7(0).d;
