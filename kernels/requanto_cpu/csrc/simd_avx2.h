@@ -91,6 +91,12 @@ static inline Floats fnma(Floats a, Floats b, Floats c) {  // c - a * b
   return {_mm256_fnmadd_ps(a.a, b.a, c.a), _mm256_fnmadd_ps(a.b, b.b, c.b)};
 }
 
+// A sum that is complete here: compilers turn additions in a row into trees otherwise, whose parts do not fit into registers.
+static inline __m256i kept(__m256i sum) {
+  __asm__("" : "+x"(sum));
+  return sum;
+}
+
 // Integer dot products: of each row, 4 unsigned bytes of the weight by 4 signed bytes of x, added to a sum.
 // `Partial` sums up to `partial_steps(bits)` products of codes below 2^bits by codes of x from -127 to 127, and is then added
 // to a sum of 32 bits. 0: sums of two such products do not fit into 16 bits, and x has to be in 16 bits (`dot_wide`).
@@ -107,7 +113,8 @@ static inline Ints widen(Ints sum, Partial p) { return sum + p; }
 struct Partial { __m256i a, b; };  // of each row 2 sums of 16 bits
 constexpr int partial_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : bits == 7 ? 1 : 0; }
 static inline Partial dot(Partial sum, Bytes w, Bytes x) {
-  return {_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x.a)), _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x.b))};
+  return {kept(_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x.a))),
+          kept(_mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x.b)))};
 }
 static inline Ints widen(Ints sum, Partial p) {
   const __m256i ones = _mm256_set1_epi16(1);
@@ -122,7 +129,7 @@ static inline __m256i dot_wide_half(__m256i sum, __m256i w, __m256i even, __m256
 #if RQ_VNNI
   return _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(sum, first, even), second, odd);
 #else
-  return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(first, even), _mm256_madd_epi16(second, odd)));
+  return kept(_mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(first, even), _mm256_madd_epi16(second, odd))));
 #endif
 }
 static inline Ints dot_wide(Ints sum, Bytes w, Bytes even, Bytes odd) {

@@ -58,6 +58,12 @@ static inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, 
 static inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a * b + c
 static inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 
+// A sum that is complete here: compilers turn additions in a row into trees otherwise, whose parts do not fit into registers.
+static inline __m512i kept(__m512i sum) {
+  __asm__("" : "+v"(sum));
+  return sum;
+}
+
 // Integer dot products: of each row, 4 unsigned bytes of the weight by 4 signed bytes of x, added to a sum.
 // `Partial` sums up to `partial_steps(bits)` products of codes below 2^bits by codes of x from -127 to 127, and is then added
 // to a sum of 32 bits. 0: sums of two such products do not fit into 16 bits, and x has to be in 16 bits (`dot_wide`).
@@ -74,7 +80,7 @@ struct Partial { __m512i v; };  // of each row 2 sums of 16 bits
 constexpr int partial_steps(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : bits == 7 ? 1 : 0; }
 static inline Partial no_partial() { return {_mm512_setzero_si512()}; }
 static inline Partial dot(Partial sum, Bytes w, Bytes x) {
-  return {_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, x.v))};
+  return {kept(_mm512_add_epi16(sum.v, _mm512_maddubs_epi16(w.v, x.v)))};
 }
 static inline Ints widen(Ints sum, Partial a) {
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, _mm512_set1_epi16(1)))};
@@ -88,7 +94,7 @@ static inline Ints dot_wide(Ints sum, Bytes w, Bytes even, Bytes odd) {
   return {_mm512_dpwssd_epi32(_mm512_dpwssd_epi32(sum.v, first, even.v), second, odd.v)};
 #else
   const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(first, even.v), _mm512_madd_epi16(second, odd.v));
-  return {_mm512_add_epi32(sum.v, products)};
+  return {kept(_mm512_add_epi32(sum.v, products))};
 #endif
 }
 
