@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from requanto.linear.api import packed_gemm
-from requanto.linear.cpu import onednn_bf16
-from requanto.linear.cpu.aot import cache, calls
+from requanto.linear.cpu import library
 from requanto.linear.cpu.dequantize import rows_rounded_once
+from requanto.linear.cpu.rows import FLOATS
 from requanto.linear.gpu import convolution as gpu_convolution
 from requanto.linear.gpu import dequantize as gpu_dequantize
 from requanto.linear.prepack import expected_layout
@@ -96,9 +96,9 @@ def _conv2d_as_gemm(
     groups: int = 1,
 ) -> torch.Tensor | None:
     """`F.conv2d` as a GEMM of image patches with the prepacked weight; None if that is slower or not supported."""
-    if x.dtype != torch.bfloat16 or x.dim() != 4 or groups != 1 or x.shape[1] != weight.shape[1]:
+    if x.dtype not in FLOATS or x.dim() != 4 or groups != 1 or x.shape[1] != weight.shape[1]:
         return None
-    if weight.activation is not None or isinstance(padding, str) or not cache.wanted(calls.NIBBLES):
+    if weight.activation is not None or isinstance(padding, str) or library.find() is None:
         return None
     kernel = weight.shape[2:]
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
@@ -111,7 +111,7 @@ def _conv2d_as_gemm(
     max_pixels = MAX_PIXELS_1X1 if pointwise else min(MAX_PIXELS, weight.numel() // WEIGHTS_PER_PIXEL)
     if height < 1 or width < 1 or not 0 < pixels <= max_pixels:
         return None
-    if not onednn_bf16.fits(*weight.matrix_shape) or expected_layout(weight, x.dtype) == "plain":
+    if expected_layout(weight, x.dtype) == "plain":
         return None
     patches = x.flatten(2) if pointwise else F.unfold(x, kernel, dilation, padding, stride)
     rows = patches.transpose(1, 2).contiguous().view(pixels, -1)

@@ -212,6 +212,18 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 _linear.register_autograd(_backward, setup_context=_setup)
 
 
+@_operator("stored_rows")
+def _stored_rows(index: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int]) -> torch.Tensor:
+    from requanto.linear.embedding import stored_rows
+
+    return stored_rows(_weight(parts, words, shape, torch.float32), index)
+
+
+@_stored_rows.register_fake
+def _(index, parts, words, shape):  # type: ignore[no-untyped-def]
+    return parts[0].new_empty((index.shape[0], shape[-1]), dtype=torch.float32)
+
+
 @_operator("grouped_linear")
 def _grouped(
     x: torch.Tensor, offsets: torch.Tensor, parts: list[torch.Tensor], words: str, shape: list[int], flip: bool

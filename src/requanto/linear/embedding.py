@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from requanto.dtypes.bit_packing import pack
+from requanto.linear import custom_ops
 from requanto.linear.columns import as_shown
+from requanto.linear.cpu import rows as cpu
 from requanto.linear.cpu.dequantize import codes_to_float
 from requanto.linear.gpu import dequantize as gpu
 from requanto.linear.prepack import EMBEDDING_WEIGHT
 from requanto.runtime import onnx_nodes
-from requanto.runtime.tracing import in_jit_trace, is_tracing, runs_eagerly
+from requanto.runtime.tracing import in_jit_trace, is_tracing, runs_eagerly, without_autocast
 from requanto.scales.rotation import rotate
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor, scaled_values
@@ -32,7 +34,8 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
     if weight.transposed or weight.axis != 0:
         raise NotImplementedError("embedding needs a weight quantized along its rows; call .dequantize() first")
     storage = weight._storage
-    if storage.layout is PLAIN and storage.stays_plain != EMBEDDING_WEIGHT:
+    # A CPU looks up rows of packed weights as fast as of plain ones, so a table that is multiplied too is packed for that.
+    if storage.layout is PLAIN and storage.stays_plain != EMBEDDING_WEIGHT and not storage.parts["qdata"].is_cpu:
         storage.stays_plain = EMBEDDING_WEIGHT
     with torch._C.DisableTorchFunctionSubclass():  # else each access to a QTensor's shape is a Python call
         if in_jit_trace():
@@ -41,14 +44,40 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
         if is_tracing() and onnx_nodes.exporting():
             rows = _onnx_rows(weight, flat)
         elif weight.is_packed and is_tracing():
-            rows = weight.dequantize()[flat]
+            rows = weight.dequantize()[flat] if weight.dim() > 2 else _traced_rows(weight, flat)
         elif weight.dim() == 2 and gpu.by_kernel(weight):
             rows = gpu.gathered_rows(weight, flat)
-        elif _simple(weight):
-            rows = _values(weight, flat)
         else:
-            rows = _picked(weight, flat).dequantize()
-        return rows.view(*indices.shape, *weight.shape[1:])
+            found = _by_library(weight, flat) if storage.parts["qdata"].is_cpu and runs_eagerly() else None
+            if found is not None:
+                rows = found
+            elif _simple(weight):
+                rows = _values(weight, flat)
+            else:
+                rows = _picked(weight, flat).dequantize()
+        return rows.view(*indices.shape, *weight._spec.shape[1:])
+
+
+def _by_library(weight: QTensor, indices: torch.Tensor) -> torch.Tensor | None:
+    """These rows by the C library of CPU kernels; None if it cannot read the weight."""
+    parts, rotation = weight._storage.parts, weight._spec.rotation
+    if rotation is None and not any(name in parts for name in ("column", "order", "up")):
+        return cpu.gather(weight, indices, weight._spec.dtype)
+    values = cpu.gather(weight, indices, torch.float32)
+    return None if values is None else _finished(weight, values, indices)
+
+
+def _traced_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
+    """These rows of a packed weight, of which the codes are looked up by an operator of the graph."""
+    values = torch.ops.requanto.stored_rows(indices, *custom_ops.arguments(weight))
+    return _finished(weight, values, indices)
+
+
+def _finished(weight: QTensor, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows in the weight's dtype from their dequantized codes, float32."""
+    up = None if weight.up is None else torch.index_select(weight.up, 0, indices)
+    with without_autocast(weight.device):
+        return gpu.finished(values, weight, 0, up).to(weight.dtype)
 
 
 def _onnx_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
@@ -61,6 +90,12 @@ def _onnx_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
     if weight.up is not None and weight.down is not None:
         values = values + torch.index_select(weight.up, 0, indices).float() @ weight.down.float()
     return values.to(weight.dtype)
+
+
+def stored_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows ``[len(indices), K]`` of the dequantized codes in float32, without what belongs to the weight besides."""
+    found = cpu.gather(weight, indices, torch.float32) if indices.is_cpu else None
+    return _picked(weight, indices).stored_values() if found is None else found
 
 
 def _picked(weight: QTensor, indices: torch.Tensor) -> QTensor:

@@ -65,7 +65,7 @@ _NO_KERNEL = "no kernel runs here (no Triton, or an older GPU): "
 _CONVOLUTIONS = {
     _KERNEL: "dequantized by a kernel in each call, then the vendor's convolution",
     _TORCH: _NO_KERNEL + "dequantized by torch in each call, then the vendor's convolution",
-    _CPU: "dequantized into a scratch buffer, then torch's convolution; bfloat16 images of few pixels as a GEMM of patches",
+    _CPU: "dequantized into a scratch buffer, then torch's convolution; images of few pixels as a GEMM of patches",
     "reference": "dequantized by torch in each call, then torch's convolution",
 }
 _LOOKUPS = {
@@ -113,7 +113,8 @@ def explain(
         if convolved or (looked_up and len(looked_up) == len(readers)):
             continue
         float_type = dtype or parameter.dtype
-        layout = "plain" if looked_up else expected_layout(parameter, float_type, activation)
+        plain = looked_up and parameter.device.type != "cpu"
+        layout = "plain" if plain else expected_layout(parameter, float_type, activation)
         # A transposed matrix is read as stored: x @ W, as in Conv1D.
         stored = parameter if parameter.dim() == 3 else parameter.as_matrix()
         for count in (rows,) if isinstance(rows, int) else rows:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from requanto.dtypes.qtypes import qint8, qtype
-from requanto.linear.cpu import float8, fused_dequantize, int4, onednn_bf16, onednn_int8
-from requanto.linear.cpu.aot import cache, calls
+from requanto.dtypes.qtypes import qtype
+from requanto.linear.cpu import library
+from requanto.linear.cpu.strips import STRIPS
+from requanto.linear.cpu.strips import fits as fits_strips
 from requanto.linear.gpu import humming
 from requanto.linear.gpu import layout as gpu_layout
 from requanto.runtime.settings import registry_state, settings
@@ -23,13 +24,10 @@ from requanto.tensor.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
-#: Smaller weights (number of elements) are not packed: reading them is a small part of a GEMM's time.
+#: Smaller weights (number of elements) are not packed on a GPU: reading them is a small part of a GEMM's time.
 SMALLEST = 2**20
-#: The same on a CPU for int4 and int2, which are slow to decode from the plain layout (SmolLM2, whose layers have 10^5 to
-#: 10^6 weights, generates four times as many tokens per second packed), and for int8 with int8 activations, whose GEMM is
-#: two to three times as fast packed. int8 weights with float activations are slower packed below `SMALLEST`, unless compiled
-#: kernels read them.
-SMALLEST_ON_CPU = 2**16
+#: The same on a CPU.
+SMALLEST_ON_CPU = 2**12
 #: Why a small weight stays plain.
 SMALL = "it is small"
 #: Why an embedding's weight stays plain.
@@ -52,35 +50,13 @@ def layout_for(weight: QTensor, dtype: torch.dtype | None = None, activation: qt
         return other
     if gpu_layout.fits(weight, activation):
         return gpu_layout.EXEC
-    if weight.device.type != "cpu" or spec.axis != 0 or len(spec.shape) not in (2, 4):
-        return None
-    if spec.qtype == qint8:
-        right = not spec.affine and spec.group_size is None and spec.row_length <= onednn_int8.MAX_K
-        activation = activation or spec.activation
-        wanted = activation == qint8 or (activation is None and (dtype or spec.dtype) != torch.float32)
-        return onednn_int8.layout(*spec.matrix_shape) if right and wanted else None
-    if float8.fits(weight):
-        return float8.LAYOUT
-    if not int4.fits(weight):
-        return None
-    if (dtype or spec.dtype) == torch.bfloat16:
-        return int4.layout()
-    # Other dtypes are dequantized: int4 as fast from the plain layout, which needs no second copy of the scales. Without a
-    # dtype, `prepare` asks: x may have any.
-    faster = spec.qtype.bits < 4 or dtype is None
-    return int4.layout() if spec.group_size in int4.GROUPS and faster else None
+    # `dtype` makes no difference: the kernels read x in any.
+    return STRIPS if weight.device.type == "cpu" and fits_strips(spec) and library.find() is not None else None
 
 
-def _smallest(weight: QTensor, layout: Layout, activation: qtype | None) -> int:
+def _smallest(layout: Layout) -> int:
     """Number of elements from which on that layout is faster than the plain one."""
-    if isinstance(layout, (int4.Int4Layout, float8.Float8Layout)):
-        return SMALLEST_ON_CPU
-    if isinstance(layout, onednn_int8.Int8Layout):
-        if (activation or weight.activation) == qint8:
-            return SMALLEST_ON_CPU
-        if cache.wanted(calls.INT8) and onednn_bf16.fits(*weight.matrix_shape):
-            return SMALLEST_ON_CPU
-    return SMALLEST
+    return SMALLEST_ON_CPU if layout is STRIPS else SMALLEST
 
 
 def expected_layout(weight: QTensor, dtype: torch.dtype, activation: qtype | None = None) -> str:
@@ -94,7 +70,7 @@ def expected_layout(weight: QTensor, dtype: torch.dtype, activation: qtype | Non
     if weight._storage.stays_plain or not settings.pack_on_first_use:
         return PLAIN.name
     layout = layout_for(weight, dtype, activation)
-    pays = layout is not None and weight.numel() >= _smallest(weight, layout, activation)
+    pays = layout is not None and weight.numel() >= _smallest(layout)
     return layout.name if pays else PLAIN.name  # type: ignore[union-attr]
 
 
@@ -136,17 +112,11 @@ def _pack(
     layout = layout_for(weight, dtype, activation)
     if layout is not None and not humming.ready(weight, layout):  # compiles its kernels; the next choice is another
         layout = layout_for(weight, dtype, activation)
-    if layout is None:  # float8 has a layout for compiled kernels only: ask again when something has changed
+    if layout is None:  # ask again when something has changed
         storage.declined = (registry_state.version, dtype, activation)
         return False
-    if weight.numel() < (_smallest(weight, layout, activation) if smallest is None else smallest):
+    if weight.numel() < (_smallest(layout) if smallest is None else smallest):
         storage.declined = (registry_state.version, dtype, activation)
-        return False
-    # The layout is of no use without its kernels, which are compiled now if they have never been. No lock is held meanwhile.
-    family = (
-        _required_family(weight, layout, activation) if smallest is None else _family_required_to_read(weight, layout)
-    )
-    if family is not None and not calls.ready(family):
         return False
     with LOCK:
         # Codes that keep their order stay in the memory that they share.
@@ -192,42 +162,11 @@ def shared(weight: QTensor) -> str | None:
     return None
 
 
-def _family_required_to_read(weight: QTensor, layout: Layout) -> str | None:
-    """The family of compiled kernels that every GEMM with that layout needs; None if there is one without kernels."""
-    if isinstance(layout, float8.Float8Layout):
-        return calls.FLOAT8
-    return calls.NIBBLES if isinstance(layout, int4.Int4Layout) and int4.only_for_kernels(weight) else None
-
-
-def _required_family(weight: QTensor, layout: Layout, activation: qtype | None) -> str | None:
-    """The family of compiled kernels without which that layout is not faster than the plain one, or not readable."""
-    if isinstance(layout, onednn_int8.Int8Layout):
-        return calls.INT8 if (activation or weight.activation) is None and weight.numel() < SMALLEST else None
-    return _family_required_to_read(weight, layout)
-
-
-def _load_kernels(weight: QTensor) -> None:
-    """Loads the compiled kernels for this packed weight's GEMMs; compiles them if they are not in the cache."""
-    layout = weight._storage.layout
-    if isinstance(layout, onednn_int8.Int8Layout):
-        family = calls.INT8 if weight.activation is None else calls.INT8_INT8
-    elif isinstance(layout, int4.Int4Layout):
-        family = calls.NIBBLES
-    elif isinstance(layout, float8.Float8Layout):
-        family = calls.FLOAT8
-    else:
-        return
-    fits = family == calls.INT8_INT8 or onednn_bf16.fits(*weight.matrix_shape)
-    if weight.dtype != torch.float32 and cache.wanted(family) and fits:
-        calls.ready(family)
-
-
 def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
     """Packs every linear layer's weight for this machine now, instead of at its first GEMM.
 
     Saving and moving the model is not affected: both use the plain layout. Call it before ``torch.compile``, which cannot
-    pack, or to avoid a delay at the first token. It also compiles the CPU kernels that are not in the cache yet
-    (`requanto.linear.cpu.aot.cache`).
+    pack, or to avoid a delay at the first token. On a CPU it also loads the library of kernels, or builds it.
 
     Args:
         smallest: weights with fewer elements are not packed; None: measured thresholds.
@@ -235,7 +174,10 @@ def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
     Returns:
         Name of the layout by parameter name, for the packed parameters.
     """
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    multiplied = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m._parameters.values()}
+    # A CPU looks up rows of packed weights as fast as of plain ones.
+    looked_up = {id(t) for t in tables if t.device.type != "cpu" or id(t) not in multiplied}
     done = {}
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, QTensor) or id(parameter) in looked_up:
@@ -243,9 +185,6 @@ def prepare(model: nn.Module, *, smallest: int | None = None) -> dict[str, str]:
         # Convolutions use a packed weight only for small images, and the image size is not known here.
         if parameter.dim() != 4 and _pack(parameter, smallest=smallest):
             done[name] = parameter.layout_name
-            _load_kernels(parameter)
-        elif not parameter.is_packed:
-            fused_dequantize.ready(parameter, parameter.dtype)
     logger.info("packed %d weights for this machine", len(done))
     return done
 

@@ -176,6 +176,7 @@ def _select(func: Any, args: tuple, kwargs: dict) -> QTensor:
         tensor,
         tensor._spec.replace(shape=shape, axis=tensor.axis - 1),
         lambda name, t: t if name in whole else aten.select.int(t, 0, index),
+        experts=True,
     )
     return return_and_correct_aliasing(func, args, kwargs, new)
 
@@ -233,6 +234,7 @@ def part_of(
     view: Callable[[str, torch.Tensor], torch.Tensor],
     *,
     rows: bool = True,
+    experts: bool = False,
     read_only: str | None = None,
 ) -> QTensor:
     """A slice of a weight: a write into either is a write into both.
@@ -241,6 +243,7 @@ def part_of(
         spec: spec of the slice.
         view: ``view(name, part)`` is the slice of one stored tensor, as a view; the tensor itself if it is shared.
         rows: True if the slice consists of whole rows (or experts).
+        experts: True if it consists of whole experts.
         read_only: why nothing can be written into the slice; None if it can.
     """
 
@@ -248,7 +251,7 @@ def part_of(
         return {name: view(name, part) for name, part in parts.items()}
 
     def viewable(layout: Layout) -> bool:
-        return layout is PLAIN or (rows and layout.rows_are_views)
+        return layout is PLAIN or (rows and layout.rows_are_views) or (experts and layout.experts_are_views)
 
     if tensor.is_packed and is_tracing():
         return type(tensor)._of(spec, slice_parts(tensor.inner_tensors()))
@@ -299,7 +302,7 @@ def narrow(tensor: QTensor, dim: int, start: int, end: int, step: int = 1) -> QT
     if axis <= spec.axis:
         whole = tensor.shared_along(axis)
         rows = (slice(None),) * axis + (slice(start, end, step),)
-        return part_of(tensor, new, lambda name, t: t if name in whole else t[rows])
+        return part_of(tensor, new, lambda name, t: t if name in whole else t[rows], experts=axis < spec.axis)
     groups = slice(start // group, end // group)
     bits, read_only = spec.code_bits, None
     for part, count in bits.items():

@@ -34,11 +34,13 @@ class Layout:
         name: shown by ``QTensor.layout_name`` and `requanto.explain`.
         extra: names of parts that this layout has in addition to those of the plain layout.
         rows_are_views: rows (and experts) of the codes can be sliced as views.
+        experts_are_views: experts can, whether or not rows can.
     """
 
     name = "plain"
     extra: tuple[str, ...] = ()
     rows_are_views = True
+    experts_are_views = False
 
     def pack(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
         """``qdata`` and `extra` in this layout, from the parts of the plain layout."""

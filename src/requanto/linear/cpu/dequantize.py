@@ -1,4 +1,4 @@
-"""Dequantizes rows of a weight: with a compiled kernel if there is one (`cpu.fused_dequantize`), else with vectorized
+"""Dequantizes rows of a weight: by the C library (`requanto.linear.cpu.rows`) if there is one, else with vectorized
 operators on blocks that fit into the cache.
 
 torch's cast from float8 is not used: on a CPU it converts one element at a time, and it is missing in some places. Instead,
@@ -14,10 +14,11 @@ import torch
 
 from requanto.dtypes.bit_packing import pack, unpack, unpack_pairs
 from requanto.dtypes.qtypes import qtype
-from requanto.linear.cpu import fused_dequantize
+from requanto.linear.cpu import rows as kernel
+from requanto.linear.cpu.weights import described
 from requanto.runtime.buffers import scratch_buffer
 from requanto.runtime.settings import settings
-from requanto.runtime.tracing import without_ambient_state
+from requanto.runtime.tracing import runs_eagerly, without_ambient_state
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.parts import scales_of_rows
 from requanto.tensor.qtensor import QTensor
@@ -31,14 +32,18 @@ def row_scaled(weight: QTensor) -> bool:
     return not weight.affine and weight.groups == 1
 
 
+def by_library(weight: QTensor, dtype: torch.dtype) -> bool:
+    """True if the library dequantizes this weight to ``dtype``."""
+    return dtype in kernel.FLOATS and runs_eagerly() and described(weight) is not None
+
+
 def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *, scaled: bool = True) -> torch.Tensor:
     """Dequantizes rows ``start .. stop`` of a weight's stored matrix into ``out`` ``[stop - start, K]``, in out's dtype.
 
     Args:
         scaled: False to leave out the scale of `row_scaled` weights.
     """
-    if scaled and out.is_contiguous() and fused_dequantize.ready(weight, out.dtype):
-        fused_dequantize.fill(weight, start, stop, out)
+    if scaled and runs_eagerly() and kernel.fill(weight, start, stop, out):
         return out
     rows, length = weight.lead.numel(), weight.row_length
     layout, parts = weight._storage.state
@@ -78,7 +83,7 @@ def rows_rounded_once(weight: QTensor, start: int, stop: int, out: torch.Tensor)
     column = weight.column
     if column is not None:
         column = column.float()
-    elif out.dtype.itemsize > 2 or fused_dequantize.ready(weight, out.dtype):
+    elif out.dtype.itemsize > 2 or by_library(weight, out.dtype):
         return dequantize_rows(weight, start, stop, out)
     step = max(1, min(BLOCK_BYTES, settings.workspace_bytes // 8) // max(1, 4 * weight.row_length))
     for begin in range(start, stop, step):

@@ -63,6 +63,13 @@ def run(
     return gemm(x, weight, bias)
 
 
+def run_float(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
+    """Computes ``x @ w.T`` without rounding x."""
+    found = described(weight)
+    assert found is not None
+    return Call(found, 0, FLOAT, x.shape[0], x.dtype)(x, weight, None)
+
+
 def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
     """Plan of `run` for one shape of x; None if the library cannot read the weight."""
     found = described(weight)
@@ -100,7 +107,7 @@ class Call:
         assert used is not None
         matrix = found.matrices[expert]
         self._found, self._check = found, used.check
-        self._function = _function(used)
+        self._function = function_of(used)
         self.out_features = matrix.rows
         gemm = used.interface.RqGemm()
         gemm.weight, gemm.rows = ctypes.pointer(matrix), rows
@@ -162,7 +169,7 @@ def scratch_bytes(used: library.Library, gemm: Any, rows: int) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _function(used: library.Library) -> Callable[..., int]:
+def function_of(used: library.Library) -> Callable[..., int]:
     address = ctypes.cast(used.functions.rq_gemm, ctypes.c_void_p).value
     assert address is not None
     return _PROTOTYPE(address)

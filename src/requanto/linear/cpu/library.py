@@ -115,7 +115,7 @@ def _load() -> None:
     else:
         try:
             functions = requanto_cpu.library()
-            if requanto_cpu.level():
+            if requanto_cpu.level() and _is_whole(functions, interface):
                 _library = Library(requanto_cpu, functions, interface)
                 return
             _why_not = "this processor has none of the instruction sets that they are built for (AVX2 or NEON)"
@@ -123,6 +123,21 @@ def _load() -> None:
             _why_not = str(error)
     registry_state.changed()
     logger.warning("no CPU kernels, so torch's operators run, several times slower: %s", _why_not)
+
+
+def _is_whole(functions: ctypes.CDLL, interface: ModuleType) -> bool:
+    """Whether the level has all kernels."""
+    weight, gemm = interface.RqWeight(), interface.RqGemm()
+    weight.rows, weight.length, weight.group, weight.groups, weight.bits, weight.block = 16, 32, 32, 1, 4, 32
+    weight.scale_kind, weight.scale_dtype, gemm.rows, gemm.x_stride, gemm.out_stride = 1, interface.F32, 1, 32, 16
+    gemm.weight, gemm.x_dtype, gemm.out_dtype = ctypes.pointer(weight), interface.F32, interface.F32
+    codes = (
+        functions.rq_dequantize(ctypes.byref(weight), 0, 0, None, None, interface.F32, 32),
+        functions.rq_dequantize_plain(ctypes.byref(weight), 0, 0, 0, None, None, interface.F32, 32),
+        functions.rq_rows_to_int8(None, interface.F32, 0, 32, 32, None, None, None),
+        functions.rq_gemm_scratch(ctypes.byref(gemm), 1),
+    )
+    return interface.E_MISSING not in codes
 
 
 def structs() -> Any:

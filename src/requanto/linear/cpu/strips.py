@@ -32,6 +32,7 @@ class StripsLayout(Layout):
 
     name = "strips"
     rows_are_views = False
+    experts_are_views = True
 
     def accepts(self, spec: WeightSpec) -> bool:
         kind, group = spec.qtype, spec.group_size

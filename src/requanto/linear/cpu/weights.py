@@ -137,7 +137,7 @@ class Described:
         if kind.is_codebook:
             found.code = _TABLE
             own = parts.get("codebook")
-            table = _fixed_table(kind) if own is None else _table_of(tuple(own.tolist()))
+            table = fixed_table(kind) if own is None else _table_of(tuple(own.tolist()))
             found.table, found.levels = table.values.data_ptr(), table.levels.data_ptr()
             found.level_scale = table.step
             self._kept += [table.values, table.levels]
@@ -189,7 +189,8 @@ class Table(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _fixed_table(kind: qtype) -> Table:
+def fixed_table(kind: qtype) -> Table:
+    """The codebook of a type with fixed values, as kernels take it."""
     assert kind.values is not None
     return make_table(kind.values)
 
@@ -202,7 +203,7 @@ def _table_of(values: tuple[float, ...]) -> Table:
 def table_of(weight: QTensor) -> Table:
     """The codebook of a weight as kernels take it."""
     own = weight._storage.parts.get("codebook")
-    return _fixed_table(weight._spec.qtype) if own is None else _table_of(tuple(own.float().tolist()))
+    return fixed_table(weight._spec.qtype) if own is None else _table_of(tuple(own.float().tolist()))
 
 
 def make_table(values: Sequence[float]) -> Table:

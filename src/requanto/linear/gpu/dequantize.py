@@ -64,7 +64,7 @@ def dequantized_rows(
         end = min(stop, begin + step, (matrix + 1) * per_matrix)
         values = stored_rows(weight, begin, end, torch.float32)
         own = None if up is None else up.reshape(weight.lead.numel(), -1)[begin:end]
-        out[begin - start : end - start] = _finished(values, weight, matrix, own)
+        out[begin - start : end - start] = finished(values, weight, matrix, own)
         begin = end
     return out
 
@@ -84,7 +84,7 @@ def gathered_rows(weight: QTensor, index: torch.Tensor) -> torch.Tensor:
     if plain:
         return values
     with without_autocast(weight.device):
-        return _finished(values, weight, 0, found.get("up")).to(weight.dtype)
+        return finished(values, weight, 0, found.get("up")).to(weight.dtype)
 
 
 def values(
@@ -127,8 +127,8 @@ def run(
     return wq_dequant(codes, scale, shift, k=length, dtype=width, **how).to(dtype)
 
 
-def _finished(values: torch.Tensor, weight: QTensor, matrix: int, up: torch.Tensor | None) -> torch.Tensor:
-    """float32 rows ``[rows, K]`` of the stored matrix number ``matrix`` as rows of the weight."""
+def finished(values: torch.Tensor, weight: QTensor, matrix: int, up: torch.Tensor | None) -> torch.Tensor:
+    """float32 rows ``[rows, K]`` of the stored matrix number ``matrix`` as rows of the weight; ``up`` are their own rows."""
     length = weight.row_length
     values = values if weight.rotation is None else rotate(values, weight.rotation)
     values = values if weight.column is None else values * weight.column.reshape(-1, length)[matrix].float()

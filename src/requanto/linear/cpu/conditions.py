@@ -1,0 +1,64 @@
+"""Which CPU implementation takes which GEMM. All numbers were measured: `python benchmarks/cpu_paths.py`, docs/cpu.md."""
+
+from __future__ import annotations
+
+import torch
+
+from requanto.dtypes.qtypes import qint8, qtype
+from requanto.linear.cpu import coded, library
+from requanto.linear.cpu.gemm import BLOCKS8, BLOCKS16, FLOAT, arithmetic
+from requanto.linear.cpu.strips import STRIPS
+from requanto.linear.cpu.weights import fixed_table
+from requanto.linear.registry import Problem
+
+#: dtypes of x that these implementations take.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+#: Most rows for which the library's GEMM is at least as fast as dequantizing the weight and torch's GEMM, by arithmetic.
+#: On processors that multiply bfloat16 torch's GEMM is twice as fast for x in bfloat16 as for other dtypes.
+ROWS = {BLOCKS8: 2**40, BLOCKS16: 2**40, FLOAT: 4}
+ROWS_BFLOAT16 = {BLOCKS8: 2**40, BLOCKS16: 128, FLOAT: 4}
+
+
+def on_cpu(problem: Problem) -> bool:
+    """GEMMs of any weight on a CPU."""
+    return problem.device == "cpu" and problem.dtype in FLOATS
+
+
+def in_strips(problem: Problem) -> bool:
+    """GEMMs with a packed weight as it is stored, for which there is the library."""
+    return on_cpu(problem) and problem.layout == STRIPS.name and not problem.transposed and library.find() is not None
+
+
+def gemm_rows(kind: qtype, how: int, dtype: torch.dtype) -> int:
+    """Most rows of x that the library's GEMM takes."""
+    used = library.find()
+    fast = dtype == torch.bfloat16 and used is not None and used.has_bfloat16
+    return (ROWS_BFLOAT16 if fast else ROWS)[how]
+
+
+def how_of(kind: qtype) -> int:
+    """The arithmetic for a type; a learned codebook is taken for one whose values integers stand for well."""
+    fixed = kind.is_codebook and not kind.is_learned
+    return arithmetic(kind, fixed_table(kind).error if fixed else 0.0)
+
+
+def takes(problem: Problem, how: int) -> bool:
+    """GEMMs of float x with that arithmetic."""
+    return (
+        problem.activation is None
+        and in_strips(problem)
+        and how_of(problem.qtype) == how
+        and problem.rows <= gemm_rows(problem.qtype, how, problem.dtype)
+    )
+
+
+def takes_coded(problem: Problem) -> bool:
+    """GEMMs of x in int8 and integer weights."""
+    kind = problem.qtype
+    return (
+        problem.activation == qint8
+        and in_strips(problem)
+        and not kind.is_codebook
+        and not kind.is_floating_point
+        and (problem.group_size is not None or problem.in_features <= coded.MAX_K)
+    )

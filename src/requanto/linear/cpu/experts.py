@@ -1,0 +1,77 @@
+"""GEMMs of fused experts: one call of the C library for each expert that has rows."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from requanto.linear import reference
+from requanto.linear.cpu import library, rows
+from requanto.linear.cpu.conditions import gemm_rows
+from requanto.linear.cpu.gemm import arithmetic_of, function_of, scratch_bytes
+from requanto.linear.cpu.multiply import float_dtype
+from requanto.linear.cpu.weights import DTYPES, Described, described
+from requanto.runtime.buffers import scratch_buffer, scratch_memory
+from requanto.tensor.qtensor import QTensor
+
+
+def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Rows of x ``[rows, K]``, sorted by expert, times the transposed weight of their expert: ``[rows, N]``.
+
+    Args:
+        weight: ``[E, N, K]``, in strips or plain.
+        offsets: ``[E]``, end row of each expert. Rows after the last end give zeros.
+    """
+    used = library.for_tensors(x)
+    found = None if used is None else described(weight)
+    if used is None or found is None or x.dtype not in rows.FLOATS:
+        return reference.run_grouped(x, weight, offsets)
+    x = x.resolve_neg().contiguous()
+    ends = [min(max(0, end), len(x)) for end in offsets.tolist()]
+    out = x.new_empty(len(x), weight.shape[1])
+    start = 0
+    how = arithmetic_of(weight)
+    few = gemm_rows(weight._spec.qtype, how, x.dtype) if found.strips and not weight.transposed else 0
+    calls: dict[int, Any] = {}
+    for expert, end in enumerate(ends):
+        count = end - start
+        if count <= 0:
+            continue
+        if count <= few:
+            if count not in calls:
+                calls[count] = _gemm(used, found, how, count, x.dtype)
+            gemm = calls[count]
+            gemm.weight = ctypes.pointer(found.matrices[expert])
+            scratch = scratch_memory(gemm.scratch_bytes, "gemm")
+            place = x.data_ptr() + start * x.shape[1] * x.itemsize
+            into = out.data_ptr() + start * out.shape[1] * out.itemsize
+            used.check(function_of(used)(ctypes.addressof(gemm), place, into, scratch.data_ptr()))
+        else:
+            _dequantized(x[start:end], weight, expert, out[start:end])
+        start = end
+    out[start:].zero_()
+    return out
+
+
+def _gemm(used: library.Library, found: Described, how: int, count: int, dtype: torch.dtype) -> Any:
+    matrix = found.matrices[0]
+    gemm = used.interface.RqGemm()
+    gemm.weight, gemm.rows = ctypes.pointer(matrix), count
+    gemm.x_stride, gemm.out_stride = matrix.length, matrix.rows
+    gemm.x_dtype = gemm.out_dtype = DTYPES[dtype]
+    gemm.arithmetic = how
+    gemm.scratch_bytes = scratch_bytes(used, gemm, count)
+    return gemm
+
+
+def _dequantized(x: torch.Tensor, weight: QTensor, expert: int, out: torch.Tensor) -> None:
+    """One expert's rows times its weight, dequantized into a scratch buffer."""
+    stored_rows, length = weight._spec.shape[1:]
+    dtype = float_dtype(x.dtype)
+    values = scratch_buffer((stored_rows, length), dtype)
+    first = expert * stored_rows
+    filled = rows.fill(weight, first, first + stored_rows, values)
+    assert filled
+    out.copy_(torch.mm(x.to(dtype), values if weight.transposed else values.t()))
