@@ -424,24 +424,24 @@ def tune(
 
 @app.command()
 def kernels(as_json: Json = False) -> None:
-    """Compile the CPU kernels for this machine now (e.g. in an image build) instead of at their first use."""
-    from requanto.linear.cpu.aot import cache, calls, trust
+    """Build the library of CPU kernels now where a wheel does not carry it (e.g. in an image build), and say what it has."""
+    import requanto_cpu
 
     with reported():
-        wanted = calls.kernels_for_this_cpu()
-        paths = {name: cache.path_of(name, source) for name, source in wanted.items()}
-        cached = {name for name, path in paths.items() if trust.intact(path)}
-        cache.load(wanted)
+        found = {
+            "library": str(requanto_cpu.path()),
+            "level": requanto_cpu.level(),
+            "levels of this processor": ", ".join(requanto_cpu.levels()),
+        }
         if as_json:
-            print(json.dumps({name: str(path) for name, path in paths.items()}))
-            return
-        table = Table("kernel", "", "file")
-        for name, path in paths.items():
-            table.add_row(name, "in the cache" if name in cached else "compiled", path.name)
-        console.print(f"Kernel cache: {cache.directory()}", markup=False, highlight=False, soft_wrap=True)
-        console.print(table)
-        if unused := ", ".join(name for name in calls.SOURCES if name not in wanted):
-            console.print(f"Not used on this processor: {unused}", markup=False, highlight=False, soft_wrap=True)
+            print(json.dumps(found))
+        else:
+            console.print(
+                "\n".join(f"{name}: {value}" for name, value in found.items()),
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 @app.command()

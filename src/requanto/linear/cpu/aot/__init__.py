@@ -1,1 +1,0 @@
-"""CPU kernels compiled by AOTInductor, with their cache on disk."""
