@@ -57,7 +57,8 @@ def write_gguf(config: Any, kind: str, path: Path) -> None:
         add(f"{block}.ffn_up", wide, hidden)
         add(f"{block}.ffn_down", hidden, wide)
     norm("output_norm")
-    add("output", config.vocab_size, hidden)
+    if not config.tie_word_embeddings:
+        add("output", config.vocab_size, hidden)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -107,6 +108,9 @@ class LlamaRunner:
         seconds = self._answer()["seconds"]
         if keep:
             self.times.setdefault(name, []).append(seconds)
+
+    def start(self) -> None:
+        """Nothing: the child has loaded its model."""
 
     def prefill(self, ids: torch.Tensor, keep: bool) -> None:
         self._step(str(ids.shape[1]), keep, ids[0].tolist(), fresh=True)
