@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import RESULTS, command, machine
 from cpu_libraries import KINDS, LIBRARIES
-from cpu_tables import ROWS, below, markdown, plot, show
+from cpu_tables import ROWS, below, markdown, plot, show, speeds
 
 FILE = RESULTS / "cpu.json"
 #: out_features, in_features: a large model's layer, one that is no multiple of 64, and SmolLM2's.
@@ -144,17 +144,20 @@ def main() -> None:
     parser.add_argument("--peers-python", default=sys.executable, help="an interpreter that has the other libraries")
     parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--table", action="store_true", help="print the stored results as markdown and stop")
+    parser.add_argument("--speed", action="store_true", help="print GB/s of weights read by one row and stop")
     parser.add_argument("--below", action="store_true", help="print stored cells that miss their goal and stop")
     parser.add_argument(
         "--plot", action="store_true", help="draw docs/images/cpu_speed.png of the stored results and stop"
     )
     options = parser.parse_args()
     stored = json.loads(options.file.read_text()) if options.file.exists() else {"parts": {}}
-    if options.table or options.below or options.plot:
+    if options.table or options.below or options.plot or options.speed:
         if options.table:
             print(markdown(stored))
         if options.below:
             print("\n".join(below(stored)))
+        if options.speed:
+            print("\n".join(speeds(stored)))
         if options.plot:
             plot(stored, RESULTS.parent.parent / "docs" / "images" / "cpu_speed.png")
         return

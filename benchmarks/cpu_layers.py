@@ -1,11 +1,12 @@
-"""Layers on a CPU other than matrices of whole blocks: speed relative to bf16 of the same run, and optimum-quanto's.
+"""Layers on a CPU other than matrices of whole blocks, relative to the best float of the same class of processor.
 
-    python benchmarks/cpu_layers.py                                 # Requanto
+    python benchmarks/cpu_layers.py                                 # Requanto, all classes of this processor
     python benchmarks/cpu_layers.py --peers-python VENV/bin/python  # and optimum-quanto, in its own process
     python benchmarks/cpu_layers.py --table                         # the table of docs/cpu.md
 
 Convolutions of an image model (by image size), embeddings (by tokens), matrices whose sizes are no multiples of 64, and
-matrices that are stored transposed. Writes benchmarks/results/cpu_layers.json.
+matrices that are stored transposed. 1 is the faster of bfloat16 and float32, of an embedding the table in the model's own
+dtype. Classes, clocks and caps are those of benchmarks/cpu.py. Adds to benchmarks/results/cpu_layers.json.
 """
 
 from __future__ import annotations
@@ -13,20 +14,26 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, interleaved, write
+from common import RESULTS, command, machine
+from cpu import CLASSES, commit, here
+from cpu_child import DTYPES, Cell
 from torch import nn
 
 FILE = RESULTS / "cpu_layers.json"
 #: Approximate bytes of bf16 weights that one round reads, and the maximum number of copies of a layer.
 READ, COPIES = 100e6, 12
-TYPES = ("int8", "int4", "float8")
+TYPES = ("int8", "int4", "float8", "nf4")
+#: Least ratios to the best float.
+GOALS = {"convolution": 0.95, "embedding": 0.8, "sizes no multiple of 64": 0.95, "stored transposed": 0.95}
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -133,89 +140,136 @@ def _runs(call: Callable[[], object], what: str) -> bool:
     return True
 
 
-def measured(library: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """A result for each layer and input."""
+def measured(library: str, orders: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A result for each layer, dtype and input."""
+    cell = Cell(orders["threads"])
     for case in CASES:
+        if case.kind not in orders["kinds"]:
+            continue
         torch.manual_seed(0)
         one = case.make()
-        copies = max(2, min(COPIES, int(READ / (2 * one.weight.numel()))))
-        floats = [case.make().bfloat16().eval() for _ in range(copies)]
-        built = [LIBRARIES[library](layer) for layer in floats]
-        for size, give in case.inputs.items():
-            x = give()
-            x = x.bfloat16() if x.is_floating_point() else x
-            candidates = {"bf16": [lambda layer=layer, x=x: layer(x) for layer in floats]}
-            for kind in built[0]:
-                calls = [lambda layer=layers[kind], x=x: layer(x) for layers in built]
-                if library == "requanto" or _runs(calls[0], f"{library} {kind}, {case.name}, {size}"):
-                    candidates[kind] = calls
-            with torch.inference_mode():
-                found = interleaved(candidates, "bf16", seconds)
-            yield {"library": library, "kind": case.kind, "layer": case.name, "input": size, "results": found}
+        copies = max(2, min(3 if case.kind == "convolution" else COPIES, int(READ / (2 * one.weight.numel()))))
+        for dtype in orders["dtypes"]:
+            made = [case.make().eval() for _ in range(copies)]
+            names = (dtype,) if case.kind == "embedding" else dict.fromkeys(("bf16", "f32"))
+            floats = {name: [copy.deepcopy(layer).to(DTYPES[name]) for layer in made] for name in names}
+            built = [LIBRARIES[library](layer.to(DTYPES[dtype])) for layer in made]
+            for size, give in case.inputs.items():
+                x = give()
+                if x.is_floating_point() and x.ndim == 2 and x.shape[0] > orders["most_rows"]:
+                    continue
+                candidates: dict[str, list[Callable[[], object]]] = {}
+                for name, layers in floats.items():
+                    own = x.to(DTYPES[name]) if x.is_floating_point() else x
+                    candidates[name] = [lambda layer=layer, own=own: layer(own) for layer in layers]
+                x = x.to(DTYPES[dtype]) if x.is_floating_point() else x
+                for kind in built[0]:
+                    calls = [lambda layer=layers[kind], x=x: layer(x) for layers in built]
+                    if library == "requanto" or _runs(calls[0], f"{library} {kind}, {case.name}, {size}"):
+                        candidates[kind] = calls
+                with torch.inference_mode() if library == "requanto" else torch.no_grad():
+                    found = cell.run(candidates, list(floats), orders["seconds"])
+                about = {"library": library, "kind": case.kind, "layer": case.name, "input": size, "dtype": dtype}
+                yield about | {"results": found}
 
 
-def worker(library: str, seconds: float) -> None:
-    for result in measured(library, seconds):
-        print(json.dumps(result), flush=True)
-
-
-def run(python: str, library: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(python: str, library: str, kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Runs one library in its own process; returns its results up to the end or a failure."""
-    command = [python, __file__, "--worker", library, "--seconds", str(options.seconds)]
-    command += ["--threads", str(options.threads)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    names = ("threads", "seconds", "dtypes", "kinds", "most_rows")
+    orders = json.dumps({name: getattr(options, name) for name in names})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), **CLASSES[kind][1]}
+    words = [python, __file__, "--worker", library, "--orders", orders]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
         rows = []
         for line in process.stdout or ():
-            rows.append(json.loads(line))
+            rows.append({"class": kind, "threads": options.threads, **json.loads(line)})
             row = rows[-1]
-            texts = [f"{kind} {found['ratio']:.2f}" for kind, found in row["results"].items() if kind != "bf16"]
-            print(f"{library}, {row['kind']} {row['layer']}, {row['input']}: {', '.join(texts)}", flush=True)
+            goal = GOALS[row["kind"]]
+            texts = [
+                f"{name} {found['ratio']:.2f}{'!' if found['ratio'] < goal else ''}"
+                for name, found in row["results"].items()
+            ]
+            print(f"{kind} {library}, {row['layer']}, {row['input']}, {row['dtype']}: {', '.join(texts)}", flush=True)
     if process.returncode:
         print(f"{library} ended with status {process.returncode}", file=sys.stderr)
-        rows.append({"library": library, "failed": f"status {process.returncode}"})
     return rows
 
 
 def table(document: dict[str, Any]) -> str:
-    """The table of docs/cpu.md as markdown."""
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    """The table of docs/cpu.md as markdown: a line for each layer and type, a column for each class, by dtype."""
+    cells: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     columns: list[str] = []
     for row in document["results"]:
-        if "failed" in row:
-            continue
-        own = cells.setdefault((row["kind"], row["layer"], row["input"]), {})
+        column = f"{row['class']}, {row['threads']}"
+        if column not in columns:
+            columns.append(column)
         for kind, found in row["results"].items():
-            column = "bf16, ms" if kind == "bf16" else f"{row['library']} {kind}"
-            if column not in columns:
-                columns.append(column)
-            own.setdefault(column, f"{found['ms']:.3g}" if kind == "bf16" else f"{found['ratio']:.2f}")
-    lines = ["| | | | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
-    lines += [
-        f"| {' | '.join(key)} | " + " | ".join(own.get(c, "") for c in columns) + " |" for key, own in cells.items()
-    ]
+            if kind not in DTYPES:
+                name = kind if row["library"] == "requanto" else f"{row['library']} {kind}"
+                key = (row["kind"], row["layer"], row["input"], name)
+                cells.setdefault(key, {}).setdefault(column, {})[row["dtype"]] = found["ratio"]
+    lines = ["| | | | | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
+    for key, own in cells.items():
+        texts = [" / ".join(f"{own.get(c, {})[d]:.2f}" for d in DTYPES if d in own.get(c, {})) for c in columns]
+        lines.append(f"| {' | '.join(key)} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def below(document: dict[str, Any]) -> list[str]:
+    """Requanto's cells that miss their goal."""
+    found, count = [], 0
+    for row in document["results"]:
+        for kind, figures in row["results"].items():
+            if kind in DTYPES or row["library"] != "requanto":
+                continue
+            count += 1
+            if max(figures["ratio"], figures["best_ratio"]) < GOALS[row["kind"]]:
+                where = f"{row['class']}, {row['kind']} {row['layer']}, {row['input']}, {row['dtype']}"
+                found.append(f"{figures['ratio']:.2f}  {kind}: {where}")
+    return [*sorted(found), f"{len(found)} of {count} cells miss their goals"]
 
 
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.7, help="approximate time for each layer, input and type")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--classes", nargs="*", choices=list(CLASSES), help="default: all that this processor has")
+    parser.add_argument("--dtypes", nargs="*", choices=list(DTYPES), default=["bf16", "f32"])
+    parser.add_argument("--kinds", nargs="*", choices=list(GOALS), default=list(GOALS))
+    parser.add_argument("--most-rows", type=int, default=1024, help="of x, for matrices")
+    parser.add_argument("--seconds", type=float, default=0.1, help="approximate time for each layer, input and type")
     parser.add_argument("--peers-python", help="an interpreter that has optimum-quanto")
+    parser.add_argument("--file", type=Path, default=FILE)
     parser.add_argument("--table", action="store_true", help="print the stored results as markdown and stop")
     parser.add_argument("--worker", choices=LIBRARIES, help=argparse.SUPPRESS)
+    parser.add_argument("--orders", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.table:
-        print(table(json.loads(FILE.read_text())))
-        return
     if options.worker:
-        worker(options.worker, options.seconds)
+        torch.set_num_threads(options.orders["threads"])
+        for result in measured(options.worker, options.orders):
+            print(json.dumps(result), flush=True)
         return
-    rows = run(sys.executable, "requanto", options)
-    if options.peers_python:
-        rows += run(options.peers_python, "optimum-quanto", options)
-    write(FILE, {"unit": "ratio to bf16, above 1 is faster; ms: milliseconds of one call", "results": rows})
+    stored = json.loads(options.file.read_text()) if options.file.exists() else {"results": []}
+    if options.table:
+        print(table(stored))
+        print("\n".join(below(stored)))
+        return
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("class", "threads", "library", "kind", "layer", "input", "dtype"))
+
+    for kind in options.classes or here():
+        rows = run(sys.executable, "requanto", kind, options)
+        if options.peers_python:
+            rows += run(options.peers_python, "optimum-quanto", kind, options)
+        merged = {key(row): row for row in stored.get("results", []) if "class" in row} | {
+            key(row): row for row in rows
+        }
+        about = machine() | {"threads": options.threads}
+        stored = {"command": command(), "commit": commit(), "machine": about, "goals": GOALS}
+        stored["unit"] = "ratio to the best float, above 1 is faster; ms: milliseconds of one call"
+        stored["results"] = list(merged.values())
+        options.file.write_text(json.dumps(stored, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,25 @@ def markdown(stored: Row) -> str:
     return "\n".join(lines)
 
 
+def speeds(stored: Row) -> list[str]:
+    """GB/s of weights that one row of x reads, beside a plain read of memory, by type."""
+    lines = []
+    for part in stored["parts"].values():
+        plain = next((row["reading_gb_per_s"] for row in part["rows"] if "reading_gb_per_s" in row), 0.0)
+        sizes = {(tuple(row["shape"]), row["dtype"]): row["bytes"] for row in part["rows"] if "bytes" in row}
+        for row in part["rows"]:
+            own = sizes.get((tuple(row.get("shape", ())), row.get("dtype")), {})
+            if row.get("rows") == 1 and own:
+                texts = [
+                    f"{name} {own[name] / found['best_ms'] / 1e6:.1f}"
+                    for name, found in row["results"].items()
+                    if own.get(name)
+                ]
+                where = f"{part['library']}, {part['class']}, {part['threads']}, {row['shape']}, {row['dtype']}"
+                lines.append(f"{where}: GB/s, plain read {plain} | {', '.join(texts)}")
+    return lines
+
+
 def plot(stored: Row, path: Path) -> None:
     """Draws speed over rows of x, one panel for each class, bfloat16 models of 4096 x 4096 on one thread."""
     import matplotlib
