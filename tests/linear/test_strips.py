@@ -112,7 +112,8 @@ def test_writes_copies_and_pickles_of_a_packed_weight(how: str) -> None:
     weight.scale = other.scale * 2
     assert weight.scale.stride() == (1, 48)
     weight.unpack()
-    assert weight.layout_name == "plain" and weight.scale.is_contiguous()
+    assert weight.layout_name == "plain"
+    assert weight.scale.is_contiguous()
 
 
 def test_scales_are_group_major_and_those_in_few_bits_stay_packed() -> None:
@@ -120,7 +121,8 @@ def test_scales_are_group_major_and_those_in_few_bits_stay_packed() -> None:
     scale, stored = weight.scale.clone(), weight._storage.parts["scale"].nbytes
     weight.pack(STRIPS)
     part = weight._storage.parts["scale"]
-    assert part.stride() == (1, 64) and part.nbytes == stored
+    assert part.stride() == (1, 64)
+    assert part.nbytes == stored
     assert torch.equal(weight.scale, scale)
 
 
@@ -136,7 +138,8 @@ def test_what_the_layout_is_for() -> None:
 
 def test_tables_as_integers() -> None:
     exact = weights.make_table((-6.0, -1.5, 0.0, 0.5, 4.0))
-    assert exact.step == 0.5 and exact.error == 0
+    assert exact.step == 0.5
+    assert exact.error == 0
     assert (exact.step * (exact.levels[:5].float() - 128)).tolist() == [-6.0, -1.5, 0.0, 0.5, 4.0]
     for kind in ("nf4", "nf2", "mxfp6_e3m2"):
         assert 0 < weights.fixed_table(quantized(kind, (16, 64)).qtype).error < weights.MOST_TABLE_ERROR
