@@ -97,6 +97,10 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "rq_unpack": (c_int, (c_void_p, c_int32, c_int64, c_int64, c_uint8, c_int64, c_int64, c_void_p)),
     "rq_codes": (c_int, (c_void_p, c_int32, c_int64, c_int64, c_uint8, c_int64, c_int64, c_void_p, c_void_p)),
     "rq_rows_to_int8": (c_int, (c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
+    "rq_float_linear": (
+        c_int,
+        (c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64),
+    ),
 }
 
 

@@ -229,3 +229,9 @@ RQ_API int rq_rows_to_int8(const void* x, int32_t dtype, int64_t rows, int64_t l
   if (!current()) return RQ_E_LEVEL;
   return current()->kernels->rows_to_int8(x, dtype, rows, length, x_stride, fixed, codes, steps);
 }
+
+RQ_API int rq_float_linear(const void* weight, int32_t dtype, int64_t n, int64_t length, int64_t weight_stride, const void* x,
+                           int64_t rows, int64_t x_stride, const void* bias, void* out, int64_t out_stride) {
+  if (!current()) return RQ_E_LEVEL;
+  return current()->kernels->float_linear(weight, dtype, n, length, weight_stride, x, rows, x_stride, bias, out, out_stride);
+}

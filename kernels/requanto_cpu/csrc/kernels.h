@@ -5,6 +5,8 @@
 
 namespace RQ_LEVEL_NAMESPACE {
 
+#include "float_linear.h"
+
 // Not written yet.
 static int gemm(const RqGemm*, const void*, void*, void*) { return RQ_E_MISSING; }
 static int64_t gemm_scratch(const RqGemm*, int64_t) { return RQ_E_MISSING; }
@@ -18,7 +20,7 @@ static int rows_to_int8(const void*, int32_t, int64_t, int64_t, int64_t, const f
 }
 
 extern const RqKernels kernels = {
-    RQ_LEVEL_NAME, gemm, gemm_scratch, gemm_least_scratch, dequantize, dequantize_plain, rows_to_int8,
+    RQ_LEVEL_NAME, gemm, gemm_scratch, gemm_least_scratch, dequantize, dequantize_plain, rows_to_int8, float_linear,
 };
 
 }  // namespace RQ_LEVEL_NAMESPACE

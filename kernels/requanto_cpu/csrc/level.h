@@ -24,6 +24,8 @@ typedef struct RqKernels {
                           void* out, int32_t dtype, int64_t out_stride);
   int (*rows_to_int8)(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed,
                       int8_t* codes, float* steps);
+  int (*float_linear)(const void* weight, int32_t dtype, int64_t n, int64_t length, int64_t weight_stride, const void* x,
+                      int64_t rows, int64_t x_stride, const void* bias, void* out, int64_t out_stride);
 } RqKernels;
 
 // The tables, one for each level; build.py defines RQ_HAVE_... for the levels that the compiler can build.

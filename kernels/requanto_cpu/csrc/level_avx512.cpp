@@ -1,4 +1,12 @@
 // AVX-512 F, BW, VL, DQ.
+#include <immintrin.h>
+#include <string.h>
+
+#include "requanto_cpu.h"
+
 #define RQ_LEVEL_NAMESPACE rq_avx512
 #define RQ_LEVEL_NAME "avx512"
+namespace RQ_LEVEL_NAMESPACE {
+#include "simd_avx512.h"
+}
 #include "kernels.h"

@@ -149,4 +149,9 @@ RQ_API int rq_codes(const uint8_t* strips, int32_t bits, int64_t rows, int64_t l
 // codes: [rows, K]; steps: [rows].
 RQ_API int rq_rows_to_int8(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed,
                            int8_t* codes, float* steps);
+
+// out = x @ weight.T + bias of a weight [n, length] that is not quantized, for 1 to 4 rows of x. All tensors have that dtype;
+// sums are float32. Strides in elements; the last axes are contiguous. bias: [n], or null.
+RQ_API int rq_float_linear(const void* weight, int32_t dtype, int64_t n, int64_t length, int64_t weight_stride, const void* x,
+                           int64_t rows, int64_t x_stride, const void* bias, void* out, int64_t out_stride);
 #endif
