@@ -51,6 +51,7 @@ from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full
 from requanto.integrations.transformers_foreign import ForeignLoad
 from requanto.integrations.transformers_joining import Joined, JoinedState, StoredWeights, find_joined, plan_lines
 from requanto.integrations.transformers_names import Renaming, StoredNames, saved_renaming
+from requanto.nn.float_linear import use_float_linear
 from requanto.scales.columns import default_column_scale
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import QTensor
@@ -308,6 +309,8 @@ class RequantoHfQuantizer(HfQuantizer):
         self.names = None  # the table has this model's names from here on
         self.foreign, self.given_state, self.joined, self.stored_table = None, None, [], {}  # let go of the files
         experts.use_requanto_experts(model)
+        if not self.sharded:
+            use_float_linear(model)
         return model
 
     def _own_table(self, model: Any) -> dict[str, str]:
