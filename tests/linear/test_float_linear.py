@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import requanto
-from requanto.linear.cpu import float_linear
+from requanto.linear.cpu import float_linear, library
 from requanto.linear.cpu.float_linear import few_rows
 from requanto.nn.float_linear import FloatLinear, use_float_linear
 
@@ -24,8 +24,8 @@ def any_size(monkeypatch):
 
 
 @pytest.fixture
-def needs_library(cpu_level):
-    if cpu_level == "torch":
+def needs_library(any_size, cpu_level):
+    if library.find() is None:
         pytest.skip("the library of CPU kernels cannot be used here")
 
 
