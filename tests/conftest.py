@@ -1,7 +1,6 @@
 """Every test computes on one thread: the machines that run them are small, and several workers share one.
 
-Kernels of torch's compiler are for the tests that ask for them: each takes 20 s to make. They are kept beside
-pytest's cache.
+The library of CPU kernels is built once and kept beside pytest's cache.
 """
 
 import importlib
@@ -19,14 +18,6 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.pluginmanager.register(Levels())
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch):
-    """`tests/linear/test_compiled.py` and the integration tests run the compiled paths."""
-    from requanto.runtime.settings import settings as requanto_settings
-
-    monkeypatch.setattr(requanto_settings, "compiled", False)
 
 
 try:

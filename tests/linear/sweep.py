@@ -18,6 +18,8 @@ from requanto.linear.prepack import prepare
 from requanto.linear.registry import problem_of
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+#: Of GEMMs that round x, in blocks of 32 columns, to 8 and to 16 bits. test_cpu_sweep.py has bounds for each element.
+ROUNDED = {"cpu-integer": 1.5e-2, "cpu-integer-16": 1e-4}
 KINDS = ("int8", "int4", "int2", "float8", "fp8_e4m3fnuz", "fp8_e5m2")
 KINDS += ("int3", "int6", "uint1", "uint4", "uint8", "nf4", "fp7_e3m3", "codebook3")
 # rows, N, K
@@ -100,7 +102,7 @@ def main() -> int:
             check(kind, shape, dtype, next(forms), pack, group_size=16, symmetric=True)
     failed = False
     for (path, dtype), (error, where) in sorted(worst.items(), key=str):
-        bad = not error <= LIMITS[dtype]
+        bad = not error <= max(LIMITS[dtype], ROUNDED.get(path, 0))
         failed |= bad
         print(f"{'FAIL' if bad else 'ok  '} {path:18} {dtype!s:15} {error:.1e}  {where}")
     return int(failed)

@@ -10,8 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from requanto import QTensor
 from requanto.linear import convolution
-from requanto.linear.cpu import fused_dequantize, onednn_bf16
-from requanto.linear.cpu.aot import cache
+from requanto.linear.cpu import library
 from requanto.runtime import buffers
 from requanto.runtime.settings import settings
 
@@ -33,10 +32,9 @@ FUNCTIONS = {
 
 @pytest.fixture(params=["operators", "kernels"])
 def way(request, monkeypatch):
-    if request.param == "kernels" and cache.compiler() is None:
-        pytest.skip("no C++ compiler: neither CXX nor torch's usual one is here")
+    if request.param == "kernels" and library.find() is None:
+        pytest.skip("the CPU kernels are not available here")
     monkeypatch.setattr(settings, "compiled", request.param == "kernels")
-    monkeypatch.setattr(fused_dequantize, "SMALLEST", 0)
     return request.param
 
 
@@ -241,13 +239,11 @@ SMALL = {
 }
 
 
-@pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
-@pytest.mark.skipif(not onednn_bf16.works(), reason="oneDNN's order of bfloat16 weights is another one here")
-@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "float8"])
+@pytest.mark.skipif(library.find() is None, reason="the CPU kernels are not available here")
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2", "nf4", "float8"])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_images_are_products(name, kind, monkeypatch):
     """With a packed weight, which a large image, a copy or a file sees in its stored form."""
-    monkeypatch.setattr(settings, "compiled", True)
     monkeypatch.setattr(convolution, "WEIGHTS_PER_PIXEL", 1)
     shape, w_shape, how = SMALL[name]
     weight = torch.nn.Parameter(QTensor.quantize(torch.randn(w_shape).bfloat16(), kind, axis=0), False)
@@ -282,11 +278,9 @@ def test_small_images_are_products(name, kind, monkeypatch):
     assert (F.conv2d(x, weight, bias, **how) - want).norm() < 1e-2 * want.norm()
 
 
-@pytest.mark.skipif(cache.compiler() is None, reason="no C++ compiler: neither CXX nor torch's usual one is here")
-def test_small_images_of_other_types_are_convolutions(monkeypatch):
-    monkeypatch.setattr(settings, "compiled", True)
+def test_other_convolutions_of_small_images_are_no_products(monkeypatch):
     monkeypatch.setattr(convolution, "WEIGHTS_PER_PIXEL", 1)
-    for kind, how in (("nf4", {}), ("int8", {"padding": "same"}), ("int8", {"groups": 2})):
+    for kind, how in (("fp7_e3m3", {}), ("int8", {"padding": "same"}), ("int8", {"groups": 2})):
         channels = 64 // how.get("groups", 1)
         weight = torch.nn.Parameter(QTensor.quantize(torch.randn(128, channels, 3, 3).bfloat16(), kind, axis=0), False)
         x = torch.randn(1, 64, 5, 5).bfloat16()

@@ -1,4 +1,4 @@
-"""The sweep of sweep.py, here and on lesser instruction sets, in a process of its own each."""
+"""The sweep of sweep.py, without kernels and at lesser instruction sets, in a process of its own each."""
 
 import os
 import subprocess
@@ -7,41 +7,47 @@ from pathlib import Path
 
 import pytest
 
-from requanto.linear.cpu import onednn_bf16, onednn_int8
-from requanto.linear.cpu.aot import cache
+import requanto_cpu
 
-#: Types with paths of their own; what others take is the same on every processor, compiled kernels or not.
-OWN = ["int8", "int4", "int3", "int2", "float8", "nf4"]
-COMPILED = ["cpu-compiled-int4", "cpu-compiled-int8", "cpu-compiled-int8-int8", "cpu-compiled-float8"]
+#: Types with paths of their own; what others take is the same on every processor.
+OWN = ["int8", "int4", "int3", "float8", "nf4"]
+
+
+def levels() -> list[str]:
+    try:
+        return requanto_cpu.levels()
+    except requanto_cpu.LibraryUnavailable:
+        return []
 
 
 @pytest.mark.parametrize(
     "limits",
     [
         {},
-        {"REQUANTO_COMPILE": "0"},
-        {
-            "ATEN_CPU_CAPABILITY": "avx2",
-            "ONEDNN_MAX_CPU_ISA": "AVX2",
-            "REQUANTO_COMPILE": "0",
-        },  # kernels: test_compiled.py
-        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},  # int8 products without VNNI saturate: they must not be used
-        {"ATEN_CPU_CAPABILITY": "default", "REQUANTO_COMPILE": "0"},
+        {"REQUANTO_CPU": "torch"},
+        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "REQUANTO_CPU": "avx2"},
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "REQUANTO_CPU": "avx512"},
+        {"ATEN_CPU_CAPABILITY": "default", "REQUANTO_CPU": "torch"},
+        {"REQUANTO_CPU_ARITHMETIC": "float"},
     ],
-    ids=["native", "eager", "avx2", "avx512-without-vnni", "scalar"],
+    ids=["native", "without kernels", "avx2", "avx512", "scalar", "float arithmetic"],
 )
 def test_every_type_and_shape(limits):
+    wanted = limits.get("REQUANTO_CPU")
+    if wanted not in (None, "torch", *levels()):
+        pytest.skip(f"there is no level {wanted} here")
     script = Path(__file__).with_name("sweep.py")
     # Two threads here; beside other tests a second one waits more than it works.
     environment = {**os.environ, **limits, "OMP_NUM_THREADS": "1" if limits else "2"}
     command = [sys.executable, str(script), *(OWN if limits else ())]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "FAIL" not in done.stdout
     assert "cpu-dequantize" in done.stdout
-    if not limits:
-        assert "FAIL" not in done.stdout
-    compiled = [path for path in COMPILED if path in done.stdout]
-    if not limits and cache.compiler() is not None and onednn_bf16.works() and onednn_int8.works():
-        assert compiled == COMPILED
-    if limits.get("REQUANTO_COMPILE") == "0":
-        assert not compiled
+    kernels = [name for name in ("cpu-integer", "cpu-float", "cpu-coded") if f" {name} " in done.stdout]
+    if wanted == "torch" or not levels():
+        assert not kernels
+    elif "REQUANTO_CPU_ARITHMETIC" in limits:
+        assert kernels == ["cpu-float", "cpu-coded"]
+    else:
+        assert kernels == ["cpu-integer", "cpu-float", "cpu-coded"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from requanto import explain
 from requanto.dtypes.qtypes import qfloat8, qint8
-from requanto.linear.cpu import onednn_int8
+from requanto.linear.cpu import library
 from requanto.model.calibrate import Calibration
 from requanto.model.quantize import freeze, quantization_map, quantize
 from requanto.model.requantize import requantize
@@ -250,5 +250,5 @@ def test_explain_knows_static_scales():
         model(x)
     assert explain(model, rows=4) == [static]
     assert static.layout == model[0].weight.layout_name
-    if onednn_int8.works():
-        assert static.implementation == "cpu-onednn-int8"
+    if library.find() is not None:
+        assert static.implementation == "cpu-coded"

@@ -16,26 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import requanto
 from requanto import QTensor, prepare, qint8, qtypes
 from requanto.linear import registry
-from requanto.linear.cpu import int4, onednn_bf16, onednn_int8
-from requanto.linear.cpu.aot import cache
+from requanto.linear.cpu import library
 from requanto.runtime.settings import settings
 from requanto.tensor import layout, storage
 
-#: One for each layout of a CPU, and one that has none; several widths share int4's.
-KINDS = ["int8", "int4", "int3", "int2", "float8", "nf4"]
+#: Of several widths; the last has too many values for a table, and stays as it is stored.
+KINDS = ["int8", "int4", "int3", "int2", "float8", "nf4", "fp7_e3m3"]
 NEAR = 1e-2
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Compiled kernels where they can be had: without them float8 has no layout."""
-    monkeypatch.setattr(settings, "compiled", cache.compiler() is not None)
-
-
 def has_layout(kind: str) -> bool:
-    if kind == "float8":
-        return cache.compiler() is not None and onednn_bf16.works()
-    return kind != "nf4" and (onednn_int8.works() if kind == "int8" else int4.works())
+    return library.find() is not None and kind != "fp7_e3m3"
 
 
 @pytest.fixture(params=["packed", "plain"])
@@ -389,10 +380,8 @@ def exported(tmp_path_factory):
     import sys
 
     folder = tmp_path_factory.mktemp("exported")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "compiled", cache.compiler() is not None)
-        for name in EXPORTED:
-            export(name, folder)
+    for name in EXPORTED:
+        export(name, folder)
     command = [sys.executable, "-c", EXPORT, *EXPORTED]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -412,7 +401,7 @@ def test_a_layout_of_another_machine_is_refused():
     names, (words, dtype, _layout) = weight.__tensor_flatten__()
     parts = {name: getattr(weight, name) for name in names}
     with pytest.raises(ValueError, match=r"does not know .*requanto\.unpack\(model\)"):
-        QTensor.__tensor_unflatten__(parts, (words, dtype, "onednn-int8-of-another"), weight.shape, None)
+        QTensor.__tensor_unflatten__(parts, (words, dtype, "strips-of-another"), weight.shape, None)
 
 
 def test_unpack_puts_a_model_back():
