@@ -59,16 +59,33 @@ def find() -> Path:
     Raises:
         LibraryUnavailable: there is none that may be loaded, and none can be built.
     """
-    if trust.intact(packaged(), owners=False):
-        return packaged()
+    return found() or _built()
+
+
+def found() -> Path | None:
+    """As `find`, but None where one would be built.
+
+    Raises:
+        LibraryUnavailable: there is one that may not be loaded.
+    """
     try:
-        compilers = build.compilers()
-        for compiler in compilers:
-            if trust.intact(path := path_of(compiler)):
-                return path
-        return _build_with_any(compilers)
+        if trust.intact(packaged(), owners=False):
+            return packaged()
+    except LibraryUnavailable as error:
+        logger.info("%s", error)  # the cache's may do
+    try:
+        paths = [path_of(compiler) for compiler in build.compilers()]
+    except build.BuildError:
+        return _of_another_compiler()
+    return next((path for path in paths if trust.intact(path)), None)
+
+
+def _built() -> Path:
+    try:
+        return _build_with_any(build.compilers())
     except build.BuildError as error:
         if (other := _of_another_compiler()) is not None:
+            logger.info("%s; using %s, which another compiler has built", first_line(error), other)
             return other
         logger.debug("%s", error)  # with the compiler's output
         raise LibraryUnavailable(f"they could not be built: {first_line(error)}") from error

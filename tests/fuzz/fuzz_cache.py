@@ -1,18 +1,18 @@
-"""Damages the kernel cache, forks beside threads that use it, and counts what comes of it.
+"""Damages the cache of the CPU kernels, forks beside threads that use it, and counts what comes of it.
 
     python tests/fuzz/fuzz_cache.py --count 400 --forks 200 --seed 0 --out summary.json
 
-Each damaged file is met by a forked child, which multiplies with a weight that the kernel would dequantize. Outcomes:
+Each damaged file is met by a forked child, which looks for the kernels and computes with them. Outcomes:
 
-eager         eager operators and one line in the log
-used          the kernel is used, and its result is right: the change did not concern it
+torch         no kernels, and one line in the log
+used          the kernels are used, and their result is right: the change did not concern them
 crash, hang   the child was ended by a signal, or by the limit of 20 seconds
-raised        the product raised an error
-silent, noisy eager operators without a line in the log, or with several
-wrong         another product
+raised        looking for the kernels raised an error
+silent, noisy no kernels without a line in the log, or with several
+wrong         another result
 foreign       a file outside of the cache was changed
 
-Each fork happens while threads of its parent pack weights, load kernels, compile them (a stand-in) and multiply. The child
+Each fork happens while threads of its parent pack weights, load the library, build it (a stand-in) and compute. The child
 does the same and must end: ``forked``, or ``hang``, ``crash``, ``raised``.
 """
 
@@ -41,15 +41,15 @@ from typing import Any
 
 import torch
 
+import requanto_cpu
 from requanto import QTensor
-from requanto.linear import linear
-from requanto.linear.cpu.aot import cache, calls, processes, trust
+from requanto.linear.cpu import library
 from requanto.runtime.settings import settings
+from requanto_cpu import build, cache, load, trust
 
-NAME, FAMILY = "stored-int8", calls.STORED_INT8
-OTHER, THIRD = "stored-e4m3", "stored-int4"
 SECONDS = 20
-ALLOWED = ("eager", "used", "forked")
+ALLOWED = ("torch", "used", "forked")
+OTHER = f"requanto-cpu-{'0' * 12}-{'1' * 8}{cache.SUFFIX}"  # a library of other sources
 
 # ---------------------------------------------------------------------- damage
 
@@ -156,16 +156,14 @@ def folders(path: Path, rng: random.Random) -> None:
         path.parent.chmod(rng.choice([0o777, 0o1777, 0o775]))
 
 
-def another_kernel(path: Path, rng: random.Random) -> None:
-    """The library of another kernel, or its digest, under this one's name."""
-    own = next(p for p in path.parent.iterdir() if p.name.startswith(f"{OTHER}-") and p.suffix == path.suffix)
-    shutil.copy(own, path)
+def other_sources(path: Path, rng: random.Random) -> None:
+    """The library of other sources, or its digest, under this one's name."""
+    shutil.copy(path.with_name(f"{OTHER}.sha256" if path.suffix == ".sha256" else OTHER), path)
 
 
 def with_its_digest(path: Path, rng: random.Random) -> None:
-    """The library of another kernel under this one's name, with a digest that somebody made for it."""
-    own = next(p for p in path.parent.iterdir() if p.name.startswith(f"{OTHER}-") and p.suffix == ".so")
-    trust.write(path.with_name(path.name.removesuffix(".sha256")), own.read_bytes())
+    """The library of other sources under this one's name, with a digest that somebody made for it."""
+    trust.write(path.with_name(path.name.removesuffix(".sha256")), path.with_name(OTHER).read_bytes())
 
 
 def swapped(path: Path, rng: random.Random) -> None:
@@ -178,14 +176,14 @@ def swapped(path: Path, rng: random.Random) -> None:
 
 FILES: list[Callable[[Path, random.Random], None]] = [
     *(truncated, flipped, header, another_machine, zeroed, grown, replaced, gone, folder, fifo, a_socket, device, link),
-    *(mode, another_kernel, with_its_digest, swapped, lock, folders),
+    *(mode, other_sources, with_its_digest, swapped, lock, folders),
 ]
 if hasattr(os, "geteuid") and os.geteuid() == 0:
     FILES.append(owner)
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Changes the cached kernel ``path`` or its digest; returns what was changed."""
+    """Changes the library ``path`` or its digest; returns what was changed."""
     how = rng.choice(FILES)
     digest = path.with_name(f"{path.name}.sha256")
     which = rng.choice([path, path, digest])
@@ -199,24 +197,34 @@ def damage(path: Path, rng: random.Random) -> str:
 def forget() -> None:
     """Makes this process one that has loaded nothing."""
     settings.compiled = None
-    for found in (cache._loaded, cache._failed, cache._building):
-        found.clear()
-    for function in (cache._can_be_made, cache._all_cached, cache._log_missing_compiler):
-        function.cache_clear()
+    load._loaded = load._path = load._failed = None
+    library._library = library.why_not = None
 
 
-def cannot_be_made(paths: dict[str, Path]) -> None:
-    raise cache.CannotBeMade("nothing is compiled here")
+def write(content: bytes) -> Path:
+    """Writes the library into the cache; returns its path."""
+    path = cache.path_of(build.compilers()[0])
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    trust.write(path, content + trust.mark(path.name))
+    return path
 
 
-def product(weight: QTensor, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return [linear(x, weight) for _ in range(2)][1]
+def example() -> torch.Tensor:
+    """Plain codes of 8 bits."""
+    return torch.arange(70 * 100, device="cpu").remainder(251).to(torch.uint8).view(70, 100)
 
 
-def example() -> tuple[QTensor, torch.Tensor]:
-    torch.manual_seed(0)
-    return QTensor.quantize(torch.randn(272, 272).bfloat16(), "int8", group_size=16), torch.randn(40, 272).bfloat16()
+def strips(codes: torch.Tensor) -> torch.Tensor | None:
+    """The codes as strips, by the kernels, and from them as codes again; None where there are no kernels."""
+    found = library.find()
+    if found is None:
+        return None
+    rows, length = codes.shape
+    packed = torch.empty(-(-rows // 16) * -(-length // 32) * 512, dtype=torch.uint8, device="cpu")
+    found.pack(codes.data_ptr(), 8, rows, length, 0, packed.data_ptr())
+    back = torch.empty_like(codes)
+    found.codes(packed.data_ptr(), 8, rows, length, 0, 0, rows, None, back.data_ptr())
+    return back
 
 
 class Lines(logging.Handler):
@@ -258,42 +266,42 @@ def in_child(function: Callable[[], tuple[str, str]]) -> tuple[str, str]:
     return tuple(json.loads(told)) if told else ("crash", "it ended without a word")
 
 
-def meets(place: Path, wanted: torch.Tensor) -> tuple[str, str]:
-    """What a product makes of the cache at ``place``."""
+def meets(place: Path) -> tuple[str, str]:
+    """What a process makes of the cache at ``place``."""
     os.environ["REQUANTO_CACHE"] = str(place)
+    os.environ["CXX"] = build.compilers()[0].command[0]  # no others are tried, which is a line in the log
     forget()
-    cache._make = cannot_be_made
+
+    def fails(target: Path, compiler: build.Compiler) -> list[str]:
+        raise build.BuildError("nothing is built here")
+
+    build.build = fails
     handler = Lines()
-    logger = logging.getLogger("requanto")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    for name in ("requanto", "requanto_cpu"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
     os.chdir(place)
-    found = product(*example())
-    used = bool(cache._loaded)
-    error = (found.float() - wanted.float()).norm() / wanted.float().norm()
-    if error > 1e-2 or not (used or torch.equal(found, wanted)):
-        return "wrong", f"{error:.1e}"
-    if used:
-        return "used", ""
+    back = strips(EXAMPLE)
+    if back is not None:
+        return ("used", "") if torch.equal(back, EXAMPLE) else ("wrong", "")
     if len(handler.lines) != 1:
         return ("noisy" if handler.lines else "silent"), " | ".join(handler.lines)
-    return "eager", handler.lines[0]
+    return "torch", handler.lines[0]
 
 
-def one(kept: dict[str, bytes], scratch: Path, seed: int, wanted: torch.Tensor) -> dict[str, Any]:
+def one(content: bytes, scratch: Path, seed: int) -> dict[str, Any]:
     """Damages a cache and meets it, all drawn from the seed."""
     rng = random.Random(seed)
     place = scratch / "cache"
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(mode=0o755)
     os.environ["REQUANTO_CACHE"] = str(place)
-    for name, content in kept.items():
-        trust.write(cache.path_of(name, calls.SOURCES[name]), content)
-    path = cache.path_of(NAME, calls.SOURCES[NAME])
+    path = write(content)
+    trust.write(place / OTHER, content + trust.mark(OTHER))
     told = damage(path, rng)
     started = time.monotonic()
-    outcome, text = in_child(lambda: meets(place, wanted))
+    outcome, text = in_child(lambda: meets(place))
     if (place / "was-run").exists():
         outcome = "foreign"
     return {"seed": seed, "damage": told, "outcome": outcome, "text": text, "seconds": time.monotonic() - started}
@@ -302,16 +310,19 @@ def one(kept: dict[str, bytes], scratch: Path, seed: int, wanted: torch.Tensor) 
 # ---------------------------------------------------------------------- forks
 
 
-class Busy:
-    """Threads that pack weights, load kernels, compile them (a stand-in) and multiply, until it is closed."""
+EXAMPLE = example()
 
-    def __init__(self, kept: dict[str, bytes]) -> None:
-        self.kept, self.stop, self.failed = kept, threading.Event(), []
-        work = (self._pack, self._load, self._compile, self._multiply)
+
+class Busy:
+    """Threads that pack weights, load the library, build it (a stand-in) and compute, until it is closed."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.stop, self.failed = content, threading.Event(), []
+        work = (self._pack, self._load, self._build, self._compute)
         self.threads = [threading.Thread(target=self._repeat, args=(function,), daemon=True) for function in work]
 
     def __enter__(self) -> Busy:
-        cache._make = self._make
+        build.build = self._write
         for thread in self.threads:
             thread.start()
         return self
@@ -330,80 +341,68 @@ class Busy:
         except BaseException as error:
             self.failed.append(repr(error))
 
-    def _make(self, paths: dict[str, Path]) -> None:
+    def _write(self, target: Path, compiler: build.Compiler) -> list[str]:
         self.stop.wait(0.002)
-        for name, path in paths.items():
-            trust.write(path, self.kept[name])
+        target.write_bytes(self.content)
+        return ["avx2"]
 
     def _pack(self) -> None:
         for kind in ("int4", "int8", "float8"):
-            weight = QTensor.quantize(torch.ones(64, 128).bfloat16(), kind)
+            weight = QTensor.quantize(torch.ones(64, 128, dtype=torch.bfloat16, device="cpu"), kind)
             # No random numbers: torch's own generator stays locked in a fork beside a thread that draws from it.
             layer = torch.nn.Linear(128, 64, bias=False, device="meta")
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
             with torch.no_grad():
-                layer(torch.ones(3, 128).bfloat16())
+                layer(torch.ones(3, 128, dtype=torch.bfloat16, device="cpu"))
             weight.unpack()
 
     def _load(self) -> None:
-        cache._loaded.pop(OTHER, None)
-        calls.ready(calls.STORED_FLOAT8)
+        load._loaded = library._library = None
+        load.library()
 
-    def _compile(self) -> None:
-        cache._loaded.pop(THIRD, None)
+    def _build(self) -> None:
         with contextlib.suppress(OSError):
-            cache.path_of(THIRD, calls.SOURCES[THIRD]).unlink()
-        calls.ready(calls.STORED_INT4)
+            cache.path_of(build.compilers()[0]).unlink()
+        cache.find()
 
-    def _multiply(self) -> None:
-        product(*EXAMPLE)
-
-
-EXAMPLE = example()
+    def _compute(self) -> None:
+        assert torch.equal(strips(EXAMPLE), EXAMPLE)
 
 
-def after_fork(place: Path, wanted: torch.Tensor) -> tuple[str, str]:
+def after_fork(place: Path, content: bytes) -> tuple[str, str]:
     """What a fork can do, with a cache of its own: the parent removes and writes files in the other."""
     os.environ["REQUANTO_CACHE"] = str(place)
-    place.mkdir(mode=0o755)
-    Busy({})._pack()
-    for family in (FAMILY, calls.STORED_FLOAT8, calls.STORED_INT4):
-        if not calls.ready(family):
-            return "raised", f"{family}: {cache._failed}"
-    error = (product(*EXAMPLE).float() - wanted.float()).norm() / wanted.float().norm()
-    return ("forked", "") if error <= 1e-2 else ("wrong", f"{error:.1e}")
-
-
-def forks(kept: dict[str, bytes], scratch: Path, count: int, rng: random.Random, wanted: torch.Tensor) -> list[dict]:
-    """Forks at random times beside busy threads."""
-    place = scratch / "busy"
-    place.mkdir(mode=0o755)
-    os.environ["REQUANTO_CACHE"] = str(place)
+    busy = Busy(content)
+    build.build = busy._write
+    busy._pack()
+    busy._build()
     forget()
-    results = []
-    with Busy(kept):
-        for number in range(count):
-            time.sleep(rng.random() * 0.02)
-            started = time.monotonic()
-            outcome, text = in_child(functools.partial(after_fork, scratch / f"child{number}", wanted))
-            shutil.rmtree(scratch / f"child{number}", ignore_errors=True)
-            seconds = time.monotonic() - started
-            results.append({"seed": number, "damage": "fork", "outcome": outcome, "text": text, "seconds": seconds})
+    back = strips(EXAMPLE)
+    if back is None:
+        return "raised", str(library.why_not)
+    return ("forked", "") if torch.equal(back, EXAMPLE) else ("wrong", "")
+
+
+def forks(content: bytes, scratch: Path, count: int, rng: random.Random) -> list[dict]:
+    """Forks at random times beside busy threads."""
+    os.environ["REQUANTO_CACHE"] = str(scratch / "busy")
+    forget()
+    results, usual = [], build.build
+    try:
+        with Busy(content):
+            for number in range(count):
+                time.sleep(rng.random() * 0.02)
+                started = time.monotonic()
+                outcome, text = in_child(functools.partial(after_fork, scratch / f"child{number}", content))
+                shutil.rmtree(scratch / f"child{number}", ignore_errors=True)
+                seconds = time.monotonic() - started
+                results.append({"seed": number, "damage": "fork", "outcome": outcome, "text": text, "seconds": seconds})
+    finally:
+        build.build = usual
     return results
 
 
 # ---------------------------------------------------------------------- all
-
-
-def intact_kernels() -> dict[str, bytes]:
-    """The libraries of three kernels, from the user's cache; compiled first if they are not there."""
-    found = {}
-    for name in (NAME, OTHER, THIRD):
-        path = cache.path_of(name, calls.SOURCES[name])
-        if not trust.intact(path):
-            processes.make({name: path})
-        found[name] = path.read_bytes()
-    return found
 
 
 def summary(results: list[dict[str, Any]], seed: int) -> dict[str, Any]:
@@ -432,19 +431,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the summary here as well")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    kept = intact_kernels()
-    settings.compiled = False
-    wanted = product(*example())
+    content = requanto_cpu.path().read_bytes()
+    packaged, cache.PACKAGED = cache.PACKAGED, Path(os.devnull) / "none"
     results, until = [], time.monotonic() + 60 * options.minutes
     before = os.environ.get("REQUANTO_CACHE")
     try:
         with tempfile.TemporaryDirectory(prefix="requanto-fuzz-") as scratch:
             for seed in range(options.seed, options.seed + options.count):
-                results.append(one(kept, Path(scratch), seed, wanted))
+                results.append(one(content, Path(scratch), seed))
                 if time.monotonic() > until:
                     break
-            results += forks(kept, Path(scratch), options.forks, random.Random(options.seed), wanted)
+            results += forks(content, Path(scratch), options.forks, random.Random(options.seed))
     finally:
+        cache.PACKAGED = packaged
         os.environ.pop("REQUANTO_CACHE", None)
         os.environ.update({} if before is None else {"REQUANTO_CACHE": before})
     found = summary(results, options.seed)

@@ -16,7 +16,10 @@ from typing import Any
 #: Most seconds that a fork waits for imports of other threads.
 LIMIT = 30.0
 #: Packages whose modules are imported at their first use, by torch or by Requanto.
-PACKAGES = {"filelock", "mpmath", "numpy", "requanto", "requanto_kernels", "safetensors", "sympy", "torch", "triton"}
+PACKAGES = {
+    *("filelock", "mpmath", "numpy", "requanto", "requanto_cpu", "requanto_kernels", "safetensors", "sympy", "torch"),
+    "triton",
+}
 
 
 def new_in_child(lock: Any) -> Any:

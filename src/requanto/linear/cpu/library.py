@@ -10,11 +10,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from requanto.runtime import fork
 from requanto.runtime.settings import registry_state, settings
 from requanto.runtime.tracing import is_fake
 
@@ -77,12 +79,16 @@ class Library:
         self.check(self.functions.rq_codes(strips, bits, rows, length, flip, start, stop, index, out))
 
 
+_lock = fork.new_in_child(threading.Lock())
 _library: Library | None = None
-_why_not: str | None = None
+#: Why there is none, for the log and for `explain`; None before the first try.
+why_not: str | None = None
 
 
 def find() -> Library | None:
     """The library; None where settings forbid it or it cannot be loaded.
+
+    Threads that come while another one builds it wait, a few seconds.
 
     Raises:
         RuntimeError: it cannot be loaded, and ``settings.compiled`` requires it.
@@ -91,38 +97,51 @@ def find() -> Library | None:
     compiled = settings.compiled
     if compiled is False:
         return None
-    if _library is None and _why_not is None:
+    if _library is None and (why_not is None or compiled):
         _load()
     if _library is None and compiled:
         raise RuntimeError(
-            f"requanto.settings.compiled is True, but the CPU kernels are not available: {_why_not}. Set it to None, to run "
+            f"requanto.settings.compiled is True, but the CPU kernels are not available: {why_not}. Set it to None, to run "
             f"torch's operators instead."
         )
     return _library
 
 
 def _load() -> None:
-    global _library, _why_not
-    if os.environ.get("REQUANTO_CPU") == "torch":
-        _why_not = "REQUANTO_CPU=torch"
-        logger.info("REQUANTO_CPU=torch: no CPU kernels, torch's operators run")
-        return
-    try:
-        import requanto_cpu
-        from requanto_cpu import interface
-    except ImportError as error:
-        _why_not = f"the package requanto_cpu cannot be imported ({error})"
-    else:
+    global _library, why_not
+    with _lock:
+        if _library is not None or (why_not is not None and not settings.compiled):
+            return
+        before, why_not = why_not, None
         try:
-            functions = requanto_cpu.library()
-            if requanto_cpu.level() and _is_whole(functions, interface):
-                _library = Library(requanto_cpu, functions, interface)
-                return
-            _why_not = "this processor has none of the instruction sets that they are built for (AVX2 or NEON)"
-        except requanto_cpu.LibraryUnavailable as error:
-            _why_not = str(error)
-    registry_state.changed()
-    logger.warning("no CPU kernels, so torch's operators run, several times slower: %s", _why_not)
+            _library = _loaded()
+        except ValueError:  # a wrong REQUANTO_CPU
+            raise
+        except Exception as error:  # whatever it is: torch's operators compute the same
+            name = "" if type(error).__name__ == "LibraryUnavailable" else f"{type(error).__name__}: "
+            why_not = f"{name}{error}".partition("\n")[0]
+        if _library is None or before is not None:
+            registry_state.changed()
+        if why_not is None or before is not None:
+            return
+        if os.environ.get("REQUANTO_CPU") == "torch":
+            logger.info("REQUANTO_CPU=torch: no CPU kernels, torch's operators run")
+        else:
+            logger.warning(
+                "requanto: torch's operators run instead of the CPU kernels, several times slower: %s; REQUANTO_COMPILE=0 "
+                "does without them",
+                why_not,
+            )
+
+
+def _loaded() -> Library:
+    import requanto_cpu
+    from requanto_cpu import interface
+
+    functions = requanto_cpu.library()
+    if not _is_whole(functions, interface):
+        raise requanto_cpu.LibraryUnavailable(f"the level {requanto_cpu.level()} has not all kernels")
+    return Library(requanto_cpu, functions, interface)
 
 
 def _is_whole(functions: ctypes.CDLL, interface: ModuleType) -> bool:
