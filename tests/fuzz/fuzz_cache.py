@@ -199,6 +199,7 @@ def forget() -> None:
     settings.compiled = None
     load._loaded = load._path = load._failed = None
     library._library = library.why_not = None
+    library._is_whole = lambda *_: True
 
 
 def write(content: bytes) -> Path:

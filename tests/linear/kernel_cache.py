@@ -43,12 +43,6 @@ def original() -> bytes:
     return requanto_cpu.path().read_bytes()
 
 
-def forget() -> None:
-    """Makes this process one that has loaded nothing."""
-    load._loaded = load._path = load._failed = None
-    library._library = library.why_not = None
-
-
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A process that has loaded nothing, and an empty cache of its own; returns its folder."""
@@ -57,6 +51,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for module, names in ((load, ("_loaded", "_path", "_failed")), (library, ("_library", "why_not"))):
         for name in names:
             monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr(library, "_is_whole", lambda *_: True, raising=False)
     monkeypatch.setattr(cache, "PACKAGED", Path(os.devnull) / "none")
     monkeypatch.setenv("REQUANTO_CACHE", str(tmp_path / "kept"))
     monkeypatch.delenv("REQUANTO_CPU", raising=False)
