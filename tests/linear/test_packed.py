@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from requanto import QTensor, qint8
 from requanto.linear.cpu import library
 from requanto.linear.prepack import SMALLEST_ON_CPU, expected_layout, prepare
+from requanto.runtime import buffers
 from requanto.runtime.settings import settings
 
 KINDS = ["int8", "int4", "int2", "int3", "uint7", "nf4", "float8", "nvfp4"]
@@ -39,6 +40,29 @@ def test_the_packed_codes_replace_the_stored_ones(packed):
     assert parts["qdata"].nbytes == stored.nbytes  # whole strips and units
     assert module.weight.nbytes == sum(part.nbytes for part in parts.values())
     assert all(type(part) is torch.Tensor and part.layout is torch.strided for part in parts.values())
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "uint1", "int5", "int6", "fp6_e3m2", "codebook3", "mxfp8"])
+@pytest.mark.parametrize("how", [{}, {"group_size": 16}, {"group_size": 32, "scale_bits": 6}])
+def test_memory_after_a_run_is_that_of_the_stored_form(layer, kind, how):
+    """With all that kernels made of the weight: 2 % more at most, and what a thread's buffers hold."""
+    if how and kind in ("nvfp4", "mxfp8"):
+        how = {}  # they have scales of their own
+    module = layer(kind, 512, 768, **how)
+    stored, codes = module.weight.nbytes, module.weight.qdata.clone()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        for rows in (1, 1, 5, 70):
+            for activation in (None, qint8):
+                module.weight.activation = activation
+                with torch.no_grad():
+                    module(torch.randn(rows, 768, dtype=dtype))
+    storage = module.weight._storage
+    assert module.weight.is_packed
+    kept = [one for one in storage.derived.values() if hasattr(one, "nbytes")]
+    assert sum(part.nbytes for part in storage.parts.values()) + sum(one.nbytes for one in kept) <= 1.02 * stored
+    assert buffers.held_bytes() <= settings.workspace_bytes
+    assert same(module.weight.qdata, codes)
+    assert module.weight.nbytes == stored
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 
-from requanto.runtime.settings import Settings, parse_packing, parse_workspace, registry_state, settings
+from requanto.runtime.settings import (
+    Settings,
+    parse_compiled,
+    parse_cpu_arithmetic,
+    parse_packing,
+    parse_workspace,
+    registry_state,
+    settings,
+)
 
 
 @pytest.fixture
@@ -132,8 +140,31 @@ def test_packing_of_the_environment():
             parse_packing(text)
 
 
+def test_kernels_of_the_environment():
+    assert [parse_compiled(text) for text in ("", "0", "1")] == [None, False, True]
+    with pytest.raises(ValueError, match="REQUANTO_COMPILE is 'yes', expected 1"):
+        parse_compiled("yes")
+    assert [parse_cpu_arithmetic(text) for text in ("", "auto", "float")] == ["auto", "auto", "float"]
+    with pytest.raises(ValueError, match=r"REQUANTO_CPU_ARITHMETIC is 'int8', expected auto \(.*, float"):
+        parse_cpu_arithmetic("int8")
+
+
+def test_arithmetic(own):
+    own.cpu_arithmetic = "float"
+    for value in ("int8", None, True, "Float"):
+        with pytest.raises(ValueError, match=r"cpu_arithmetic is .*, expected one of 'auto', 'float'"):
+            own.cpu_arithmetic = value
+    assert own.cpu_arithmetic == "float"
+
+
 @pytest.mark.parametrize(
-    ("name", "text"), [("REQUANTO_WORKSPACE_MB", "64MB"), ("REQUANTO_PACK", "off"), ("REQUANTO_COMPILE", "yes")]
+    ("name", "text"),
+    [
+        ("REQUANTO_WORKSPACE_MB", "64MB"),
+        ("REQUANTO_PACK", "off"),
+        ("REQUANTO_COMPILE", "yes"),
+        ("REQUANTO_CPU_ARITHMETIC", "int8"),
+    ],
 )
 def test_a_wrong_environment_is_said_at_the_import(name, text):
     # The module by itself, without torch: it is read at the import of the whole package.
