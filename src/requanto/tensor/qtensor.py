@@ -59,9 +59,14 @@ from requanto.tensor.parts import WeightParts
 from requanto.tensor.spec import PART_NAMES, WeightSpec, swapped
 from requanto.tensor.storage import WeightStorage
 
-#: ``values_on_device(weight, dtype, as_stored=, low_rank=)`` dequantizes by a kernel of the weight's device: ``[*lead, K]``,
-#: or None where there is none. `requanto.linear.gpu.dequantize` sets it.
-values_on_device: Callable[..., torch.Tensor | None] | None = None
+#: ``kernel(weight, dtype, as_stored=, low_rank=)`` by type of device: dequantizes a weight there, ``[*lead, K]``, or returns
+#: None where it cannot. `requanto.linear.gpu.dequantize` and `requanto.linear.cpu.rows` add theirs.
+value_kernels: dict[str, Callable[..., torch.Tensor | None]] = {}
+
+
+def _by_kernel(weight: QTensor, dtype: torch.dtype, **how: bool) -> torch.Tensor | None:
+    kernel = value_kernels.get(weight._storage.parts["qdata"].device.type)
+    return None if kernel is None else kernel(weight, dtype, **how)
 
 
 class QTensor(WeightParts, torch.Tensor):
@@ -376,7 +381,7 @@ class QTensor(WeightParts, torch.Tensor):
                 return self.dequantize(dtype)
         dtype = dtype or self.dtype
         with without_autocast(self.device):  # autocast would round the factors of the low-rank term
-            values = None if values_on_device is None else values_on_device(self, dtype)
+            values = _by_kernel(self, dtype)
             if values is None:
                 values = self.values_without_lowrank()
                 if self.up is not None and self.down is not None:
@@ -387,7 +392,7 @@ class QTensor(WeightParts, torch.Tensor):
     def values_without_lowrank(self) -> torch.Tensor:
         """float32 ``[*lead, K]``: the dequantized codes, rotated back, times the column scale and in the weight's order of
         columns, without low-rank term."""
-        found = None if values_on_device is None else values_on_device(self, torch.float32, low_rank=False)
+        found = _by_kernel(self, torch.float32, low_rank=False)
         if found is not None:
             return found
         values, column, order = self.stored_values(), self.column, self.order
@@ -404,7 +409,7 @@ class QTensor(WeightParts, torch.Tensor):
             parts, attributes = self.onnx_inputs()
             shape = (*self.lead, self.row_length)
             return onnx_nodes.node("Values", parts, attributes, parts[0], shape, torch.float32)
-        found = None if values_on_device is None else values_on_device(self, torch.float32, as_stored=True)
+        found = _by_kernel(self, torch.float32, as_stored=True)
         if found is not None:
             return found
         return scaled_values(self._code_values(), self.qtype, self.scale, self.shift, self.row_length)

@@ -11,6 +11,8 @@ import torch
 
 from requanto.linear.cpu import library
 from requanto.linear.cpu.weights import DTYPES, Described, described
+from requanto.runtime.tracing import is_fake, runs_eagerly
+from requanto.tensor import qtensor
 from requanto.tensor.qtensor import QTensor
 
 #: dtypes that the library writes.
@@ -77,6 +79,30 @@ def gather(weight: QTensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Te
         )
     used.check(code)
     return out
+
+
+def values(
+    weight: QTensor, dtype: torch.dtype, *, as_stored: bool = False, low_rank: bool = True
+) -> torch.Tensor | None:
+    """The weight ``[*lead, K]`` in ``dtype``; None where the library cannot, or more than codes and scales belong to it.
+
+    Args:
+        as_stored: codes and scales alone.
+        low_rank: with the low-rank term.
+    """
+    spec, parts = weight._spec, weight._storage.parts
+    if not as_stored:
+        besides = ("column", "order", "up") if low_rank else ("column", "order")
+        if spec.rotation is not None or any(name in parts for name in besides):
+            return None
+    if dtype not in FLOATS or not runs_eagerly() or is_fake(parts["qdata"]):
+        return None
+    out = torch.empty(spec.matrix_shape, dtype=dtype, device="cpu")
+    with torch._C.DisableTorchFunctionSubclass():
+        return out.view(*spec.lead, spec.row_length) if fill(weight, 0, len(out), out) else None
+
+
+qtensor.value_kernels["cpu"] = values
 
 
 def _call(

@@ -144,4 +144,4 @@ def _picked(part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.index_select(part.view(torch.uint8), 0, index).view(part.dtype)
 
 
-qtensor.values_on_device = values
+qtensor.value_kernels |= dict.fromkeys(rules.DEVICES, values)
