@@ -1,0 +1,223 @@
+"""Levels of the CPU kernels: REQUANTO_CPU, processors without AVX2, threads and forks of torch."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from kernel_cache import fresh, in_child, kept, needs_compiler, never, torch_and_one_line
+
+import requanto_cpu
+from requanto.linear.cpu import library
+from requanto.runtime.settings import settings
+from requanto_cpu import build, cache, load
+
+pytestmark = [needs_compiler(), pytest.mark.usefixtures("fresh")]
+__all__ = ["fresh"]
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+def test_the_best_level_is_used():
+    kept()
+    assert load.levels()
+    assert load.level() == load.levels()[-1]
+
+
+def test_a_level_can_be_chosen(monkeypatch):
+    kept()
+    for name in load.levels():
+        monkeypatch.setattr(load, "_loaded", None)
+        monkeypatch.setenv("REQUANTO_CPU", name)
+        assert load.library().rq_level() == name.encode()
+        load.set_level(load.levels()[0])
+        assert load.level() == load.levels()[0]
+    with pytest.raises(ValueError, match=rf"set_level is 'mmx', but .* There are {', '.join(load.levels())} and torch"):
+        load.set_level("mmx")
+    assert load.level() == load.levels()[0]
+    load.set_level(load.levels()[-1])
+
+
+def test_a_level_that_does_not_exist(monkeypatch):
+    """An error, whatever the settings: a typo must not choose another level. It lists what there is."""
+    kept()
+    monkeypatch.setenv("REQUANTO_CPU", "avx9")
+    for compiled in (None, True):
+        monkeypatch.setattr(settings, "compiled", compiled)
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"REQUANTO_CPU is 'avx9', expected one of avx2, .*, neon, .*, torch"):
+                library.find()
+
+
+@pytest.mark.skipif(not X86, reason="names of another processor")
+def test_levels_that_are_not_here(monkeypatch):
+    kept()
+    here = load.levels()
+    missing = [name for name in ("avx512", "vnni", "bf16", "amx", "avxvnni") if name not in here]
+    for name, why in [(name, "does not have its instructions") for name in missing] + [
+        ("neon", "was built without it")
+    ]:
+        monkeypatch.setattr(load, "_loaded", None)
+        monkeypatch.setenv("REQUANTO_CPU", name)
+        with pytest.raises(
+            ValueError, match=f"REQUANTO_CPU is '{name}', but .*{why}.*There are {', '.join(here)} and torch"
+        ):
+            library.find()
+
+
+def test_no_kernels_at_all(monkeypatch, caplog):
+    """Neither built nor loaded."""
+    monkeypatch.setattr(cache, "find", never)
+    monkeypatch.setenv("REQUANTO_CPU", "torch")
+    torch_and_one_line(caplog, "REQUANTO_CPU=torch")
+    monkeypatch.setattr(settings, "compiled", True)
+    with pytest.raises(RuntimeError, match="REQUANTO_CPU is 'torch'"):
+        library.find()
+
+
+def test_an_old_processor(monkeypatch, caplog):
+    kept()
+    usual = load.interface.declare
+
+    def declare(found):
+        usual(found)
+        found.rq_levels = lambda: b""
+
+    monkeypatch.setattr(load.interface, "declare", declare)
+    torch_and_one_line(caplog, "this processor has none of the instruction sets that they were built for: ")
+
+
+#: Prints the levels of a library, and what its functions return.
+PROGRAM = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include "requanto_cpu.h"
+int main(int count, char** arguments) {
+  void* library = dlopen(arguments[1], RTLD_NOW);
+  if (!library) return printf("%s\n", dlerror()), 1;
+#define GET(name) auto name##_ = reinterpret_cast<decltype(&name)>(dlsym(library, #name))
+  GET(rq_levels); GET(rq_level); GET(rq_pack); GET(rq_codes); GET(rq_gemm); GET(rq_rows_to_int8); GET(rq_set_level);
+  static uint8_t plain[70 * 100], codes[70 * 100], strips[5 * 4 * 512];
+  for (int i = 0; i < 7000; ++i) plain[i] = i % 251;
+  int failed = rq_pack_(plain, 8, 70, 100, 128, strips) | rq_codes_(strips, 8, 70, 100, 128, 0, 70, nullptr, codes);
+  failed |= memcmp(plain, codes, sizeof plain);
+  int none = 0;
+  if (!*rq_level_()) {
+    RqGemm gemm = {};
+    none = rq_gemm_(&gemm, plain, codes, strips) | rq_set_level_("avx2");
+  }
+  printf("%s|%s|%d|%d\n", rq_levels_(), rq_level_(), failed, none);
+}
+"""
+
+
+@pytest.mark.skipif(not X86 or sys.platform != "linux", reason="emulates x86-64 on Linux")
+@pytest.mark.skipif(
+    shutil.which("qemu-x86_64") is None, reason="no qemu-x86_64 (apt install qemu-user) to emulate old processors"
+)
+def test_emulated_processors(tmp_path):
+    """No illegal instruction: loading, asking and packing take the baseline, and without AVX2 there are no kernels."""
+    (tmp_path / "main.cpp").write_text(PROGRAM)
+    program = str(tmp_path / "main")
+    compiler = build.compilers()[0].command
+    subprocess.run([*compiler, f"-I{build.SOURCES}", "-o", program, str(tmp_path / "main.cpp"), "-ldl"], check=True)
+    path = str(kept())
+    for processor, expected in {"Nehalem": "||0|-1\n", "SandyBridge": "||0|-1\n", "Haswell": "avx2|avx2|0|0\n"}.items():
+        command = ["qemu-x86_64", "-cpu", processor, program, path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, expected), (processor, done.stderr)
+
+
+# Threads.
+
+
+def packed(codes: torch.Tensor) -> torch.Tensor:
+    """Strips of codes, and from these codes again."""
+    rows, length = codes.shape
+    strips = torch.empty(-(-rows // 16) * -(-length // 32) * 512, dtype=torch.uint8, device="cpu")
+    found = requanto_cpu.library()
+    requanto_cpu.check(found.rq_pack(codes.data_ptr(), 8, rows, length, 0, strips.data_ptr()))
+    back = torch.empty_like(codes)
+    requanto_cpu.check(found.rq_unpack(strips.data_ptr(), 8, rows, length, 0, 0, rows, back.data_ptr()))
+    return back
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_the_number_of_threads_may_change(threads):
+    """Also between one call and the next, and to more than there are processors."""
+    kept()
+    codes = torch.randint(0, 256, (1000, 1500), dtype=torch.uint8, device="cpu")
+    for count in (1, 2, 5, 1, 3):
+        threads(count)
+        assert torch.equal(packed(codes), codes)
+
+
+def test_many_python_threads(threads):
+    """Each of eight uses torch's threads, while another one changes their number."""
+    kept()
+    load.library()
+    codes = [torch.randint(0, 256, (200 + 16 * i, 1500), dtype=torch.uint8, device="cpu") for i in range(8)]
+    wrong, stop = [], threading.Event()
+
+    def work(own):
+        for _ in range(20):
+            if not torch.equal(packed(own), own):
+                wrong.append(own.shape)
+
+    def change():
+        count = 1
+        while not stop.wait(0.001):
+            count = count % 3 + 1
+            threads(count)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    workers = [threading.Thread(target=work, args=(own,)) for own in codes]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    stop.set()
+    changing.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on Windows")
+def test_a_fork_computes(threads):
+    """As torch itself, with one thread: OpenMP's threads are not there after a fork."""
+    kept()
+    codes = torch.randint(0, 256, (1000, 1500), dtype=torch.uint8, device="cpu")
+    threads(2)
+    assert torch.equal(packed(codes), codes)
+
+    def child():
+        torch.set_num_threads(1)
+        return torch.equal(packed(codes), codes)
+
+    assert in_child(child) == 0
+
+
+def test_wrong_arguments():
+    kept()
+    found = load.library()
+    memory = torch.zeros(4096, dtype=torch.uint8, device="cpu").data_ptr()
+    for call in (
+        lambda: found.rq_pack(memory, 9, 16, 32, 0, memory),
+        lambda: found.rq_pack(memory, 0, 16, 32, 0, memory),
+        lambda: found.rq_pack(memory, 4, -1, 32, 0, memory),
+        lambda: found.rq_unpack(memory, 4, 16, 32, 0, 3, 2, memory),
+        lambda: found.rq_unpack(memory, 4, 16, 32, 0, 0, 17, memory),
+        lambda: found.rq_codes(memory, 4, 16, 32, 0, -1, 2, None, memory),
+    ):
+        with pytest.raises(RuntimeError, match=r"does not take these arguments \(code -3"):
+            requanto_cpu.check(call())
