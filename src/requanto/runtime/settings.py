@@ -155,7 +155,7 @@ class Settings:
             torch's operators run. True: a failure raises. False: never.
             (environment: REQUANTO_COMPILE=1 or 0; default None)
         cpu_arithmetic: how a CPU multiplies float x with packed weights. ``"auto"``: x is rounded in blocks of 32 columns,
-            to int8 for weights of up to 6 bits and to 16 bits for those of 7 and 8, and multiplied as integers; the error
+            to int8 for weights of up to 5 bits and to 16 bits for those of 6 to 8, and multiplied as integers; the error
             is below that of the weights themselves (docs/cpu.md). ``"float"``: x is never rounded.
             (environment: REQUANTO_CPU_ARITHMETIC)
         write_digests: write a digest of each quantized weight into config.json when saving (docs/format.md).

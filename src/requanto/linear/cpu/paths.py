@@ -3,8 +3,8 @@
 In order of preference:
 
     cpu-coded       integers, packed, int8 activations: int8 times the codes, with exact int32 sums
-    cpu-integer     up to 6 bits, packed: x in int8, one scale for each block of 32 columns
-    cpu-integer-16  7 and 8 bits, packed: the same with x in 16 bits
+    cpu-integer     up to 5 bits, packed: x in int8, one scale for each block of 32 columns
+    cpu-integer-16  6 to 8 bits, packed: the same with x in 16 bits
     cpu-float       float8, packed; with ``cpu_arithmetic="float"`` all types: fused dequantize, x as it is
     cpu-dequantize  everything else: dequantized block by block into a scratch buffer, then torch's GEMM
 
