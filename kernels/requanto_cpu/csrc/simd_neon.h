@@ -94,65 +94,7 @@ static inline Floats operator*(Floats a, Floats b) { return RQ_TWO(vmulq_f32, a,
 static inline Floats fma(Floats a, Floats b, Floats c) { return RQ_THREE(vfmaq_f32, c, a, b); }   // a * b + c
 static inline Floats fnma(Floats a, Floats b, Floats c) { return RQ_THREE(vfmsq_f32, c, a, b); }  // c - a * b
 
-// Byte J of each row in the lowest bits; what is above it is not cleared.
-template <int J> static inline int32x4_t from_byte_part(uint8x16_t a) { return vreinterpretq_s32_u8(down_part<8 * J>(a)); }
-template <int J> static inline Ints from_byte(Bytes a) { return RQ_ONE(from_byte_part<J>, a); }
-static inline Bytes as_bytes(Ints a) { return RQ_ONE(vreinterpretq_u8_s32, a); }
-static inline Ints load_ints_of_bytes(const uint8_t* p) {
-  const uint8x16_t bytes = vld1q_u8(p);
-  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
-  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(low))), vreinterpretq_s32_u32(vmovl_high_u16(low)),
-          vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(high))), vreinterpretq_s32_u32(vmovl_high_u16(high))};
-}
-
-// 64 floats, found by the low BITS bits of an index. The caller repeats tables of fewer than 16 values.
-struct Table { uint8x16x4_t low; const float* all; };
-static inline Table load_table(const float* p) {
-  const uint8_t* bytes = (const uint8_t*)p;
-  return {{{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}}, p};
-}
-template <int BITS> static inline float32x4_t lookup_part(const Table& t, int32x4_t index) {
-  const uint32x4_t number = vandq_u32(vreinterpretq_u32_s32(index), vdupq_n_u32((1 << BITS) - 1));
-  if constexpr (BITS <= 4) {  // 16 floats are 64 bytes, found by the numbers of 4 bytes each
-    const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100), number, vdupq_n_u32(0x04040404));
-    return vreinterpretq_f32_u8(vqtbl4q_u8(t.low, vreinterpretq_u8_u32(bytes)));
-  } else {
-    float32x4_t found = vld1q_dup_f32(t.all + vgetq_lane_u32(number, 0));
-    found = vld1q_lane_f32(t.all + vgetq_lane_u32(number, 1), found, 1);
-    found = vld1q_lane_f32(t.all + vgetq_lane_u32(number, 2), found, 2);
-    return vld1q_lane_f32(t.all + vgetq_lane_u32(number, 3), found, 3);
-  }
-}
-template <int BITS> static inline Floats lookup(const Table& t, Ints index) {
-  return {lookup_part<BITS>(t, index.a), lookup_part<BITS>(t, index.b), lookup_part<BITS>(t, index.c), lookup_part<BITS>(t, index.d)};
-}
-constexpr int lookup_bits = 0;  // tables up to this size are as fast as arithmetic
-
-// Byte J of each row moved to the top, then down by SHIFT with copies of its sign, and masked: the bits of a float32.
-template <int J, int SHIFT, int MASK> static inline float32x4_t float_of_byte_part(uint8x16_t a) {
-  const int32x4_t top = vreinterpretq_s32_u8(up_part<24 - 8 * J>(a));
-  return vreinterpretq_f32_s32(vandq_s32(vshrq_n_s32(top, SHIFT), vdupq_n_s32(MASK)));
-}
-template <int J, int SHIFT, int MASK> static inline Floats float_of_byte(Bytes a) {
-  return {float_of_byte_part<J, SHIFT, MASK>(a.a), float_of_byte_part<J, SHIFT, MASK>(a.b),
-          float_of_byte_part<J, SHIFT, MASK>(a.c), float_of_byte_part<J, SHIFT, MASK>(a.d)};
-}
-// Whether bytes were equal, over many vectors.
-struct Flags { uint8x16_t v; };
-static inline Flags no_flags() { return {vdupq_n_u8(0)}; }
-static inline void mark_equal(Flags& f, Bytes a, Bytes b) {
-  const Bytes same = RQ_TWO(vceqq_u8, a, b);
-  f.v = vorrq_u8(vorrq_u8(f.v, vorrq_u8(same.a, same.b)), vorrq_u8(same.c, same.d));
-}
-static inline bool any(Flags f) { return vmaxvq_u8(f.v) != 0; }
-static inline float sum_of(Floats a) { return vaddvq_f32(vaddq_f32(vaddq_f32(a.a, a.b), vaddq_f32(a.c, a.d))); }
-
-// Rows of x and strips that a tile of a GEMM keeps its sums of in registers: of floats; of integers, whose dot products take
-// codes as signed bytes.
-enum { TILE_ROWS = 6, TILE_STRIPS = 1 };
-enum { INTEGER_ROWS = 4, INTEGER_STRIPS = 1, SIGNED_CODES = 1 };
-
-// Integer dot products: of each row, 4 signed bytes of the weight by 4 of x, added to a sum. `Partial` as in simd_avx2.h.
+// Integer dot products: of each row, 4 bytes of the weight by 4 signed bytes of x, added to a sum. `Partial` as in simd_avx2.h.
 #if defined(__ARM_FEATURE_DOTPROD)
 #define RQ_VNNI 1
 typedef Ints Partial;
@@ -167,7 +109,7 @@ static inline Partial no_partial() { return splat_int(0); }
 #define RQ_VNNI 0
 struct Products { int16x8_t low, high; };       // of 4 rows 4 sums of 16 bits each: products are not added across columns
 struct Partial { Products a, b, c, d; };
-constexpr int partial_steps(int bits) { return bits <= 5 ? 8 : bits == 6 ? 4 : 2; }
+constexpr int partial_steps(int bits) { return bits <= 5 ? 8 : bits == 6 ? 4 : bits == 7 ? 2 : 1; }
 static inline Products dot_part(Products sum, uint8x16_t w, uint8x16_t x) {
   const int8x16_t a = vreinterpretq_s8_u8(w), b = vreinterpretq_s8_u8(x);
   return {vmlal_s8(sum.low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(sum.high, a, b)};
@@ -234,64 +176,5 @@ static inline void store_dtype(void* p, int32_t dtype, int count, Floats a) {
     vst1_u16(half + 12, brain ? to_bfloat16(a.d) : to_half(a.d));
   }
   if (count < 16) memcpy(p, copy, (size_t)count * (dtype == RQ_F32 ? 4 : 2));
-}
-
-// 8 consecutive numbers of x, which quantize.h rounds.
-static inline Floats8 load8(const void* p, int32_t dtype) {
-  if (dtype == RQ_F32) return {vld1q_f32((const float*)p), vld1q_f32((const float*)p + 4)};
-  const uint16x8_t half = vld1q_u16((const uint16_t*)p);
-  if (dtype == RQ_F16) return {of_half(vget_low_u16(half)), of_half(vget_high_u16(half))};
-  return {of_bfloat16(vget_low_u16(half)), of_bfloat16(vget_high_u16(half))};
-}
-static inline Ints8 load8_bytes(const void* p) {
-  const int16x8_t wide = vmovl_s8(vld1_s8((const int8_t*)p));
-  return {vmovl_s16(vget_low_s16(wide)), vmovl_high_s16(wide)};
-}
-static inline Floats8 operator*(Floats8 a, float b) { return {vmulq_n_f32(a.a, b), vmulq_n_f32(a.b, b)}; }
-// The bits of absolute values, which compare as these do; NaN is the largest.
-static inline Ints8 size_bits(Floats8 a) {
-  const int32x4_t mask = vdupq_n_s32(0x7FFFFFFF);
-  return {vandq_s32(vreinterpretq_s32_f32(a.a), mask), vandq_s32(vreinterpretq_s32_f32(a.b), mask)};
-}
-static inline Ints8 larger(Ints8 a, Ints8 b) { return {vmaxq_s32(a.a, b.a), vmaxq_s32(a.b, b.b)}; }
-static inline Ints8 operator+(Ints8 a, Ints8 b) { return {vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b)}; }
-static inline int32_t largest(Ints8 a) { return vmaxvq_s32(vmaxq_s32(a.a, a.b)); }
-static inline int32_t total(Ints8 a) { return vaddvq_s32(vaddq_s32(a.a, a.b)); }
-// To the nearest integer, ties to even.
-static inline Ints8 rounded(Floats8 a) { return {vcvtnq_s32_f32(a.a), vcvtnq_s32_f32(a.b)}; }
-static inline Floats8 clamped(Floats8 a, float most) {
-  const float32x4_t top = vdupq_n_f32(most), low = vdupq_n_f32(-most);
-  return {vmaxq_f32(vminq_f32(a.a, top), low), vmaxq_f32(vminq_f32(a.b, top), low)};
-}
-// Adds, per lane, minus 1 where `a` is not zero, and minus 1 where its code is besides below 128 in size.
-static inline void count_coarse_half(float32x4_t a, int32x4_t code, int32x4_t* nonzero, int32x4_t* coarse) {
-  const uint32x4_t is = vmvnq_u32(vceqzq_f32(a)), small = vcltq_s32(vabsq_s32(code), vdupq_n_s32(128));
-  *nonzero = vaddq_s32(*nonzero, vreinterpretq_s32_u32(is));
-  *coarse = vaddq_s32(*coarse, vreinterpretq_s32_u32(vandq_u32(is, small)));
-}
-static inline void count_coarse(Floats8 a, Ints8 code, Ints8* nonzero, Ints8* coarse) {
-  count_coarse_half(a.a, code.a, &nonzero->a, &coarse->a);
-  count_coarse_half(a.b, code.b, &nonzero->b, &coarse->b);
-}
-static inline Ints8 zeros8() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
-
-static inline int16x8_t narrowed(Ints8 a) { return vcombine_s16(vmovn_s32(a.a), vmovn_s32(a.b)); }
-// Codes of 32 columns, -128 to 127: 8 pieces of 4 bytes, `stride` bytes apart.
-static inline void spread_narrow(const Ints8* code, uint8_t* to, int64_t stride) {
-  for (int i = 0; i < 4; ++i) {
-    int8_t bytes[8];
-    vst1_s8(bytes, vmovn_s16(narrowed(code[i])));
-    memcpy(to + 2 * i * stride, bytes, 4);
-    memcpy(to + (2 * i + 1) * stride, bytes + 4, 4);
-  }
-}
-// Codes in 16 bits: 8 pieces of 8 bytes, each with columns 0, 2, 1, 3, as `dot_wide` takes them.
-static inline void spread_wide(const Ints8* code, uint8_t* to, int64_t stride) {
-  const uint8x16_t order = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
-  for (int i = 0; i < 4; ++i) {
-    const uint8x16_t four = vqtbl1q_u8(vreinterpretq_u8_s16(narrowed(code[i])), order);
-    vst1_u8(to + 2 * i * stride, vget_low_u8(four));
-    vst1_u8(to + (2 * i + 1) * stride, vget_high_u8(four));
-  }
 }
 #endif
