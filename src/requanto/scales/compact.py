@@ -188,4 +188,4 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_codes(stored: torch.Tensor, bits: int, groups: int) -> torch.Tensor:
     """The reverse of :func:`pack_codes`."""
-    return stored if bits == 8 else unpack(stored, bits, groups)
+    return stored if bits == 8 else unpack(stored.contiguous(), bits, groups)  # kernels may store them group-major

@@ -150,12 +150,9 @@ def _is_whole(functions: ctypes.CDLL, interface: ModuleType) -> bool:
     weight.rows, weight.length, weight.group, weight.groups, weight.bits, weight.block = 16, 32, 32, 1, 4, 32
     weight.scale_kind, weight.scale_dtype, gemm.rows, gemm.x_stride, gemm.out_stride = 1, interface.F32, 1, 32, 16
     gemm.weight, gemm.x_dtype, gemm.out_dtype = ctypes.pointer(weight), interface.F32, interface.F32
-    codes = (
-        functions.rq_dequantize(ctypes.byref(weight), 0, 0, None, None, interface.F32, 32),
-        functions.rq_dequantize_plain(ctypes.byref(weight), 0, 0, 0, None, None, interface.F32, 32),
-        functions.rq_rows_to_int8(None, interface.F32, 0, 32, 32, None, None, None),
-        functions.rq_gemm_scratch(ctypes.byref(gemm), 1),
-    )
+    codes = []
+    for gemm.arithmetic in (interface.BLOCKS8, interface.BLOCKS16, interface.FLOAT, interface.CODED):
+        codes.append(functions.rq_gemm_scratch(ctypes.byref(gemm), 1))
     return interface.E_MISSING not in codes
 
 

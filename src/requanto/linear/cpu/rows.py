@@ -40,7 +40,10 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> bool:
         first = begin - expert * per_matrix
         place = address + (begin - start) * stride * out.dtype.itemsize
         matrix = ctypes.byref(found.matrices[expert])
-        used.check(_call(used, weight, found, matrix, first, first + end - begin, None, place, dtype, stride))
+        code = _call(used, weight, found, matrix, first, first + end - begin, None, place, dtype, stride)
+        if code == used.interface.E_MISSING:
+            return False
+        used.check(code)
         begin = end
     return True
 
@@ -77,6 +80,8 @@ def gather(weight: QTensor, index: torch.Tensor, dtype: torch.dtype) -> torch.Te
         raise IndexError(
             f"index out of range: found {int(index.min())}..{int(index.max())} for a table of {matrix.rows} rows"
         )
+    if code == used.interface.E_MISSING:
+        return None
     used.check(code)
     return out
 

@@ -18,7 +18,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import library
-from requanto.linear.cpu.strips import STRIPS
+from requanto.linear.cpu.strips import MOST_TABLE_BITS, STRIPS
 from requanto.runtime.tracing import without_ambient_state
 from requanto.scales.compact import zero_step
 from requanto.tensor.layout import PLAIN, Parts
@@ -164,6 +164,8 @@ def described(weight: QTensor) -> Described | None:
     codes = parts["qdata"]
     if (layout is not STRIPS and layout is not PLAIN) or spec.axis > 1 or not codes.is_contiguous():
         return None
+    if spec.qtype.is_codebook and spec.qtype.bits > MOST_TABLE_BITS:
+        return None
     if library.for_tensors(codes) is None:
         return None
     found = Described(spec, parts, layout is STRIPS)
@@ -210,14 +212,17 @@ def make_table(values: Sequence[float]) -> Table:
     """A codebook for kernels.
 
     The values of small floats are multiples of the smallest one, so where 127 of these reach the largest, levels are exact.
+    Otherwise the step is the one with the smallest error among those of which 64 to 127 reach the largest value.
     """
     finite = [value for value in values if math.isfinite(value)]
     largest = max((abs(value) for value in finite), default=0.0)
-    step = ctypes.c_float(largest / 127).value or 1.0
     smallest = min((abs(value) for value in finite if value), default=1.0)
     if largest <= 127 * smallest and all(float(value / smallest).is_integer() for value in finite):
         step = smallest
-    levels = [max(0, min(255, round(v / step) + 128)) if math.isfinite(v) else 128 for v in values]
+    else:
+        steps = [ctypes.c_float(largest / count).value or 1.0 for count in range(127, 63, -1)]
+        step = min(steps, key=lambda one: sum((one * round(value / one) - value) ** 2 for value in finite))
+    levels = [round(value / step) + 128 if math.isfinite(value) else 128 for value in values]
     ordered = sorted(set(finite))
     # The rounding error of a value between two neighbours is a twelfth of their distance squared, on average.
     own = sum((high - low) ** 2 / 12 for low, high in itertools.pairwise(ordered)) / max(1, len(ordered) - 1)
