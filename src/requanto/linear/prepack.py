@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Smaller weights (number of elements) are not packed on a GPU: reading them is a small part of a GEMM's time.
 SMALLEST = 2**20
-#: The same on a CPU.
-SMALLEST_ON_CPU = 2**12
+#: The same on a CPU: a packed GEMM of 16 x 32 weights takes a third of the time of dequantizing them.
+SMALLEST_ON_CPU = 2**8
 #: Why a small weight stays plain.
 SMALL = "it is small"
 #: Why an embedding's weight stays plain.
