@@ -97,6 +97,9 @@ static inline __m256i kept(__m256i sum) {
   return sum;
 }
 
+// Rows of x and strips whose sums a tile of integers keeps in registers; whether dot products take codes as signed bytes.
+enum { INTEGER_ROWS = 4, INTEGER_STRIPS = 1, SIGNED_CODES = 0 };
+
 // Integer dot products: of each row, 4 unsigned bytes of the weight by 4 signed bytes of x, added to a sum.
 // `Partial` sums up to `partial_steps(bits)` products of codes below 2^bits by codes of x from -127 to 127, and is then added
 // to a sum of 32 bits. 0: sums of two such products do not fit into 16 bits, and x has to be in 16 bits (`dot_wide`).

@@ -177,4 +177,62 @@ static inline void store_dtype(void* p, int32_t dtype, int count, Floats a) {
   }
   if (count < 16) memcpy(p, copy, (size_t)count * (dtype == RQ_F32 ? 4 : 2));
 }
+
+// 8 consecutive numbers of x: what quantize.h rounds (simd_x86.h says what each function does).
+static inline Floats8 load8(const void* p, int32_t dtype) {
+  if (dtype == RQ_F32) return {vld1q_f32((const float*)p), vld1q_f32((const float*)p + 4)};
+  const uint16_t* from = (const uint16_t*)p;
+  if (dtype == RQ_F16) return {of_half(vld1_u16(from)), of_half(vld1_u16(from + 4))};
+  return {of_bfloat16(vld1_u16(from)), of_bfloat16(vld1_u16(from + 4))};
+}
+static inline Ints8 load8_bytes(const void* p) {
+  const int16x8_t halves = vmovl_s8(vld1_s8((const int8_t*)p));
+  return {vmovl_s16(vget_low_s16(halves)), vmovl_s16(vget_high_s16(halves))};
+}
+static inline Floats8 operator*(Floats8 a, float b) { return {vmulq_n_f32(a.a, b), vmulq_n_f32(a.b, b)}; }
+static inline Ints8 size_bits(Floats8 a) {
+  const int32x4_t mask = vdupq_n_s32(0x7FFFFFFF);
+  return {vandq_s32(vreinterpretq_s32_f32(a.a), mask), vandq_s32(vreinterpretq_s32_f32(a.b), mask)};
+}
+static inline Ints8 larger(Ints8 a, Ints8 b) { return {vmaxq_s32(a.a, b.a), vmaxq_s32(a.b, b.b)}; }
+static inline Ints8 operator+(Ints8 a, Ints8 b) { return {vaddq_s32(a.a, b.a), vaddq_s32(a.b, b.b)}; }
+static inline int32_t largest(Ints8 a) { return vmaxvq_s32(vmaxq_s32(a.a, a.b)); }
+static inline int32_t total(Ints8 a) { return vaddvq_s32(vaddq_s32(a.a, a.b)); }
+static inline Ints8 rounded(Floats8 a) { return {vcvtnq_s32_f32(a.a), vcvtnq_s32_f32(a.b)}; }
+static inline Floats8 clamped(Floats8 a, float least, float most) {
+  const float32x4_t up = vdupq_n_f32(most), down = vdupq_n_f32(least);
+  return {vmaxq_f32(vminq_f32(a.a, up), down), vmaxq_f32(vminq_f32(a.b, up), down)};
+}
+static inline Ints8 is_nonzero(Floats8 a) {
+  return {vreinterpretq_s32_u32(vmvnq_u32(vceqzq_f32(a.a))), vreinterpretq_s32_u32(vmvnq_u32(vceqzq_f32(a.b)))};
+}
+static inline void count_coarse(Floats8 a, Ints8 code, Ints8* nonzero, Ints8* coarse) {
+  const Ints8 is = is_nonzero(a);
+  const int32x4_t limit = vdupq_n_s32(128);
+  const int32x4_t low = vreinterpretq_s32_u32(vcltq_s32(vabsq_s32(code.a), limit));
+  const int32x4_t high = vreinterpretq_s32_u32(vcltq_s32(vabsq_s32(code.b), limit));
+  *nonzero = *nonzero + is;
+  *coarse = *coarse + Ints8{vandq_s32(is.a, low), vandq_s32(is.b, high)};
+}
+static inline Ints8 zeros8() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+static inline void spread_narrow(const Ints8* code, uint8_t* to, int64_t stride) {
+  for (int i = 0; i < 4; ++i) {
+    const int16x8_t halves = vcombine_s16(vqmovn_s32(code[i].a), vqmovn_s32(code[i].b));
+    int8_t eight[8];
+    vst1_s8(eight, vqmovn_s16(halves));
+    memcpy(to + 2 * i * stride, eight, 4);
+    memcpy(to + (2 * i + 1) * stride, eight + 4, 4);
+  }
+}
+static inline void spread_wide(const Ints8* code, uint8_t* to, int64_t stride) {
+  for (int i = 0; i < 8; ++i) {
+    int16_t four[4];
+    vst1_s16(four, vqmovn_s32(i & 1 ? code[i / 2].b : code[i / 2].a));
+    const int16_t pairs[4] = {four[0], four[2], four[1], four[3]};
+    memcpy(to + i * stride, pairs, 8);
+  }
+}
+
+// Rows of x and strips whose sums a tile of integers keeps in registers; whether dot products take codes as signed bytes.
+enum { INTEGER_ROWS = 4, INTEGER_STRIPS = 1, SIGNED_CODES = 1 };
 #endif
