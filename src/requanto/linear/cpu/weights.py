@@ -146,7 +146,7 @@ class Described:
         else:
             found.code = _INTEGER
             signed_bytes = strips and kind.storage_dtype == torch.int8  # strips have code + 128
-            found.zero_code = 0 if spec.affine else 128 if signed_bytes else kind.zero_code
+            found.zero_code = 128 if signed_bytes else 0 if spec.affine else kind.zero_code
 
 
 #: Parts that the library reads.
