@@ -48,6 +48,14 @@ class Library:
         """Whether the level in use multiplies bfloat16 faster than float32."""
         return self.level in _BFLOAT16_LEVELS
 
+    @property
+    def has_float(self) -> bool:
+        """Whether the level has the kernels that do not round x."""
+        weight = self.interface.RqWeight()
+        weight.rows, weight.length, weight.group, weight.groups, weight.bits, weight.block = 16, 32, 32, 1, 4, 32
+        found = self.functions.rq_dequantize(ctypes.byref(weight), 0, 0, None, None, self.interface.F32, 32)
+        return bool(found != self.interface.E_MISSING)
+
     def check(self, code: int) -> None:
         """Raises RuntimeError for an error code."""
         if code < 0:
