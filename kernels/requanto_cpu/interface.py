@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 
 #: Version of the interface; a library of another one is not used.
-ABI = 1
+ABI = 2
 
 #: Rows of a strip, columns of a unit.
 ROWS, COLUMNS = 16, 32
@@ -75,6 +75,8 @@ class RqGemm(ctypes.Structure):
         ("bias", c_void_p),
         ("steps", c_void_p),
         ("scratch_bytes", c_int64),
+        ("column", c_void_p),
+        ("column_dtype", c_int32),
     ]
 
 

@@ -133,6 +133,28 @@ bool in_range(int64_t rows, int64_t start, int64_t stop, const int64_t* index) {
   return true;
 }
 
+// The part of a scratch buffer that holds x times the column scale.
+int64_t column_bytes(const RqGemm* gemm, int64_t rows) {
+  if (!gemm->column) return 0;
+  return (rows * gemm->weight->length * (gemm->x_dtype == RQ_F32 ? 4 : 2) + 63) & ~int64_t{63};
+}
+
+int64_t plus(int64_t size_or_code, int64_t bytes) { return size_or_code < 0 ? size_or_code : size_or_code + bytes; }
+
+// x times the column scale, then the GEMM with the rest of the scratch buffer.
+int gemm_of_scaled(const RqKernels* kernels, const RqGemm* gemm, const void* x, void* out, void* scratch) {
+  const int64_t used = column_bytes(gemm, gemm->rows), length = gemm->weight->length;
+  if (gemm->scratch_bytes < used) return RQ_E_SCRATCH;
+  const int code = kernels->scale_columns(x, gemm->x_dtype, gemm->rows, length, gemm->x_stride, gemm->column,
+                                          gemm->column_dtype, scratch);
+  if (code) return code;
+  RqGemm rest = *gemm;
+  rest.column = nullptr;
+  rest.x_stride = length;
+  rest.scratch_bytes -= used;
+  return kernels->gemm(&rest, scratch, out, static_cast<char*>(scratch) + used);
+}
+
 enum { LIST = 96 };
 
 const char* listed(char* text, bool only_available) {
@@ -197,16 +219,17 @@ RQ_API int rq_forked(void) {
 
 RQ_API int64_t rq_gemm_scratch(const RqGemm* gemm, int64_t rows) {
   if (!current()) return RQ_E_LEVEL;
-  return current()->kernels->gemm_scratch(gemm, rows);
+  return plus(current()->kernels->gemm_scratch(gemm, rows), column_bytes(gemm, rows));
 }
 
 RQ_API int64_t rq_gemm_least_scratch(const RqGemm* gemm) {
   if (!current()) return RQ_E_LEVEL;
-  return current()->kernels->gemm_least_scratch(gemm);
+  return plus(current()->kernels->gemm_least_scratch(gemm), column_bytes(gemm, gemm->rows));
 }
 
 RQ_API int rq_gemm(const RqGemm* gemm, const void* x, void* out, void* scratch) {
   if (!current()) return RQ_E_LEVEL;
+  if (gemm->column) return gemm_of_scaled(current()->kernels, gemm, x, out, scratch);
   return current()->kernels->gemm(gemm, x, out, scratch);
 }
 

@@ -10,6 +10,7 @@ namespace RQ_LEVEL_NAMESPACE {
 #endif
 #include "scales.h"
 #include "codes.h"
+#include "columns.h"
 #include "float_linear.h"
 
 // Not written yet.
@@ -36,7 +37,7 @@ static int64_t gemm_least_scratch(const RqGemm* g) {
 }
 
 extern const RqKernels kernels = {
-    RQ_LEVEL_NAME, gemm, gemm_scratch, gemm_least_scratch, dequantize, dequantize_plain, rows_to_int8, float_linear,
+    RQ_LEVEL_NAME, gemm, gemm_scratch, gemm_least_scratch, dequantize, dequantize_plain, rows_to_int8, scale_columns, float_linear,
 };
 
 }  // namespace RQ_LEVEL_NAMESPACE

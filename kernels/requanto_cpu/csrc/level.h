@@ -24,6 +24,8 @@ typedef struct RqKernels {
                           void* out, int32_t dtype, int64_t out_stride);
   int (*rows_to_int8)(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed,
                       int8_t* codes, float* steps);
+  int (*scale_columns)(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const void* column,
+                       int32_t column_dtype, void* out);
   int (*float_linear)(const void* weight, int32_t dtype, int64_t n, int64_t length, int64_t weight_stride, const void* x,
                       int64_t rows, int64_t x_stride, const void* bias, void* out, int64_t out_stride);
 } RqKernels;

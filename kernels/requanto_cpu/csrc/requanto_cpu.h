@@ -91,6 +91,8 @@ typedef struct RqGemm {
   const void* bias;          // [N], contiguous
   const float* steps;        // of RQ_CODED: the scale of each row of x
   int64_t scratch_bytes;     // size of the scratch buffer; rows of x are processed in parts that fit
+  const void* column;        // [K], contiguous: x is multiplied by it first, rounded to x's dtype (not of RQ_CODED); or null
+  int32_t column_dtype;
 } RqGemm;
 
 // All functions may be called from several threads at once. They return 0, or one of these codes; those that return a size,
@@ -119,7 +121,7 @@ RQ_API void rq_set_parallel(RqParallelFor parallel, RqThreads threads);
 // For the child of a fork, in which the parent's threads do not exist though OpenMP would wait for them: if a loop has run on
 // several threads, all later ones run in one. Returns 1 if so, else 0.
 RQ_API int rq_forked(void);
-enum { RQ_ABI = 1 };
+enum { RQ_ABI = 2 };
 
 // Bytes of scratch that `rq_gemm` wants for all rows at once, and the fewest that it can work with.
 RQ_API int64_t rq_gemm_scratch(const RqGemm* gemm, int64_t rows);

@@ -228,7 +228,7 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     if spec.rotation is not None:
         gemm = _with_rotation(gemm, spec.rotation)
     if "column" in storage.parts and not (planned is not None and found.takes_column):
-        gemm = _with_columns(gemm, column_for(weight, x.dtype), storage.parts["column"])
+        gemm = _with_columns(gemm, weight, x.dtype)
     if "order" in storage.parts:
         gemm = _with_order(gemm, storage.parts["order"])
     cache_plan(storage, key, Plan(gemm, spec.activation, x.is_cpu), version)
@@ -275,13 +275,17 @@ def operator_plan(x: torch.Tensor, weight: QTensor, activation: qtype | None) ->
     return found.gemm if x.is_cpu is found.cpu else None
 
 
-def _with_columns(gemm: Gemm, column: torch.Tensor, part: torch.Tensor) -> Gemm:
-    """The plan of a weight with a column scale, from that of its codes.
+def _with_columns(gemm: Gemm, weight: QTensor, dtype: torch.dtype) -> Gemm:
+    """The plan of a weight with a column scale for x of ``dtype``, from that of its codes.
 
-    Args:
-        column: the column scale in x's dtype.
-        part: the column scale as the weight stores it.
+    A plan that has ``with_column(column)`` returns the one that multiplies x itself, or None.
     """
+    part = weight._storage.parts["column"]
+    own = getattr(gemm, "with_column", None)
+    by_itself: Gemm | None = None if own is None else own(part)
+    if by_itself is not None:
+        return by_itself
+    column = column_for(weight, dtype)  # in x's dtype
 
     def scaled(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         return gemm(x * column, weight, bias)

@@ -27,6 +27,8 @@ BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
 #: Most bits of codes that are multiplied with x rounded to 8 bits; above, x has 16. With 6 bits, rounding x to 8 costs up to
 #: 0.7 of what rounding the weights does (tests/linear/test_cpu_rounding.py; SmolLM2's activations), with 5 up to 0.34.
 MOST_BITS_WITH_8 = 5
+#: Most rows of x that the library multiplies by the column scale; of more rows torch's operator takes little of the time.
+MOST_SCALED_ROWS = 16
 #: Largest result (bytes) that is allocated like a tensor that exists, which takes half the time.
 _SMALL = 16 * 1024
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -99,15 +101,35 @@ class Call:
         expert: number of the matrix.
         how: BLOCKS8, BLOCKS16 or FLOAT.
         rows, dtype: of x.
+        column: see `with_column`.
     """
 
-    __slots__ = ("_biased", "_check", "_found", "_function", "_like", "_plain", "_scratch", "_shape", "out_features")
+    __slots__ = (
+        "_biased",
+        "_check",
+        "_column",
+        "_function",
+        "_like",
+        "_made_of",
+        "_plain",
+        "_scratch",
+        "_shape",
+        "out_features",
+    )
 
-    def __init__(self, found: Described, expert: int, how: int, rows: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        found: Described,
+        expert: int,
+        how: int,
+        rows: int,
+        dtype: torch.dtype,
+        column: torch.Tensor | None = None,
+    ) -> None:
         used = library.find()
         assert used is not None
         matrix = found.matrices[expert]
-        self._found, self._check = found, used.check
+        self._made_of, self._column, self._check = (found, expert, how, rows, dtype), column, used.check
         self._function = function_of(used)
         self.out_features = matrix.rows
         gemm = used.interface.RqGemm()
@@ -115,6 +137,8 @@ class Call:
         gemm.x_stride, gemm.out_stride = matrix.length, matrix.rows
         gemm.x_dtype = gemm.out_dtype = DTYPES[dtype]
         gemm.arithmetic = how
+        if column is not None:
+            gemm.column, gemm.column_dtype = column.data_ptr(), DTYPES[column.dtype]
         self._scratch = gemm.scratch_bytes = scratch_bytes(used, gemm, rows)
         self._plain = gemm
         # (address and dtype of the bias, the struct with it); replaced as a whole, since several threads may run a plan
@@ -143,6 +167,19 @@ class Call:
         if code:
             self._check(code)
         return out if late is None else out.add_(late)
+
+    def with_column(self, column: torch.Tensor) -> Call | None:
+        """The same GEMM of x times a column scale ``[K]``, rounded to x's dtype; None if the library cannot multiply them.
+
+        It reads the column scale as it is in each call, so a change in place takes effect.
+        """
+        found, expert, _, rows, _ = self._made_of
+        right = column.dim() == 1 and column.numel() == found.matrices[expert].length and column.is_contiguous()
+        if not right or rows > MOST_SCALED_ROWS or type(column) not in _PLAIN or not column.is_cpu:
+            return None
+        if column.dtype not in DTYPES or not column.is_floating_point() or column.is_neg():
+            return None
+        return Call(*self._made_of, column)
 
     def _allocated(self, x: torch.Tensor) -> torch.Tensor:
         out = x.new_empty(*x.shape[:-1], self.out_features)
