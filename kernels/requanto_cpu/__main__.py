@@ -3,6 +3,7 @@
 python -m requanto_cpu                          in the cache, for this process's user
 python -m requanto_cpu --output FILE            at another place
 python -m requanto_cpu --output FILE --sanitize reports accesses outside of buffers; Python needs LD_PRELOAD=libasan.so
+python -m requanto_cpu --output FILE --levels avx2,vnni          only these levels, in less time
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m requanto_cpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the library to this file")
     parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer, for tests (needs --output)")
+    parser.add_argument("--levels", metavar="NAMES", help="build only these levels (needs --output)")
     options = parser.parse_args(arguments)
-    if options.sanitize and options.output is None:
-        parser.error("--sanitize needs --output FILE: such a library is never loaded from the cache")
+    if (options.sanitize or options.levels) and options.output is None:
+        parser.error("--sanitize and --levels need --output FILE: such a library is never loaded from the cache")
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         if options.output is None:
@@ -33,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.monotonic()
         target = options.output.absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
-        levels = build.build(target, build.compilers()[0], more=build.SANITIZER if options.sanitize else ())
+        more = build.SANITIZER if options.sanitize else ()
+        only = tuple(options.levels.split(",")) if options.levels else None
+        levels = build.build(target, build.compilers()[0], more=more, only=only)
         print(f"{target}: {', '.join(levels)}, built in {time.monotonic() - start:.1f} s")
         return 0
     except (requanto_cpu.LibraryUnavailable, build.BuildError, ValueError, OSError) as error:

@@ -134,7 +134,11 @@ def library_name() -> str:
 
 
 def build(
-    target: Path, compiler: Compiler, machine: str | None = None, more: tuple[str, ...] = (), cpus: int | None = None
+    target: Path,
+    compiler: Compiler,
+    machine: str | None = None,
+    more: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
 ) -> list[str]:
     """Compiles all files, several at a time, and links them.
 
@@ -142,7 +146,7 @@ def build(
         target: file to write. Its folder must exist; intermediate files are written into a new folder beside it.
         machine: processor to build for, which the compiler must be for; None: this one.
         more: further flags for compiling and linking.
-        cpus: files that are compiled at a time; None: as many as there are CPUs.
+        only: levels to build; None: all that the compiler knows.
 
     Returns:
         Levels that were built.
@@ -151,13 +155,18 @@ def build(
         BuildError: a file could not be compiled or linked, with the compiler's messages.
         OSError: files cannot be written.
     """
-    wanted, command = level_flags(machine), [*compiler.command, *FLAGS, *more]
+    wanted = level_flags(machine)
+    if only is not None:
+        if unknown := ", ".join(level for level in only if level not in wanted):
+            raise BuildError(f"there is no level {unknown}, only {', '.join(wanted)}")
+        wanted = {level: wanted[level] for level in only}
+    command = [*compiler.command, *FLAGS, *more]
     work = Path(tempfile.mkdtemp(prefix=FOLDER, dir=target.parent))
     try:
         probes = [
             [*compiler.command, *flags, "-fsyntax-only", "-x", "c++", os.devnull] for flags in ((), *wanted.values())
         ]
-        (code, text), *known = _run(probes, work, cpus)
+        (code, text), *known = _run(probes, work)
         if code:
             raise _failed(probes[0], code, text)
         levels = [level for level, (code, _) in zip(wanted, known) if code == 0]
@@ -176,7 +185,7 @@ def build(
         linked = str(work / "linked")
         libraries = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]
         for commands in (jobs, [[*command, "-shared", "-o", linked, *libraries, *files]]):
-            for job, (code, text) in zip(commands, _run(commands, work, cpus)):
+            for job, (code, text) in zip(commands, _run(commands, work)):
                 if code:
                     raise _failed(job, code, text)
         if not os.path.exists(linked):
@@ -193,8 +202,8 @@ def _failed(command: list[str], code: int, text: str) -> BuildError:
     return BuildError("\n".join([f"{command[0]} failed ({code}): {wrong.strip()}", shlex.join(command), *lines[-15:]]))
 
 
-def _run(commands: list[list[str]], folder: Path, most: int | None = None) -> list[tuple[int, str]]:
-    """Runs programs, several at a time; returns the exit status and the output of each.
+def _run(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+    """Runs programs, as many at a time as there are CPUs; returns the exit status and the output of each.
 
     Polls them at short intervals, so that KeyboardInterrupt works and no further thread is needed.
 
@@ -202,8 +211,7 @@ def _run(commands: list[list[str]], folder: Path, most: int | None = None) -> li
         BuildError: one did not start, or all together took too long.
         OSError: their output cannot be written.
     """
-    if most is None:
-        most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
     until, waiting, codes = time.monotonic() + TIMEOUT, list(enumerate(commands)), [0] * len(commands)
     running: dict[int, subprocess.Popen[bytes]] = {}

@@ -1,10 +1,7 @@
-"""Levels of the CPU kernels: REQUANTO_CPU, processors without AVX2, threads and forks of torch."""
+"""Levels of the CPU kernels (REQUANTO_CPU), and the threads and forks of torch. test_cpu_qemu.py emulates processors."""
 
 import os
 import platform
-import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,7 +11,7 @@ from kernel_cache import fresh, in_child, kept, needs_compiler, never, torch_and
 import requanto_cpu
 from requanto.linear.cpu import library
 from requanto.runtime.settings import settings
-from requanto_cpu import build, cache, load
+from requanto_cpu import cache, load
 
 pytestmark = [needs_compiler(), pytest.mark.usefixtures("fresh")]
 __all__ = ["fresh"]
@@ -88,48 +85,6 @@ def test_an_old_processor(monkeypatch, caplog):
 
     monkeypatch.setattr(load.interface, "declare", declare)
     torch_and_one_line(caplog, "this processor has none of the instruction sets that they were built for: ")
-
-
-#: Prints the levels of a library, and what its functions return.
-PROGRAM = r"""
-#include <dlfcn.h>
-#include <stdio.h>
-#include <string.h>
-#include "requanto_cpu.h"
-int main(int count, char** arguments) {
-  void* library = dlopen(arguments[1], RTLD_NOW);
-  if (!library) return printf("%s\n", dlerror()), 1;
-#define GET(name) auto name##_ = reinterpret_cast<decltype(&name)>(dlsym(library, #name))
-  GET(rq_levels); GET(rq_level); GET(rq_pack); GET(rq_codes); GET(rq_gemm); GET(rq_rows_to_int8); GET(rq_set_level);
-  static uint8_t plain[70 * 100], codes[70 * 100], strips[5 * 4 * 512];
-  for (int i = 0; i < 7000; ++i) plain[i] = i % 251;
-  int failed = rq_pack_(plain, 8, 70, 100, 128, strips) | rq_codes_(strips, 8, 70, 100, 128, 0, 70, nullptr, codes);
-  failed |= memcmp(plain, codes, sizeof plain);
-  int none = 0;
-  if (!*rq_level_()) {
-    RqGemm gemm = {};
-    none = rq_gemm_(&gemm, plain, codes, strips) | rq_set_level_("avx2");
-  }
-  printf("%s|%s|%d|%d\n", rq_levels_(), rq_level_(), failed, none);
-}
-"""
-
-
-@pytest.mark.skipif(not X86 or sys.platform != "linux", reason="emulates x86-64 on Linux")
-@pytest.mark.skipif(
-    shutil.which("qemu-x86_64") is None, reason="no qemu-x86_64 (apt install qemu-user) to emulate old processors"
-)
-def test_emulated_processors(tmp_path):
-    """No illegal instruction: loading, asking and packing take the baseline, and without AVX2 there are no kernels."""
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    program = str(tmp_path / "main")
-    compiler = build.compilers()[0].command
-    subprocess.run([*compiler, f"-I{build.SOURCES}", "-o", program, str(tmp_path / "main.cpp"), "-ldl"], check=True)
-    path = str(kept())
-    for processor, expected in {"Nehalem": "||0|-1\n", "SandyBridge": "||0|-1\n", "Haswell": "avx2|avx2|0|0\n"}.items():
-        command = ["qemu-x86_64", "-cpu", processor, program, path]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert (done.returncode, done.stdout) == (0, expected), (processor, done.stderr)
 
 
 # Threads.
