@@ -93,6 +93,24 @@ inline void read_row(const uint8_t* row, uint64_t* codes) {
   if (B & 1) read_plane<1, B & 6>(row + 64 * (B & 6), codes);
 }
 
+// Exchanges two bits of the index of each bit of a word: bit i goes to the place whose number has bits A < B of i swapped.
+template <int A, int B>
+inline uint64_t swap_index_bits(uint64_t x) {
+  constexpr int distance = (1 << B) - (1 << A);
+  constexpr uint64_t lower = fields(1 << A, 2 << A) << (1 << A) & fields(1 << B, 2 << B);  // bit A is set, B is not
+  const uint64_t differ = (x ^ x >> distance) & lower;
+  return x ^ differ ^ differ << distance;
+}
+
+// One bit: a row of a unit is one word of 32 bits in both orders, bit 4 * q + j of which becomes bit q of byte j. Two at once.
+inline uint64_t write_bits(uint64_t plain) {
+  return swap_index_bits<3, 4>(swap_index_bits<2, 4>(swap_index_bits<1, 3>(swap_index_bits<0, 2>(plain))));
+}
+
+inline uint64_t read_bits(uint64_t words) {
+  return swap_index_bits<0, 2>(swap_index_bits<1, 3>(swap_index_bits<2, 4>(swap_index_bits<3, 4>(words))));
+}
+
 struct Shape {
   int64_t rows, length, units, row_bytes;  // row_bytes: of a plain row
   int64_t strip_bytes;
@@ -108,6 +126,34 @@ inline void clear_beyond(uint64_t* codes, int64_t columns) {
   for (int i = 0; i < WORDS; ++i) {
     const int64_t left = columns - 8 * i;
     if (left < 8) codes[i] &= left <= 0 ? 0 : (uint64_t{1} << 8 * left) - 1;
+  }
+}
+
+// 32 bits of a plain row of 1-bit codes, zero beyond its end.
+inline uint32_t plain_bits(const uint8_t* plain, const Shape& of, int64_t row, int64_t unit) {
+  uint32_t bits = 0;
+  if (row >= of.rows) return bits;
+  const int64_t columns = of.length - unit * RQ_COLUMNS;
+  const uint8_t* const from = plain + row * of.row_bytes + unit * 4;
+  if (columns >= RQ_COLUMNS) {
+    memcpy(&bits, from, 4);
+    return bits;
+  }
+  memcpy(&bits, from, static_cast<size_t>((columns + 7) / 8));
+  return bits & ((1u << columns) - 1);
+}
+
+void pack_strips_of_bits(const uint8_t* plain, const Shape& of, uint8_t* strips, int64_t begin, int64_t end) {
+  for (int64_t strip = begin; strip < end; ++strip) {
+    uint8_t* unit = strips + strip * of.strip_bytes;
+    for (int64_t u = 0; u < of.units; ++u, unit += 64) {
+      for (int r = 0; r < RQ_ROWS; r += 2) {
+        const int64_t row = strip * RQ_ROWS + r;
+        const uint64_t upper = plain_bits(plain, of, row + 1, u);
+        const uint64_t words = write_bits(plain_bits(plain, of, row, u) | upper << 32);
+        memcpy(unit + 4 * r, &words, 8);
+      }
+    }
   }
 }
 
@@ -162,9 +208,23 @@ void unpack_rows(const uint8_t* strips, const Shape& of, uint8_t flip, int64_t s
     const uint8_t* unit = strips + strip * of.strip_bytes;
     for (int64_t u = 0; u < of.units; ++u, unit += 64 * B) {
       for (int64_t r = row; r < end; ++r) {
+        const uint8_t* from = unit + 4 * (r % RQ_ROWS);
+        uint8_t* to = plain + (r - start) * of.row_bytes + u * 4 * B;
+        const int64_t rest = of.row_bytes - u * 4 * B;
+        if (B == 1) {
+          uint32_t word;
+          memcpy(&word, from, 4);
+          const uint64_t bits = read_bits(word);
+          if (rest >= 4) {
+            memcpy(to, &bits, 4);
+          } else {
+            memcpy(to, &bits, static_cast<size_t>(rest));
+          }
+          continue;
+        }
         uint64_t codes[WORDS];
-        read_row<B>(unit + 4 * (r % RQ_ROWS), codes);
-        write_plain<B>(codes, flip, plain + (r - start) * of.row_bytes + u * 4 * B, of.row_bytes - u * 4 * B);
+        read_row<B>(from, codes);
+        write_plain<B>(codes, flip, to, rest);
       }
     }
     row = end;
@@ -221,6 +281,7 @@ RQ_API int rq_pack(const uint8_t* plain, int32_t bits, int64_t rows, int64_t len
   const Shape of = shape_of(bits, rows, length);
   with_bits(bits, [&](auto b) {
     rq::parallel((rows + RQ_ROWS - 1) / RQ_ROWS, grain(of.strip_bytes), [&](int64_t begin, int64_t end) {
+      if (bits == 1) return pack_strips_of_bits(plain, of, strips, begin, end);
       pack_strips<decltype(b)::value>(plain, of, flip, strips, begin, end);
     });
   });
