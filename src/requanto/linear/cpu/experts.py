@@ -10,6 +10,7 @@ import torch
 from requanto.linear import reference
 from requanto.linear.cpu import library, rows
 from requanto.linear.cpu.conditions import gemm_rows
+from requanto.linear.cpu.dequantize import dequantize_rows
 from requanto.linear.cpu.gemm import arithmetic_of, function_of, scratch_bytes
 from requanto.linear.cpu.multiply import float_dtype
 from requanto.linear.cpu.weights import DTYPES, Described, described
@@ -70,8 +71,6 @@ def _dequantized(x: torch.Tensor, weight: QTensor, expert: int, out: torch.Tenso
     """One expert's rows times its weight, dequantized into a scratch buffer."""
     stored_rows, length = weight._spec.shape[1:]
     dtype = float_dtype(x.dtype)
-    values = scratch_buffer((stored_rows, length), dtype)
     first = expert * stored_rows
-    filled = rows.fill(weight, first, first + stored_rows, values)
-    assert filled
+    values = dequantize_rows(weight, first, first + stored_rows, scratch_buffer((stored_rows, length), dtype))
     out.copy_(torch.mm(x.to(dtype), values if weight.transposed else values.t()))
