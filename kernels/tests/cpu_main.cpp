@@ -27,7 +27,7 @@
 
 namespace {
 
-enum Function { GEMM, SCRATCH, LEAST_SCRATCH, DEQUANTIZE, DEQUANTIZE_PLAIN, PACK, UNPACK, CODES, ROWS_TO_INT8 };
+enum Function { GEMM, SCRATCH, LEAST_SCRATCH, DEQUANTIZE, DEQUANTIZE_PLAIN, PACK, UNPACK, CODES, ROWS_TO_INT8, FLOAT_LINEAR };
 
 struct Buffer {
   uint8_t* data = nullptr;
@@ -125,6 +125,7 @@ int64_t call(int64_t function, const std::vector<int64_t>& a, std::vector<Buffer
     gemm.weight = &weight;
     gemm.bias = at(b, reinterpret_cast<int64_t>(gemm.bias));
     gemm.steps = pointer(b, gemm.steps);
+    gemm.column = at(b, reinterpret_cast<int64_t>(gemm.column));
   } else if (b[1].bytes) {
     stop("RqGemm has another size here");
   }
@@ -152,6 +153,8 @@ int64_t call(int64_t function, const std::vector<int64_t>& a, std::vector<Buffer
     case ROWS_TO_INT8:
       return rq_rows_to_int8(at(b, a[0]), integer(1), a[2], a[3], a[4], static_cast<const float*>(at(b, a[5])),
                              static_cast<int8_t*>(at(b, a[6])), static_cast<float*>(at(b, a[7])));
+    case FLOAT_LINEAR:
+      return rq_float_linear(at(b, a[0]), integer(1), a[2], a[3], a[4], at(b, a[5]), a[6], a[7], at(b, a[8]), at(b, a[9]), a[10]);
     default: stop("unknown function");
   }
 }

@@ -18,7 +18,7 @@ import torch
 
 from requanto_cpu.interface import RqGemm, RqWeight
 
-GEMM, SCRATCH, LEAST_SCRATCH, DEQUANTIZE, DEQUANTIZE_PLAIN, PACK, UNPACK, CODES, ROWS_TO_INT8 = range(9)
+GEMM, SCRATCH, LEAST_SCRATCH, DEQUANTIZE, DEQUANTIZE_PLAIN, PACK, UNPACK, CODES, ROWS_TO_INT8, FLOAT_LINEAR = range(10)
 INTEGER, TABLE, E4M3, E5M2, E4M3FNUZ = range(5)
 NO_SHIFT, PLAIN, SCALE_CODES, E8M0, E4M3S = range(5)
 BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
@@ -344,6 +344,7 @@ def gemm_case(
     bias_dtype: torch.dtype | None = None,
     least: bool = False,
     x: torch.Tensor | None = None,
+    column_dtype: torch.dtype | None = None,
 ) -> Case:
     """`x`: instead of a random one; where float64 gives NaN or infinity because of it, so must the kernel."""
     outputs, length = weight.codes.shape
@@ -351,7 +352,7 @@ def gemm_case(
         f"gemm {weight.fields}, {rows} rows of {dtype}, arithmetic {arithmetic}, exact {exact}, least {least}", GEMM
     )
     case.buffers[0] = (weight.struct(case, strips_of(weight.codes, weight.fields["bits"])), False)
-    block, steps = weight.fields["block"], None
+    block, steps, column = weight.fields["block"], None, None
     stride = length + int(_integers(0, 3, (), random)) * 3
     if arithmetic == CODED:
         numbers = _integers(-128, 128, (rows, length), random).to(torch.int8)
@@ -364,6 +365,9 @@ def gemm_case(
         numbers = random_x(random, rows, length, dtype, block, exact) if x is None else x
         memory = _canvas(rows, length, stride, dtype, random)
         _matrix(memory, rows, length, stride).copy_(numbers)
+        if column_dtype is not None:
+            column, exact = _random((length,), random).to(column_dtype), False
+            numbers = numbers * column.to(dtype)
         wide = accumulated = numbers.double()
     bias = None if bias_dtype is None else _random((outputs,), random).to(bias_dtype)
     out_stride = outputs + int(_integers(0, 3, (), random)) * 7
@@ -371,8 +375,9 @@ def gemm_case(
     gemm = RqGemm(
         rows=rows, x_stride=stride, out_stride=out_stride, x_dtype=0 if arithmetic == CODED else DTYPES[dtype],
         out_dtype=DTYPES[dtype], arithmetic=arithmetic, bias_dtype=0 if bias is None else DTYPES[bias_dtype],
+        column_dtype=0 if column is None else DTYPES[column_dtype],
     )  # fmt: skip
-    for name, array in {"bias": bias, "steps": steps}.items():
+    for name, array in {"bias": bias, "steps": steps, "column": column}.items():
         setattr(gemm, name, ctypes.cast(case.add(array) or None, dict(RqGemm._fields_)[name]))
     case.buffers[1] = (bytes(gemm), False)
     case.arguments = [case.add(memory), case.add(out, result=True), int(least)]
@@ -404,9 +409,9 @@ def gemm_case(
     def verify(got: bytes) -> None:
         flat = _tensor(got, dtype)
         result = _matrix(flat, rows, outputs, out_stride).double()
-        finite = expected.isfinite()
+        finite = expected.abs() + allowed <= torch.finfo(dtype).max
         error = (result - expected).abs()
-        wrong = torch.where(finite, ~(error <= allowed), result.isfinite())
+        wrong = torch.where(finite, ~(error <= allowed), result.abs() < 0.99 * torch.finfo(dtype).max)
         share = (error / allowed)[finite].max().item() if finite.any() else 0.0
         assert not wrong.any(), (
             f"{int(wrong.sum())} of {wrong.numel()} are wrong, at {wrong.nonzero()[:4].tolist()}; the largest error is "
@@ -420,3 +425,158 @@ def gemm_case(
 
     case.check = verify
     return case
+
+
+def float_linear_case(
+    random: torch.Generator, rows: int, outputs: int, length: int, dtype: torch.dtype, bias: bool
+) -> Case:
+    case = Case(f"float_linear, {rows} rows by {outputs} x {length}, {dtype}, bias {bias}", FLOAT_LINEAR)
+    strides = [size + int(_integers(0, 2, (), random)) * 3 for size in (length, length, outputs)]
+    weight, x = (_canvas(count, length, stride, dtype, random) for count, stride in zip((outputs, rows), strides))
+    out = _canvas(rows, outputs, strides[2], dtype, random)
+    w, inputs = (
+        _matrix(flat, count, length, stride) for flat, count, stride in zip((weight, x), (outputs, rows), strides)
+    )
+    w.copy_(_random((outputs, length), random))
+    inputs.copy_(_random((rows, length), random))
+    added = _random((outputs,), random).to(dtype) if bias else None
+    case.arguments = [case.add(weight), DTYPES[dtype], outputs, length, strides[0], case.add(x), rows, strides[1]]
+    case.arguments += [case.add(added), case.add(out, result=True), strides[2]]
+    expected = inputs.double() @ w.double().T + (0 if added is None else added.double())
+    allowed = inputs.double().abs() @ w.double().abs().T * 2.0**-19 + expected.abs() * _ROUNDING[dtype] * 1.01
+
+    def verify(got: bytes) -> None:
+        flat = _tensor(got, dtype)
+        share = ((_matrix(flat, rows, outputs, strides[2]).double() - expected).abs() / allowed).max().item()
+        assert share <= 1, f"the largest error is {share:.3g} of what is allowed"
+        untouched = out.clone()
+        _matrix(untouched, rows, outputs, strides[2]).copy_(_matrix(flat, rows, outputs, strides[2]))
+        assert untouched.view(torch.uint8).equal(flat.view(torch.uint8)), (
+            "memory between the rows of the result was written"
+        )
+
+    case.check = verify
+    return case
+
+
+def rows_to_int8_case(random: torch.Generator, rows: int, length: int, dtype: torch.dtype, fixed: float | None) -> Case:
+    """Row 1, if there is one, has a NaN, row 2 an infinite element, row 3 only zeros."""
+    case = Case(f"rows_to_int8, {rows} x {length}, {dtype}, fixed {fixed}", ROWS_TO_INT8)
+    stride = length + int(_integers(0, 2, (), random)) * 3
+    memory = _canvas(rows, length, stride, dtype, random)
+    x = _matrix(memory, rows, length, stride)
+    x.copy_(_random((rows, length), random))
+    for row, value in ((1, float("nan")), (2, float("inf"))):
+        if row < rows:
+            x[row, int(_integers(0, length, (), random))] = value
+    if rows > 3:
+        x[3] = 0
+    given = None if fixed is None else torch.tensor([fixed], dtype=torch.float32, device="cpu")
+    case.arguments = [case.add(memory), DTYPES[dtype], rows, length, stride, case.add(given)]
+    case.arguments += [case.add(np.full((rows, length), 99, np.int8), result=True)]
+    case.arguments += [case.add(np.full(rows, 7, np.float32), result=True)]
+    steps = (
+        (x.float().abs().amax(1).clamp_min(1e-30) / 127) if fixed is None else torch.full_like(x[:, 0].float(), fixed)
+    )
+    bad = x.isnan().any(1) | (x.isinf().any(1) if fixed is None else False)
+    steps = torch.where(bad, float("nan"), steps)
+
+    def verify(codes: bytes, scales: bytes) -> None:
+        _same(scales, steps, "scales of rows")
+        got = _tensor(codes, torch.int8).view(rows, length).double()
+        exact = (x.double() / steps.double()[:, None]).clamp(-127 if fixed is None else -128, 127)
+        error = torch.where(bad[:, None], 0.0, (got - exact).abs())
+        assert error.max() <= 0.5001, f"a code is {error.max():.4f} from x / scale"
+
+    case.check = verify
+    return case
+
+
+def packing_of_all_widths(seed: int) -> list[Case]:
+    random = torch.Generator("cpu").manual_seed(seed)
+    shapes = ((1, 8), (2, 1), (5, 33), (16, 32), (17, 40), (33, 104))
+    return [case for bits in range(1, 9) for shape in shapes for case in packing_cases(random, *shape, bits)]
+
+
+def kernels_of_x(seed: int) -> list[Case]:
+    """rq_rows_to_int8 and rq_float_linear."""
+    random = torch.Generator("cpu").manual_seed(seed)
+    cases = []
+    for dtype in FLOATS:
+        for fixed in (None, 0.01):
+            cases += [rows_to_int8_case(random, *shape, dtype, fixed) for shape in ((1, 5), (2, 32), (4, 100), (5, 33))]
+        shapes = ((1, 1, 1), (2, 17, 8), (3, 33, 40), (4, 5, 129), (1, 40, 200))
+        cases += [float_linear_case(random, *shape, dtype, bias) for shape in shapes for bias in (False, True)]
+    return cases
+
+
+class _Choices:
+    def __init__(self, seed: int):
+        self.random = torch.Generator("cpu").manual_seed(seed)
+
+    def __call__(self, *choices):
+        return choices[int(_integers(0, len(choices), (), self.random))]
+
+    def weight(self, bits: int, code: int) -> Weight:
+        group, rows = self(8, 16, 24, 32, 40, 64, 96, 128, 0), self(1, 5, 16, 17, 33, 48)
+        length = self(1, 2, 3, 5) * group or self(8, 32, 33, 40, 100, 104, 130, 520)
+        group, grouped = group or length, group > 0
+        block = next(size for size in (32, 16, 8) if group % size == 0) if grouped else self(32, 32, 16, 8)
+        scale_kind = self(PLAIN, PLAIN, SCALE_CODES, E8M0, E4M3S)
+        shift_kind = NO_SHIFT if scale_kind in (E8M0, E4M3S) or code > TABLE else self(NO_SHIFT, PLAIN, SCALE_CODES)
+        return random_weight(
+            self.random, rows, length, group, bits, code=code, dtype=self(*FLOATS), scale_kind=scale_kind,
+            shift_kind=shift_kind, whole_shift=scale_kind != SCALE_CODES or self(True, False), scale_bits=self(4, 5, 6, 8),
+            shift_bits=self(2, 4, 6, 8), row_dtype=self(*FLOATS), scale_groups=self(0, 2) if length > group else 0,
+            block=block,
+        )  # fmt: skip
+
+
+def _types(arithmetic: int) -> list[tuple[int, int]]:
+    """Bits and RqCode of all weights that are multiplied this way."""
+    types = [(bits, INTEGER) for bits in range(1, 9)]
+    if arithmetic != CODED:
+        types += [(bits, TABLE) for bits in range(1, 7)]
+    return types + [(8, E4M3), (8, E5M2), (8, E4M3FNUZ)] if arithmetic == FLOAT else types
+
+
+def gemms(seed: int, arithmetics: tuple[int, ...] = (BLOCKS8, BLOCKS16, FLOAT, CODED)) -> list[Case]:
+    """Every type of weight in every arithmetic; all else is chosen at random."""
+    choose = _Choices(seed)
+    cases = []
+    for arithmetic in arithmetics:
+        for bits, code in _types(arithmetic):
+            cases.append(
+                gemm_case(
+                    choose.weight(bits, code), choose.random, choose(1, 1, 2, 3, 4, 5, 6, 7, 9, 20), choose(*FLOATS),
+                    arithmetic, exact=choose(True, False), bias_dtype=choose(None, *FLOATS), least=choose(True, False),
+                    column_dtype=None if arithmetic == CODED else choose(None, None, None, *FLOATS),
+                )
+            )  # fmt: skip
+    return cases
+
+
+def special_gemms(seed: int) -> list[Case]:
+    """x with NaN, infinity, zeros, tiny numbers, and with one large element among small ones."""
+    choose = _Choices(seed)
+    cases = []
+    for bits, code in ((4, INTEGER), (8, INTEGER), (4, TABLE), (8, E4M3)):
+        for arithmetic in (BLOCKS8, BLOCKS16, FLOAT) if code != E4M3 else (FLOAT,):
+            weight = choose.weight(bits, code)
+            x = _random((9, weight.codes.shape[1]), choose.random)
+            x[1, 0], x[2, -1], x[4] = float("nan"), float("inf"), 0.0
+            x[5] *= 1e-36
+            x[6, 3], x[7, ::2] = 1e4, 0.0
+            cases.append(gemm_case(weight, choose.random, 9, torch.float32, arithmetic, exact=False, x=x))
+    return cases
+
+
+def dequantizations(seed: int) -> list[Case]:
+    choose = _Choices(seed)
+    cases = []
+    for bits, code in _types(FLOAT):
+        for plain in (False, True):
+            for indexed in (False, True):
+                weight = choose.weight(bits, code)
+                cases.append(dequantize_case(weight, choose.random, choose(*FLOATS), plain=plain, indexed=indexed))
+    return cases

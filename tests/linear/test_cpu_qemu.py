@@ -12,7 +12,7 @@ import cpu_cases
 import pytest
 import torch
 from cpu_levels import MISSING, PROPERTY
-from cpu_programs import SANITIZE, Program, program
+from cpu_programs import QUICK, SANITIZE, Program, native_program, program
 
 from requanto_cpu import build
 
@@ -49,15 +49,18 @@ def noted(record_property: Callable[[str, object], None]) -> Callable[[str, str]
 
 
 def arm(processor: str) -> Program:
-    return program("aarch64-linux-gnu-g++", "aarch64").emulated(
+    return program("aarch64-linux-gnu-g++", "aarch64", QUICK).emulated(
         "qemu-aarch64", "-cpu", processor, "-L", "/usr/aarch64-linux-gnu"
     )
 
 
-def packing(seed: int) -> list[cpu_cases.Case]:
-    random = torch.Generator().manual_seed(seed)
-    shapes = ((1, 8), (2, 1), (5, 33), (16, 32), (17, 40), (33, 104))
-    return [case for bits in range(1, 9) for shape in shapes for case in cpu_cases.packing_cases(random, *shape, bits)]
+def all_kernels(seed: int) -> list[cpu_cases.Case]:
+    integers = (cpu_cases.BLOCKS8, cpu_cases.BLOCKS16, cpu_cases.CODED)
+    return [
+        *cpu_cases.packing_of_all_widths(seed),
+        *cpu_cases.kernels_of_x(seed),
+        *cpu_cases.gemms(seed, integers),
+    ]
 
 
 @pytest.mark.parametrize("processor", ARM)
@@ -65,7 +68,7 @@ def test_arm(processor: str, tmp_path: Path, noted: Callable[..., None]) -> None
     noted(ARM[processor][-1], "qemu-user", "aarch64-linux-gnu-g++", "qemu-aarch64")
     emulated = arm(processor)
     assert emulated.levels() == ARM[processor]
-    emulated.compare(packing(1), ARM[processor][-1], tmp_path, threads=2)
+    emulated.compare(all_kernels(1), ARM[processor][-1], tmp_path, threads=2)
 
 
 @pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
@@ -73,10 +76,10 @@ def test_arm(processor: str, tmp_path: Path, noted: Callable[..., None]) -> None
 def test_nothing_beyond_the_processor_is_executed(processor: str, tmp_path: Path) -> None:
     """A processor without AVX2 has no level: the list is empty, and no illegal instruction was executed to find out."""
     needs("g++", "qemu-x86_64")
-    emulated = program("g++").emulated("qemu-x86_64", "-cpu", processor)
+    emulated = native_program().emulated("qemu-x86_64", "-cpu", processor)
     assert emulated.levels() == X86[processor]
     if X86[processor]:
-        emulated.compare(packing(2), X86[processor][-1], tmp_path)
+        emulated.compare(all_kernels(2), X86[processor][-1], tmp_path)
 
 
 @pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
@@ -84,7 +87,7 @@ def test_avx_vnni_by_the_instructions_of_avx512(
     tmp_path: Path, noted: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernels of AVX-VNNI, on processors that have its dot product in the other encoding alone."""
-    native = program("g++").levels()
+    native = native_program().levels()
     if "avxvnni" in native:
         return  # test_cpu_sweep.py runs them
     if "vnni" not in native:
@@ -92,16 +95,28 @@ def test_avx_vnni_by_the_instructions_of_avx512(
     noted("avxvnni", "by AVX-512 VNNI")
     flags = (*build.LEVELS["x86_64"]["vnni"], "-include", str(EVEX))
     monkeypatch.setitem(build.LEVELS["x86_64"], "avxvnni", flags)
-    emulated = program("g++", more=("-DRQ_TEST_EVEX",))
+    emulated = program("g++", more=("-DRQ_TEST_EVEX", *QUICK))
     assert "avxvnni" in emulated.levels()
-    emulated.compare(packing(4), "avxvnni", tmp_path, threads=2)
+    emulated.compare(all_kernels(4), "avxvnni", tmp_path, threads=2)
 
 
 def test_no_access_outside_of_the_buffers(tmp_path: Path) -> None:
+    """At every level: buffers lie beside pages that may not be touched."""
     needs("g++")
+    native = native_program()
+    for number, level in enumerate(native.levels()):
+        native.compare(all_kernels(3 + number), level, tmp_path, threads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
+def test_address_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The templates that all levels share, built for AVX2, also within buffers and on the stack."""
+    needs("g++")
+    monkeypatch.setitem(build.LEVELS, platform.machine().lower(), {"avx2": build.LEVELS["x86_64"]["avx2"]})
     sanitized = program("g++", more=SANITIZE)
-    for number, level in enumerate(sanitized.levels()):
-        sanitized.compare(packing(3 + number), level, tmp_path, threads=2)
+    for level in sanitized.levels():
+        sanitized.compare(all_kernels(11), level, tmp_path, threads=2)
 
 
 def test_a_read_outside_is_noticed(tmp_path: Path) -> None:
@@ -111,5 +126,6 @@ def test_a_read_outside_is_noticed(tmp_path: Path) -> None:
     data, result = case.buffers[2]
     case.buffers[2] = (data[:-64], result)
     cpu_cases.write([case, case], tmp_path / "cases")
+    native = native_program()
     with pytest.raises(AssertionError, match="signal 11 in case 0"):
-        program("g++").run(program("g++").levels()[0], str(tmp_path / "cases"), str(tmp_path / "results"), "1")
+        native.run(native.levels()[0], str(tmp_path / "cases"), str(tmp_path / "results"), "1")
