@@ -42,7 +42,7 @@ _X86 = {
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
     "vnni": (*_AVX512, "-mavx512vnni"),
-    "bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
 }
 _ARM = {"neon": (), "dotprod": ("-march=armv8.2-a+dotprod",)}
 #: Flags of each level, by the processor's name.

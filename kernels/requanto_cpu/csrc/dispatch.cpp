@@ -64,7 +64,7 @@ bool has_avxvnni() { return has_vnni(); }
 #else
 bool has_avxvnni() { return has_avx2() && bit(leaf7(1).a, 4); }
 #endif
-bool has_bf16() { return has_vnni() && bit(leaf7(1).a, 5); }
+bool has_bf16() { return has_vnni() && bit(leaf7(1).a, 5) && bit(leaf7(0).c, 1); }  // and VBMI, which only Cooper Lake lacks
 bool has_amx() {
   const unsigned d = leaf7(0).d;
   return has_bf16() && bit(d, 22) && bit(d, 24) && has_saved(0x60000);  // BF16 tiles

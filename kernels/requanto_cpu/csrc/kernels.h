@@ -13,10 +13,29 @@ namespace RQ_LEVEL_NAMESPACE {
 #include "columns.h"
 #include "float_linear.h"
 
+#if defined(RQ_FLOAT_NAMESPACE)  // the same instructions as in another level, which has compiled this part
+using namespace RQ_FLOAT_NAMESPACE::floats;
+#else
+#if defined(__AVX512F__)
+#include "simd_avx512_float.h"
+#elif defined(__AVX2__)
+#include "simd_avx2_float.h"
+#else
+#include "simd_neon_float.h"
+#endif
+#include "values.h"
+#include "float_rows.h"
+#include "float_tile.h"
+#include "float.h"
+namespace floats {
+int64_t float_scratch(const RqGemm* g, int64_t rows) { return float_scratch_bytes(g, rows); }
+int64_t float_least_scratch(const RqGemm* g) { return float_bytes(g, FLOAT_FEW_ROWS, 1); }
+int gemm_float(const RqGemm* g, const void* x, void* out, void* scratch) { return float_gemm(g, x, out, scratch); }
+}  // namespace floats
+using namespace floats;
+#endif
+
 // Not written yet.
-static int64_t float_scratch(const RqGemm*, int64_t) { return 64; }
-static int64_t float_least_scratch(const RqGemm*) { return 64; }
-static int gemm_float(const RqGemm*, const void*, void*, void*) { return RQ_E_MISSING; }
 static int dequantize(const RqWeight*, int64_t, int64_t, const int64_t*, void*, int32_t, int64_t) { return RQ_E_MISSING; }
 static int dequantize_plain(const RqWeight*, int32_t, int64_t, int64_t, const int64_t*, void*, int32_t, int64_t) {
   return RQ_E_MISSING;

@@ -30,6 +30,15 @@ typedef struct RqKernels {
                       int64_t rows, int64_t x_stride, const void* bias, void* out, int64_t out_stride);
 } RqKernels;
 
+// Float arithmetic, which the levels after these share: their own instructions are for integers.
+#define RQ_FLOATS \
+  int64_t float_scratch(const RqGemm* gemm, int64_t rows); \
+  int64_t float_least_scratch(const RqGemm* gemm); \
+  int gemm_float(const RqGemm* gemm, const void* x, void* out, void* scratch);
+namespace rq_avx2 { namespace floats { RQ_FLOATS } }
+namespace rq_avx512 { namespace floats { RQ_FLOATS } }
+namespace rq_neon { namespace floats { RQ_FLOATS } }
+
 // The tables, one for each level; build.py defines RQ_HAVE_... for the levels that the compiler can build.
 namespace rq_avx2 { extern const RqKernels kernels; }
 namespace rq_avxvnni { extern const RqKernels kernels; }

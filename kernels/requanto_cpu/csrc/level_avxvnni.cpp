@@ -6,6 +6,7 @@
 
 #define RQ_LEVEL_NAMESPACE rq_avxvnni
 #define RQ_LEVEL_NAME "avxvnni"
+#define RQ_FLOAT_NAMESPACE rq_avx2
 namespace RQ_LEVEL_NAMESPACE {
 #include "simd_avx2.h"
 }

@@ -1,4 +1,4 @@
-// AVX-512 F, BW, VL, DQ, VNNI, BF16.
+// AVX-512 F, BW, VL, DQ, VNNI, BF16, VBMI.
 #include <immintrin.h>
 #include <string.h>
 

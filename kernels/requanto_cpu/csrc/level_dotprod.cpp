@@ -6,6 +6,7 @@
 
 #define RQ_LEVEL_NAMESPACE rq_dotprod
 #define RQ_LEVEL_NAME "dotprod"
+#define RQ_FLOAT_NAMESPACE rq_neon
 namespace RQ_LEVEL_NAMESPACE {
 #include "simd_neon.h"
 }

@@ -6,6 +6,7 @@
 
 #define RQ_LEVEL_NAMESPACE rq_vnni
 #define RQ_LEVEL_NAME "vnni"
+#define RQ_FLOAT_NAMESPACE rq_avx512
 namespace RQ_LEVEL_NAMESPACE {
 #include "simd_avx512.h"
 }

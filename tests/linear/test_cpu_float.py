@@ -1,0 +1,158 @@
+"""RQ_FLOAT of the CPU kernels against float64: all codes, scales, dtypes, strides, odd sizes, at every level."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+
+import pytest
+import torch
+from cpu_levels import PROPERTY
+from cpu_weights import DTYPES, FLOAT8, KINDS, Weight, combinations, weight
+
+from requanto_cpu import interface as c
+from requanto_cpu import level, levels, library, set_level
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+GUARD = 7.0
+#: Most error of a result, relative to the sum of the absolute values of its terms: of the sums, and of rounding the result.
+ROUNDING = {torch.float32: 4e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(params=levels())
+def at_level(request, record_property):
+    before = level()
+    set_level(request.param)
+    record_property(PROPERTY, request.param)
+    yield request.param
+    set_level(before)
+
+
+def multiply(w: Weight, x: torch.Tensor, bias=None, dtype=None, scratch: int | None = None) -> torch.Tensor:
+    """The result of the kernel, whose surroundings in memory must stay what they were."""
+    rows, columns = x.shape[0], w.strips.rows
+    out = torch.full((rows + 1, columns + 3), GUARD, dtype=dtype or x.dtype)
+    g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=rows, x_stride=x.stride(0), out_stride=out.stride(0))
+    g.x_dtype, g.out_dtype, g.arithmetic = DTYPES[x.dtype], DTYPES[out.dtype], c.FLOAT
+    if bias is not None:
+        g.bias_dtype, g.bias = DTYPES[bias.dtype], bias.data_ptr()
+    g.scratch_bytes = library().rq_gemm_scratch(g, rows) if scratch is None else scratch
+    buffer = torch.full((g.scratch_bytes + 64,), 255, dtype=torch.uint8)
+    code = library().rq_gemm(g, x.data_ptr(), out.data_ptr(), buffer.data_ptr())
+    assert code == 0, library().rq_error(code)
+    assert bool((buffer[g.scratch_bytes :] == 255).all()), "wrote behind the scratch buffer"
+    assert bool((out[:rows, columns:] == GUARD).all()), "wrote beside the result"
+    assert bool((out[rows] == GUARD).all()), "wrote below the result"
+    return out[:rows, :columns]
+
+
+def least_scratch(w: Weight, x: torch.Tensor) -> int:
+    g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=x.shape[0], arithmetic=c.FLOAT)
+    g.x_dtype = g.out_dtype = DTYPES[x.dtype]
+    return library().rq_gemm_least_scratch(g)
+
+
+def check(w: Weight, x: torch.Tensor, out: torch.Tensor, bias=None) -> None:
+    """bfloat16 x: weights may be rounded to bfloat16, as dequantized ones are."""
+    more = 0 if bias is None else bias.double()
+    expected = x.double() @ w.values.double().t() + more
+    size = x.double().abs() @ w.values.double().abs().t() + abs(more)
+    bound = ROUNDING[out.dtype] + (ROUNDING[torch.bfloat16] if x.dtype == torch.bfloat16 else 0) + 4e-6
+    error = (out.double() - expected).abs()
+    finite = torch.isfinite(expected) & (expected.abs() < torch.finfo(out.dtype).max)
+    assert bool((error[finite] <= bound * size[finite] + 1e-7).all()), float((error / size)[finite].max())
+    special = ~torch.isfinite(expected)
+    assert torch.equal(out[special].double().nan_to_num(1, 2, 3), expected[special].nan_to_num(1, 2, 3))
+
+
+def cases(count: int, seed: int):
+    chosen = random.Random(seed)
+    every = list(combinations())
+    chosen.shuffle(every)
+    for kind, scale, shift in itertools.islice(itertools.cycle(every), count):
+        length = chosen.choice([8, 16, 24, 32, 40, 64, 96, 100, 160, 512, 2080, 4128])
+        group = chosen.choice([None, *(g for g in (8, 16, 24, 32, 40, 64, 160) if length % g == 0)])
+        rows, columns = chosen.choice([1, 2, 3, 4, 5, 7, 14, 15, 31]), chosen.choice([1, 15, 16, 17, 32, 33, 70])
+        x_dtype, of_scales = chosen.choice(FLOATS), chosen.choice(FLOATS)
+        yield kind, scale, shift, length, group, rows, columns, x_dtype, of_scales, chosen
+
+
+def test_equals_float64(at_level):
+    torch.manual_seed(0)
+    for kind, scale, shift, length, group, rows, columns, x_dtype, of_scales, chosen in cases(200, 1):
+        w = weight(
+            kind, columns, length, group, scale, shift, of_scales, chosen.choice([4, 5, 6, 8]), chosen.random() < 0.7,
+            nan=chosen.random() < 0.2,
+        )  # fmt: skip
+        x = torch.randn(rows, length + chosen.choice([0, 5])).to(x_dtype)[:, :length]
+        bias = chosen.choice([None, torch.randn(columns).to(x_dtype), torch.randn(columns)])
+        out = multiply(w, x, bias, chosen.choice([x_dtype, torch.float32]), chosen.choice([None, least_scratch(w, x)]))
+        check(w, x, out, bias)
+
+
+def test_few_rows_of_bfloat16_meet_exact_codes(at_level):
+    """Sums of codes are scaled, so no weight is rounded to bfloat16 (of codebooks neither)."""
+    torch.manual_seed(0)
+    for kind, _ in KINDS:
+        w = weight(kind, 33, 256, 32, dtype=torch.float32)
+        x = torch.randn(4, 256).to(torch.bfloat16)
+        out = multiply(w, x, dtype=torch.float32)
+        size = x.double().abs() @ w.values.double().abs().t()
+        error = (out.double() - x.double() @ w.values.double().t()).abs()
+        assert bool((error <= 4e-6 * size).all()), kind
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_infinite_and_huge_x(at_level, rows):
+    """The shift of a weight must not turn an infinity into NaN, nor a sum of large numbers into infinity."""
+    torch.manual_seed(0)
+    for x_dtype, value in itertools.product(FLOATS, (float("inf"), float("nan"), 1e38)):
+        if value == 1e38 and x_dtype == torch.float16:
+            continue
+        w = weight("int4", 20, 64, 32, shift="plain", dtype=torch.float32)
+        x = torch.randn(rows, 64).to(x_dtype)
+        x[0, 5] = value
+        out = multiply(w, x, dtype=torch.float32)
+        expected = x @ (w.values.to(x_dtype)).t() if value != 1e38 else x.float() @ w.values.t()
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        check(w, x, out)
+
+
+def test_subnormal_mode_changes_nothing(at_level):
+    torch.manual_seed(0)
+    for kind in FLOAT8:
+        w, x = weight(kind, 33, 64, 32, dtype=torch.float32), torch.randn(3, 64)
+        expected = multiply(w, x)
+        assert torch.set_flush_denormal(True)
+        try:
+            found = multiply(w, x)
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40, 600])
+def test_threads_and_scratch_change_nothing(at_level, rows):
+    torch.manual_seed(0)
+    for kind, x_dtype in (("int4", torch.float32), ("e4m3", torch.bfloat16)):
+        w, x = weight(kind, 300, 2112, 32), torch.randn(rows, 2112).to(x_dtype)
+        threads = torch.get_num_threads()
+        found = []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                found.append(multiply(w, x))
+        finally:
+            torch.set_num_threads(threads)
+        found.append(multiply(w, x, scratch=least_scratch(w, x)))
+        found.append(multiply(w, x, scratch=max(least_scratch(w, x), 1 << 20)))
+        assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_too_small_scratch_is_an_error():
+    w, x = weight("int4", 32, 64, 32), torch.randn(2, 64)
+    g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=2, arithmetic=c.FLOAT, x_dtype=c.F32, out_dtype=c.F32)
+    g.scratch_bytes = library().rq_gemm_least_scratch(g) - 1
+    assert library().rq_gemm(g, x.data_ptr(), x.data_ptr(), x.data_ptr()) == c.E_SCRATCH
