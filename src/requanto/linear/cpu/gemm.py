@@ -22,6 +22,8 @@ from requanto.runtime.settings import settings
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.qtensor import QTensor
 
+#: dtypes of x and of a bias
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: `RqArithmetic`
 BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
 #: Most bits of codes that are multiplied with x rounded to 8 bits; above, x has 16. With 6 bits, rounding x to 8 costs up to
@@ -189,7 +191,7 @@ class Call:
 
     def _with_bias(self, bias: torch.Tensor) -> Any:
         """The struct with that bias; None if the library cannot add it."""
-        if type(bias) not in _PLAIN or not bias.is_cpu or bias.dtype not in DTYPES or bias.is_neg():
+        if type(bias) not in _PLAIN or not bias.is_cpu or bias.dtype not in FLOATS or bias.is_neg():
             return None
         gemm = type(self._plain).from_buffer_copy(self._plain)
         gemm.bias, gemm.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
