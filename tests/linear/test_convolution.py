@@ -259,9 +259,10 @@ def test_small_images_are_products(name, kind, monkeypatch):
         assert got.is_contiguous()
         return (got.double() - want).norm() / want.norm()
 
+    limit = LIMITS[torch.bfloat16] if kind in ("int8", "float8") else 1e-2  # x rounded to int8, and nf4's values too
     for _ in range(2):
         for _ in range(3):  # packed, made ready, used
-            assert error(torch.randn(shape).bfloat16()) < LIMITS[torch.bfloat16]
+            assert error(torch.randn(shape).bfloat16()) < limit
         assert weight.is_packed
         assert error(large) < LIMITS[torch.bfloat16]
         assert weight.is_packed

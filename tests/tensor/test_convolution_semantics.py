@@ -79,6 +79,7 @@ def way(request, monkeypatch):
             pytest.skip("the CPU kernels are not available here")
         monkeypatch.setattr(convolution, "WEIGHTS_PER_PIXEL", 1)
         monkeypatch.setattr(settings, "workspace_bytes", 4096)
+        monkeypatch.setattr(settings, "cpu_arithmetic", "float")  # so that results can be compared closely
 
 
 # ---------------------------------------------------------------------- shapes
