@@ -32,8 +32,6 @@ def in_strips(problem: Problem) -> bool:
 def gemm_rows(kind: qtype, how: int, dtype: torch.dtype) -> int:
     """Most rows of x that the library's GEMM takes."""
     used = library.find()
-    if how == FLOAT and used is not None and not used.has_float:
-        return 0
     fast = dtype == torch.bfloat16 and used is not None and used.has_bfloat16
     return (ROWS_BFLOAT16 if fast else ROWS)[how]
 

@@ -48,14 +48,6 @@ class Library:
         """Whether the level in use multiplies bfloat16 faster than float32."""
         return self.level in _BFLOAT16_LEVELS
 
-    @property
-    def has_float(self) -> bool:
-        """Whether the level has the kernels that do not round x."""
-        weight = self.interface.RqWeight()
-        weight.rows, weight.length, weight.group, weight.groups, weight.bits, weight.block = 16, 32, 32, 1, 4, 32
-        found = self.functions.rq_dequantize(ctypes.byref(weight), 0, 0, None, None, self.interface.F32, 32)
-        return bool(found != self.interface.E_MISSING)
-
     def check(self, code: int) -> None:
         """Raises RuntimeError for an error code."""
         if code < 0:
@@ -150,18 +142,6 @@ def _loaded() -> Library:
     if not _is_whole(functions, interface):
         raise requanto_cpu.LibraryUnavailable(f"the level {requanto_cpu.level()} has not all kernels")
     return Library(requanto_cpu, functions, interface)
-
-
-def _is_whole(functions: ctypes.CDLL, interface: ModuleType) -> bool:
-    """Whether the level has all kernels."""
-    weight, gemm = interface.RqWeight(), interface.RqGemm()
-    weight.rows, weight.length, weight.group, weight.groups, weight.bits, weight.block = 16, 32, 32, 1, 4, 32
-    weight.scale_kind, weight.scale_dtype, gemm.rows, gemm.x_stride, gemm.out_stride = 1, interface.F32, 1, 32, 16
-    gemm.weight, gemm.x_dtype, gemm.out_dtype = ctypes.pointer(weight), interface.F32, interface.F32
-    codes = []
-    for gemm.arithmetic in (interface.BLOCKS8, interface.BLOCKS16, interface.FLOAT, interface.CODED):
-        codes.append(functions.rq_gemm_scratch(ctypes.byref(gemm), 1))
-    return interface.E_MISSING not in codes
 
 
 def structs() -> Any:

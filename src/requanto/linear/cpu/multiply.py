@@ -58,7 +58,7 @@ def _coded(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
     """``x @ w.T`` of few rows of codes (as float32), which are exact in float32; None where torch's GEMM is to run."""
     strips = weight._storage.layout is STRIPS and not weight.transposed
     used = library.for_tensors(x)
-    if not strips or len(x) > ROWS[gemm.FLOAT] or used is None or not used.has_float:
+    if not strips or len(x) > ROWS[gemm.FLOAT] or used is None:
         return None
     return gemm.run_float(x, weight)
 
