@@ -139,8 +139,6 @@ def _loaded() -> Library:
     from requanto_cpu import interface
 
     functions = requanto_cpu.library()
-    if not _is_whole(functions, interface):
-        raise requanto_cpu.LibraryUnavailable(f"the level {requanto_cpu.level()} has not all kernels")
     return Library(requanto_cpu, functions, interface)
 
 
