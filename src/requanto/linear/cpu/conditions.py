@@ -15,8 +15,8 @@ from requanto.linear.registry import Problem
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 #: Most rows for which the library's GEMM is at least as fast as dequantizing the weight and torch's GEMM, by arithmetic.
 #: On processors that multiply bfloat16 torch's GEMM is twice as fast for x in bfloat16 as for other dtypes.
-ROWS = {BLOCKS8: 2**40, BLOCKS16: 2**40, FLOAT: 4}
-ROWS_BFLOAT16 = {BLOCKS8: 2**40, BLOCKS16: 128, FLOAT: 4}
+ROWS = {BLOCKS8: 2**40, BLOCKS16: 2**40, FLOAT: 2**40}
+ROWS_BFLOAT16 = {BLOCKS8: 2**40, BLOCKS16: 2**40, FLOAT: 2**40}
 
 
 def on_cpu(problem: Problem) -> bool:
