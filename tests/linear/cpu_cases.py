@@ -39,6 +39,8 @@ class Case:
     buffers: list[tuple[bytes, bool]] = field(default_factory=lambda: [(b"", False), (b"", False)])
     #: Raises AssertionError unless the buffers that belong to the results are right; gets them in their order.
     check: Callable[..., None] = lambda *results: None
+    #: Values of 5 and 6 bits are looked up in memory by AVX2's gather instruction.
+    gathers: bool = False
 
     def add(self, data: torch.Tensor | np.ndarray | None, result: bool = False) -> int:
         """Number of a new buffer with these contents; 0 (null) for None."""
@@ -269,6 +271,7 @@ def _matrix(flat: torch.Tensor, rows: int, columns: int, stride: int) -> torch.T
 def dequantize_case(weight: Weight, random: torch.Generator, dtype: torch.dtype, *, plain: bool, indexed: bool) -> Case:
     rows, length = weight.codes.shape
     case = Case(f"dequantize {weight.fields} to {dtype}, plain {plain}, index {indexed}", DEQUANTIZE)
+    case.gathers = weight.fields["code"] == TABLE and weight.fields["bits"] > 4
     signed = plain and weight.fields["code"] == INTEGER and weight.fields["bits"] == 8
     codes = plain_of(weight.codes ^ 0x80 if signed else weight.codes, weight.fields["bits"]) if plain else None
     fields, weight.fields = weight.fields, weight.fields | ({"zero_code": 0} if signed else {})
@@ -352,6 +355,7 @@ def gemm_case(
         f"gemm {weight.fields}, {rows} rows of {dtype}, arithmetic {arithmetic}, exact {exact}, least {least}", GEMM
     )
     case.buffers[0] = (weight.struct(case, strips_of(weight.codes, weight.fields["bits"])), False)
+    case.gathers = weight.fields["code"] == TABLE and weight.fields["bits"] > 4
     block, steps, column = weight.fields["block"], None, None
     stride = length + int(_integers(0, 3, (), random)) * 3
     if arithmetic == CODED:

@@ -55,12 +55,8 @@ def arm(processor: str) -> Program:
 
 
 def all_kernels(seed: int) -> list[cpu_cases.Case]:
-    integers = (cpu_cases.BLOCKS8, cpu_cases.BLOCKS16, cpu_cases.CODED)
-    return [
-        *cpu_cases.packing_of_all_widths(seed),
-        *cpu_cases.kernels_of_x(seed),
-        *cpu_cases.gemms(seed, integers),
-    ]
+    gemms = (cpu_cases.gemms, cpu_cases.special_gemms)
+    return [case for suite in (cpu_cases.packing_of_all_widths, cpu_cases.kernels_of_x, *gemms) for case in suite(seed)]
 
 
 @pytest.mark.parametrize("processor", ARM)
@@ -79,7 +75,8 @@ def test_nothing_beyond_the_processor_is_executed(processor: str, tmp_path: Path
     emulated = native_program().emulated("qemu-x86_64", "-cpu", processor)
     assert emulated.levels() == X86[processor]
     if X86[processor]:
-        emulated.compare(all_kernels(2), X86[processor][-1], tmp_path)
+        # qemu 7.2 takes register 4 of vgatherdps for none, as it would be of other instructions.
+        emulated.compare([case for case in all_kernels(2) if not case.gathers], X86[processor][-1], tmp_path)
 
 
 @pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
