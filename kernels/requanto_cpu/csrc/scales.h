@@ -160,6 +160,20 @@ static inline void clear_after(int count, float* out) {
   for (int i = count; i < RQ_LANES; ++i) out[i] = 0.0f;
 }
 
+// Numbers of 16 rows that are stored side by side, for each group: what most weights have, without a decision in the loop.
+static inline bool plain_parts(const Parts* p, int64_t first, int64_t begin, int64_t end, float* out) {
+  if (p->stride_n != 1 || (p->read != RQ_BF16 && p->read != RQ_F16 && p->read != RQ_F32)) return false;
+  const int64_t bytes = part_bytes(p->read), step = p->stride_g * bytes;
+  const uint8_t* from = (const uint8_t*)p->base + (first + begin * p->stride_g) * bytes;
+  if (p->read == RQ_BF16)
+    for (int64_t g = begin; g < end; ++g, from += step, out += RQ_LANES) floats_of_bfloats((const uint16_t*)from, out);
+  else if (p->read == RQ_F16)
+    for (int64_t g = begin; g < end; ++g, from += step, out += RQ_LANES) floats_of_halves((const uint16_t*)from, out);
+  else
+    for (int64_t g = begin; g < end; ++g, from += step, out += RQ_LANES) memcpy(out, from, RQ_LANES * 4);
+  return true;
+}
+
 // Scale and shift of groups `group_begin` to `group_end` of the 16 rows of a strip: [groups][16] each; rows beyond N get 0.
 // `shift` is not written if the weight has none, and may be null then, or to leave out shifts.
 static void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
@@ -167,6 +181,10 @@ static void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, 
   const int count = w->rows - first < RQ_LANES ? (int)(w->rows - first) : (int)RQ_LANES;
   const Parts scales = scale_parts(w), shifts = shift_parts(w);
   const bool with_shift = shift && w->shift_kind != RQ_NO_SHIFT;
+  if (count == RQ_LANES && w->scale_kind == RQ_PLAIN && (!with_shift || w->shift_kind == RQ_PLAIN) &&
+      plain_parts(&scales, first, group_begin, group_end, scale) &&
+      (!with_shift || plain_parts(&shifts, first, group_begin, group_end, shift)))
+    return;
   float row_scale[RQ_LANES] = {0}, row_shift[RQ_LANES] = {0};
   int64_t block_end = w->row_scale || w->row_shift ? group_begin : group_end;
   for (int64_t g = group_begin; g < group_end; ++g, scale += RQ_LANES) {
