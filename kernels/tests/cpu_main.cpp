@@ -2,7 +2,8 @@
 // neither Python nor torch, so it runs under qemu-user (aarch64, old x86 processors) and under AddressSanitizer.
 //
 //   cpu_main                                lists the levels of this processor
-//   cpu_main LEVEL CASES RESULTS THREADS    runs all cases at one level
+//   cpu_main LEVEL CASES RESULTS THREADS    runs all cases at one level; with `flush` after it in the mode in which subnormal
+//                                           numbers count as zeros (torch.set_flush_denormal)
 //
 // CASES is a sequence of int64 numbers and bytes:
 //   count of cases, then for each case
@@ -92,6 +93,17 @@ int32_t parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int
 int32_t threads_of_pool(uint32_t* count) {
   *count = thread_count;
   return 0;
+}
+
+// Threads that are started later inherit it.
+void flush_subnormal_numbers() {
+#if defined(__aarch64__)
+  uint64_t mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  __asm__ volatile("msr fpcr, %0" : : "r"(mode | 1u << 24));
+#elif defined(__SSE__)
+  __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);
+#endif
 }
 
 template <typename T>
@@ -187,8 +199,9 @@ int main(int count, char** arguments) {
     printf("%s\n", rq_levels());
     return 0;
   }
-  if (count != 5) {
-    fprintf(stderr, "usage: cpu_main [LEVEL CASES RESULTS THREADS]\n");
+  const bool flush = count == 6 && !strcmp(arguments[5], "flush");
+  if (count != 5 && !flush) {
+    fprintf(stderr, "usage: cpu_main [LEVEL CASES RESULTS THREADS [flush]]\n");
     return 2;
   }
   signal(SIGILL, crashed);
@@ -202,6 +215,7 @@ int main(int count, char** arguments) {
   FILE* cases = fopen(arguments[2], "rb");
   FILE* results = fopen(arguments[3], "wb");
   if (!cases || !results) stop("cannot open the files");
+  if (flush) flush_subnormal_numbers();
   const int64_t total = number(cases);
   for (now_running = 0; now_running < total; ++now_running) run_case(cases, results);
   return fclose(results) ? 2 : 0;

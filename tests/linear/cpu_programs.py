@@ -39,11 +39,11 @@ class Program:
     def levels(self) -> list[str]:
         return [level for level in self.run().split(",") if level]
 
-    def compare(self, cases: list[cpu_cases.Case], level: str, folder: Path, threads: int = 1) -> None:
+    def compare(self, cases: list[cpu_cases.Case], level: str, folder: Path, threads: int = 1, *mode: str) -> None:
         """Runs all cases at a level; AssertionError names the first wrong one."""
         given, results = folder / "cases", folder / f"results-{level}"
         cpu_cases.write(cases, given)
-        self.run(level, str(given), str(results), str(threads))
+        self.run(level, str(given), str(results), str(threads), *mode)
         cpu_cases.check(cases, results)
 
     def emulated(self, *before: str) -> Program:

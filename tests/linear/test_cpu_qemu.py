@@ -65,6 +65,7 @@ def test_arm(processor: str, tmp_path: Path, noted: Callable[..., None]) -> None
     emulated = arm(processor)
     assert emulated.levels() == ARM[processor]
     emulated.compare(all_kernels(1), ARM[processor][-1], tmp_path, threads=2)
+    emulated.compare(cpu_cases.float8_weights(1), ARM[processor][-1], tmp_path, 2, "flush")
 
 
 @pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
@@ -103,6 +104,7 @@ def test_no_access_outside_of_the_buffers(tmp_path: Path) -> None:
     native = native_program()
     for number, level in enumerate(native.levels()):
         native.compare(all_kernels(3 + number), level, tmp_path, threads=2)
+        native.compare(cpu_cases.float8_weights(3 + number), level, tmp_path, 2, "flush")
 
 
 @pytest.mark.slow
