@@ -1,174 +1,120 @@
-"""Rows of a weight as floats on a CPU: the same bits by every instruction set, packed or as stored; near float64."""
+"""Dequantization by the CPU kernels: bit for bit what the generic operators compute, at every level."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cpu_reference import DTYPES, HALF_STEP, KINDS, Fresh, codes_only, every_form, form, quantized_layer, values_of
+from cpu_levels import PROPERTY
+from cpu_weights import DTYPES, KINDS, Weight, combinations, weight
 
-from requanto import QTensor, prepare
-from requanto.linear import linear
-from requanto.linear.cpu import library
-from requanto.linear.cpu.dequantize import dequantize_rows, rows_rounded_once
-from requanto.runtime import buffers
-from requanto.runtime.settings import settings
+from requanto_cpu import level, levels, library, set_level
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+GUARD = 7.0
 
 
-@pytest.fixture(autouse=True)
-def draw():
-    return Fresh()
+@pytest.fixture(params=levels())
+def at_level(request, record_property):
+    before = level()
+    set_level(request.param)
+    record_property(PROPERTY, request.param)
+    yield request.param
+    set_level(before)
 
 
-def rows_of(weight, start, stop, dtype):
-    return dequantize_rows(weight, start, stop, torch.full((stop - start, weight.row_length), torch.nan, dtype=dtype))
+def dequantize(w: Weight, plain: bool, rows: tuple[int, int] | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The rows from the first number to the second, or those of an index; what is around the result must stay as it was."""
+    index = rows if isinstance(rows, torch.Tensor) else None
+    start, stop = (0, len(rows)) if index is not None else rows
+    length = w.plain.length
+    out = torch.full((stop - start + 1, length + 3), GUARD, dtype=dtype)
+    address = index.data_ptr() if index is not None else None
+    arguments = (start, stop, address, out.data_ptr(), DTYPES[dtype], out.stride(0))
+    if plain:
+        code = library().rq_dequantize_plain(ctypes.byref(w.plain), w.is_signed, *arguments)
+    else:
+        code = library().rq_dequantize(ctypes.byref(w.strips), *arguments)
+    assert code == 0, library().rq_error(code)
+    assert bool((out[:, length:] == GUARD).all()), "wrote beside the result"
+    assert bool((out[-1] == GUARD).all()), "wrote below the result"
+    return out[:-1, :length]
 
 
-def near(got, want, weight, roundings=1):
-    """Computed in float32 from numbers as large as a row's largest, rounded to the dtype once (or as often as said)."""
-    wide = want.abs().amax(-1, keepdim=True) + (
-        0 if weight.shift is None else weight.shift.double().abs().amax(-1, keepdim=True)
-    )
-    step = roundings * HALF_STEP[got.dtype] * want.abs() + 2.0**-22 * wide + torch.finfo(got.dtype).smallest_normal
-    return bool(((got.double() - want).abs() <= step).all())
+def check(w: Weight, plain: bool, rows, dtype: torch.dtype) -> None:
+    expected = (w.values[rows] if isinstance(rows, torch.Tensor) else w.values[rows[0] : rows[1]]).to(dtype)
+    found = dequantize(w, plain, rows, dtype)
+    assert torch.equal(found.isnan(), expected.isnan())
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    same = found.contiguous().view(bits) == expected.contiguous().view(bits)
+    assert bool((same | expected.isnan()).all()), (found, expected)
 
 
-def test_every_form(cpu_level, draw):
-    for one in every_form():
-        rows, length = draw.one_of((1, 5, 16, 17, 40)), one.length(draw.one_of((8, 33, 96, 200)))
-        weight = codes_only(one.weight(rows, length, torch.float32, draw))
-        want = values_of(weight)
-        packed = quantized_layer(weight.clone())
-        prepare(packed, smallest=0)
-        start = draw.number(rows)
-        stop = start + 1 + draw.number(rows - start)
-        for dtype in DTYPES:
-            got = rows_of(weight, 0, rows, dtype)
-            assert near(got, want, weight), (one, dtype, str(draw))
-            assert torch.equal(rows_of(packed.weight, 0, rows, dtype), got), (one, dtype, str(draw))
-            assert torch.equal(rows_of(packed.weight, start, stop, dtype), got[start:stop]), (one, dtype, str(draw))
-            assert torch.equal(rows_of(weight, start, stop, dtype), got[start:stop]), (one, dtype, str(draw))
-            assert rows_of(weight, start, start, dtype).shape == (0, want.shape[1])
+def cases(seed: int, count: int, groups: tuple[int, ...]):
+    chosen = random.Random(seed)
+    every = list(combinations())
+    chosen.shuffle(every)
+    for kind, scale, shift in itertools.islice(itertools.cycle(every), count):
+        length = chosen.choice([8, 16, 24, 40, 64, 96, 100, 120, 530, 1056])
+        group = chosen.choice([None, *(g for g in groups if length % g == 0)])
+        rows = chosen.choice([1, 15, 16, 17, 33, 70])
+        w = weight(
+            kind, rows, length, group, scale, shift, chosen.choice(FLOATS), chosen.choice([4, 5, 6, 8]),
+            chosen.random() < 0.5, nan=True,
+        )  # fmt: skip
+        start = chosen.randrange(rows)
+        index = torch.tensor([chosen.randrange(rows) for _ in range(5)])
+        yield w, [(start, chosen.randint(start, rows)), (0, rows), index], chosen.choice(FLOATS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_levels_agree(kind, draw, at_level):
-    """Each operation is rounded to float32, so the order of instructions makes no difference."""
-    weight = form(kind, group_size=draw.one_of((16, 32, None))).weight(37, 160, torch.bfloat16, draw)
-    found = []
-    for level in at_level.names:
-        with at_level(level):
-            found.append([rows_of(weight.clone(), 0, 37, dtype) for dtype in DTYPES])
-    for others in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(found[0], others)), draw
+def test_strips(at_level):
+    torch.manual_seed(0)
+    for w, parts, dtype in cases(1, 250, (8, 16, 24, 32, 40, 64)):
+        for rows in parts:
+            check(w, False, rows, dtype)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "uint8", "nf4", "float8", "fp8_e5m2", "mxfp4"])
-def test_without_the_library(kind, draw, monkeypatch):
-    """Operators center codes at 0 first, which rounds otherwise, by less than a step."""
-    weight = form(kind).weight(37, 160, torch.float32, draw)
-    want = values_of(weight)
-    monkeypatch.setattr(settings, "compiled", False)
-    for dtype in DTYPES:
-        assert near(rows_of(weight, 3, 30, dtype), want[3:30], weight, roundings=2), (dtype, str(draw))
-        assert near(rows_rounded_once(weight, 3, 30, torch.empty(27, 160, dtype=dtype)), want[3:30], weight), draw
+def test_plain_rows(at_level):
+    """Any group size, rows that begin anywhere."""
+    torch.manual_seed(0)
+    for w, parts, dtype in cases(2, 250, (1, 2, 5, 8, 10, 12, 20, 24, 32, 53)):
+        for rows in parts:
+            check(w, True, rows, dtype)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "nf4", "float8"])
-@pytest.mark.parametrize("length", [1, 7, 32, 33, 96])
-def test_nothing_is_written_beside_the_rows(cpu_level, kind, length, draw):
-    """Rows of the result may lie apart."""
-    weight = form(kind, group_size=None).weight(21, length, torch.float32, draw)
-    packed = quantized_layer(weight.clone())
-    prepare(packed, smallest=0)
-    want = rows_of(weight, 0, 21, torch.float32)
-    for one in (weight, packed.weight):
-        around = torch.full((23, length + 3), 77.0)
-        dequantize_rows(one, 0, 21, around[1:22, 1 : length + 1])
-        assert torch.equal(around[1:22, 1 : length + 1], want)
-        around[1:22, 1 : length + 1] = 77
-        assert bool((around == 77).all())
+def test_tables_of_256_values(at_level):
+    torch.manual_seed(0)
+    for group, dtype in itertools.product((None, 10, 16), FLOATS):
+        w = weight("table256", 5, 80, group)
+        check(w, True, (0, 5), dtype)
+        check(w, True, torch.tensor([4, 0, 0]), dtype)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "int3", "int6", "nf4", "float8", "nvfp4"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_rows_of_an_embedding(cpu_level, kind, packed, draw):
-    weight = form(kind).weight(70, 160, draw.one_of(DTYPES), draw)
-    layer = quantized_layer(weight)
-    want = rows_of(weight, 0, 70, weight.dtype)
-    if packed:
-        prepare(layer, smallest=0)
-    index = torch.randint(70, (3, 11), generator=draw)
-    for dtype in (torch.int64, torch.int32):
-        assert torch.equal(F.embedding(index.to(dtype), layer.weight), want[index])
-    assert torch.equal(F.embedding(index[:, ::2], layer.weight), want[index[:, ::2]])
-    assert F.embedding(index[:0], layer.weight).shape == (0, 11, 160)
-    for wrong in (-1, 70, 2**40):
-        with pytest.raises(IndexError):
-            F.embedding(torch.tensor([3, wrong]), layer.weight)
+def test_large_and_small_numbers(at_level):
+    """Infinities, subnormal results and ties round as torch's conversions do."""
+    torch.manual_seed(0)
+    for kind, _ in KINDS:
+        w = weight(kind, 40, 64, 8, dtype=torch.float32)
+        scale = next(part for part in w.kept if part.dtype == torch.float32 and part.shape == (8, 40))
+        scale.fill_(1.0)
+        numbers = dequantize(w, True, (0, 40), torch.float32).clone()
+        scale.copy_(torch.linspace(-148, 127, 320).exp2().view(8, 40))
+        w.values = numbers * scale.t().repeat_interleave(8, 1)
+        for plain, dtype in itertools.product((False, True), FLOATS):
+            check(w, plain, (0, 40), dtype)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "float8"])
-def test_codes_with_gaps(cpu_level, kind, draw):
-    """Every other row of a weight, whose codes and scales are views."""
-    weight = form(kind).weight(80, 192, torch.bfloat16, draw)[::2]
-    assert near(rows_of(weight, 0, 40, torch.float32), values_of(weight.clone()), weight)
-
-
-def test_a_group_of_equal_weights(cpu_level, draw):
-    """Codes of 0 under a scale of 1: the shift is the number, and may be far below that scale."""
-    values = torch.randn(4, 64, generator=draw)
-    values[:, :32] = 1e-5
-    values[2, 32:] = 1000.25
-    weight = QTensor.quantize(values, "int4", group_size=32, symmetric=False)
-    for way in (None, False):
-        settings.compiled = way
-        try:
-            got = rows_of(weight, 0, 4, torch.float32)
-        finally:
-            settings.compiled = None
-        assert torch.equal(got[:, :32], values[:, :32])
-        assert torch.equal(got[2, 32:], values[2, 32:])
-    layer = quantized_layer(weight)
-    prepare(layer, smallest=0)
-    x = torch.randn(3, 64, generator=draw)
-    want = x.double() @ values_of(weight.clone()).t()
-    with torch.no_grad():
-        assert (layer(x) - want).abs().max() <= 4e-3 * x.abs().sum() * 1000 / 64
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4", "float8", "nf4"])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_products_of_weights_that_are_not_packed(kind, rows, transposed, kernels, draw, monkeypatch):
-    """Sizes that would be padded too much, and matrices that are stored [in, out]."""
-    monkeypatch.setattr(settings, "compiled", None if kernels else False)
-    monkeypatch.setattr(settings, "pack_on_first_use", False)
-    shape = (192, 320) if transposed else (100, 192)
-    weight = QTensor.quantize(torch.randn(shape, generator=draw).bfloat16(), kind, transposed=transposed)
-    wide = weight.dequantize(torch.float32).double()
-    x = torch.randn(rows, 192, generator=draw).bfloat16()
-    with torch.inference_mode():
-        got = x @ weight if transposed else linear(x, weight)
-    want = x.double() @ (wide if transposed else wide.t())
-    assert not weight.is_packed
-    assert got.shape == want.shape
-    assert (got.double() - want).norm() <= 5e-3 * want.norm()
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4", "float8", "nf4"])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_the_workspace_s_bound(kind, kernels, draw, monkeypatch):
-    monkeypatch.setattr(settings, "compiled", None if kernels else False)
-    monkeypatch.setattr(settings, "workspace_bytes", 2**18)
-    buffers.release()
-    weight = form(kind).weight(300, 1088, torch.bfloat16, draw)
-    assert near(rows_of(weight, 0, 300, torch.bfloat16), values_of(weight), weight, roundings=2)
-    assert buffers.held_bytes() <= 2**18
-
-
-def test_without_the_library_nothing_is_asked_of_it(monkeypatch, draw):
-    monkeypatch.setattr(settings, "compiled", False)
-    monkeypatch.setattr(library, "_load", lambda: pytest.fail("the library was loaded"))
-    monkeypatch.setattr(library, "_library", None)
-    weight = form("int8").weight(40, 192, torch.bfloat16, draw)
-    assert near(rows_of(weight, 0, 40, torch.bfloat16), values_of(weight), weight, roundings=2)
+def test_threads_change_nothing(at_level):
+    torch.manual_seed(0)
+    w = weight("int4", 900, 512, 32, "plain", "plain")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for plain, dtype in itertools.product((False, True), FLOATS):
+                check(w, plain, (3, 890), dtype)
+    finally:
+        torch.set_num_threads(threads)

@@ -90,37 +90,44 @@ static void load_bias(const RqGemm* g, int64_t strip, float* bias) {
   store_floats(bias, load_dtype(from, g->bias_dtype, left < 16 ? (int)left : 16));
 }
 
-template <int R, class V> static void few_rows_of(const V& values, const RqGemm* g, const Tile& x, uint8_t* out) {
+// The sums of a strip for a kind of values. Only this is compiled for each kind, and `DecodeStrip`.
+typedef void (*SumStrip)(const void* values, const RqWeight* w, int64_t strip, const Tile& x, Floats* total);
+template <class V, int R> static void sum_strip(const void* values, const RqWeight* w, int64_t strip, const Tile& x, Floats* total) {
+  if (!rows_by_strip<V, R>(*(const V*)values, w, strip, x, total)) return;
+  if constexpr (V::marks) rows_by_strip<Exact_floats, R>(Exact_floats(w), w, strip, x, total);
+}
+
+static int few_rows_of(const RqGemm* g, SumStrip sum, const void* values, const Tile& x, uint8_t* out) {
   const RqWeight* w = g->weight;
   const int64_t strips = float_strips(w), grain = (1 << 18) / (16 * float_columns(w)) + 1;
   rq::parallel(strips, grain, [&](int64_t begin, int64_t end) {
     const WithSubnormals mode;
     for (int64_t strip = begin; strip < end; ++strip) {
-      Floats total[R];
-      if (rows_by_strip<V, R>(values, w, strip, x, total)) {
-        if constexpr (V::marks) rows_by_strip<Exact_floats, R>(Exact_floats(w), w, strip, x, total);
-      }
+      Floats total[FLOAT_FEW_ROWS];
+      sum(values, w, strip, x, total);
       const int64_t left = w->rows - strip * RQ_ROWS;
       float bias[16];
       if (g->bias) load_bias(g, strip, bias);
-      for (int r = 0; r < R && r < g->rows; ++r) {
+      for (int r = 0; r < g->rows; ++r) {
         const Floats value = g->bias ? total[r] + load_floats(bias) : total[r];
         store_dtype(out + (r * g->out_stride + strip * RQ_ROWS) * out_bytes(g), g->out_dtype, left < 16 ? (int)left : 16, value);
       }
     }
   });
+  return 0;
+}
+
+template <class V> static int few_rows_with(const V& values, const RqGemm* g, const Tile& x, uint8_t* out) {
+  return few_rows_of(g, g->rows == 1 ? sum_strip<V, 1> : sum_strip<V, FLOAT_FEW_ROWS>, &values, x, out);
 }
 
 // `rows` (1 to 4) rows.
 static int few_rows(const RqGemm* g, bool pairs, const Tile& x, uint8_t* out) {
-  const auto use = [&](const auto& values) {
-    if (g->rows == 1) few_rows_of<1>(values, g, x, out);
-    else few_rows_of<FLOAT_FEW_ROWS>(values, g, x, out);
-    return 0;
-  };
+  const auto use = [&](const auto& values) { return few_rows_with(values, g, x, out); };
 #if RQ_BF16_DOT
   if (pairs) return with_pairs(g->weight, use);
 #endif
+  (void)pairs;
   return with_floats(g->weight, use);
 }
 
@@ -143,10 +150,30 @@ static void write_sums(const RqGemm* g, const float* sums, int rows, int columns
   }
 }
 
-// The result block by block, each TILE_STRIPS strips wide. `x`: tiles of R rows, packed. `raw`: panels hold codes' values, and
-// the sums are multiplied by the scale.
-template <bool PAIRS, class V>
-static void many_rows_of(const V& values, const RqGemm* g, bool raw, const float* x, int R, uint8_t* out, uint8_t* scratch, int64_t slots) {
+typedef void (*DecodeStrip)(const void* values, const RqWeight* w, int64_t strip, int64_t begin, int64_t end, const float* scale,
+                            const float* shift, float* panel);
+template <class V, bool PAIRS>
+static void decode(const void* values, const RqWeight* w, int64_t strip, int64_t begin, int64_t end, const float* scale,
+                   const float* shift, float* panel) {
+  if (!decode_strip<V, PAIRS>(*(const V*)values, w, strip, begin, end, scale, shift, panel)) return;
+  if constexpr (V::marks) decode_strip<Exact_floats, PAIRS>(Exact_floats(w), w, strip, begin, end, scale, shift, panel);
+}
+
+// A GEMM of many rows: how its weight is decoded, and `x`, packed in tiles of R rows. `raw`: panels hold codes' values, and the
+// sums are multiplied by the scale.
+typedef struct ManyRows {
+  DecodeStrip decode;
+  const void* values;
+  bool raw;
+  const float* x;
+  int R;
+} ManyRows;
+
+// The result block by block, each TILE_STRIPS strips wide.
+template <bool PAIRS> static int many_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t* scratch, int64_t slots) {
+  const bool raw = m.raw;
+  const float* x = m.x;
+  const int R = m.R;
   const RqWeight* w = g->weight;
   const int64_t strips = float_strips(w), blocks = (strips + TILE_STRIPS - 1) / TILE_STRIPS, per_word = PAIRS ? 2 : 1;
   const int64_t words = float_columns(w) / per_word, slot_bytes = float_slot_bytes(g, g->rows);
@@ -171,9 +198,7 @@ static void many_rows_of(const V& values, const RqGemm* g, bool raw, const float
           if (raw) strip_scales(w, strip, 0, 1, row_scale + 16 * s, nullptr);
           else strip_scales(w, strip, begin / w->group, (stop + w->group - 1) / w->group, scale, shift);
           float* to = panel + 16 * s;
-          if (decode_strip<V, PAIRS>(values, w, strip, begin, end, scale, shifts, to)) {
-            if constexpr (V::marks) decode_strip<Exact_floats, PAIRS>(Exact_floats(w), w, strip, begin, end, scale, shifts, to);
-          }
+          m.decode(m.values, w, strip, begin, end, scale, shifts, to);
           if (g->bias) load_bias(g, strip, bias + 16 * s);
         }
         for (int64_t row = 0; row < g->rows; row += R) {
@@ -188,6 +213,13 @@ static void many_rows_of(const V& values, const RqGemm* g, bool raw, const float
       }
     }
   });
+  return 0;
+}
+
+template <bool PAIRS, class V> static int many_rows_with(const V& values, const RqGemm* g, ManyRows m, uint8_t* out, uint8_t* scratch, int64_t slots) {
+  m.decode = decode<V, PAIRS>;
+  m.values = &values;
+  return many_rows_of<PAIRS>(g, m, out, scratch, slots);
 }
 
 template <bool PAIRS> static int many_rows(const RqGemm* g, const float* x, int R, uint8_t* out, uint8_t* scratch, int64_t slots) {
@@ -195,7 +227,8 @@ template <bool PAIRS> static int many_rows(const RqGemm* g, const float* x, int 
   // One scale a row: sums of exact values are multiplied by it. Else each weight is, and rounded to bfloat16 with pairs, as a
   // dequantized weight is.
   const bool raw = w->groups == 1 && w->shift_kind == RQ_NO_SHIFT && !(PAIRS && w->code == RQ_TABLE);
-  const auto use = [&](const auto& values) { return many_rows_of<PAIRS>(values, g, raw, x, R, out, scratch, slots), 0; };
+  const ManyRows m = {nullptr, nullptr, raw, x, R};
+  const auto use = [&](const auto& values) { return many_rows_with<PAIRS>(values, g, m, out, scratch, slots); };
 #if RQ_BF16_DOT
   if constexpr (PAIRS)
     if (raw && has_pairs(w)) return with_pairs(w, use);

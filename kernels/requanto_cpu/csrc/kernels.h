@@ -27,19 +27,21 @@ using namespace RQ_FLOAT_NAMESPACE::floats;
 #include "float_rows.h"
 #include "float_tile.h"
 #include "float.h"
+#include "dequantize.h"
 namespace floats {
 int64_t float_scratch(const RqGemm* g, int64_t rows) { return float_scratch_bytes(g, rows); }
 int64_t float_least_scratch(const RqGemm* g) { return float_bytes(g, FLOAT_FEW_ROWS, 1); }
 int gemm_float(const RqGemm* g, const void* x, void* out, void* scratch) { return float_gemm(g, x, out, scratch); }
+int dequantize(const RqWeight* w, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype, int64_t out_stride) {
+  return strips_to_rows(w, start, stop, index, out, dtype, out_stride);
+}
+int dequantize_plain(const RqWeight* w, int32_t is_signed, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype,
+                     int64_t out_stride) {
+  return plain_to_rows(w, is_signed, start, stop, index, out, dtype, out_stride);
+}
 }  // namespace floats
 using namespace floats;
 #endif
-
-// Not written yet.
-static int dequantize(const RqWeight*, int64_t, int64_t, const int64_t*, void*, int32_t, int64_t) { return RQ_E_MISSING; }
-static int dequantize_plain(const RqWeight*, int32_t, int64_t, int64_t, const int64_t*, void*, int32_t, int64_t) {
-  return RQ_E_MISSING;
-}
 
 #include "integer_tile.h"
 #include "quantize.h"

@@ -34,7 +34,11 @@ typedef struct RqKernels {
 #define RQ_FLOATS \
   int64_t float_scratch(const RqGemm* gemm, int64_t rows); \
   int64_t float_least_scratch(const RqGemm* gemm); \
-  int gemm_float(const RqGemm* gemm, const void* x, void* out, void* scratch);
+  int gemm_float(const RqGemm* gemm, const void* x, void* out, void* scratch); \
+  int dequantize(const RqWeight* weight, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype, \
+                 int64_t out_stride); \
+  int dequantize_plain(const RqWeight* weight, int32_t is_signed, int64_t start, int64_t stop, const int64_t* index, void* out, \
+                       int32_t dtype, int64_t out_stride);
 namespace rq_avx2 { namespace floats { RQ_FLOATS } }
 namespace rq_avx512 { namespace floats { RQ_FLOATS } }
 namespace rq_neon { namespace floats { RQ_FLOATS } }

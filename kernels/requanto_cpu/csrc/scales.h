@@ -176,7 +176,7 @@ static inline bool plain_parts(const Parts* p, int64_t first, int64_t begin, int
 
 // Scale and shift of groups `group_begin` to `group_end` of the 16 rows of a strip: [groups][16] each; rows beyond N get 0.
 // `shift` is not written if the weight has none, and may be null then, or to leave out shifts.
-static void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
+static __attribute__((noinline)) void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
   const int64_t first = strip * RQ_LANES, blocks = row_blocks(w);
   const int count = w->rows - first < RQ_LANES ? (int)(w->rows - first) : (int)RQ_LANES;
   const Parts scales = scale_parts(w), shifts = shift_parts(w);
@@ -206,7 +206,7 @@ static void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, 
 }
 
 // The same of one row n: [groups] each, with room for a multiple of 16 groups.
-static void row_scales(const RqWeight* w, int64_t n, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
+static __attribute__((noinline)) void row_scales(const RqWeight* w, int64_t n, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
   const int64_t blocks = row_blocks(w), groups_of_block = w->scale_groups > 0 ? w->scale_groups : w->groups;
   const Parts scales = scale_parts(w), shifts = shift_parts(w);
   const bool with_shift = shift && w->shift_kind != RQ_NO_SHIFT;

@@ -4,10 +4,27 @@
 
 // Byte J of each row in the lowest bits; what is above it is not cleared.
 template <int J> static inline Ints from_byte(Bytes a) { return {J ? _mm512_srli_epi32(a.v, 8 * J) : a.v}; }
-static inline Bytes as_bytes(Ints a) { return {a.v}; }
-static inline Ints load_ints_of_bytes(const uint8_t* p) {
-  return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))};
+// 16 codes of a stream of bits: `order` has the 4 bytes of each (those from 16 on are 0), `shift` how far they move down.
+static inline Ints unpack16(const uint8_t* p, const uint8_t* order, const int32_t* shift, int mask) {
+  const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+  const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_loadu_si512(order));
+  return {_mm512_and_si512(_mm512_srlv_epi32(words, _mm512_loadu_si512(shift)), _mm512_set1_epi32(mask))};
 }
+// 16 rows of 16 bytes from 4 vectors of 4 bytes a row.
+static inline void store_rows(const Bytes* q, uint8_t* out, int64_t stride) {
+  const __m512i a = _mm512_unpacklo_epi32(q[0].v, q[1].v), b = _mm512_unpackhi_epi32(q[0].v, q[1].v);
+  const __m512i c = _mm512_unpacklo_epi32(q[2].v, q[3].v), d = _mm512_unpackhi_epi32(q[2].v, q[3].v);
+  const __m512i rows[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                           _mm512_unpackhi_epi64(b, d)};
+  for (int i = 0; i < 4; ++i) {  // rows i, i + 4, i + 8, i + 12
+    uint8_t* to = out + i * stride;
+    _mm_storeu_si128((__m128i*)to, _mm512_castsi512_si128(rows[i]));
+    _mm_storeu_si128((__m128i*)(to + 4 * stride), _mm512_extracti32x4_epi32(rows[i], 1));
+    _mm_storeu_si128((__m128i*)(to + 8 * stride), _mm512_extracti32x4_epi32(rows[i], 2));
+    _mm_storeu_si128((__m128i*)(to + 12 * stride), _mm512_extracti32x4_epi32(rows[i], 3));
+  }
+}
+static inline Bytes as_bytes(Ints a) { return {a.v}; }
 
 // 64 floats, found by the low BITS bits of an index. The caller repeats tables of fewer than 16 values.
 struct Table { __m512 part[4]; };

@@ -6,10 +6,29 @@
 static inline Ints as_ints(Bytes a) { return RQ_ONE(vreinterpretq_s32_u8, a); }
 static inline Bytes as_bytes(Ints a) { return RQ_ONE(vreinterpretq_u8_s32, a); }
 template <int J> static inline Ints from_byte(Bytes a) { return as_ints(down<8 * J>(a)); }
-static inline Ints load_ints_of_bytes(const uint8_t* p) {
+// 16 codes of a stream of bits: `order` has the 4 bytes of each (those from 16 on are 0), `shift` how far they move down.
+static inline int32x4_t unpack4(uint8x16_t bytes, const uint8_t* order, const int32_t* shift, int mask) {
+  const uint32x4_t words = vreinterpretq_u32_u8(vqtbl1q_u8(bytes, vld1q_u8(order)));
+  return vandq_s32(vreinterpretq_s32_u32(vshlq_u32(words, vnegq_s32(vld1q_s32(shift)))), vdupq_n_s32(mask));
+}
+static inline Ints unpack16(const uint8_t* p, const uint8_t* order, const int32_t* shift, int mask) {
   const uint8x16_t bytes = vld1q_u8(p);
-  const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes))), high = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
-  return {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
+  return {unpack4(bytes, order, shift, mask), unpack4(bytes, order + 16, shift + 4, mask),
+          unpack4(bytes, order + 32, shift + 8, mask), unpack4(bytes, order + 48, shift + 12, mask)};
+}
+// 16 rows of 16 bytes from 4 vectors of 4 bytes a row.
+static inline void store_4_rows(uint8x16_t q0, uint8x16_t q1, uint8x16_t q2, uint8x16_t q3, uint8_t* out, int64_t stride) {
+  const uint8x16_t q[4] = {q0, q1, q2, q3};
+  uint32_t words[4][4];
+  for (int i = 0; i < 4; ++i) vst1q_u32(words[i], vreinterpretq_u32_u8(q[i]));
+  for (int r = 0; r < 4; ++r)
+    for (int i = 0; i < 4; ++i) memcpy(out + r * stride + 4 * i, &words[i][r], 4);
+}
+static inline void store_rows(const Bytes* q, uint8_t* out, int64_t stride) {
+  store_4_rows(q[0].a, q[1].a, q[2].a, q[3].a, out, stride);
+  store_4_rows(q[0].b, q[1].b, q[2].b, q[3].b, out + 4 * stride, stride);
+  store_4_rows(q[0].c, q[1].c, q[2].c, q[3].c, out + 8 * stride, stride);
+  store_4_rows(q[0].d, q[1].d, q[2].d, q[3].d, out + 12 * stride, stride);
 }
 
 // 64 floats, found by the low BITS bits of an index. The caller repeats tables of fewer than 16 values.

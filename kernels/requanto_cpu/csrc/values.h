@@ -31,7 +31,7 @@ struct WithSubnormals {
 #define RQ_LAMBDA_INLINE __attribute__((always_inline))
 
 // The number that a code of an 8-bit float stands for.
-static float float_of_code(int32_t code, uint8_t byte) {
+static __attribute__((noinline)) float float_of_code(int32_t code, uint8_t byte) {
   const int mantissa = code == RQ_E5M2 ? 2 : 3, bias = code == RQ_E5M2 ? 15 : code == RQ_E4M3 ? 7 : 8;
   const int size = byte & 0x7F, exponent = size >> mantissa, fraction = size & ((1 << mantissa) - 1);
   const uint32_t sign = (uint32_t)(byte & 0x80) << 24;
@@ -78,18 +78,19 @@ template <int CODE> struct Floats_of_8_bits {
 };
 
 // 8-bit floats one by one, for strips with marked codes.
+static __attribute__((noinline)) Floats one_by_one(int32_t code, Bytes lowest) {
+  uint8_t bytes[64];
+  float floats[16];
+  store_bytes(bytes, lowest);
+  for (int r = 0; r < 16; ++r) floats[r] = float_of_code(code, bytes[4 * r]);
+  return load_floats(floats);
+}
 struct Exact_floats {
   typedef Coded<8> Codes;
   enum { per_quad = 4, marks = 0 };
   int32_t code;
   explicit Exact_floats(const RqWeight* w) : code(w->code) {}
-  template <int J> inline Floats value(Bytes quad) const {
-    uint8_t bytes[64];
-    float floats[16];
-    store_bytes(bytes, quad);
-    for (int r = 0; r < 16; ++r) floats[r] = float_of_code(code, bytes[4 * r + J]);
-    return load_floats(floats);
-  }
+  template <int J> inline Floats value(Bytes quad) const { return one_by_one(code, down<8 * J>(quad)); }
   void mark(Flags&, Bytes) const {}
 };
 
