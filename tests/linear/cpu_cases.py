@@ -524,11 +524,13 @@ class _Choices:
     def __call__(self, *choices):
         return choices[int(_integers(0, len(choices), (), self.random))]
 
-    def weight(self, bits: int, code: int) -> Weight:
-        group, rows = self(8, 16, 24, 32, 40, 64, 96, 128, 0), self(1, 5, 16, 17, 33, 48)
+    def weight(self, bits: int, code: int, plain: bool = False) -> Weight:
+        """`plain`: also with groups that strips do not have."""
+        groups = (8, 16, 24, 32, 40, 64, 96, 128, 0)
+        group, rows = self(*groups, *((1, 5, 12, 36) if plain else ())), self(1, 5, 16, 17, 33, 48)
         length = self(1, 2, 3, 5) * group or self(8, 32, 33, 40, 100, 104, 130, 520)
         group, grouped = group or length, group > 0
-        block = next(size for size in (32, 16, 8) if group % size == 0) if grouped else self(32, 32, 16, 8)
+        block = next((size for size in (32, 16) if group % size == 0), 8) if grouped else self(32, 32, 16, 8)
         scale_kind = self(PLAIN, PLAIN, SCALE_CODES, E8M0, E4M3S)
         shift_kind = NO_SHIFT if scale_kind in (E8M0, E4M3S) or code > TABLE else self(NO_SHIFT, PLAIN, SCALE_CODES)
         return random_weight(
@@ -584,7 +586,7 @@ def dequantizations(seed: int) -> list[Case]:
     for bits, code in _types(FLOAT):
         for plain in (False, True):
             for indexed in (False, True):
-                weight = choose.weight(bits, code)
+                weight = choose.weight(bits, code, plain)
                 cases.append(dequantize_case(weight, choose.random, choose(*FLOATS), plain=plain, indexed=indexed))
     return cases
 
