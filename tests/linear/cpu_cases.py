@@ -599,4 +599,5 @@ def float8_weights(seed: int) -> list[Case]:
         for rows in (1, 2, 4, 20):
             weight = choose.weight(8, code)
             cases.append(gemm_case(weight, choose.random, rows, torch.float32, FLOAT))
+        cases.append(dequantize_case(choose.weight(8, code), choose.random, torch.float32, plain=False, indexed=False))
     return cases

@@ -55,8 +55,9 @@ def arm(processor: str) -> Program:
 
 
 def all_kernels(seed: int) -> list[cpu_cases.Case]:
+    suites = (cpu_cases.packing_of_all_widths, cpu_cases.kernels_of_x, cpu_cases.dequantizations)
     gemms = (cpu_cases.gemms, cpu_cases.special_gemms)
-    return [case for suite in (cpu_cases.packing_of_all_widths, cpu_cases.kernels_of_x, *gemms) for case in suite(seed)]
+    return [case for suite in (*suites, *gemms) for case in suite(seed)]
 
 
 @pytest.mark.parametrize("processor", ARM)
