@@ -580,6 +580,30 @@ def special_gemms(seed: int) -> list[Case]:
     return cases
 
 
+def large_gemms(seed: int) -> list[Case]:
+    """More columns and rows than kernels compute at a time: chunks, panels, parts that fit into the scratch buffer."""
+    choose = _Choices(seed)
+    random, cases = choose.random, []
+    for arithmetic in (BLOCKS8, BLOCKS16, FLOAT, CODED):
+        for bits, code in ((4, INTEGER), (3, INTEGER), (8, INTEGER), (4, TABLE), (8, E4M3)):
+            if (bits, code) not in _types(arithmetic):
+                continue
+            for rows, length, group in (
+                (choose(1, 2, 4), 4608, choose(96, 24, 4608)),
+                (choose(5, 20), 2600, choose(2600, 8)),
+            ):
+                weight = random_weight(random, 17, length, group, bits, code=code, shift_kind=choose(NO_SHIFT, PLAIN),
+                                       block=32 if group % 32 == 0 else 8)  # fmt: skip
+                cases.append(gemm_case(weight, random, rows, choose(*FLOATS), arithmetic, least=choose(True, False)))
+            weight = random_weight(random, 40, 544, choose(32, 544), bits, code=code)
+            cases.append(
+                gemm_case(weight, random, choose(145, 260), choose(*FLOATS), arithmetic, least=choose(True, False))
+            )
+    for rows in (2, 7):  # sums of more products than 32 bits have room for
+        cases.append(gemm_case(random_weight(random, 3, 66000, 66000, 8), random, rows, torch.float32, CODED))
+    return cases
+
+
 def dequantizations(seed: int) -> list[Case]:
     choose = _Choices(seed)
     cases = []

@@ -104,7 +104,7 @@ def test_no_access_outside_of_the_buffers(tmp_path: Path) -> None:
     needs("g++")
     native = native_program()
     for number, level in enumerate(native.levels()):
-        native.compare(all_kernels(3 + number), level, tmp_path, threads=2)
+        native.compare(all_kernels(3 + number) + cpu_cases.large_gemms(3 + number), level, tmp_path, threads=2)
         native.compare(cpu_cases.float8_weights(3 + number), level, tmp_path, 2, "flush")
 
 
