@@ -12,7 +12,7 @@ from requanto.linear.cpu.dequantize import codes_to_float
 from requanto.linear.gpu import dequantize as gpu
 from requanto.linear.prepack import EMBEDDING_WEIGHT
 from requanto.runtime import onnx_nodes
-from requanto.runtime.tracing import in_jit_trace, is_tracing, runs_eagerly, without_autocast
+from requanto.runtime.tracing import in_jit_trace, is_fake, is_tracing, runs_eagerly, without_autocast
 from requanto.scales.rotation import rotate
 from requanto.tensor.layout import PLAIN
 from requanto.tensor.qtensor import QTensor, scaled_values
@@ -78,6 +78,20 @@ def _finished(weight: QTensor, values: torch.Tensor, indices: torch.Tensor) -> t
     up = None if weight.up is None else torch.index_select(weight.up, 0, indices)
     with without_autocast(weight.device):
         return gpu.finished(values, weight, 0, up).to(weight.dtype)
+
+
+def quick_lookup(indices: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
+    """`embedding` of a matrix on the CPU in one call of the library; None where more is to be done or checked."""
+    spec, parts = weight._spec, weight._storage.parts
+    if spec.axis or spec.transposed or spec.rotation is not None or spec.column or spec.order or len(spec.shape) != 2:
+        return None
+    if not indices.is_cpu or indices.dtype not in _INDICES or not runs_eagerly() or "up" in parts:
+        return None
+    found = cpu.lookup(weight, spec.dtype) if parts["qdata"].is_cpu and not is_fake(parts["qdata"]) else None
+    return None if found is None else found(indices)
+
+
+_INDICES = (torch.int32, torch.int64)
 
 
 def _onnx_rows(weight: QTensor, indices: torch.Tensor) -> torch.Tensor:

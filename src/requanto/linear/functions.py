@@ -19,6 +19,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from requanto.linear import embedding, linear, times
 from requanto.linear.convolution import as_autocast, convolution
+from requanto.linear.embedding import quick_lookup
 from requanto.linear.registry import find_plan
 from requanto.runtime.tracing import in_functorch_transform, is_tracing
 from requanto.tensor.dispatch import implements_aten, implements_function
@@ -56,6 +57,12 @@ def _embedding(
     sparse: bool = False,
 ) -> torch.Tensor:
     # padding_idx, scale_grad_by_freq and sparse only affect the table's gradient; a quantized table has none.
+    if type(input) is torch.Tensor and type(weight) is QTensor and max_norm is None:
+        rows = weight._spec.shape[0]
+        valid = padding_idx is None or -rows <= padding_idx < rows
+        found = quick_lookup(input, weight) if valid and not torch.compiler.is_compiling() else None
+        if found is not None:
+            return found
     if isinstance(input, QTensor) or not isinstance(weight, QTensor):
         raise NotImplementedError("F.embedding with quantized indices: expected int32 or int64 indices")
     if max_norm is not None:

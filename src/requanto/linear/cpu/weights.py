@@ -79,8 +79,10 @@ class Described:
         return not any(version < 0 for _, _, version in self._copies)
 
     def _readable(self, name: str, part: torch.Tensor, strips: bool) -> torch.Tensor:
-        if name == "codebook":
-            return self._copied(part, torch.float32)
+        if name == "codebook":  # its table is shared by all weights with these values
+            version = -1 if part.is_inference() else part._version
+            self._copies.append((part, part.detach()[:0], version))
+            return part
         if name == "qdata":  # vectors of strips are read with aligned loads; a file may hold them at any address
             return self._copied(part, part.dtype) if strips and part.data_ptr() % 64 and part.numel() else part
         if part.dtype not in DTYPES:
@@ -137,7 +139,7 @@ class Described:
         if kind.is_codebook:
             found.code = _TABLE
             own = parts.get("codebook")
-            table = fixed_table(kind) if own is None else _table_of(tuple(own.tolist()))
+            table = fixed_table(kind) if own is None else _table_of(tuple(own.float().tolist()))
             found.table, found.levels = table.values.data_ptr(), table.levels.data_ptr()
             found.level_scale = table.step
             self._kept += [table.values, table.levels]
