@@ -33,12 +33,19 @@ template <class V> static bool values_of_stream(const V& values, const Unpacking
                                                 int flip, int64_t count, float* out) {
   const Bytes flipped = as_bytes(splat_int(flip));
   Flags flags = no_flags();
-  for (int64_t i = 0; i < count; i += 16, from += 2 * bits, bytes -= 2 * bits) {
+  const auto write = [&](int64_t i, Ints codes) RQ_LAMBDA_INLINE {
+    const Bytes quad = as_bytes(codes) ^ flipped;
+    values.mark(flags, quad);
+    store_floats(out + i, values.template value<0>(quad));
+  };
+  int64_t i = 0;
+  if (bits == 8)
+    for (; i < count && bytes >= 16; i += 16, from += 16, bytes -= 16) write(i, ints_of_bytes(from));
+  for (; i < count && bytes >= 16; i += 16, from += 2 * bits, bytes -= 2 * bits) write(i, unpack16(from, u.order, u.shift, u.mask));
+  for (; i < count; i += 16, from += 2 * bits, bytes -= 2 * bits) {  // the last bytes of a row: none behind them is read
     uint8_t copy[16] = {0};
-    if (bytes < 16) memcpy(copy, from, (size_t)bytes);
-    const Bytes codes = as_bytes(unpack16(bytes < 16 ? copy : from, u.order, u.shift, u.mask)) ^ flipped;
-    values.mark(flags, codes);
-    store_floats(out + i, values.template value<0>(codes));
+    memcpy(copy, from, (size_t)bytes);
+    write(i, unpack16(copy, u.order, u.shift, u.mask));
   }
   return any(flags);
 }
@@ -76,17 +83,17 @@ typedef struct Scaled {
 } Scaled;
 
 template <int DTYPE> static void write_values(const float* values, int64_t count, const float* scale, const float* shift, bool each, uint8_t* out) {
-  Floats s = splat(scale[0]), h = splat(shift ? shift[0] : 0.0f);
-  for (int64_t i = 0; i < count; i += 16) {
-    if (each) s = load_floats(scale + i);
-    Floats value = load_floats(values + i) * s;
-    if (shift) {
-      if (each) h = load_floats(shift + i);
-      value = value - h;
-    }
-    uint8_t* to = out + i * (DTYPE == RQ_F32 ? 4 : 2);
-    if (count - i >= 16) store_dtype(to, DTYPE, 16, value);
-    else store_dtype(to, DTYPE, (int)(count - i), value);
+  constexpr int64_t bytes = DTYPE == RQ_F32 ? 4 : 2;
+  const Floats one = splat(scale[0]), low = splat(shift ? shift[0] : 0.0f);
+  int64_t i = 0;
+  if (!each && !shift)
+    for (; i + 16 <= count; i += 16) store_dtype(out + i * bytes, DTYPE, 16, load_floats(values + i) * one);
+  else if (!each)
+    for (; i + 16 <= count; i += 16) store_dtype(out + i * bytes, DTYPE, 16, load_floats(values + i) * one - low);
+  for (; i < count; i += 16) {
+    Floats value = load_floats(values + i) * (each ? load_floats(scale + i) : one);
+    if (shift) value = value - (each ? load_floats(shift + i) : low);
+    store_dtype(out + i * bytes, DTYPE, count - i < 16 ? (int)(count - i) : 16, value);
   }
 }
 static inline void write_dtype(int32_t dtype, const float* values, int64_t count, const float* scale, const float* shift, bool each, uint8_t* out) {
@@ -122,7 +129,7 @@ static void write_piece(const RqWeight* w, const float* values, int64_t begin, i
 // A row of plain codes, or of one byte a code.
 static void write_row(const Decoder& d, const uint8_t* row, int64_t row_bytes, int64_t n, int32_t dtype, uint8_t* out) {
   const RqWeight* w = d.w;
-  float numbers[PIECE], scale[PIECE + 32], shift[PIECE + 32];
+  float numbers[PIECE + 16], scale[PIECE + 32], shift[PIECE + 32];
   const int64_t bytes = dtype == RQ_F32 ? 4 : 2;
   for (int64_t begin = 0; begin < w->length; begin += PIECE) {
     const int64_t end = begin + PIECE < w->length ? begin + PIECE : w->length, at = begin * d.bits / 8;
@@ -174,7 +181,7 @@ static void write_strip(const Decoder& d, int64_t strip, int first, int last, in
                                            int64_t row_bytes) {
   const RqWeight* w = d.w;
   uint8_t codes[16 * PIECE];
-  float numbers[PIECE], scale[(PIECE / 8 + 2) * 16], shift[(PIECE / 8 + 2) * 16];
+  float numbers[PIECE + 16], scale[(PIECE / 8 + 2) * 16], shift[(PIECE / 8 + 2) * 16];
   const int64_t units = (w->length + RQ_COLUMNS - 1) / RQ_COLUMNS, bytes = dtype == RQ_F32 ? 4 : 2;
   const BytesOfStrip unpack = bytes_of_strip_for(w->bits);
   for (int64_t begin = 0; begin < w->length; begin += PIECE) {
@@ -193,7 +200,7 @@ static void write_strip(const Decoder& d, int64_t strip, int first, int last, in
 static void write_row_of_strip(const Decoder& d, int64_t units, int64_t n, int32_t dtype, uint8_t* out) {
   const RqWeight* w = d.w;
   uint8_t codes[PIECE];
-  float numbers[PIECE], scale[PIECE / 8 + 32], shift[PIECE / 8 + 32];
+  float numbers[PIECE + 16], scale[PIECE / 8 + 32], shift[PIECE / 8 + 32];
   const int64_t bytes = dtype == RQ_F32 ? 4 : 2;
   for (int64_t begin = 0; begin < w->length; begin += PIECE) {
     const int64_t end = begin + PIECE < w->length ? begin + PIECE : w->length;

@@ -6,7 +6,7 @@
 
 enum {
   FLOAT_FEW_ROWS = 4,
-  PART_ROWS = 36 * TILE_ROWS,                       // rows of x that share a decoded panel
+  PART_ROWS = 588,                                  // rows of x that share a decoded panel: 42 tiles of AVX-512, 98 of others
   PANEL_GROUPS = 2 * 128 * 1024 / 4 / PANEL_WIDTH / 8 + 2,
   PANEL_WORDS = 128 * 1024 / 4 / PANEL_WIDTH,       // columns (or pairs) of a panel: it stays in the second cache
 };
@@ -272,6 +272,8 @@ static int float_gemm(const RqGemm* gemm, const void* x, void* out, void* scratc
     else part = part / 2 < least ? least : part / 2;
   }
   while (slots > 1 && float_bytes(gemm, part, slots) > most) --slots;
+  const int64_t parts = (gemm->rows + part - 1) / (part > 0 ? part : 1);
+  if (parts > 1) part = (gemm->rows + parts - 1) / parts;  // of one size: each part decodes the weight
   if (float_bytes(gemm, part, slots) > most) return RQ_E_SCRATCH;
   uint8_t* aligned = (uint8_t*)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
   RqGemm g = *gemm;

@@ -6,6 +6,10 @@
 template <int J> static inline Ints from_byte(Bytes a) {
   return {J ? _mm256_srli_epi32(a.a, 8 * J) : a.a, J ? _mm256_srli_epi32(a.b, 8 * J) : a.b};
 }
+static inline Ints ints_of_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
 // 16 codes of a stream of bits: `order` has the 4 bytes of each (those from 16 on are 0), `shift` how far they move down.
 static inline Ints unpack16(const uint8_t* p, const uint8_t* order, const int32_t* shift, int mask) {
   const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), low = _mm256_set1_epi32(mask);

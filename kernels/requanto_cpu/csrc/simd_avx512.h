@@ -124,6 +124,9 @@ static inline void store_dtype(void* p, int32_t dtype, int count, Floats a) {
   const __mmask16 mask = first_rows(count);
   if (dtype == RQ_F32) return _mm512_mask_storeu_ps(p, mask, a.v);
   if (dtype == RQ_F16) return _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+#if defined(__AVX512BF16__)  // the instruction takes subnormal numbers as zeros
+  if (!_mm512_fpclass_ps_mask(a.v, 0x20)) return _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(a.v));
+#endif
   const __m512i bits = _mm512_castps_si512(a.v);  // to the nearest bfloat16, ties to even; NaN keeps its upper bits, quiet
   const __m512i tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), tie);

@@ -4,6 +4,7 @@
 
 // Byte J of each row in the lowest bits; what is above it is not cleared.
 template <int J> static inline Ints from_byte(Bytes a) { return {J ? _mm512_srli_epi32(a.v, 8 * J) : a.v}; }
+static inline Ints ints_of_bytes(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p))}; }
 // 16 codes of a stream of bits: `order` has the 4 bytes of each (those from 16 on are 0), `shift` how far they move down.
 static inline Ints unpack16(const uint8_t* p, const uint8_t* order, const int32_t* shift, int mask) {
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));

@@ -6,6 +6,11 @@
 static inline Ints as_ints(Bytes a) { return RQ_ONE(vreinterpretq_s32_u8, a); }
 static inline Bytes as_bytes(Ints a) { return RQ_ONE(vreinterpretq_u8_s32, a); }
 template <int J> static inline Ints from_byte(Bytes a) { return as_ints(down<8 * J>(a)); }
+static inline Ints ints_of_bytes(const uint8_t* p) {
+  const uint8x16_t bytes = vld1q_u8(p);
+  const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes))), high = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
+  return {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
+}
 // 16 codes of a stream of bits: `order` has the 4 bytes of each (those from 16 on are 0), `shift` how far they move down.
 static inline int32x4_t unpack4(uint8x16_t bytes, const uint8_t* order, const int32_t* shift, int mask) {
   const uint32x4_t words = vreinterpretq_u32_u8(vqtbl1q_u8(bytes, vld1q_u8(order)));
