@@ -70,7 +70,7 @@ def convolutions(dtype: torch.dtype) -> dict[str, dict[str, dict[str, float]]]:
     limits = images.MAX_PIXELS, images.MAX_PIXELS_1X1, images.WEIGHTS_PER_PIXEL
 
     def run(weight: torch.Tensor, x: torch.Tensor, patches: bool) -> torch.Tensor:
-        images.MAX_PIXELS = images.MAX_PIXELS_1X1 = 2**31 if patches else 0
+        images.MAX_PIXELS = images.MAX_PIXELS_1X1 = (2**31,) * 2 if patches else (0, 0)
         images.WEIGHTS_PER_PIXEL = 1
         return F.conv2d(x, weight, padding=weight.shape[2] // 2)
 

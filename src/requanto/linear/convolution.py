@@ -31,10 +31,11 @@ from requanto.tensor.qtensor import QTensor
 
 #: The dequantized weight takes at most 1 / PART of ``workspace_bytes``. oneDNN is slower with fewer output channels.
 PART = 2
-#: The GEMM with patches is faster up to so many output pixels of the whole batch, and up to one pixel per
-#: `WEIGHTS_PER_PIXEL` weights. 1x1 kernels, which need no unfolding, have a bound of their own
-#: (benchmarks/results/cpu_paths.json).
-MAX_PIXELS, WEIGHTS_PER_PIXEL, MAX_PIXELS_1X1 = 128, 10**5, 256
+#: The GEMM with patches is faster than dequantizing the weight up to so many output pixels of the whole batch, and up to one
+#: pixel per `WEIGHTS_PER_PIXEL` weights. 1x1 kernels, which need no unfolding, have a bound of their own. The second numbers
+#: are for x in bfloat16 on processors that multiply it, whose convolutions take half as long
+#: (`python benchmarks/cpu_paths.py --convolutions`).
+MAX_PIXELS, MAX_PIXELS_1X1, WEIGHTS_PER_PIXEL = (192, 96), (1024, 256), 10**4
 #: Functions whose weight has the output channels as its first axis.
 _FORWARD = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -98,7 +99,8 @@ def _conv2d_as_gemm(
     """`F.conv2d` as a GEMM of image patches with the prepacked weight; None if that is slower or not supported."""
     if x.dtype not in FLOATS or x.dim() != 4 or groups != 1 or x.shape[1] != weight.shape[1]:
         return None
-    if weight.activation is not None or isinstance(padding, str) or library.find() is None:
+    used = library.find()
+    if weight.activation is not None or isinstance(padding, str) or used is None:
         return None
     kernel = weight.shape[2:]
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
@@ -108,7 +110,8 @@ def _conv2d_as_gemm(
     height, width = ((size + 2 * pad - gap * (taps - 1) - 1) // step + 1 for size, pad, gap, taps, step in sizes)
     pixels = x.shape[0] * height * width
     pointwise = kernel == (1, 1) and stride == (1, 1) and padding == (0, 0)
-    max_pixels = MAX_PIXELS_1X1 if pointwise else min(MAX_PIXELS, weight.numel() // WEIGHTS_PER_PIXEL)
+    fast = x.dtype == torch.bfloat16 and used.has_bfloat16
+    max_pixels = MAX_PIXELS_1X1[fast] if pointwise else min(MAX_PIXELS[fast], weight.numel() // WEIGHTS_PER_PIXEL)
     if height < 1 or width < 1 or not 0 < pixels <= max_pixels:
         return None
     if expected_layout(weight, x.dtype) == "plain":
