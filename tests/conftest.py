@@ -3,6 +3,7 @@
 The library of CPU kernels is built once and kept beside pytest's cache.
 """
 
+import contextlib
 import importlib
 import os
 from pathlib import Path
@@ -13,11 +14,20 @@ import pytest
 import torch
 from cpu_levels import Levels
 
+import requanto_cpu
+
 torch.set_num_threads(1)
 
 
 def pytest_configure(config):
     config.pluginmanager.register(Levels())
+
+
+def pytest_sessionstart(session):
+    """Builds all levels of the CPU kernels: at a first use only the level of the processor is built."""
+    if session.config.option.markexpr != "gpu":
+        with contextlib.suppress(requanto_cpu.LibraryUnavailable):  # the closing line says so
+            requanto_cpu.build_all()
 
 
 try:

@@ -4,7 +4,7 @@
 requanto_cpu`` builds it beforehand.
 """
 
-from requanto_cpu.load import check, level, levels, library, path, set_level
+from requanto_cpu.load import build_all, check, level, levels, library, path, set_level
 from requanto_cpu.trust import LibraryUnavailable
 
-__all__ = ["LibraryUnavailable", "check", "level", "levels", "library", "path", "set_level"]
+__all__ = ["LibraryUnavailable", "build_all", "check", "level", "levels", "library", "path", "set_level"]

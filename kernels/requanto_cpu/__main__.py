@@ -1,6 +1,6 @@
 """Builds the library of CPU kernels where there is none, and prints its path and levels.
 
-python -m requanto_cpu                          in the cache, for this process's user
+python -m requanto_cpu                          in the cache, with all levels
 python -m requanto_cpu --output FILE            at another place
 python -m requanto_cpu --output FILE --sanitize reports accesses outside of buffers; Python needs LD_PRELOAD=libasan.so
 python -m requanto_cpu --output FILE --levels avx2,vnni          only these levels, in less time
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         if options.output is None:
+            requanto_cpu.build_all()
             print(f"{requanto_cpu.path()}: {', '.join(requanto_cpu.levels())}; in use: {requanto_cpu.level()}")
             return 0
         start = time.monotonic()

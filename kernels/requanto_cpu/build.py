@@ -48,6 +48,19 @@ _ARM = {"neon": (), "dotprod": ("-march=armv8.2-a+dotprod",)}
 #: Flags of each level, by the processor's name.
 LEVELS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 
+#: Features in /proc/cpuinfo that a level needs: on x86 those that the operating system has enabled.
+_NEEDS_AVX2 = frozenset(("avx2", "fma", "f16c"))
+_NEEDS_AVX512 = _NEEDS_AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+NEEDS = {
+    "avx2": _NEEDS_AVX2,
+    "avxvnni": _NEEDS_AVX2 | {"avx_vnni"},
+    "avx512": _NEEDS_AVX512,
+    "vnni": _NEEDS_AVX512 | {"avx512_vnni"},
+    "bf16": _NEEDS_AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "neon": frozenset(("asimd",)),
+    "dotprod": frozenset(("asimd", "asimddp")),
+}
+
 #: Most seconds for a build: fifty times what it takes.
 TIMEOUT = 300.0
 #: Name of the folder of intermediate files, beside the library.
@@ -57,6 +70,10 @@ _LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
 
 class BuildError(RuntimeError):
     """The library could not be built: no compiler, or one that failed; the message says which."""
+
+
+class UnknownLevels(BuildError):
+    """The compiler works, but knows none of the levels."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +140,23 @@ def level_flags(machine: str | None = None) -> dict[str, tuple[str, ...]]:
     return LEVELS[name]
 
 
+def processor_levels() -> list[str] | None:
+    """The levels that this processor has, best last, by /proc/cpuinfo; None where there is no such file.
+
+    The library asks the processor itself; this is to build only what is needed.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, features = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            here = set(features.split())
+            return [level for level in LEVELS.get(platform.machine().lower(), ()) if NEEDS[level] <= here]
+    return None
+
+
 def library_name() -> str:
     """``requanto-cpu-`` and 12 digits for the sources, the flags and the platform."""
     facts = FLAGS, LEVELS, platform.system(), platform.machine(), platform.libc_ver()[0]
@@ -153,6 +187,7 @@ def build(
 
     Raises:
         BuildError: a file could not be compiled or linked, with the compiler's messages.
+        UnknownLevels: the compiler works, but knows none of the levels.
         OSError: files cannot be written.
     """
     wanted = level_flags(machine)
@@ -171,7 +206,7 @@ def build(
             raise _failed(probes[0], code, text)
         levels = [level for level, (code, _) in zip(wanted, known) if code == 0]
         if not levels:
-            raise BuildError(f"{compiler.command[0]} knows the instructions of none of {', '.join(wanted)}")
+            raise UnknownLevels(f"{compiler.command[0]} does not know the instructions of: {', '.join(wanted)}")
         if left_out := ", ".join(level for level in wanted if level not in levels):
             logger.info("%s does not know the instructions of: %s", compiler.command[0], left_out)
         have = [f"-DRQ_HAVE_{level.upper()}" for level in levels]

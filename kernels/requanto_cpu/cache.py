@@ -42,27 +42,34 @@ def packaged() -> Path:
     return PACKAGED / f"{build.library_name()}{SUFFIX}"
 
 
-def path_of(compiler: build.Compiler) -> Path:
+def path_of(compiler: build.Compiler, level: str | None = None) -> Path:
     """Path of a library in the cache, whether it exists or not.
+
+    Args:
+        level: the only one that it has; None: it has all.
 
     Raises:
         LibraryUnavailable: there is no folder for the cache.
     """
-    return trust.directory() / f"{build.library_name()}-{compiler.identity}{SUFFIX}"
+    end = f"-{level}" if level else ""
+    return trust.directory() / f"{build.library_name()}-{compiler.identity}{end}{SUFFIX}"
 
 
-def find() -> Path:
+def find(level: str | None = None) -> Path:
     """The library: that of this package, or in the cache that of the compiler; built if there is none.
 
     Where no compiler works, one of another compiler.
 
+    Args:
+        level: one with this level is enough, which takes a quarter of the time to build; None: all levels.
+
     Raises:
         LibraryUnavailable: there is none that may be loaded, and none can be built.
     """
-    return found() or _built()
+    return found(level) or _built(level)
 
 
-def found() -> Path | None:
+def found(level: str | None = None) -> Path | None:
     """As `find`, but None where one would be built.
 
     Raises:
@@ -74,27 +81,39 @@ def found() -> Path | None:
     except LibraryUnavailable as error:
         logger.info("%s", error)  # the cache's may do
     try:
-        paths = [path_of(compiler) for compiler in build.compilers()]
+        compilers = build.compilers()
     except build.BuildError:
-        return _of_another_compiler()
+        return _of_another_compiler(level)
+    paths = [path_of(compiler, one) for one in _wanted(level) for compiler in compilers]
     return next((path for path in paths if trust.intact(path)), None)
 
 
-def _built() -> Path:
+def _wanted(level: str | None) -> list[str | None]:
+    return [None] if level is None else [None, level]
+
+
+def _built(level: str | None) -> Path:
     try:
-        return _build_with_any(build.compilers())
+        compilers = build.compilers()
+        try:
+            return _build_with_any(compilers, level)
+        except build.UnknownLevels as error:
+            if level is None:
+                raise
+            logger.info("%s; building the others", first_line(error))
+            return _build_with_any(compilers, None)
     except build.BuildError as error:
-        if (other := _of_another_compiler()) is not None:
+        if (other := _of_another_compiler(level)) is not None:
             logger.info("%s; using %s, which another compiler has built", first_line(error), other)
             return other
         logger.debug("%s", error)  # with the compiler's output
         raise LibraryUnavailable(f"they could not be built: {first_line(error)}") from error
 
 
-def _build_with_any(compilers: list[build.Compiler]) -> Path:
+def _build_with_any(compilers: list[build.Compiler], level: str | None) -> Path:
     for number, compiler in enumerate(compilers, 1):
         try:
-            return make(path_of(compiler), compiler)
+            return make(compiler, level)
         except build.BuildError as error:
             if number == len(compilers):
                 raise
@@ -102,18 +121,23 @@ def _build_with_any(compilers: list[build.Compiler]) -> Path:
     raise AssertionError("there is no compiler")
 
 
-def _of_another_compiler() -> Path | None:
-    found = trust.directory().glob(f"{build.library_name()}-*{SUFFIX}")
-    return next((path for path in sorted(found) if trust.intact(path)), None)
+def _of_another_compiler(level: str | None) -> Path | None:
+    for one in _wanted(level):
+        pattern = f"{build.library_name()}-{'?' * 8}{f'-{one}' if one else ''}{SUFFIX}"
+        for path in sorted(trust.directory().glob(pattern)):
+            if trust.intact(path):
+                return path
+    return None
 
 
-def make(path: Path, compiler: build.Compiler) -> Path:
-    """Builds the library and writes it to ``path``, unless another process does so meanwhile; returns ``path``.
+def make(compiler: build.Compiler, level: str | None = None) -> Path:
+    """Builds a library and writes it to `path_of` it, unless another process does so meanwhile; returns its path.
 
     Raises:
         BuildError: the compiler failed.
         LibraryUnavailable: it cannot be written there, or not be loaded from there.
     """
+    path = path_of(compiler, level)
     folder = path.parent
     try:
         # Only this user may write native code here; others may read it, as those of an image in which root built it.
@@ -129,7 +153,7 @@ def make(path: Path, compiler: build.Compiler) -> Path:
             start = time.monotonic()
             with tempfile.TemporaryDirectory(prefix=build.FOLDER, dir=folder, ignore_cleanup_errors=True) as work:
                 fresh = Path(work) / "library"
-                levels = build.build(fresh, compiler)
+                levels = build.build(fresh, compiler, only=None if level is None else (level,))
                 trust.write(path, fresh.read_bytes() + trust.mark(path.name))
             seconds, names = time.monotonic() - start, ", ".join(levels)
             logger.info("built the CPU kernels (%s) with %s in %.1f s: %s", names, compiler.command[0], seconds, path)

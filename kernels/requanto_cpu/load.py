@@ -15,8 +15,10 @@ logger = logging.getLogger(__name__)
 
 #: The value of REQUANTO_CPU for no kernels at all.
 TORCH = "torch"
-#: Names that REQUANTO_CPU may have; "amx" is the level "bf16" beside torch's own AMX GEMM.
-NAMES = (*dict.fromkeys(name for levels in build.LEVELS.values() for name in levels), "amx", TORCH)
+#: The level "bf16" beside torch's own AMX GEMM.
+AMX = "amx"
+#: Names that REQUANTO_CPU may have.
+NAMES = (*dict.fromkeys(name for levels in build.LEVELS.values() for name in levels), AMX, TORCH)
 
 _lock = threading.Lock()
 _loaded: ctypes.CDLL | None = None
@@ -47,6 +49,17 @@ def path() -> Path:
     library()
     assert _path is not None
     return _path
+
+
+def build_all() -> Path:
+    """The file of a library with all levels that the compiler knows, built if there is none; it is not loaded.
+
+    At its first use only the level of this processor is built.
+
+    Raises:
+        LibraryUnavailable: as `library`.
+    """
+    return cache.find()
 
 
 def levels() -> list[str]:
@@ -89,7 +102,7 @@ def _load_once() -> ctypes.CDLL:
         try:
             if wanted == TORCH:
                 raise LibraryUnavailable(f"REQUANTO_CPU is {TORCH!r}")
-            file = cache.find()
+            file = cache.find(_needed(wanted))
             found = open_library(file)
         except LibraryUnavailable as error:
             _failed = environment, error
@@ -99,6 +112,28 @@ def _load_once() -> ctypes.CDLL:
         _loaded, _path, _failed = found, file, None
         logger.debug("CPU kernels: %s, level %s", file, found.rq_level().decode())
         return found
+
+
+def _needed(wanted: str) -> str | None:
+    """The level that a library must have: that of REQUANTO_CPU, else this processor's best; None: all.
+
+    Raises:
+        ValueError: this processor lacks it.
+        LibraryUnavailable: it lacks all of them.
+    """
+    here = build.processor_levels()
+    if here is None:
+        return None
+    level = "bf16" if wanted == AMX else wanted or (here[-1] if here else "")
+    if level in here:
+        return level
+    if not wanted:
+        known = ", ".join(build.level_flags())
+        raise LibraryUnavailable(f"this processor has none of the instruction sets that they are built for: {known}")
+    names = ", ".join([*here, TORCH])
+    raise ValueError(
+        f"REQUANTO_CPU is {wanted!r}, but this processor does not have its instructions. There are {names}"
+    )
 
 
 def open_library(file: Path) -> ctypes.CDLL:
@@ -119,7 +154,7 @@ def open_library(file: Path) -> ctypes.CDLL:
         raise LibraryUnavailable(f"{file} has version {found.rq_abi()} of the interface, expected {interface.ABI}")
     if not found.rq_levels():
         raise LibraryUnavailable(
-            "this processor has none of the instruction sets that they were built for: "
+            "this processor has none of the instruction sets that they are built for: "
             f"{', '.join(_names(found.rq_built()))}"
         )
     _use_threads_of_torch(found)

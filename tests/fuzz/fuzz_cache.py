@@ -204,7 +204,7 @@ def forget() -> None:
 
 def write(content: bytes) -> Path:
     """Writes the library into the cache; returns its path."""
-    path = cache.path_of(build.compilers()[0])
+    path = cache.path_of(build.compilers()[0], load._needed(""))
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     trust.write(path, content + trust.mark(path.name))
     return path
@@ -273,7 +273,7 @@ def meets(place: Path) -> tuple[str, str]:
     os.environ["CXX"] = build.compilers()[0].command[0]  # no others are tried, which is a line in the log
     forget()
 
-    def fails(target: Path, compiler: build.Compiler) -> list[str]:
+    def fails(target: Path, compiler: build.Compiler, only: tuple[str, ...] | None = None) -> list[str]:
         raise build.BuildError("nothing is built here")
 
     build.build = fails
@@ -342,7 +342,7 @@ class Busy:
         except BaseException as error:
             self.failed.append(repr(error))
 
-    def _write(self, target: Path, compiler: build.Compiler) -> list[str]:
+    def _write(self, target: Path, compiler: build.Compiler, only: tuple[str, ...] | None = None) -> list[str]:
         self.stop.wait(0.002)
         target.write_bytes(self.content)
         return ["avx2"]
@@ -363,8 +363,8 @@ class Busy:
 
     def _build(self) -> None:
         with contextlib.suppress(OSError):
-            cache.path_of(build.compilers()[0]).unlink()
-        cache.find()
+            cache.path_of(build.compilers()[0], load._needed("")).unlink()
+        cache.find(load._needed(""))
 
     def _compute(self) -> None:
         assert torch.equal(strips(EXAMPLE), EXAMPLE)

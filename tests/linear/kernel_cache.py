@@ -40,7 +40,7 @@ def needs_compiler() -> pytest.MarkDecorator:
 @functools.cache
 def original() -> bytes:
     """The bytes of the library that all tests share."""
-    return requanto_cpu.path().read_bytes()
+    return requanto_cpu.build_all().read_bytes()
 
 
 @pytest.fixture
@@ -58,9 +58,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
+def usual_path() -> Path:
+    """Where this process looks for the library, and builds it: with the level of this processor alone."""
+    return cache.path_of(build.compilers()[0], load._needed(""))
+
+
 def kept(path: Path | None = None) -> Path:
     """A good library in this test's cache: a copy of the shared one, with the mark of its name."""
-    path = cache.path_of(build.compilers()[0]) if path is None else path
+    path = usual_path() if path is None else path
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     trust.write(path, original() + trust.mark(path.name))
     return path

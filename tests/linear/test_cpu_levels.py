@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
-from kernel_cache import fresh, in_child, kept, needs_compiler, never, torch_and_one_line
+from kernel_cache import fresh, in_child, kept, needs_compiler, never, original, torch_and_one_line
 
 import requanto_cpu
 from requanto.linear.cpu import library
 from requanto.runtime.settings import settings
-from requanto_cpu import cache, load
+from requanto_cpu import build, cache, load
 
 pytestmark = [needs_compiler(), pytest.mark.usefixtures("fresh")]
 __all__ = ["fresh"]
@@ -51,18 +51,59 @@ def test_a_level_that_does_not_exist(monkeypatch):
 
 @pytest.mark.skipif(not X86, reason="names of another processor")
 def test_levels_that_are_not_here(monkeypatch):
+    """Whether the library would have them or not."""
     kept()
     here = load.levels()
-    missing = [name for name in ("avx512", "vnni", "bf16", "amx", "avxvnni") if name not in here]
-    for name, why in [(name, "does not have its instructions") for name in missing] + [
-        ("neon", "was built without it")
-    ]:
-        monkeypatch.setattr(load, "_loaded", None)
-        monkeypatch.setenv("REQUANTO_CPU", name)
-        with pytest.raises(
-            ValueError, match=f"REQUANTO_CPU is '{name}', but .*{why}.*There are {', '.join(here)} and torch"
-        ):
-            library.find()
+    for name in {"avx512", "vnni", "bf16", "amx", "avxvnni", "neon"} - {*here}:
+        for asked in (build.processor_levels, lambda: None):
+            monkeypatch.setattr(build, "processor_levels", asked)
+            monkeypatch.setattr(load, "_loaded", None)
+            monkeypatch.setenv("REQUANTO_CPU", name)
+            with pytest.raises(ValueError, match=f"REQUANTO_CPU is '{name}', but .*{', '.join(here)}.*torch"):
+                library.find()
+
+
+def test_what_the_processor_has_by_the_kernel_and_by_its_own_word():
+    """The first decides what is built, the second what runs."""
+    kept()
+    listed = build.processor_levels()
+    if listed is None:
+        pytest.skip("not run: no /proc/cpuinfo")
+    built = load.library().rq_built().decode().split(",")
+    assert [name for name in load.levels() if name != "amx"] == [name for name in listed if name in built]
+
+
+def test_a_first_use_builds_one_level(fresh, monkeypatch):
+    built = []
+
+    def builds(target, compiler, only=None):
+        built.append(only)
+        target.write_bytes(original())
+        return ["avx2"]
+
+    monkeypatch.setattr(build, "build", builds)
+    best = load._needed("")
+    cache.find(best)
+    assert cache.found(best).stem.endswith(best)
+    cache.find()
+    assert cache.found(best) == cache.found() != cache.found(best).with_stem(f"{cache.found().stem}-{best}")
+    assert built == [(best,), None]
+
+
+def test_a_compiler_that_lacks_the_level(monkeypatch):
+    """All others are built."""
+    built = []
+
+    def builds(target, compiler, only=None):
+        built.append(only)
+        if only:
+            raise build.UnknownLevels("it does not know them")
+        target.write_bytes(original())
+        return ["avx2"]
+
+    monkeypatch.setattr(build, "build", builds)
+    assert library.find() is not None
+    assert built == [(load._needed(""),), None]
 
 
 def test_no_kernels_at_all(monkeypatch, caplog):
@@ -76,6 +117,16 @@ def test_no_kernels_at_all(monkeypatch, caplog):
 
 
 def test_an_old_processor(monkeypatch, caplog):
+    """Nothing is built for it; and a library that somebody else has built is loaded and says so itself."""
+    with monkeypatch.context() as context:
+        context.setattr(build, "processor_levels", lambda: [])
+        context.setattr(cache, "find", never)
+        torch_and_one_line(caplog, "this processor has none of the instruction sets that they are built for: ")
+        context.setenv("REQUANTO_CPU", "avx2")
+        with pytest.raises(ValueError, match=r"does not have its instructions. There are torch"):
+            load.library()
+    caplog.clear()
+    monkeypatch.setattr(library, "why_not", None)
     kept()
     usual = load.interface.declare
 
@@ -84,7 +135,8 @@ def test_an_old_processor(monkeypatch, caplog):
         found.rq_levels = lambda: b""
 
     monkeypatch.setattr(load.interface, "declare", declare)
-    torch_and_one_line(caplog, "this processor has none of the instruction sets that they were built for: ")
+    monkeypatch.setenv("REQUANTO_CACHE", os.environ["REQUANTO_CACHE"] + "/")
+    torch_and_one_line(caplog, "this processor has none of the instruction sets that they are built for: ")
 
 
 # Threads.

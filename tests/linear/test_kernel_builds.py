@@ -21,6 +21,7 @@ from kernel_cache import (
     script,
     torch_and_one_line,
     unix,
+    usual_path,
 )
 
 from requanto.linear.cpu import library
@@ -121,7 +122,7 @@ def test_a_process_that_was_killed_leaves_no_lock(fresh, monkeypatch, tmp_path):
 def test_a_lock_that_is_held_for_too_long(fresh, monkeypatch, caplog):
     monkeypatch.setattr(build, "TIMEOUT", 0.2)
     fresh.mkdir(mode=0o755)
-    with cache._locked(cache.path_of(build.compilers()[0])):
+    with cache._locked(usual_path()):
         torch_and_one_line(caplog, "has not built the kernels in 0 s")
 
 
@@ -134,7 +135,7 @@ class Slow:
     def __init__(self):
         self.begun, self.go, self.count = threading.Event(), threading.Event(), 0
 
-    def __call__(self, target, compiler):
+    def __call__(self, target, compiler, only=None):
         self.count += 1
         self.begun.set()
         assert self.go.wait(30)
@@ -174,7 +175,7 @@ def test_threads_that_wait_for_nothing(monkeypatch, caplog):
     """Eight threads, one failure, one line."""
     tries = []
 
-    def fails(*args):
+    def fails(*args, **how):
         tries.append(args)
         time.sleep(0.2)
         raise build.BuildError("it does not work")
@@ -194,7 +195,7 @@ def test_threads_that_wait_for_nothing(monkeypatch, caplog):
 def test_an_interrupted_thread_is_forgotten(error, monkeypatch):
     with monkeypatch.context() as context:
 
-        def fails(*args):
+        def fails(*args, **how):
             raise error
 
         context.setattr(build, "build", fails)

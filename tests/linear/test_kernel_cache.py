@@ -22,7 +22,7 @@ __all__ = ["fresh"]
 
 
 def cannot_be_built(monkeypatch):
-    def fails(path, compiler):
+    def fails(compiler, level=None):
         raise LibraryUnavailable("no place to write")
 
     monkeypatch.setattr(cache, "make", fails)
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_built_anew_and_never_opened(damage, monkeypatch):
     damage(path)
     opened, built = load.open_library, []
 
-    def builds(target, compiler):
+    def builds(target, compiler, only=None):
         built.append(target)
         target.write_bytes(original())
         monkeypatch.setattr(load, "open_library", opened)
@@ -235,8 +235,8 @@ def test_the_settings(monkeypatch, caplog):
 def test_a_failure_is_remembered_until_the_environment_changes(monkeypatch, tmp_path):
     tries = []
 
-    def fails(path, compiler):
-        tries.append(path)
+    def fails(compiler, level=None):
+        tries.append(level)
         raise LibraryUnavailable("no place to write")
 
     monkeypatch.setattr(cache, "make", fails)

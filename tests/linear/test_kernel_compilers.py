@@ -63,7 +63,7 @@ def test_no_room_or_no_right(where, number, fresh, monkeypatch, caplog):
         raise OSError(number, os.strerror(number))
 
     if where == "write":
-        monkeypatch.setattr(build, "build", lambda target, compiler: [str(target.write_bytes(b"code"))])
+        monkeypatch.setattr(build, "build", lambda target, compiler, only=None: [str(target.write_bytes(b"code"))])
     place = {"mkdir": Path, "mkdtemp": build.tempfile, "write": trust}[where]
     monkeypatch.setattr(place, where, fails)
     torch_and_one_line(caplog, os.strerror(number))
@@ -99,7 +99,7 @@ def test_a_file_system_without_locks(monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(cache.fcntl, "flock", fails)
-    monkeypatch.setattr(build, "build", lambda target, compiler: [str(target.write_bytes(original()))])
+    monkeypatch.setattr(build, "build", lambda target, compiler, only=None: [str(target.write_bytes(original()))])
     assert library.find() is not None
 
 

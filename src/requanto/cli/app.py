@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -424,14 +425,18 @@ def tune(
 
 @app.command()
 def kernels(as_json: Json = False) -> None:
-    """Build the library of CPU kernels now where a wheel does not carry it (e.g. in an image build), and say what it has."""
+    """Build the CPU kernels now (e.g. in an image build), for all kinds of processors, and print where they are."""
     import requanto_cpu
 
     with reported():
+        start = time.monotonic()
+        requanto_cpu.build_all()
+        seconds = time.monotonic() - start
         found = {
             "library": str(requanto_cpu.path()),
             "level": requanto_cpu.level(),
             "levels of this processor": ", ".join(requanto_cpu.levels()),
+            "seconds": round(seconds, 1),
         }
         if as_json:
             print(json.dumps(found))
