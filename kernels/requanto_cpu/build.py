@@ -195,7 +195,8 @@ def build(
         if unknown := ", ".join(level for level in only if level not in wanted):
             raise BuildError(f"there is no level {unknown}, only {', '.join(wanted)}")
         wanted = {level: wanted[level] for level in only}
-    command = [*compiler.command, *FLAGS, *more]
+    # RQ_ALONE: a level has all its functions itself, and shares none with levels that may be missing.
+    command = [*compiler.command, *FLAGS, *more, *(["-DRQ_ALONE"] if only else [])]
     work = Path(tempfile.mkdtemp(prefix=FOLDER, dir=target.parent))
     try:
         probes = [

@@ -3,6 +3,11 @@
 #include "level.h"
 #include "parallel.h"
 
+#ifdef RQ_ALONE  // a library of this level only: it shares no functions with others
+#undef RQ_FLOAT_NAMESPACE
+#undef RQ_INTEGER_NAMESPACE
+#endif
+
 namespace RQ_LEVEL_NAMESPACE {
 
 #if defined(__AVX2__)
