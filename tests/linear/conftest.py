@@ -6,6 +6,7 @@ from cpu_levels import PROPERTY
 
 import requanto_cpu
 from requanto import QTensor
+from requanto.linear.cpu import strips
 from requanto.runtime.settings import registry_state
 
 
@@ -33,18 +34,20 @@ def _levels() -> list[str]:
 
 @contextlib.contextmanager
 def _at(level: str, properties: list):
-    """Kernels of that level alone; the closing line of a run names those that ran."""
+    """Kernels of that level alone, for weights of any size; the closing line of a run names the levels that ran."""
     properties.append((PROPERTY, level))
     if level == "torch":
         yield level
         return
-    before = requanto_cpu.level()
+    before, padding = requanto_cpu.level(), strips.MAX_PADDING
     requanto_cpu.set_level(level)
+    strips.MAX_PADDING = 1000
     registry_state.changed()  # plans depend on it
     try:
         yield level
     finally:
         requanto_cpu.set_level(before)
+        strips.MAX_PADDING = padding
         registry_state.changed()
 
 
