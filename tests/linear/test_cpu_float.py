@@ -11,6 +11,8 @@ import torch
 from cpu_levels import PROPERTY
 from cpu_weights import DTYPES, FLOAT8, KINDS, Weight, combinations, weight
 
+from requanto.dtypes.qtypes import qfloat8
+from requanto.linear.cpu import conditions
 from requanto_cpu import interface as c
 from requanto_cpu import level, levels, library, set_level
 
@@ -156,3 +158,12 @@ def test_too_small_scratch_is_an_error():
     g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=2, arithmetic=c.FLOAT, x_dtype=c.F32, out_dtype=c.F32)
     g.scratch_bytes = library().rq_gemm_least_scratch(g) - 1
     assert library().rq_gemm(g, x.data_ptr(), x.data_ptr(), x.data_ptr()) == c.E_SCRATCH
+
+
+def test_many_rows_of_bfloat16_are_torchs_with_amx(monkeypatch):
+    class Amx:
+        level, has_bfloat16 = "amx", True
+
+    monkeypatch.setattr(conditions.library, "find", Amx)
+    assert conditions.gemm_rows(qfloat8, conditions.FLOAT, torch.bfloat16) < 64
+    assert conditions.gemm_rows(qfloat8, conditions.FLOAT, torch.float32) > 2**32

@@ -82,48 +82,55 @@ typedef struct Scaled {
   int64_t step;
 } Scaled;
 
-template <int DTYPE> static void write_values(const float* values, int64_t count, const float* scale, const float* shift, bool each, uint8_t* out) {
+// `count` values in groups of `group` columns, a multiple of 16, of which the first has `left` columns left; or one group.
+template <int DTYPE> static void write_groups(const float* values, int64_t count, int64_t left, int64_t group, Scaled s, uint8_t* out) {
   constexpr int64_t bytes = DTYPE == RQ_F32 ? 4 : 2;
-  const Floats one = splat(scale[0]), low = splat(shift ? shift[0] : 0.0f);
-  int64_t i = 0;
-  if (!each && !shift)
-    for (; i + 16 <= count; i += 16) store_dtype(out + i * bytes, DTYPE, 16, load_floats(values + i) * one);
-  else if (!each)
-    for (; i + 16 <= count; i += 16) store_dtype(out + i * bytes, DTYPE, 16, load_floats(values + i) * one - low);
-  for (; i < count; i += 16) {
-    Floats value = load_floats(values + i) * (each ? load_floats(scale + i) : one);
-    if (shift) value = value - (each ? load_floats(shift + i) : low);
-    store_dtype(out + i * bytes, DTYPE, count - i < 16 ? (int)(count - i) : 16, value);
+  for (int64_t i = 0; i < count; left = group, s.scale += s.step) {
+    const int64_t stop = left < count - i ? i + left : count;
+    const Floats one = splat(*s.scale);
+    if (s.shift) {
+      const Floats low = splat(*s.shift);
+      s.shift += s.step;
+      for (; i + 16 <= stop; i += 16) store_dtype(out + i * bytes, DTYPE, 16, load_floats(values + i) * one - low);
+      if (i < stop) store_dtype(out + i * bytes, DTYPE, (int)(stop - i), load_floats(values + i) * one - low);
+    } else {
+      for (; i + 16 <= stop; i += 16) store_dtype(out + i * bytes, DTYPE, 16, load_floats(values + i) * one);
+      if (i < stop) store_dtype(out + i * bytes, DTYPE, (int)(stop - i), load_floats(values + i) * one);
+    }
+    i = stop;
   }
 }
-static inline void write_dtype(int32_t dtype, const float* values, int64_t count, const float* scale, const float* shift, bool each, uint8_t* out) {
-  if (dtype == RQ_F32) write_values<RQ_F32>(values, count, scale, shift, each, out);
-  else if (dtype == RQ_F16) write_values<RQ_F16>(values, count, scale, shift, each, out);
-  else write_values<RQ_BF16>(values, count, scale, shift, each, out);
+
+// `count` values with a scale and a shift (or null) for each.
+template <int DTYPE> static void write_each(const float* values, int64_t count, const float* scale, const float* shift, uint8_t* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    Floats value = load_floats(values + i) * load_floats(scale + i);
+    if (shift) value = value - load_floats(shift + i);
+    store_dtype(out + i * (DTYPE == RQ_F32 ? 4 : 2), DTYPE, count - i < 16 ? (int)(count - i) : 16, value);
+  }
 }
 
 // Columns `begin` to `end` of a row, from their values.
 static void write_piece(const RqWeight* w, const float* values, int64_t begin, int64_t end, Scaled s, int32_t dtype, uint8_t* out) {
-  const int64_t bytes = dtype == RQ_F32 ? 4 : 2, first = begin / w->group;
+  const int64_t count = end - begin, first = begin / w->group;
+  int64_t group_end = (first + 1) * w->group;
   if (w->groups == 1 || w->group % 16 == 0) {  // (pieces begin at multiples of 32)
-    for (int64_t column = begin; column < end;) {
-      const int64_t g = column / w->group, group_end = (g + 1) * w->group, stop = group_end < end ? group_end : end;
-      const int64_t at = (g - first) * s.step;
-      write_dtype(dtype, values + (column - begin), stop - column, s.scale + at, s.shift ? s.shift + at : nullptr, false,
-                  out + (column - begin) * bytes);
-      column = stop;
-    }
-    return;
+    const auto write = dtype == RQ_F32 ? write_groups<RQ_F32> : dtype == RQ_F16 ? write_groups<RQ_F16> : write_groups<RQ_BF16>;
+    return write(values, count, group_end - begin, w->group, s, out);
   }
   float scale[PIECE], shift[PIECE];
-  int64_t g = first, group_end = (first + 1) * w->group;
-  for (int64_t column = begin; column < end; ++column) {
-    if (column == group_end) ++g, group_end += w->group;
-    scale[column - begin] = s.scale[(g - first) * s.step];
-    if (s.shift) shift[column - begin] = s.shift[(g - first) * s.step];
+  for (int64_t i = 0; i < count; ++i) {
+    if (begin + i == group_end) {
+      group_end += w->group;
+      s.scale += s.step;
+      if (s.shift) s.shift += s.step;
+    }
+    scale[i] = *s.scale;
+    if (s.shift) shift[i] = *s.shift;
   }
-  for (int64_t i = end - begin; i % 16; ++i) scale[i] = shift[i] = 0.0f;
-  write_dtype(dtype, values, end - begin, scale, s.shift ? shift : nullptr, true, out);
+  for (int64_t i = count; i % 16; ++i) scale[i] = shift[i] = 0.0f;
+  const auto write = dtype == RQ_F32 ? write_each<RQ_F32> : dtype == RQ_F16 ? write_each<RQ_F16> : write_each<RQ_BF16>;
+  write(values, count, scale, s.shift ? shift : nullptr, out);
 }
 
 // A row of plain codes, or of one byte a code.
