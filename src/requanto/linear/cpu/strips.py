@@ -11,6 +11,7 @@ import torch
 
 from requanto.dtypes.bit_packing import pack, unpack
 from requanto.linear.cpu import library, planes
+from requanto.runtime import pages
 from requanto.tensor.layout import Layout, Parts, register_layout
 from requanto.tensor.spec import WeightSpec
 
@@ -48,13 +49,15 @@ class StripsLayout(Layout):
         (rows, length), bits = spec.matrix_shape, spec.qtype.bits
         shape, _ = self.codes_shape_dtype(spec)
         plain = parts["qdata"].view(torch.uint8).reshape(rows, -1)
-        strips = torch.empty(shape, dtype=torch.uint8, device=plain.device)
-        call = library.for_tensors(plain, strips)
+        call = library.for_tensors(plain)
         if call is not None:
+            strips = pages.empty(tuple(shape), torch.uint8)
             call.pack(plain.contiguous().data_ptr(), bits, rows, length, _flip(spec), strips.data_ptr())
         elif rows:
             made = [planes.to_strips(_plain_codes(part, spec), bits) for part in plain.split(_rows_at_once(length))]
             strips = torch.cat(made).view(shape)
+        else:
+            strips = torch.empty(shape, dtype=torch.uint8, device=plain.device)
         scales = {name: self.arranged(spec, name, parts[name]) for name in _ARRANGED if name in parts}
         return {"qdata": strips, **scales}
 
@@ -78,7 +81,10 @@ class StripsLayout(Layout):
     def arranged(self, spec: WeightSpec, name: str, part: torch.Tensor) -> torch.Tensor:
         if name not in _ARRANGED or part.dim() < 2 or part.shape[-1] == 1:
             return part
-        return part.mT.contiguous().mT
+        major = part.mT
+        if library.for_tensors(part) is None:
+            return major.contiguous().mT
+        return pages.empty(tuple(major.shape), part.dtype).copy_(major).mT
 
     def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
         (rows, length), bits, strips = spec.matrix_shape, spec.qtype.bits, parts["qdata"]
