@@ -50,7 +50,7 @@ for _implementation in (
         make_plan=gemm.make_plan,
         plans_operators=True,
         supports=lambda p: conditions.takes(p, gemm.FLOAT),
-        reason="few rows: packed codes are dequantized in registers, x is not rounded",
+        reason="packed codes are dequantized in registers or in the cache, x is not rounded",
     ),
     Implementation(
         name="cpu-dequantize",
