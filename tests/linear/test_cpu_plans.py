@@ -112,7 +112,7 @@ def test_other_dtypes(kind, rows, dtype, monkeypatch):
     x = torch.randn(rows, 192).to(dtype)
     want = expected(module, x)
     with torch.no_grad():
-        assert near(module(x), want, 2e-3)
+        assert near(module(x), want, 3e-2 if kind == "int4" else 2e-3)  # int4 rounds x to int8
         planned_only(monkeypatch)
         got = module(x)
     assert got.dtype == dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from requanto.dtypes.qtypes import qint8, qtype
+from requanto.dtypes.qtypes import qint8
 from requanto.linear.cpu import coded, library
 from requanto.linear.cpu.gemm import BLOCKS8, BLOCKS16, FLOAT, arithmetic
 from requanto.linear.cpu.strips import STRIPS
@@ -13,14 +13,11 @@ from requanto.linear.registry import Problem
 
 #: dtypes of x that these implementations take.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-#: Most rows for which the library's GEMM is at least as fast as dequantizing the weight and torch's GEMM, by arithmetic:
-#: any number, but for 16 bits of x on processors that multiply bfloat16. There two int8 products take as long as one of
-#: bfloat16, and a few per cent for their sums (1024 x 1024, 512 rows: 0.91 of bfloat16; dequantizing takes as long).
+#: Every number of rows.
 ANY = 2**62
-ROWS = {BLOCKS8: ANY, BLOCKS16: ANY, FLOAT: ANY}
-ROWS_BFLOAT16 = {BLOCKS8: ANY, BLOCKS16: 512, FLOAT: ANY}
-#: With AMX, which torch's bfloat16 GEMM uses and the library does not. Computed, since no such processor was at hand:
-#: dequantizing takes as long as 30 to 60 rows of the library's GEMM, and AMX multiplies eight times as fast as that.
+#: Most rows of bfloat16 for the library's GEMM with AMX, by arithmetic: torch's bfloat16 GEMM uses it and the library does
+#: not. Computed, since no such processor was at hand: dequantizing takes as long as 30 to 60 rows of the library's GEMM, and
+#: AMX multiplies eight times as fast as that.
 ROWS_AMX = {BLOCKS8: 64, BLOCKS16: 32, FLOAT: 32}
 
 
@@ -34,18 +31,19 @@ def in_strips(problem: Problem) -> bool:
     return on_cpu(problem) and problem.layout == STRIPS.name and not problem.transposed and library.find() is not None
 
 
-def gemm_rows(kind: qtype, how: int, dtype: torch.dtype) -> int:
-    """Most rows of x that the library's GEMM takes."""
+def gemm_rows(how: int, dtype: torch.dtype) -> int:
+    """Most rows of x that the library's GEMM takes; more are multiplied by torch's, with a dequantized weight."""
     used = library.find()
-    if dtype != torch.bfloat16 or used is None or not used.has_bfloat16:
-        return ROWS[how]
-    return (ROWS_AMX if used.level == "amx" else ROWS_BFLOAT16)[how]
+    return ROWS_AMX[how] if dtype == torch.bfloat16 and used is not None and used.level == "amx" else ANY
 
 
-def how_of(kind: qtype) -> int:
-    """The arithmetic for a type; a learned codebook is taken for one whose values integers stand for well."""
+def how_of(problem: Problem) -> int:
+    """The arithmetic for a weight; a learned codebook is taken for one whose values integers stand for well."""
+    kind = problem.qtype
     fixed = kind.is_codebook and not kind.is_learned
-    return arithmetic(kind, fixed_table(kind).error if fixed else 0.0)
+    error = fixed_table(kind).error if fixed else 0.0
+    group = None if problem.group_size == problem.in_features else problem.group_size
+    return arithmetic(kind, group, problem.rows, problem.dtype, error)
 
 
 def takes(problem: Problem, how: int) -> bool:
@@ -53,8 +51,8 @@ def takes(problem: Problem, how: int) -> bool:
     return (
         problem.activation is None
         and in_strips(problem)
-        and how_of(problem.qtype) == how
-        and problem.rows <= gemm_rows(problem.qtype, how, problem.dtype)
+        and how_of(problem) == how
+        and problem.rows <= gemm_rows(how, problem.dtype)
     )
 
 

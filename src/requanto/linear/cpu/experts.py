@@ -33,14 +33,14 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     ends = [min(max(0, end), len(x)) for end in offsets.tolist()]
     out = x.new_empty(len(x), weight.shape[1])
     start = 0
-    how = arithmetic_of(weight)
-    few = gemm_rows(weight._spec.qtype, how, x.dtype) if found.strips and not weight.transposed else 0
+    multiplied = found.strips and not weight.transposed
     calls: dict[int, Any] = {}
     for expert, end in enumerate(ends):
         count = end - start
         if count <= 0:
             continue
-        if count <= few:
+        how = arithmetic_of(weight, count, x.dtype)
+        if multiplied and count <= gemm_rows(how, x.dtype):
             if count not in calls:
                 calls[count] = _gemm(used, found, how, count, x.dtype)
             gemm = calls[count]

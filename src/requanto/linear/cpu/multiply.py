@@ -11,7 +11,6 @@ import torch
 from requanto.dtypes.qtypes import qint8, qtype
 from requanto.linear.activations import quantize_activations
 from requanto.linear.cpu import gemm, library
-from requanto.linear.cpu.conditions import ROWS
 from requanto.linear.cpu.dequantize import by_library, dequantize_rows, row_scaled
 from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
 from requanto.linear.cpu.strips import STRIPS
@@ -55,10 +54,10 @@ def run(
 
 
 def _coded(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
-    """``x @ w.T`` of few rows of codes (as float32), which are exact in float32; None where torch's GEMM is to run."""
+    """``x @ w.T`` of codes (as float32), which are exact in float32; None where torch's GEMM is to run."""
     strips = weight._storage.layout is STRIPS and not weight.transposed
     used = library.for_tensors(x)
-    if not strips or len(x) > ROWS[gemm.FLOAT] or used is None:
+    if not strips or used is None:
         return None
     return gemm.run_float(x, weight)
 

@@ -5,7 +5,8 @@ In order of preference:
     cpu-coded       integers, packed, int8 activations: int8 times the codes, with exact int32 sums
     cpu-integer     up to 5 bits, packed: x in int8, one scale for each block of 32 columns
     cpu-integer-16  6 to 8 bits, packed: the same with x in 16 bits
-    cpu-float       float8, packed; with ``cpu_arithmetic="float"`` all types: fused dequantize, x as it is
+    cpu-float       packed: float8, groups that are no multiples of 32, many rows of 6 to 8 bits in bfloat16; with
+                    ``cpu_arithmetic="float"`` all types: codes become floats in registers or in the cache
     cpu-dequantize  everything else: dequantized block by block into a scratch buffer, then torch's GEMM
 
 The first four are kernels of the C library (`requanto.linear.cpu.library`); without it the last one runs.
@@ -50,7 +51,7 @@ for _implementation in (
         make_plan=gemm.make_plan,
         plans_operators=True,
         supports=lambda p: conditions.takes(p, gemm.FLOAT),
-        reason="packed codes are dequantized in registers or in the cache, x is not rounded",
+        reason="packed codes are dequantized in registers and in the cache, products are floats",
     ),
     Implementation(
         name="cpu-dequantize",
