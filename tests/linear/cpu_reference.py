@@ -307,7 +307,7 @@ def reference(
         parts = weight.inner_tensors()
         more = x.double() @ parts["down"].double().t() @ parts["up"].double().t()
         each = each + 4 * wide * (x.double().abs() @ parts["down"].double().abs().t() @ parts["up"].double().abs().t())
-        whole += 4 * wide * float(more.norm()) + step * float(out.norm())
+        whole += 8 * wide * float(more.norm()) + 2 * step * float(out.norm())
         each, out = each + 2 * step * out.abs(), out + more
     if bias is not None:
         each, whole = each + step * out.abs(), whole + step * float(out.norm())
