@@ -51,8 +51,11 @@ def generator(seed: int | None = None) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(seed)
 
 
-def packed(weight: cases.Weight, kept: list) -> c.RqWeight:
-    """The struct of a weight, with codes aligned to 64 bytes as the interface asks."""
+def packed(weight: cases.Weight, kept: list, row_major: bool = False) -> c.RqWeight:
+    """The struct of a weight, with codes aligned to 64 bytes as the interface asks.
+
+    `row_major`: scales and shifts are stored row by row, else group by group.
+    """
     fields = c.RqWeight(**weight.fields)
     strips = cases.strips_of(weight.codes, weight.fields["bits"])
     memory = np.zeros(strips.size + 64, np.uint8)
@@ -64,6 +67,10 @@ def packed(weight: cases.Weight, kept: list) -> c.RqWeight:
         "scale": weight.scale, "shift": weight.shift, "row_scale": weight.row_scale, "row_shift": weight.row_shift,
         "table": weight.table, "levels": weight.levels,
     }.items():  # fmt: skip
+        if row_major and name in ("scale", "shift") and array is not None:
+            array = array.t().contiguous()
+            setattr(fields, f"{name}_stride_n", array.shape[1])
+            setattr(fields, f"{name}_stride_g", 1)
         if array is not None:
             setattr(fields, name, array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
             kept.append(array)
@@ -85,12 +92,13 @@ def multiply(
     steps: torch.Tensor | None = None,
     scratch: int | None = None,
     gap: int = 0,
+    row_major: bool = False,
 ) -> torch.Tensor:
     """x @ weight.T + bias by the library; memory around the results and the scratch buffer must stay as it is."""
     rows, outputs = x.shape[0], weight.codes.shape[0]
     out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
     kept: list = []
-    w = packed(weight, kept)
+    w = packed(weight, kept, row_major)
     gemm = c.RqGemm(
         weight=ctypes.pointer(w), rows=rows, x_stride=x.stride(0), out_stride=outputs + gap,
         x_dtype=cases.DTYPES.get(x.dtype, c.NONE), out_dtype=cases.DTYPES[out_dtype], arithmetic=arithmetic,
@@ -239,6 +247,19 @@ def test_all_scales_and_dtypes() -> None:
         )
         got = multiply(weight, x, c.BLOCKS8, out_dtype=out, bias=bias, gap=number % 3)
         compare(weight, x, c.BLOCKS8, got, bias)
+        other = multiply(weight, x, c.BLOCKS8, out_dtype=out, bias=bias, gap=number % 3, row_major=True)
+        assert torch.equal(other, got), how
+
+
+def test_scales_row_by_row() -> None:
+    """The same numbers whatever the order of scales in memory: every number of groups, first and last strips."""
+    random = generator()
+    for groups, how in itertools.product([*range(1, 12), 17, 40], SCALES):
+        outputs = (5, 16, 33, 52)[groups % 4]
+        weight = cases.random_weight(random, outputs, groups * 32, 32, 4, dtype=FLOATS[groups % 3], **how)
+        x = cases.random_x(random, 1, groups * 32, torch.float32, 32, False)
+        got = multiply(weight, x, c.BLOCKS8)
+        assert torch.equal(multiply(weight, x, c.BLOCKS8, row_major=True), got), (groups, how)
 
 
 def test_long_rows_in_chunks() -> None:
@@ -330,6 +351,32 @@ def test_int8_sums_are_exact() -> None:
         got = multiply(weight, codes, c.CODED, steps=steps)
         expected = codes.long() @ torch.from_numpy(weight.values).long().T
         assert torch.equal(got, expected.float()), (bits, rows)
+
+
+def test_rows_that_cannot_be_rounded() -> None:
+    random = generator()
+    weight = cases.random_weight(random, 20, 256, 64, 4)
+    x = cases.random_x(random, 9, 256, torch.float32, 32, False)
+    clean = multiply(weight, x, c.BLOCKS8)
+    bad = x.clone()
+    bad[1, 3], bad[4, 200], bad[5, 0], bad[8] = torch.nan, torch.inf, -torch.inf, x[8] * 1e-35
+    got = multiply(weight, bad, c.BLOCKS8)
+    kept = [0, 2, 3, 6, 7]
+    assert torch.equal(got[kept], clean[kept])
+    assert got[1].isnan().all()
+    exact = bad.double() @ torch.from_numpy(weight.dequantized()).double().T
+    torch.testing.assert_close(got[4:6], exact[4:6].float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(got[8].double(), exact[8], rtol=1e-4, atol=1e-40)
+    zeros = torch.zeros(3, 256, dtype=torch.float32, device="cpu")
+    assert (multiply(weight, zeros, c.BLOCKS8) == 0).all()
+    # 16 bits: a block in which most elements are far below the largest one keeps them, since its row is not rounded.
+    wide = torch.full((2, 256), 1e-4, dtype=torch.float32, device="cpu")
+    wide[:, ::32] = 1000.0
+    wide[1] = 1.0
+    got = multiply(weight, wide, c.BLOCKS16)
+    exact = wide.double() @ torch.from_numpy(weight.dequantized()).double().T
+    size = wide.double().abs() @ torch.from_numpy(np.abs(weight.dequantized())).double().T
+    assert ((got.double() - exact).abs() <= size * 1e-6).all()
 
 
 def test_memory_that_is_too_small_is_an_error() -> None:

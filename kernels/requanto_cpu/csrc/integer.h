@@ -19,7 +19,8 @@ enum {
 struct IntPlan {
   Rounding x;
   bool shorts;          // segments that are no whole units
-  bool panel;           // codes are unpacked first
+  bool direct;          // few rows of x, and a kernel that unpacks these codes in registers
+  bool panel;           // codes are unpacked first; else they are read as bytes
   int32_t width;        // bits of what is multiplied: 8 for tables
 };
 
@@ -38,21 +39,23 @@ static IntPlan int_plan(const RqGemm* g) {
   p.x.wide = p.x.fine || partial_steps(p.width) < 2;
   p.x.block = w->block;
   p.x.group = w->groups > 1 ? w->group : p.x.units * RQ_COLUMNS;
+  p.x.factor = table ? w->level_scale : 1.0f;
   p.x.zero = (table ? 128 : w->zero_code) - (SIGNED_CODES && p.width == 8 ? 128 : 0);
   p.shorts = w->block != 32 || p.x.group % RQ_COLUMNS;
-  const bool eight = w->bits == 8 && !table;
-  if (p.shorts) p.panel = true;
-  else if (p.x.coded) p.panel = !eight && !(few && w->bits == 4 && !table && !p.x.wide);
-  else if (few) p.panel = table ? w->bits != 4 || p.x.fine : w->bits < 7 ? p.x.wide : !p.x.wide && !eight;
-  else p.panel = !eight;
+  if (few && !p.shorts) {
+    if (p.x.coded) p.direct = !table && (w->bits == 8 || (w->bits == 4 && !p.x.wide));
+    else if (table) p.direct = w->bits == 4 && !p.x.fine;
+    else p.direct = w->bits < 6 ? w->bits > 1 && !p.x.wide : p.x.wide;
+  }
+  p.panel = !p.direct && (table || w->bits != 8 || p.shorts);
   p.x.chunk = INT_PANEL_UNITS;
-  while (few && !p.panel && p.x.chunk * 64 <= INT_LONGEST && p.x.chunk * 64 <= INT_SEGMENTS * p.x.group) p.x.chunk *= 2;
+  while (p.direct && p.x.chunk * 64 <= INT_LONGEST && p.x.chunk * 64 <= INT_SEGMENTS * p.x.group) p.x.chunk *= 2;
   for (int64_t c = 0; c < p.x.units * RQ_COLUMNS; c = segment_end(p.x, c)) ++p.x.segments;
   return p;
 }
 
 // Rows of a tile, of `left` rows.
-static inline int int_tile_rows(int64_t left) { return left >= INTEGER_ROWS ? (int)INTEGER_ROWS : left == 3 ? 4 : left == 5 ? 6 : (int)left; }
+static inline int int_tile_rows(int64_t left) { return left >= INTEGER_ROWS ? (int)INTEGER_ROWS : left > 4 ? 6 : left > 1 ? 4 : (int)left; }
 static inline int64_t int_padded(int64_t rows) { return rows / INTEGER_ROWS * INTEGER_ROWS + int_tile_rows(rows % INTEGER_ROWS); }
 
 static inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -63,31 +66,29 @@ static int64_t int_bytes(const IntPlan& p, int64_t rows) {
   return 64 + whole_lines(padded) + whole_lines(p.x.segments * 4) + whole_lines(p.x.units * padded * row_bytes(p.x)) +
          whole_lines(segments) * (p.x.coded ? 2 : 1);
 }
-static int64_t int_least_scratch(const RqGemm* g) {
+static int64_t int_least_bytes(const RqGemm* g) {
   const IntPlan p = int_plan(g);
   const int64_t one = int_bytes(p, 1), other = p.x.coded ? 0 : whole_lines(int_padded(1)) + 64 + float_least_scratch(g);
   return one > other ? one : other;
 }
-static int64_t int_scratch(const RqGemm* g, int64_t rows) {
+static int64_t int_scratch_bytes(const RqGemm* g, int64_t rows) {
   RqGemm all = *g;
   all.rows = rows;
-  const int64_t wanted = int_bytes(int_plan(&all), rows), least = int_least_scratch(&all);
+  const int64_t wanted = int_bytes(int_plan(&all), rows), least = int_least_bytes(&all);
   return wanted > least ? wanted : least;
 }
 
-// The kernel for a tile of R rows.
+// The kernel for a tile of R rows. Each combination is compiled: those that few weights need go through a panel instead.
 template <class Source, int P, bool CODED> static IntKernel few_rows_kernel(int R) {
-  return R == 1 ? int_tile<Source, P, CODED, true, 1> : R == 2 ? int_tile<Source, P, CODED, true, 2> : int_tile<Source, P, CODED, true, 4>;
+  return R == 1 ? int_tile<Source, P, CODED, true, 1> : int_tile<Source, P, CODED, true, 4>;
 }
 template <class Source, int P, bool CODED> static IntKernel rows_kernel(int R) {
   return R == 1   ? int_tile<Source, P, CODED, false, 1>
-         : R == 2 ? int_tile<Source, P, CODED, false, 2>
          : R == 4 ? int_tile<Source, P, CODED, false, 4>
                   : int_tile<Source, P, CODED, false, INTEGER_ROWS>;
 }
 template <int P, bool CODED> static IntKernel short_kernel(int R) {
   return R == 1   ? int_tile_short<P, CODED, 1>
-         : R == 2 ? int_tile_short<P, CODED, 2>
          : R == 4 ? int_tile_short<P, CODED, 4>
                   : int_tile_short<P, CODED, INTEGER_ROWS>;
 }
@@ -96,25 +97,23 @@ template <bool CODED> static IntKernel bytes_kernel(const IntPlan& p, int R) {
   if (p.shorts) return steps == 0 ? short_kernel<0, CODED>(R) : short_kernel<RQ_VNNI ? 8 : 2, CODED>(R);
   if (!p.panel) return steps == 0 ? rows_kernel<Eight<SIGNED_CODES>, 0, CODED>(R) : rows_kernel<Eight<SIGNED_CODES>, 8, CODED>(R);
 #if !RQ_VNNI
-  if (steps == 2) return rows_kernel<Eight<false>, 2, CODED>(R);
-  if (steps == 4) return rows_kernel<Eight<false>, 4, CODED>(R);
+  if (steps == 2 || steps == 4) return rows_kernel<Eight<false>, 2, CODED>(R);
 #endif
   return steps == 0 ? rows_kernel<Eight<false>, 0, CODED>(R) : rows_kernel<Eight<false>, 8, CODED>(R);
 }
-static IntKernel int_kernel(const IntPlan& p, const RqWeight* w, bool few, int R) {
-  if (p.panel || !few) return p.x.coded ? bytes_kernel<true>(p, R) : bytes_kernel<false>(p, R);
+static IntKernel int_kernel(const IntPlan& p, const RqWeight* w, int R) {
+  if (!p.direct) return p.x.coded ? bytes_kernel<true>(p, R) : bytes_kernel<false>(p, R);
   constexpr int eight = partial_steps(8) < 2 ? 0 : 8;  // of 8 bits, if x has int8 codes
   if (p.x.coded) return w->bits == 4 ? few_rows_kernel<Coded<4>, partial_steps(4), true>(R) : few_rows_kernel<Eight<SIGNED_CODES>, eight, true>(R);
   if (w->code == RQ_TABLE) return few_rows_kernel<Looked<4>, eight, false>(R);
   switch (w->bits) {
-    case 1: return few_rows_kernel<Coded<1>, partial_steps(1), false>(R);
     case 2: return few_rows_kernel<Coded<2>, partial_steps(2), false>(R);
     case 3: return few_rows_kernel<Coded<3>, partial_steps(3), false>(R);
     case 4: return few_rows_kernel<Coded<4>, partial_steps(4), false>(R);
     case 5: return few_rows_kernel<Coded<5>, partial_steps(5), false>(R);
-    case 6: return few_rows_kernel<Coded<6>, partial_steps(6), false>(R);
+    case 6: return few_rows_kernel<Coded<6>, 0, false>(R);
     case 7: return few_rows_kernel<Coded<7>, 0, false>(R);
-    default: return p.x.wide ? few_rows_kernel<Eight<SIGNED_CODES>, 0, false>(R) : few_rows_kernel<Eight<SIGNED_CODES>, eight, false>(R);
+    default: return few_rows_kernel<Eight<SIGNED_CODES>, 0, false>(R);
   }
 }
 
@@ -149,25 +148,25 @@ static void int_table(const RqWeight* w, Bytes* table) {
 }
 
 // Scales and shifts of groups `begin` to `end` of a strip; beyond the last strip, zeros.
-static void int_scales(const RqWeight* w, int64_t strip, int64_t begin, int64_t end, float* scale, float* shift) {
+static void int_scales(const RqGemm* g, int64_t strip, int64_t begin, int64_t end, float* scale, float* shift) {
+  const RqWeight* w = g->weight;
   if (strip >= int_strips(w)) {
     memset(scale, 0, (size_t)(end - begin) * 64);
     if (shift) memset(shift, 0, (size_t)(end - begin) * 64);
     return;
   }
   strip_scales(w, strip, begin, end, scale, shift);
-  if (w->code != RQ_TABLE) return;
+  if (w->code != RQ_TABLE || g->arithmetic != RQ_CODED) return;  // else the scales of x have this factor
   const Floats factor = splat(w->level_scale);
-  for (int64_t g = 0; g < end - begin; ++g) store_floats(scale + 16 * g, load_floats(scale + 16 * g) * factor);
+  for (int64_t i = 0; i < end - begin; ++i) store_floats(scale + 16 * i, load_floats(scale + 16 * i) * factor);
 }
 
-// Where the scales (or shifts) of the next strips begin, if they are to be fetched ahead.
-static void int_ahead(const RqWeight* w, const Parts& parts, int64_t strip, int64_t group, int which, IntTile* tile) {
-  const bool near = parts.base && parts.bits == 8 && parts.stride_n == 1 && (strip + INT_STRIPS) * RQ_ROWS <= w->rows;
-  const int64_t bytes = part_bytes(parts.read);
-  tile->ahead_step[which] = parts.stride_g * bytes;
-  tile->ahead[which] = near ? (const uint8_t*)parts.base + (strip * RQ_ROWS + group * parts.stride_g) * bytes : nullptr;
-  if (near && bytes * RQ_ROWS * INT_STRIPS > 64) tile->ahead_more = 64;
+// Where the scales (or shifts) of the next strips are, to be fetched while these are multiplied.
+static void int_ahead(const RqWeight* w, const Parts& parts, int64_t strip, int64_t group, int which, IntTile* t) {
+  const bool near = parts.stride_g == 1 && parts.stride_n > 1 && (strip + 2 * INT_STRIPS) * RQ_ROWS <= w->rows;
+  const int64_t bytes = part_bytes(parts.read), next = (strip + INT_STRIPS) * RQ_ROWS * parts.stride_n;
+  t->ahead_step[which] = INT_STRIPS * RQ_ROWS * bytes;
+  t->ahead[which] = near ? (const uint8_t*)parts.base + next * bytes + group * t->ahead_step[which] : nullptr;
 }
 
 // Rows `row` to `stop` of x by the strips from `strip` on.
@@ -177,7 +176,7 @@ static void int_block(const RqGemm* g, const IntPlan& p, const int32_t* ends, in
   alignas(64) float y[INT_BLOCK_ROWS * INT_STRIPS * 16];
   Ints carry[INT_BLOCK_ROWS * INT_STRIPS];
   const RqWeight* w = g->weight;
-  const bool few = g->rows <= INT_FEW_ROWS, shifted = w->shift_kind != RQ_NO_SHIFT;
+  const bool shifted = w->shift_kind != RQ_NO_SHIFT;
   const int64_t unit = 64 * w->bits, strips = int_strips(w), padded = int_padded(stop - row);
   Bytes table[4];
   if (w->code == RQ_TABLE) int_table(w, table);
@@ -192,31 +191,32 @@ static void int_block(const RqGemm* g, const IntPlan& p, const int32_t* ends, in
     const int64_t begin = first * 32 / p.x.group, end = last < w->length ? (last + p.x.group - 1) / p.x.group : w->groups;
     t.segments = end - begin;
     t.ends = ends + segment;
-    t.ahead_more = 0;
     for (int s = 0; s < INT_STRIPS; ++s) {
       // Beyond the last of an odd number of strips: that one again, with scales of 0.
       const int64_t at = strip + s < strips ? strip + s : strips - 1;
       const uint8_t* codes = w->codes + (at * p.x.units + first) * unit;
       if (p.panel) unpack(codes, count, table, panel[s]);
       t.codes[s] = p.panel ? panel[s] : codes;
-      int_scales(w, strip + s, begin, end, scale[s], shifted ? shift[s] : nullptr);
+      if (p.direct)
+        for (int64_t line = 0; line < FETCH_AHEAD && line < count * unit; line += 64) __builtin_prefetch(codes + line, 0, 2);
+      int_scales(g, strip + s, begin, end, scale[s], shifted ? shift[s] : nullptr);
       t.scale[s] = scale[s];
-      t.shift[s] = shifted ? shift[s] : nullptr;
+      t.shift[s] = shift[s];
     }
-    if (few) {
-      int_ahead(w, scale_parts(w), strip + INT_STRIPS, begin, 0, &t);
-      if (shifted) int_ahead(w, shift_parts(w), strip + INT_STRIPS, begin, 1, &t);
+    if (p.direct) {
+      int_ahead(w, scale_parts(w), strip, begin, 0, &t);
+      if (shifted) int_ahead(w, shift_parts(w), strip, begin, 1, &t);
     }
     t.carry_in = first > 0 && first * 32 % INT_LONGEST && first * 32 % p.x.group;
     t.carry_out = last % INT_LONGEST && last < w->length && last % p.x.group;
     for (int64_t r = row; r < stop;) {
       const int R = int_tile_rows(stop - r);
       t.x = tile_records(p.x, r, first, count);
-      t.sums = p.x.sums + r * p.x.segments + segment * R;
+      t.sums = shifted ? p.x.sums + r * p.x.segments + segment * R : nullptr;
       t.starts = p.x.starts + r * p.x.segments + segment * R;
       t.y = y + (r - row) * INT_STRIPS * 16;
       t.carry = carry + (r - row) * INT_STRIPS;
-      int_kernel(p, w, few, R)(t);
+      int_kernel(p, w, R)(t);
       r += R;
     }
   }
@@ -298,13 +298,13 @@ static bool int_takes(const RqGemm* g) {
   return w->groups <= 1 || (w->group > 0 && w->group % w->block == 0 && w->group * w->groups == w->length);
 }
 
-static int gemm_integer(const RqGemm* gemm, const void* x, void* out, void* scratch) {
+static int int_gemm(const RqGemm* gemm, const void* x, void* out, void* scratch) {
   if (!int_takes(gemm)) return RQ_E_ARGUMENT;
   uint8_t* aligned = (uint8_t*)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
   const int64_t bytes = gemm->scratch_bytes - (aligned - (uint8_t*)scratch);
   const IntPlan p = int_plan(gemm);
   int64_t part = gemm->rows;
-  if (gemm->scratch_bytes < int_least_scratch(gemm)) return RQ_E_SCRATCH;
+  if (gemm->scratch_bytes < int_least_bytes(gemm)) return RQ_E_SCRATCH;
   while (part > 1 && int_bytes(p, part) > gemm->scratch_bytes)
     part = part > INTEGER_ROWS ? (part / 2 + INTEGER_ROWS - 1) / INTEGER_ROWS * INTEGER_ROWS : part - 1;
   RqGemm g = *gemm;

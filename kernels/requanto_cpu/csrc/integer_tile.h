@@ -18,16 +18,15 @@ struct IntTile {
   const int32_t* ends;               // [segments]: the column after the last of each, from the start of the chunk
   int64_t segments;
   const float* scale[INT_STRIPS];    // [segments][16] of each strip
-  const float* shift[INT_STRIPS];    // likewise, or null
-  const float* sums;                 // [segments][R]: of the rounded x
+  const float* shift[INT_STRIPS];    // likewise
+  const float* sums;                 // [segments][R]: of the rounded x; null without shifts
   const int32_t* starts;             // of int8 x: [segments][R], what sums start from
   bool carry_in, carry_out;          // of int8 x: the first segment goes on from the chunk before, the last in the next
   int32_t block;
   float* y;                          // [R][S][16], added to
   Ints* carry;                       // of int8 x: [R][S], the sums of a segment that goes on
-  const uint8_t *ahead[2];           // scales and shifts of the next strips, to fetch: null, or a group every `ahead_step`
+  const uint8_t* ahead[2];           // scales and shifts of the next strips, to fetch: null, or `ahead_step` bytes a segment
   int64_t ahead_step[2];
-  int32_t ahead_more;                // bytes to the second line of them, or 0
 };
 
 // 8-bit codes as they are in memory, or, where dot products take signed bytes, with the top bit flipped.
@@ -99,15 +98,12 @@ template <int R> RQ_INLINE void add_segment(const IntTile& a, int64_t g, const F
     for (int r = 0; r < R; ++r) {
       float* y = a.y + (r * INT_STRIPS + s) * 16;
       Floats result = fma(t[r][s], scale, load_floats(y));
-      if (a.shift[0]) result = fnma(load_floats(a.shift[s] + 16 * g), splat(a.sums[g * R + r]), result);
+      if (a.sums) result = fnma(load_floats(a.shift[s] + 16 * g), splat(a.sums[g * R + r]), result);
       store_floats(y, result);
     }
   }
   for (int i = 0; i < 2; ++i)
-    if (a.ahead[i]) {
-      __builtin_prefetch(a.ahead[i] + g * a.ahead_step[i]);
-      __builtin_prefetch(a.ahead[i] + g * a.ahead_step[i] + a.ahead_more);
-    }
+    if (a.ahead[i]) __builtin_prefetch(a.ahead[i] + g * a.ahead_step[i]);
 }
 
 // Blocks of 32 columns, whole units in a segment. FETCH: codes come from memory.

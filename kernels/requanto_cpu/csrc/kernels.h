@@ -48,9 +48,23 @@ int dequantize_plain(const RqWeight* w, int32_t is_signed, int64_t start, int64_
 using namespace floats;
 #endif
 
+#if defined(RQ_INTEGER_NAMESPACE)  // likewise
+using namespace RQ_INTEGER_NAMESPACE::integers;
+#else
 #include "integer_tile.h"
 #include "quantize.h"
 #include "integer.h"
+namespace integers {
+int64_t int_scratch(const RqGemm* g, int64_t rows) { return int_scratch_bytes(g, rows); }
+int64_t int_least_scratch(const RqGemm* g) { return int_least_bytes(g); }
+int gemm_integer(const RqGemm* g, const void* x, void* out, void* scratch) { return int_gemm(g, x, out, scratch); }
+int rows_to_int8(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed, int8_t* codes,
+                 float* steps) {
+  return round_rows(x, dtype, rows, length, x_stride, fixed, codes, steps);
+}
+}  // namespace integers
+using namespace integers;
+#endif
 
 static int gemm(const RqGemm* g, const void* x, void* out, void* scratch) {
   return g->arithmetic == RQ_FLOAT ? gemm_float(g, x, out, scratch) : gemm_integer(g, x, out, scratch);

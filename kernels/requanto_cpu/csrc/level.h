@@ -43,6 +43,15 @@ namespace rq_avx2 { namespace floats { RQ_FLOATS } }
 namespace rq_avx512 { namespace floats { RQ_FLOATS } }
 namespace rq_neon { namespace floats { RQ_FLOATS } }
 
+// Integer arithmetic, which the level bf16 takes from vnni.
+#define RQ_INTEGERS \
+  int64_t int_scratch(const RqGemm* gemm, int64_t rows); \
+  int64_t int_least_scratch(const RqGemm* gemm); \
+  int gemm_integer(const RqGemm* gemm, const void* x, void* out, void* scratch); \
+  int rows_to_int8(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed, int8_t* codes, \
+                   float* steps);
+namespace rq_vnni { namespace integers { RQ_INTEGERS } }
+
 // The tables, one for each level; build.py defines RQ_HAVE_... for the levels that the compiler can build.
 namespace rq_avx2 { extern const RqKernels kernels; }
 namespace rq_avxvnni { extern const RqKernels kernels; }

@@ -6,6 +6,7 @@
 
 #define RQ_LEVEL_NAMESPACE rq_bf16
 #define RQ_LEVEL_NAME "bf16"
+#define RQ_INTEGER_NAMESPACE rq_vnni
 namespace RQ_LEVEL_NAMESPACE {
 #include "simd_avx512.h"
 }

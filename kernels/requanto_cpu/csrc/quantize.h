@@ -12,6 +12,7 @@ struct Rounding {
   int64_t group, segments;   // columns that share a scale of the weight; segments of a row
   int32_t block;             // 32, 16 or 8
   int32_t zero;              // code of 0 of the weight
+  float factor;              // of the scales of x: that of the levels of a table
   bool fine;                 // x is rounded to 16 bits, else to 8
   bool wide;                 // its codes are spread to 16 bits
   bool coded;                // x is int8 already
@@ -104,7 +105,7 @@ static void round_row(const Rounding& p, const uint8_t* x, int32_t dtype, int64_
         float scale = 0;
         int32_t sum = 0;
         if (x) fit &= round_block<N, FINE>(numbers + b * N, code + b * N, &scale, &sum);
-        scales[b * R + r] = scale;
+        scales[b * R + r] = scale * p.factor;
         starts[b * R + r] = -p.zero * sum;
         segment += scale * (float)sum;
         if (u * 32 + (b + 1) * 8 * N == end) {
@@ -203,8 +204,8 @@ static void row_to_int8(const uint8_t* x, int32_t dtype, int64_t length, const f
   }
 }
 
-static int rows_to_int8(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed,
-                        int8_t* codes, float* steps) {
+static int round_rows(const void* x, int32_t dtype, int64_t rows, int64_t length, int64_t x_stride, const float* fixed,
+                      int8_t* codes, float* steps) {
   if (dtype != RQ_F32 && dtype != RQ_F16 && dtype != RQ_BF16) return RQ_E_ARGUMENT;
   rq::parallel(rows, (1 << 15) / (length + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {

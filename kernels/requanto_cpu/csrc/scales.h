@@ -160,19 +160,7 @@ static inline void clear_after(int count, float* out) {
   for (int i = count; i < RQ_LANES; ++i) out[i] = 0.0f;
 }
 
-// Numbers of 16 rows that are stored side by side, for each group: what most weights have, without a decision in the loop.
-static inline bool plain_parts(const Parts* p, int64_t first, int64_t begin, int64_t end, float* out) {
-  if (p->stride_n != 1 || (p->read != RQ_BF16 && p->read != RQ_F16 && p->read != RQ_F32)) return false;
-  const int64_t bytes = part_bytes(p->read), step = p->stride_g * bytes;
-  const uint8_t* from = (const uint8_t*)p->base + (first + begin * p->stride_g) * bytes;
-  if (p->read == RQ_BF16)
-    for (int64_t g = begin; g < end; ++g, from += step, out += RQ_LANES) floats_of_bfloats((const uint16_t*)from, out);
-  else if (p->read == RQ_F16)
-    for (int64_t g = begin; g < end; ++g, from += step, out += RQ_LANES) floats_of_halves((const uint16_t*)from, out);
-  else
-    for (int64_t g = begin; g < end; ++g, from += step, out += RQ_LANES) memcpy(out, from, RQ_LANES * 4);
-  return true;
-}
+#include "scale_orders.h"
 
 // Scale and shift of groups `group_begin` to `group_end` of the 16 rows of a strip: [groups][16] each; rows beyond N get 0.
 // `shift` is not written if the weight has none, and may be null then, or to leave out shifts.
@@ -181,26 +169,20 @@ static __attribute__((noinline)) void strip_scales(const RqWeight* w, int64_t st
   const int count = w->rows - first < RQ_LANES ? (int)(w->rows - first) : (int)RQ_LANES;
   const Parts scales = scale_parts(w), shifts = shift_parts(w);
   const bool with_shift = shift && w->shift_kind != RQ_NO_SHIFT;
-  if (count == RQ_LANES && w->scale_kind == RQ_PLAIN && (!with_shift || w->shift_kind == RQ_PLAIN) &&
-      plain_parts(&scales, first, group_begin, group_end, scale) &&
-      (!with_shift || plain_parts(&shifts, first, group_begin, group_end, shift)))
-    return;
+  strip_parts(&scales, w->rows, w->groups, first, group_begin, group_end, scale);
+  if (with_shift) strip_parts(&shifts, w->rows, w->groups, first, group_begin, group_end, shift);
+  if (!w->row_scale && !w->row_shift && (!with_shift || w->shift_kind != RQ_CODES)) return;
   float row_scale[RQ_LANES] = {0}, row_shift[RQ_LANES] = {0};
-  int64_t block_end = w->row_scale || w->row_shift ? group_begin : group_end;
-  for (int64_t g = group_begin; g < group_end; ++g, scale += RQ_LANES) {
+  for (int64_t g = group_begin, block_end = group_begin; g < group_end; ++g, scale += RQ_LANES) {
     if (g == block_end) {
       const int64_t block = w->scale_groups > 0 ? g / w->scale_groups : 0;
       block_end = w->scale_groups > 0 ? (block + 1) * w->scale_groups : group_end;
       if (w->row_scale) load_parts(w->row_scale, w->row_dtype, first * blocks + block, blocks, count, row_scale);
       if (w->row_shift) load_parts(w->row_shift, w->row_dtype, first * blocks + block, blocks, count, row_shift);
     }
-    load_group(&scales, first, g, count, scale);
     finish_scale(w, row_scale, scale);
-    clear_after(count, scale);
     if (!with_shift) continue;
-    load_group(&shifts, first, g, count, shift);
     finish_shift(w, row_shift, scale, shift);
-    clear_after(count, shift);
     shift += RQ_LANES;
   }
 }

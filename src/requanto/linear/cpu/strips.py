@@ -1,8 +1,9 @@
 """The layout ``"strips"`` that all CPU kernels read: 16 rows by 32 columns at a time, in the bits of the type.
 
 A packed weight takes the bytes of the stored one plus its padding (`MAX_PADDING` at most), whatever its bits. Scales and
-shifts keep their dtype, and those stored as codes stay packed; both are stored group-major, so that those of 16 rows are
-one load. The library packs and unpacks; where there is none, torch operators do (`requanto.linear.cpu.planes`).
+shifts stay as they are stored, row by row: those of a strip are consecutive bytes, which the library transposes. The library
+packs and unpacks codes; where there is none, torch operators do (`requanto.linear.cpu.planes`). Codes are in huge pages
+(`requanto.runtime.pages`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from requanto.tensor.spec import WeightSpec
 MAX_PADDING = 1 / 8
 #: Most bits of a codebook's codes.
 MOST_TABLE_BITS = 6
-#: Parts that are stored group-major.
-_ARRANGED = ("scale", "shift")
 #: Elements that torch's operators convert at a time.
 _STEP = 2**22
 
@@ -28,7 +27,7 @@ _STEP = 2**22
 class StripsLayout(Layout):
     """Codes as uint8 ``[*lead[:-1], ceil(N / 16), ceil(K / 32) * bits * 64]``; see requanto_cpu/csrc/requanto_cpu.h.
 
-    Scales and shifts have the plain layout's shape, with strides ``(1, N)`` in the last two axes.
+    Scales and shifts are those of the plain layout.
     """
 
     name = "strips"
@@ -58,8 +57,7 @@ class StripsLayout(Layout):
             strips = torch.cat(made).view(shape)
         else:
             strips = torch.empty(shape, dtype=torch.uint8, device=plain.device)
-        scales = {name: self.arranged(spec, name, parts[name]) for name in _ARRANGED if name in parts}
-        return {"qdata": strips, **scales}
+        return {"qdata": strips}
 
     def unpack(self, spec: WeightSpec, parts: Parts) -> torch.Tensor:
         (rows, length), bits, strips = spec.matrix_shape, spec.qtype.bits, parts["qdata"]
@@ -73,18 +71,6 @@ class StripsLayout(Layout):
             made = [pack(one, bits) if spec.qtype.is_packed else one.view(torch.uint8) for one in codes]
             plain = torch.cat(made).view(spec.codes_shape)
         return plain.view(spec.qtype.storage_dtype)
-
-    def plain(self, spec: WeightSpec, parts: Parts) -> dict[str, torch.Tensor]:
-        found = super().plain(spec, parts)
-        return {name: part.contiguous() if name in _ARRANGED else part for name, part in found.items()}
-
-    def arranged(self, spec: WeightSpec, name: str, part: torch.Tensor) -> torch.Tensor:
-        if name not in _ARRANGED or part.dim() < 2 or part.shape[-1] == 1:
-            return part
-        major = part.mT
-        if library.for_tensors(part) is None:
-            return major.contiguous().mT
-        return pages.empty(tuple(major.shape), part.dtype).copy_(major).mT
 
     def codes(self, spec: WeightSpec, parts: Parts, start: int, stop: int) -> torch.Tensor:
         (rows, length), bits, strips = spec.matrix_shape, spec.qtype.bits, parts["qdata"]
