@@ -274,7 +274,8 @@ def reference(
     seen = scale_columns(as_stored(x.double(), weight), weight)
     seen = seen if weight.rotation is None else rotate(seen, weight.rotation)
     transformed = weight.rotation is not None or weight.column is not None
-    steps = steps_of(weight.qtype) if arithmetic == "auto" else math.inf
+    kind, ragged = weight.qtype, weight.groups > 1 and bool(weight.group_size % BLOCK)
+    steps = steps_of(kind) if arithmetic == "auto" and not ragged else math.inf
     if activation is not None:
         codes, scale = quantize_activations(seen.float(), activation, input_scale)
         seen, steps = codes.double() * scale.double(), math.inf
@@ -285,8 +286,11 @@ def reference(
     each = 3e-6 * size + 1e-37 * (1 + magnitude.sum(1))
     spread = (seen.square() @ values.square().t()).sqrt()
     whole = 1e-6 * float((seen.square() @ magnitude.square().t()).sqrt().norm()) + 1e-37 * float(magnitude.sum())
-    if dtype == torch.bfloat16:  # both factors of a product rounded to bfloat16
-        each, whole = each + 2 * 2**-9 * size, whole + 2.5e-3 * float(spread.norm())
+    # Many rows of few-bit weights are multiplied as bfloat16 where integers do not pay and the processor has it.
+    narrow = arithmetic == "auto" and len(x) > 4 and (kind.is_floating_point or (ragged and kind.bits <= 5))
+    if dtype == torch.bfloat16 or narrow:  # both factors of a product rounded to bfloat16
+        # Where a single product makes the result, both factors may be off by half a step.
+        each, whole = each + 2 * 2**-9 * size, whole + (4.5e-3 if narrow else 2.5e-3) * float(spread.norm())
     if transformed:
         each, whole = torch.full_like(each, math.inf), whole + 3 * wide * float(spread.norm())
     if math.isfinite(steps):

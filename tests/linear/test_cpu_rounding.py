@@ -92,8 +92,10 @@ def test_with_more_bits_x_is_as_exact_as_float32(cpu_level, how):
         weight = form(kind).quantized(values)
         for rows in (1, draw.one_of((2, 4, 7, 40))):
             of_x, of_weights, size = errors(weight, values, inputs(rows, LENGTH, torch.float32, draw, how))
-            assert (of_x < 1e-4 * size).all(), f"{kind} ({draw})"
-            assert (of_x < 0.02 * of_weights).all(), f"{kind} ({draw})"
+            # Five rows and more of 8-bit floats are multiplied as bfloat16 where the processor has it.
+            narrow = rows > 4 and weight.qtype.is_floating_point
+            assert (of_x < (4e-3 if narrow else 1e-4) * size).all(), f"{kind} ({draw})"
+            assert (of_x < (0.2 if narrow else 0.02) * of_weights).all(), f"{kind} ({draw})"
 
 
 # ---------------------------------------------------------------------- one large element
@@ -125,7 +127,7 @@ def test_one_large_element_whose_weights_are_zero_drowns_no_other(cpu_level, kin
             with torch.no_grad():
                 got = layer(x).double()
             worst = float(((got - want).norm(dim=1) / want.norm(dim=1)).max())
-            limit = {torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
+            limit = 4e-3 if dtype == torch.bfloat16 or kind == "float8" else 1e-3
             assert worst < limit, f"{large} in {rows} rows of {length} {dtype}: off by {worst:.1e} ({draw})"
 
 
