@@ -112,11 +112,11 @@ def test_other_dtypes(kind, rows, dtype, monkeypatch):
     x = torch.randn(rows, 192).to(dtype)
     want = expected(module, x)
     with torch.no_grad():
-        assert near(module(x), want, 3e-2 if kind == "int4" else 2e-3)  # int4 rounds x to int8
+        assert near(module(x), want, 8e-3 if kind == "int4" else 2e-3)  # int4 rounds x to int8
         planned_only(monkeypatch)
         got = module(x)
     assert got.dtype == dtype
-    assert near(got, want, 2e-3)
+    assert near(got, want, 8e-3 if kind == "int4" else 2e-3)
 
 
 def test_a_bias_of_another_dtype():
