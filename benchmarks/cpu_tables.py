@@ -49,40 +49,49 @@ def below(stored: Row) -> list[str]:
 
 
 def _table(stored: Row, shape: tuple[int, int], threads: int) -> list[str]:
-    """One table: a line for each library, type and number of rows, a column for each class; bf16 / f16 / f32 models."""
-    found: dict[tuple[str, str, int], dict[str, dict[str, float]]] = {}
-    classes: set[str] = set()
+    """Requanto's: a line for each type and number of rows, a column for each class; bf16 / f16 / f32 models."""
+    found: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for part, row, name, figures in cells(stored):
-        if tuple(row["shape"]) == shape and part["threads"] == threads:
-            key = (part["library"], name, row["rows"])
-            found.setdefault(key, {}).setdefault(part["class"], {})[row["dtype"]] = figures["ratio"]
-            classes.add(part["class"])
-    if not found:
-        return []
-    columns = [name for name in CLASS_ORDER if name in classes]
+        if tuple(row["shape"]) == shape and part["threads"] == threads and part["library"] == "requanto":
+            found.setdefault((name, row["rows"]), {}).setdefault(part["class"], {})[row["dtype"]] = figures["ratio"]
+    columns = [name for name in CLASS_ORDER if any(name in by_class for by_class in found.values())]
     lines = ["| | rows | " + " | ".join(columns) + " |", "|---" * (2 + len(columns)) + "|"]
-    for (library, name, rows), by_class in found.items():
-        texts = []
-        for column in columns:
-            own = by_class.get(column, {})
-            texts.append(" / ".join(f"{own[f]:.2f}" for f in FLOATS if f in own))
-        lines.append(
-            f"| {name if library == 'requanto' else f'{library} {name}'} | {rows} | " + " | ".join(texts) + " |"
-        )
+    names = list(dict.fromkeys(name for name, _ in found))
+    for name, rows in sorted(found, key=lambda key: (names.index(key[0]), key[1])):
+        own = [found[name, rows].get(column, {}) for column in columns]
+        texts = [" / ".join(f"{by_dtype[f]:.2f}" for f in FLOATS if f in by_dtype) for by_dtype in own]
+        lines.append(f"| {name} | {rows} | " + " | ".join(texts) + " |")
+    return lines if found else []
+
+
+def _peers(stored: Row, shape: tuple[int, int], threads: int) -> list[str]:
+    """All libraries on the best class: a line for each type, a column for each number of rows; bfloat16 models."""
+    found: dict[tuple[str, str, str], dict[int, float]] = {}
+    for part, row, name, figures in cells(stored):
+        if tuple(row["shape"]) == shape and part["threads"] == threads and row["dtype"] == "bf16":
+            found.setdefault((part["class"], part["library"], name), {})[row["rows"]] = figures["ratio"]
+    classes = {key[0] for key in found if key[1] != "requanto"}
+    if not classes:
+        return []
+    best = max(classes, key=CLASS_ORDER.index)
+    lines = ["| | " + " | ".join(f"M={rows}" for rows in ROWS) + " |", "|---" * (1 + len(ROWS)) + "|"]
+    for (kind, library, name), own in found.items():
+        if kind == best:
+            texts = [f"{own[rows]:.2f}" if rows in own else "" for rows in ROWS]
+            lines.append(f"| {library} {name} | " + " | ".join(texts) + " |")
     return lines
 
 
 def markdown(stored: Row) -> str:
     """The tables of docs/cpu.md as markdown."""
-    shapes = dict.fromkeys(
-        tuple(row["shape"]) for part in stored["parts"].values() for row in part["rows"] if "shape" in row
-    )
+    rows = [row for part in stored["parts"].values() for row in part["rows"]]
+    shapes = dict.fromkeys(tuple(row["shape"]) for row in rows if "shape" in row)
     lines: list[str] = []
     for shape in shapes:
         for threads in sorted({part["threads"] for part in stored["parts"].values()}):
-            table = _table(stored, shape, threads)
-            if table:
-                lines += [f"{shape[0]} x {shape[1]}, {threads} thread{'s'[: threads - 1]}:", "", *table, ""]
+            for table in (_table(stored, shape, threads), _peers(stored, shape, threads)):
+                if table:
+                    lines += [f"{shape[0]} x {shape[1]}, {threads} thread{'s'[: threads - 1]}:", "", *table, ""]
     return "\n".join(lines)
 
 
@@ -116,6 +125,8 @@ def plot(stored: Row, path: Path) -> None:
     for part, row, name, figures in cells(stored):
         if part["threads"] == 1 and tuple(row["shape"]) == (4096, 4096) and row["dtype"] == "bf16":
             label = name if part["library"] == "requanto" else f"{part['library']} {name}"
+            if part["library"] not in ("requanto", "llama.cpp", "openvino"):
+                continue  # the others are in the tables
             chosen.setdefault(part["class"], {}).setdefault(label, {})[row["rows"]] = figures["ratio"]
     classes = [name for name in CLASS_ORDER if name in chosen]
     figure, axes = plt.subplots(1, len(classes), figsize=(4 * len(classes), 4.4), sharey=True, squeeze=False)
@@ -138,10 +149,11 @@ def plot(stored: Row, path: Path) -> None:
             )
         axis.axhline(1, color="black", lw=0.8)
         axis.set(xscale="log", yscale="log", title=name, xlabel="rows of x")
-        axis.set_xticks(ROWS, [str(m) for m in ROWS])
+        axis.set_xticks(ROWS, ["" if m == 64 else str(m) for m in ROWS])
         axis.minorticks_off()
-        ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+        ticks = [0.3, 0.5, 1, 2, 5, 10, 20]
         axis.set_yticks(ticks, [str(tick) for tick in ticks])
+        axis.set_ylim(0.3, 20)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("speed, best float of the class = 1")
     handles: dict[str, Any] = {}
