@@ -14,9 +14,16 @@ from requanto.linear import grouped_linear, linear, times
 from requanto.linear.activations import quantize_activations
 from requanto.linear.columns import column_for
 from requanto.nn.activation import QActivation
+from requanto.runtime.settings import settings
 
 KINDS = ["int8", "int4", "int3", "int2", "float8", "nf4", "codebook3", "uint8"]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+
+
+@pytest.fixture(autouse=True)
+def float_arithmetic(monkeypatch):
+    """x is not rounded, so that limits are float32's."""
+    monkeypatch.setattr(settings, "cpu_arithmetic", "float")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from torch import nn
 
 from requanto.linear import explain as explaining
 from requanto.linear import grouped_linear
+from requanto.runtime.settings import settings
 
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 #: Dtypes, and further words of the descriptions.
@@ -17,6 +18,12 @@ CASES = [
     (torch.float16, "transposed"),
     (torch.bfloat16, "rank=3"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def float_arithmetic(monkeypatch):
+    """x is not rounded, so that limits are float32's."""
+    monkeypatch.setattr(settings, "cpu_arithmetic", "float")
 
 
 def error(found, wanted):

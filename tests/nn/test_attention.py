@@ -10,8 +10,15 @@ from requanto import QTensor, QuantoConfig
 from requanto.config.plan import plan
 from requanto.model.quantize import freeze, quantize
 from requanto.nn import QModuleMixin
+from requanto.runtime.settings import settings
 
 KINDS = ["int8", "int4", "float8"]
+
+
+@pytest.fixture(autouse=True)
+def float_arithmetic(monkeypatch):
+    """x is not rounded, so that limits are float32's."""
+    monkeypatch.setattr(settings, "cpu_arithmetic", "float")
 
 
 def dequantized(module):
