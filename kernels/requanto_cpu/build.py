@@ -211,12 +211,16 @@ def build(
         if left_out := ", ".join(level for level in wanted if level not in levels):
             logger.info("%s does not know the instructions of: %s", compiler.command[0], left_out)
         have = [f"-DRQ_HAVE_{level.upper()}" for level in levels]
-        # The levels first, since they take the longest, and of them the longest.
-        flags = {f"level_{level}": [*wanted[level]] for level in reversed(levels)} | {"pack": [], "dispatch": have}
-        files = [str(work / f"{name}.o") for name in flags]
+        # The levels first, since they take the longest, and of them the longest. Each is built in two parts (kernels.h).
+        parts = [
+            (f"level_{level}", [*wanted[level], f"-D{part}"])
+            for level in reversed(levels)
+            for part in ("RQ_FLOATS_APART", "RQ_FLOATS_ONLY")
+        ]
+        parts += [("pack", []), ("dispatch", have)]
+        files = [str(work / f"{number}-{name}.o") for number, (name, _) in enumerate(parts)]
         jobs = [
-            [*command, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", file]
-            for (name, own), file in zip(flags.items(), files)
+            [*command, *own, "-c", str(SOURCES / f"{name}.cpp"), "-o", file] for (name, own), file in zip(parts, files)
         ]
         linked = str(work / "linked")
         libraries = [] if sys.platform == "darwin" else ["-Wl,--as-needed"]

@@ -1,5 +1,8 @@
 // The kernels of one level and their table. Included by each level_X.cpp after its simd_X.h, which defines the vector types
 // and RQ_LEVEL_NAMESPACE, RQ_LEVEL_NAME.
+//
+// A level is built as two files at the same time, since each takes the compiler several seconds: with RQ_FLOATS_ONLY its float
+// arithmetic, with RQ_FLOATS_APART the rest. Without either, one file has all of it.
 #include "level.h"
 #include "parallel.h"
 
@@ -15,11 +18,12 @@ namespace RQ_LEVEL_NAMESPACE {
 #endif
 #include "scales.h"
 #include "codes.h"
-#include "columns.h"
-#include "float_linear.h"
 
 #if defined(RQ_FLOAT_NAMESPACE)  // the same instructions as in another level, which has compiled this part
 using namespace RQ_FLOAT_NAMESPACE::floats;
+#elif defined(RQ_FLOATS_APART)
+namespace floats { RQ_FLOATS }
+using namespace floats;
 #else
 #if defined(__AVX512F__)
 #include "simd_avx512_float.h"
@@ -47,6 +51,10 @@ int dequantize_plain(const RqWeight* w, int32_t is_signed, int64_t start, int64_
 }  // namespace floats
 using namespace floats;
 #endif
+
+#if !defined(RQ_FLOATS_ONLY)
+#include "columns.h"
+#include "float_linear.h"
 
 #if defined(RQ_INTEGER_NAMESPACE)  // likewise
 using namespace RQ_INTEGER_NAMESPACE::integers;
@@ -79,5 +87,6 @@ static int64_t gemm_least_scratch(const RqGemm* g) {
 extern const RqKernels kernels = {
     RQ_LEVEL_NAME, gemm, gemm_scratch, gemm_least_scratch, dequantize, dequantize_plain, rows_to_int8, scale_columns, float_linear,
 };
+#endif
 
 }  // namespace RQ_LEVEL_NAMESPACE
