@@ -56,7 +56,7 @@ NEEDS = {
     "avxvnni": _NEEDS_AVX2 | {"avx_vnni"},
     "avx512": _NEEDS_AVX512,
     "vnni": _NEEDS_AVX512 | {"avx512_vnni"},
-    "bf16": _NEEDS_AVX512 | {"avx512_vnni", "avx512_bf16"},
+    "bf16": _NEEDS_AVX512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"},
     "neon": frozenset(("asimd",)),
     "dotprod": frozenset(("asimd", "asimddp")),
 }

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_threads_beside_one_that_unpacks_changes_settings_and_reads(monkeypatch)
                 settings.cpu_arithmetic = arithmetic
             buffers.release()
             prepare(shared, smallest=0)
+            time.sleep(0.001)  # else no other thread gets the lock of weights that are being packed
 
     def multiply() -> None:
         with torch.inference_mode():
@@ -118,6 +120,7 @@ def test_the_number_of_torch_s_threads_changes_at_any_time(cpu_level, kind):
         while not stop.is_set():
             for count in (2, 1, 3):
                 torch.set_num_threads(count)
+                time.sleep(0.0005)
 
     other = threading.Thread(target=change)
     other.start()
