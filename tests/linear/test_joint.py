@@ -64,7 +64,9 @@ def test_operators_plan_nothing_for_weights_of_which_some_are_packed(noted, monk
     compiled = torch.compile(lambda x: linear_many(x, weights), backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(joint, "_plan_for", lambda *args: pytest.fail("a plan was made"))
     for out, weight in zip(compiled(x), weights):
-        assert torch.equal(out, linear(x, weight))
+        with torch.no_grad():
+            want = linear(x, weight)  # packs the other one, and x is rounded to multiply it
+        assert (out - want).norm() < 1e-2 * want.norm()
 
 
 def test_some_have_a_column_scale(noted):
