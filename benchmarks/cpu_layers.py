@@ -196,19 +196,18 @@ def run(python: str, library: str, kind: str, options: argparse.Namespace) -> li
 
 
 def table(document: dict[str, Any]) -> str:
-    """The table of docs/cpu.md as markdown: a line for each layer and type, a column for each class, by dtype."""
+    """The table of docs/cpu.md as markdown: a line for each layer and input, a column for each class and type, by dtype."""
     cells: dict[tuple[str, ...], dict[str, dict[str, float]]] = {}
     columns: list[str] = []
     for row in document["results"]:
-        column = f"{row['class']}, {row['threads']}"
-        if column not in columns:
-            columns.append(column)
         for kind, found in row["results"].items():
             if kind not in DTYPES:
-                name = kind if row["library"] == "requanto" else f"{row['library']} {kind}"
-                key = (row["kind"], row["layer"], row["input"], name)
+                column = f"{row['class']} {kind if row['library'] == 'requanto' else row['library'] + ' ' + kind}"
+                if column not in columns:
+                    columns.append(column)
+                key = (row["kind"], row["layer"], row["input"])
                 cells.setdefault(key, {}).setdefault(column, {})[row["dtype"]] = found["ratio"]
-    lines = ["| | | | | " + " | ".join(columns) + " |", "|---" * (4 + len(columns)) + "|"]
+    lines = ["| | | | " + " | ".join(columns) + " |", "|---" * (3 + len(columns)) + "|"]
     for key, own in cells.items():
         texts = [" / ".join(f"{own.get(c, {})[d]:.2f}" for d in DTYPES if d in own.get(c, {})) for c in columns]
         lines.append(f"| {' | '.join(key)} | {' | '.join(texts)} |")
