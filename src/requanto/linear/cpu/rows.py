@@ -33,7 +33,7 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> bool:
     found = None if used is None else described(weight)
     if used is None or found is None:
         return False
-    per_matrix = found.matrices[0].rows
+    per_matrix = found.matrices[0].rows if found.matrices else 0  # fused experts may be none
     dtype, stride, address = DTYPES[out.dtype], out.stride(0) if len(out) > 1 else out.shape[1], out.data_ptr()
     begin = start
     while begin < stop:  # of a fused weight, expert by expert
