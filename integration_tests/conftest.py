@@ -14,6 +14,8 @@ from real_models import minilm_dir as fetch_minilm
 from real_models import smollm2_dir as fetch_smollm2
 from real_models import smollm2_gguf as fetch_smollm2_gguf
 
+import requanto
+
 
 @pytest.fixture(scope="session", autouse=True)
 def two_threads() -> Iterator[None]:
@@ -49,3 +51,9 @@ def _fetched(fetch: Callable[[], Path]) -> Path:
         message = str(error)
     # A failure, never a skip: a run without the real models must not look like one that passed.
     pytest.fail(f"The real model is not to be had: {message}", pytrace=False)
+
+
+@pytest.fixture
+def float_arithmetic(monkeypatch):
+    """x is not rounded to integers in GEMMs on the CPU, so that results can be compared closely."""
+    monkeypatch.setattr(requanto.settings, "cpu_arithmetic", "float")

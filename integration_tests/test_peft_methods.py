@@ -15,6 +15,8 @@ from torch import nn
 
 from requanto import QTensor
 
+pytestmark = pytest.mark.usefixtures("float_arithmetic")
+
 TYPES = {
     "int8": {"kind": "int8"},
     "int4": {"kind": "int4", "group_size": 16},
