@@ -307,6 +307,17 @@ def test_biases_of_other_shapes(kind, rows):
             linear(x, module.weight, torch.randn(100))
 
 
+@pytest.mark.parametrize("kind", [("int8", qint8), ("int8", None), ("float8", None), ("int4", None)])
+def test_a_negated_view_of_a_bias(kind):
+    """It has the bias's address and dtype, for which the plan holds a struct already."""
+    module = layer(*kind, bias=False)
+    x, bias = torch.randn(2, 192).bfloat16(), 100 * torch.randn(384).bfloat16()
+    want = expected(module, x)
+    with torch.no_grad():
+        for given in (bias, bias, torch._neg_view(bias), bias):
+            assert near(linear(x, module.weight, given), want + given.double())
+
+
 def test_the_workspace_s_bound_holds_for_sums(monkeypatch):
     module = layer("int8", qint8, out_features=2048)
     monkeypatch.setattr(settings, "workspace_bytes", 2**21)

@@ -96,6 +96,7 @@ class CodedCall:
             and bias.is_cpu
             and bias.shape == (matrix.rows,)
             and bias.is_contiguous()
+            and not bias.is_neg()
         ):
             gemm.bias, gemm.bias_dtype, late = bias.data_ptr(), DTYPES[bias.dtype], None
         used.check(self._function(ctypes.addressof(gemm), codes, out.data_ptr(), scratch))

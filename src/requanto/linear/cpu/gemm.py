@@ -196,7 +196,8 @@ class Call:
             gemm = self._plain
         else:
             start, kind, gemm = self._biased
-            if start != bias.data_ptr() or kind is not bias.dtype:
+            # A negated view has the address of the bias itself.
+            if start != bias.data_ptr() or kind is not bias.dtype or bias.is_neg():
                 gemm = self._with_bias(bias)
             if gemm is None or bias.numel() != self.out_features or not bias.is_contiguous():
                 gemm, late = self._plain, bias
