@@ -54,6 +54,7 @@ def _fetched(fetch: Callable[[], Path]) -> Path:
 
 
 @pytest.fixture
-def float_arithmetic(monkeypatch):
-    """x is not rounded to integers in GEMMs on the CPU, so that results can be compared closely."""
+def exact(monkeypatch):
+    """Small weights stay plain and x is not rounded, so that results can be compared closely, or bit by bit."""
     monkeypatch.setattr(requanto.settings, "cpu_arithmetic", "float")
+    monkeypatch.setattr(requanto.settings, "pack_on_first_use", False)

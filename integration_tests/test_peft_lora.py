@@ -12,6 +12,8 @@ from torch import nn
 from requanto import QTensor, QuantoConfig
 from requanto.tensor.lowrank import fold_lowrank
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 DTYPES = ["int8", "int4", "int2", "float8", "float8_e5m2", "int3", "nf4", "codebook4"]
 
 

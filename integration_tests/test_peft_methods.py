@@ -15,7 +15,7 @@ from torch import nn
 
 from requanto import QTensor
 
-pytestmark = pytest.mark.usefixtures("float_arithmetic")
+pytestmark = pytest.mark.usefixtures("exact")
 
 TYPES = {
     "int8": {"kind": "int8"},

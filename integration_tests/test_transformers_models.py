@@ -8,6 +8,8 @@ from tiny_models import MIXTURES, TINY, output, save_tiny
 
 from requanto import QTensor, QuantoConfig
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 # How far the answer may be from that of the float model, whose weights are drawn large: errors are those of real models.
 CLOSE = {"int8": 0.06, "float8": 0.25, "int4": 0.6, "int2": 1.5, "nf4": 0.6, "codebook3": 1.0}
 # ... and of each weight: of a normal distribution, step / sqrt(12) with the steps that its range in a group makes.

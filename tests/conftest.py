@@ -45,3 +45,19 @@ def part(monkeypatch):
     """Imports a module of benchmarks/gpu_check by name."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
     return lambda name: importlib.import_module(f"gpu_check.{name}")
+
+
+@pytest.fixture
+def float_arithmetic(monkeypatch):
+    """x is not rounded in GEMMs on a CPU, so that results can be compared closely."""
+    from requanto import settings
+
+    monkeypatch.setattr(settings, "cpu_arithmetic", "float")
+
+
+@pytest.fixture
+def exact(float_arithmetic, monkeypatch):
+    """Besides, weights stay plain until a test packs them: packed, sums have another order."""
+    from requanto import settings
+
+    monkeypatch.setattr(settings, "pack_on_first_use", False)

@@ -328,7 +328,7 @@ def test_tensor_parallel_cuts(name):
         slice_weight(tensor, 1, 36, 96)
 
 
-def test_all_types_in_one_model(tmp_path):
+def test_all_types_in_one_model(tmp_path, exact):
     """Through quantize, the map, a state dict and requantize."""
     names = [
         "int3",

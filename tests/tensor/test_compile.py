@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 from requanto import QTensor
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 KINDS = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
 KINDS += ["int3", "uint8", "nf4", "codebook4", "nvfp4", "mxfp8"]
 

@@ -153,6 +153,8 @@ def for_tensors(*tensors: torch.Tensor) -> Library | None:
     """The library, if it can read and write all these tensors: ordinary ones, on the CPU, and no trace is recorded."""
     if torch._C._get_tracing_state() is not None or torch._C._functorch.peek_interpreter_stack() is not None:
         return None  # in a transform a new tensor has no memory
+    if torch._C._len_torch_dispatch_stack():
+        return None  # what a mode records (make_fx) would lack the call
     for tensor in tensors:
         if not tensor.is_cpu or (type(tensor) not in _PLAIN and is_fake(tensor)) or torch._is_functional_tensor(tensor):
             return None
