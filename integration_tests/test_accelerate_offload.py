@@ -54,7 +54,7 @@ def test_disk_offload(case, tmp_path):
     check(accelerate.disk_offload(case[1](), tmp_path, execution_device="cpu"), case, on_meta=14)
 
 
-def test_dispatch(case, tmp_path):
+def test_dispatch(case, tmp_path, exact):
     model = case[1]()
     check(accelerate.dispatch_model(model, DEVICE_MAP, main_device="cpu", offload_dir=tmp_path), case, on_meta=7)
 

@@ -18,6 +18,8 @@ import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.tensor.lowrank import append
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 KINDS = ["int8", "int4", "float8", "nf4"]
 MOTION_ADAPTER = {
     "block_out_channels": (32, 64),

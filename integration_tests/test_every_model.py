@@ -19,6 +19,8 @@ from torch import nn
 
 from requanto import QTensor, QuantoConfig
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 DRAWN = int(os.environ.get("REQUANTO_MODELS", "12"))
 
 #: Classes that do more with a weight than a layer's forward.

@@ -27,6 +27,8 @@ from requanto.checkpoint.format import CheckpointError
 from requanto.report.convert_foreign import convert_checkpoint
 from requanto.report.inspect import inspect_directory
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 IDS = torch.arange(12).view(1, -1)
 
 

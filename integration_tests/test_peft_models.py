@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from requanto import QTensor, QuantoConfig
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 INPUTS = TINY["llama"].inputs()
 
 

@@ -9,6 +9,8 @@ from tiny_models import TINY, save_tiny, tiny_tokenizer, token_ids
 
 from requanto import QuantoConfig
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 KINDS = ["int8", "float8", "int4", "int2", "nf4"]
 
 

@@ -165,7 +165,7 @@ assert 'requanto' not in sys.modules
 
 
 @pytest.mark.slow
-def test_a_dequantized_model_saves_and_loads_without_the_plugin(float_dir, tmp_path):
+def test_a_dequantized_model_saves_and_loads_without_the_plugin(float_dir, tmp_path, exact):
     model = load_again(load(float_dir, quantization_config=QuantoConfig(weights="int4")), tmp_path / "int4")
     before = answer(model)
     model.dequantize()

@@ -7,6 +7,8 @@ from torch import nn
 from requanto import QTensor
 from requanto.linear.prepack import prepare
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 
 class Stack(nn.Module):
     def __init__(self, kind: str, dtype: torch.dtype) -> None:

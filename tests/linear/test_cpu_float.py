@@ -11,7 +11,6 @@ import torch
 from cpu_levels import PROPERTY
 from cpu_weights import DTYPES, FLOAT8, KINDS, Weight, combinations, weight
 
-from requanto.dtypes.qtypes import qfloat8
 from requanto.linear.cpu import conditions
 from requanto_cpu import interface as c
 from requanto_cpu import level, levels, library, set_level
@@ -165,5 +164,5 @@ def test_many_rows_of_bfloat16_are_torchs_with_amx(monkeypatch):
         level, has_bfloat16 = "amx", True
 
     monkeypatch.setattr(conditions.library, "find", Amx)
-    assert conditions.gemm_rows(qfloat8, conditions.FLOAT, torch.bfloat16) < 64
-    assert conditions.gemm_rows(qfloat8, conditions.FLOAT, torch.float32) > 2**32
+    assert conditions.gemm_rows(conditions.FLOAT, torch.bfloat16) < 64
+    assert conditions.gemm_rows(conditions.FLOAT, torch.float32) > 2**32

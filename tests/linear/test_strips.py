@@ -110,18 +110,17 @@ def test_writes_copies_and_pickles_of_a_packed_weight(how: str) -> None:
     assert torch.equal(weight.dequantize(), other.dequantize())
     assert not torch.equal(copy.dequantize(), other.dequantize())
     weight.scale = other.scale * 2
-    assert weight.scale.stride() == (1, 48)
+    assert weight.scale.is_contiguous()
     weight.unpack()
     assert weight.layout_name == "plain"
     assert weight.scale.is_contiguous()
 
 
-def test_scales_are_group_major_and_those_in_few_bits_stay_packed() -> None:
+def test_scales_keep_their_order_and_those_in_few_bits_stay_packed() -> None:
     weight = quantized("int4", (64, 256), scale_bits=6)
     scale, stored = weight.scale.clone(), weight._storage.parts["scale"].nbytes
     weight.pack(STRIPS)
     part = weight._storage.parts["scale"]
-    assert part.stride() == (1, 64)
     assert part.nbytes == stored
     assert torch.equal(weight.scale, scale)
 

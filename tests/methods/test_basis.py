@@ -154,7 +154,7 @@ def test_scales_of_inputs_that_cannot_be_folded_are_stored_as_column_scales(meth
 
 
 @pytest.mark.parametrize("method", ["gptq", "signround", "awq"])
-def test_whole_models_in_every_basis_are_saved_and_loaded(method, tmp_path):
+def test_whole_models_in_every_basis_are_saved_and_loaded(method, tmp_path, exact):
     model, samples = pair_and_samples()
     expected = torch.cat([model(x) for x in samples]).detach()
     options = {"signround": {"iterations": 5, "batch": 2}}.get(method, {})

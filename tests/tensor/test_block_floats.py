@@ -127,7 +127,7 @@ def test_a_gemm_is_that_of_the_rounded_inputs(kind, activation, dtype):
         assert relative(again.detach(), want) < LIMITS[dtype]
 
 
-def test_gradients_pass_the_rounding_and_other_ways_to_call_agree():
+def test_gradients_pass_the_rounding_and_other_ways_to_call_agree(exact):
     weight = QTensor.quantize(randn(16, 64), "int4")
     x = randn(5, 64, seed=1).requires_grad_()
     plain = torch.autograd.grad(F.linear(x, weight).sum(), x)[0]

@@ -47,7 +47,7 @@ def test_views(name, weight):
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products(name, weight):
+def test_products(name, weight, exact):
     shape, product = PRODUCTS[name]
     x = torch.randn(shape)
     with torch.inference_mode():
