@@ -17,6 +17,8 @@ from requanto import QTensor, QuantoConfig
 from requanto.checkpoint.format import CheckpointError
 from requanto.report.convert_foreign import convert_checkpoint
 
+pytestmark = pytest.mark.usefixtures("exact")
+
 
 def own(path: Path, **options: Any) -> Any:
     """The model as Transformers loads it: dequantized."""

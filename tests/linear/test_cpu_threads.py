@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,7 +248,11 @@ def test_a_file_that_is_replaced_or_removed_while_it_is_loaded(tmp_path):
     kept = requanto_cpu.path()
     for file in kept.parent.glob(f"{kept.name}*"):
         shutil.copy2(file, tmp_path)
-    environment = {**os.environ, "REQUANTO_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # A library that was built into the package is taken from there: the child gets a copy of the package.
+    package = Path(requanto_cpu.__file__).parent
+    shutil.copytree(package, tmp_path / "packages" / package.name)
+    paths = os.pathsep.join([str(tmp_path / "packages"), *filter(None, sys.path)])
+    environment = {**os.environ, "REQUANTO_CACHE": str(tmp_path), "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", REPLACED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -82,7 +82,7 @@ def test_there_and_back(name, lead):
 
 
 @pytest.mark.parametrize("name", ["int4", "int8 groups", "nf4"])
-def test_every_reader_gets_the_same_values(name):
+def test_every_reader_gets_the_same_values(name, exact):
     weight = nn.Parameter(made(name, dtype=torch.float32), requires_grad=False)
     x, index = torch.randn(3, 512), torch.tensor([5, 0, 5])
     rows, looked_up = F.linear(x, weight), F.embedding(index, weight)
