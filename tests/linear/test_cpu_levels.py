@@ -25,7 +25,7 @@ def test_the_best_level_is_used():
 
 
 def test_a_level_can_be_chosen(monkeypatch):
-    kept()
+    kept(cache.path_of(build.compilers()[0]))  # that of all levels
     for name in load.levels():
         monkeypatch.setattr(load, "_loaded", None)
         monkeypatch.setenv("REQUANTO_CPU", name)
