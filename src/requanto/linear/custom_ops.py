@@ -18,7 +18,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.activations import rounded_in_blocks
-from requanto.linear.registry import choose, operator_plan, problem_of
+from requanto.linear.registry import choose, operator_plan, problem_of, run_chosen
 from requanto.runtime import onnx_nodes
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
@@ -51,8 +51,7 @@ def run(
     gemm = operator_plan(x, weight, activation) if lasts and input_scale is None else None
     if gemm is not None:
         return gemm(x, weight, bias)
-    found = choose(problem_of(weight, x.dtype, rows, activation, static=input_scale is not None))
-    return found.implementation.run(x, weight, bias, activation, input_scale)
+    return run_chosen(x, weight, bias, activation, input_scale)
 
 
 class EagerLinear(torch.autograd.Function):

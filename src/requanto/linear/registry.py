@@ -169,6 +169,19 @@ def problem_of(
     )
 
 
+def run_chosen(
+    x: torch.Tensor,
+    weight: QTensor,
+    bias: torch.Tensor | None,
+    activation: qtype | None = None,
+    input_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``[rows, K] -> [rows, N]`` by the implementation that is selected, without a plan."""
+    weight = weight.snapshot()  # in the layout that it is selected for
+    found = choose(problem_of(weight, x.dtype, x.shape[0], activation, static=input_scale is not None))
+    return found.implementation.run(x, weight, bias, activation, input_scale)
+
+
 # ---------------------------------------------------------------------- cached plans
 
 
@@ -219,12 +232,12 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     declined = storage.declined == (registry_state.version, x.dtype, spec.activation)
     if key in storage.plans or not (weight.is_packed or storage.stays_plain or declined):
         return
-    matrix = weight.as_matrix()
+    matrix = weight.snapshot().as_matrix()
     found = choose(problem_of(matrix, x.dtype, x.numel() // x.shape[-1], spec.activation)).implementation
     # A rotation comes between the column scale and the codes' GEMM.
     makes = found.make_plan is not None and not (found.takes_column and "column" in storage.parts and spec.rotation)
     planned = found.make_plan(matrix, x.numel() // x.shape[-1], x.dtype) if makes else None  # type: ignore[misc]
-    gemm = planned or _plan_without_preparation(found, spec.activation)
+    gemm = planned or _plan_without_preparation(found, matrix)
     if spec.rotation is not None:
         gemm = _with_rotation(gemm, spec.rotation)
     if "column" in storage.parts and not (planned is not None and found.takes_column):
@@ -263,7 +276,7 @@ def operator_plan(x: torch.Tensor, weight: QTensor, activation: qtype | None) ->
     if found is None:
         if not runs_eagerly():
             return None
-        version = storage.version
+        version, weight = storage.version, weight.snapshot()
         chosen = choose(problem_of(weight, x.dtype, x.shape[0], activation)).implementation
         # x was multiplied by the column scale before.
         usable = chosen.plans_operators and not (chosen.takes_column and "column" in storage.parts)
@@ -314,12 +327,16 @@ def _with_order(gemm: Gemm, order: torch.Tensor) -> Gemm:
     return reordered
 
 
-def _plan_without_preparation(found: Implementation, activation: qtype | None) -> Gemm:
-    """The plan of an implementation without `Implementation.make_plan`: it only skips the selection."""
+def _plan_without_preparation(found: Implementation, matrix: QTensor) -> Gemm:
+    """The plan of an implementation without `Implementation.make_plan`: it only skips the selection.
+
+    Args:
+        matrix: a snapshot, so that the weight's storage, which owns the plan, is not referenced.
+    """
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         with torch._C.DisableTorchFunctionSubclass():
-            out = found.run(x.reshape(-1, x.shape[-1]), weight.as_matrix(), bias, activation, None)
+            out = found.run(x.reshape(-1, x.shape[-1]), matrix, bias, matrix._spec.activation, None)
             return out.view(*x.shape[:-1], out.shape[1])
 
     return gemm

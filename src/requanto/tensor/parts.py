@@ -308,6 +308,10 @@ class WeightParts:
         spec = self._spec.replace(**changes) if changes else self._spec
         return type(self)._over(spec, self._storage)
 
+    def snapshot(self) -> QTensor:
+        """This weight as it is now: packing or unpacking it in another thread does not reach it. Only to be read."""
+        return type(self)._over(self._spec, self._storage.snapshot())
+
     def as_matrix(self) -> QTensor:
         """The weight as its stored matrix ``[N, K]``, a view of the same storage."""
         if len(self._spec.shape) == 2 and not self._spec.transposed:

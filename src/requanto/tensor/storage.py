@@ -167,6 +167,20 @@ class WeightStorage:
                 self.layout.check_unpack(self.parts)
                 self.set(self.stored(spec))
 
+    def snapshot(self) -> WeightStorage:
+        """A storage of the tensors that this one has now; both use the same derived tensors.
+
+        Another thread may pack or unpack the weight at any time. A GEMM for which an implementation is selected by the
+        layout must read the codes in that layout: it takes a snapshot, and both from there.
+        """
+        found = WeightStorage.__new__(WeightStorage)
+        with LOCK:
+            found.state = self.state  # first: a slice renews its tensors, and drops what was derived from the old ones
+            found.plans, found.derived, found.version = {}, self.derived, self.version
+            found.stays_plain, found.declined, found.packed_as = self.stays_plain, self.declined, self.packed_as
+            found.name, found.read_logged, found._unpacked = self.name, self.read_logged, self._unpacked
+        return found
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors and of those derived from them."""

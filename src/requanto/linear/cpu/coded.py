@@ -34,9 +34,9 @@ def run(
 
 
 def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
-    """Plan of `run` for one shape of x, with one scale per token; None if the library cannot read the weight."""
+    """Plan of `run` for one shape of x, with one scale per token; None if the library cannot read the weight in strips."""
     found = described(weight)
-    if found is None or found.has_copies:
+    if found is None or found.has_copies or not found.strips:
         return None
     return CodedCall(found, rows, dtype)
 

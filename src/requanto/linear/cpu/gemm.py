@@ -16,7 +16,7 @@ import torch
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import library
 from requanto.linear.cpu.weights import DTYPES, MOST_TABLE_ERROR, Described, described, table_of
-from requanto.linear.registry import Gemm
+from requanto.linear.registry import Gemm, run_chosen
 from requanto.runtime.buffers import scratch_memory
 from requanto.runtime.settings import settings
 from requanto.runtime.tracing import without_ambient_state
@@ -97,17 +97,18 @@ def run(
     return gemm(x, weight, bias)
 
 
-def run_float(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
-    """Computes ``x @ w.T`` without rounding x."""
+def run_float(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
+    """Computes ``x @ w.T`` without rounding x; None if the weight is not packed."""
     found = described(weight)
-    assert found is not None
+    if found is None or not found.strips:
+        return None
     return Call(found, 0, FLOAT, x.shape[0], x.dtype)(x, weight, None)
 
 
 def make_plan(weight: QTensor, rows: int, dtype: torch.dtype) -> Gemm | None:
-    """Plan of `run` for one shape of x; None if the library cannot read the weight."""
+    """Plan of `run` for one shape of x; None if the library cannot read the weight in strips."""
     found = described(weight)
-    if found is None:
+    if found is None or not found.strips:
         return None
     how = arithmetic_of(weight, rows, dtype)
     narrow = is_narrowed(weight._spec.qtype, rows, dtype, how)
@@ -120,7 +121,8 @@ def _renewed(call: Call, found: Described, rows: int, dtype: torch.dtype) -> Gem
 
     def gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> torch.Tensor:
         current = call if found.is_current() else make_plan(weight, rows, dtype)
-        assert current is not None
+        if current is None:  # another thread has unpacked the weight
+            return run_chosen(x.reshape(rows, -1), weight, bias).view(*x.shape[:-1], -1)
         return current(x, weight, bias)
 
     return gemm

@@ -13,7 +13,6 @@ from requanto.linear.activations import quantize_activations
 from requanto.linear.cpu import gemm, library
 from requanto.linear.cpu.dequantize import by_library, dequantize_rows, row_scaled
 from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
-from requanto.linear.cpu.strips import STRIPS
 from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import rows_that_fit, scratch_buffer
 from requanto.tensor.qtensor import QTensor
@@ -55,9 +54,7 @@ def run(
 
 def _coded(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
     """``x @ w.T`` of codes (as float32), which are exact in float32; None where torch's GEMM is to run."""
-    strips = weight._storage.layout is STRIPS and not weight.transposed
-    used = library.for_tensors(x)
-    if not strips or used is None:
+    if weight.transposed or library.for_tensors(x) is None:
         return None
     return gemm.run_float(x, weight)
 

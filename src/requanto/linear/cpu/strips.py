@@ -50,8 +50,8 @@ class StripsLayout(Layout):
         plain = parts["qdata"].view(torch.uint8).reshape(rows, -1)
         call = library.for_tensors(plain)
         if call is not None:
-            strips = pages.empty(tuple(shape), torch.uint8)
-            call.pack(plain.contiguous().data_ptr(), bits, rows, length, _flip(spec), strips.data_ptr())
+            strips, plain = pages.empty(tuple(shape), torch.uint8), plain.contiguous()
+            call.pack(plain.data_ptr(), bits, rows, length, _flip(spec), strips.data_ptr())
         elif rows:
             made = [planes.to_strips(_plain_codes(part, spec), bits) for part in plain.split(_rows_at_once(length))]
             strips = torch.cat(made).view(shape)
