@@ -38,6 +38,15 @@ def test_round_trip(bits, lead, length, seed):
     assert torch.equal(unpack(packed, bits, length), codes)
 
 
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_bytes_with_any_strides_are_unpacked(bits):
+    codes = torch.randint(0, 2**bits, (6, 40)).to(torch.uint8)
+    packed = pack(codes, bits)
+    for strided in (packed.t().contiguous().t(), packed.repeat_interleave(2, 1)[:, ::2]):
+        assert torch.equal(unpack(strided, bits, 40), codes)
+        assert torch.equal(unpack_pairs(strided, bits, 40), unpack_pairs(packed, bits, 40))
+
+
 @given(bits=st.integers(1, 7), length=st.integers(0, 1000))
 def test_packed_length_is_the_bits_rounded_up_to_bytes(bits, length):
     assert packed_length(length, bits) == (length * bits + 7) // 8

@@ -61,7 +61,8 @@ def unpack(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
     if bits not in _WHOLE:
         return _slide_apart(_words_of(packed, bits), bits, 8).view(torch.uint8)[..., :length]
     per_byte = 8 // bits
-    word = packed.to(_WORDS[per_byte])
+    # Bytes with any strides become words side by side.
+    word = packed.to(_WORDS[per_byte], memory_format=torch.contiguous_format)
     spread = word.clone()
     for lane in range(1, per_byte):
         spread |= word << ((8 - bits) * lane)
