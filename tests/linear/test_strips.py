@@ -55,6 +55,29 @@ def test_codes_come_back_bit_for_bit(kind: str, how: str) -> None:
         assert all(torch.equal(bits(part), bits(parts[name])) for name, part in back.items())
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "float8_e4m3fn", "mxfp8_e4m3", "int4"])
+def test_codes_with_other_strides_are_copied_for_as_long_as_they_are_read(
+    kind: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ's codes were column by column; what was freed before the library read it had other bytes by then."""
+    if how == "library":
+        read = library.Library.pack
+
+        def pack(self: library.Library, plain: int, bits: int, rows: int, length: int, *more: int) -> None:
+            taken = [torch.full((rows * length * bits // 8,), 0x7F, dtype=torch.uint8) for _ in range(4)]
+            read(self, plain, bits, rows, length, *more)
+            del taken
+
+        monkeypatch.setattr(library.Library, "pack", pack)
+    for shape in ((64, 32), (16, 64), (96, 256)):
+        parts = dict(quantized(kind, shape).inner_tensors())
+        strided = {**parts, "qdata": parts["qdata"].view(torch.uint8).t().contiguous().t().view(parts["qdata"].dtype)}
+        weight = quantized(kind, shape).with_inner(strided)
+        assert not weight._storage.parts["qdata"].is_contiguous()
+        packed = {**parts, **STRIPS.pack(weight._spec, weight._storage.parts)}
+        assert torch.equal(bits(STRIPS.unpack(weight._spec, packed)), bits(parts["qdata"]))
+
+
 @pytest.mark.parametrize("width", range(1, 9))
 def test_both_ways_of_packing_give_the_same_bytes(width: int) -> None:
     if library.find() is None:

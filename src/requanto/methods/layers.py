@@ -237,7 +237,7 @@ class Layer:
         """Returns the QTensor whose dequantized codes are ``rounded.values``, with the basis."""
         kind = grid.kind
         groups = rounded.values.view(len(rounded.values), rounded.scale.shape[1], -1)
-        codes = encode(groups, rounded.scale, rounded.shift, kind)
+        codes = encode(groups, rounded.scale, rounded.shift, kind).contiguous()  # the values may be column by column
         scale, shift = self._stored_scales(rounded, grid)
         tensor = QTensor(
             pack(codes, kind.bits) if kind.is_packed else codes.view(self.stored_shape),
