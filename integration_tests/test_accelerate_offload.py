@@ -60,6 +60,20 @@ def test_dispatch(case, tmp_path):
     check(accelerate.dispatch_model(model, DEVICE_MAP, main_device="cpu", offload_dir=tmp_path), case, on_meta=7)
 
 
+def test_tied_weights_are_recognized_after_packing(tmp_path):
+    """Accelerate remembers tied weights by `data_ptr`; no weight that is loaded later may be taken for one of them."""
+    directory = save_tiny("llama-tied", tmp_path / "float")
+    config = QuantoConfig("int4", embeddings=True, lm_head=True)
+    model = TINY["llama-tied"].auto.from_pretrained(directory, quantization_config=config).eval()
+    model = accelerate.dispatch_model(model, DEVICE_MAP, main_device="cpu", offload_dir=tmp_path / "off")
+    known = model.model.layers[1].self_attn.q_proj._hf_hook.tied_params_map
+    (key,) = known
+    for _ in range(2):
+        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr() == key
+        output(model, TINY["llama-tied"].inputs())
+    assert model.lm_head.weight.is_packed
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["on the fly", "from a checkpoint"])
 @pytest.mark.parametrize("device_map", [DEVICE_MAP, {"": "disk"}, "auto"], ids=["parts", "all", "auto"])
 def test_device_maps(case, tmp_path, quantized, device_map):

@@ -660,3 +660,23 @@ def test_waits_for_the_current_stream_of_the_device(monkeypatch):
     storage._wait_for(torch.device("cuda:1"))
     storage._wait_for(torch.device("cpu"))
     assert waited == [torch.device("cuda:1")]
+
+
+def test_the_number_that_stands_for_a_weight_is_its_own():
+    """`data_ptr` does not change when the codes move, and no later weight or tensor has it."""
+    weight = torch.nn.Parameter(QTensor.quantize(torch.randn(64, 64), "int4"), False)
+    number = weight.data_ptr()
+    assert number == weight.detach().data_ptr() == weight.t().data_ptr() == weight.data.data_ptr()
+    prepare(torch.nn.ParameterList([weight]))
+    assert weight.is_packed
+    assert weight.data_ptr() == number
+    weight.unpack()
+    assert weight.data_ptr() == number
+    assert weight.clone().data_ptr() != number
+    seen = {number}
+    for _ in range(20):  # each is freed before the next is made
+        other = QTensor.quantize(torch.randn(64, 64), "int4").data_ptr()
+        assert other not in seen
+        seen.add(other)
+    assert min(seen) > 2**57  # addresses of processes have 57 bits at most
+    assert weight.to("meta").data_ptr() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from requanto.runtime.tracing import is_fake
 from requanto.tensor import float_targets
 from requanto.tensor.dispatch import implements_function
 from requanto.tensor.qtensor import NO_GRADIENT, QTensor
@@ -38,8 +39,15 @@ def _set_data(self: torch.Tensor, value: torch.Tensor) -> None:
 
 @implements_function(torch.Tensor.data_ptr)
 def _data_ptr(self: QTensor) -> int:
-    """Address of the codes. The wrapper has no memory, and accelerate recognizes tied weights by their address."""
-    return self._storage.parts["qdata"].data_ptr()
+    """A number that stands for the weight as long as it lives, and for no other one later; 0 on the meta device.
+
+    It is no address: the wrapper has no memory. Accelerate keeps the addresses of tied weights and recognizes them by
+    these. The address of the codes would not do: packing frees their memory, and another weight that is loaded there would
+    be taken for this one.
+    """
+    codes = self._storage.parts["qdata"]
+    has_memory = codes.device.type != "meta" and not is_fake(codes) and codes.numel()
+    return self._storage.identity if has_memory else codes.data_ptr()
 
 
 @implements_function(torch.Tensor.share_memory_)

@@ -9,6 +9,7 @@ changes the tensors must call `changed`, which clears the caches.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from requanto.tensor.spec import WeightSpec
 Parts = Mapping[str, torch.Tensor]
 
 
+#: Numbers beyond all addresses of processes, with the alignment of torch's memory.
+_identities = itertools.count(2**62, 64)
 #: Storages of prepacked weights by the address of their codes, which is unique while the storage exists.
 _packed: weakref.WeakValueDictionary[int, WeightStorage] = weakref.WeakValueDictionary()
 
@@ -43,6 +46,7 @@ class WeightStorage:
 
     __slots__ = (
         "__weakref__",
+        "_identity",
         "_unpacked",
         "declined",
         "derived",
@@ -66,6 +70,7 @@ class WeightStorage:
         self.declined: Any = None
         self.packed_as: WeightSpec | None = None
         self.name, self.read_logged = "", False
+        self._identity = 0
         self._unpacked: weakref.ref[torch.Tensor] | None = None
         if layout is not PLAIN and spec is not None:
             self.register(spec)
@@ -79,6 +84,14 @@ class WeightStorage:
     def parts(self) -> dict[str, torch.Tensor]:
         """The tensors in the current layout, by name."""
         return self.state[1]
+
+    @property
+    def identity(self) -> int:
+        """What `QTensor.data_ptr` returns: no other storage has it, now or later, and no tensor has such an address."""
+        if not self._identity:
+            with LOCK:
+                self._identity = self._identity or next(_identities)
+        return self._identity
 
     @property
     def base(self) -> WeightStorage | None:
@@ -178,7 +191,8 @@ class WeightStorage:
             found.state = self.state  # first: a slice renews its tensors, and drops what was derived from the old ones
             found.plans, found.derived, found.version = {}, self.derived, self.version
             found.stays_plain, found.declined, found.packed_as = self.stays_plain, self.declined, self.packed_as
-            found.name, found.read_logged, found._unpacked = self.name, self.read_logged, self._unpacked
+            found.name, found.read_logged, found._identity = self.name, self.read_logged, self._identity
+            found._unpacked = self._unpacked
         return found
 
     @property
