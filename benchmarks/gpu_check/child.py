@@ -119,8 +119,12 @@ class Runner:
 def on_the_cpu() -> None:
     """A dry run: the GPU's implementations come first in the table, take the CPU for their device, and are interpreted."""
     from requanto.linear import prepack, registry
-    from requanto.linear.gpu import conditions
+    from requanto.linear.gpu import conditions, dequantize
+    from requanto.runtime.settings import settings
+    from requanto.tensor import qtensor
 
+    settings.compiled = False  # the library of CPU kernels would do what the GPU's kernels are asked for
+    qtensor.value_kernels["cpu"] = dequantize.values
     conditions.DEVICES = ("cpu",)
     conditions.capability = lambda kind: 0
     prepack.SMALLEST = prepack.SMALLEST_ON_CPU = 0

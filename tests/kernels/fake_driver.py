@@ -126,8 +126,9 @@ def fake_gpu_layers(arch: int = 90, processors: int = 132) -> Iterator[FakeGPU]:
     """`fake_gpu` for `requanto.linear` too: its GPU implementations take CPU tensors."""
     from requanto.linear import prepack, registry
     from requanto.linear.gpu import conditions as rules
-    from requanto.linear.gpu import layout
-    from requanto.runtime.settings import registry_state
+    from requanto.linear.gpu import dequantize, layout
+    from requanto.runtime.settings import registry_state, settings
+    from requanto.tensor import qtensor
 
     with fake_gpu(arch, processors) as gpu, contextlib.ExitStack() as patches:
         _set(patches, rules, "DEVICES", ("cpu",))
@@ -135,7 +136,9 @@ def fake_gpu_layers(arch: int = 90, processors: int = 132) -> Iterator[FakeGPU]:
         _set(patches, rules, "available", lambda: True)
         first = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(("triton", "gpu", "torch-")))
         _set(patches, registry, "_REGISTRY", first)
-        # No CPU layout for what stays plain on a GPU.
+        # Nothing of what a CPU has: neither its kernels nor a layout for what stays plain on a GPU.
+        _set(patches, settings, "compiled", False)
+        _set(patches, qtensor, "value_kernels", {"cpu": dequantize.values})
         fits = layout.fits
         _set(patches, prepack, "layout_for", lambda w, dtype=None, a=None: layout.EXEC if fits(w, a) else None)
         registry_state.changed()

@@ -7,7 +7,8 @@ import torch
 
 from requanto.linear import registry
 from requanto.linear.gpu import conditions as rules
-from requanto.linear.gpu import layout
+from requanto.linear.gpu import dequantize, layout
+from requanto.runtime.settings import settings
 from requanto.tensor import qtensor
 from requanto.tensor.layout import Layout
 
@@ -15,7 +16,12 @@ NOWHERE = ("none",)
 
 
 def take_for_a_gpu(patch, device="cpu", capability=0, first=("triton",)):
-    """Implementations for GPUs take ``device`` for theirs. Those whose names begin as one of ``first`` lead the table."""
+    """Implementations for GPUs take ``device`` for theirs. Those whose names begin as one of ``first`` lead the table.
+
+    The library of CPU kernels is not used: it would do what the GPU's kernels are asked for.
+    """
+    patch.setattr(settings, "compiled", False)
+    patch.setattr(qtensor, "value_kernels", {device: dequantize.values})
     patch.setattr(rules, "DEVICES", (device,))
     patch.setattr(rules, "capability", lambda kind: capability)
     entries = sorted(registry._REGISTRY, key=lambda one: not one.name.startswith(first))
@@ -49,4 +55,6 @@ def reference(weight, dtype=torch.float32):
     """The dequantized weight by torch's operators, whatever the device is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules, "DEVICES", NOWHERE)
+        patch.setattr(qtensor, "value_kernels", {})
+        patch.setattr(settings, "compiled", False)
         return weight.dequantize(dtype)
