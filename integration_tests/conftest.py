@@ -54,7 +54,12 @@ def _fetched(fetch: Callable[[], Path]) -> Path:
 
 
 @pytest.fixture
-def exact(monkeypatch):
-    """Small weights stay plain and x is not rounded, so that results can be compared closely, or bit by bit."""
+def float_arithmetic(monkeypatch):
+    """x is not rounded in GEMMs on a CPU, so that results can be compared closely with those of float weights."""
     monkeypatch.setattr(requanto.settings, "cpu_arithmetic", "float")
+
+
+@pytest.fixture
+def exact(float_arithmetic, monkeypatch):
+    """Besides, weights stay plain, so that results can be compared bit by bit: packed, sums have another order."""
     monkeypatch.setattr(requanto.settings, "pack_on_first_use", False)

@@ -68,7 +68,7 @@ def test_there_and_back(name, float_dir, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["nvfp4", "mxfp4"])
-def test_adapters(weights, float_dir):
+def test_adapters(weights, float_dir, float_arithmetic):
     model = load(float_dir, quantization_config=QuantoConfig(weights=weights))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(copy.deepcopy(model), config)

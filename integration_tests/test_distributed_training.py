@@ -162,6 +162,15 @@ def worker(rank: int, directory: Path) -> dict:
     return {task: ranks.attempt(globals()[task[0]], directory, task[1], rank) for task in TASKS}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def float_arithmetic():
+    """Here and on all ranks: FSDP's weights stay plain, those of one process are packed, whose x would be rounded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requanto.settings, "cpu_arithmetic", "float")
+        patch.setenv("REQUANTO_CPU_ARITHMETIC", "float")
+        yield
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return save_tiny("llama", tmp_path_factory.mktemp("llama"))

@@ -52,7 +52,7 @@ def write(model: torch.nn.Module, directory: Path, options: Callable[[str], dict
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_experts_stored_one_by_one_are_joined_without_rounding(name, tmp_path):
+def test_experts_stored_one_by_one_are_joined_without_rounding(name, tmp_path, float_arithmetic):
     torch.manual_seed(0)
     made = write(MODELS[name]().eval(), tmp_path / "q")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "q")

@@ -9,6 +9,9 @@ from tiny_models import TINY, output, save_tiny
 
 from requanto import QTensor, QuantoConfig
 
+# A model that is made of another one's state dict shares its memory, so neither is packed; a loaded one would be.
+pytestmark = pytest.mark.usefixtures("exact")
+
 
 def quantized(model) -> dict[str, QTensor]:
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QTensor)}

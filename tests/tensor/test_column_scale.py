@@ -177,7 +177,7 @@ def test_what_can_be_joined():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_an_adapter_is_added_in_the_basis_of_the_weight(packed):
+def test_an_adapter_is_added_in_the_basis_of_the_weight(packed, float_arithmetic):
     layer = nn.Linear(256, 320, bias=False)
     layer.weight = nn.Parameter(quantized("int4", (320, 256)), requires_grad=False)
     if packed:
