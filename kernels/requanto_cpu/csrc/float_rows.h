@@ -76,18 +76,27 @@ static void add_columns(const V& values, const RqWeight* w, const uint8_t* strip
     if (x.sums && column < end) subtract_shift<R>(shift, x.sums + g * R, total);
   };
   for (int64_t column = begin; column < end; column += RQ_COLUMNS, unit += V::Codes::bytes, px += words) {
-    add_quad<V, R, 0, SETS>(values, unit, px, sum, flags);
-    add_quad<V, R, 1, SETS>(values, unit, px, sum, flags);
-    finish(column + 8);
-    add_quad<V, R, 2, SETS>(values, unit, px, sum, flags);
-    add_quad<V, R, 3, SETS>(values, unit, px, sum, flags);
-    finish(column + 16);
-    add_quad<V, R, 4, SETS>(values, unit, px, sum, flags);
-    add_quad<V, R, 5, SETS>(values, unit, px, sum, flags);
-    finish(column + 24);
-    add_quad<V, R, 6, SETS>(values, unit, px, sum, flags);
-    add_quad<V, R, 7, SETS>(values, unit, px, sum, flags);
-    finish(column + 32);
+    if constexpr (V::Codes::bits == 8 || V::Codes::bits == 4) {  // each two quads alike: less to compile
+#pragma GCC unroll 1
+      for (int q = 0; q < 8; q += 2) {
+        add_quad<V, R, 0, SETS>(values, unit + V::Codes::bytes / 8 * q, px + q * V::per_quad * R, sum, flags);
+        add_quad<V, R, 1, SETS>(values, unit + V::Codes::bytes / 8 * q, px + q * V::per_quad * R, sum, flags);
+        finish(column + 4 * q + 8);
+      }
+    } else {
+      add_quad<V, R, 0, SETS>(values, unit, px, sum, flags);
+      add_quad<V, R, 1, SETS>(values, unit, px, sum, flags);
+      finish(column + 8);
+      add_quad<V, R, 2, SETS>(values, unit, px, sum, flags);
+      add_quad<V, R, 3, SETS>(values, unit, px, sum, flags);
+      finish(column + 16);
+      add_quad<V, R, 4, SETS>(values, unit, px, sum, flags);
+      add_quad<V, R, 5, SETS>(values, unit, px, sum, flags);
+      finish(column + 24);
+      add_quad<V, R, 6, SETS>(values, unit, px, sum, flags);
+      add_quad<V, R, 7, SETS>(values, unit, px, sum, flags);
+      finish(column + 32);
+    }
   }
   if (g * w->group < end) add_group<R, SETS>(sum, scale, total);
 }

@@ -82,18 +82,28 @@ static bool decode_strip(const V& values, const RqWeight* w, int64_t strip, int6
   };
   Flags flags = no_flags();
   for (int64_t column = begin; column < end; column += RQ_COLUMNS, unit += V::Codes::bytes) {
-    decode_quad<V, PAIRS, 0>(values, unit, scale, shift, panel, flags);
-    decode_quad<V, PAIRS, 1>(values, unit, scale, shift, panel, flags);
-    next(column + 8);
-    decode_quad<V, PAIRS, 2>(values, unit, scale, shift, panel, flags);
-    decode_quad<V, PAIRS, 3>(values, unit, scale, shift, panel, flags);
-    next(column + 16);
-    decode_quad<V, PAIRS, 4>(values, unit, scale, shift, panel, flags);
-    decode_quad<V, PAIRS, 5>(values, unit, scale, shift, panel, flags);
-    next(column + 24);
-    decode_quad<V, PAIRS, 6>(values, unit, scale, shift, panel, flags);
-    decode_quad<V, PAIRS, 7>(values, unit, scale, shift, panel, flags);
-    next(column + 32);
+    if constexpr (V::Codes::bits == 8 || V::Codes::bits == 4) {  // each two quads alike: less to compile
+#pragma GCC unroll 1
+      for (int q = 0; q < 8; q += 2) {
+        float* to = panel + q * (PAIRS ? 2 : 4) * PANEL_WIDTH;
+        decode_quad<V, PAIRS, 0>(values, unit + V::Codes::bytes / 8 * q, scale, shift, to, flags);
+        decode_quad<V, PAIRS, 1>(values, unit + V::Codes::bytes / 8 * q, scale, shift, to, flags);
+        next(column + 4 * q + 8);
+      }
+    } else {
+      decode_quad<V, PAIRS, 0>(values, unit, scale, shift, panel, flags);
+      decode_quad<V, PAIRS, 1>(values, unit, scale, shift, panel, flags);
+      next(column + 8);
+      decode_quad<V, PAIRS, 2>(values, unit, scale, shift, panel, flags);
+      decode_quad<V, PAIRS, 3>(values, unit, scale, shift, panel, flags);
+      next(column + 16);
+      decode_quad<V, PAIRS, 4>(values, unit, scale, shift, panel, flags);
+      decode_quad<V, PAIRS, 5>(values, unit, scale, shift, panel, flags);
+      next(column + 24);
+      decode_quad<V, PAIRS, 6>(values, unit, scale, shift, panel, flags);
+      decode_quad<V, PAIRS, 7>(values, unit, scale, shift, panel, flags);
+      next(column + 32);
+    }
     panel += (PAIRS ? 16 : 32) * PANEL_WIDTH;
   }
   return any(flags);
