@@ -236,6 +236,24 @@ static inline bool wrong_rows(const RqWeight* w, int32_t dtype) {
   return w->bits < 1 || w->bits > 8 || (dtype != RQ_F32 && dtype != RQ_F16 && dtype != RQ_BF16) || (w->length && w->group < 1);
 }
 
+// Looked-up rows are anywhere in memory: what row n needs is fetched while FETCH_ROWS rows before it are computed.
+enum { FETCH_ROWS = 6 };
+static inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const uint8_t*)from + i, 0, 2);
+  if (bytes > 0) __builtin_prefetch((const uint8_t*)from + bytes - 1, 0, 2);
+}
+static inline void fetch_part(const Parts& p, int64_t groups, int64_t n) {
+  if (p.stride_g != 1) return;
+  fetch((const uint8_t*)p.base + n * p.stride_n * part_bytes(p.read), (groups * p.bits * part_bytes(p.read) + 7) / 8);
+}
+static void fetch_scales(const RqWeight* w, int64_t n) {
+  const int64_t blocks = row_blocks(w), bytes = w->row_dtype == RQ_F32 ? 4 : 2;
+  fetch_part(scale_parts(w), w->groups, n);
+  if (w->shift_kind != RQ_NO_SHIFT) fetch_part(shift_parts(w), w->groups, n);
+  if (w->row_scale) fetch((const uint8_t*)w->row_scale + n * blocks * bytes, blocks * bytes);
+  if (w->row_shift) fetch((const uint8_t*)w->row_shift + n * blocks * bytes, blocks * bytes);
+}
+
 static int strips_to_rows(const RqWeight* w, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype, int64_t out_stride) {
   if (wrong_rows(w, dtype)) return RQ_E_ARGUMENT;
   if (start >= stop || !w->length) return 0;
@@ -254,7 +272,14 @@ static int strips_to_rows(const RqWeight* w, int64_t start, int64_t stop, const 
     }
     rq::parallel(stop - start, (1 << 15) / w->length + 1, [&](int64_t begin, int64_t end) {
       const WithSubnormals mode;
-      for (int64_t i = begin; i < end; ++i) write_row_of_strip(d, units, index[i], dtype, (uint8_t*)out + i * row_bytes);
+      for (int64_t i = begin, ahead = begin; i < end; ++i) {
+        for (; ahead < end && ahead <= i + FETCH_ROWS; ++ahead) {
+          const uint8_t* line = w->codes + index[ahead] / RQ_ROWS * units * w->bits * 64;
+          fetch(line, units * w->bits * 64);
+          fetch_scales(w, index[ahead]);
+        }
+        write_row_of_strip(d, units, index[i], dtype, (uint8_t*)out + i * row_bytes);
+      }
     });
   });
 }
@@ -269,7 +294,11 @@ static int plain_to_rows(const RqWeight* weight, int32_t is_signed, int64_t star
   return with_decoder(&w, w.bits, is_signed ? 128 : 0, [&](const Decoder& d) {
     rq::parallel(stop - start, (1 << 15) / w.length + 1, [&](int64_t begin, int64_t end) {
       const WithSubnormals mode;
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i = begin, ahead = begin; i < end; ++i) {
+        for (; index && ahead < end && ahead <= i + FETCH_ROWS; ++ahead) {
+          fetch(w.codes + index[ahead] * code_bytes, code_bytes);
+          fetch_scales(&w, index[ahead]);
+        }
         const int64_t n = index ? index[i] : start + i;
         write_row(d, w.codes + n * code_bytes, code_bytes, n, dtype, (uint8_t*)out + i * row_bytes);
       }
