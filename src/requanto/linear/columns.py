@@ -6,11 +6,24 @@ The implementations only see the codes, so this costs one multiplication or one 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from requanto.runtime.tracing import runs_eagerly, without_ambient_state
 from requanto.scales.order import in_order, inverse
 from requanto.tensor.qtensor import QTensor
+
+
+class _Copy(NamedTuple):
+    """A column scale in another dtype, and the version of the original. A weight keeps one, the last that was asked for."""
+
+    values: torch.Tensor
+    version: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
 
 
 def column_for(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -25,12 +38,12 @@ def column_for(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
         return column.to(dtype, copy=True)
     if column.dtype == dtype:
         return column
-    key = ("column", dtype, column._version)
-    copy = storage.derived.get(key)
-    if copy is None:
+    kept: _Copy | None = storage.derived.get("column")
+    if kept is None or kept.values.dtype != dtype or kept.version != column._version:
         with without_ambient_state():
-            copy = storage.derived[key] = column.to(dtype, copy=True)
-    return copy
+            kept = _Copy(column.to(dtype, copy=True), column._version)
+        storage.derived["column"] = kept
+    return kept.values
 
 
 def scale_columns(x: torch.Tensor, weight: QTensor) -> torch.Tensor:
