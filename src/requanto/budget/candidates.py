@@ -11,7 +11,9 @@ import torch
 from requanto.config.limit import parse_candidates
 from requanto.config.plan import PlannedWeight
 from requanto.dtypes.qtypes import resolve_qtype
+from requanto.linear.cpu.strips import padding_bytes
 from requanto.scales.search import valid_methods
+from requanto.tensor.qtensor import QTensor
 
 #: Types and group sizes that are tried without samples: ``type``, ``type:group`` or ``type:row``; float is always added.
 #: Types below 8 bits have groups: with one scale per row, errors concentrate in rows with outliers, whose effect cannot be
@@ -39,7 +41,7 @@ class Candidate:
     Attributes:
         label: ``"int4 g64"``, ``"int8"`` (one scale per row), ``"float"``.
         planned: how to quantize it; None: it stays float.
-        bytes: size of all stored parts.
+        bytes: size of all stored parts; for a budget of memory also what kernels of a CPU pad the codes with.
     """
 
     label: str
@@ -47,13 +49,25 @@ class Candidate:
     bytes: int
 
 
-def candidates_for(planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[str]) -> list[Candidate]:
+def bytes_of(weight: QTensor, running: bool) -> int:
+    """The size of a weight: of all stored parts.
+
+    Args:
+        running: with the padding of codes that a CPU's kernels multiply, for a budget that holds once the model has run.
+    """
+    return weight.nbytes + (padding_bytes(weight._spec) if running else 0)
+
+
+def candidates_for(
+    planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[str], running: bool = False
+) -> list[Candidate]:
     """Returns the distinct candidates for a weight, float last.
 
     Args:
         planned: its plan with ``options.auto``; a group size given by the user is used for all types.
         shape: the weight, or a meta tensor of its shape and dtype.
         texts: see ``GROUPED_CANDIDATES``.
+        running: see `bytes_of`.
     """
     meta = torch.empty(shape.shape, dtype=shape.dtype, device="meta")
     found: dict[str, Candidate] = {}
@@ -73,6 +87,6 @@ def candidates_for(planned: PlannedWeight, shape: torch.Tensor, texts: Sequence[
         tensor = choice.quantize(meta, "a candidate")
         fitted = "" if tensor.group_size is None else f" g{tensor.group_size}"
         options.group_size = tensor.group_size
-        found.setdefault(f"{name}{fitted}", Candidate(f"{name}{fitted}", choice, tensor.nbytes))
+        found.setdefault(f"{name}{fitted}", Candidate(f"{name}{fitted}", choice, bytes_of(tensor, running)))
     float_bytes = shape.numel() * shape.element_size()
     return [*found.values(), Candidate(FLOAT, None, float_bytes)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from requanto.budget.allocate import Allocation, Option, allocate
-from requanto.budget.candidates import ALL_CANDIDATES, FLOAT, GROUPED_CANDIDATES, Candidate
+from requanto.budget.candidates import ALL_CANDIDATES, FLOAT, GROUPED_CANDIDATES, Candidate, bytes_of
 from requanto.budget.measure import Importance
 from requanto.budget.tables import Pieces, candidates_by_label, mean_costs, measure_module, scaled_costs
 from requanto.config.few_bits import warn_few_bits_of_budget
@@ -124,14 +124,14 @@ def choose(
     """
     texts = tuple(candidates or (ALL_CANDIDATES if importance else GROUPED_CANDIDATES))
     groups: dict[str, list[str]] = {}
-    fixed = 0
+    fixed, running = 0, limit.max_memory is not None
     for name, choice in planned.items():
         if choice.options.auto:
             groups.setdefault(name.rpartition(".")[0], []).append(name)
         else:
-            fixed += choice.quantize(torch.empty_like(shapes[name], device="meta"), name).nbytes
+            fixed += bytes_of(choice.quantize(torch.empty_like(shapes[name], device="meta"), name), running)
     weights = sum(shapes[name].numel() for name in planned)
-    options = {module: candidates_by_label(names, planned, shapes, texts) for module, names in groups.items()}
+    options = {module: candidates_by_label(names, planned, shapes, texts, running) for module, names in groups.items()}
     capacity = limit.capacity(weights, rest) - fixed
     check_limit(options, capacity, limit, weights, rest, fixed)
 

@@ -21,10 +21,18 @@ Pieces = Callable[[str], Iterable[Tensor]]
 
 
 def candidates_by_label(
-    names: Sequence[str], planned: Mapping[str, PlannedWeight], shapes: Mapping[str, Tensor], texts: Sequence[str]
+    names: Sequence[str],
+    planned: Mapping[str, PlannedWeight],
+    shapes: Mapping[str, Tensor],
+    texts: Sequence[str],
+    running: bool = False,
 ) -> dict[str, list[Candidate]]:
-    """Maps labels to the candidates of a module's weights, one per weight; only labels that all its weights have."""
-    each = [{c.label: c for c in candidates_for(planned[name], shapes[name], texts)} for name in names]
+    """Maps labels to the candidates of a module's weights, one per weight; only labels that all its weights have.
+
+    Args:
+        running: see `requanto.budget.candidates.bytes_of`.
+    """
+    each = [{c.label: c for c in candidates_for(planned[name], shapes[name], texts, running)} for name in names]
     return {label: [table[label] for table in each] for label in each[0] if all(label in table for table in each)}
 
 

@@ -118,6 +118,17 @@ def fits(spec: WeightSpec) -> bool:
     return whole_rows * whole_length <= (1 + MAX_PADDING) * rows * length
 
 
+def padding_bytes(spec: WeightSpec) -> int:
+    """Bytes that a weight takes more in this layout than stored; 0 for one that stays plain."""
+    if not fits(spec):
+        return 0
+    rows, length = spec.matrix_shape
+    whole_rows, whole_length = planes.padded(rows, length)
+    return (
+        whole_rows * whole_length * spec.qtype.bits
+    ) // 8 - spec.codes_shape.numel() * spec.qtype.storage_dtype.itemsize
+
+
 def checked_index(index: torch.Tensor, rows: int) -> torch.Tensor:
     """The index as contiguous int64, checked to be in range.
 
