@@ -15,9 +15,10 @@ static inline int64_t float_columns(const RqWeight* w) { return (w->length + RQ_
 static inline int64_t float_strips(const RqWeight* w) { return (w->rows + RQ_ROWS - 1) / RQ_ROWS; }
 static inline bool float_pairs(const RqGemm* g) { return RQ_BF16_DOT && g->x_dtype == RQ_BF16; }
 
-// Scratch: words of x and sums of its groups, then for each thread a panel and sums of a block of the result.
+// Scratch: words of x and sums of its groups, then for each thread a panel and sums of a block of the result. (As for float32
+// x: rows of bfloat16 are computed so, too, if they are unfit.)
 static int64_t float_slot_bytes(const RqGemm* g, int64_t rows) {
-  const int64_t words = float_columns(g->weight) / (float_pairs(g) ? 2 : 1);
+  const int64_t words = float_columns(g->weight);
   const int64_t panel = (words < PANEL_WORDS ? words : (int64_t)PANEL_WORDS) * PANEL_WIDTH * 4;
   return panel + (words > PANEL_WORDS ? rows * PANEL_WIDTH * 4 : 0);
 }
@@ -37,13 +38,17 @@ static int64_t float_scratch_bytes(const RqGemm* g, int64_t rows) {
   return float_bytes(g, rows < PART_ROWS ? rows : (int64_t)PART_ROWS, float_slots(g));
 }
 
+// Bits of sizes: 2^96, from which on sums of codes or of x could overflow that of weights does not, up to infinity and NaN; and
+// 2^-100: products of bfloat16 take smaller numbers than 2^-126 for zeros.
+enum { FLOAT_LARGE = 0x6F800000, FLOAT_SMALL = 0x0D800000 };
+
 // Writes a tile of x: `rows` rows as tiles of R rows, those beyond as zeros. With `sums` ([groups][R]) also the sum of each
-// group; then true if a number is so large or no number that sums of codes and of x could differ from those of the weights.
-static bool pack_tile(const RqGemm* g, const uint8_t* x, int rows, int R, bool pairs, float* words, float* sums) {
+// group. `unfit` ([rows]): 1 for a row that `exact_rows` has to compute.
+static void pack_tile(const RqGemm* g, const uint8_t* x, int rows, int R, bool pairs, float* words, float* sums, uint8_t* unfit) {
   const RqWeight* w = g->weight;
   const int64_t columns = float_columns(w), bytes = g->x_dtype == RQ_F32 ? 4 : 2;
   float block[16 * RQ_COLUMNS];
-  bool unsafe = false;
+  int32_t largest[16] = {0};  // bits of the size
   if (sums) memset(sums, 0, (size_t)(w->groups * R) * 4);
   for (int64_t column = 0; column < columns; column += RQ_COLUMNS) {
     for (int r = 0; r < R; ++r) {
@@ -54,13 +59,14 @@ static bool pack_tile(const RqGemm* g, const uint8_t* x, int rows, int R, bool p
         const uint8_t* from = x + r * g->x_stride * bytes + (column + i) * bytes;
         store_floats(to + i, none ? splat(0.0f) : load_dtype(from, g->x_dtype, left < 16 ? (int)left : 16));
       }
+      int32_t most = largest[r], bits[RQ_COLUMNS];
+      memcpy(bits, to, sizeof bits);
+      for (int i = 0; i < RQ_COLUMNS; ++i) most = (bits[i] & 0x7FFFFFFF) > most ? bits[i] & 0x7FFFFFFF : most;
+      largest[r] = most;
       if (!sums) continue;
       for (int i = 0; i < RQ_COLUMNS && column + i < w->length; i += 8) {
         float sum = 0.0f;
-        for (int j = 0; j < 8; ++j) {
-          sum += to[i + j];
-          unsafe |= !(to[i + j] < 7.9e28f && to[i + j] > -7.9e28f);  // 2^96
-        }
+        for (int j = 0; j < 8; ++j) sum += to[i + j];
         sums[(column + i) / w->group * R + r] += sum;
       }
     }
@@ -79,7 +85,7 @@ static bool pack_tile(const RqGemm* g, const uint8_t* x, int rows, int R, bool p
         for (int r = 0; r < R; ++r) *out++ = block[r * RQ_COLUMNS + c];
     }
   }
-  return unsafe;
+  for (int r = 0; r < rows; ++r) unfit[r] = largest[r] >= FLOAT_LARGE || (pairs && largest[r] && largest[r] < FLOAT_SMALL);
 }
 
 static inline int64_t out_bytes(const RqGemm* g) { return g->out_dtype == RQ_F32 ? 4 : 2; }
@@ -222,11 +228,13 @@ template <bool PAIRS, class V> static int many_rows_with(const V& values, const 
   return many_rows_of<PAIRS>(g, m, out, scratch, slots);
 }
 
-template <bool PAIRS> static int many_rows(const RqGemm* g, const float* x, int R, uint8_t* out, uint8_t* scratch, int64_t slots) {
+// `exact`: each weight is multiplied by its scale, whatever the form of the scales.
+template <bool PAIRS>
+static int many_rows(const RqGemm* g, const float* x, int R, bool exact, uint8_t* out, uint8_t* scratch, int64_t slots) {
   const RqWeight* w = g->weight;
   // One scale a row: sums of exact values are multiplied by it. Else each weight is, and rounded to bfloat16 with pairs, as a
   // dequantized weight is.
-  const bool raw = w->groups == 1 && w->shift_kind == RQ_NO_SHIFT && !(PAIRS && w->code == RQ_TABLE);
+  const bool raw = !exact && w->groups == 1 && w->shift_kind == RQ_NO_SHIFT && !(PAIRS && w->code == RQ_TABLE);
   const ManyRows m = {nullptr, nullptr, raw, x, R};
   const auto use = [&](const auto& values) { return many_rows_with<PAIRS>(values, g, m, out, scratch, slots); };
 #if RQ_BF16_DOT
@@ -236,11 +244,49 @@ template <bool PAIRS> static int many_rows(const RqGemm* g, const float* x, int 
   return with_floats(w, use);
 }
 
-// `few`: the GEMM has few rows in all. (How rows are computed must not follow from how many threads or bytes of scratch there are.)
+// All rows, as tiles of at most TILE_ROWS.
+static int in_tiles(const RqGemm* g, bool pairs, bool exact, const uint8_t* x, uint8_t* out, float* words, uint8_t* scratch,
+                    int64_t slots, uint8_t* unfit) {
+  const int64_t tiles = (g->rows + TILE_ROWS - 1) / TILE_ROWS, R = (g->rows + tiles - 1) / tiles;
+  const int64_t row_words = float_columns(g->weight) / (pairs ? 2 : 1), x_bytes = g->x_dtype == RQ_F32 ? 4 : 2;
+  rq::parallel((g->rows + R - 1) / R, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * R; row < end * R && row < g->rows; row += R) {
+      const int rows = g->rows - row < R ? (int)(g->rows - row) : (int)R;
+      pack_tile(g, x + row * g->x_stride * x_bytes, rows, rows, pairs, words + row * row_words, nullptr, unfit + row);
+    }
+  });
+  if (pairs) return many_rows<RQ_BF16_DOT>(g, words, (int)R, exact, out, scratch, slots);
+  return many_rows<false>(g, words, (int)R, exact, out, scratch, slots);
+}
+
+// Rows with numbers that are very large, no numbers or (with products of bfloat16) very small, once more: as float32, by weights
+// that are multiplied by their scales first. `most`: rows whose words there is room for.
+static int exact_rows(const RqGemm* g, int64_t most, const uint8_t* unfit, const uint8_t* x, uint8_t* out, float* words,
+                      uint8_t* scratch, int64_t slots) {
+  const int64_t x_bytes = g->x_stride * (g->x_dtype == RQ_F32 ? 4 : 2), bytes = g->out_stride * out_bytes(g);
+  uint8_t again[PART_ROWS];
+  for (int64_t row = 0; row < g->rows;) {
+    int64_t stop = row;
+    while (stop < g->rows && stop - row < most && unfit[stop]) ++stop;
+    if (stop > row) {
+      RqGemm some = *g;
+      some.rows = stop - row;
+      const int code = in_tiles(&some, false, true, x + row * x_bytes, out + row * bytes, words, scratch, slots, again);
+      if (code) return code;
+    }
+    row = stop > row ? stop : row + 1;
+  }
+  return 0;
+}
+
+// `few`: the GEMM has few rows in all. (How rows are computed must not follow from how many threads or bytes of scratch there
+// are, nor from the numbers in other rows.)
 static int float_part(const RqGemm* g, bool few, const uint8_t* x, uint8_t* out, uint8_t* scratch, int64_t slots) {
   const RqWeight* w = g->weight;
   float* words = (float*)scratch;
+  uint8_t unfit[PART_ROWS];
   scratch += float_x_bytes(g, g->rows);
+  int code;
   if (few) {
     const int R = g->rows == 1 ? 1 : (int)FLOAT_FEW_ROWS;
 #if RQ_BF16_DOT
@@ -249,18 +295,13 @@ static int float_part(const RqGemm* g, bool few, const uint8_t* x, uint8_t* out,
     const bool pairs = false;
 #endif
     float* sums = w->shift_kind == RQ_NO_SHIFT ? nullptr : words + FLOAT_FEW_ROWS * float_columns(w);
-    if (!pack_tile(g, x, (int)g->rows, R, pairs, words, sums)) return few_rows(g, pairs, Tile{words, sums}, out);
+    pack_tile(g, x, (int)g->rows, R, pairs, words, sums, unfit);
+    code = few_rows(g, pairs, Tile{words, sums}, out);
+  } else {
+    code = in_tiles(g, float_pairs(g), false, x, out, words, scratch, slots, unfit);
   }
-  const int64_t tiles = (g->rows + TILE_ROWS - 1) / TILE_ROWS, R = (g->rows + tiles - 1) / tiles;
-  const int64_t row_words = float_columns(w) / (float_pairs(g) ? 2 : 1), x_bytes = g->x_dtype == RQ_F32 ? 4 : 2;
-  rq::parallel((g->rows + R - 1) / R, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * R; row < end * R && row < g->rows; row += R) {
-      const int rows = g->rows - row < R ? (int)(g->rows - row) : (int)R;
-      pack_tile(g, x + row * g->x_stride * x_bytes, rows, rows, float_pairs(g), words + row * row_words, nullptr);
-    }
-  });
-  if (float_pairs(g)) return many_rows<RQ_BF16_DOT>(g, words, (int)R, out, scratch, slots);
-  return many_rows<false>(g, words, (int)R, out, scratch, slots);
+  const int64_t most = g->rows > FLOAT_FEW_ROWS && float_pairs(g) ? g->rows / 2 : g->rows;
+  return code ? code : exact_rows(g, most, unfit, x, out, words, scratch, slots);
 }
 
 static int float_gemm(const RqGemm* gemm, const void* x, void* out, void* scratch) {

@@ -37,7 +37,8 @@ static inline uint8_t* tile_records(const Rounding& p, int64_t row, int64_t firs
 }
 
 enum {
-  UNFIT_LARGE = 0x7F800000,  // bits of infinity and NaN
+  INFINITE = 0x7F800000,     // bits of infinity; NaN is above
+  UNFIT_LARGE = 0x6F800000,  // of 2^96: sums of codes times scales could overflow where that of weights does not
   UNFIT_SMALL = 0x0D800000,  // of 2^-100: reciprocals of scales of smaller blocks overflow, or lose bits
 };
 
@@ -190,7 +191,7 @@ static void row_to_int8(const uint8_t* x, int32_t dtype, int64_t length, const f
   const int32_t top = largest(size);
   const float tiny = 1e-30f, absmax = float_from(top), scale = fixed ? *fixed : (absmax > tiny ? absmax : tiny) / 127.0f;
   // A row with NaN gives NaN; so does infinity, unless the scale is fixed: then it has the largest code.
-  const bool finite = (fixed ? top <= UNFIT_LARGE : top < UNFIT_LARGE) && scale - scale == 0;
+  const bool finite = (fixed ? top <= INFINITE : top < INFINITE) && scale - scale == 0;
   *step = finite ? scale : float_from(0x7FC00000);
   float inverse = 1.0f / scale;
   if (!finite || inverse - inverse != 0) inverse = 0;  // a scale that is 0 or has no reciprocal: codes of 0

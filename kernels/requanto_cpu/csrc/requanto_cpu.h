@@ -127,7 +127,7 @@ enum { RQ_ABI = 2 };
 RQ_API int64_t rq_gemm_scratch(const RqGemm* gemm, int64_t rows);
 RQ_API int64_t rq_gemm_least_scratch(const RqGemm* gemm);
 // x: [rows, K], out: [rows, N]. With RQ_BLOCKS8 and RQ_BLOCKS16, a row of x is computed as with RQ_FLOAT if it has an element
-// that is not finite, or (RQ_BLOCKS16) a block in which more than half of the nonzero elements would keep fewer than 8 bits.
+// of 2^96 or more (infinity and NaN too), a block of others below 2^-100, or (RQ_BLOCKS16) a block in which more than half of the nonzero elements would keep fewer than 8 bits.
 RQ_API int rq_gemm(const RqGemm* gemm, const void* x, void* out, void* scratch);
 
 // Rows `start` to `stop`, or those of `index` (int64, stop - start of them; RQ_E_INDEX if one is out of range) if it is
