@@ -601,6 +601,24 @@ def test_quantized_in_inference_mode_and_changed_later():
 # ------------------------------------------------------------------ threads and forks
 
 
+def test_another_thread_derives_tensors_while_they_are_dropped():
+    storage = QTensor.quantize(torch.randn(32, 32), "int8")._storage
+
+    class Derived:
+        """Another one is added where Python may run another thread."""
+
+        nbytes = 4
+
+        @property
+        def is_read_by_graph(self):
+            storage.derived[len(storage.derived)] = Derived()
+            return False
+
+    storage.derived["first"] = Derived()
+    storage.changed()
+    assert storage.derived == {}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_while_another_thread_packs():
     """The child has no such thread: it must not wait for it."""

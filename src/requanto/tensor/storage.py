@@ -131,8 +131,9 @@ class WeightStorage:
     def changed(self) -> None:
         """Drops the caches; to be called after any change of the tensors."""
         self.version += 1
-        # A captured CUDA graph goes on reading the memory of some, which get the new values at once.
-        read = {name: one for name, one in self.derived.items() if getattr(one, "is_read_by_graph", False)}
+        # A captured CUDA graph goes on reading the memory of some, which get the new values at once. (Copied: other threads add
+        # to the dictionary meanwhile.)
+        read = {name: one for name, one in self.derived.copy().items() if getattr(one, "is_read_by_graph", False)}
         parts = _STATE.__get__(self)[1] if read else {}  # not `parts`, which a slice renews by this function
         # New dictionaries: another thread may be about to put something into the old ones, which nobody reads any more.
         self.derived = {name: one for name, one in read.items() if one.renew(parts)}
@@ -198,7 +199,7 @@ class WeightStorage:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors and of those derived from them."""
-        return sum(tensor.nbytes for tensor in (*self.parts.values(), *self.derived.values()))
+        return sum(tensor.nbytes for tensor in (*self.parts.values(), *self.derived.copy().values()))
 
 
 def _wait_for(device: torch.device) -> None:
