@@ -131,8 +131,8 @@ class WeightStorage:
     def changed(self) -> None:
         """Drops the caches; to be called after any change of the tensors."""
         self.version += 1
-        # A captured CUDA graph goes on reading the memory of some, which get the new values at once. (Copied: other threads add
-        # to the dictionary meanwhile.)
+        # A captured CUDA graph goes on reading the memory of some, which get the new values at once.
+        # The dictionary is copied, as other threads add to it meanwhile.
         read = {name: one for name, one in self.derived.copy().items() if getattr(one, "is_read_by_graph", False)}
         parts = _STATE.__get__(self)[1] if read else {}  # not `parts`, which a slice renews by this function
         # New dictionaries: another thread may be about to put something into the old ones, which nobody reads any more.
