@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from ambient import threads
 from cpu_reference import DTYPES, Form, form, quantized_layer
 
 import requanto
 from requanto.linear import linear
+from requanto.runtime.settings import settings
 
 FORMS = (
     form("int4"), form("int4", symmetric=True), form("int4", group_size=None), form("int4", group_size=16), form("int2"),
@@ -63,6 +65,23 @@ def test_a_row_alone(cpu_level, one):
                     else:
                         assert torch.equal(found[row].isnan(), wanted.isnan()), about
                         assert torch.equal(found[row].isinf(), wanted.isinf()), about
+
+
+@pytest.mark.parametrize("one", FORMS, ids=str)
+def test_threads_and_scratch_change_no_bit(cpu_level, one, monkeypatch):
+    """Rows that are computed once more are so in whatever parts."""
+    random = torch.Generator().manual_seed(4)
+    for number, dtype in enumerate((torch.float32, torch.bfloat16)):
+        layer = packed(one, dtype, *SIZES[number])
+        for rows in (3, 37):
+            x = torch.randn(rows, layer.weight.shape[1], generator=random).to(dtype)
+            x[0, 5], x[1, 8], x[rows - 1] = math.nan, 1e33, x[rows - 1] * 1e-36
+            found = []
+            for workspace, count in ((2**27, 1), (2**14, 1), (2**17, 3)):
+                monkeypatch.setattr(settings, "workspace_bytes", workspace)
+                with threads(count), torch.no_grad():
+                    found.append(layer(x).view(torch.uint8))
+            assert all(torch.equal(other, found[0]) for other in found[1:]), f"{dtype}, {rows} rows"
 
 
 @pytest.mark.parametrize("one", FORMS, ids=str)

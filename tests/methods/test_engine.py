@@ -110,6 +110,7 @@ def test_types_of_every_kind(weights):
     plain = error(nearest(copy.deepcopy(model), weights=weights), samples, want)
     calibrated = requanto.quantize(copy.deepcopy(model), weights=weights, calibration=samples, method="gptq", **quiet)
     assert calibrated.first.weight.qtype.name == f"q{weights}"
+    assert calibrated.first.weight.inner_tensors()["qdata"].is_contiguous()
     assert error(calibrated, samples, want) < 0.9 * plain
 
 
