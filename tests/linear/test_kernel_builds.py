@@ -48,8 +48,9 @@ def test_processes_that_build_at_once(fresh, monkeypatch, tmp_path):
 
 
 ENDS = """
-    import os, threading, time
+    import os, signal, threading, time
     from requanto_cpu import cache
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if {thread}:
         threading.Thread(target=cache.find).start()
         while not os.path.exists({started!r}):
