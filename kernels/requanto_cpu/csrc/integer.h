@@ -169,8 +169,17 @@ static void int_ahead(const RqWeight* w, const Parts& parts, int64_t strip, int6
   t->ahead[which] = near ? (const uint8_t*)parts.base + next * bytes + group * t->ahead_step[which] : nullptr;
 }
 
-// Rows `row` to `stop` of x by the strips from `strip` on.
-static void int_block(const RqGemm* g, const IntPlan& p, const int32_t* ends, int64_t strip, int64_t row, int64_t stop, uint8_t* out) {
+// What is fetched while units from `first` on are read: codes further on, and those of the next strips once these end.
+static void int_fetch(const IntPlan& p, int64_t unit, int64_t first, IntTile* t) {
+  const int64_t at = first + FETCH_AHEAD / unit;
+  t->fetch_units = p.x.units;
+  t->fetch_unit = at % p.x.units;
+  t->fetch_skip = (INT_STRIPS - 1) * p.x.units * unit;
+  t->fetch_bytes = FETCH_AHEAD / unit * unit + at / p.x.units * t->fetch_skip;
+}
+
+// Rows `row` to `stop` of x by the strips from `strip` on. `fresh`: nothing of them was fetched yet.
+static void int_block(const RqGemm* g, const IntPlan& p, const int32_t* ends, int64_t strip, int64_t row, int64_t stop, bool fresh, uint8_t* out) {
   alignas(64) uint8_t panel[INT_STRIPS][INT_PANEL_UNITS * 512];
   alignas(64) float scale[INT_STRIPS][INT_SEGMENTS * 16], shift[INT_STRIPS][INT_SEGMENTS * 16];
   alignas(64) float y[INT_BLOCK_ROWS * INT_STRIPS * 16];
@@ -197,13 +206,14 @@ static void int_block(const RqGemm* g, const IntPlan& p, const int32_t* ends, in
       const uint8_t* codes = w->codes + (at * p.x.units + first) * unit;
       if (p.panel) unpack(codes, count, table, panel[s]);
       t.codes[s] = p.panel ? panel[s] : codes;
-      if (p.direct)
+      if (p.direct && fresh && !first)
         for (int64_t line = 0; line < FETCH_AHEAD && line < count * unit; line += 64) __builtin_prefetch(codes + line, 0, 2);
       int_scales(g, strip + s, begin, end, scale[s], shifted ? shift[s] : nullptr);
       t.scale[s] = scale[s];
       t.shift[s] = shift[s];
     }
     if (p.direct) {
+      int_fetch(p, unit, first, &t);
       int_ahead(w, scale_parts(w), strip, begin, 0, &t);
       if (shifted) int_ahead(w, shift_parts(w), strip, begin, 1, &t);
     }
@@ -264,7 +274,7 @@ static int int_part(const RqGemm* g, IntPlan p, const uint8_t* x, uint8_t* out, 
   rq::parallel(columns * blocks, (1 << 18) / work + 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / columns * INT_BLOCK_ROWS, stop = row + INT_BLOCK_ROWS < g->rows ? row + INT_BLOCK_ROWS : g->rows;
-      int_block(g, p, ends, i % columns * INT_STRIPS, row, stop, out);
+      int_block(g, p, ends, i % columns * INT_STRIPS, row, stop, i == begin, out);
     }
   });
   if (p.x.coded) return 0;

@@ -5,7 +5,8 @@
 #define RQ_INTEGER_TILE_H
 
 // S, the strips of a tile; how far ahead codes are fetched, into the second-level cache. The first can wait for few lines at a
-// time: fetched there, 8192 x 2048 of int4 came at 13 GB/s on one thread, this way at 18.
+// time: fetched there, 8192 x 2048 of int4 came at 13 GB/s on one thread, this way at 18. Beyond the end of a strip that is the
+// start of the strip that will be read next.
 enum { INT_STRIPS = INTEGER_STRIPS, FETCH_AHEAD = 4096 };
 
 // A chunk of a tile. Its records, one for each unit, hold codes of x, [8][R][4] bytes, or [8][R][8] if they have 16 bits
@@ -25,6 +26,8 @@ struct IntTile {
   int32_t block;
   float* y;                          // [R][S][16], added to
   Ints* carry;                       // of int8 x: [R][S], the sums of a segment that goes on
+  int64_t fetch_unit, fetch_units;   // number of the unit to fetch in its strip, and units of a strip
+  int64_t fetch_bytes, fetch_skip;   // from the unit that is read to that one; from the end of a strip to the start of the next
   const uint8_t* ahead[2];           // scales and shifts of the next strips, to fetch: null, or `ahead_step` bytes a segment
   int64_t ahead_step[2];
 };
@@ -112,6 +115,7 @@ template <class Source, int P, bool CODED, bool FETCH, int R> static void int_ti
   const uint8_t *w[INT_STRIPS], *x = a.x;
   for (int s = 0; s < INT_STRIPS; ++s) w[s] = a.codes[s];
   int32_t column = 0;
+  int64_t fetch_unit = a.fetch_unit, fetch = a.fetch_bytes;
   for (int64_t g = 0; g < a.segments; ++g) {
     Ints sum[R][INT_STRIPS];
     Partial partial[R][INT_STRIPS];
@@ -123,10 +127,12 @@ template <class Source, int P, bool CODED, bool FETCH, int R> static void int_ti
     }
     for (; column < a.ends[g]; column += 32, x += record) {
       if (!CODED) RQ_EACH_SUM sum[r][s] = splat_int(((const int32_t*)(x + codes + R * 4))[r]);
-      if (FETCH)
+      if (FETCH) {
         for (int s = 0; s < INT_STRIPS; ++s)
 #pragma GCC unroll 8
-          for (int line = 0; line < Source::bytes; line += 64) __builtin_prefetch(w[s] + FETCH_AHEAD + line, 0, 2);
+          for (int line = 0; line < Source::bytes; line += 64) __builtin_prefetch(w[s] + fetch + line, 0, 2);
+        if (++fetch_unit == a.fetch_units) fetch_unit = 0, fetch += a.fetch_skip;
+      }
       add_unit<Source, R, P, 0>(sum, partial, w, a.table, x);
 #pragma GCC unroll 4
       for (int s = 0; s < INT_STRIPS; ++s) w[s] += Source::bytes;
