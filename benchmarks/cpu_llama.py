@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cpu_runners import undisturbed
 
 
 def write_gguf(config: Any, kind: str, path: Path) -> None:
@@ -103,9 +104,10 @@ class LlamaRunner:
 
     def _step(self, name: str, keep: bool, tokens: list[int], fresh: bool) -> None:
         assert self._child.stdin is not None
-        self._child.stdin.write(json.dumps({"tokens": tokens, "fresh": fresh}) + "\n")
-        self._child.stdin.flush()
-        seconds = self._answer()["seconds"]
+        with undisturbed(self._child.pid):
+            self._child.stdin.write(json.dumps({"tokens": tokens, "fresh": fresh}) + "\n")
+            self._child.stdin.flush()
+            seconds = self._answer()["seconds"]
         if keep:
             self.times.setdefault(name, []).append(seconds)
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cpu_runners
 import torch
 import transformers
 from common import RESULTS, write
@@ -219,6 +220,11 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=330, help="seconds in all")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--llama-python", help="an interpreter that can import llama_cpp")
+    parser.add_argument(
+        "--realtime",
+        action="store_true",
+        help="each step runs before other programs; Linux, as root, on a busy machine",
+    )
     parser.add_argument("--file", type=Path, help="of the results")
     parser.add_argument("--table", action="store_true", help="print the stored results as tables and stop")
     options = parser.parse_args()
@@ -227,6 +233,7 @@ def main() -> int:
     if options.table:
         print(markdown(json.loads(path.read_text())))
         return 0
+    cpu_runners.realtime = options.realtime
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
