@@ -17,6 +17,7 @@ import requanto
 from requanto import QTensor, prepare, qint8, qtypes
 from requanto.linear import registry
 from requanto.linear.cpu import library
+from requanto.linear.cpu.strips import STRIPS
 from requanto.runtime.settings import settings
 from requanto.tensor import layout, storage
 
@@ -617,6 +618,23 @@ def test_another_thread_derives_tensors_while_they_are_dropped():
     storage.derived["first"] = Derived()
     storage.changed()
     assert storage.derived == {}
+
+
+def test_codes_that_were_unpacked_before_a_change_of_another_thread_are_not_those_of_later_readers(monkeypatch):
+    weight = quantized("int4")
+    weight.pack(STRIPS)
+    new, unpack = quantized("int4", seed=2), type(STRIPS).unpack
+
+    def meanwhile(self, spec, parts):
+        codes = unpack(self, spec, parts)
+        monkeypatch.undo()
+        weight._storage.write(spec, new._storage.parts)
+        return codes
+
+    monkeypatch.setattr(type(STRIPS), "unpack", meanwhile)
+    held, later = (weight._storage.stored(weight._spec)["qdata"] for _ in range(2))
+    assert not torch.equal(held, new.qdata)
+    assert torch.equal(later, new.qdata)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

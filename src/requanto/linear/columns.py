@@ -16,10 +16,15 @@ from requanto.tensor.qtensor import QTensor
 
 
 class _Copy(NamedTuple):
-    """A column scale in another dtype, and the version of the original. A weight keeps one, the last that was asked for."""
+    """A column scale in another dtype, the original and its version. A weight keeps one, the last that was asked for."""
 
     values: torch.Tensor
+    original: torch.Tensor
     version: int
+
+    def is_of(self, column: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether it has that column scale's values in ``dtype``. Another thread may have put it here before a change."""
+        return self.values.dtype == dtype and self.original is column and self.version == column._version
 
     @property
     def nbytes(self) -> int:
@@ -39,9 +44,10 @@ def column_for(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:
     if column.dtype == dtype:
         return column
     kept: _Copy | None = storage.derived.get("column")
-    if kept is None or kept.values.dtype != dtype or kept.version != column._version:
+    if kept is None or not kept.is_of(column, dtype):
+        version = column._version
         with without_ambient_state():
-            kept = _Copy(column.to(dtype, copy=True), column._version)
+            kept = _Copy(column.to(dtype, copy=True), column, version)
         storage.derived["column"] = kept
     return kept.values
 

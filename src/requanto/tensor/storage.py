@@ -100,14 +100,17 @@ class WeightStorage:
 
     def stored(self, spec: WeightSpec) -> dict[str, torch.Tensor]:
         """The parts in the plain layout; the codes of a prepacked weight are a copy."""
+        version, held = self.version, self._unpacked  # before the tensors: they may be changed meanwhile
         layout, parts = self.state
         if layout is PLAIN:
             return parts
-        codes = None if self._unpacked is None else self._unpacked()  # one copy for all who hold one
+        codes = None if held is None else held()  # one copy for all who hold one
         if codes is None:
             with outside_tracing():
                 codes = layout.unpack(spec, parts)
-            self._unpacked = weakref.ref(codes)
+            with LOCK:
+                if self.version == version:  # else another thread has changed the weight meanwhile
+                    self._unpacked = weakref.ref(codes)
         with outside_tracing():
             return {"qdata": codes, **layout.plain(spec, parts)}
 
@@ -133,8 +136,9 @@ class WeightStorage:
         self.version += 1
         # A captured CUDA graph goes on reading the memory of some, which get the new values at once.
         # The dictionary is copied, as other threads add to it meanwhile.
-        read = {name: one for name, one in self.derived.copy().items() if getattr(one, "is_read_by_graph", False)}
-        parts = _STATE.__get__(self)[1] if read else {}  # not `parts`, which a slice renews by this function
+        derived = _DERIVED.__get__(self)  # not `derived`, which a slice renews by this function
+        read = {name: one for name, one in derived.copy().items() if getattr(one, "is_read_by_graph", False)}
+        parts = _STATE.__get__(self)[1] if read else {}
         # New dictionaries: another thread may be about to put something into the old ones, which nobody reads any more.
         self.derived = {name: one for name, one in read.items() if one.renew(parts)}
         self.plans, self._unpacked = {}, None
@@ -241,7 +245,8 @@ def storage_of(parts: Parts, layout: Layout, spec: WeightSpec) -> WeightStorage 
     return found
 
 
-_STATE = WeightStorage.__dict__["state"]  # the slot descriptor, which `SlicedStorage.state` overrides
+#: The slot descriptors that properties of `SlicedStorage` override.
+_STATE, _PLANS, _DERIVED = (WeightStorage.__dict__[name] for name in ("state", "plans", "derived"))
 
 
 class SlicedStorage(WeightStorage):
@@ -304,6 +309,24 @@ class SlicedStorage(WeightStorage):
     @state.setter
     def state(self, value: tuple[Layout, dict[str, torch.Tensor]]) -> None:
         _STATE.__set__(self, value)
+
+    @property
+    def plans(self) -> dict[Any, Any]:  # type: ignore[override]
+        _ = self.state  # a plan of the base's former tensors must not run
+        return _PLANS.__get__(self)  # type: ignore[no-any-return]
+
+    @plans.setter
+    def plans(self, value: dict[Any, Any]) -> None:
+        _PLANS.__set__(self, value)
+
+    @property
+    def derived(self) -> dict[Any, Any]:  # type: ignore[override]
+        _ = self.state
+        return _DERIVED.__get__(self)  # type: ignore[no-any-return]
+
+    @derived.setter
+    def derived(self, value: dict[Any, Any]) -> None:
+        _DERIVED.__set__(self, value)
 
     def set(self, parts: Parts, layout: Layout = PLAIN, spec: WeightSpec | None = None) -> None:
         """Other tensors make the slice a weight of its own."""

@@ -42,15 +42,15 @@ class Described:
     """A weight as the library takes it.
 
     Attributes:
+        codes: the weight's codes.
         matrices: one `RqWeight` for the matrix, or for each expert.
-        kind: type of the codes.
         strips: whether the codes are in strips; else they are in the plain layout.
     """
 
-    __slots__ = ("_copies", "_kept", "kind", "matrices", "strips")
+    __slots__ = ("_copies", "_kept", "codes", "matrices", "strips")
 
     def __init__(self, spec: WeightSpec, parts: Parts, strips: bool) -> None:
-        self.kind, self.strips = spec.qtype, strips
+        self.codes, self.strips = parts["qdata"], strips
         self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._kept: list[torch.Tensor] = []
         experts = spec.shape[0] if spec.axis == 1 else 1
@@ -159,11 +159,12 @@ def described(weight: QTensor) -> Described | None:
     """The weight as the library takes it; None if there is no library, or it cannot read the codes where they are."""
     storage, spec = weight._storage, weight._spec
     derived = storage.derived  # before the parts: a change in another thread replaces this dictionary
-    found: Described | None = derived.get("cpu")
-    if found is not None and found.is_current():
-        return found
     layout, parts = storage.state
     codes = parts["qdata"]
+    found: Described | None = derived.get("cpu")
+    # A snapshot shares the dictionary, into which another thread may put what it read after a change.
+    if found is not None and found.codes is codes and found.is_current():
+        return found
     if (layout is not STRIPS and layout is not PLAIN) or spec.axis > 1 or not codes.is_contiguous():
         return None
     if spec.qtype.is_codebook and spec.qtype.bits > MOST_TABLE_BITS:
