@@ -95,6 +95,14 @@ def test_when_torch_runs(needs_library):
         assert torch.allclose(torch.func.vmap(layer)(torch.ones(3, 16)), layer(torch.ones(3, 16)), atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_sparse_weight_takes_torch_s_operator():
+    weight, x = torch.randn(64, 32) * (torch.rand(64, 32) > 0.9), torch.randn(2, 32)
+    layer = FloatLinear(32, 64, bias=False).requires_grad_(False)
+    layer.weight = nn.Parameter(weight.to_sparse_csr(), False)
+    assert torch.allclose(layer(x), x @ weight.t(), atol=1e-5)
+
+
 def test_the_class_changes_and_nothing_else(monkeypatch):
     monkeypatch.setattr("requanto.nn.float_linear.SMALLEST", 0)
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 16, bias=False))

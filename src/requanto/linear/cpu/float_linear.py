@@ -67,9 +67,9 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 def _readable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether the library may read these tensors now, and nothing else has to see the call."""
-    if not (x.is_cpu and weight.is_cpu) or x.is_neg() or weight.is_neg() or weight.stride(1) != 1:
-        return False
     if not x.dtype.is_floating_point or x.layout is not torch.strided or weight.layout is not torch.strided:
+        return False  # first: a sparse tensor has no strides
+    if not (x.is_cpu and weight.is_cpu) or x.is_neg() or weight.is_neg() or weight.stride(1) != 1:
         return False
     if bias is not None and (
         type(bias) not in _PLAIN
