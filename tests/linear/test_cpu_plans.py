@@ -305,6 +305,10 @@ def test_biases_of_other_shapes(kind, rows):
             assert near(linear(x, module.weight, bias), want + bias.double())
         with pytest.raises(RuntimeError):
             linear(x, module.weight, torch.randn(100))
+        x = torch.randn(384, 192).bfloat16()
+        bias = 100 * torch.randn(384, 1)  # as many elements as the layer has outputs, but one for each row of x
+        for _ in range(2):
+            assert near(linear(x, module.weight, bias), expected(module, x) + bias.double())
 
 
 @pytest.mark.parametrize("kind", [("int8", qint8), ("int8", None), ("float8", None), ("int4", None)])

@@ -141,6 +141,7 @@ class Call:
     """
 
     __slots__ = (
+        "_bias_shape",
         "_biased",
         "_check",
         "_column",
@@ -169,7 +170,7 @@ class Call:
         matrix = found.matrices[expert]
         self._made_of, self._column, self._check = (found, expert, how, rows, dtype), column, used.check
         self._function = function_of(used)
-        self.out_features = matrix.rows
+        self.out_features, self._bias_shape = matrix.rows, (matrix.rows,)
         gemm = used.interface.RqGemm()
         gemm.weight, gemm.rows = ctypes.pointer(matrix), rows
         gemm.x_stride, gemm.out_stride = matrix.length, matrix.rows
@@ -201,7 +202,7 @@ class Call:
             # A negated view has the address of the bias itself.
             if start != bias.data_ptr() or kind is not bias.dtype or bias.is_neg():
                 gemm = self._with_bias(bias)
-            if gemm is None or bias.numel() != self.out_features or not bias.is_contiguous():
+            if gemm is None or bias.shape != self._bias_shape or not bias.is_contiguous():
                 gemm, late = self._plain, bias
         if self._narrow:
             x = x.to(torch.bfloat16)
