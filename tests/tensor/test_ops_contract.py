@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import requanto
 from requanto import QTensor
 
 KINDS = ["int2", "int4", "int8", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2"]
@@ -93,6 +94,9 @@ def test_embedding_reads_the_rows_asked_for(kind):
     assert torch.equal(F.embedding(indices, tensor), tensor.dequantize()[indices])
     with pytest.raises(NotImplementedError, match="max_norm rewrites the embedding table"):
         F.embedding(indices, tensor, max_norm=1.0)
+    for bad in (indices.double(), indices > 1):
+        with pytest.raises(ValueError, match="indices must be integers"):
+            requanto.linear.embedding(bad, tensor)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,7 +30,11 @@ def embedding(indices: torch.Tensor, weight: QTensor) -> torch.Tensor:
 
     Raises:
         NotImplementedError: the weight is transposed, or not quantized along axis 0.
+        ValueError: the indices are no integers.
+        IndexError: an index is out of range.
     """
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"embedding: indices must be integers, found {indices.dtype}")
     if weight.transposed or weight.axis != 0:
         raise NotImplementedError("embedding needs a weight quantized along its rows; call .dequantize() first")
     storage = weight._storage
