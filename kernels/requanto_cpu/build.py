@@ -63,6 +63,8 @@ NEEDS = {
 
 #: Most seconds for a build: fifty times what it takes.
 TIMEOUT = 300.0
+#: Seconds of waiting for a build after which the log says why.
+PATIENCE = 3.0
 #: Name of the folder of intermediate files, beside the library.
 FOLDER = ".build-"
 _LAUNCHERS = {"ccache", "sccache", "distcc", "icecc"}
@@ -237,7 +239,7 @@ def build(
 
 
 def _failed(command: list[str], code: int, text: str) -> BuildError:
-    lines = text.strip().splitlines() or ["no message"]
+    lines = text.strip().splitlines() or ["it printed no message"]
     wrong = next((line for line in lines if "error" in line.lower()), lines[-1])
     return BuildError("\n".join([f"{command[0]} failed ({code}): {wrong.strip()}", shlex.join(command), *lines[-15:]]))
 
@@ -253,7 +255,7 @@ def _run(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
     """
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
-    until, waiting, codes = time.monotonic() + TIMEOUT, list(enumerate(commands)), [0] * len(commands)
+    start, told, waiting, codes = time.monotonic(), False, list(enumerate(commands)), [0] * len(commands)
     running: dict[int, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
@@ -264,8 +266,15 @@ def _run(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
             for number, process in list(running.items()):
                 if process.poll() is not None:
                     codes[number] = running.pop(number).returncode
-            if time.monotonic() > until:
+            seconds = time.monotonic() - start
+            if seconds > TIMEOUT:
                 raise BuildError(f"{commands[0][0]} did not finish in {TIMEOUT:.0f} s")
+            if seconds > PATIENCE and not told:
+                told = True
+                logger.warning(
+                    "requanto: building the CPU kernels with %s, once; `requanto kernels` does so beforehand",
+                    commands[0][0],
+                )
             if running:
                 time.sleep(0.005)
     finally:

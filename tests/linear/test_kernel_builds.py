@@ -127,6 +127,22 @@ def test_a_lock_that_is_held_for_too_long(fresh, monkeypatch, caplog):
         torch_and_one_line(caplog, "has not built the kernels in 0 s")
 
 
+@unix
+def test_a_long_wait_is_explained(fresh, monkeypatch, caplog, tmp_path):
+    """A model's first forward may wait for a build, or for another process that builds: one line says so."""
+    monkeypatch.setattr(build, "PATIENCE", 0.05)
+    assert build._run([["true"], ["sleep", "0.2"]], tmp_path) == [(0, "")] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "building the CPU kernels" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(build, "TIMEOUT", 0.2)
+    fresh.mkdir(mode=0o755)
+    with cache._locked(usual_path()), pytest.raises(cache.LibraryUnavailable), cache._locked(usual_path()):
+        pass
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "another process" in caplog.text
+
+
 # Threads and forks.
 
 
