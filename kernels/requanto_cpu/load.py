@@ -101,7 +101,7 @@ def _load_once() -> ctypes.CDLL:
             raise ValueError(f"REQUANTO_CPU is {wanted!r}, expected one of {', '.join(NAMES)}, or nothing for the best")
         try:
             if wanted == TORCH:
-                raise LibraryUnavailable(f"REQUANTO_CPU is {TORCH!r}")
+                raise LibraryUnavailable(f"REQUANTO_CPU is {TORCH!r}: no kernels are wanted. Unset it to use them")
             file = cache.find(_needed(wanted))
             found = open_library(file)
         except LibraryUnavailable as error:
@@ -146,9 +146,9 @@ def open_library(file: Path) -> ctypes.CDLL:
         found = ctypes.CDLL(str(file))
         interface.declare(found)
     except (OSError, AttributeError) as error:
+        why = first_line(error).removeprefix(f"{file}: ")
         raise LibraryUnavailable(
-            f"{file} could not be loaded: {first_line(error)}. Set REQUANTO_CACHE to a directory from which code can be "
-            "loaded"
+            f"{file} could not be loaded: {why}. Set REQUANTO_CACHE to a directory from which code can be loaded"
         ) from error
     if found.rq_abi() != interface.ABI:
         raise LibraryUnavailable(f"{file} has version {found.rq_abi()} of the interface, expected {interface.ABI}")

@@ -101,8 +101,8 @@ def find() -> Library | None:
         _load()
     if _library is None and compiled:
         raise RuntimeError(
-            f"requanto.settings.compiled is True, but the CPU kernels are not available: {why_not}. Set it to None, to run "
-            f"torch's operators instead."
+            f"requanto.settings.compiled is True, but the CPU kernels are not available: {why_not}. Set it to None (or "
+            f"REQUANTO_COMPILE to nothing), to run torch's operators instead."
         )
     return _library
 
@@ -122,7 +122,7 @@ def _load() -> None:
             why_not = f"{name}{error}".partition("\n")[0]
         if _library is None or before is not None:
             registry_state.changed()
-        if why_not is None or before is not None:
+        if why_not is None or before is not None or settings.compiled:  # where it is required, `find` raises
             return
         if os.environ.get("REQUANTO_CPU") == "torch":
             logger.info("REQUANTO_CPU=torch: no CPU kernels, torch's operators run")
