@@ -14,7 +14,7 @@ from cpu_reference import DTYPES, Fresh, form, inputs, quantized_layer
 from requanto import QTensor, prepare, qint8
 from requanto.linear import linear
 from requanto.linear.activations import quantize_activations
-from requanto.linear.cpu import library
+from requanto.linear.cpu import gemm, library
 from requanto.linear.explain import explain
 from requanto.runtime.settings import settings
 
@@ -188,3 +188,19 @@ def test_explain_tells_how_x_is_multiplied(monkeypatch):
         model[0].weight.activation = qint8
         (row,) = explain(model, rows=1, dtype=torch.float32)
         assert row.implementation == ("cpu-coded" if kind.startswith("int") else "cpu-dequantize")
+
+
+def test_explain_tells_that_x_is_rounded_to_bfloat16(monkeypatch):
+    """Many rows of float32 or float16 and weights in float8, where the processor multiplies bfloat16."""
+    monkeypatch.setattr(gemm, "_has_bfloat16", lambda: True)
+    model = torch.nn.Sequential(quantized_layer(form("float8").quantized(torch.randn(64, 96))))
+    for dtype, arithmetic, rounded in (
+        (torch.float32, "auto", [False, True]),
+        (torch.float16, "auto", [False, True]),
+        (torch.bfloat16, "auto", [False, False]),
+        (torch.float32, "float", [False, False]),
+    ):
+        monkeypatch.setattr(settings, "cpu_arithmetic", arithmetic)
+        found = explain(model, rows=(4, 5), dtype=dtype)
+        assert [one.implementation for one in found] == ["cpu-float"] * 2
+        assert ["x rounded to bfloat16" in one.reason for one in found] == rounded

@@ -120,7 +120,8 @@ def explain(
         for count in (rows,) if isinstance(rows, int) else rows:
             problem = problem_of(stored, float_type, count, activation, layout=layout, static=static)
             chosen = choose(problem, grouped=parameter.dim() == 3).implementation
-            why = chosen.reason + _together(readers, count, float_type)
+            details = "" if chosen.details is None else chosen.details(problem)
+            why = chosen.reason + details + _together(readers, count, float_type)
             found.append(LayerChoice(name, kind, tuple(parameter.shape), count, chosen.name, layout, why))
     return found
 

@@ -77,6 +77,7 @@ class Implementation:
         run: ``run(x2d, weight, bias, activation, input_scale) -> y2d`` with x of shape ``[rows, K]``.
         supports: whether it is correct and fast for a problem.
         reason: one line for `explain`: why it is used.
+        details: what `explain` adds for a problem; None: nothing.
         run_grouped: ``run_grouped(x2d, weight, offsets) -> y2d`` for fused experts, with a weight ``[E, N, K]`` and the end
             row of each expert in ``offsets``; None if experts are not supported.
         make_plan: ``make_plan(weight, rows, dtype) -> gemm`` prepares a GEMM for one shape of x (`find_plan`), or returns
@@ -94,6 +95,7 @@ class Implementation:
     make_plan: MakePlan | None = None
     takes_column: bool = False
     plans_operators: bool = False
+    details: Callable[[Problem], str] | None = None
 
 
 @dataclass(frozen=True)

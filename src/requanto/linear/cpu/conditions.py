@@ -6,7 +6,7 @@ import torch
 
 from requanto.dtypes.qtypes import qint8
 from requanto.linear.cpu import coded, library
-from requanto.linear.cpu.gemm import BLOCKS8, BLOCKS16, FLOAT, arithmetic
+from requanto.linear.cpu.gemm import BLOCKS8, BLOCKS16, FLOAT, arithmetic, is_narrowed
 from requanto.linear.cpu.strips import STRIPS
 from requanto.linear.cpu.weights import fixed_table
 from requanto.linear.registry import Problem
@@ -54,6 +54,11 @@ def takes(problem: Problem, how: int) -> bool:
         and how_of(problem) == how
         and problem.rows <= gemm_rows(how, problem.dtype)
     )
+
+
+def rounding_of_x(problem: Problem) -> str:
+    """How `cpu-float` rounds x, for `explain`; "" if it does not."""
+    return "; x rounded to bfloat16" if is_narrowed(problem.qtype, problem.rows, problem.dtype, FLOAT) else ""
 
 
 def takes_coded(problem: Problem) -> bool:

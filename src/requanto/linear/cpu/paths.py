@@ -51,6 +51,7 @@ for _implementation in (
         make_plan=gemm.make_plan,
         plans_operators=True,
         supports=lambda p: conditions.takes(p, gemm.FLOAT),
+        details=conditions.rounding_of_x,
         reason="packed codes are dequantized in registers and in the cache, products are floats",
     ),
     Implementation(
