@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 import requanto
 from requanto import QTensor, explain, prepare, qint8
@@ -289,3 +290,34 @@ def test_a_module_of_a_transposed_weight_keeps_its_form(activations, kernels):
         for _ in range(2):
             assert (model(x) - want).norm() < 2e-2 * want.norm()
             assert model[0].weight.is_packed == kernels
+
+
+@pytest.mark.parametrize("activation", [None, qint8])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_tensors_that_wrap_others_have_no_memory_to_read(rows, activation, kernels):
+    """Their class computes each operator on the tensors inside, as DTensor does."""
+    weight, values, _ = made("int8", 64, 128, activation=activation, dtype=torch.float32)
+    one, other, bias = torch.randn(rows, 128), torch.randn(rows, 128), torch.randn(64)
+    wants = [expected(x, values, bias, activation) for x in (one, other)]
+    with torch.no_grad():
+        F.linear(one, weight, bias)
+        F.linear(one, weight, bias)  # there is a plan
+    for given in (TwoTensor(one, other), TwoTensor(one, other).requires_grad_()):
+        out = F.linear(given, weight, bias)
+        for part, want in zip((out.a, out.b), wants):
+            assert (part - want).norm() < 2e-2 * want.norm()
+    out.sum().backward()
+    assert given.grad.shape == one.shape
+    with torch.no_grad():
+        out = F.linear(one, weight, TwoTensor(bias, bias + 1))
+    assert (out.b - wants[0] - 1).norm() < 2e-2 * wants[0].norm()
+
+
+def test_images_that_wrap_others(kernels):
+    weight = QTensor.quantize(torch.randn(64, 64, 1, 1), "int4")
+    images, weight = [torch.randn(1, 64, 4, 4) for _ in range(2)], torch.nn.Parameter(weight, False)
+    with torch.no_grad():
+        F.conv2d(images[0], weight)  # packs it
+        out = F.conv2d(TwoTensor(*images), weight)
+    for image, part in zip(images, (out.a, out.b)):
+        assert torch.allclose(part, F.conv2d(image, weight.dequantize()), atol=1e-3)

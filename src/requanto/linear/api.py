@@ -19,7 +19,14 @@ from requanto.linear.gpu import paths as gpu
 from requanto.linear.prepack import pack_on_first_use
 from requanto.linear.registry import find_plan, remember_plan
 from requanto.runtime import onnx_nodes
-from requanto.runtime.tracing import in_functorch_transform, in_jit_trace, is_tracing, needs_gradient, runs_eagerly
+from requanto.runtime.tracing import (
+    in_functorch_transform,
+    in_jit_trace,
+    is_tracing,
+    is_wrapper,
+    needs_gradient,
+    runs_eagerly,
+)
 from requanto.scales.rotation import rotate
 from requanto.tensor import lowrank
 from requanto.tensor.qtensor import QTensor
@@ -83,9 +90,9 @@ def packed_gemm(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> 
     """`linear` with a convolution's weight as its stored matrix ``[N, K]``; prepacks the parameter if it is not yet.
 
     Returns:
-        None if the weight cannot be prepacked, a gradient is needed or the call is traced.
+        None if the weight cannot be prepacked, a gradient is needed, the call is traced, or x has no memory.
     """
-    if needs_gradient(x, bias) or not runs_eagerly():
+    if needs_gradient(x, bias) or not runs_eagerly() or is_wrapper(x) or is_wrapper(bias):
         return None
     gemm = find_plan(x, weight, bias)
     if gemm is not None:
@@ -115,6 +122,7 @@ def _gemm(
     spec = weight._spec
     cacheable = (
         type(x) in _PLAIN
+        and not is_wrapper(bias)
         and spec.transposed is flip  # x @ stored.T: the only case that plans and packed layouts cover
         and input_scale is None
         and (activation is None or activation is spec.activation)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from requanto.dtypes.qtypes import qtype
+from requanto.linear import reference
 from requanto.linear.activations import rounded_in_blocks
 from requanto.linear.registry import choose, operator_plan, problem_of, run_chosen
 from requanto.runtime import onnx_nodes
+from requanto.runtime.tracing import is_wrapper
 from requanto.tensor.layout import PLAIN, Layout
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.rebuild import operator_weight
@@ -46,6 +48,8 @@ def run(
     if not rows or not features or not out_features:
         out = x.new_zeros(rows, out_features)
         return out if bias is None else out.add_(bias)
+    if is_wrapper(x) or is_wrapper(bias):  # kernels would read their addresses
+        return reference.run(x, weight, bias, activation, input_scale)
     if activation is not None and activation.blocks is not None:
         x, activation = rounded_in_blocks(x, activation, input_scale), None
     gemm = operator_plan(x, weight, activation) if lasts and input_scale is None else None

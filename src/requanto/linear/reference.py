@@ -27,7 +27,7 @@ def run(
             return F.linear(x, _values(weight, x.dtype), bias)
         codes, scale = quantize_activations(x, activation, input_scale)
         out = F.linear(codes.to(x.dtype), _values(weight, x.dtype)).float().mul_(scale).to(x.dtype)
-        return out if bias is None else out.add_(bias)
+        return out if bias is None else out + bias
 
 
 def _values(weight: QTensor, dtype: torch.dtype) -> torch.Tensor:

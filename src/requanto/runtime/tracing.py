@@ -93,6 +93,14 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor) or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 
 
+_no_dispatch = torch.Tensor.__torch_dispatch__
+
+
+def is_wrapper(tensor: torch.Tensor | None) -> bool:
+    """True for tensors whose class computes operators itself, such as DTensor and fake tensors: they have no memory."""
+    return tensor is not None and type(tensor).__torch_dispatch__ is not _no_dispatch
+
+
 @contextlib.contextmanager
 def without_ambient_state() -> Iterator[None]:
     """`outside_tracing`, also without the caller's default device and autocast; for tensors that are cached.
