@@ -137,6 +137,25 @@ def test_the_number_of_torch_s_threads_changes_at_any_time(cpu_level, kind):
         torch.set_num_threads(1)
 
 
+def test_a_plan_that_was_made_for_one_thread_gives_room_to_more():
+    if library.find() is None:
+        pytest.skip("the CPU kernels are not available here")
+    layer = quantized_layer(form("float8").weight(700, 512, torch.float32, Fresh()))
+    prepare(layer, smallest=0)
+    room = []
+    with torch.no_grad():
+        try:
+            for count in (1, 2, 1):
+                torch.set_num_threads(count)
+                for _ in range(2):
+                    layer(torch.randn(70, 512))
+                (plan,) = layer.weight._storage.plans.values()
+                room.append(plan.gemm._plain.scratch_bytes)
+        finally:
+            torch.set_num_threads(1)
+    assert room[0] < room[1] == room[2]
+
+
 # ---------------------------------------------------------------------- forks
 
 

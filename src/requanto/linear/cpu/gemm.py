@@ -143,15 +143,15 @@ class Call:
     __slots__ = (
         "_bias_shape",
         "_biased",
-        "_check",
         "_column",
         "_function",
         "_like",
         "_made_of",
         "_narrow",
         "_plain",
-        "_scratch",
         "_shape",
+        "_threads",
+        "_used",
         "out_features",
     )
 
@@ -168,7 +168,7 @@ class Call:
         used = library.find()
         assert used is not None
         matrix = found.matrices[expert]
-        self._made_of, self._column, self._check = (found, expert, how, rows, dtype), column, used.check
+        self._made_of, self._column, self._used = (found, expert, how, rows, dtype), column, used
         self._function = function_of(used)
         self.out_features, self._bias_shape = matrix.rows, (matrix.rows,)
         gemm = used.interface.RqGemm()
@@ -180,8 +180,10 @@ class Call:
         self._narrow = narrow
         if column is not None:
             gemm.column, gemm.column_dtype = column.data_ptr(), DTYPES[column.dtype]
-        self._scratch = gemm.scratch_bytes = scratch_bytes(used, gemm, rows)
+        gemm.scratch_bytes = scratch_bytes(used, gemm, rows)
         self._plain = gemm
+        # Threads for which the scratch buffer has room; 0: all use the same memory.
+        self._threads = torch.get_num_threads() if how == FLOAT else 0
         # (address and dtype of the bias, the struct with it); replaced as a whole, since several threads may run a plan
         self._biased: tuple[int, torch.dtype | None, Any] = (0, None, None)
         self._shape: torch.Size | None = None
@@ -195,6 +197,8 @@ class Call:
         else:
             out = self._allocated(x)
         late = None
+        if self._threads and torch.get_num_threads() > self._threads:
+            self._make_room()
         if bias is None:
             gemm = self._plain
         else:
@@ -206,10 +210,10 @@ class Call:
                 gemm, late = self._plain, bias
         if self._narrow:
             x = x.to(torch.bfloat16)
-        scratch = scratch_memory(self._scratch, "gemm")
+        scratch = scratch_memory(gemm.scratch_bytes, "gemm")
         code = self._function(ctypes.addressof(gemm), x.data_ptr(), out.data_ptr(), scratch.data_ptr())
         if code:
-            self._check(code)
+            self._used.check(code)
         return out if late is None else out.add_(late)
 
     def with_column(self, column: torch.Tensor) -> Call | None:
@@ -230,6 +234,12 @@ class Call:
         if out.nbytes <= _SMALL and type(out) is torch.Tensor:
             self._like, self._shape = _template(tuple(out.shape), out.dtype), x.shape
         return out
+
+    def _make_room(self) -> None:
+        """Enlarges the scratch buffer of later calls, after `torch.set_num_threads`; other threads may run the plan."""
+        threads, gemm = torch.get_num_threads(), type(self._plain).from_buffer_copy(self._plain)
+        gemm.scratch_bytes = scratch_bytes(self._used, gemm, gemm.rows)
+        self._plain, self._biased, self._threads = gemm, (0, None, None), threads
 
     def _with_bias(self, bias: torch.Tensor) -> Any:
         """The struct with that bias; None if the library cannot add it."""
