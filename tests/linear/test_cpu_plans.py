@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from requanto import QTensor, prepare, qint8
-from requanto.linear import api, linear, registry
+from requanto.linear import api, grouped_linear, linear, registry
 from requanto.linear.cpu import library
 from requanto.runtime import buffers
 from requanto.runtime.settings import registry_state, settings
@@ -230,6 +230,18 @@ def test_gradients_autocast_and_errors_take_the_usual_way():
         assert module(x[:0]).shape == (0, 384)
         with pytest.raises(ValueError, match="x is on meta"):
             module(x.to("meta"))
+
+
+def test_autocast_does_not_convert_the_dequantized_weight():
+    """float16 is multiplied as float32, which autocast would turn back."""
+    weight = QTensor.quantize(torch.randn(96, 128), "int4")
+    experts = QTensor.quantize(torch.randn(2, 96, 128), "int4", axis=1)
+    x, ends = torch.randn(8, 128), torch.tensor([4, 8], dtype=torch.int32)
+    with torch.no_grad():
+        wants = linear(x.half(), weight), grouped_linear(x[:, :96].half(), experts.mT, ends)
+        with torch.autocast("cpu", dtype=torch.float16):
+            found = linear(x, weight), grouped_linear(x[:, :96].half(), experts.mT, ends)
+    assert all(torch.equal(one, other) for one, other in zip(found, wants))
 
 
 def test_only_so_many_shapes_are_remembered():

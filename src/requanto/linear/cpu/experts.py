@@ -15,6 +15,7 @@ from requanto.linear.cpu.gemm import arithmetic_of, function_of, scratch_bytes
 from requanto.linear.cpu.multiply import float_dtype
 from requanto.linear.cpu.weights import DTYPES, Described, described
 from requanto.runtime.buffers import scratch_buffer, scratch_memory
+from requanto.runtime.tracing import without_autocast
 from requanto.tensor.qtensor import QTensor
 
 
@@ -73,4 +74,5 @@ def _dequantized(x: torch.Tensor, weight: QTensor, expert: int, out: torch.Tenso
     dtype = float_dtype(x.dtype)
     first = expert * stored_rows
     values = dequantize_rows(weight, first, first + stored_rows, scratch_buffer((stored_rows, length), dtype))
-    out.copy_(torch.mm(x.to(dtype), values if weight.transposed else values.t()))
+    with without_autocast(x.device):
+        out.copy_(torch.mm(x.to(dtype), values if weight.transposed else values.t()))

@@ -15,6 +15,7 @@ from requanto.linear.cpu.dequantize import by_library, dequantize_rows, row_scal
 from requanto.linear.cpu.scratch_matmul import matmul, scaled_into
 from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import rows_that_fit, scratch_buffer
+from requanto.runtime.tracing import without_autocast
 from requanto.tensor.qtensor import QTensor
 
 #: Bytes of a dequantized weight that are multiplied at a time: by the library, and by torch's operators, whose passes each
@@ -41,10 +42,10 @@ def run(
     dtype, steps = x.dtype, None
     if activation is not None:
         x, steps = quantize_activations(x, activation, input_scale)
-    elif dtype != float_dtype(dtype):
-        x = x.to(float_dtype(dtype))
     out = _coded(x, weight) if steps is not None else None
-    out = matmul_dequantized(x.to(float_dtype(dtype)), weight) if out is None else out
+    if out is None:
+        with without_autocast(x.device):  # it would convert the dequantized weight to its dtype
+            out = matmul_dequantized(x.to(float_dtype(dtype)), weight)
     if steps is not None:
         out = out.float().mul_(steps)
     if bias is not None:
