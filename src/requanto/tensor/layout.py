@@ -1,6 +1,6 @@
 """Layouts: the orders in which a weight's codes can be stored in memory.
 
-``"plain"`` is the layout of checkpoints. A kernel may need another one (oneDNN's blocks, the GPU kernels' words): a named
+``"plain"`` is the layout of checkpoints. A kernel may need another one (the CPU's strips, the GPU kernels' words): a named
 `Layout` that converts from and to the plain one, bit for bit. The codes of a prepacked weight are an ordinary tensor, also
 called ``qdata``, which replaces the plain one, so that the memory is needed only once.
 
