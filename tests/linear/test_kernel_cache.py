@@ -11,8 +11,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from kernel_cache import fresh, kept, needs_compiler, never, original, torch_and_one_line
 
+from requanto import explain, freeze, quantize
 from requanto.linear.cpu import library
 from requanto.runtime.settings import registry_state, settings
 from requanto_cpu import LibraryUnavailable, build, cache, load, trust
@@ -250,6 +252,32 @@ def test_a_failure_is_remembered_until_the_environment_changes(monkeypatch, tmp_
     with pytest.raises(LibraryUnavailable):
         load.library()
     assert len(tries) == 2
+
+
+def test_a_model_gets_kernels_once_the_environment_allows_them(monkeypatch, tmp_path, caplog):
+    """What the line in the log advises works in the same process, also for a weight that has been multiplied before."""
+    layer = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    quantize(layer, weights="int4")
+    freeze(layer)
+    x = torch.randn(3, 256)
+    with monkeypatch.context() as context:
+        cannot_be_built(context)
+        context.setenv("REQUANTO_CACHE", str(tmp_path / "one"))
+        with torch.no_grad():
+            before = [layer(x) for _ in range(2)]
+        context.setenv("REQUANTO_CACHE", str(tmp_path / "two"))
+        with torch.no_grad():
+            before += [layer(x) for _ in range(2)]
+        assert explain(layer, rows=3)[0].implementation == "cpu-dequantize"
+        assert [record.getMessage().count("no place to write") for record in caplog.records] == [1, 1]
+    kept()
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+    assert library.why_not is None
+    assert layer[0].weight.is_packed
+    assert explain(layer, rows=3)[0].implementation == "cpu-integer"
+    assert len(caplog.records) == 2
 
 
 # What a name stands for.

@@ -83,6 +83,9 @@ _lock = fork.new_in_child(threading.Lock())
 _library: Library | None = None
 #: Why there is none, for the log and for `explain`; None before the first try.
 why_not: str | None = None
+#: Variables that decide whether there is one. A failure is final only for the values that it was found with.
+_VARIABLES = ("REQUANTO_CPU", "REQUANTO_CACHE", "CXX")
+_tried: list[str | None] = []
 
 
 def find() -> Library | None:
@@ -97,7 +100,7 @@ def find() -> Library | None:
     compiled = settings.compiled
     if compiled is False:
         return None
-    if _library is None and (why_not is None or compiled):
+    if _library is None and (why_not is None or compiled or _is_another_environment()):
         _load()
     if _library is None and compiled:
         raise RuntimeError(
@@ -107,12 +110,19 @@ def find() -> Library | None:
     return _library
 
 
+def _is_another_environment() -> bool:
+    """Whether a variable has changed since the last try, as the line in the log may have advised."""
+    return not torch.compiler.is_compiling() and _tried != [os.environ.get(name) for name in _VARIABLES]
+
+
 def _load() -> None:
-    global _library, why_not
+    global _library, why_not, _tried
     with _lock:
-        if _library is not None or (why_not is not None and not settings.compiled):
+        changed = _is_another_environment()
+        if _library is not None or (why_not is not None and not settings.compiled and not changed):
             return
         before, why_not = why_not, None
+        _tried = [os.environ.get(name) for name in _VARIABLES]
         try:
             _library = _loaded()
         except ValueError:  # a wrong REQUANTO_CPU
@@ -122,7 +132,7 @@ def _load() -> None:
             why_not = f"{name}{error}".partition("\n")[0]
         if _library is None or before is not None:
             registry_state.changed()
-        if why_not is None or before is not None or settings.compiled:  # where it is required, `find` raises
+        if why_not is None or (before is not None and not changed) or settings.compiled:  # then `find` raises
             return
         if os.environ.get("REQUANTO_CPU") == "torch":
             logger.info("REQUANTO_CPU=torch: no CPU kernels, torch's operators run")
