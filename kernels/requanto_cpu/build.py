@@ -271,10 +271,7 @@ def _run(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
                 raise BuildError(f"{commands[0][0]} did not finish in {TIMEOUT:.0f} s")
             if seconds > PATIENCE and not told:
                 told = True
-                logger.warning(
-                    "requanto: building the CPU kernels with %s, once; `requanto kernels` does so beforehand",
-                    commands[0][0],
-                )
+                logger.warning("requanto: building the CPU kernels with %s, which is done once", commands[0][0])
             if running:
                 time.sleep(0.005)
     finally:
