@@ -100,14 +100,15 @@ def find() -> Library | None:
     compiled = settings.compiled
     if compiled is False:
         return None
-    if _library is None and (why_not is None or compiled or _is_another_environment()):
-        _load()
-    if _library is None and compiled:
+    found = _library
+    if found is None and (why_not is None or compiled or _is_another_environment()):
+        found = _load()
+    if found is None and compiled:
         raise RuntimeError(
             f"requanto.settings.compiled is True, but the CPU kernels are not available: {why_not}. Set it to None (or "
             f"REQUANTO_COMPILE to nothing), to run torch's operators instead."
         )
-    return _library
+    return found
 
 
 def _is_another_environment() -> bool:
@@ -115,12 +116,12 @@ def _is_another_environment() -> bool:
     return not torch.compiler.is_compiling() and _tried != [os.environ.get(name) for name in _VARIABLES]
 
 
-def _load() -> None:
+def _load() -> Library | None:
     global _library, why_not, _tried
     with _lock:
         changed = _is_another_environment()
         if _library is not None or (why_not is not None and not settings.compiled and not changed):
-            return
+            return _library
         before, why_not = why_not, None
         _tried = [os.environ.get(name) for name in _VARIABLES]
         try:
@@ -133,7 +134,7 @@ def _load() -> None:
         if _library is None or before is not None:
             registry_state.changed()
         if why_not is None or (before is not None and not changed) or settings.compiled:  # then `find` raises
-            return
+            return _library
         if os.environ.get("REQUANTO_CPU") == "torch":
             logger.info("REQUANTO_CPU=torch: no CPU kernels, torch's operators run")
         else:
@@ -142,6 +143,7 @@ def _load() -> None:
                 "does without them",
                 why_not,
             )
+        return None
 
 
 def _loaded() -> Library:
