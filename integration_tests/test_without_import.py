@@ -175,16 +175,22 @@ def test_pip_installs_the_file_that_starts_it(kind, tmp_path):
     pytest.importorskip("setuptools")
     copy = tmp_path / "tree"
     copy.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "src", "kernels"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         (copy / name).symlink_to(ROOT / name)
-    (copy / "src").unlink()  # setuptools writes its egg-info here
-    (copy / "src").mkdir()
-    for path in SOURCE.iterdir():
-        if path.name != "__pycache__" and not path.name.endswith(".egg-info"):
-            (copy / "src" / path.name).symlink_to(path)
+    # Folders into which setuptools and setup.py write: of the copy, and not links to those of the checkout.
+    for folder in ("src", "kernels", "kernels/requanto_cpu"):
+        (copy / folder).mkdir()
+        for path in (ROOT / folder).iterdir():
+            if path.name not in ("__pycache__", "requanto_cpu", "built") and not path.name.endswith(".egg-info"):
+                (copy / folder / path.name).symlink_to(path)
     code = f"from setuptools import build_meta as b; print(b.build_{kind}({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, timeout=120)
+    without_kernels = {**os.environ, "CXX": "/nonexistent"}  # tests/test_imports.py has a wheel with them
+    before = sorted((ROOT / "kernels" / "requanto_cpu").rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, env=without_kernels, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
+    assert sorted((ROOT / "kernels" / "requanto_cpu").rglob("*")) == before
     (file,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(file) as wheel:
         names = wheel.namelist()
