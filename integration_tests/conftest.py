@@ -17,13 +17,27 @@ from real_models import smollm2_gguf as fetch_smollm2_gguf
 import requanto
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def two_threads() -> Iterator[None]:
-    """Sums are split by thread: with a fixed number, results are the same on every machine of one kind."""
+    """Sums are split by thread: with a fixed number, results are the same on every machine of one kind.
+
+    For a file at a time: a process that runs files of tests/ afterwards forks, and must have one thread then.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def same_compiler() -> Iterator[None]:
+    """PEFT's BOFT leaves CXX=gcc behind where its CUDA code cannot be built: the CPU kernels would be built once more."""
+    names = ("CC", "CXX")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    yield
+    for name in names:
+        os.environ.pop(name, None)
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

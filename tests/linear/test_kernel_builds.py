@@ -49,7 +49,9 @@ def test_processes_that_build_at_once(fresh, monkeypatch, tmp_path):
 
 ENDS = """
     import os, signal, threading, time
+    from pathlib import Path
     from requanto_cpu import cache
+    cache.PACKAGED = Path(os.devnull) / "none"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if {thread}:
         threading.Thread(target=cache.find).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,9 @@ def test_a_child_has_its_own():
     tensor = pages.empty((100_000,), torch.uint8).fill_(1)
     child = os.fork()
     if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        torch.set_num_threads(1)  # OpenMP's threads are not there after a fork
         tensor.fill_(2)
         del tensor
         os._exit(0)
