@@ -175,9 +175,10 @@ def test_pip_installs_the_file_that_starts_it(kind, tmp_path):
     pytest.importorskip("setuptools")
     copy = tmp_path / "tree"
     copy.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         (copy / name).symlink_to(ROOT / name)
-    # Folders into which setuptools and setup.py write: of the copy, and not links to those of the checkout.
+    # What setuptools and setup.py write goes into folders of the copy. A link to setup.py would write beside what it links to.
+    (copy / "setup.py").write_bytes((ROOT / "setup.py").read_bytes())
     for folder in ("src", "kernels", "kernels/requanto_cpu"):
         (copy / folder).mkdir()
         for path in (ROOT / folder).iterdir():
