@@ -17,12 +17,9 @@ from real_models import smollm2_gguf as fetch_smollm2_gguf
 import requanto
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def two_threads() -> Iterator[None]:
-    """Sums are split by thread: with a fixed number, results are the same on every machine of one kind.
-
-    For a file at a time: a process that runs files of tests/ afterwards forks, and must have one thread then.
-    """
+    """Sums are split by thread: with a fixed number, results are the same on every machine of one kind."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

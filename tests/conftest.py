@@ -30,6 +30,15 @@ def pytest_sessionstart(session):
             requanto_cpu.build_all()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Also in a process that has run integration tests before, with two: forks do not have the threads of their parent."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 try:
     from hypothesis import settings
 except ImportError:  # `make gpu-test` installs nothing, and its tests do without
