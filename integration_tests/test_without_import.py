@@ -177,7 +177,7 @@ def test_pip_installs_the_file_that_starts_it(kind, tmp_path):
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (copy / name).symlink_to(ROOT / name)
-    # What setuptools and setup.py write goes into folders of the copy. A link to setup.py would write beside what it links to.
+    # What setuptools and setup.py write goes into folders of the copy. A link to setup.py would write beside its target.
     (copy / "setup.py").write_bytes((ROOT / "setup.py").read_bytes())
     for folder in ("src", "kernels", "kernels/requanto_cpu"):
         (copy / folder).mkdir()
