@@ -122,11 +122,8 @@ def padding_bytes(spec: WeightSpec) -> int:
     """Bytes that a weight takes more in this layout than stored; 0 for one that stays plain."""
     if not fits(spec):
         return 0
-    rows, length = spec.matrix_shape
-    whole_rows, whole_length = planes.padded(rows, length)
-    return (
-        whole_rows * whole_length * spec.qtype.bits
-    ) // 8 - spec.codes_shape.numel() * spec.qtype.storage_dtype.itemsize
+    packed, _ = STRIPS.codes_shape_dtype(spec)  # in bytes
+    return packed.numel() - spec.codes_shape.numel() * spec.qtype.storage_dtype.itemsize
 
 
 def checked_index(index: torch.Tensor, rows: int) -> torch.Tensor:
