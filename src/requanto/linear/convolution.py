@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from requanto.linear.api import packed_gemm
 from requanto.linear.cpu import library
 from requanto.linear.cpu.dequantize import rows_rounded_once
-from requanto.linear.cpu.rows import FLOATS
+from requanto.linear.cpu.library import FLOATS
 from requanto.linear.gpu import convolution as gpu_convolution
 from requanto.linear.gpu import dequantize as gpu_dequantize
 from requanto.linear.prepack import expected_layout

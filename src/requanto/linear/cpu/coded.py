@@ -10,7 +10,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import library
-from requanto.linear.cpu.gemm import CODED, FLOATS, function_of, scratch_bytes
+from requanto.linear.cpu.gemm import CODED, function_of, scratch_bytes
 from requanto.linear.cpu.weights import DTYPES, Described, described
 from requanto.linear.registry import Gemm
 from requanto.runtime.buffers import scratch_memory
@@ -90,14 +90,8 @@ class CodedCall:
         gemm = type(self._gemm).from_buffer_copy(self._gemm)  # several threads may run a plan
         gemm.steps = steps
         late = bias
-        if (
-            bias is not None
-            and bias.dtype in FLOATS
-            and bias.is_cpu
-            and bias.shape == (matrix.rows,)
-            and bias.is_contiguous()
-            and not bias.is_neg()
-        ):
+        right = bias is not None and bias.shape == (matrix.rows,) and bias.is_contiguous()
+        if bias is not None and right and library.reads_floats(bias):
             gemm.bias, gemm.bias_dtype, late = bias.data_ptr(), DTYPES[bias.dtype], None
         used.check(self._function(ctypes.addressof(gemm), codes, out.data_ptr(), scratch))
         return out if late is None else out.add_(late)

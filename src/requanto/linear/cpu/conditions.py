@@ -11,8 +11,6 @@ from requanto.linear.cpu.strips import STRIPS
 from requanto.linear.cpu.weights import fixed_table
 from requanto.linear.registry import Problem
 
-#: dtypes of x that these implementations take.
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 #: Every number of rows.
 ANY = 2**62
 #: Most rows of bfloat16 for the library's GEMM with AMX, by arithmetic: torch's bfloat16 GEMM uses it and the library does
@@ -23,7 +21,7 @@ ROWS_AMX = {BLOCKS8: 64, BLOCKS16: 32, FLOAT: 32}
 
 def on_cpu(problem: Problem) -> bool:
     """GEMMs of any weight on a CPU."""
-    return problem.device == "cpu" and problem.dtype in FLOATS
+    return problem.device == "cpu" and problem.dtype in library.FLOATS
 
 
 def in_strips(problem: Problem) -> bool:

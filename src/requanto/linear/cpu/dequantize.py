@@ -14,6 +14,7 @@ import torch
 
 from requanto.dtypes.bit_packing import pack, unpack, unpack_pairs
 from requanto.dtypes.qtypes import qtype
+from requanto.linear.cpu import library
 from requanto.linear.cpu import rows as kernel
 from requanto.linear.cpu.weights import described
 from requanto.runtime.buffers import scratch_buffer
@@ -34,7 +35,7 @@ def row_scaled(weight: QTensor) -> bool:
 
 def by_library(weight: QTensor, dtype: torch.dtype) -> bool:
     """True if the library dequantizes this weight to ``dtype``."""
-    return dtype in kernel.FLOATS and runs_eagerly() and described(weight) is not None
+    return dtype in library.FLOATS and runs_eagerly() and described(weight) is not None
 
 
 def dequantize_rows(weight: QTensor, start: int, stop: int, out: torch.Tensor, *, scaled: bool = True) -> torch.Tensor:

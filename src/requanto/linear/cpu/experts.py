@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from requanto.linear import reference
-from requanto.linear.cpu import library, rows
+from requanto.linear.cpu import library
 from requanto.linear.cpu.conditions import gemm_rows
 from requanto.linear.cpu.dequantize import dequantize_rows
 from requanto.linear.cpu.gemm import arithmetic_of, function_of, scratch_bytes
@@ -28,7 +28,7 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     """
     used = library.for_tensors(x)
     found = None if used is None else described(weight)
-    if used is None or found is None or x.dtype not in rows.FLOATS:
+    if used is None or found is None or x.dtype not in library.FLOATS:
         return reference.run_grouped(x, weight, offsets)
     x = x.resolve_neg().contiguous()
     ends = [min(max(0, end), len(x)) for end in offsets.tolist()]

@@ -72,12 +72,10 @@ def _readable(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     if not (x.is_cpu and weight.is_cpu) or x.is_neg() or weight.is_neg() or weight.stride(1) != 1:
         return False
     if bias is not None and (
-        type(bias) not in _PLAIN
-        or not bias.is_cpu
-        or bias.dtype is not x.dtype
+        bias.dtype is not x.dtype
         or bias.shape != weight.shape[:1]
+        or not library.reads_floats(bias)
         or not bias.is_contiguous()
-        or bias.is_neg()
     ):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):

@@ -22,8 +22,6 @@ from requanto.runtime.settings import settings
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.qtensor import QTensor
 
-#: dtypes of x and of a bias
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: `RqArithmetic`
 BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
 #: Most bits of codes that are multiplied with x rounded to 8 bits; above, x has 16. With 6 bits, rounding x to 8 costs up to
@@ -39,7 +37,6 @@ MOST_ROWS_WITH_16 = 64
 MOST_ROWS_EXACT = 4
 #: Largest result (bytes) that is allocated like a tensor that exists, which takes half the time.
 _SMALL = 16 * 1024
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 #: ``rq_gemm`` with addresses as arguments: a third faster than with ctypes' pointers.
 _PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 
@@ -223,9 +220,7 @@ class Call:
         """
         found, expert, _, rows, _ = self._made_of
         right = column.dim() == 1 and column.numel() == found.matrices[expert].length and column.is_contiguous()
-        if not right or rows > MOST_SCALED_ROWS or type(column) not in _PLAIN or not column.is_cpu:
-            return None
-        if column.dtype not in DTYPES or not column.is_floating_point() or column.is_neg():
+        if not right or rows > MOST_SCALED_ROWS or not library.reads_floats(column):
             return None
         return Call(*self._made_of, column)
 
@@ -243,7 +238,7 @@ class Call:
 
     def _with_bias(self, bias: torch.Tensor) -> Any:
         """The struct with that bias; None if the library cannot add it."""
-        if type(bias) not in _PLAIN or not bias.is_cpu or bias.dtype not in FLOATS or bias.is_neg():
+        if not library.reads_floats(bias):
             return None
         gemm = type(self._plain).from_buffer_copy(self._plain)
         gemm.bias, gemm.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]

@@ -23,6 +23,8 @@ from requanto.runtime.tracing import is_fake
 logger = logging.getLogger(__name__)
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+#: dtypes of x, of a bias, of a column scale and of dequantized values
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Levels whose processor multiplies bfloat16 faster than float32.
 _BFLOAT16_LEVELS = ("bf16", "amx")
 
@@ -159,6 +161,12 @@ def structs() -> Any:
     found = find()
     assert found is not None
     return found.interface
+
+
+def reads_floats(vector: torch.Tensor) -> bool:
+    """Whether kernels can read a vector where it is: a bias or a column scale, besides its shape and strides."""
+    plain = type(vector) in _PLAIN and vector.is_cpu and not vector.is_neg()  # a negated view has the original's memory
+    return plain and vector.dtype in FLOATS
 
 
 def for_tensors(*tensors: torch.Tensor) -> Library | None:

@@ -17,9 +17,6 @@ from requanto.runtime.tracing import is_fake, runs_eagerly
 from requanto.tensor import qtensor
 from requanto.tensor.qtensor import QTensor
 
-#: dtypes that the library writes.
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> bool:
     """Dequantizes rows ``start .. stop`` of the stored matrix into ``out`` ``[stop - start, K]``.
@@ -27,7 +24,7 @@ def fill(weight: QTensor, start: int, stop: int, out: torch.Tensor) -> bool:
     Returns:
         False if the library cannot, and nothing was written.
     """
-    if out.dtype not in FLOATS or (out.shape[1] > 1 and out.stride(1) != 1):
+    if out.dtype not in library.FLOATS or (out.shape[1] > 1 and out.stride(1) != 1):
         return False
     used = library.for_tensors(out)
     found = None if used is None else described(weight)
@@ -98,7 +95,7 @@ def lookup(weight: QTensor, dtype: torch.dtype) -> Lookup | None:
     held: _Held | None = derived.get(key)
     if held is not None and held.lookup.is_current():
         return held.lookup
-    used = library.find() if dtype in FLOATS else None
+    used = library.find() if dtype in library.FLOATS else None
     found = None if used is None else described(weight)
     if used is None or found is None or len(found.matrices) != 1:
         return None
@@ -139,7 +136,7 @@ def values(
         besides = ("column", "order", "up") if low_rank else ("column", "order")
         if spec.rotation is not None or any(name in parts for name in besides):
             return None
-    if dtype not in FLOATS or not runs_eagerly() or is_fake(parts["qdata"]):
+    if dtype not in library.FLOATS or not runs_eagerly() or is_fake(parts["qdata"]):
         return None
     out = torch.empty(spec.matrix_shape, dtype=dtype, device="cpu")
     with torch._C.DisableTorchFunctionSubclass():
