@@ -238,6 +238,25 @@ def build(
         shutil.rmtree(work, ignore_errors=True)
 
 
+class Waiting:
+    """Time spent waiting for a build: after PATIENCE seconds the log says why, once.
+
+    Args:
+        line, values: of the log.
+    """
+
+    def __init__(self, line: str, *values: object) -> None:
+        self._start, self._told, self._line = time.monotonic(), False, (line, *values)
+
+    def is_too_long(self) -> bool:
+        """Whether TIMEOUT is over."""
+        seconds = time.monotonic() - self._start
+        if seconds > PATIENCE and not self._told:
+            self._told = True
+            logger.warning(*self._line)
+        return seconds > TIMEOUT
+
+
 def _failed(command: list[str], code: int, text: str) -> BuildError:
     lines = text.strip().splitlines() or ["it printed no message"]
     wrong = next((line for line in lines if "error" in line.lower()), lines[-1])
@@ -255,7 +274,8 @@ def _run(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
     """
     most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
-    start, told, waiting, codes = time.monotonic(), False, list(enumerate(commands)), [0] * len(commands)
+    patience = Waiting("requanto: building the CPU kernels with %s, which is done once", commands[0][0])
+    waiting, codes = list(enumerate(commands)), [0] * len(commands)
     running: dict[int, subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
@@ -266,12 +286,8 @@ def _run(commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
             for number, process in list(running.items()):
                 if process.poll() is not None:
                     codes[number] = running.pop(number).returncode
-            seconds = time.monotonic() - start
-            if seconds > TIMEOUT:
+            if patience.is_too_long():
                 raise BuildError(f"{commands[0][0]} did not finish in {TIMEOUT:.0f} s")
-            if seconds > PATIENCE and not told:
-                told = True
-                logger.warning("requanto: building the CPU kernels with %s, which is done once", commands[0][0])
             if running:
                 time.sleep(0.005)
     finally:

@@ -178,17 +178,13 @@ def _locked(path: Path) -> Iterator[None]:
     file = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
     _held.add(file)
     try:
-        start, told = time.monotonic(), False
+        patience = build.Waiting(
+            "requanto: waiting for another process that builds the CPU kernels (it holds %s.lock)", path
+        )
         while not _lock(file):
-            seconds = time.monotonic() - start
-            if seconds > build.TIMEOUT:
+            if patience.is_too_long():
                 raise LibraryUnavailable(
                     f"another process holds {path}.lock and has not built the kernels in {build.TIMEOUT:.0f} s"
-                )
-            if seconds > build.PATIENCE and not told:
-                told = True
-                logger.warning(
-                    "requanto: waiting for another process that builds the CPU kernels (it holds %s.lock)", path
                 )
             time.sleep(0.02)
         yield
