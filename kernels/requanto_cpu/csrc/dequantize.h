@@ -254,6 +254,14 @@ static void fetch_scales(const RqWeight* w, int64_t n) {
   if (w->row_shift) fetch((const uint8_t*)w->row_shift + n * blocks * bytes, blocks * bytes);
 }
 
+// Fetches what rows index[*ahead] to index[i + FETCH_ROWS] need. `bytes`: of the codes of `per` rows.
+static inline void fetch_rows(const RqWeight* w, const int64_t* index, int64_t i, int64_t end, int64_t per, int64_t bytes, int64_t* ahead) {
+  for (; *ahead < end && *ahead <= i + FETCH_ROWS; ++*ahead) {
+    fetch(w->codes + index[*ahead] / per * bytes, bytes);
+    fetch_scales(w, index[*ahead]);
+  }
+}
+
 static int strips_to_rows(const RqWeight* w, int64_t start, int64_t stop, const int64_t* index, void* out, int32_t dtype, int64_t out_stride) {
   if (wrong_rows(w, dtype)) return RQ_E_ARGUMENT;
   if (start >= stop || !w->length) return 0;
@@ -273,11 +281,7 @@ static int strips_to_rows(const RqWeight* w, int64_t start, int64_t stop, const 
     rq::parallel(stop - start, (1 << 15) / w->length + 1, [&](int64_t begin, int64_t end) {
       const WithSubnormals mode;
       for (int64_t i = begin, ahead = begin; i < end; ++i) {
-        for (; ahead < end && ahead <= i + FETCH_ROWS; ++ahead) {
-          const uint8_t* line = w->codes + index[ahead] / RQ_ROWS * units * w->bits * 64;
-          fetch(line, units * w->bits * 64);
-          fetch_scales(w, index[ahead]);
-        }
+        fetch_rows(w, index, i, end, RQ_ROWS, units * w->bits * 64, &ahead);
         write_row_of_strip(d, units, index[i], dtype, (uint8_t*)out + i * row_bytes);
       }
     });
@@ -295,10 +299,7 @@ static int plain_to_rows(const RqWeight* weight, int32_t is_signed, int64_t star
     rq::parallel(stop - start, (1 << 15) / w.length + 1, [&](int64_t begin, int64_t end) {
       const WithSubnormals mode;
       for (int64_t i = begin, ahead = begin; i < end; ++i) {
-        for (; index && ahead < end && ahead <= i + FETCH_ROWS; ++ahead) {
-          fetch(w.codes + index[ahead] * code_bytes, code_bytes);
-          fetch_scales(&w, index[ahead]);
-        }
+        if (index) fetch_rows(&w, index, i, end, 1, code_bytes, &ahead);
         const int64_t n = index ? index[i] : start + i;
         write_row(d, w.codes + n * code_bytes, code_bytes, n, dtype, (uint8_t*)out + i * row_bytes);
       }
