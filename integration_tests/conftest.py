@@ -70,6 +70,15 @@ def float_arithmetic(monkeypatch):
     monkeypatch.setattr(requanto.settings, "cpu_arithmetic", "float")
 
 
+@pytest.fixture(scope="module")
+def float_in_processes():
+    """The same in the processes that a test starts: FSDP's weights stay plain, those of one process are packed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requanto.settings, "cpu_arithmetic", "float")
+        patch.setenv("REQUANTO_CPU_ARITHMETIC", "float")
+        yield
+
+
 @pytest.fixture
 def exact(float_arithmetic, monkeypatch):
     """Besides, weights stay plain, so that results can be compared bit by bit: packed, sums have another order."""

@@ -12,19 +12,11 @@ import ranks
 import torch
 from tiny_models import TINY, output, save_tiny
 
-import requanto
 from requanto import QuantoConfig
 
+pytestmark = pytest.mark.usefixtures("float_in_processes")
+
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float_arithmetic():
-    """Here and in the processes: FSDP's weights stay plain, those of one process are packed, whose x would be rounded."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requanto.settings, "cpu_arithmetic", "float")
-        patch.setenv("REQUANTO_CPU_ARITHMETIC", "float")
-        yield
 
 
 @pytest.fixture(scope="module")

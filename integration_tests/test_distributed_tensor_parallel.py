@@ -10,7 +10,6 @@ from foreign_files import write_gptq
 from tiny_models import TINY, output, save_tiny
 from transformers.distributed import DistributedConfig
 
-import requanto
 from requanto import QTensor, QuantoConfig
 from requanto.tensor.lowrank import append
 from requanto.tensor.sharding import join_weights, slice_weight, with_groups
@@ -86,7 +85,6 @@ def fully_sharded(directory: Path) -> dict:
 
 
 def worker(rank: int, directory: Path) -> dict:
-    requanto.settings.cpu_arithmetic = "float"  # as in the process that logits are compared with
     found = {case: ranks.attempt(one, directory, *case) for case in CASES}
     found["gptq"] = ranks.attempt(of_another_library, directory)
     found["unlike"] = ranks.attempt(unlike, directory, rank)
@@ -95,10 +93,8 @@ def worker(rank: int, directory: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requanto.settings, "cpu_arithmetic", "float")
-        yield run_all(tmp_path_factory.mktemp("tp"))
+def run(tmp_path_factory, float_in_processes):
+    return run_all(tmp_path_factory.mktemp("tp"))
 
 
 def run_all(directory: Path) -> tuple:

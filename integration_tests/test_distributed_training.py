@@ -13,6 +13,8 @@ from tiny_models import TINY, save_tiny, token_ids
 import requanto
 from requanto import QTensor, QuantoConfig
 
+pytestmark = pytest.mark.usefixtures("float_in_processes")
+
 WORLD = 2
 
 
@@ -160,15 +162,6 @@ TASKS += [("unlike", "both"), ("unlike_fsdp", "both"), ("uneven", "int4"), ("sav
 
 def worker(rank: int, directory: Path) -> dict:
     return {task: ranks.attempt(globals()[task[0]], directory, task[1], rank) for task in TASKS}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float_arithmetic():
-    """Here and on all ranks: FSDP's weights stay plain, those of one process are packed, whose x would be rounded."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requanto.settings, "cpu_arithmetic", "float")
-        patch.setenv("REQUANTO_CPU_ARITHMETIC", "float")
-        yield
 
 
 @pytest.fixture(scope="module")
