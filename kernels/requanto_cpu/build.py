@@ -37,12 +37,14 @@ SANITIZER = ("-g", "-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefin
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+_BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
 _X86 = {
     "avx2": _AVX2,
     "avxvnni": (*_AVX2, "-mavxvnni"),
     "avx512": _AVX512,
     "vnni": (*_AVX512, "-mavx512vnni"),
-    "bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
+    "bf16": _BF16,
+    "amx": (*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 _ARM = {"neon": (), "dotprod": ("-march=armv8.2-a+dotprod",)}
 #: Flags of each level, by the processor's name.
@@ -51,12 +53,14 @@ LEVELS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": _X86, "amd64": _X86, 
 #: Features in /proc/cpuinfo that a level needs: on x86 those that the operating system has enabled.
 _NEEDS_AVX2 = frozenset(("avx2", "fma", "f16c"))
 _NEEDS_AVX512 = _NEEDS_AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+_NEEDS_BF16 = _NEEDS_AVX512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}
 NEEDS = {
     "avx2": _NEEDS_AVX2,
     "avxvnni": _NEEDS_AVX2 | {"avx_vnni"},
     "avx512": _NEEDS_AVX512,
     "vnni": _NEEDS_AVX512 | {"avx512_vnni"},
-    "bf16": _NEEDS_AVX512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"},
+    "bf16": _NEEDS_BF16,
+    "amx": _NEEDS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
     "neon": frozenset(("asimd",)),
     "dotprod": frozenset(("asimd", "asimddp")),
 }

@@ -15,10 +15,8 @@ logger = logging.getLogger(__name__)
 
 #: The value of REQUANTO_CPU for no kernels at all.
 TORCH = "torch"
-#: The level "bf16" beside torch's own AMX GEMM.
-AMX = "amx"
 #: Names that REQUANTO_CPU may have.
-NAMES = (*dict.fromkeys(name for levels in build.LEVELS.values() for name in levels), AMX, TORCH)
+NAMES = (*dict.fromkeys(name for levels in build.LEVELS.values() for name in levels), TORCH)
 
 _lock = threading.Lock()
 _loaded: ctypes.CDLL | None = None
@@ -124,7 +122,7 @@ def _needed(wanted: str) -> str | None:
     here = build.processor_levels()
     if here is None:
         return None
-    level = "bf16" if wanted == AMX else wanted or (here[-1] if here else "")
+    level = wanted or (here[-1] if here else "")
     if level in here:
         return level
     if not wanted:

@@ -7,6 +7,10 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -65,9 +69,18 @@ bool has_avxvnni() { return has_vnni(); }
 bool has_avxvnni() { return has_avx2() && bit(leaf7(1).a, 4); }
 #endif
 bool has_bf16() { return has_vnni() && bit(leaf7(1).a, 5) && bit(leaf7(0).c, 1); }  // and VBMI, which only Cooper Lake lacks
+// Linux gives a process tiles only if it asks: once, for all threads and processes that it starts (ARCH_REQ_XCOMP_PERM, 18 is
+// the data of tiles). It refuses where a thread's stack for signals is too small for them.
+bool may_use_tiles() {
+#if defined(__linux__)
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return true;
+#endif
+}
 bool has_amx() {
   const unsigned d = leaf7(0).d;
-  return has_bf16() && bit(d, 22) && bit(d, 24) && has_saved(0x60000);  // BF16 tiles
+  return has_bf16() && bit(d, 22) && bit(d, 24) && bit(d, 25) && has_saved(0x60000) && may_use_tiles();  // BF16, TILE, INT8
 }
 #elif defined(__aarch64__)
 bool has_neon() { return true; }
@@ -100,7 +113,9 @@ const Level LEVELS[] = {
 #endif
 #ifdef RQ_HAVE_BF16
     {"bf16", &rq_bf16::kernels, has_bf16},
-    {"amx", &rq_bf16::kernels, has_amx},  // the same kernels; Python multiplies many rows with torch's AMX GEMM
+#endif
+#ifdef RQ_HAVE_AMX
+    {"amx", &rq_amx::kernels, has_amx},
 #endif
 #ifdef RQ_HAVE_NEON
     {"neon", &rq_neon::kernels, has_neon},

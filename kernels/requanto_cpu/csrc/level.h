@@ -43,7 +43,7 @@ namespace rq_avx2 { namespace floats { RQ_FLOATS } }
 namespace rq_avx512 { namespace floats { RQ_FLOATS } }
 namespace rq_neon { namespace floats { RQ_FLOATS } }
 
-// Integer arithmetic, which the level bf16 takes from vnni.
+// Integer arithmetic, which the levels bf16 and amx take from vnni.
 #define RQ_INTEGERS \
   int64_t int_scratch(const RqGemm* gemm, int64_t rows); \
   int64_t int_least_scratch(const RqGemm* gemm); \
@@ -58,6 +58,7 @@ namespace rq_avxvnni { extern const RqKernels kernels; }
 namespace rq_avx512 { extern const RqKernels kernels; }
 namespace rq_vnni { extern const RqKernels kernels; }
 namespace rq_bf16 { extern const RqKernels kernels; }
+namespace rq_amx { extern const RqKernels kernels; }
 namespace rq_neon { extern const RqKernels kernels; }
 namespace rq_dotprod { extern const RqKernels kernels; }
 #endif
