@@ -169,10 +169,10 @@ def test_names_are_no_patterns(damaged, name):
     edit_tensors(
         directory, lambda tensors: tensors.update({"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx": torch.ones(1)})
     )
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CheckpointError, match=r"quantization_config|described"):
         load()
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20, "a name was tried as a pattern"
 
 
 def test_a_description_that_was_lost(damaged):

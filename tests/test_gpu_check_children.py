@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,7 +51,10 @@ def standin(tmp_path, part):
             return part("serve").Child(setup, dict(os.environ), sys.stderr, (sys.executable, "-c", STANDIN))
 
         case, words = part("cases").Case, [op.split() for op in ops]
-        cases = [case(stage, family, "product", op, "", 8, 8, 1 + i, {}, 1.0) for i, (op, family) in enumerate(words)]
+        cases = [
+            case(stage, family, "product", op, "", 8, 8, 1 + i, {}, 1.0 if op == "hang" else 60.0)
+            for i, (op, family) in enumerate(words)
+        ]
         file = tmp_path / "rows.jsonl"
         runner = part("parent").Run(file, budget, start, show=lambda line: None, **more)
         if compile_with:
@@ -99,11 +103,18 @@ def test_stages_share_the_time(tmp_path, part):
     assert run.shares({"goals", "peers"}) == {"goals": pytest.approx(60, abs=0.1), "peers": pytest.approx(100)}
 
 
-def test_peers_have_equal_shares(standin):
+def test_peers_have_equal_shares(standin, part, monkeypatch):
     rows, _, run = standin(["ok a", "ok b", "ok c"], stage="peers", budget=40.0)
     assert [row["family"] for row in rows] == ["a", "b", "c"]
     assert run.late["peers"] > run.ends["peers"] - 0.1  # the last one has what is left
-    rows, _, run = standin(["hang a", "ok a", "ok b"], stage="peers", budget=1.5)
+    # By a clock that only the row of "hang" moves: more than the share of a, less than all there is.
+    clock = [0.0]
+    monkeypatch.setattr(part("parent"), "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def after(row):
+        clock[0] += 25.0 * (row["op"] == "hang")
+
+    rows, _, run = standin(["hang a", "ok a", "ok b"], stage="peers", budget=40.0, began=0.0, after=after)
     assert [row["family"] for row in rows[3:]] == ["a", "b"]
     assert run.left_out == {"peers": 1}
 

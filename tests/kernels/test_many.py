@@ -1,6 +1,7 @@
 """Several weights in one launch, on a GPU that only the driver pretends: launches, allocations, host time, captures."""
 
-import time
+import gc
+import sys
 import weakref
 
 import pytest
@@ -119,16 +120,25 @@ def test_former_weights_are_freed(gpu, whole_layer):
 
 @pytest.mark.parametrize("column_scale", [None, "mean"])
 def test_host_time(gpu, column_scale):
-    """CPU time of queries, keys and values, one by one and together; with ``-s`` it is printed."""
+    """Function calls of queries, keys and values, one by one and together: a time would depend on the machine's load."""
 
     def cost(call):
-        best = 1.0
-        for _ in range(50):
-            start = time.thread_time()
-            for _ in range(10):
-                call()
-            best = min(best, time.thread_time() - start)
-        return best * 1e5  # us
+        for _ in range(4):  # the first ones compile and make plans
+            call()
+        count = 0
+
+        def entered(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        gc.disable()  # finalizers
+        sys.setprofile(entered)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+        return count
 
     model, x = Attention(column_scale=column_scale), x_of()
     weights, biases = ([getattr(one, name) for one in (model.q, model.k, model.v)] for name in ("weight", "bias"))
@@ -136,6 +146,7 @@ def test_host_time(gpu, column_scale):
     together = cost(lambda: linear_many(x, weights, biases))
     join_layers(model, x)
     joined = cost(lambda: model(x))
-    print(f"\n{one_by_one:.0f} us one by one, {joined:.0f} joined, {together:.0f} by linear_many")
-    assert together < 1.5 * one_by_one  # other processes of the machine add noise
+    print(f"\n{one_by_one} calls one by one, {joined} joined, {together} by linear_many")
+    assert together < one_by_one
+    assert joined < 1.2 * one_by_one
     assert joined < 2 * one_by_one

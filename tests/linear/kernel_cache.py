@@ -102,6 +102,14 @@ def in_child(function: Callable[[], object], seconds: int = 20) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def alive(process: int) -> bool:
+    """Whether a process runs, by /proc: also one that is not this process's child."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def script(path: Path, text: str) -> Path:
     """Writes a shell script that can be run."""
     path.write_text(f"#!/bin/sh\n{text}\n")

@@ -7,11 +7,11 @@ import sys
 import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from kernel_cache import (
     STAND_IN,
+    alive,
     fresh,
     in_child,
     kept,
@@ -60,13 +60,6 @@ ENDS = """
     else:
         cache.find()
 """
-
-
-def alive(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
