@@ -2,7 +2,7 @@
 // and RQ_LEVEL_NAMESPACE, RQ_LEVEL_NAME.
 //
 // A level is built as two files at the same time, since each takes the compiler several seconds: with RQ_FLOATS_ONLY its float
-// arithmetic, with RQ_FLOATS_APART the rest. Without either, one file has all of it.
+// arithmetic, with RQ_FLOATS_APART the rest, and the scales of both. Without either, one file has all of it.
 #include "level.h"
 #include "parallel.h"
 

@@ -58,8 +58,9 @@ enum { RQ_READ_E8M0 = 16, RQ_READ_E4M3 = 17 };
 
 static inline int64_t part_bytes(int32_t read) { return read == RQ_F32 ? 4 : read == RQ_F16 || read == RQ_BF16 ? 2 : 1; }
 
-// `count` (1 to 16) elements from `base + offset` on, `stride` elements apart, as float32; the others are those of zero bytes.
-static inline void load_parts(const void* base, int32_t read, int64_t offset, int64_t stride, int count, float* out) {
+// `count` (1 to 16) elements from `base + offset` on, `stride` elements apart, as float32; the others are those of zero bytes. Not
+// inlined: it has seven callers, and most of its time is not the call.
+static __attribute__((noinline)) void load_parts(const void* base, int32_t read, int64_t offset, int64_t stride, int count, float* out) {
   const int64_t bytes = part_bytes(read);
   const uint8_t* from = (const uint8_t*)base + offset * bytes;
   uint8_t copy[RQ_LANES * 4] = {0};
@@ -160,11 +161,15 @@ static inline void clear_after(int count, float* out) {
   for (int i = count; i < RQ_LANES; ++i) out[i] = 0.0f;
 }
 
+#if defined(RQ_FLOATS_ONLY)  // the other file of the level compiles them: they take as long as a fifth of its kernels
+void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, int64_t group_end, float* scale, float* shift);
+void row_scales(const RqWeight* w, int64_t n, int64_t group_begin, int64_t group_end, float* scale, float* shift);
+#else
 #include "scale_orders.h"
 
 // Scale and shift of groups `group_begin` to `group_end` of the 16 rows of a strip: [groups][16] each; rows beyond N get 0.
 // `shift` is not written if the weight has none, and may be null then, or to leave out shifts.
-static __attribute__((noinline)) void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
+__attribute__((noinline)) void strip_scales(const RqWeight* w, int64_t strip, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
   const int64_t first = strip * RQ_LANES, blocks = row_blocks(w);
   const int count = w->rows - first < RQ_LANES ? (int)(w->rows - first) : (int)RQ_LANES;
   const Parts scales = scale_parts(w), shifts = shift_parts(w);
@@ -188,7 +193,7 @@ static __attribute__((noinline)) void strip_scales(const RqWeight* w, int64_t st
 }
 
 // The same of one row n: [groups] each, with room for a multiple of 16 groups.
-static __attribute__((noinline)) void row_scales(const RqWeight* w, int64_t n, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
+__attribute__((noinline)) void row_scales(const RqWeight* w, int64_t n, int64_t group_begin, int64_t group_end, float* scale, float* shift) {
   const int64_t blocks = row_blocks(w), groups_of_block = w->scale_groups > 0 ? w->scale_groups : w->groups;
   const Parts scales = scale_parts(w), shifts = shift_parts(w);
   const bool with_shift = shift && w->shift_kind != RQ_NO_SHIFT;
@@ -212,4 +217,5 @@ static __attribute__((noinline)) void row_scales(const RqWeight* w, int64_t n, i
     shift += RQ_LANES;
   }
 }
+#endif
 #endif
