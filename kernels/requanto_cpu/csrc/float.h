@@ -17,10 +17,18 @@ static inline bool float_pairs(const RqGemm* g) { return RQ_BF16_DOT && g->x_dty
 
 // Scratch: words of x and sums of its groups, then for each thread a panel and sums of a block of the result. (As for float32
 // x: rows of bfloat16 are computed so, too, if they are unfit.)
+#if RQ_TILES
+static int64_t amx_slot_bytes(const RqGemm* g, int64_t rows);
+#endif
 static int64_t float_slot_bytes(const RqGemm* g, int64_t rows) {
   const int64_t words = float_columns(g->weight);
   const int64_t panel = (words < PANEL_WORDS ? words : (int64_t)PANEL_WORDS) * PANEL_WIDTH * 4;
-  return panel + (words > PANEL_WORDS ? rows * PANEL_WIDTH * 4 : 0);
+  const int64_t most = panel + (words > PANEL_WORDS ? rows * PANEL_WIDTH * 4 : 0);
+#if RQ_TILES
+  const int64_t tiles = float_pairs(g) ? amx_slot_bytes(g, rows) : 0;
+  return most > tiles ? most : tiles;
+#endif
+  return most;
 }
 static int64_t float_x_bytes(const RqGemm* g, int64_t rows) {
   const int64_t few = rows <= FLOAT_FEW_ROWS ? FLOAT_FEW_ROWS * (float_columns(g->weight) + g->weight->groups) : 0;
@@ -175,6 +183,10 @@ typedef struct ManyRows {
   int R;
 } ManyRows;
 
+#if RQ_TILES
+#include "float_amx.h"
+#endif
+
 // The result block by block, each TILE_STRIPS strips wide.
 template <bool PAIRS> static int many_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t* scratch, int64_t slots) {
   const bool raw = m.raw;
@@ -225,6 +237,9 @@ template <bool PAIRS> static int many_rows_of(const RqGemm* g, const ManyRows& m
 template <bool PAIRS, class V> static int many_rows_with(const V& values, const RqGemm* g, ManyRows m, uint8_t* out, uint8_t* scratch, int64_t slots) {
   m.decode = decode<V, PAIRS>;
   m.values = &values;
+#if RQ_TILES
+  if constexpr (PAIRS) return amx_rows_of(g, m, out, scratch, slots);
+#endif
   return many_rows_of<PAIRS>(g, m, out, scratch, slots);
 }
 
@@ -247,12 +262,20 @@ static int many_rows(const RqGemm* g, const float* x, int R, bool exact, uint8_t
 // All rows, as tiles of at most TILE_ROWS.
 static int in_tiles(const RqGemm* g, bool pairs, bool exact, const uint8_t* x, uint8_t* out, float* words, uint8_t* scratch,
                     int64_t slots, uint8_t* unfit) {
-  const int64_t tiles = (g->rows + TILE_ROWS - 1) / TILE_ROWS, R = (g->rows + tiles - 1) / tiles;
+  const bool amx = RQ_TILES && pairs;
+  const int64_t tiles = (g->rows + TILE_ROWS - 1) / TILE_ROWS, R = amx ? 16 : (g->rows + tiles - 1) / tiles;
   const int64_t row_words = float_columns(g->weight) / (pairs ? 2 : 1), x_bytes = g->x_dtype == RQ_F32 ? 4 : 2;
   rq::parallel((g->rows + R - 1) / R, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * R; row < end * R && row < g->rows; row += R) {
       const int rows = g->rows - row < R ? (int)(g->rows - row) : (int)R;
-      pack_tile(g, x + row * g->x_stride * x_bytes, rows, rows, pairs, words + row * row_words, nullptr, unfit + row);
+      const uint8_t* from = x + row * g->x_stride * x_bytes;
+#if RQ_TILES
+      if (amx) {
+        pack_amx(g, from, rows, words + row * row_words, unfit + row);
+        continue;
+      }
+#endif
+      pack_tile(g, from, rows, rows, pairs, words + row * row_words, nullptr, unfit + row);
     }
   });
   if (pairs) return many_rows<RQ_BF16_DOT>(g, words, (int)R, exact, out, scratch, slots);

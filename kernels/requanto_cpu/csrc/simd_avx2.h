@@ -140,6 +140,7 @@ static inline Ints dot_wide(Ints sum, Bytes w, Bytes even, Bytes odd) {
 }
 
 #define RQ_BF16_DOT 0
+#define RQ_TILES 0
 
 // 16 numbers in memory of each float dtype; the first `count` of them.
 static inline Floats load_dtype(const void* p, int32_t dtype, int count) {

@@ -110,6 +110,11 @@ static inline Floats dot_bfloat16(Floats sum, Bytes w, Bytes x) {
 #else
 #define RQ_BF16_DOT 0
 #endif
+#if defined(__AMX_BF16__)
+#define RQ_TILES 1
+#else
+#define RQ_TILES 0
+#endif
 
 // 16 numbers in memory of each float dtype; the first `count` of them.
 static inline __mmask16 first_rows(int count) { return (__mmask16)((1u << count) - 1); }

@@ -139,6 +139,7 @@ static inline Ints dot_wide(Ints sum, Bytes w, Bytes even, Bytes odd) {
 }
 
 #define RQ_BF16_DOT 0
+#define RQ_TILES 0
 
 // 16 numbers in memory of each float dtype; the first `count` of them.
 static inline float32x4_t of_half(uint16x4_t a) { return vcvt_f32_f16(vreinterpret_f16_u16(a)); }

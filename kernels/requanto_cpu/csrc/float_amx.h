@@ -1,0 +1,174 @@
+// Many rows of bfloat16 x with AMX: panels of weights, decoded as float_tile.h does, are the operand B of tiles.
+//
+// Included inside the namespace of a level, by float.h. x is packed as operand A: for each 16 rows (fewer at the end) and 32
+// columns one tile, [rows][16 pairs], in the order of columns that panels have.
+#ifndef RQ_FLOAT_AMX_H
+#define RQ_FLOAT_AMX_H
+
+enum {
+  AMX_ROWS = 16,     // of x in a tile
+  AMX_WORDS = 256,   // pairs of columns of a panel: 32 KB, and 32 rows of x take as much
+  AMX_PANELS = 4,    // of a block, so that x is read from the second cache or memory once for 128 columns of the result
+};
+
+// Panels of a block, and its sums.
+static inline int64_t amx_slot_bytes(const RqGemm* g, int64_t rows) {
+  const int64_t words = float_columns(g->weight) / 2;
+  const int64_t panel = (words < AMX_WORDS ? words : (int64_t)AMX_WORDS) * PANEL_WIDTH * 4;
+  return AMX_PANELS * (panel + (rows > 2 * AMX_ROWS ? rows * PANEL_WIDTH * 4 : 0));
+}
+
+// Up to 16 rows of x. `unfit`: see `pack_tile`.
+static void pack_amx(const RqGemm* g, const uint8_t* x, int rows, float* words, uint8_t* unfit) {
+  const int64_t length = g->weight->length;
+  for (int r = 0; r < rows; ++r, x += g->x_stride * 2) {
+    __m512i largest = _mm512_setzero_si512();
+    float* to = words + r * 16;
+    for (int64_t column = 0; column < length; column += RQ_COLUMNS, to += rows * 16) {
+      const __mmask32 mask = length - column < RQ_COLUMNS ? (__mmask32)((1u << (length - column)) - 1) : ~(__mmask32)0;
+      const __m512i all = _mm512_maskz_loadu_epi16(mask, x + column * 2);
+      largest = _mm512_max_epu16(largest, _mm512_and_si512(all, _mm512_set1_epi16(0x7FFF)));
+      store_bytes(to, {_mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, (_MM_PERM_ENUM)0xD8), (_MM_PERM_ENUM)0xD8)});
+    }
+    const __m512i odd = _mm512_srli_epi32(largest, 16), even = _mm512_and_si512(largest, _mm512_set1_epi32(0xFFFF));
+    const int32_t most = _mm512_reduce_max_epi32(_mm512_max_epi32(odd, even));
+    unfit[r] = most >= FLOAT_LARGE >> 16 || (most && most < FLOAT_SMALL >> 16);
+  }
+}
+
+enum { AMX_STRIDE = PANEL_WIDTH * 4 };
+
+// Two tiles of x (`first` and `second`, of `a` and `b` rows) by a panel.
+static void multiply_two(const float* panel, const float* first, const float* second, int a, int b, int64_t words, bool clear,
+                         float* sums) {
+  float* below = sums + a * PANEL_WIDTH;
+  tile_barrier();
+  if (clear) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, AMX_STRIDE);
+    _tile_loadd(1, sums + 16, AMX_STRIDE);
+    _tile_loadd(2, below, AMX_STRIDE);
+    _tile_loadd(3, below + 16, AMX_STRIDE);
+  }
+  for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, first += 16 * a, second += 16 * b) {
+    _tile_loadd(6, panel, AMX_STRIDE);
+    _tile_loadd(4, first, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 16, AMX_STRIDE);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, second, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, sums, AMX_STRIDE);
+  _tile_stored(1, sums + 16, AMX_STRIDE);
+  _tile_stored(2, below, AMX_STRIDE);
+  _tile_stored(3, below + 16, AMX_STRIDE);
+  tile_barrier();
+}
+
+// One tile of x, of `a` rows, by two panels: as many sums at once, which do not wait for one another.
+static void multiply_one(const float* panel, const float* other, const float* x, int a, int64_t words, bool clear, float* sums,
+                         float* other_sums) {
+  tile_barrier();
+  if (clear) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, AMX_STRIDE);
+    _tile_loadd(1, sums + 16, AMX_STRIDE);
+    _tile_loadd(2, other_sums, AMX_STRIDE);
+    _tile_loadd(3, other_sums + 16, AMX_STRIDE);
+  }
+  for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, other += 16 * PANEL_WIDTH, x += 16 * a) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(6, panel, AMX_STRIDE);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, panel + 16, AMX_STRIDE);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(6, other, AMX_STRIDE);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, other + 16, AMX_STRIDE);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+  _tile_stored(0, sums, AMX_STRIDE);
+  _tile_stored(1, sums + 16, AMX_STRIDE);
+  _tile_stored(2, other_sums, AMX_STRIDE);
+  _tile_stored(3, other_sums + 16, AMX_STRIDE);
+  tile_barrier();
+}
+
+// All rows of x by the panels of a block, each `panel_words` after the one before, with sums [panels][all rows][PANEL_WIDTH].
+static void multiply_block(Tiles& tiles, int64_t all, const float* panel, int64_t panel_words, int panels, const float* x,
+                           int64_t x_words, int64_t from, int64_t count, float* sums) {
+  const int64_t sums_words = all * PANEL_WIDTH;
+  for (int64_t row = 0; row < all; row += 2 * AMX_ROWS) {
+    const int a = all - row < AMX_ROWS ? (int)(all - row) : (int)AMX_ROWS;
+    const int64_t left = all - row - a;
+    const int b = left < AMX_ROWS ? (int)left : (int)AMX_ROWS;
+    const float* first = x + row * x_words + from * a;
+    const float* second = x + (row + a) * x_words + from * b;
+    float* to = sums + row * PANEL_WIDTH;
+    tiles.configure(a, b ? b : a);
+    if (b) {
+      for (int p = 0; p < panels; ++p)
+        multiply_two(panel + p * panel_words, first, second, a, b, count, from == 0, to + p * sums_words);
+      continue;
+    }
+    for (int p = 0; p < panels; p += 2) {  // an odd last one twice
+      const int other = p + 1 < panels ? p + 1 : p;
+      multiply_one(panel + p * panel_words, panel + other * panel_words, first, a, count, from == 0, to + p * sums_words,
+                   to + other * sums_words);
+    }
+  }
+}
+
+// The result block by block, as `many_rows_of`.
+static int amx_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t* scratch, int64_t slots) {
+  const RqWeight* w = g->weight;
+  const int64_t strips = float_strips(w), all_panels = (strips + 1) / 2, words = float_columns(w) / 2;
+  const int wide = g->rows > 2 * AMX_ROWS ? (int)AMX_PANELS : 2;
+  const int64_t blocks = (all_panels + wide - 1) / wide, slot_bytes = float_slot_bytes(g, g->rows);
+  const int64_t panel_words = (words < AMX_WORDS ? words : (int64_t)AMX_WORDS) * PANEL_WIDTH;
+  int64_t taken = 0;
+  rq::parallel(slots, 1, [&](int64_t slot, int64_t) {
+    const WithSubnormals mode;
+    Tiles tiles;
+    float* panel = (float*)(scratch + slot * slot_bytes);
+    float few[AMX_PANELS * 2 * AMX_ROWS * PANEL_WIDTH], scale[PANEL_GROUPS * 16], shift[PANEL_GROUPS * 16];
+    float row_scale[AMX_PANELS][PANEL_WIDTH], bias[AMX_PANELS][PANEL_WIDTH];
+    float* sums = g->rows <= 2 * AMX_ROWS ? few : panel + AMX_PANELS * panel_words;
+    const float* shifts = w->shift_kind == RQ_NO_SHIFT ? nullptr : shift;
+    for (int i = 0; m.raw && i < 16; ++i) scale[i] = 1.0f;
+    for (;;) {
+      const int64_t block = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
+      if (block >= blocks) break;
+      const int panels = all_panels - block * wide < wide ? (int)(all_panels - block * wide) : wide;
+      for (int64_t from = 0; from < words; from += AMX_WORDS) {
+        const int64_t count = from + AMX_WORDS < words ? (int64_t)AMX_WORDS : words - from;
+        const int64_t begin = 2 * from, end = begin + 2 * count, stop = end < w->length ? end : w->length;
+        for (int s = 0; s < 2 * panels; ++s) {
+          const int64_t at = block * wide * 2 + s, strip = at < strips ? at : strips - 1;
+          if (!m.raw) strip_scales(w, strip, begin / w->group, (stop + w->group - 1) / w->group, scale, shift);
+          else if (from == 0) strip_scales(w, strip, 0, 1, row_scale[s / 2] + s % 2 * 16, nullptr);
+          if (g->bias && from == 0) load_bias(g, strip, bias[s / 2] + s % 2 * 16);
+          m.decode(m.values, w, strip, begin, end, scale, shifts, panel + s / 2 * panel_words + s % 2 * 16);
+        }
+        multiply_block(tiles, g->rows, panel, panel_words, panels, m.x, words, from, count, sums);
+      }
+      for (int p = 0; p < panels; ++p) {
+        uint8_t* to = out + (block * wide + p) * PANEL_WIDTH * out_bytes(g);
+        write_sums(g, sums + p * g->rows * PANEL_WIDTH, (int)g->rows, block_columns(w, block * wide + p),
+                   m.raw ? row_scale[p] : nullptr, bias[p], to);
+      }
+    }
+  });
+  return 0;
+}
+#endif
