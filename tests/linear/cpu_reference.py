@@ -17,6 +17,7 @@ from requanto.dtypes.bit_packing import unpack
 from requanto.dtypes.qtypes import qtype, qtypes
 from requanto.linear.activations import quantize_activations
 from requanto.linear.columns import as_stored, scale_columns
+from requanto.linear.cpu import gemm, library
 from requanto.linear.cpu.weights import table_of
 from requanto.scales.rotation import rotate
 
@@ -287,10 +288,15 @@ def reference(
     spread = (seen.square() @ values.square().t()).sqrt()
     whole = 1e-6 * float((seen.square() @ magnitude.square().t()).sqrt().norm()) + 1e-37 * float(magnitude.sum())
     # Many rows of few-bit weights are multiplied as bfloat16 where integers do not pay and the processor has it.
-    narrow = arithmetic == "auto" and len(x) > 4 and (kind.is_floating_point or (ragged and kind.bits <= 5))
+    used = library.find()
+    tiles = used is not None and used.has_tiles and len(x) > gemm.MOST_ROWS_BESIDE_TILES[gemm.BLOCKS8]
+    narrow = len(x) > 4 and (kind.is_floating_point or ((ragged or tiles) and kind.bits <= 5)) and arithmetic == "auto"
+    steps = math.inf if narrow else steps
     if dtype == torch.bfloat16 or narrow:  # both factors of a product rounded to bfloat16
         # Where a single product makes the result, both factors may be off by half a step.
         each, whole = each + 2 * 2**-9 * size, whole + (4.5e-3 if narrow else 2.5e-3) * float(spread.norm())
+        if kind.bits <= 5:  # few values, each rounded in the same direction wherever it is
+            whole += 2**-9 * float((seen.abs() @ values.abs().t()).norm())
     if transformed:
         each, whole = torch.full_like(each, math.inf), whole + 3 * wide * float(spread.norm())
     if math.isfinite(steps):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from cpu_levels import PROPERTY
 from cpu_weights import DTYPES, FLOAT8, KINDS, Weight, combinations, weight
 
 from requanto.linear.cpu import conditions
+from requanto.linear.cpu.library import Library
 from requanto_cpu import interface as c
 from requanto_cpu import level, levels, library, set_level
 
@@ -159,10 +162,94 @@ def test_too_small_scratch_is_an_error():
     assert library().rq_gemm(g, x.data_ptr(), x.data_ptr(), x.data_ptr()) == c.E_SCRATCH
 
 
-def test_many_rows_of_bfloat16_are_torchs_with_amx(monkeypatch):
-    class Amx:
-        level, has_bfloat16 = "amx", True
+def test_many_rows_of_bfloat16_are_torchs_where_only_it_has_amx(monkeypatch):
+    """The compiler may not know AMX."""
 
-    monkeypatch.setattr(conditions.library, "find", Amx)
+    class Bf16:
+        level, has_bfloat16, lacks_amx = "bf16", True, True
+
+    monkeypatch.setattr(conditions.library, "find", Bf16)
     assert conditions.gemm_rows(conditions.FLOAT, torch.bfloat16) < 64
     assert conditions.gemm_rows(conditions.FLOAT, torch.float32) > 2**32
+    Bf16.lacks_amx = False
+    assert conditions.gemm_rows(conditions.FLOAT, torch.bfloat16) > 2**32
+
+
+def test_the_library_lacks_amx_only_where_the_processor_has_it(monkeypatch):
+    monkeypatch.delenv("REQUANTO_CPU", raising=False)
+
+    def lacks(processor, built):
+        build = SimpleNamespace(processor_levels=lambda: processor)
+        return Library(SimpleNamespace(build=build, levels=lambda: built), None, None).lacks_amx
+
+    assert lacks(["avx2", "bf16", "amx"], ["avx2", "bf16"])
+    assert not lacks(["avx2", "bf16", "amx"], ["amx"])
+    assert not lacks(["avx2", "bf16"], ["avx2", "bf16"])
+    assert not lacks(None, ["bf16"])
+    monkeypatch.setenv("REQUANTO_CPU", "bf16")  # chosen: the only level that is built
+    assert not lacks(["avx2", "bf16", "amx"], ["bf16"])
+
+
+@pytest.fixture
+def with_tiles():
+    """The level amx, where this processor and compiler have it."""
+    if "amx" not in levels():
+        pytest.skip("this processor or compiler has no AMX: tests/linear/test_cpu_qemu.py emulates it")
+    before = level()
+    set_level("amx")
+    yield
+    set_level(before)
+
+
+def test_tiles_of_any_number_of_rows(with_tiles):
+    """Two tiles, one, a part of one; a panel alone or twice; several pieces of the columns."""
+    torch.manual_seed(0)
+    for rows, columns, length in ((5, 33, 544), (16, 31, 72), (17, 200, 1600), (32, 97, 8), (33, 16, 1056), (47, 130, 520),
+                                  (48, 70, 512), (64, 257, 40), (70, 129, 2080)):  # fmt: skip
+        for kind in ("int8", "int4", "e4m3", "nf4"):
+            group = next((g for g in (32, 40, 24, 8) if length % g == 0), None) if kind != "int8" else None
+            w = weight(kind, columns, length, group, dtype=torch.float32)
+            x = torch.randn(rows, length + 3).to(torch.bfloat16)[:, :length]
+            bias = torch.randn(columns)
+            check(w, x, multiply(w, x, bias, torch.float32), bias)
+
+
+def test_a_row_with_tiles_does_not_depend_on_the_others(with_tiles):
+    """How many there are, what is in them, and which tile it is in."""
+    torch.manual_seed(0)
+    w, x = weight("int4", 70, 1184, 32), torch.randn(70, 1184).to(torch.bfloat16)
+    expected = multiply(w, x)
+    for begin, end in ((0, 5), (3, 20), (31, 64), (64, 70), (1, 34)):
+        assert torch.equal(multiply(w, x[begin:end]), expected[begin:end])
+    x[7, 3], x[40, 1000] = float("inf"), float("nan")
+    other = multiply(w, x)
+    same = [row for row in range(70) if row not in (7, 40)]
+    assert torch.equal(other[same], expected[same])
+
+
+def test_tiles_beside_those_of_torch(with_tiles):
+    """torch's own GEMMs configure tiles in the same threads, in between and in other Python threads."""
+    torch.manual_seed(0)
+    w, x = weight("int4", 130, 1056, 32), torch.randn(40, 1056).to(torch.bfloat16)
+    a, b = torch.randn(40, 1056).to(torch.bfloat16), torch.randn(520, 1056).to(torch.bfloat16)
+    expected, product = multiply(w, x), a @ b.t()
+    threads, wrong = torch.get_num_threads(), []
+
+    def run():
+        for _ in range(20):
+            if not torch.equal(a @ b.t(), product) or not torch.equal(multiply(w, x), expected):
+                wrong.append(threading.current_thread())
+
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            product = a @ b.t()
+            workers = [threading.Thread(target=run) for _ in range(2)]
+            for worker in workers:
+                worker.start()
+            run()
+            for worker in workers:
+                worker.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert not wrong

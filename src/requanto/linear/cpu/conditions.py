@@ -13,10 +13,9 @@ from requanto.linear.registry import Problem
 
 #: Every number of rows.
 ANY = 2**62
-#: Most rows of bfloat16 for the library's GEMM with AMX, by arithmetic: torch's bfloat16 GEMM uses it and the library does
-#: not. Computed, since no such processor was at hand: dequantizing takes as long as 30 to 60 rows of the library's GEMM, and
-#: AMX multiplies eight times as fast as that.
-ROWS_AMX = {BLOCKS8: 64, BLOCKS16: 32, FLOAT: 32}
+#: Most rows of bfloat16 for the library's GEMM, by arithmetic, where torch's multiplies with AMX and the library was built by a
+#: compiler that does not know it. (Level "bf16" on such a processor, 4096 x 4096.)
+ROWS_WITHOUT_AMX = {BLOCKS8: 256, BLOCKS16: 64, FLOAT: 32}
 
 
 def on_cpu(problem: Problem) -> bool:
@@ -32,7 +31,8 @@ def in_strips(problem: Problem) -> bool:
 def gemm_rows(how: int, dtype: torch.dtype) -> int:
     """Most rows of x that the library's GEMM takes; more are multiplied by torch's, with a dequantized weight."""
     used = library.find()
-    return ROWS_AMX[how] if dtype == torch.bfloat16 and used is not None and used.level == "amx" else ANY
+    limited = dtype == torch.bfloat16 and used is not None and used.level == "bf16" and used.lacks_amx
+    return ROWS_WITHOUT_AMX[how] if limited else ANY
 
 
 def how_of(problem: Problem) -> int:

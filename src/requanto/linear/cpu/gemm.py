@@ -33,6 +33,9 @@ MOST_SCALED_ROWS = 16
 BLOCK = 32
 #: Most rows for which two products of int8 are faster than one of bfloat16, on processors that have it.
 MOST_ROWS_WITH_16 = 64
+#: With AMX: most rows for which int8 products are faster than decoding the weight to bfloat16, which takes as long for any
+#: number of rows; of weights that get 8 bits of x, and 16.
+MOST_ROWS_BESIDE_TILES = {BLOCKS8: 24, BLOCKS16: 16}
 #: Most rows for which float32 takes no longer than bfloat16, since reading the weight does.
 MOST_ROWS_EXACT = 4
 #: Largest result (bytes) that is allocated like a tensor that exists, which takes half the time.
@@ -53,9 +56,18 @@ def arithmetic(kind: qtype, group: int | None, rows: int, dtype: torch.dtype, ta
         return FLOAT
     if group is not None and group % BLOCK:
         return FLOAT  # sums of 8 or 16 products are widened and scaled as often as floats are multiplied
-    if kind.bits <= MOST_BITS_WITH_8:
-        return BLOCKS8
-    return FLOAT if rows > MOST_ROWS_WITH_16 and dtype == torch.bfloat16 and _has_bfloat16() else BLOCKS16
+    how = BLOCKS8 if kind.bits <= MOST_BITS_WITH_8 else BLOCKS16
+    if how == BLOCKS16 and dtype != torch.bfloat16:
+        return how
+    return FLOAT if rows > _most_integer_rows(how) else how
+
+
+def _most_integer_rows(how: int) -> int:
+    """Most rows that BLOCKS8 or BLOCKS16 take, where x may be multiplied as bfloat16 too."""
+    used = library.find()
+    if used is not None and used.has_tiles:
+        return MOST_ROWS_BESIDE_TILES[how]
+    return MOST_ROWS_WITH_16 if how == BLOCKS16 and _has_bfloat16() else 2**62
 
 
 def _has_bfloat16() -> bool:

@@ -8,6 +8,7 @@ is an error.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import threading
@@ -49,6 +50,17 @@ class Library:
     def has_bfloat16(self) -> bool:
         """Whether the level in use multiplies bfloat16 faster than float32."""
         return self.level in _BFLOAT16_LEVELS
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether the level in use multiplies bfloat16 with AMX."""
+        return self.level == "amx"
+
+    @functools.cached_property
+    def lacks_amx(self) -> bool:
+        """Whether the processor has AMX, and the compiler that built the library does not know it."""
+        here = self._package.build.processor_levels() or ()
+        return "amx" in here and "amx" not in self._package.levels() and not os.environ.get("REQUANTO_CPU")
 
     def check(self, code: int) -> None:
         """Raises RuntimeError for an error code."""
