@@ -51,7 +51,7 @@ CLASSES: dict[str, tuple[str, dict[str, str]]] = {
     "avx512": ("avx512bw", _caps("avx512", "avx512", "AVX512_CORE", "AVX512")),
     "vnni": ("avx512_vnni", _caps("vnni", "avx512", "AVX512_CORE_VNNI", "AVX512")),
     "bf16": ("avx512_bf16", _caps("bf16", "avx512", "AVX512_CORE_BF16", "AVX512")),
-    "amx": ("amx_bf16", _caps("amx", "avx512", "AVX512_CORE_AMX", "AVX512")),
+    "amx": ("amx_bf16", {"REQUANTO_CPU": "amx"}),
     "native": ("", {}),
 }
 

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,10 @@ from requanto import QTensor
 from requanto.linear import convolution as images
 from requanto.linear.cpu import gemm, library, multiply
 from requanto.linear.cpu.strips import STRIPS
+from requanto.linear.cpu.weights import described
 
 SHAPES = ((576, 576), (2048, 2048), (4096, 4096))
-ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 2048)
+ROWS = (1, 4, 8, 16, 24, 32, 64, 128, 512, 2048)
 #: One type for each way to multiply.
 KINDS = ("int4", "int8", "float8")
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -33,7 +35,7 @@ READ, COPIES = 50e6, 12
 ROUNDS = 3
 
 
-def timed(paths: dict[str, tuple[Callable[[torch.Tensor], object], list[torch.Tensor]]]) -> dict[str, float]:
+def timed(paths: dict[str, tuple[Callable[[Any], object], list]]) -> dict[str, float]:
     """Median microseconds of one GEMM, without the first round."""
     taken: dict[str, list[float]] = {name: [] for name in paths}
     for turn in range(ROUNDS + 1):
@@ -54,11 +56,20 @@ def gemms(shape: tuple[int, int], dtype: torch.dtype, most: int) -> dict[str, di
     for weight in [weight for weights in packed.values() for weight in weights]:
         weight.pack(STRIPS)
     found = {}
+    tiles = library.find().has_tiles
     for rows in [rows for rows in ROWS if rows <= most]:
         x = torch.randn(rows, shape[1], dtype=dtype)
         paths: dict = {"float": (lambda w, x=x: F.linear(x, w), floats)}
         for kind, weights in packed.items():
             paths[f"{kind}, kernel"] = (lambda w, x=x: gemm.make_plan(w, len(x), x.dtype)(x, w, None), weights)
+            if tiles:  # where `arithmetic` should change from integers to tiles of bfloat16
+                for name, how in (
+                    ("integers", gemm.BLOCKS16 if kind == "int8" else gemm.BLOCKS8),
+                    ("tiles", gemm.FLOAT),
+                ):
+                    if kind != "float8":
+                        calls = [gemm.Call(described(w), 0, how, rows, dtype, narrow=name == "tiles") for w in weights]
+                        paths[f"{kind}, {name}"] = (lambda call, x=x: call(x, None, None), calls)
             paths[f"{kind}, dequantized"] = (lambda w, x=x: multiply.run(x, w, None), weights)
         found[str(rows)] = timed(paths)
         print(shape, dtype, rows, found[str(rows)], flush=True)

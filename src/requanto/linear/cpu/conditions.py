@@ -13,8 +13,8 @@ from requanto.linear.registry import Problem
 
 #: Every number of rows.
 ANY = 2**62
-#: Most rows of bfloat16 for the library's GEMM, by arithmetic, where torch's multiplies with AMX and the library was built by a
-#: compiler that does not know it. (Level "bf16" on such a processor, 4096 x 4096.)
+#: Most rows of bfloat16 for the library's GEMM, by arithmetic, where torch's multiplies with AMX and the library was built
+#: by a compiler that does not know it. (Level "bf16" on such a processor, 4096 x 4096.)
 ROWS_WITHOUT_AMX = {BLOCKS8: 256, BLOCKS16: 64, FLOAT: 32}
 
 

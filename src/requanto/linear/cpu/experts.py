@@ -11,7 +11,7 @@ from requanto.linear import reference
 from requanto.linear.cpu import library
 from requanto.linear.cpu.conditions import gemm_rows
 from requanto.linear.cpu.dequantize import dequantize_rows
-from requanto.linear.cpu.gemm import arithmetic_of, function_of, scratch_bytes
+from requanto.linear.cpu.gemm import arithmetic_of, function_of, is_narrowed, scratch_bytes
 from requanto.linear.cpu.multiply import float_dtype
 from requanto.linear.cpu.weights import DTYPES, Described, described
 from requanto.runtime.buffers import scratch_buffer, scratch_memory
@@ -42,14 +42,14 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
             continue
         how = arithmetic_of(weight, count, x.dtype)
         if multiplied and count <= gemm_rows(how, x.dtype):
+            own = x[start:end].to(torch.bfloat16) if is_narrowed(weight.qtype, count, x.dtype, how) else x[start:end]
             if count not in calls:
-                calls[count] = _gemm(used, found, how, count, x.dtype)
+                calls[count] = _gemm(used, found, how, count, own.dtype, x.dtype)
             gemm = calls[count]
             gemm.weight = ctypes.pointer(found.matrices[expert])
             scratch = scratch_memory(gemm.scratch_bytes, "gemm")
-            place = x.data_ptr() + start * x.shape[1] * x.itemsize
             into = out.data_ptr() + start * out.shape[1] * out.itemsize
-            used.check(function_of(used)(ctypes.addressof(gemm), place, into, scratch.data_ptr()))
+            used.check(function_of(used)(ctypes.addressof(gemm), own.data_ptr(), into, scratch.data_ptr()))
         else:
             _dequantized(x[start:end], weight, expert, out[start:end])
         start = end
@@ -57,12 +57,14 @@ def run_grouped(x: torch.Tensor, weight: QTensor, offsets: torch.Tensor) -> torc
     return out
 
 
-def _gemm(used: library.Library, found: Described, how: int, count: int, dtype: torch.dtype) -> Any:
+def _gemm(
+    used: library.Library, found: Described, how: int, count: int, dtype: torch.dtype, out_dtype: torch.dtype
+) -> Any:
     matrix = found.matrices[0]
     gemm = used.interface.RqGemm()
     gemm.weight, gemm.rows = ctypes.pointer(matrix), count
     gemm.x_stride, gemm.out_stride = matrix.length, matrix.rows
-    gemm.x_dtype = gemm.out_dtype = DTYPES[dtype]
+    gemm.x_dtype, gemm.out_dtype = DTYPES[dtype], DTYPES[out_dtype]
     gemm.arithmetic = how
     gemm.scratch_bytes = scratch_bytes(used, gemm, count)
     return gemm
