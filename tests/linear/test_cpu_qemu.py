@@ -20,6 +20,7 @@ from requanto_cpu import build
 ARM = {"cortex-a72": ["neon"], "cortex-a76": ["neon", "dotprod"]}
 X86 = {"Nehalem": [], "SandyBridge": [], "Haswell": ["avx2"]}
 EVEX = Path(__file__).resolve().parents[2] / "kernels" / "tests" / "evex.h"
+TILES = EVEX.with_name("tiles.h")
 is_x86 = platform.machine() in ("x86_64", "AMD64")
 
 
@@ -97,6 +98,26 @@ def test_avx_vnni_by_the_instructions_of_avx512(
     emulated = program("g++", more=("-DRQ_TEST_EVEX", *QUICK))
     assert "avxvnni" in emulated.levels()
     emulated.compare(all_kernels(4), "avxvnni", tmp_path, threads=2)
+
+
+@pytest.mark.skipif(not is_x86, reason="this machine's own processor is no x86")
+def test_amx_by_tiles_in_memory(tmp_path: Path, noted: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels with AMX, on processors that have all but its tiles."""
+    native = native_program().levels()
+    if "amx" in native:
+        return  # test_cpu_sweep.py runs them
+    if "bf16" not in native:
+        pytest.skip("this processor has neither AMX nor AVX-512 BF16")
+    noted("amx", "tiles in memory")
+    compare_amx_in_memory(monkeypatch, tmp_path)
+
+
+def compare_amx_in_memory(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    flags = (*build.LEVELS["x86_64"]["amx"], "-include", str(TILES))
+    monkeypatch.setitem(build.LEVELS["x86_64"], "amx", flags)
+    emulated = program("g++", more=("-DRQ_TEST_TILES", *QUICK))
+    assert "amx" in emulated.levels()
+    emulated.compare(all_kernels(5), "amx", folder, threads=2)
 
 
 def test_no_access_outside_of_the_buffers(tmp_path: Path) -> None:
