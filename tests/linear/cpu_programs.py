@@ -54,7 +54,7 @@ def program(command: str, machine: str | None = None, more: tuple[str, ...] = ()
     """Builds the library and the program with a compiler, once for these sources (beside pytest's cache, see conftest)."""
     compiler = build.Compiler((shutil.which(command) or command,))
     digest = hashlib.sha256(repr((command, machine, more, build.FLAGS, build.LEVELS, platform.machine())).encode())
-    for source in [*sorted(build.SOURCES.iterdir()), _MAIN]:
+    for source in [*sorted(build.SOURCES.iterdir()), *sorted(_MAIN.parent.glob("*.h")), _MAIN]:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     folder = Path(os.environ["REQUANTO_CACHE"]) / "cpu-programs"
     folder.mkdir(parents=True, exist_ok=True)
