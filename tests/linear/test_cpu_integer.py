@@ -1,4 +1,4 @@
-"""Integer GEMMs of the C library: x rounded in blocks to 8 or 16 bits, or int8 already, against float64.
+"""Integer GEMMs of the C library: x rounded in blocks to 8 or 16 bits, against float64.
 
 Two references: the same rounding of x, with float64 sums (tight: only float32 sums across blocks are allowed for), and the
 product without rounding (loose: the error that rounding x may cause).
@@ -6,117 +6,35 @@ product without rounding (loose: the error that rounding x may cause).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
-from collections.abc import Iterator
 
 import cpu_cases as cases
 import numpy as np
 import pytest
 import torch
-from cpu_levels import PROPERTY
+from cpu_multiply import (
+    FLOATS,
+    GROUPS,
+    GUARD,
+    KINDS,
+    block_of,
+    code_of,
+    every_level,  # noqa: F401
+    generator,
+    kept_as_it_was,
+    multiply,
+    numbers,
+    packed,
+    shape,
+    threads,
+)
 
 import requanto_cpu
 from requanto_cpu import interface as c
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 #: Half of the distance between neighbours, relative to the value.
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-LEVELS = requanto_cpu.levels()
-GUARD = 64
-
-
-@pytest.fixture(autouse=True, params=LEVELS)
-def level(request, record_property) -> Iterator[str]:
-    before = requanto_cpu.level()
-    requanto_cpu.set_level(request.param)
-    record_property(PROPERTY, request.param)
-    yield request.param
-    requanto_cpu.set_level(before)
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
-
-
-def generator(seed: int | None = None) -> torch.Generator:
-    """Fresh random data in each run; a failure shows the seed."""
-    seed = torch.seed() % 2**31 if seed is None else seed
-    print("seed", seed)
-    return torch.Generator(device="cpu").manual_seed(seed)
-
-
-def packed(weight: cases.Weight, kept: list, row_major: bool = False) -> c.RqWeight:
-    """The struct of a weight, with codes aligned to 64 bytes as the interface asks.
-
-    `row_major`: scales and shifts are stored row by row, else group by group.
-    """
-    fields = c.RqWeight(**weight.fields)
-    strips = cases.strips_of(weight.codes, weight.fields["bits"])
-    memory = np.zeros(strips.size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    memory[start : start + strips.size] = strips
-    fields.codes = memory.ctypes.data + start
-    kept.append(memory)
-    for name, array in {
-        "scale": weight.scale, "shift": weight.shift, "row_scale": weight.row_scale, "row_shift": weight.row_shift,
-        "table": weight.table, "levels": weight.levels,
-    }.items():  # fmt: skip
-        if row_major and name in ("scale", "shift") and array is not None:
-            array = array.t().contiguous()
-            setattr(fields, f"{name}_stride_n", array.shape[1])
-            setattr(fields, f"{name}_stride_g", 1)
-        if array is not None:
-            setattr(fields, name, array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
-            kept.append(array)
-    return fields
-
-
-def kept_as_it_was(memory: torch.Tensor, value: float, what: str) -> None:
-    assert (memory[:GUARD] == value).all(), what
-    assert (memory[-GUARD:] == value).all(), what
-
-
-def multiply(
-    weight: cases.Weight,
-    x: torch.Tensor,
-    arithmetic: int,
-    *,
-    out_dtype: torch.dtype | None = None,
-    bias: torch.Tensor | None = None,
-    steps: torch.Tensor | None = None,
-    scratch: int | None = None,
-    gap: int = 0,
-    row_major: bool = False,
-) -> torch.Tensor:
-    """x @ weight.T + bias by the library; memory around the results and the scratch buffer must stay as it is."""
-    rows, outputs = x.shape[0], weight.codes.shape[0]
-    out_dtype = out_dtype or (x.dtype if x.is_floating_point() else torch.float32)
-    kept: list = []
-    w = packed(weight, kept, row_major)
-    gemm = c.RqGemm(
-        weight=ctypes.pointer(w), rows=rows, x_stride=x.stride(0), out_stride=outputs + gap,
-        x_dtype=cases.DTYPES.get(x.dtype, c.NONE), out_dtype=cases.DTYPES[out_dtype], arithmetic=arithmetic,
-        bias_dtype=c.NONE if bias is None else cases.DTYPES[bias.dtype],
-        bias=None if bias is None else bias.data_ptr(), steps=None if steps is None else steps.data_ptr(),
-    )  # fmt: skip
-    library = requanto_cpu.library()
-    wanted, least = library.rq_gemm_scratch(gemm, rows), library.rq_gemm_least_scratch(gemm)
-    assert 0 <= least <= wanted
-    gemm.scratch_bytes = wanted if scratch is None else max(scratch, least)
-    memory = torch.full((gemm.scratch_bytes + 2 * GUARD,), 0x5A, dtype=torch.uint8, device="cpu")
-    out = torch.full((2 * GUARD + rows * (outputs + gap),), 7.0, dtype=out_dtype, device="cpu")
-    result = out[GUARD : out.numel() - GUARD].view(rows, outputs + gap)
-    requanto_cpu.check(library.rq_gemm(gemm, x.data_ptr(), result.data_ptr(), memory.data_ptr() + GUARD))
-    kept_as_it_was(memory, 0x5A, "memory around the scratch buffer")
-    kept_as_it_was(out, 7, "memory around the results")
-    assert (result[:, outputs:] == 7).all(), "memory between the rows of the results"
-    return result[:, :outputs].clone()
 
 
 def rounded(x: torch.Tensor, block: int, most: float) -> tuple[np.ndarray, np.ndarray]:
@@ -129,22 +47,6 @@ def rounded(x: torch.Tensor, block: int, most: float) -> tuple[np.ndarray, np.nd
     codes = np.rint((wide * inverse).astype(np.float32)).astype(np.float64)
     steps = np.broadcast_to(step, codes.shape).reshape(rows, -1)[:, :length]
     return (codes * step).reshape(rows, -1)[:, :length], steps
-
-
-def numbers(weight: cases.Weight) -> tuple[np.ndarray, np.ndarray]:
-    """Values that integers multiply, with scale and shift, float64 [N, K]; and the sum of sizes of their parts."""
-    fields, values = weight.fields, weight.values.astype(np.float64)
-    scales = weight.scales.astype(np.float64)
-    offset = 0.0
-    if fields["code"] == c.TABLE:
-        values = fields["level_scale"] * (weight.levels.astype(np.float64) - 128)[weight.codes]
-    else:
-        offset = np.abs(scales) * abs(fields["zero_code"])
-    size = np.abs(values * scales) + offset
-    values = values * scales
-    if weight.shifts is not None:
-        values, size = values - weight.shifts, size + np.abs(weight.shifts)
-    return values, size
 
 
 def compare(
@@ -167,23 +69,6 @@ def compare(
     level = np.abs(x.double().numpy()) @ (np.abs(weight.scales) * weight.level_error).T
     error = np.abs(got.double().numpy() - exact)
     assert (error <= allowed + 7 * spread + level).all(), "the error is not that of rounding x"
-
-
-def code_of(kind: str) -> dict:
-    return {"code": c.TABLE} if kind == "table" else {"code": c.INTEGER}
-
-
-KINDS = [("integer", bits) for bits in range(1, 9)] + [("table", bits) for bits in range(1, 7)]
-GROUPS = [8, 16, 24, 32, 40, 48, 64, 96, 128, 264]
-
-
-def block_of(group: int) -> int:
-    return next(block for block in (32, 16, 8) if group % block == 0)
-
-
-def shape(random: torch.Generator, group: int) -> tuple[int, int]:
-    rows = int(torch.randint(1, 90, (), generator=random))
-    return rows, group * int(torch.randint(1, max(2, 1200 // group), (), generator=random))
 
 
 @pytest.mark.parametrize("arithmetic", [c.BLOCKS8, c.BLOCKS16], ids=["8", "16"])
@@ -288,34 +173,6 @@ def test_results_do_not_depend_on_threads_or_scratch() -> None:
             assert torch.equal(multiply(weight, x, arithmetic, scratch=scratch), one)
 
 
-def coded_reference(weight: cases.Weight, codes: torch.Tensor, steps: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    values, size = numbers(weight)
-    wide = codes.double().numpy() * steps.double().numpy()[:, None]
-    return wide @ values.T, np.abs(wide) @ size.T
-
-
-def test_int8_x() -> None:
-    random = generator()
-    for number, (kind, bits) in enumerate([*KINDS, ("integer", 8), ("integer", 4)]):
-        for turn in range(2):
-            group = GROUPS[(number + turn * 4) % len(GROUPS)]
-            outputs, length = shape(random, group)
-            if turn == 0:
-                length = group = int(torch.randint(1, 1400, (), generator=random))
-            weight = cases.random_weight(
-                random, outputs, length, group, bits, block=32 if turn == 0 else block_of(group), **code_of(kind),
-                shift_kind=c.PLAIN if number % 2 else c.NO_SHIFT,
-            )  # fmt: skip
-            rows = [1, 2, 3, 4, 5, 7, 12, 31][int(torch.randint(0, 8, (), generator=random))]
-            codes = torch.randint(-128, 128, (rows, length), generator=random, dtype=torch.int8, device="cpu")
-            steps = torch.rand(rows, generator=random, dtype=torch.float32, device="cpu")
-            got = multiply(weight, codes, c.CODED, steps=steps)
-            expected, size = coded_reference(weight, codes, steps)
-            allowed = size * 2.0**-21 + np.abs(expected) * 2.0**-22 + 1e-30
-            error = np.abs(got.double().numpy() - expected)
-            assert (error <= allowed).all(), (kind, bits, group, rows, (error / allowed).max())
-
-
 @pytest.mark.parametrize("sign", [1, -1])
 def test_largest_codes_do_not_overflow(sign: int) -> None:
     """Every product at its extreme: sums of 16 bits on the way would saturate, and sums of 32 bits are exact."""
@@ -337,20 +194,6 @@ def test_largest_codes_do_not_overflow(sign: int) -> None:
                     x = torch.full((rows, length), 3.0 * sign, dtype=torch.float32, device="cpu")
                     for arithmetic in (c.BLOCKS8, c.BLOCKS16):
                         compare(weight, x, arithmetic, multiply(weight, x, arithmetic))
-
-
-def test_int8_sums_are_exact() -> None:
-    """A row without groups: one sum of 32 bits, rounded once, though it is computed in chunks."""
-    random = generator()
-    for bits, rows, length in [(8, 1, 5000), (8, 8, 5000), (4, 2, 3000), (4, 9, 3000), (3, 1, 2500)]:
-        weight = cases.random_weight(random, 33, length, length, bits)
-        weight.scale.fill_(1)
-        weight.scales[:] = 1
-        codes = torch.randint(-127, 128, (rows, length), generator=random, dtype=torch.int8, device="cpu")
-        steps = torch.ones(rows, dtype=torch.float32, device="cpu")
-        got = multiply(weight, codes, c.CODED, steps=steps)
-        expected = codes.long() @ torch.from_numpy(weight.values).long().T
-        assert torch.equal(got, expected.float()), (bits, rows)
 
 
 def test_rows_that_cannot_be_rounded() -> None:

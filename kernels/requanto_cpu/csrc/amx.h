@@ -15,24 +15,24 @@ struct alignas(64) TileConfig {
 };
 
 // While it lives, this thread has tiles. Four sums (0 to 3: [A][B] of 2 x 2), two operands A (4, 5) and two B (6, 7), with
-// `first` and `second` rows of A, 1 to 16 (0: there is no second, and its tiles must not be used).
+// `first` and `second` rows of A, 1 to 16 (0: there is no second, and its tiles must not be used), of `width` bytes.
 struct Tiles {
-  int first = 0, second = 0;
+  int first = 0, second = 0, width = 0;
   Tiles() = default;
   Tiles(const Tiles&) = delete;
   ~Tiles() {
     if (first) _tile_release();
   }
-  void configure(int a, int b) {
-    if (a == first && b == second) return;
-    first = a, second = b;
+  void configure(int a, int b, int bytes = 64) {
+    if (a == first && b == second && bytes == width) return;
+    first = a, second = b, width = bytes;
     TileConfig config;
     memset(&config, 0, sizeof config);
     config.palette = 1;
-    const int rows[8] = {a, a, b, b, a, b, 16, 16};
+    const int rows[8] = {a, a, b, b, a, b, bytes / 4, bytes / 4};
     for (int i = 0; i < 8; ++i) {
       config.rows[i] = (uint8_t)rows[i];
-      config.bytes[i] = rows[i] ? 64 : 0;
+      config.bytes[i] = (uint16_t)(!rows[i] ? 0 : i == 4 || i == 5 ? bytes : 64);
     }
     tile_barrier();
     _tile_loadconfig(&config);

@@ -28,6 +28,15 @@ template <int BITS> struct Coded {
   }
 };
 
+// 8-bit codes as they are in memory, or, where dot products take signed bytes, with the top bit flipped.
+template <bool FLIP> struct Eight {
+  static constexpr int bits = 8, bytes = 512;
+  template <int Q> RQ_INLINE Bytes at(const uint8_t* unit, const Bytes* = nullptr) {
+    const Bytes code = load_bytes(unit + 64 * Q);
+    return FLIP ? code ^ splat_byte(128) : code;
+  }
+};
+
 // What a table of bytes has for codes of up to 6 bits: 8 bits each.
 template <int BITS> struct Looked {
   static constexpr int bits = 8, bytes = 64 * BITS;

@@ -32,15 +32,6 @@ struct IntTile {
   int64_t ahead_step[2];
 };
 
-// 8-bit codes as they are in memory, or, where dot products take signed bytes, with the top bit flipped.
-template <bool FLIP> struct Eight {
-  static constexpr int bits = 8, bytes = 512;
-  template <int Q> RQ_INLINE Bytes at(const uint8_t* unit, const Bytes* = nullptr) {
-    const Bytes code = load_bytes(unit + 64 * Q);
-    return FLIP ? code ^ splat_byte(128) : code;
-  }
-};
-
 // Adds the products of 4 columns. P: products that a sum of 16 bits has room for; 0: x has 16 bits.
 template <int R, int P, int STEP>
 RQ_INLINE void add_products(Ints (&sum)[R][INT_STRIPS], Partial (&partial)[R][INT_STRIPS], const Bytes* code, const uint8_t* x) {

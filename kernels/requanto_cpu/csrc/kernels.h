@@ -59,6 +59,7 @@ using namespace floats;
 #if defined(RQ_INTEGER_NAMESPACE)  // likewise
 using namespace RQ_INTEGER_NAMESPACE::integers;
 #else
+#include "integer_weight.h"
 #include "integer_tile.h"
 #include "quantize.h"
 #include "integer.h"
@@ -74,13 +75,25 @@ int rows_to_int8(const void* x, int32_t dtype, int64_t rows, int64_t length, int
 using namespace integers;
 #endif
 
+#if defined(__AMX_INT8__)
+#include "integer_weight.h"
+#include "integer_amx.h"
+#else
+static bool tiles_take(const RqGemm*) { return false; }
+static int64_t tile_scratch(const RqGemm*, int64_t) { return 0; }
+static int tile_gemm(const RqGemm*, const void*, void*, void*) { return RQ_E_MISSING; }
+#endif
+
 static int gemm(const RqGemm* g, const void* x, void* out, void* scratch) {
+  if (tiles_take(g)) return tile_gemm(g, x, out, scratch);
   return g->arithmetic == RQ_FLOAT ? gemm_float(g, x, out, scratch) : gemm_integer(g, x, out, scratch);
 }
 static int64_t gemm_scratch(const RqGemm* g, int64_t rows) {
+  if (tiles_take(g)) return tile_scratch(g, rows);
   return g->arithmetic == RQ_FLOAT ? float_scratch(g, rows) : int_scratch(g, rows);
 }
 static int64_t gemm_least_scratch(const RqGemm* g) {
+  if (tiles_take(g)) return tile_scratch(g, 1);
   return g->arithmetic == RQ_FLOAT ? float_least_scratch(g) : int_least_scratch(g);
 }
 
