@@ -51,6 +51,7 @@ from requanto.integrations.tensor_parallel import LOADING, finish_sharding, full
 from requanto.integrations.transformers_foreign import ForeignLoad
 from requanto.integrations.transformers_joining import Joined, JoinedState, StoredWeights, find_joined, plan_lines
 from requanto.integrations.transformers_names import Renaming, StoredNames, saved_renaming
+from requanto.nn.direct_linear import use_direct_linear
 from requanto.nn.float_linear import use_float_linear
 from requanto.scales.columns import default_column_scale
 from requanto.tensor.dispatch import implements_function
@@ -311,6 +312,7 @@ class RequantoHfQuantizer(HfQuantizer):
         experts.use_requanto_experts(model)
         if not self.sharded:
             use_float_linear(model)
+            use_direct_linear(model)
         return model
 
     def _own_table(self, model: Any) -> dict[str, str]:

@@ -14,6 +14,8 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.columns import column_for
+from requanto.linear.quick import note_quick
+from requanto.runtime.buffers import scratch_memory
 from requanto.runtime.devices import made_current
 from requanto.runtime.settings import registry_state
 from requanto.runtime.tracing import runs_eagerly
@@ -220,6 +222,41 @@ def find_plan(x: torch.Tensor, weight: QTensor, bias: torch.Tensor | None) -> Ge
     return gemm
 
 
+def quick_gemm(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
+    """``x @ weight.T`` on a CPU, of x with few elements in the shape of the last plan; None where `find_plan` has to look.
+
+    Args:
+        x: a plain tensor, not a nested one.
+    """
+    found = weight._storage.quick
+    if found is None:
+        return None
+    shape, dtype, version, spec, like, function, address, scratch_bytes, raise_for, _ = found
+    if not runs_eagerly():
+        return None
+    if x.shape != shape or x.dtype is not dtype or version != registry_state.version or spec is not weight._spec:
+        return _other_plan(x, weight)
+    if not x.is_cpu or not x.is_contiguous() or x.is_neg() or torch.is_autocast_enabled("cpu"):
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        return None
+    out = torch.empty_like(like)
+    code = function(address, x.data_ptr(), out.data_ptr(), scratch_memory(scratch_bytes, "gemm").data_ptr())
+    if code:
+        raise_for(code)
+    return out
+
+
+def _other_plan(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
+    """`quick_gemm` for another shape than the last; from now on for this one, if there is a plan for it."""
+    version = weight._storage.version
+    gemm = None if weight._spec.transposed or not x.is_cpu else find_plan(x, weight, None)
+    if gemm is None:
+        return None
+    note_quick(gemm, x, weight, version)
+    return gemm(x, weight, None)
+
+
 def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     """Caches a plan for x's shape and dtype, for GEMMs with the weight's stored matrix ``[N, K]``.
 
@@ -247,6 +284,7 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     if "order" in storage.parts:
         gemm = _with_order(gemm, storage.parts["order"])
     cache_plan(storage, key, Plan(gemm, spec.activation, x.is_cpu), version)
+    note_quick(gemm, x, weight, version)
 
 
 def cache_plan(storage: WeightStorage, key: tuple, plan: Plan, version: int) -> Plan:

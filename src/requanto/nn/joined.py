@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from requanto.linear.joint import PLAIN, forget, in_one_launch, why_separate
+from requanto.nn.direct_linear import DirectLinear
 from requanto.nn.modules import QLinear
 from requanto.runtime.tracing import needs_gradient
 from requanto.tensor.qtensor import QTensor
@@ -240,6 +241,13 @@ class JoinedLinear(_Joined, nn.Linear):
         return _forward(self, input, nn.Linear.forward)
 
 
+class JoinedDirectLinear(_Joined, DirectLinear):
+    """DirectLinear in a set of layers that are computed together."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _forward(self, input, DirectLinear.forward)
+
+
 class JoinedQLinear(_Joined, QLinear):
     """QLinear with a frozen weight and float activations, in a set of layers that are computed together."""
 
@@ -248,4 +256,4 @@ class JoinedQLinear(_Joined, QLinear):
 
 
 #: class of a layer -> its class in a set
-JOINED: dict[type, type] = {nn.Linear: JoinedLinear, QLinear: JoinedQLinear}
+JOINED: dict[type, type] = {nn.Linear: JoinedLinear, DirectLinear: JoinedDirectLinear, QLinear: JoinedQLinear}

@@ -35,6 +35,7 @@ class WeightStorage:
     Attributes:
         state: ``(layout, parts)``, replaced together, so that other threads never see a partial change.
         plans: cached plans of GEMMs (`requanto.linear.registry`).
+        quick: the last of them in a form that takes fewer steps to call (`requanto.linear.registry.quick_gemm`), or None.
         derived: other tensors that kernels derived from the parts, by name; one with ``is_read_by_graph`` survives changes.
         version: number of changes.
         stays_plain: the reason why this weight is never prepacked, or None.
@@ -53,6 +54,7 @@ class WeightStorage:
         "name",
         "packed_as",
         "plans",
+        "quick",
         "read_logged",
         "state",
         "stays_plain",
@@ -64,6 +66,7 @@ class WeightStorage:
     def __init__(self, parts: Parts, layout: Layout = PLAIN, spec: WeightSpec | None = None) -> None:
         self.state = layout, _owned(parts, layout)
         self.plans: dict[Any, Any] = {}
+        self.quick: Any = None
         self.derived: dict[Any, Any] = {}
         self.version = 0
         self.stays_plain: str | None = None
@@ -141,7 +144,7 @@ class WeightStorage:
         parts = _STATE.__get__(self)[1] if read else {}
         # New dictionaries: another thread may be about to put something into the old ones, which nobody reads any more.
         self.derived = {name: one for name, one in read.items() if one.renew(parts)}
-        self.plans, self._unpacked = {}, None
+        self.plans, self.quick, self._unpacked = {}, None, None
 
     def write(self, spec: WeightSpec, source: Parts) -> None:
         """Copies the values of another weight of the same spec into this memory.
@@ -195,6 +198,7 @@ class WeightStorage:
         with LOCK:
             found.state = self.state  # first: a slice renews its tensors, and drops what was derived from the old ones
             found.plans, found.derived, found.version = {}, self.derived, self.version
+            found.quick = None
             found.stays_plain, found.declined, found.packed_as = self.stays_plain, self.declined, self.packed_as
             found.name, found.read_logged, found._identity = self.name, self.read_logged, self._identity
             found._unpacked = self._unpacked

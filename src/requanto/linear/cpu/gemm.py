@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.cpu import library
 from requanto.linear.cpu.weights import DTYPES, MOST_TABLE_ERROR, Described, described, table_of
+from requanto.linear.quick import Quick
 from requanto.linear.registry import Gemm, run_chosen
 from requanto.runtime.buffers import scratch_memory
 from requanto.runtime.settings import settings
 from requanto.runtime.tracing import without_ambient_state
 from requanto.tensor.qtensor import QTensor
+from requanto.tensor.spec import WeightSpec
 
 #: `RqArithmetic`
 BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
@@ -224,6 +227,17 @@ class Call:
         if code:
             self._used.check(code)
         return out if late is None else out.add_(late)
+
+    def quick(self, shape: torch.Size, dtype: torch.dtype, version: int, spec: WeightSpec) -> Quick | None:
+        """This plan for x of that shape and dtype as `quick_gemm` calls it; None if its calls need more steps."""
+        if self._narrow or self._threads:
+            return None
+        shape_of_out = (*shape[:-1], self.out_features)
+        if math.prod(shape_of_out) * dtype.itemsize > _SMALL:
+            return None
+        where, size = ctypes.addressof(self._plain), self._plain.scratch_bytes
+        like, check = _template(shape_of_out, dtype), self._used.check
+        return Quick(shape, dtype, version, spec, like, self._function, where, size, check, (self, self._plain))
 
     def with_column(self, column: torch.Tensor) -> Call | None:
         """The same GEMM of x times a column scale ``[K]``, rounded to x's dtype; None if the library cannot multiply them.
