@@ -42,6 +42,7 @@ import real_models
 OURS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4"},
+    "int4, head int8": {"weights": "int4", "modules": {"lm_head": "int8"}},
     "int3": {"weights": "int3"},
     "int2": {"weights": "int2"},
     "float8": {"weights": "float8"},
