@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from requanto.dtypes.qtypes import qint8
 from requanto.linear import registry
 from requanto.linear.cpu import library
 from requanto.nn.direct_linear import DirectLinear, use_direct_linear
+from requanto.runtime.buffers import scratch_memory
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +160,38 @@ def test_an_alias_with_another_shape_does_not_take_the_plan():
     with torch.no_grad():
         layer.weight.copy_(torch.zeros(256, 256))
     assert not part(x).any()
+
+
+def test_a_plan_of_x_times_the_weight_is_not_taken_for_its_transpose():
+    layer, x = layer_of(n=256), torch.randn(1, 256, dtype=torch.bfloat16)
+    layer(x)
+    turned = DirectLinear(256, 256, bias=False)
+    turned.weight = nn.Parameter(layer.weight.t(), requires_grad=False)
+    for _ in range(2):
+        assert torch.equal(x @ turned.weight, layer(x))
+    assert torch.allclose(turned(x), x @ turned.weight.dequantize().T, atol=0.5)
+
+
+def test_a_scratch_buffer_larger_than_the_workspace_lives_during_the_call(monkeypatch):
+    monkeypatch.setattr(requanto.settings, "workspace_bytes", 0)
+    layer, x = layer_of(), torch.randn(1, 256, dtype=torch.bfloat16)
+    layer(x)
+    quick, buffers, calls = layer.weight._storage.quick, [], []
+
+    def buffer(nbytes, slot):
+        found = scratch_memory(nbytes, slot)
+        buffers.append(weakref.ref(found))
+        return found
+
+    def function(*addresses):
+        assert buffers[-1]() is not None
+        calls.append(addresses)
+        return quick.function(*addresses)
+
+    monkeypatch.setattr(registry, "scratch_memory", buffer)
+    layer.weight._storage.quick = quick._replace(function=function)
+    assert torch.equal(layer(x), plainly(x, layer))
+    assert len(calls) == 1
 
 
 def test_shapes_in_turn(calls):

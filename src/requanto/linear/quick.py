@@ -51,6 +51,8 @@ def note_quick(gemm: Any, x: torch.Tensor, weight: QTensor, version: int) -> Non
     storage, make_quick = weight._storage, getattr(gemm, "quick", None)
     if make_quick is None or not x.is_cpu or storage.base is not None:  # a slice looks whether the whole has changed
         return
+    if weight._spec.transposed:  # a plan of ``x @ weight``, not of ``x @ weight.T``
+        return
     quick = make_quick(x.shape, x.dtype, registry_state.version, weight._spec)
     with LOCK:
         if quick is not None and storage.version == version:

@@ -241,7 +241,8 @@ def quick_gemm(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
     if x.requires_grad and torch.is_grad_enabled():
         return None
     out = torch.empty_like(like)
-    code = function(address, x.data_ptr(), out.data_ptr(), scratch_memory(scratch_bytes, "gemm").data_ptr())
+    scratch = scratch_memory(scratch_bytes, "gemm")  # held: one larger than the workspace is freed with its last reference
+    code = function(address, x.data_ptr(), out.data_ptr(), scratch.data_ptr())
     if code:
         raise_for(code)
     return out
