@@ -241,7 +241,7 @@ def quick_gemm(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
     if x.requires_grad and torch.is_grad_enabled():
         return None
     out = torch.empty_like(like)
-    scratch = scratch_memory(scratch_bytes, "gemm")  # held: one larger than the workspace is freed with its last reference
+    scratch = scratch_memory(scratch_bytes, "gemm")  # held: a buffer larger than the workspace is not cached
     code = function(address, x.data_ptr(), out.data_ptr(), scratch.data_ptr())
     if code:
         raise_for(code)
