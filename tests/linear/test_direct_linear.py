@@ -16,9 +16,10 @@ from torch.overrides import TorchFunctionMode
 import requanto
 from requanto import QTensor
 from requanto.dtypes.qtypes import qint8
+from requanto.integrations.conversion import dequantize_
 from requanto.linear import registry
 from requanto.linear.cpu import library
-from requanto.nn.direct_linear import DirectLinear, use_direct_linear
+from requanto.nn.direct_linear import DirectLinear, use_direct_linear, use_plain_linear
 from requanto.runtime.buffers import scratch_memory
 
 
@@ -112,6 +113,33 @@ def test_a_mode_of_functions_sees_the_call():
     with Seen():
         layer(x)
     assert "linear" in Seen.names
+
+
+@pytest.mark.parametrize(("place", "name"), [(F, "linear"), (nn.Linear, "forward")])
+def test_a_function_in_the_place_of_torchs_sees_the_call(place, name, monkeypatch):
+    layer, x = layer_of(), torch.randn(1, 256, dtype=torch.bfloat16)
+    layer(x)
+    out, theirs, seen = layer(x), getattr(place, name), []
+    monkeypatch.setattr(place, name, lambda *args: (seen.append(args), theirs(*args))[1])
+    assert torch.equal(layer(x), out)
+    assert len(seen) == 1
+
+
+def test_it_looks_like_nn_linear_and_becomes_one_again():
+    layer, x = layer_of(), torch.randn(1, 256, dtype=torch.bfloat16)
+    assert repr(layer) == "Linear(in_features=256, out_features=96, bias=False)"
+    layer(x)
+    out = layer(x)
+    assert torch.equal(torch.jit.script(layer)(x), out)
+    layer._old_forward, layer.forward = layer.forward, lambda x: layer._old_forward(x)  # as Accelerate's hooks do
+    for cls, use in ((nn.Linear, use_plain_linear), (DirectLinear, lambda layer: use_direct_linear(layer))):
+        use(layer)
+        assert type(layer) is cls
+        assert layer._old_forward.__func__ is cls.forward
+        assert torch.equal(layer(x), out)
+    dequantize_(layer)
+    assert type(layer) is nn.Linear
+    assert torch.allclose(layer(x), out, atol=0.5)
 
 
 def test_bias_and_a_replaced_weight():

@@ -12,6 +12,7 @@ from torch import nn
 import requanto
 from requanto.linear.cpu import float_linear, library
 from requanto.linear.cpu.float_linear import few_rows
+from requanto.nn.direct_linear import use_plain_linear
 from requanto.nn.float_linear import FloatLinear, use_float_linear
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,6 +115,10 @@ def test_the_class_changes_and_nothing_else(monkeypatch):
     assert use_float_linear(model) == []
     assert list(model.state_dict()) == names
     assert isinstance(model[1], nn.Linear)
+    assert repr(model[1]) == "Linear(in_features=64, out_features=16, bias=False)"
+    plain = copy.deepcopy(model[1])
+    use_plain_linear(plain)
+    assert type(plain) is nn.Linear
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
             assert torch.allclose(same(x), before, atol=0.02)  # x is rounded

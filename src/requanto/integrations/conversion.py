@@ -9,6 +9,7 @@ from torch import nn
 
 from requanto.config.config import QuantoConfig
 from requanto.integrations.shards import local_quantized
+from requanto.nn.direct_linear import use_plain_linear
 from requanto.nn.mixin import QModuleMixin
 from requanto.nn.swap import restore_float_class
 from requanto.tensor.qtensor import QTensor
@@ -68,6 +69,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
                     value = parameter.dequantize(dtype).contiguous()
                     done[id(parameter)] = nn.Parameter(value, requires_grad=False)
                 setattr(module, name, done[id(parameter)])
+                use_plain_linear(module)
     return model
 
 

@@ -30,6 +30,7 @@ from requanto.integrations.patching import replace_everywhere
 from requanto.integrations.peft_backend import register_backend
 from requanto.integrations.peft_twin import float_twin
 from requanto.integrations.peft_undo import all_or_nothing
+from requanto.nn.direct_linear import use_plain_linear
 from requanto.tensor.qtensor import QTensor
 from requanto.tensor.reading import as_floats
 
@@ -166,6 +167,17 @@ def _patch_tuner(cls: type) -> None:
     for name, values in _CHANGES.items():
         _patch(cls, name, functools.partial(_changing, values=values))
     _patch(cls, "set_adapter", _switching)
+    if cls.__module__ == "peft.tuners.glora.model":  # GLoRA takes nn.Linear alone, and none of its subclasses
+        _patch(cls, "_create_and_replace", _with_plain_target)
+
+
+def _with_plain_target(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def create(self: Any, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        use_plain_linear(target)
+        return original(self, config, adapter_name, target, *args, **kwargs)
+
+    return create
 
 
 def _building(original: Callable, of: int) -> Callable:
