@@ -100,8 +100,7 @@ def _load_once() -> ctypes.CDLL:
         try:
             if wanted == TORCH:
                 raise LibraryUnavailable(f"REQUANTO_CPU is {TORCH!r}: no kernels are wanted. Unset it to use them")
-            file = cache.find(_needed(wanted))
-            found = open_library(file)
+            file, found = _open(_needed(wanted))
         except LibraryUnavailable as error:
             _failed = environment, error
             raise
@@ -110,6 +109,18 @@ def _load_once() -> ctypes.CDLL:
         _loaded, _path, _failed = found, file, None
         logger.debug("CPU kernels: %s, level %s", file, found.rq_level().decode())
         return found
+
+
+def _open(level: str | None) -> tuple[Path, ctypes.CDLL]:
+    """Finds the library and loads it; once more if somebody removes the file in between."""
+    file = cache.find(level)
+    try:
+        return file, open_library(file)
+    except LibraryUnavailable:
+        if file.exists():
+            raise
+    file = cache.find(level)
+    return file, open_library(file)
 
 
 def _needed(wanted: str) -> str | None:

@@ -37,6 +37,22 @@ def test_what_is_kept_is_used(monkeypatch):
     assert load.path() == path
 
 
+def test_a_file_that_is_removed_before_it_is_opened_is_built_again(monkeypatch):
+    path = kept()
+    monkeypatch.setattr(cache, "make", lambda compiler, level=None: kept(path))
+    opened, theirs = [], load.open_library
+
+    def removed_first(file):
+        if not opened:
+            file.unlink()
+        opened.append(file)
+        return theirs(file)
+
+    monkeypatch.setattr(load, "open_library", removed_first)
+    assert library.find() is not None
+    assert opened == [path, path]
+
+
 def test_that_of_the_package_comes_first(monkeypatch, tmp_path):
     """Its folder is as good as that of the package's Python files, whoever owns it."""
     monkeypatch.setattr(cache, "PACKAGED", tmp_path / "built")
