@@ -174,6 +174,27 @@ def test_changes_of_the_weight_take_effect(calls):
     assert torch.equal(layer(x), 2 * before)
 
 
+@pytest.mark.parametrize("change", ["activations", "setting"])
+def test_another_thread_changes_something_while_a_plan_is_looked_up(change, monkeypatch):
+    layer, x = layer_of(dtype=torch.float32), torch.randn(1, 256)
+    found, theirs = layer(x), registry.find_plan
+    layer(x[None])  # so that a plan for x is looked up
+
+    def changed_meanwhile(x, weight, bias):
+        plan = theirs(x, weight, bias)
+        if change == "setting":
+            monkeypatch.setattr(requanto.settings, "cpu_arithmetic", "float")
+        else:
+            weight.activation = qint8
+        return plan
+
+    with monkeypatch.context() as patches:
+        patches.setattr(registry, "find_plan", changed_meanwhile)
+        layer(x)
+    assert torch.equal(layer(x), plainly(x, layer))
+    assert not torch.equal(layer(x), found)
+
+
 def test_an_alias_with_another_shape_does_not_take_the_plan():
     layer, x = layer_of(n=256), torch.randn(1, 256, dtype=torch.bfloat16)
     for _ in range(2):

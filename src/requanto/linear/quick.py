@@ -42,18 +42,33 @@ class Quick(NamedTuple):
     owner: object
 
 
-def note_quick(gemm: Any, x: torch.Tensor, weight: QTensor, version: int) -> None:
-    """Makes a plan the weight's quick one, if it can be called in few steps.
+class Before(NamedTuple):
+    """What a plan belongs to, read before it is made or looked up: another thread may change each of them meanwhile.
 
-    Args:
-        version: the storage's before the plan was made or looked up.
+    Attributes:
+        spec: of the weight.
+        version: of its storage.
+        registry: `registry_state.version`.
     """
+
+    spec: WeightSpec
+    version: int
+    registry: int
+
+    @classmethod
+    def of(cls, weight: QTensor) -> Before:
+        """What it is now."""
+        return cls(weight._spec, weight._storage.version, registry_state.version)
+
+
+def note_quick(gemm: Any, x: torch.Tensor, weight: QTensor, before: Before) -> None:
+    """Makes a plan the weight's quick one, if it can be called in few steps."""
     storage, make_quick = weight._storage, getattr(gemm, "quick", None)
     if make_quick is None or not x.is_cpu or storage.base is not None:  # a slice looks whether the whole has changed
         return
-    if weight._spec.transposed:  # a plan of ``x @ weight``, not of ``x @ weight.T``
+    if before.spec.transposed:  # a plan of ``x @ weight``, not of ``x @ weight.T``
         return
-    quick = make_quick(x.shape, x.dtype, registry_state.version, weight._spec)
+    quick = make_quick(x.shape, x.dtype, before.registry, before.spec)
     with LOCK:
-        if quick is not None and storage.version == version:
+        if quick is not None and before == (weight._spec, storage.version, registry_state.version):
             storage.quick = quick

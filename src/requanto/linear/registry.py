@@ -14,7 +14,7 @@ import torch
 
 from requanto.dtypes.qtypes import qtype
 from requanto.linear.columns import column_for
-from requanto.linear.quick import note_quick
+from requanto.linear.quick import Before, note_quick
 from requanto.runtime.buffers import scratch_memory
 from requanto.runtime.devices import made_current
 from requanto.runtime.settings import registry_state
@@ -250,11 +250,11 @@ def quick_gemm(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
 
 def _other_plan(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
     """`quick_gemm` for another shape than the last; from now on for this one, if there is a plan for it."""
-    version = weight._storage.version
-    gemm = None if weight._spec.transposed or not x.is_cpu else find_plan(x, weight, None)
+    before = Before.of(weight)
+    gemm = None if before.spec.transposed or not x.is_cpu else find_plan(x, weight, None)
     if gemm is None:
         return None
-    note_quick(gemm, x, weight, version)
+    note_quick(gemm, x, weight, before)
     return gemm(x, weight, None)
 
 
@@ -263,13 +263,14 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
 
     Does nothing as long as the weight may still be packed, because packing is tried outside of plans.
     """
-    spec, storage = weight._spec, weight._storage
+    before, storage = Before.of(weight), weight._storage
+    spec, version = before.spec, before.version
     if not runs_eagerly() or x.dim() < 2 or not x.numel() or "up" in storage.parts:
         return
     if spec.activation is not None and spec.activation.blocks is not None:
         return
-    version, key = storage.version, (x.shape, x.dtype, registry_state.version)
-    declined = storage.declined == (registry_state.version, x.dtype, spec.activation)
+    key = (x.shape, x.dtype, before.registry)
+    declined = storage.declined == (before.registry, x.dtype, spec.activation)
     if key in storage.plans or not (weight.is_packed or storage.stays_plain or declined):
         return
     matrix = weight.snapshot().as_matrix()
@@ -285,7 +286,7 @@ def remember_plan(x: torch.Tensor, weight: QTensor) -> None:
     if "order" in storage.parts:
         gemm = _with_order(gemm, storage.parts["order"])
     cache_plan(storage, key, Plan(gemm, spec.activation, x.is_cpu), version)
-    note_quick(gemm, x, weight, version)
+    note_quick(gemm, x, weight, before)
 
 
 def cache_plan(storage: WeightStorage, key: tuple, plan: Plan, version: int) -> Plan:
