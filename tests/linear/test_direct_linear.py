@@ -63,7 +63,7 @@ def plainly(x, layer):
 @pytest.mark.parametrize("column", [False, "mean"])
 def test_the_same_bits(kind, dtype, column, calls):
     layer = layer_of(kind, 100, 160, dtype, column_scale=column)
-    for shape in ((1, 1, 160), (3, 160), (2, 2, 160), (1, 1, 160)):
+    for shape in ((1, 1, 160), (3, 160), (2, 2, 160), (1, 1, 160), (9, 160)):
         for _ in range(3):
             x = torch.randn(shape, dtype=dtype)
             assert torch.equal(layer(x), plainly(x, layer))

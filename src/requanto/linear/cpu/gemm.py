@@ -246,6 +246,8 @@ class Call:
         """
         found, expert, _, rows, _ = self._made_of
         right = column.dim() == 1 and column.numel() == found.matrices[expert].length and column.is_contiguous()
+        if self._narrow:  # rounded to bfloat16 once, after the multiplication
+            return None
         if not right or rows > MOST_SCALED_ROWS or not library.reads_floats(column):
             return None
         return Call(*self._made_of, column)
