@@ -27,6 +27,13 @@ def layer_of(kind, rows, length, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_negated_view(dtype):
+    x = torch.randn(5, 40).to(dtype)
+    for found, expected in zip(quantize_activations(torch._neg_view(x), qint8), quantize_activations(-x, qint8)):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("static", [None, 0.03, -0.5, 1e-45, 0.0])
 def test_kernels_give_the_codes_of_the_definition(cpu_level, dtype, static):
     """Bit for bit, whatever the rows look like, at any address; nothing beside them is written."""
