@@ -9,6 +9,7 @@ Imports nothing but the standard library: setup.py runs it too.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -148,6 +149,7 @@ def level_flags(machine: str | None = None) -> dict[str, tuple[str, ...]]:
 
 def processor_levels() -> list[str] | None:
     """The levels that this processor has, best last, by /proc/cpuinfo; None where there is no such file.
+    AMX only if the system lets this process use it.
 
     The library asks the processor itself; this is to build only what is needed.
     """
@@ -159,8 +161,17 @@ def processor_levels() -> list[str] | None:
         name, _, features = line.partition(":")
         if name.strip() in ("flags", "Features"):
             here = set(features.split())
-            return [level for level in LEVELS.get(platform.machine().lower(), ()) if NEEDS[level] <= here]
+            levels = [level for level in LEVELS.get(platform.machine().lower(), ()) if NEEDS[level] <= here]
+            return [level for level in levels if level != "amx" or _may_use_tiles()]
     return None
+
+
+def _may_use_tiles() -> bool:
+    """Whether Linux gives this process AMX's tiles, asked as in dispatch.cpp: kernels before 5.16 and sandboxes may not."""
+    with contextlib.suppress(OSError, AttributeError):
+        arguments = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return ctypes.CDLL(None).syscall(*map(ctypes.c_long, arguments)) == 0  # type: ignore[no-any-return]
+    return False
 
 
 def library_name() -> str:

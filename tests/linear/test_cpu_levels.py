@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -71,6 +73,43 @@ def test_what_the_processor_has_by_the_kernel_and_by_its_own_word():
         pytest.skip("not run: no /proc/cpuinfo")
     built = load.library().rq_built().decode().split(",")
     assert load.levels() == [name for name in listed if name in built]
+
+
+#: A process to which Linux gives no tiles: a filter of system calls answers ARCH_REQ_XCOMP_PERM with EPERM.
+REFUSED = """
+import ctypes, struct, sys
+import requanto_cpu
+from requanto_cpu import build
+one = struct.Struct("HBBI").pack
+load_word, equal, answer = 0x20, 0x15, 0x06
+code = b"".join([
+    one(load_word, 0, 0, 0), one(equal, 0, 3, 158), one(load_word, 0, 0, 16), one(equal, 0, 1, 0x1023),
+    one(answer, 0, 0, 0x00050001), one(answer, 0, 0, 0x7FFF0000),
+])
+kept = ctypes.create_string_buffer(code)
+program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(kept)))
+prctl = ctypes.CDLL(None).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(22, 2, program, 0, 0):
+    sys.exit("no filters of system calls")
+found = ctypes.CDLL(sys.argv[1])
+found.rq_levels.restype = ctypes.c_char_p
+print(*build.processor_levels(), "|", *found.rq_levels().decode().split(","))
+"""
+
+
+def test_no_tiles_where_linux_refuses_them():
+    """Else a first use would build the level amx alone, and torch's operators would run."""
+    if "amx" not in (build.processor_levels() or ()):
+        pytest.skip("not run: this processor has no AMX, or Linux refuses it")
+    kept(cache.path_of(build.compilers()[0]))  # that of all levels
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, str(load.path())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    listed, offered = done.stdout.split("|")
+    here = build.processor_levels()
+    assert listed.split() == [name for name in here if name != "amx"]
+    assert offered.split() == [name for name in load.levels() if name != "amx"]
 
 
 def test_a_first_use_builds_one_level(fresh, monkeypatch):
