@@ -65,10 +65,12 @@ def gemms(shape: tuple[int, int], dtype: torch.dtype, most: int) -> dict[str, di
             if tiles:  # where `arithmetic` should change from integers to tiles of bfloat16
                 for name, how in (
                     ("integers", gemm.BLOCKS16 if kind == "int8" else gemm.BLOCKS8),
-                    ("tiles", gemm.FLOAT),
+                    ("tiles", gemm.PARTS if kind == "int8" and dtype != torch.bfloat16 else gemm.FLOAT),
                 ):
                     if kind != "float8":
-                        calls = [gemm.Call(described(w), 0, how, rows, dtype, narrow=name == "tiles") for w in weights]
+                        calls = [
+                            gemm.Call(described(w), 0, how, rows, dtype, narrow=how == gemm.FLOAT) for w in weights
+                        ]
                         paths[f"{kind}, {name}"] = (lambda call, x=x: call(x, None, None), calls)
             paths[f"{kind}, dequantized"] = (lambda w, x=x: multiply.run(x, w, None), weights)
         found[str(rows)] = timed(paths)

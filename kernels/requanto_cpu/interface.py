@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_uint8, c_void_p
 
 #: Version of the interface; a library of another one is not used.
-ABI = 2
+ABI = 3
 
 #: Rows of a strip, columns of a unit.
 ROWS, COLUMNS = 16, 32
@@ -18,7 +18,7 @@ INTEGER, TABLE, E4M3, E5M2, E4M3FNUZ = range(5)
 # RqScaleKind
 NO_SHIFT, PLAIN, CODES, E8M0, E4M3S = range(5)
 # RqArithmetic
-BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
+BLOCKS8, BLOCKS16, FLOAT, CODED, PARTS = range(5)
 # RqError
 E_LEVEL, E_MISSING, E_ARGUMENT, E_SCRATCH, E_MEMORY, E_INDEX = range(-1, -7, -1)
 

@@ -21,7 +21,7 @@ from requanto_cpu.interface import RqGemm, RqWeight
 GEMM, SCRATCH, LEAST_SCRATCH, DEQUANTIZE, DEQUANTIZE_PLAIN, PACK, UNPACK, CODES, ROWS_TO_INT8, FLOAT_LINEAR = range(10)
 INTEGER, TABLE, E4M3, E5M2, E4M3FNUZ = range(5)
 NO_SHIFT, PLAIN, SCALE_CODES, E8M0, E4M3S = range(5)
-BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
+BLOCKS8, BLOCKS16, FLOAT, CODED, PARTS = range(5)
 DTYPES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _FLOAT8 = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2, E4M3FNUZ: torch.float8_e4m3fnuz}
@@ -396,9 +396,11 @@ def gemm_case(
     size = accumulated.abs() @ parts.T
     allowed = size * 2.0**-19
     rounds = arithmetic in (BLOCKS8, BLOCKS16)
-    if weight.fields["code"] == TABLE and arithmetic != FLOAT:
+    if weight.fields["code"] == TABLE and arithmetic not in (FLOAT, PARTS):
         allowed += wide.abs() @ torch.from_numpy(np.abs(weight.scales) * weight.level_error).T
-    if arithmetic == FLOAT and dtype == torch.bfloat16:
+    if arithmetic == PARTS:
+        allowed += size * 2.0**-16  # x may be two bfloat16 numbers
+    if arithmetic in (FLOAT, PARTS) and dtype == torch.bfloat16:
         allowed += size * 2.0**-8  # weights are rounded to bfloat16 where the processor multiplies those
     if rounds and not (exact and x is None):
         finite = wide.nan_to_num(0, 0, 0)
@@ -543,13 +545,15 @@ class _Choices:
 
 def _types(arithmetic: int) -> list[tuple[int, int]]:
     """Bits and RqCode of all weights that are multiplied this way."""
+    if arithmetic == PARTS:  # others are multiplied as with FLOAT
+        return [(bits, INTEGER) for bits in (4, 6, 7, 8)] + [(4, TABLE), (8, E4M3)]
     types = [(bits, INTEGER) for bits in range(1, 9)]
     if arithmetic != CODED:
         types += [(bits, TABLE) for bits in range(1, 7)]
     return types + [(8, E4M3), (8, E5M2), (8, E4M3FNUZ)] if arithmetic == FLOAT else types
 
 
-def gemms(seed: int, arithmetics: tuple[int, ...] = (BLOCKS8, BLOCKS16, FLOAT, CODED)) -> list[Case]:
+def gemms(seed: int, arithmetics: tuple[int, ...] = (BLOCKS8, BLOCKS16, FLOAT, CODED, PARTS)) -> list[Case]:
     """Every type of weight in every arithmetic; all else is chosen at random."""
     choose = _Choices(seed)
     cases = []
@@ -569,14 +573,15 @@ def special_gemms(seed: int) -> list[Case]:
     """x with NaN, infinity, zeros, tiny numbers, and with one large element among small ones."""
     choose = _Choices(seed)
     cases = []
-    for bits, code in ((4, INTEGER), (8, INTEGER), (4, TABLE), (8, E4M3)):
-        for arithmetic in (BLOCKS8, BLOCKS16, FLOAT) if code != E4M3 else (FLOAT,):
-            weight = choose.weight(bits, code)
-            x = _random((9, weight.codes.shape[1]), choose.random)
-            x[1, 0], x[2, -1], x[4] = float("nan"), float("inf"), 0.0
-            x[5] *= 1e-36
-            x[6, 3], x[7, ::2] = 1e4, 0.0
-            cases.append(gemm_case(weight, choose.random, 9, torch.float32, arithmetic, exact=False, x=x))
+    types = ((4, INTEGER), (8, INTEGER), (4, TABLE))
+    every = [(*kind, how) for kind in types for how in (BLOCKS8, BLOCKS16, FLOAT)]
+    for bits, code, arithmetic in (*every, (8, E4M3, FLOAT), (8, INTEGER, PARTS)):
+        weight = choose.weight(bits, code)
+        x = _random((9, weight.codes.shape[1]), choose.random)
+        x[1, 0], x[2, -1], x[4] = float("nan"), float("inf"), 0.0
+        x[5] *= 1e-36
+        x[6, 3], x[7, ::2] = 1e4, 0.0
+        cases.append(gemm_case(weight, choose.random, 9, torch.float32, arithmetic, exact=False, x=x))
     return cases
 
 
@@ -584,7 +589,7 @@ def large_gemms(seed: int) -> list[Case]:
     """More columns and rows than kernels compute at a time: chunks, panels, parts that fit into the scratch buffer."""
     choose = _Choices(seed)
     random, cases = choose.random, []
-    for arithmetic in (BLOCKS8, BLOCKS16, FLOAT, CODED):
+    for arithmetic in (BLOCKS8, BLOCKS16, FLOAT, CODED, PARTS):
         for bits, code in ((4, INTEGER), (3, INTEGER), (8, INTEGER), (4, TABLE), (8, E4M3)):
             if (bits, code) not in _types(arithmetic):
                 continue

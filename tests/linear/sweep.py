@@ -14,13 +14,13 @@ import torch
 from requanto import QTensor, qint8
 from requanto.linear import choose, linear
 from requanto.linear.activations import quantize_activations
-from requanto.linear.cpu.gemm import FLOAT, is_narrowed
+from requanto.linear.cpu.gemm import FLOAT, PARTS, arithmetic_of, is_narrowed
 from requanto.linear.prepack import prepare
 from requanto.linear.registry import problem_of
 
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 #: Of GEMMs that round x, in blocks of 32 columns, to 8 and to 16 bits. test_cpu_sweep.py has bounds for each element.
-ROUNDED = {"cpu-integer": 1.5e-2, "cpu-integer-16": 1e-4, "x in bfloat16": 4e-3}
+ROUNDED = {"cpu-integer": 1.5e-2, "cpu-integer-16": 1e-4, "x in bfloat16": 4e-3, "x in two parts": 1e-5}
 KINDS = ("int8", "int4", "int2", "float8", "fp8_e4m3fnuz", "fp8_e5m2")
 KINDS += ("int3", "int6", "uint1", "uint4", "uint8", "nf4", "fp7_e3m3", "codebook3")
 # rows, N, K
@@ -73,6 +73,8 @@ def check(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, form: str,
     path = choose(problem_of(layer.weight, dtype, rows, activation)).implementation.name  # packed now, if it is to be
     if path == "cpu-float" and is_narrowed(weight.qtype, rows, dtype, FLOAT):
         path = "x in bfloat16"
+    elif path == "cpu-float" and arithmetic_of(weight, rows, dtype) == PARTS:
+        path = "x in two parts"
     exact = x.double()
     if activation is not None:
         codes, scale = quantize_activations(x, activation)

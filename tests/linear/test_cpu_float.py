@@ -33,12 +33,14 @@ def at_level(request, record_property):
     set_level(before)
 
 
-def multiply(w: Weight, x: torch.Tensor, bias=None, dtype=None, scratch: int | None = None) -> torch.Tensor:
+def multiply(
+    w: Weight, x: torch.Tensor, bias=None, dtype=None, scratch: int | None = None, how=c.FLOAT
+) -> torch.Tensor:
     """The result of the kernel, whose surroundings in memory must stay what they were."""
     rows, columns = x.shape[0], w.strips.rows
     out = torch.full((rows + 1, columns + 3), GUARD, dtype=dtype or x.dtype)
     g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=rows, x_stride=x.stride(0), out_stride=out.stride(0))
-    g.x_dtype, g.out_dtype, g.arithmetic = DTYPES[x.dtype], DTYPES[out.dtype], c.FLOAT
+    g.x_dtype, g.out_dtype, g.arithmetic = DTYPES[x.dtype], DTYPES[out.dtype], how
     if bias is not None:
         g.bias_dtype, g.bias = DTYPES[bias.dtype], bias.data_ptr()
     g.scratch_bytes = library().rq_gemm_scratch(g, rows) if scratch is None else scratch
@@ -51,18 +53,18 @@ def multiply(w: Weight, x: torch.Tensor, bias=None, dtype=None, scratch: int | N
     return out[:rows, :columns]
 
 
-def least_scratch(w: Weight, x: torch.Tensor) -> int:
-    g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=x.shape[0], arithmetic=c.FLOAT)
+def least_scratch(w: Weight, x: torch.Tensor, how=c.FLOAT) -> int:
+    g = c.RqGemm(weight=ctypes.pointer(w.strips), rows=x.shape[0], arithmetic=how)
     g.x_dtype = g.out_dtype = DTYPES[x.dtype]
     return library().rq_gemm_least_scratch(g)
 
 
-def check(w: Weight, x: torch.Tensor, out: torch.Tensor, bias=None) -> None:
+def check(w: Weight, x: torch.Tensor, out: torch.Tensor, bias=None, more_bound: float = 0.0) -> None:
     """bfloat16 x: weights may be rounded to bfloat16, as dequantized ones are."""
     more = 0 if bias is None else bias.double()
     expected = x.double() @ w.values.double().t() + more
     size = x.double().abs() @ w.values.double().abs().t() + abs(more)
-    bound = ROUNDING[out.dtype] + (ROUNDING[torch.bfloat16] if x.dtype == torch.bfloat16 else 0) + 4e-6
+    bound = ROUNDING[out.dtype] + (ROUNDING[torch.bfloat16] if x.dtype == torch.bfloat16 else 0) + 4e-6 + more_bound
     error = (out.double() - expected).abs()
     finite = torch.isfinite(expected) & (expected.abs() < torch.finfo(out.dtype).max)
     assert bool((error[finite] <= bound * size[finite] + 1e-7).all()), float((error / size)[finite].max())
@@ -153,6 +155,57 @@ def test_threads_and_scratch_change_nothing(at_level, rows):
         found.append(multiply(w, x, scratch=least_scratch(w, x)))
         found.append(multiply(w, x, scratch=max(least_scratch(w, x), 1 << 20)))
         assert all(torch.equal(found[0], other) for other in found)
+
+
+PARTS_OF = [
+    *((rows, 70, 1184) for rows in (1, 4, 5, 15, 16, 17, 31, 32, 33, 47, 64, 65)),
+    (588, 33, 40),
+    (600, 17, 2080),
+]
+
+
+@pytest.mark.parametrize("x_dtype", FLOATS)
+def test_x_in_two_parts_of_bfloat16(at_level, x_dtype):
+    """16 bits of each element, whatever its neighbours are; of float16 all. Where there are no tiles, it is float32."""
+    torch.manual_seed(0)
+    for (rows, columns, length), kind in itertools.product(PARTS_OF, ("int8", "uint6")):
+        w = weight(kind, columns, length, None, dtype=torch.float32)
+        x = (torch.randn(rows, length + 3) * 10 ** (4 * torch.rand(rows, length + 3))).to(x_dtype)[:, :length]
+        bias = torch.randn(columns)
+        out = multiply(w, x, bias, torch.float32, how=c.PARTS)
+        check(w, x, out, bias, 2.0**-16 if x_dtype == torch.float32 else 0)
+        least = multiply(w, x, bias, torch.float32, least_scratch(w, x, c.PARTS), how=c.PARTS)
+        assert torch.equal(out, least)
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "shift"), [("int8", 32, "none"), ("uint8", None, "plain"), ("e4m3", None, "none")]
+)
+def test_weights_that_bfloat16_would_round_meet_float32(at_level, kind, group, shift):
+    torch.manual_seed(0)
+    w, x = weight(kind, 33, 96, group, shift=shift, dtype=torch.float32), torch.randn(40, 96)
+    assert torch.equal(multiply(w, x, how=c.PARTS), multiply(w, x))
+
+
+def test_rows_in_two_parts_do_not_depend_on_others_or_threads(at_level):
+    torch.manual_seed(0)
+    w, x = weight("int8", 576, 544, None), torch.randn(70, 544)
+    expected = multiply(w, x, how=c.PARTS)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 3, 16):
+            torch.set_num_threads(count)
+            assert torch.equal(multiply(w, x, how=c.PARTS), expected)
+    finally:
+        torch.set_num_threads(threads)
+    strange = {7: float("inf"), 20: float("nan"), 40: 3e38, 64: 1e-38}
+    for row, number in strange.items():
+        x[row, 3] = number
+    x[64] *= 1e-36
+    found = multiply(w, x, how=c.PARTS)
+    same = [row for row in range(70) if row not in strange]
+    assert torch.equal(found[same], expected[same])
+    check(w, x, found, more_bound=2.0**-16)
 
 
 def test_too_small_scratch_is_an_error():

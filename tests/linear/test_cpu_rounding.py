@@ -204,3 +204,22 @@ def test_explain_tells_that_x_is_rounded_to_bfloat16(monkeypatch):
         found = explain(model, rows=(4, 5), dtype=dtype)
         assert [one.implementation for one in found] == ["cpu-float"] * 2
         assert ["x rounded to bfloat16" in one.reason for one in found] == rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_explain_tells_that_x_is_two_numbers_of_bfloat16(dtype, monkeypatch):
+    """With AMX: more than 32 rows and codes with one scale a row, which bfloat16 holds; what would be rounded is not."""
+    monkeypatch.setattr(gemm, "_has_tiles", lambda: True)
+    rows, draw = (32, 33, 200), torch.randn(64, 96)
+    for weight, arithmetic, parts in (
+        (QTensor.quantize(draw, "int8"), "auto", [False, True, True]),
+        (QTensor.quantize(draw, "int6", group_size=None, symmetric=True), "auto", [False, True, True]),
+        (QTensor.quantize(draw, "int8"), "float", [False] * 3),
+        (QTensor.quantize(draw, "int8", group_size=32), "auto", [False] * 3),
+        (QTensor.quantize(draw, "uint8", group_size=None), "auto", [False] * 3),
+    ):
+        monkeypatch.setattr(settings, "cpu_arithmetic", arithmetic)
+        found = explain(torch.nn.Sequential(quantized_layer(weight)), rows=rows, dtype=dtype)
+        assert ["sum of two bfloat16" in one.reason for one in found] == parts
+        names = ["cpu-float" if two or arithmetic == "float" else "cpu-integer-16" for two in parts]
+        assert [one.implementation for one in found] == names

@@ -14,6 +14,13 @@ enum {
 static inline int64_t float_columns(const RqWeight* w) { return (w->length + RQ_COLUMNS - 1) / RQ_COLUMNS * RQ_COLUMNS; }
 static inline int64_t float_strips(const RqWeight* w) { return (w->rows + RQ_ROWS - 1) / RQ_ROWS; }
 static inline bool float_pairs(const RqGemm* g) { return RQ_BF16_DOT && g->x_dtype == RQ_BF16; }
+// Numbers of bfloat16 that an element of x is multiplied as, where there are more than a few rows; 0: it stays float32.
+static inline int float_parts(const RqGemm* g) {
+  const RqWeight* w = g->weight;
+  if (RQ_TILES && g->arithmetic == RQ_PARTS && g->x_dtype != RQ_BF16 && w->code == RQ_INTEGER && w->groups == 1 && w->shift_kind == RQ_NO_SHIFT)
+    return 2;  // codes are exact in bfloat16, and sums are multiplied by their scale
+  return float_pairs(g);
+}
 
 // Scratch: words of x and sums of its groups, then for each thread a panel and sums of a block of the result. (As for float32
 // x: rows of bfloat16 are computed so, too, if they are unfit.)
@@ -25,7 +32,7 @@ static int64_t float_slot_bytes(const RqGemm* g, int64_t rows) {
   const int64_t panel = (words < PANEL_WORDS ? words : (int64_t)PANEL_WORDS) * PANEL_WIDTH * 4;
   const int64_t most = panel + (words > PANEL_WORDS ? rows * PANEL_WIDTH * 4 : 0);
 #if RQ_TILES
-  const int64_t tiles = float_pairs(g) ? amx_slot_bytes(g, rows) : 0;
+  const int64_t tiles = float_parts(g) ? amx_slot_bytes(g, rows) : 0;
   return most > tiles ? most : tiles;
 #endif
   return most;
@@ -238,7 +245,7 @@ template <bool PAIRS, class V> static int many_rows_with(const V& values, const 
   m.decode = decode<V, PAIRS>;
   m.values = &values;
 #if RQ_TILES
-  if constexpr (PAIRS) return amx_rows_of(g, m, out, scratch, slots);
+  if constexpr (PAIRS) return float_parts(g) == 2 ? amx_rows_of<2>(g, m, out, scratch, slots) : amx_rows_of<1>(g, m, out, scratch, slots);
 #endif
   return many_rows_of<PAIRS>(g, m, out, scratch, slots);
 }
@@ -259,19 +266,20 @@ static int many_rows(const RqGemm* g, const float* x, int R, bool exact, uint8_t
   return with_floats(w, use);
 }
 
-// All rows, as tiles of at most TILE_ROWS.
-static int in_tiles(const RqGemm* g, bool pairs, bool exact, const uint8_t* x, uint8_t* out, float* words, uint8_t* scratch,
+// All rows, as tiles of at most TILE_ROWS. `parts`: see `float_parts`.
+static int in_tiles(const RqGemm* g, int parts, bool exact, const uint8_t* x, uint8_t* out, float* words, uint8_t* scratch,
                     int64_t slots, uint8_t* unfit) {
-  const bool amx = RQ_TILES && pairs;
+  const bool pairs = parts > 0, amx = RQ_TILES && pairs;
   const int64_t tiles = (g->rows + TILE_ROWS - 1) / TILE_ROWS, R = amx ? 16 : (g->rows + tiles - 1) / tiles;
-  const int64_t row_words = float_columns(g->weight) / (pairs ? 2 : 1), x_bytes = g->x_dtype == RQ_F32 ? 4 : 2;
+  const int64_t row_words = float_columns(g->weight) / (parts == 1 ? 2 : 1), x_bytes = g->x_dtype == RQ_F32 ? 4 : 2;
   rq::parallel((g->rows + R - 1) / R, 4, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * R; row < end * R && row < g->rows; row += R) {
       const int rows = g->rows - row < R ? (int)(g->rows - row) : (int)R;
       const uint8_t* from = x + row * g->x_stride * x_bytes;
 #if RQ_TILES
       if (amx) {
-        pack_amx(g, from, rows, words + row * row_words, unfit + row);
+        if (parts == 2) pack_amx_parts(g, from, rows, words + row * row_words, unfit + row);
+        else pack_amx(g, from, rows, words + row * row_words, unfit + row);
         continue;
       }
 #endif
@@ -294,7 +302,7 @@ static int exact_rows(const RqGemm* g, int64_t most, const uint8_t* unfit, const
     if (stop > row) {
       RqGemm some = *g;
       some.rows = stop - row;
-      const int code = in_tiles(&some, false, true, x + row * x_bytes, out + row * bytes, words, scratch, slots, again);
+      const int code = in_tiles(&some, 0, true, x + row * x_bytes, out + row * bytes, words, scratch, slots, again);
       if (code) return code;
     }
     row = stop > row ? stop : row + 1;
@@ -321,7 +329,7 @@ static int float_part(const RqGemm* g, bool few, const uint8_t* x, uint8_t* out,
     pack_tile(g, x, (int)g->rows, R, pairs, words, sums, unfit);
     code = few_rows(g, pairs, Tile{words, sums}, out);
   } else {
-    code = in_tiles(g, float_pairs(g), false, x, out, words, scratch, slots, unfit);
+    code = in_tiles(g, float_parts(g), false, x, out, words, scratch, slots, unfit);
   }
   const int64_t most = g->rows > FLOAT_FEW_ROWS && float_pairs(g) ? g->rows / 2 : g->rows;
   return code ? code : exact_rows(g, most, unfit, x, out, words, scratch, slots);

@@ -1,7 +1,8 @@
 // Many rows of bfloat16 x with AMX: panels of weights, decoded as float_tile.h does, are the operand B of tiles.
 //
 // Included inside the namespace of a level, by float.h. x is packed as operand A: for each 16 rows (fewer at the end) and 32
-// columns one tile, [rows][16 pairs], in the order of columns that panels have.
+// columns one tile, [rows][16 pairs], in the order of columns that panels have. x of float32 and float16 has two parts, each
+// of bfloat16 (`float_parts`): of the first, what x is rounded to, one tile, then one of the second, the rest.
 #ifndef RQ_FLOAT_AMX_H
 #define RQ_FLOAT_AMX_H
 
@@ -18,6 +19,11 @@ static inline int64_t amx_slot_bytes(const RqGemm* g, int64_t rows) {
   return AMX_PANELS * (panel + (rows > 2 * AMX_ROWS ? rows * PANEL_WIDTH * 4 : 0));
 }
 
+// 32 columns: of each 4, the second and the third change places.
+static inline __m512i pairs_in_panel_order(__m512i all) {
+  return _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, (_MM_PERM_ENUM)0xD8), (_MM_PERM_ENUM)0xD8);
+}
+
 // Up to 16 rows of x. `unfit`: see `pack_tile`.
 static void pack_amx(const RqGemm* g, const uint8_t* x, int rows, float* words, uint8_t* unfit) {
   const int64_t length = g->weight->length;
@@ -28,7 +34,7 @@ static void pack_amx(const RqGemm* g, const uint8_t* x, int rows, float* words, 
       const __mmask32 mask = length - column < RQ_COLUMNS ? (__mmask32)((1u << (length - column)) - 1) : ~(__mmask32)0;
       const __m512i all = _mm512_maskz_loadu_epi16(mask, x + column * 2);
       largest = _mm512_max_epu16(largest, _mm512_and_si512(all, _mm512_set1_epi16(0x7FFF)));
-      store_bytes(to, {_mm512_shufflehi_epi16(_mm512_shufflelo_epi16(all, (_MM_PERM_ENUM)0xD8), (_MM_PERM_ENUM)0xD8)});
+      store_bytes(to, {pairs_in_panel_order(all)});
     }
     const __m512i odd = _mm512_srli_epi32(largest, 16), even = _mm512_and_si512(largest, _mm512_set1_epi32(0xFFFF));
     const int32_t most = _mm512_reduce_max_epi32(_mm512_max_epi32(odd, even));
@@ -36,9 +42,38 @@ static void pack_amx(const RqGemm* g, const uint8_t* x, int rows, float* words, 
   }
 }
 
+// As `pack_amx`, of x in two parts.
+static void pack_amx_parts(const RqGemm* g, const uint8_t* x, int rows, float* words, uint8_t* unfit) {
+  const int64_t length = g->weight->length, bytes = g->x_dtype == RQ_F32 ? 4 : 2;
+  for (int r = 0; r < rows; ++r, x += g->x_stride * bytes) {
+    __m512i largest = _mm512_setzero_si512();
+    float* to = words + r * 16;
+    for (int64_t column = 0; column < length; column += RQ_COLUMNS, to += 2 * rows * 16) {
+      __m512 all[2], rest[2];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t left = length - column - 16 * i;
+        const uint8_t* from = x + (column + 16 * i) * bytes;
+        all[i] = left > 0 ? load_dtype(from, g->x_dtype, left < 16 ? (int)left : 16).v : _mm512_setzero_ps();
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(_mm512_castps_si512(all[i]), _mm512_set1_epi32(0x7FFFFFFF)));
+      }
+      const __m512i first = (__m512i)_mm512_cvtne2ps_pbh(all[1], all[0]);
+      for (int i = 0; i < 2; ++i) {
+        const __m256i half = i ? _mm512_extracti64x4_epi64(first, 1) : _mm512_castsi512_si256(first);
+        rest[i] = _mm512_sub_ps(all[i], _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
+      }
+      const __m512i second = (__m512i)_mm512_cvtne2ps_pbh(rest[1], rest[0]);
+      store_bytes(to, {pairs_in_panel_order(first)});
+      store_bytes(to + rows * 16, {pairs_in_panel_order(second)});
+    }
+    const uint32_t most = _mm512_reduce_max_epu32(largest);
+    unfit[r] = most >= FLOAT_LARGE || (most && most < FLOAT_SMALL);
+  }
+}
+
 enum { AMX_STRIDE = PANEL_WIDTH * 4 };
 
 // Two tiles of x (`first` and `second`, of `a` and `b` rows) by a panel.
+template <int PARTS>
 static void multiply_two(const float* panel, const float* first, const float* second, int a, int b, int64_t words, bool clear,
                          float* sums) {
   float* below = sums + a * PANEL_WIDTH;
@@ -54,13 +89,20 @@ static void multiply_two(const float* panel, const float* first, const float* se
     _tile_loadd(2, below, AMX_STRIDE);
     _tile_loadd(3, below + 16, AMX_STRIDE);
   }
-  for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, first += 16 * a, second += 16 * b) {
+  for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, first += 16 * PARTS * a, second += 16 * PARTS * b) {
     _tile_loadd(6, panel, AMX_STRIDE);
     _tile_loadd(4, first, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, panel + 16, AMX_STRIDE);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, second, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    if (PARTS == 1) continue;
+    _tile_loadd(4, first + 16 * a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, second + 16 * b, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -72,6 +114,7 @@ static void multiply_two(const float* panel, const float* first, const float* se
 }
 
 // One tile of x, of `a` rows, by two panels: as many sums at once, which do not wait for one another.
+template <int PARTS>
 static void multiply_one(const float* panel, const float* other, const float* x, int a, int64_t words, bool clear, float* sums,
                          float* other_sums) {
   tile_barrier();
@@ -86,16 +129,25 @@ static void multiply_one(const float* panel, const float* other, const float* x,
     _tile_loadd(2, other_sums, AMX_STRIDE);
     _tile_loadd(3, other_sums + 16, AMX_STRIDE);
   }
-  for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, other += 16 * PANEL_WIDTH, x += 16 * a) {
+  for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, other += 16 * PANEL_WIDTH, x += 16 * PARTS * a) {
     _tile_loadd(4, x, 64);
+    if (PARTS == 2) _tile_loadd(5, x + 16 * a, 64);
     _tile_loadd(6, panel, AMX_STRIDE);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, panel + 16, AMX_STRIDE);
     _tile_dpbf16ps(1, 4, 7);
+    if (PARTS == 2) {
+      _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(1, 5, 7);
+    }
     _tile_loadd(6, other, AMX_STRIDE);
     _tile_dpbf16ps(2, 4, 6);
     _tile_loadd(7, other + 16, AMX_STRIDE);
     _tile_dpbf16ps(3, 4, 7);
+    if (PARTS == 2) {
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
   _tile_stored(0, sums, AMX_STRIDE);
   _tile_stored(1, sums + 16, AMX_STRIDE);
@@ -105,6 +157,7 @@ static void multiply_one(const float* panel, const float* other, const float* x,
 }
 
 // All rows of x by the panels of a block, each `panel_words` after the one before, with sums [panels][all rows][PANEL_WIDTH].
+template <int PARTS>
 static void multiply_block(Tiles& tiles, int64_t all, const float* panel, int64_t panel_words, int panels, const float* x,
                            int64_t x_words, int64_t from, int64_t count, float* sums) {
   const int64_t sums_words = all * PANEL_WIDTH;
@@ -112,25 +165,25 @@ static void multiply_block(Tiles& tiles, int64_t all, const float* panel, int64_
     const int a = all - row < AMX_ROWS ? (int)(all - row) : (int)AMX_ROWS;
     const int64_t left = all - row - a;
     const int b = left < AMX_ROWS ? (int)left : (int)AMX_ROWS;
-    const float* first = x + row * x_words + from * a;
-    const float* second = x + (row + a) * x_words + from * b;
+    const float* first = x + row * x_words + from * PARTS * a;
+    const float* second = x + (row + a) * x_words + from * PARTS * b;
     float* to = sums + row * PANEL_WIDTH;
     tiles.configure(a, b ? b : a);
     if (b) {
       for (int p = 0; p < panels; ++p)
-        multiply_two(panel + p * panel_words, first, second, a, b, count, from == 0, to + p * sums_words);
+        multiply_two<PARTS>(panel + p * panel_words, first, second, a, b, count, from == 0, to + p * sums_words);
       continue;
     }
     for (int p = 0; p < panels; p += 2) {  // an odd last one twice
       const int other = p + 1 < panels ? p + 1 : p;
-      multiply_one(panel + p * panel_words, panel + other * panel_words, first, a, count, from == 0, to + p * sums_words,
+      multiply_one<PARTS>(panel + p * panel_words, panel + other * panel_words, first, a, count, from == 0, to + p * sums_words,
                    to + other * sums_words);
     }
   }
 }
 
 // The result block by block, as `many_rows_of`.
-static int amx_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t* scratch, int64_t slots) {
+template <int PARTS> static int amx_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t* scratch, int64_t slots) {
   const RqWeight* w = g->weight;
   const int64_t strips = float_strips(w), all_panels = (strips + 1) / 2, words = float_columns(w) / 2;
   const int wide = g->rows > 2 * AMX_ROWS ? (int)AMX_PANELS : 2;
@@ -160,7 +213,7 @@ static int amx_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t
           if (g->bias && from == 0) load_bias(g, strip, bias[s / 2] + s % 2 * 16);
           m.decode(m.values, w, strip, begin, end, scale, shifts, panel + s / 2 * panel_words + s % 2 * 16);
         }
-        multiply_block(tiles, g->rows, panel, panel_words, panels, m.x, words, from, count, sums);
+        multiply_block<PARTS>(tiles, g->rows, panel, panel_words, panels, m.x, PARTS * words, from, count, sums);
       }
       for (int p = 0; p < panels; ++p) {
         uint8_t* to = out + (block * wide + p) * PANEL_WIDTH * out_bytes(g);

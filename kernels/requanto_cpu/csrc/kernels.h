@@ -84,17 +84,18 @@ static int64_t tile_scratch(const RqGemm*, int64_t) { return 0; }
 static int tile_gemm(const RqGemm*, const void*, void*, void*) { return RQ_E_MISSING; }
 #endif
 
+static bool is_float(const RqGemm* g) { return g->arithmetic == RQ_FLOAT || g->arithmetic == RQ_PARTS; }
 static int gemm(const RqGemm* g, const void* x, void* out, void* scratch) {
   if (tiles_take(g)) return tile_gemm(g, x, out, scratch);
-  return g->arithmetic == RQ_FLOAT ? gemm_float(g, x, out, scratch) : gemm_integer(g, x, out, scratch);
+  return is_float(g) ? gemm_float(g, x, out, scratch) : gemm_integer(g, x, out, scratch);
 }
 static int64_t gemm_scratch(const RqGemm* g, int64_t rows) {
   if (tiles_take(g)) return tile_scratch(g, rows);
-  return g->arithmetic == RQ_FLOAT ? float_scratch(g, rows) : int_scratch(g, rows);
+  return is_float(g) ? float_scratch(g, rows) : int_scratch(g, rows);
 }
 static int64_t gemm_least_scratch(const RqGemm* g) {
   if (tiles_take(g)) return tile_scratch(g, 1);
-  return g->arithmetic == RQ_FLOAT ? float_least_scratch(g) : int_least_scratch(g);
+  return is_float(g) ? float_least_scratch(g) : int_least_scratch(g);
 }
 
 extern const RqKernels kernels = {

@@ -53,7 +53,9 @@ enum RqScaleKind { RQ_NO_SHIFT = 0, RQ_PLAIN = 1, RQ_CODES = 2, RQ_E8M0 = 3, RQ_
 //   RQ_BLOCKS16  the same with 16 bits, as two int8 products
 //   RQ_FLOAT     float32 (bfloat16 products with float32 sums where x is bfloat16 and the processor has them)
 //   RQ_CODED     x is int8 codes with one scale a row (`steps`): exact int32 sums within a group, or a row without groups
-enum RqArithmetic { RQ_BLOCKS8 = 0, RQ_BLOCKS16 = 1, RQ_FLOAT = 2, RQ_CODED = 3 };
+// RQ_PARTS: RQ_FLOAT in which x may be the sum of two bfloat16, which keep 16 bits of each element. Only level amx does so, for more
+// than 4 rows of float32 or float16 and integer weights with one scale a row and no shift; everything else is as with RQ_FLOAT.
+enum RqArithmetic { RQ_BLOCKS8 = 0, RQ_BLOCKS16 = 1, RQ_FLOAT = 2, RQ_CODED = 3, RQ_PARTS = 4 };
 
 typedef struct RqWeight {
   const uint8_t* codes;      // strips, aligned to 64 bytes
@@ -121,7 +123,7 @@ RQ_API void rq_set_parallel(RqParallelFor parallel, RqThreads threads);
 // For the child of a fork, in which the parent's threads do not exist though OpenMP would wait for them: if a loop has run on
 // several threads, all later ones run in one. Returns 1 if so, else 0.
 RQ_API int rq_forked(void);
-enum { RQ_ABI = 2 };
+enum { RQ_ABI = 3 };
 
 // Bytes of scratch that `rq_gemm` wants for all rows at once, and the fewest that it can work with.
 RQ_API int64_t rq_gemm_scratch(const RqGemm* gemm, int64_t rows);

@@ -6,7 +6,7 @@ import torch
 
 from requanto.dtypes.qtypes import qint8
 from requanto.linear.cpu import coded, library
-from requanto.linear.cpu.gemm import BLOCKS8, BLOCKS16, FLOAT, arithmetic, is_narrowed
+from requanto.linear.cpu.gemm import BLOCKS8, BLOCKS16, FLOAT, PARTS, arithmetic, is_narrowed
 from requanto.linear.cpu.strips import STRIPS
 from requanto.linear.cpu.weights import fixed_table
 from requanto.linear.registry import Problem
@@ -15,7 +15,7 @@ from requanto.linear.registry import Problem
 ANY = 2**62
 #: Most rows of bfloat16 for the library's GEMM, by arithmetic, where torch's multiplies with AMX and the library was built
 #: by a compiler that does not know it. (Level "bf16" on such a processor, 4096 x 4096.)
-ROWS_WITHOUT_AMX = {BLOCKS8: 256, BLOCKS16: 64, FLOAT: 32}
+ROWS_WITHOUT_AMX = {BLOCKS8: 256, BLOCKS16: 64, FLOAT: 32, PARTS: ANY}
 
 
 def on_cpu(problem: Problem) -> bool:
@@ -41,21 +41,23 @@ def how_of(problem: Problem) -> int:
     fixed = kind.is_codebook and not kind.is_learned
     error = fixed_table(kind).error if fixed else 0.0
     group = None if problem.group_size == problem.in_features else problem.group_size
-    return arithmetic(kind, group, problem.rows, problem.dtype, error)
+    return arithmetic(kind, group, problem.rows, problem.dtype, error, problem.affine)
 
 
-def takes(problem: Problem, how: int) -> bool:
-    """GEMMs of float x with that arithmetic."""
+def takes(problem: Problem, *hows: int) -> bool:
+    """GEMMs of float x with one of these arithmetics."""
     return (
         problem.activation is None
         and in_strips(problem)
-        and how_of(problem) == how
+        and (how := how_of(problem)) in hows
         and problem.rows <= gemm_rows(how, problem.dtype)
     )
 
 
 def rounding_of_x(problem: Problem) -> str:
     """How `cpu-float` rounds x, for `explain`; "" if it does not."""
+    if how_of(problem) == PARTS:
+        return "; x as the sum of two bfloat16 numbers"
     return "; x rounded to bfloat16" if is_narrowed(problem.qtype, problem.rows, problem.dtype, FLOAT) else ""
 
 

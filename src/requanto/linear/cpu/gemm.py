@@ -26,7 +26,7 @@ from requanto.tensor.qtensor import QTensor
 from requanto.tensor.spec import WeightSpec
 
 #: `RqArithmetic`
-BLOCKS8, BLOCKS16, FLOAT, CODED = range(4)
+BLOCKS8, BLOCKS16, FLOAT, CODED, PARTS = range(5)
 #: Most bits of codes that are multiplied with x rounded to 8 bits; above, x has 16. With 6 bits, rounding x to 8 costs up to
 #: 0.7 of what rounding the weights does (tests/linear/test_cpu_rounding.py; SmolLM2's activations), with 5 up to 0.34.
 MOST_BITS_WITH_8 = 5
@@ -39,6 +39,8 @@ MOST_ROWS_WITH_16 = 64
 #: With AMX: most rows for which int8 products are faster than decoding the weight to bfloat16, which takes as long for any
 #: number of rows; of weights that get 8 bits of x, and 16.
 MOST_ROWS_BESIDE_TILES = {BLOCKS8: 24, BLOCKS16: 16}
+#: The same for x in float32 and float16 as two numbers of bfloat16, of weights in 6 to 8 bits with one scale a row.
+MOST_ROWS_BESIDE_PARTS = 32
 #: Most rows for which float32 takes no longer than bfloat16, since reading the weight does.
 MOST_ROWS_EXACT = 4
 #: Largest result (bytes) that is allocated like a tensor that exists, which takes half the time.
@@ -47,13 +49,16 @@ _SMALL = 16 * 1024
 _PROTOTYPE = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 
 
-def arithmetic(kind: qtype, group: int | None, rows: int, dtype: torch.dtype, table_error: float = 0.0) -> int:
+def arithmetic(
+    kind: qtype, group: int | None, rows: int, dtype: torch.dtype, table_error: float = 0.0, affine: bool = False
+) -> int:
     """How a weight of that type is multiplied with float x.
 
     Args:
         group: columns of a scale; None: one scale a row.
         rows, dtype: of x.
         table_error: see `Table.error`; 0 for types that are no codebooks.
+        affine: whether the weight has a shift.
     """
     if settings.cpu_arithmetic == "float" or kind.is_floating_point or table_error > MOST_TABLE_ERROR:
         return FLOAT
@@ -61,16 +66,21 @@ def arithmetic(kind: qtype, group: int | None, rows: int, dtype: torch.dtype, ta
         return FLOAT  # sums of 8 or 16 products are widened and scaled as often as floats are multiplied
     how = BLOCKS8 if kind.bits <= MOST_BITS_WITH_8 else BLOCKS16
     if how == BLOCKS16 and dtype != torch.bfloat16:
-        return how
+        exact = group is None and not affine and not kind.is_codebook  # in bfloat16: codes, whose sums are scaled
+        return PARTS if exact and rows > MOST_ROWS_BESIDE_PARTS and _has_tiles() else how
     return FLOAT if rows > _most_integer_rows(how) else how
 
 
 def _most_integer_rows(how: int) -> int:
     """Most rows that BLOCKS8 or BLOCKS16 take, where x may be multiplied as bfloat16 too."""
-    used = library.find()
-    if used is not None and used.has_tiles:
+    if _has_tiles():
         return MOST_ROWS_BESIDE_TILES[how]
     return MOST_ROWS_WITH_16 if how == BLOCKS16 and _has_bfloat16() else 2**62
+
+
+def _has_tiles() -> bool:
+    used = library.find()
+    return used is not None and used.has_tiles
 
 
 def _has_bfloat16() -> bool:
@@ -93,7 +103,8 @@ def arithmetic_of(weight: QTensor, rows: int, dtype: torch.dtype) -> int:
     """`arithmetic` of a weight, with its own codebook."""
     spec = weight._spec
     group = None if spec.groups == 1 else spec.group_size
-    return arithmetic(spec.qtype, group, rows, dtype, table_of(weight).error if spec.qtype.is_codebook else 0.0)
+    error = table_of(weight).error if spec.qtype.is_codebook else 0.0
+    return arithmetic(spec.qtype, group, rows, dtype, error, spec.affine)
 
 
 def run(
@@ -146,7 +157,7 @@ class Call:
     Args:
         found: the weight; it is kept.
         expert: number of the matrix.
-        how: BLOCKS8, BLOCKS16 or FLOAT.
+        how: BLOCKS8, BLOCKS16, FLOAT or PARTS.
         rows, dtype: of x.
         column: see `with_column`.
         narrow: see `is_narrowed`.
@@ -195,7 +206,7 @@ class Call:
         gemm.scratch_bytes = scratch_bytes(used, gemm, rows)
         self._plain = gemm
         # Threads for which the scratch buffer has room; 0: all use the same memory.
-        self._threads = torch.get_num_threads() if how == FLOAT else 0
+        self._threads = torch.get_num_threads() if how in (FLOAT, PARTS) else 0
         # (address and dtype of the bias, the struct with it); replaced as a whole, since several threads may run a plan
         self._biased: tuple[int, torch.dtype | None, Any] = (0, None, None)
         self._shape: torch.Size | None = None

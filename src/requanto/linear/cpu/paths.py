@@ -50,7 +50,7 @@ for _implementation in (
         run_grouped=experts.run_grouped,
         make_plan=gemm.make_plan,
         plans_operators=True,
-        supports=lambda p: conditions.takes(p, gemm.FLOAT),
+        supports=lambda p: conditions.takes(p, gemm.FLOAT, gemm.PARTS),
         details=conditions.rounding_of_x,
         reason="packed codes are dequantized in registers and in the cache, products are floats",
     ),
