@@ -182,11 +182,24 @@ static void multiply_block(Tiles& tiles, int64_t all, const float* panel, int64_
   }
 }
 
+// Panels of a block, at most `most`: with wide ones some threads would wait for the last. No result depends on it.
+static int amx_width(int64_t panels, int most, int64_t slots) {
+  int best = most;
+  int64_t least = INT64_MAX;
+  for (int wide = most; wide > 0; --wide) {
+    const int64_t blocks = (panels + wide - 1) / wide, rounds = (blocks + slots - 1) / slots;
+    const int64_t last = blocks - (rounds - 1) * slots == 1 ? panels - (blocks - 1) * wide : wide;
+    const int64_t time = 8 * ((rounds - 1) * wide + last) + rounds;  // a block reads x once more
+    if (time < least) least = time, best = wide;
+  }
+  return best;
+}
+
 // The result block by block, as `many_rows_of`.
 template <int PARTS> static int amx_rows_of(const RqGemm* g, const ManyRows& m, uint8_t* out, uint8_t* scratch, int64_t slots) {
   const RqWeight* w = g->weight;
   const int64_t strips = float_strips(w), all_panels = (strips + 1) / 2, words = float_columns(w) / 2;
-  const int wide = g->rows > 2 * AMX_ROWS ? (int)AMX_PANELS : 2;
+  const int wide = amx_width(all_panels, g->rows > 2 * AMX_ROWS ? (int)AMX_PANELS : 2, slots);
   const int64_t blocks = (all_panels + wide - 1) / wide, slot_bytes = float_slot_bytes(g, g->rows);
   const int64_t panel_words = (words < AMX_WORDS ? words : (int64_t)AMX_WORDS) * PANEL_WIDTH;
   int64_t taken = 0;
