@@ -178,7 +178,8 @@ def test_changes_of_the_weight_take_effect(calls):
 def test_another_thread_changes_something_while_a_plan_is_looked_up(change, monkeypatch):
     layer, x = layer_of(dtype=torch.float32), torch.randn(1, 256)
     found, theirs = layer(x), registry.find_plan
-    layer(x[None])  # so that a plan for x is looked up
+    layer(x[None])  # so that the plan for x is looked up
+    layer.weight._storage.misses = registry.MISSES - 1  # and would be kept
 
     def changed_meanwhile(x, weight, bias):
         plan = theirs(x, weight, bias)
@@ -247,11 +248,24 @@ def test_shapes_in_turn(calls):
     layer = layer_of()
     inputs = [torch.randn(1, rows, 256, dtype=torch.bfloat16) for rows in (1, 300, 2, 1, 1, 700, 2, 2, 1)]
     for x in inputs:
-        layer(x)
+        for _ in range(registry.MISSES):
+            layer(x)
         calls.clear()
         assert torch.equal(layer(x), plainly(x, layer))
         assert calls[-1] is not None
         assert (layer.weight._storage.quick.shape == x.shape) == (x.shape[1] < 4)
+
+
+def test_two_shapes_that_take_turns_do_not_make_a_quick_plan_each_time(monkeypatch):
+    layer, noted, theirs = layer_of(), [], registry.note_quick
+    inputs = [torch.randn(1, rows, 256, dtype=torch.bfloat16) for rows in (1, 5)]
+    for x in inputs:
+        layer(x)
+    monkeypatch.setattr(registry, "note_quick", lambda *args: (noted.append(args), theirs(*args))[1])
+    for _ in range(16):
+        for x in inputs:
+            assert torch.equal(layer(x), plainly(x, layer))
+    assert 0 < sum(args[2] is layer.weight for args in noted) <= 16, "of 32 calls"
 
 
 def test_settings_and_levels_take_effect(monkeypatch):

@@ -33,6 +33,9 @@ MakePlan = Callable[[QTensor, int, torch.dtype], Gemm | None]
 
 #: Most plans that a weight caches, one per shape of x; before one more is added, all are dropped.
 MAX_PLANS = 32
+#: After so many calls of a layer with another shape than that of its quick plan, the last of these plans becomes the quick
+#: one. Where two shapes take turns, making it in each call would take longer than it saves.
+MISSES = 4
 
 
 @dataclass(frozen=True)
@@ -249,12 +252,14 @@ def quick_gemm(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
 
 
 def _other_plan(x: torch.Tensor, weight: QTensor) -> torch.Tensor | None:
-    """`quick_gemm` for another shape than the last; from now on for this one, if there is a plan for it."""
-    before = Before.of(weight)
+    """`quick_gemm` for another shape than the last; if it happens again and again, for this one from now on."""
+    before, storage = Before.of(weight), weight._storage
     gemm = None if before.spec.transposed or not x.is_cpu else find_plan(x, weight, None)
     if gemm is None:
         return None
-    note_quick(gemm, x, weight, before)
+    storage.misses += 1
+    if storage.misses % MISSES == 0:
+        note_quick(gemm, x, weight, before)
     return gemm(x, weight, None)
 
 

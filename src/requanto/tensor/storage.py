@@ -36,6 +36,7 @@ class WeightStorage:
         state: ``(layout, parts)``, replaced together, so that other threads never see a partial change.
         plans: cached plans of GEMMs (`requanto.linear.registry`).
         quick: the last of them in a form that takes fewer steps to call (`requanto.linear.registry.quick_gemm`), or None.
+        misses: how many calls found another shape there.
         derived: other tensors that kernels derived from the parts, by name; one with ``is_read_by_graph`` survives changes.
         version: number of changes.
         stays_plain: the reason why this weight is never prepacked, or None.
@@ -51,6 +52,7 @@ class WeightStorage:
         "_unpacked",
         "declined",
         "derived",
+        "misses",
         "name",
         "packed_as",
         "plans",
@@ -67,6 +69,7 @@ class WeightStorage:
         self.state = layout, _owned(parts, layout)
         self.plans: dict[Any, Any] = {}
         self.quick: Any = None
+        self.misses = 0
         self.derived: dict[Any, Any] = {}
         self.version = 0
         self.stays_plain: str | None = None
@@ -198,7 +201,7 @@ class WeightStorage:
         with LOCK:
             found.state = self.state  # first: a slice renews its tensors, and drops what was derived from the old ones
             found.plans, found.derived, found.version = {}, self.derived, self.version
-            found.quick = None
+            found.quick, found.misses = None, 0
             found.stays_plain, found.declined, found.packed_as = self.stays_plain, self.declined, self.packed_as
             found.name, found.read_logged, found._identity = self.name, self.read_logged, self._identity
             found._unpacked = self._unpacked
