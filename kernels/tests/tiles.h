@@ -27,14 +27,14 @@
 #define _tile_dpbusd emulated::products_of_bytes<uint8_t, int8_t>
 #define _tile_dpbuud emulated::products_of_bytes<uint8_t, uint8_t>
 
-namespace {
+// Not in an unnamed namespace: the level is built as two files, which share `Tiles::configure`.
 namespace emulated {
 struct Tile {
   int rows, bytes;
   uint8_t data[16][64];
 };
-thread_local Tile tiles[8];
-thread_local bool configured;
+inline thread_local Tile tiles[8];
+inline thread_local bool configured;
 
 // A tile that the thread's configuration has; the processor stops a program that uses another.
 inline Tile& tile(int number) {
@@ -98,4 +98,3 @@ template <class Left, class Right> void products_of_bytes(int sum, int left, int
     }
 }
 }  // namespace emulated
-}  // namespace
