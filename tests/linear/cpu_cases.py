@@ -410,7 +410,7 @@ def gemm_case(
     if bias is not None:
         expected = expected + bias.double()
         allowed += bias.double().abs() * 2.0**-22
-    small = torch.finfo(dtype).tiny * (4 + weight.fields["groups"])  # numbers below have fewer bits
+    small = torch.finfo(dtype).tiny * (4 + weight.fields["groups"] + length)  # fewer bits below, each product too
     allowed += (expected.abs() * 1.01 + small) * _ROUNDING[dtype]
 
     def verify(got: bytes) -> None:
