@@ -8,14 +8,20 @@
 
 enum {
   AMX_ROWS = 16,     // of x in a tile
-  AMX_WORDS = 256,   // pairs of columns of a panel: 32 KB, and 32 rows of x take as much
-  AMX_PANELS = 4,    // of a block, so that x is read from the second cache or memory once for 128 columns of the result
+  AMX_WORDS = 256,   // pairs of columns of a panel, about: 32 KB, and 32 rows of x take as much
+  AMX_PANELS = 8,    // of a block, so that x is read from the second cache or memory once for 256 columns of the result
 };
+
+// Pairs of columns of a panel, of `words` in all: parts of one size, since sums are loaded and stored for each.
+static inline int64_t amx_words(int64_t words) {
+  const int64_t parts = (words + AMX_WORDS / 2) / AMX_WORDS, whole = parts ? (words + parts - 1) / parts : words;
+  return (whole + 15) / 16 * 16;
+}
 
 // Panels of a block, and its sums.
 static inline int64_t amx_slot_bytes(const RqGemm* g, int64_t rows) {
   const int64_t words = float_columns(g->weight) / 2;
-  const int64_t panel = (words < AMX_WORDS ? words : (int64_t)AMX_WORDS) * PANEL_WIDTH * 4;
+  const int64_t panel = amx_words(words) * PANEL_WIDTH * 4;
   return AMX_PANELS * (panel + (rows > 2 * AMX_ROWS ? rows * PANEL_WIDTH * 4 : 0));
 }
 
@@ -72,10 +78,16 @@ static void pack_amx_parts(const RqGemm* g, const uint8_t* x, int rows, float* w
 
 enum { AMX_STRIDE = PANEL_WIDTH * 4 };
 
+// x that is multiplied next, fetched into the second cache meanwhile: with many rows it comes from the third, or from memory.
+struct AmxFetch {
+  const char* tiles[2];
+  int lines;  // of each tile for every 16 pairs that are multiplied
+};
+
 // Two tiles of x (`first` and `second`, of `a` and `b` rows) by a panel.
 template <int PARTS>
 static void multiply_two(const float* panel, const float* first, const float* second, int a, int b, int64_t words, bool clear,
-                         float* sums) {
+                         float* sums, AmxFetch& fetch) {
   float* below = sums + a * PANEL_WIDTH;
   tile_barrier();
   if (clear) {
@@ -98,6 +110,8 @@ static void multiply_two(const float* panel, const float* first, const float* se
     _tile_loadd(5, second, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    for (int line = 0; line < fetch.lines; ++line)
+      for (int i = 0; i < 2; ++i) __builtin_prefetch(fetch.tiles[i], 0, 2), fetch.tiles[i] += 64;
     if (PARTS == 1) continue;
     _tile_loadd(4, first + 16 * a, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -170,8 +184,15 @@ static void multiply_block(Tiles& tiles, int64_t all, const float* panel, int64_
     float* to = sums + row * PANEL_WIDTH;
     tiles.configure(a, b ? b : a);
     if (b) {
+      const int64_t next = row + 2 * AMX_ROWS;
+      AmxFetch fetch = {};
+      if (next + 2 * AMX_ROWS <= all) {
+        for (int i = 0; i < 2; ++i)
+          fetch.tiles[i] = (const char*)(x + (next + i * AMX_ROWS) * x_words + from * PARTS * AMX_ROWS);
+        fetch.lines = (PARTS * AMX_ROWS + panels - 1) / panels;
+      }
       for (int p = 0; p < panels; ++p)
-        multiply_two<PARTS>(panel + p * panel_words, first, second, a, b, count, from == 0, to + p * sums_words);
+        multiply_two<PARTS>(panel + p * panel_words, first, second, a, b, count, from == 0, to + p * sums_words, fetch);
       continue;
     }
     for (int p = 0; p < panels; p += 2) {  // an odd last one twice
@@ -201,7 +222,7 @@ template <int PARTS> static int amx_rows_of(const RqGemm* g, const ManyRows& m, 
   const int64_t strips = float_strips(w), all_panels = (strips + 1) / 2, words = float_columns(w) / 2;
   const int wide = amx_width(all_panels, g->rows > 2 * AMX_ROWS ? (int)AMX_PANELS : 2, slots);
   const int64_t blocks = (all_panels + wide - 1) / wide, slot_bytes = float_slot_bytes(g, g->rows);
-  const int64_t panel_words = (words < AMX_WORDS ? words : (int64_t)AMX_WORDS) * PANEL_WIDTH;
+  const int64_t part = amx_words(words), panel_words = part * PANEL_WIDTH;
   int64_t taken = 0;
   rq::parallel(slots, 1, [&](int64_t slot, int64_t) {
     const WithSubnormals mode;
@@ -216,8 +237,8 @@ template <int PARTS> static int amx_rows_of(const RqGemm* g, const ManyRows& m, 
       const int64_t block = __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED);
       if (block >= blocks) break;
       const int panels = all_panels - block * wide < wide ? (int)(all_panels - block * wide) : wide;
-      for (int64_t from = 0; from < words; from += AMX_WORDS) {
-        const int64_t count = from + AMX_WORDS < words ? (int64_t)AMX_WORDS : words - from;
+      for (int64_t from = 0; from < words; from += part) {
+        const int64_t count = from + part < words ? part : words - from;
         const int64_t begin = 2 * from, end = begin + 2 * count, stop = end < w->length ? end : w->length;
         for (int s = 0; s < 2 * panels; ++s) {
           const int64_t at = block * wide * 2 + s, strip = at < strips ? at : strips - 1;

@@ -30,8 +30,10 @@ BLOCKS8, BLOCKS16, FLOAT, CODED, PARTS = range(5)
 #: Most bits of codes that are multiplied with x rounded to 8 bits; above, x has 16. With 6 bits, rounding x to 8 costs up to
 #: 0.7 of what rounding the weights does (tests/linear/test_cpu_rounding.py; SmolLM2's activations), with 5 up to 0.34.
 MOST_BITS_WITH_8 = 5
-#: Most rows of x that the library multiplies by the column scale; of more rows torch's operator takes little of the time.
+#: Most rows of x that the library multiplies by the column scale, without AMX; of more rows torch's operator takes little of
+#: the time. With it, they are multiplied as long as they take at most this part of the workspace.
 MOST_SCALED_ROWS = 16
+SCALED_PART = 4
 #: Columns of x that share a scale, where groups of the weight are multiples of it.
 BLOCK = 32
 #: Most rows for which two products of int8 are faster than one of bfloat16, on processors that have it.
@@ -255,11 +257,15 @@ class Call:
 
         It reads the column scale as it is in each call, so a change in place takes effect.
         """
-        found, expert, _, rows, _ = self._made_of
-        right = column.dim() == 1 and column.numel() == found.matrices[expert].length and column.is_contiguous()
+        found, expert, how, rows, dtype = self._made_of
+        length = found.matrices[expert].length
+        right = column.dim() == 1 and column.numel() == length and column.is_contiguous()
         if self._narrow:  # rounded to bfloat16 once, after the multiplication
             return None
-        if not right or rows > MOST_SCALED_ROWS or not library.reads_floats(column):
+        few = rows <= MOST_SCALED_ROWS
+        if self._used.has_tiles and how in (FLOAT, PARTS):
+            few = few or rows * length * dtype.itemsize <= settings.workspace_bytes // SCALED_PART
+        if not right or not few or not library.reads_floats(column):
             return None
         return Call(*self._made_of, column)
 
