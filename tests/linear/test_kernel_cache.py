@@ -191,7 +191,11 @@ def test_a_file_that_this_machine_does_not_load_stays(monkeypatch, caplog):
     path = kept()
     before = path.read_bytes(), path.stat().st_mtime_ns
 
+    open_any = load.ctypes.CDLL
+
     def not_mapped(name):
+        if name is None:  # this process, which is asked for AMX
+            return open_any(name)
         raise OSError("failed to map segment from shared object: Operation not permitted\nand more")
 
     monkeypatch.setattr(load.ctypes, "CDLL", not_mapped)
