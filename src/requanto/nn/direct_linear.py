@@ -8,15 +8,12 @@ everything where a program has replaced one of these two.
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from requanto.linear.registry import quick_gemm
-from requanto.nn.float_linear import FloatLinear
+from requanto.nn.float_linear import FloatLinear, change_class, change_linear_layers
 from requanto.nn.modules import QLinear
 from requanto.nn.registry import modules
 from requanto.tensor.qtensor import QTensor
@@ -56,7 +53,7 @@ modules.register(DirectLinear)(QLinear)
 def use_plain_linear(module: nn.Module) -> None:
     """Makes a `DirectLinear` or a `FloatLinear` an nn.Linear again."""
     if type(module) in (DirectLinear, FloatLinear):
-        _change_class(module, nn.Linear)
+        change_class(module, nn.Linear)
 
 
 def use_direct_linear(model: nn.Module) -> list[str]:
@@ -65,25 +62,9 @@ def use_direct_linear(model: nn.Module) -> list[str]:
     Returns:
         Names of these layers.
     """
-    found = []
-    for name, module in model.named_modules():
-        if type(module) is not nn.Linear or not _gains(module):
-            continue
-        _change_class(module, DirectLinear)
-        found.append(name)
-    return found
-
-
-def _change_class(module: nn.Module, cls: type[nn.Linear]) -> None:
-    wrapped: Any = module.__dict__.get("_old_forward")  # what Accelerate's hooks call
-    if getattr(wrapped, "__func__", None) is type(module).forward:
-        module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[assignment]
-    module.__class__ = cls
+    return change_linear_layers(model, DirectLinear, _gains)
 
 
 def _gains(module: nn.Linear) -> bool:
     weight = module._parameters.get("weight")
-    if type(weight) is not QTensor or weight.device.type != "cpu":
-        return False
-    wrapped = module.__dict__.get("_old_forward")
-    return "forward" not in module.__dict__ or getattr(wrapped, "__func__", None) is nn.Linear.forward
+    return type(weight) is QTensor and weight.device.type == "cpu"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,24 +41,42 @@ def use_float_linear(model: nn.Module) -> list[str]:
     Returns:
         Names of these layers.
     """
-    found = []
-    for name, module in model.named_modules():
-        if type(module) is not nn.Linear or not _gains(module):
-            continue
-        module.__class__ = FloatLinear
-        wrapped: Any = module.__dict__.get("_old_forward")  # what Accelerate's hooks call
-        if isinstance(wrapped, types.MethodType):
-            module._old_forward = types.MethodType(FloatLinear.forward, module)  # type: ignore[assignment]
-        found.append(name)
+    found = change_linear_layers(model, FloatLinear, _gains)
     if found:
         logger.info("float layers that read a few rows by a kernel for CPUs: %s", ", ".join(found))
     return found
+
+
+def change_linear_layers(model: nn.Module, cls: type[nn.Linear], gains: Callable[[nn.Linear], bool]) -> list[str]:
+    """Makes the layers of a model that are nn.Linear, have its forward, and gain by it, layers of that class.
+
+    Returns:
+        Names of these layers.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and gains(module) and _has_own_forward(module):
+            change_class(module, cls)
+            found.append(name)
+    return found
+
+
+def change_class(module: nn.Module, cls: type[nn.Linear]) -> None:
+    """Makes a linear layer one of another class, whose forward Accelerate's hooks call from then on, too."""
+    wrapped: Any = module.__dict__.get("_old_forward")
+    if getattr(wrapped, "__func__", None) is type(module).forward:
+        module._old_forward = types.MethodType(cls.forward, module)  # type: ignore[assignment]
+    module.__class__ = cls
+
+
+def _has_own_forward(module: nn.Linear) -> bool:
+    """Whether nobody has replaced its forward, but for Accelerate's hooks."""
+    wrapped = module.__dict__.get("_old_forward")
+    return "forward" not in module.__dict__ or getattr(wrapped, "__func__", None) is nn.Linear.forward
 
 
 def _gains(module: nn.Linear) -> bool:
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.numel() < SMALLEST:
         return False
-    wrapped = module.__dict__.get("_old_forward")
-    own = "forward" not in module.__dict__ or getattr(wrapped, "__func__", None) is nn.Linear.forward
-    return own and weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return weight.dtype in (torch.float32, torch.float16, torch.bfloat16)
