@@ -39,4 +39,24 @@ struct Tiles {
     tile_barrier();
   }
 };
+
+// The four sums. In memory, `below` is what belongs to the second operand A; sums of the second B are `step` bytes after the first's.
+static inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+static inline void load_sums(const void* sums, const void* below, int64_t step, int64_t stride) {
+  _tile_loadd(0, sums, stride);
+  _tile_loadd(1, (const char*)sums + step, stride);
+  _tile_loadd(2, below, stride);
+  _tile_loadd(3, (const char*)below + step, stride);
+}
+static inline void store_sums(void* sums, void* below, int64_t step, int64_t stride) {
+  _tile_stored(0, sums, stride);
+  _tile_stored(1, (char*)sums + step, stride);
+  _tile_stored(2, below, stride);
+  _tile_stored(3, (char*)below + step, stride);
+}
 #endif

@@ -90,17 +90,8 @@ static void multiply_two(const float* panel, const float* first, const float* se
                          float* sums, AmxFetch& fetch) {
   float* below = sums + a * PANEL_WIDTH;
   tile_barrier();
-  if (clear) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, AMX_STRIDE);
-    _tile_loadd(1, sums + 16, AMX_STRIDE);
-    _tile_loadd(2, below, AMX_STRIDE);
-    _tile_loadd(3, below + 16, AMX_STRIDE);
-  }
+  if (clear) zero_sums();
+  else load_sums(sums, below, 64, AMX_STRIDE);
   for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, first += 16 * PARTS * a, second += 16 * PARTS * b) {
     _tile_loadd(6, panel, AMX_STRIDE);
     _tile_loadd(4, first, 64);
@@ -120,10 +111,7 @@ static void multiply_two(const float* panel, const float* first, const float* se
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, sums, AMX_STRIDE);
-  _tile_stored(1, sums + 16, AMX_STRIDE);
-  _tile_stored(2, below, AMX_STRIDE);
-  _tile_stored(3, below + 16, AMX_STRIDE);
+  store_sums(sums, below, 64, AMX_STRIDE);
   tile_barrier();
 }
 
@@ -132,17 +120,8 @@ template <int PARTS>
 static void multiply_one(const float* panel, const float* other, const float* x, int a, int64_t words, bool clear, float* sums,
                          float* other_sums) {
   tile_barrier();
-  if (clear) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, sums, AMX_STRIDE);
-    _tile_loadd(1, sums + 16, AMX_STRIDE);
-    _tile_loadd(2, other_sums, AMX_STRIDE);
-    _tile_loadd(3, other_sums + 16, AMX_STRIDE);
-  }
+  if (clear) zero_sums();
+  else load_sums(sums, other_sums, 64, AMX_STRIDE);
   for (int64_t k = 0; k < words; k += 16, panel += 16 * PANEL_WIDTH, other += 16 * PANEL_WIDTH, x += 16 * PARTS * a) {
     _tile_loadd(4, x, 64);
     if (PARTS == 2) _tile_loadd(5, x + 16 * a, 64);
@@ -163,10 +142,7 @@ static void multiply_one(const float* panel, const float* other, const float* x,
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  _tile_stored(0, sums, AMX_STRIDE);
-  _tile_stored(1, sums + 16, AMX_STRIDE);
-  _tile_stored(2, other_sums, AMX_STRIDE);
-  _tile_stored(3, other_sums + 16, AMX_STRIDE);
+  store_sums(sums, other_sums, 64, AMX_STRIDE);
   tile_barrier();
 }
 

@@ -109,25 +109,12 @@ static inline void add_tiles(const int8_t* x, int64_t next, int64_t width, const
       for (int s = 0; s < INT_TILE_STRIPS; ++s) __builtin_prefetch(fetch->from[s], 0, 2), fetch->from[s] += 64;
   }
 }
-static inline void load_sums(const int32_t* sums) {
+// Sums in memory are four tiles in a row, of 16 rows of 16.
+static inline void load_integers(const int32_t* sums) {
   tile_barrier();
-  _tile_loadd(0, sums, 64);
-  _tile_loadd(1, sums + 256, 64);
-  _tile_loadd(2, sums + 512, 64);
-  _tile_loadd(3, sums + 768, 64);
+  load_sums(sums, sums + 512, 1024, 64);
 }
-static inline void store_sums(int32_t* sums) {
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-}
-static inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
+static inline void store_integers(int32_t* sums) { store_sums(sums, sums + 512, 1024, 64); }
 
 // Columns of a chunk that belong to one segment.
 struct TilePiece {
@@ -225,7 +212,7 @@ static void tile_block(const RqGemm* g, const TilePlan& p, const TileX& x, int64
       for (int i = 0; i <= count; ++i) {
         if (i < count) {
           const TilePiece& piece = pieces[i];
-          if (piece.carry_in) load_sums(kept);
+          if (piece.carry_in) load_integers(kept);
           else zero_sums();
           const int8_t* from = x.tiles + r * columns + (first + piece.first * p.width) * INT_TILE_ROWS;
           const uint8_t *w0 = codes[0] + piece.first * RQ_ROWS * p.width, *w1 = codes[1] + piece.first * RQ_ROWS * p.width;
@@ -240,7 +227,7 @@ static void tile_block(const RqGemm* g, const TilePlan& p, const TileX& x, int64
           end_of(products + 32 * t, x.starts + of, x.sums + of, left < INT_TILE_ROWS ? left : (int64_t)INT_TILE_ROWS, scale, shift,
                  pieces[i - 1].group, y + (r - row + t) * INT_TILE_STRIPS * 16);
         }
-        if (i < count) store_sums(pieces[i].carry_out ? kept : products);
+        if (i < count) store_integers(pieces[i].carry_out ? kept : products);
       }
       if (last == columns) finish_rows(g, y + (r - row) * INT_TILE_STRIPS * 16, strip, r, rows, out);
     }
